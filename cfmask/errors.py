@@ -1,0 +1,30 @@
+"""The one kind of error a user can cause, and how a command line shows it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something the user can mend. The message is one paragraph: what is wrong, where, and what to do."""
+
+
+def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate a command's ``main``: a UserError becomes ``error: <message>`` on stderr and exit status 2,
+    Ctrl-C exit status 130; anything else keeps its traceback, because it is a defect of ours."""
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> int:
+        try:
+            return main(*args, **kwargs) or 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return wrapped

@@ -1,0 +1,123 @@
+"""The random draws of a batch and the fills they choose: which patches go, and whose come in their place.
+
+Draws are made on the CPU with the batch, from a generator keyed by (seed, epoch, step, lane), and travel
+with it: masks and donors are the same on any number of ranks and loader workers. Donors come from the
+same lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RANDOM, OBJECT, CONTEXT = "random", "object", "context"
+NO_FILL, SINGLE_FILL, MULTI_FILL = "no-fill", "single-fill", "multi-fill"
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """What has to be drawn for each sample.
+
+    mask: "random", "object" or "context"; fill: "no-fill", "single-fill" or "multi-fill";
+    rate: masking rate of a random mask (unused by the others); patches: patches of an image, P.
+    """
+
+    mask: str
+    fill: str
+    rate: float
+    patches: int
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of n samples, as CPU tensors; None where the method needs no such draw.
+
+    mask: (n, P) bool, random masks that are filled.
+    keep: (n, K) int64 ascending, patches that stay under a random mask without fill.
+    donors: (n,) int64 for single-fill or (n, P) int64 for multi-fill, indices into the same n samples.
+    """
+
+    mask: Tensor | None = None
+    keep: Tensor | None = None
+    donors: Tensor | None = None
+
+    def map(self, function) -> Draws:
+        """``function`` applied to each tensor that is there (moving to a device, pinning)."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Draws(**{name: None if value is None else function(value) for name, value in values.items()})
+
+
+def draw(spec: DrawSpec | None, n: int, rng: np.random.Generator) -> Draws:
+    """The draws of one lane's n samples at one step.
+
+    Single-fill donors are a random permutation of the lane (an image may be its own donor). Multi-fill
+    donors are (i + s) mod n with s uniform in 1…n-1, per patch, so never the image itself.
+
+    Raises:
+        ValueError: multi-fill for fewer than two samples.
+    """
+    if spec is None:
+        return Draws()
+    mask = keep = donors = None
+    if spec.mask == RANDOM and spec.fill == NO_FILL:
+        kept = int(spec.patches * (1 - spec.rate))
+        order = rng.permuted(np.tile(np.arange(spec.patches), (n, 1)), axis=1)
+        keep = torch.from_numpy(np.sort(order[:, :kept], axis=1))
+    elif spec.mask == RANDOM:
+        mask = torch.from_numpy(rng.random((n, spec.patches)) < spec.rate)
+    if spec.fill == SINGLE_FILL:
+        donors = torch.from_numpy(rng.permutation(n))
+    elif spec.fill == MULTI_FILL:
+        if n < 2:
+            raise ValueError("multi-fill takes its patches from other images: it needs two samples a lane")
+        shift = rng.integers(1, n, size=(n, spec.patches))
+        donors = torch.from_numpy((np.arange(n)[:, None] + shift) % n)
+    return Draws(mask=mask, keep=keep, donors=donors)
+
+
+def concat(lanes: Sequence[Draws]) -> Draws:
+    """Draws of several lanes of equal size as those of one batch: donors point into the batch."""
+    masks = [lane.mask for lane in lanes if lane.mask is not None]
+    keeps = [lane.keep for lane in lanes if lane.keep is not None]
+    donors = [lane.donors for lane in lanes if lane.donors is not None]
+    return Draws(
+        mask=torch.cat(masks) if masks else None,
+        keep=torch.cat(keeps) if keeps else None,
+        donors=torch.cat([d + i * len(d) for i, d in enumerate(donors)]) if donors else None,
+    )
+
+
+def fill(images: Tensor, mask: Tensor, donors: Tensor, patch_size: int) -> Tensor:
+    """Counterfactual images: masked patches replaced by the donors' patches of the same place.
+
+    Patches are moved as blocks through a view of the patch grid; no index of pixel size is built. Pixels
+    beyond the last whole patch, which the tower does not see either, stay.
+
+    Args:
+        images: (N, 3, H, W), any dtype, before normalisation.
+        mask: (N, P) bool.
+        donors: (N,) int64, a donor per image, or (N, P) int64, a donor per patch.
+        patch_size: side of a patch in pixels; P = (H // patch_size) · (W // patch_size).
+    """
+    n, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    whole = images[:, :, : rows * patch_size, : columns * patch_size]
+    # (N, rows, columns, 3, patch, patch): a patch is one cell of the grid
+    cells = whole.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size)).permute(0, 2, 4, 1, 3, 5)
+    if donors.dim() == 1:
+        donated = cells[donors]
+    else:
+        place = torch.arange(rows * columns, device=images.device)
+        grid_donors = donors.view(n, rows, columns)
+        donated = cells[grid_donors, (place // columns).view(rows, columns), (place % columns).view(rows, columns)]
+    filled = torch.where(mask.view(n, rows, columns, 1, 1, 1), donated, cells)
+    filled = filled.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, rows * patch_size, columns * patch_size)
+    if filled.shape == images.shape:
+        return filled
+    result = images.clone()
+    result[:, :, : rows * patch_size, : columns * patch_size] = filled
+    return result

@@ -1,0 +1,85 @@
+"""Multi-head self-attention that can say what it did, with open_clip's parameter names.
+
+open_clip's blocks hold an ``nn.MultiheadAttention``, which gives either fused attention or attention
+maps, never the cheap thing relevance needs: the q, k, v that a map can be rebuilt from. The module here
+has the same parameters under the same names, so a checkpoint goes in and out of plain open_clip without
+a key changed, and always runs fused.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Trace(NamedTuple):
+    """What one block's attention leaves behind for relevance: its map is softmax(q kᵀ / √d), and the
+    cotangent of ``out`` gives the map's gradient.
+
+    q, k, v, out: (N, heads, L, d). ``out`` is the node of the autograd graph to differentiate to.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+
+
+class Attention(nn.Module):
+    """Self-attention over ``width`` channels in ``heads`` heads, batch first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads")
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    @classmethod
+    def sharing(cls, other: nn.MultiheadAttention) -> Attention:
+        """The same attention as ``other``, holding the very same parameters."""
+        assert other.in_proj_weight is not None and other.in_proj_bias is not None
+        # Built on meta: no memory is touched and no random number is drawn for weights that are replaced.
+        with torch.device("meta"):
+            attention = cls(other.embed_dim, other.num_heads)
+        attention.in_proj_weight = other.in_proj_weight
+        attention.in_proj_bias = other.in_proj_bias
+        attention.out_proj = other.out_proj
+        return attention
+
+    def attend(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Trace]:
+        """Self-attention and its trace.
+
+        Args:
+            x: (N, L, width).
+            hidden: (N, L) bool, True for tokens that no query may see; token 0 must be visible.
+
+        Returns:
+            (N, L, width) and the Trace of this call.
+        """
+        n, length, width = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        visible = None if hidden is None else ~hidden[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        return self.out_proj(out.transpose(1, 2).reshape(n, length, width)), Trace(q, k, v, out)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """The call that open_clip's own block makes, so that a tower still runs as plain open_clip."""
+        if need_weights or attn_mask is not None or key is not query or value is not query:
+            raise NotImplementedError("an image tower's blocks call this for unmasked self-attention only")
+        return self.attend(query)[0], None

@@ -1,0 +1,315 @@
+"""The Recipe: frozen dataclasses that define a training run completely, and presets for the paper's rows.
+
+Defaults are those of appendix A.1 of the paper (Xiao et al., CVPR 2023). Nothing here imports torch, so a
+launcher can parse, check and print a recipe in no time. One field is one setting is one command-line flag:
+the documentation of both is the ``help`` beside the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cfmask.errors import UserError
+
+# Values that the authors give: threshold for object and context masks, masking rate for random ones.
+PAPER_VALUES = {
+    ("random", "no-fill"): 0.75,
+    ("object", "no-fill"): 0.3,
+    ("context", "no-fill"): 0.6,
+    ("random", "single-fill"): 0.5,
+    ("object", "single-fill"): 0.3,
+    ("context", "single-fill"): 0.5,
+    ("random", "multi-fill"): 0.5,
+    ("object", "multi-fill"): 0.6,
+    ("context", "multi-fill"): 0.3,
+}
+
+
+def setting(default: Any, help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its documentation; ``flag`` where the command line's name differs from the field's."""
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained, and where it starts."""
+
+    name: str = setting(
+        "ViT-B-32-quickgelu",
+        "open_clip model, or the path of an open_clip model configuration (.json); OpenAI weights need a "
+        "-quickgelu model",
+        flag="--model",
+    )
+    pretrained: str = setting(
+        "openai",
+        "open_clip tag, or the path of a checkpoint (open_clip's .pt/.safetensors, or a cfmask model)",
+    )
+    head: str | None = setting(
+        None,
+        "cfmask model file (.safetensors) to take the head from; by default the head in --pretrained, or else "
+        "the zero-shot head of the model's own text tower, class names and 80 templates",
+    )
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done to a batch."""
+
+    name: str = setting(
+        "object-mask",
+        "vanilla fine-tuning, or distillation on images masked at random, where the CAM says that patches "
+        "matter (object), or where it says they do not (context)",
+        flag="--method",
+        choices=("vanilla", "random-mask", "object-mask", "context-mask"),
+    )
+    fill: str | None = setting(
+        None,
+        "what comes in place of masked patches: nothing, patches of one other image, or of another image each "
+        "(the paper's: single-fill)",
+        choices=("no-fill", "single-fill", "multi-fill"),
+    )
+    threshold: float | None = setting(
+        None, "CAM threshold of object and context masks, in 0…1 (the paper's value for the mask and fill)"
+    )
+    rate: float | None = setting(
+        None, "share of patches that a random mask hides, in 0…1 (the paper's value for the fill)"
+    )
+    beta: float | None = setting(None, "weight β of the feature distillation (the paper's: 30)")
+    first_block: int | None = setting(
+        None,
+        "first block that relevance uses; later ones only, because early ones are noisy (the paper's: 0, all)",
+    )
+
+    @property
+    def mask(self) -> str | None:
+        """ "random", "object", "context", or None for vanilla fine-tuning."""
+        return None if self.name == "vanilla" else self.name.removesuffix("-mask")
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read."""
+
+    shards: str = setting("", "folder with a folder of shards for each split, as tools/make_shards.py writes it")
+    train_split: str = setting("train", "folder under --shards to train on")
+    eval_sets: tuple[str, ...] = setting(
+        (), "folders under --shards to evaluate at each epoch's end; never selects anything"
+    )
+    loader_workers: int = setting(4, "data-loader processes per rank; changes speed only, never a sample")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How weights move (appendix A.1: AdamW, warm-up, cosine to 0, one clipping per step)."""
+
+    epochs: int = setting(10, "passes over the training set")
+    batch_size: int = setting(512, "samples of one optimizer step, over all ranks")
+    lanes: int = setting(
+        16,
+        "lanes a batch is made of; donors come from a sample's own lane; the number of ranks must divide it",
+    )
+    micro_batches: int = setting(1, "parts that a rank's share of a batch is split into, to need less memory")
+    lr: float = setting(3e-5, "peak learning rate")
+    warmup_steps: int = setting(500, "steps of linear warm-up from 0 to the peak")
+    weight_decay: float = setting(0.1, "AdamW's weight decay, on all parameters")
+    beta1: float = setting(0.9, "AdamW's β1", flag="--adam-beta1")
+    beta2: float = setting(0.999, "AdamW's β2", flag="--adam-beta2")
+    eps: float = setting(1e-8, "AdamW's ε", flag="--adam-eps")
+    clip_norm: float = setting(1.0, "L2 norm that gradients are clipped to, once per optimizer step")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the run behaves."""
+
+    seed: int = setting(0, "seed of sample order, masks and donors (the paper's: 0, 1, 2)")
+    precision: str = setting(
+        "auto",
+        "arithmetic of the passes, weights stay fp32; auto: bf16 with GPUs, fp32 without",
+        choices=("auto", "fp32", "bf16"),
+    )
+    checkpoint_steps: int = setting(500, "optimizer steps between checkpoints; each epoch's end has one as well")
+    keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay")
+    log_steps: int = setting(10, "optimizer steps between lines in log.jsonl")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run's result. ``resolved`` fills in what depends on other settings."""
+
+    model: Model = Model()
+    method: Method = Method()
+    data: Data = Data()
+    optim: Optim = Optim()
+    run: Run = Run()
+
+    def resolved(self) -> Recipe:
+        """The same recipe with the paper's values where nothing was said, checked.
+
+        Raises:
+            UserError: a value out of range, a setting that would do nothing under this method, a batch that
+                lanes do not divide.
+        """
+        return dataclasses.replace(self, method=_resolved_method(self.method)).checked()
+
+    def checked(self) -> Recipe:
+        """This recipe, if its numbers make sense; see ``resolved``."""
+        o, r, d = self.optim, self.run, self.data
+        for name, value, low in (
+            ("--epochs", o.epochs, 1),
+            ("--batch-size", o.batch_size, 1),
+            ("--lanes", o.lanes, 1),
+            ("--micro-batches", o.micro_batches, 1),
+            ("--warmup-steps", o.warmup_steps, 0),
+            ("--checkpoint-steps", r.checkpoint_steps, 1),
+            ("--keep-checkpoints", r.keep_checkpoints, 1),
+            ("--log-steps", r.log_steps, 1),
+            ("--loader-workers", d.loader_workers, 0),
+            ("--seed", r.seed, 0),
+        ):
+            if value < low:
+                raise UserError(f"{name} is {value}; it must be at least {low}.")
+        for name, number in (("--lr", o.lr), ("--adam-eps", o.eps), ("--clip-norm", o.clip_norm)):
+            if not (number > 0 and math.isfinite(number)):
+                raise UserError(f"{name} is {number}; it must be a finite number above 0.")
+        for name, number in (("--adam-beta1", o.beta1), ("--adam-beta2", o.beta2)):
+            if not 0 <= number < 1:
+                raise UserError(f"{name} is {number}; it must lie in [0, 1).")
+        if not (o.weight_decay >= 0 and math.isfinite(o.weight_decay)):
+            raise UserError(f"--weight-decay is {o.weight_decay}; it must be a finite number, 0 or more.")
+        if o.batch_size % o.lanes:
+            near = [n for n in _divisors(o.batch_size) if n <= 64]
+            raise UserError(
+                f"--batch-size {o.batch_size} is not a multiple of --lanes {o.lanes}: every lane gives the same "
+                f"number of samples to a batch. Lanes that divide this batch: {', '.join(map(str, near))}."
+            )
+        if self.method.fill == "multi-fill" and o.batch_size // o.lanes < 2:
+            raise UserError(
+                f"multi-fill takes patches from other images of a lane, and --batch-size {o.batch_size} with "
+                f"--lanes {o.lanes} puts a single image in each. Use at most {o.batch_size // 2} lanes."
+            )
+        if len(set(d.eval_sets)) != len(d.eval_sets):
+            raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
+        return self
+
+    def digest(self) -> str:
+        """8 hexadecimal digits that two recipes share only if they train the same thing in the same way."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        """The inverse of ``to_json``.
+
+        Raises:
+            UserError: not a recipe, or one with settings that this version does not know.
+        """
+        try:
+            raw = json.loads(text)
+            groups: dict[str, Any] = {f.name: f.default for f in fields(cls)}
+            _refuse_unknown(raw, groups)
+            built = {}
+            for name, group in groups.items():
+                values = raw.get(name, {})
+                _refuse_unknown(values, {f.name for f in fields(group)}, prefix=f"{name}.")
+                values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+                built[name] = type(group)(**values)
+            return cls(**built)
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise UserError(f"This is not a recipe as cfmask writes it ({error}).") from error
+
+    def differences(self, other: Recipe) -> list[str]:
+        """Settings in which two recipes differ, as "group.field: ours → theirs"."""
+        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        return [
+            f"{group}.{name}: {ours[group][name]} → {theirs[group][name]}"
+            for group in ours
+            for name in ours[group]
+            if ours[group][name] != theirs[group][name]
+        ]
+
+
+def _resolved_method(method: Method) -> Method:
+    only_masked = ("fill", "threshold", "rate", "beta", "first_block")
+    if method.mask is None:
+        given = [name for name in only_masked if getattr(method, name) is not None]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise UserError(
+                f"{flags} would do nothing: --method vanilla has no masked images. Leave it out, or choose "
+                "--method object-mask, context-mask or random-mask."
+            )
+        return method
+    cam = method.mask != "random"
+    if cam and method.rate is not None:
+        raise UserError(
+            f"--rate would do nothing: --method {method.name} masks by the CAM. Use --threshold, or random-mask."
+        )
+    if not cam and method.threshold is not None:
+        raise UserError("--threshold would do nothing: --method random-mask has no CAM. Use --rate.")
+    if not cam and method.first_block is not None:
+        raise UserError("--first-block would do nothing: --method random-mask has no CAM. Leave it out.")
+    chosen_fill = method.fill or "single-fill"
+    value = PAPER_VALUES[method.mask, chosen_fill]
+    resolved = dataclasses.replace(
+        method,
+        fill=chosen_fill,
+        threshold=(value if method.threshold is None else method.threshold) if cam else None,
+        rate=None if cam else (value if method.rate is None else method.rate),
+        beta=30.0 if method.beta is None else method.beta,
+        first_block=(method.first_block or 0) if cam else None,
+    )
+    for name in ("threshold", "rate"):
+        number = getattr(resolved, name)
+        if number is not None and not 0 <= number < 1:
+            raise UserError(f"--{name} is {number}; it must lie in [0, 1).")
+    assert resolved.beta is not None
+    if not (resolved.beta >= 0 and math.isfinite(resolved.beta)):
+        raise UserError(f"--beta is {resolved.beta}; it must be a finite number, 0 or more.")
+    if resolved.first_block is not None and resolved.first_block < 0:
+        raise UserError(f"--first-block is {resolved.first_block}; blocks are counted from 0.")
+    return resolved
+
+
+def _refuse_unknown(given: Any, known: Any, prefix: str = "") -> None:
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise UserError(
+            f"Unknown settings in the recipe: {', '.join(prefix + name for name in unknown)}. It was written by "
+            "another version of cfmask, or by hand; run the code it was written with, or remove them."
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+# A preset is a row of the paper's tables.
+PRESETS: dict[str, Recipe] = {
+    "ft": Recipe(method=Method(name="vanilla")),
+    **{
+        f"{mask}-mask-{chosen_fill}": Recipe(method=Method(name=f"{mask}-mask", fill=chosen_fill))
+        for mask in ("random", "object", "context")
+        for chosen_fill in ("no-fill", "single-fill", "multi-fill")
+    },
+}
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a file.
+
+    Raises:
+        UserError: no such file, or not a recipe.
+    """
+    try:
+        return Recipe.from_json(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"No recipe can be read from {path}: {error.strerror}.") from error
