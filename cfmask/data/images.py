@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 # formats (EPS, PSD, …) that run programs or that no data set of photographs holds.
 EXTENSIONS = {
     "JPEG": "jpg",
-    "MPO": "jpg",
     "PNG": "png",
     "WEBP": "webp",
     "BMP": "bmp",
@@ -45,8 +44,8 @@ def decode_as(data: bytes) -> tuple[Image.Image, str]:
     """``decode``, and the file extension that the content asks for (a PNG named .JPEG gives ``png``)."""
     try:
         with Image.open(io.BytesIO(data), formats=tuple(EXTENSIONS)) as image:
-            kind = EXTENSIONS[image.format or ""]
-            # convert() returns the loaded image itself when nothing is to convert: copy it out of the `with`.
+            # MPO is what Pillow calls a JPEG that is followed by further pictures (cameras write them).
+            kind = EXTENSIONS["JPEG" if image.format == "MPO" else image.format or ""]
             return image.convert("RGB"), kind
     except Image.UnidentifiedImageError:
         raise UserError(f"not an image ({len(data)} bytes)") from None

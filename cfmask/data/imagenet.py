@@ -1,0 +1,40 @@
+"""ImageNet's classes: 1000 wnids in class-id order from timm, their display names from open_clip.
+
+The packages' data files are read without importing the packages, which would import torch: conversion needs neither.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+
+
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"{package} is not installed: pip install -r requirements.txt")
+    return Path(spec.submodule_search_locations[0])
+
+
+@functools.cache
+def wnids() -> tuple[str, ...]:
+    """The 1000 wnids, sorted: a class id is an index into them."""
+    return tuple((_package_folder("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split())
+
+
+@functools.cache
+def class_names() -> tuple[str, ...]:
+    """open_clip's (OpenAI's) 1000 class names, by class id."""
+    path = _package_folder("open_clip") / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("_zero_shot_metadata", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return tuple(module.IMAGENET_CLASSNAMES)
+
+
+@functools.cache
+def classes() -> tuple[tuple[str, str], ...]:
+    """(wnid, name) by class id."""
+    return tuple(zip(wnids(), class_names(), strict=True))
