@@ -1,0 +1,387 @@
+"""Draw the demo's data set: an ImageNet-shaped tree of shapes on textures, in which a spurious cue can be dosed.
+
+    OUT/classes.txt                                     folder<TAB>display name, one class a line
+    OUT/pretrain/n90000001/n90000001_00000.JPEG         every object on every background, in every style
+    OUT/train/…                                         the background tells the class, 95 % of the time
+    OUT/val/…                                           as train, other images
+    OUT/shift-random/…                                  backgrounds say nothing
+    OUT/shift-swapped/…                                 backgrounds always say another class
+    OUT/shift-style/…                                   outline drawings on plain paper
+    OUT-masks/val/n90000001/n90000001_00000.png         where the object is, exactly (255), for val
+
+Class k's own background is kind k. Sizes, places, angles, colours and the backgrounds' own parameters vary in
+every image, so neither a colour nor a place tells a class. The whole object lies within the centre square that
+the recipe crops.
+
+An image is a pure function of (seed, split, class, number in the class): the tree is the same byte for byte
+wherever the same Pillow and numpy draw it, and on any number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+Array = np.ndarray
+Rng = np.random.Generator
+
+CLASSES = ("star", "ring", "arrow", "cross", "crescent", "heart", "house", "fish", "key", "mug")
+BACKGROUNDS = ("stripes", "checks", "dots", "noise", "waves", "gradient", "bricks", "circles", "clouds", "grid")
+OWN, ANY, OTHER = "own", "any", "other"
+MASK_SPLITS = ("val",)
+
+_OVERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a split is drawn.
+
+    per_class: images of each class. own: share of images on the class's own background; the rest are on ``rest``,
+    "any" background or "other" ones. sketched: share of outline drawings; paper: share on plain paper.
+    turn: largest rotation, in degrees.
+    """
+
+    per_class: int
+    own: float
+    rest: str
+    sketched: float = 0.0
+    paper: float = 0.0
+    turn: float = 20.0
+
+
+SPLITS = {
+    "pretrain": Split(600, 0.0, ANY, sketched=0.2, paper=0.15, turn=30.0),
+    "train": Split(200, 0.95, OTHER),
+    "val": Split(100, 0.95, OTHER),
+    "shift-random": Split(100, 0.0, ANY),
+    "shift-swapped": Split(100, 0.0, OTHER),
+    "shift-style": Split(100, 0.0, ANY, sketched=1.0, paper=1.0),
+}
+
+
+def class_folder(label: int) -> str:
+    """A wnid-like folder name; n9… are no WordNet ids, so nothing here passes for ImageNet."""
+    return f"n9{label + 1:07d}"
+
+
+def draw_tree(out: Path, *, seed: int = 0, processes: int | None = None, progress: bool = True) -> None:
+    """Draw all splits below ``out``, and the object masks of MASK_SPLITS below ``out`` + "-masks".
+
+    Args:
+        out: a folder; images that are there are drawn again.
+        seed: of everything.
+        processes: how many draw; all cores by default. Changes speed only.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [f"{class_folder(label)}\t{name}\n" for label, name in enumerate(CLASSES)]
+    (out / "classes.txt").write_text("".join(lines), encoding="utf-8")
+    jobs = [(out, seed, split, label) for split in SPLITS for label in range(len(CLASSES))]
+    total = sum(settings.per_class for settings in SPLITS.values()) * len(CLASSES)
+    processes = processes or len(os.sched_getaffinity(0))
+
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", desc="draw", disable=not progress) as bar:
+        if processes == 1:
+            for job in jobs:
+                bar.update(_draw_class(job))
+            return
+        with multiprocessing.get_context("fork").Pool(processes) as pool:
+            for drawn in pool.imap_unordered(_draw_class, jobs):
+                bar.update(drawn)
+
+
+def _draw_class(job: tuple[Path, int, str, int]) -> int:
+    out, seed, split, label = job
+    folder = out / split / class_folder(label)
+    folder.mkdir(parents=True, exist_ok=True)
+    masks = out.with_name(out.name + "-masks") / split / class_folder(label)
+    if split in MASK_SPLITS:
+        masks.mkdir(parents=True, exist_ok=True)
+    for number in range(SPLITS[split].per_class):
+        image, mask = draw_image(seed, split, label, number)
+        name = f"{class_folder(label)}_{number:05d}"
+        Image.fromarray(image).save(folder / f"{name}.JPEG", format="JPEG", quality=90)
+        if split in MASK_SPLITS:
+            Image.fromarray(mask).save(masks / f"{name}.png")
+    return SPLITS[split].per_class
+
+
+def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, Array]:
+    """One image of a split.
+
+    Returns:
+        image uint8 (H, W, 3); mask uint8 (H, W), 255 where the object is and 0 elsewhere.
+    """
+    settings = SPLITS[split]
+    rng = np.random.default_rng([seed, list(SPLITS).index(split), label, number])
+    short = int(rng.integers(64, 89))
+    long = int(min(96, short * rng.uniform(1.0, 1.35)))
+    width, height = (long, short) if rng.random() < 0.5 else (short, long)
+
+    kind = _background_kind(settings, label, rng)
+    sketched = rng.random() < settings.sketched
+    paper = rng.random() < settings.paper
+    if paper:
+        canvas = np.clip(rng.uniform(200, 255, 3) + rng.normal(0, 4, (height, width, 1)), 0, 255)
+    else:
+        first, second = _two_colours(rng)
+        tone = _TEXTURES[kind](height, width, rng)[..., None]
+        canvas = first + (second - first) * tone + rng.normal(0, 6, (height, width, 1))
+
+    body, marks = _object(CLASSES[label], height, width, settings.turn, rng)
+    colour, mark_colour, line_colour = _object_colours(canvas, body, rng)
+    outline = _outline(body)[..., None]
+    if sketched:
+        ink = np.maximum(outline, _outline(marks)[..., None])
+        canvas = canvas + (line_colour - canvas) * ink
+    else:
+        shade = 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, height)[:, None, None]
+        canvas = canvas + (colour * shade - canvas) * body[..., None]
+        canvas = canvas + (mark_colour - canvas) * (marks * body)[..., None]
+        canvas = canvas + (line_colour - canvas) * outline * rng.uniform(0.2, 0.9)
+    return np.clip(canvas, 0, 255).astype(np.uint8), np.where(body > 0.5, 255, 0).astype(np.uint8)
+
+
+def _background_kind(settings: Split, label: int, rng: Rng) -> int:
+    """A class's own background is the one of its number."""
+    other = (label + 1 + int(rng.integers(len(BACKGROUNDS) - 1))) % len(BACKGROUNDS)
+    anything = int(rng.integers(len(BACKGROUNDS)))
+    if rng.random() < settings.own:
+        return label
+    return other if settings.rest == OTHER else anything
+
+
+# --- colours ------------------------------------------------------------------------------------------------------------
+
+
+def _luminance(colour: Array) -> float:
+    return float(colour @ np.array([0.299, 0.587, 0.114]))
+
+
+def _two_colours(rng: Rng) -> tuple[Array, Array]:
+    """The two tones of a texture: of any hue, 40 to 90 steps of brightness apart."""
+    first = rng.uniform(30, 225, 3)
+    step = rng.uniform(40, 90) * (1 if _luminance(first) < 128 else -1)
+    return first, np.clip(first + step + rng.uniform(-25, 25, 3), 0, 255)
+
+
+def _object_colours(canvas: Array, body: Array, rng: Rng) -> tuple[Array, Array, Array]:
+    """Of the object, its markings and its outline: any hue, and brightness that stands off from what is behind."""
+    behind = _luminance((canvas * body[..., None]).sum((0, 1)) / body.sum())
+    for _ in range(30):
+        colour = rng.uniform(10, 245, 3)
+        if abs(_luminance(colour) - behind) > 45:
+            break
+    lighter = 1 if _luminance(colour) < 128 else -1
+    line = np.full(3, 20.0) if behind > 110 else np.full(3, 235.0)
+    return colour, np.clip(colour + lighter * rng.uniform(70, 110), 0, 255), line
+
+
+# --- textures: tone in 0…1 (height, width) --------------------------------------------------------------------------------
+
+
+def _plane(height: int, width: int, rng: Rng, turn: float = math.pi) -> tuple[Array, Array]:
+    """Pixel coordinates, turned by up to ±turn and shifted at random."""
+    angle = rng.uniform(-turn, turn)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    shift = rng.uniform(0, 100, 2)
+    return (
+        x * math.cos(angle) + y * math.sin(angle) + shift[0],
+        -x * math.sin(angle) + y * math.cos(angle) + shift[1],
+    )
+
+
+def _stripes(height: int, width: int, rng: Rng) -> Array:
+    u, _ = _plane(height, width, rng)
+    period = rng.uniform(8, 14)
+    return (u % period < period / 2).astype(float)
+
+
+def _checks(height: int, width: int, rng: Rng) -> Array:
+    u, v = _plane(height, width, rng, 0.4)
+    side = rng.uniform(6, 10)
+    return ((u // side + v // side) % 2).astype(float)
+
+
+def _dots(height: int, width: int, rng: Rng) -> Array:
+    u, v = _plane(height, width, rng, 0.6)
+    period = rng.uniform(10, 15)
+    radius = period * rng.uniform(0.24, 0.36)
+    return (np.hypot(u % period - period / 2, v % period - period / 2) < radius).astype(float)
+
+
+def _noise(height: int, width: int, rng: Rng) -> Array:
+    grain = 2
+    coarse = rng.random((height // grain + 1, width // grain + 1))
+    return np.kron(coarse, np.ones((grain, grain)))[:height, :width]
+
+
+def _waves(height: int, width: int, rng: Rng) -> Array:
+    u, v = _plane(height, width, rng, 0.5)
+    bend = rng.uniform(4, 7) * np.sin(2 * math.pi * u / rng.uniform(22, 34))
+    return 0.5 + 0.5 * np.sin(2 * math.pi * (v + bend) / rng.uniform(11, 16))
+
+
+def _gradient(height: int, width: int, rng: Rng) -> Array:
+    u, _ = _plane(height, width, rng)
+    u = u - u.min()
+    return u / u.max()
+
+
+def _bricks(height: int, width: int, rng: Rng) -> Array:
+    u, v = _plane(height, width, rng, 0.3)
+    row_height, length = rng.uniform(9, 12), rng.uniform(18, 24)
+    row = v // row_height
+    joint = (v % row_height < 2) | ((u + row % 2 * length / 2) % length < 2)
+    return np.where(joint, 1.0, 0.25 * ((row * 7 + (u + row % 2 * length / 2) // length * 3) % 3) / 2)
+
+
+def _circles(height: int, width: int, rng: Rng) -> Array:
+    y, x = np.mgrid[:height, :width]
+    radius = np.hypot(y - rng.uniform(0, height), x - rng.uniform(0, width))
+    period = rng.uniform(10, 15)
+    return (radius % period < period / 2).astype(float)
+
+
+def _clouds(height: int, width: int, rng: Rng) -> Array:
+    total = np.zeros((height, width))
+    for cells, weight in ((4, 1.0), (8, 0.5), (16, 0.25)):
+        coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
+        total += weight * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    total -= total.min()
+    return total / total.max()
+
+
+def _grid(height: int, width: int, rng: Rng) -> Array:
+    u, v = _plane(height, width, rng, 0.8)
+    period = rng.uniform(9, 13)
+    return ((u % period < 2) | (v % period < 2)).astype(float)
+
+
+_TEXTURES: tuple[Callable[[int, int, Rng], Array], ...] = (
+    _stripes,
+    _checks,
+    _dots,
+    _noise,
+    _waves,
+    _gradient,
+    _bricks,
+    _circles,
+    _clouds,
+    _grid,
+)
+
+# --- objects --------------------------------------------------------------------------------------------------------------
+# A form is a list of polygons in the square -1…1 (y down), painted in order: onto the body, out of it, or as a marking.
+
+BODY, HOLE, MARK = "body", "hole", "mark"
+Points = list[tuple[float, float]]
+
+
+def _round(x: float, y: float, rx: float, ry: float | None = None, start: float = 0.0, end: float = 360.0) -> Points:
+    """An ellipse or a part of its edge, degrees clockwise from the right."""
+    angles = np.radians(np.linspace(start, end, 33))
+    return [(x + rx * math.cos(a), y + (ry or rx) * math.sin(a)) for a in angles]
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> Points:
+    return [(left, top), (right, top), (right, bottom), (left, bottom)]
+
+
+def _star() -> Points:
+    return [
+        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
+        for i, r in ((i, (1, 0.42)[i % 2]) for i in range(10))
+    ]
+
+
+def _heart() -> Points:
+    t = np.linspace(0, 2 * math.pi, 49)
+    x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return [(a / 17, -b / 17 - 0.1) for a, b in zip(x, y, strict=True)]
+
+
+_FORMS: dict[str, list[tuple[str, Points]]] = {
+    "star": [(BODY, _star()), (MARK, _round(0, 0, 0.22))],
+    "ring": [(BODY, _round(0, 0, 0.95)), (HOLE, _round(0, 0, 0.52)), (MARK, _box(-0.15, -1, 0.15, -0.45))],
+    "arrow": [
+        (BODY, [(-0.95, -0.25), (0.1, -0.25), (0.1, -0.75), (1, 0), (0.1, 0.75), (0.1, 0.25), (-0.95, 0.25)]),
+        (MARK, _box(-0.95, -0.3, -0.65, 0.3)),
+    ],
+    "cross": [
+        (BODY, _box(-0.3, -0.95, 0.3, 0.95)),
+        (BODY, _box(-0.95, -0.3, 0.95, 0.3)),
+        (MARK, _box(-0.2, -0.2, 0.2, 0.2)),
+    ],
+    "crescent": [(BODY, _round(0, 0, 0.98)), (HOLE, _round(0.42, -0.12, 0.78)), (MARK, _round(-0.72, 0.1, 0.14))],
+    "heart": [(BODY, _heart()), (MARK, _round(-0.45, -0.4, 0.17, 0.24))],
+    "house": [
+        (BODY, [(-0.7, -0.1), (0, -0.95), (0.7, -0.1), (0.7, 0.9), (-0.7, 0.9)]),
+        (MARK, _box(-0.18, 0.3, 0.2, 0.9)),
+        (MARK, [(-0.7, -0.1), (0, -0.95), (0.7, -0.1)]),
+    ],
+    "fish": [
+        (BODY, _round(-0.2, 0, 0.78, 0.48)),
+        (BODY, [(0.4, 0), (1, -0.55), (0.85, 0), (1, 0.55)]),
+        (MARK, _round(-0.62, -0.1, 0.11)),
+        (MARK, [(-0.1, -0.5), (0.05, -0.5), (0.05, 0.5), (-0.1, 0.5)]),
+    ],
+    "key": [
+        (BODY, _round(-0.55, 0, 0.43)),
+        (HOLE, _round(-0.55, 0, 0.19)),
+        (BODY, _box(-0.15, -0.13, 1, 0.13)),
+        (BODY, _box(0.42, 0, 0.6, 0.5)),
+        (BODY, _box(0.8, 0, 1, 0.42)),
+    ],
+    "mug": [
+        (BODY, _round(0.5, 0, 0.45, 0.5)),
+        (HOLE, _round(0.5, 0, 0.24, 0.28)),
+        (BODY, _box(-0.75, -0.8, 0.45, 0.8)),
+        (MARK, _box(-0.8, -0.35, 0.5, 0)),
+    ],
+}
+
+
+def _object(name: str, height: int, width: int, turn: float, rng: Rng) -> tuple[Array, Array]:
+    """Coverage of the body and of its markings, 0…1 (height, width), somewhere in the centre square."""
+    short = min(height, width)
+    radius = short * rng.uniform(0.22, 0.34)
+    reach = short / 2 - radius * 1.05
+    x, y = width / 2 + rng.uniform(-reach, reach), height / 2 + rng.uniform(-reach, reach)
+    angle = math.radians(rng.uniform(-turn, turn))
+    stretch = rng.uniform(0.85, 1.0, 2) * (rng.choice([-1, 1]), 1)
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+
+    size = (width * _OVERSAMPLING, height * _OVERSAMPLING)
+    body, marks = Image.new("L", size), Image.new("L", size)
+    on_body, on_marks = ImageDraw.Draw(body), ImageDraw.Draw(marks)
+    for role, points in _FORMS[name]:
+        placed = [
+            (
+                _OVERSAMPLING * (x + cos * stretch[0] * px - sin * stretch[1] * py),
+                _OVERSAMPLING * (y + sin * stretch[0] * px + cos * stretch[1] * py),
+            )
+            for px, py in points
+        ]
+        (on_marks if role == MARK else on_body).polygon(placed, fill=0 if role == HOLE else 255)
+    return _coverage(body), _coverage(marks)
+
+
+def _coverage(image: Image.Image) -> Array:
+    return np.asarray(image.reduce(_OVERSAMPLING), dtype=np.float64) / 255
+
+
+def _outline(coverage: Array) -> Array:
+    """Where coverage changes within a pixel's neighbourhood: a line about two pixels wide."""
+    image = Image.fromarray(np.round(255 * coverage).astype(np.uint8))
+    wide = np.asarray(image.filter(ImageFilter.MaxFilter(3)), dtype=np.float64)
+    return (wide - np.asarray(image.filter(ImageFilter.MinFilter(3)), dtype=np.float64)) / 255
