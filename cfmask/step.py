@@ -30,7 +30,8 @@ from cfmask.recipe import Method
 class Metrics:
     """Scalars of one step on this rank, on the device: reading them waits, so it is done late.
 
-    loss = ce + β · mse; mse and masked (share of patches masked) are 0 where the method has no such part.
+    loss = ce + β · mse; mse and masked (share of patches masked) are 0 where the method has no such part. correct
+    counts right answers on clean images, among ``samples``.
     """
 
     loss: Tensor
@@ -38,6 +39,7 @@ class Metrics:
     mse: Tensor
     correct: Tensor
     masked: Tensor
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def training_step(
             ce = classification(logits, labels)
             (weight * ce).backward()
         zero = ce.new_zeros(())
-        return Metrics(ce.detach(), ce.detach(), zero, _correct(logits, labels), zero)
+        return Metrics(ce.detach(), ce.detach(), zero, _correct(logits, labels), zero, len(labels))
 
     beta = method.beta
     assert beta is not None
@@ -137,7 +139,7 @@ def training_step(
         (weight * (classification(clean_logits, labels) + beta * mse)).backward()
 
     ce, mse = ce.detach(), mse.detach()
-    return Metrics(ce + beta * mse, ce, mse, _correct(logits, labels), cf.mask.float().mean())
+    return Metrics(ce + beta * mse, ce, mse, _correct(logits, labels), cf.mask.float().mean(), len(labels))
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:

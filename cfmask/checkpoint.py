@@ -1,0 +1,164 @@
+"""Checkpoints: written aside, hashed, renamed; a torn one is recognised and the one before it used.
+
+    checkpoints/step-00012345/
+      model.safetensors       a model file: any tool takes it
+      optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>
+      state.json              step, what the files' sha256 must be; written last
+
+No random state is kept: order, masks and donors are functions of (seed, epoch, step, lane).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfmask.errors import UserError
+from cfmask.models.head import ModelInfo, save_model
+from cfmask.models.tower import Classifier
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole, verified checkpoint. step: optimizer steps taken."""
+
+    path: Path
+    step: int
+
+
+class CheckpointNotWritten(UserError):
+    """A checkpoint could not be written; earlier ones are intact."""
+
+
+def save(
+    folder: Path, step: int, model: Classifier, info: ModelInfo, optimizer: torch.optim.Optimizer, *, keep: int
+) -> Path:
+    """Write checkpoint ``step`` under ``folder`` and remove all but the latest ``keep``.
+
+    Raises:
+        CheckpointNotWritten: disk full, quota, read-only …; nothing but earlier checkpoints is left behind.
+    """
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".step-{step:08d}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        aside.mkdir()
+        save_model(aside / "model.safetensors", model, info)
+        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
+        (aside / "state.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=2))
+        _sync(aside / "state.json")
+        _sync(aside)
+        if final.exists():  # a torn one that a resume has passed over
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(folder)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = _disk_trouble(error)
+        if reason is None:
+            raise
+        raise CheckpointNotWritten(
+            f"The checkpoint of step {step} could not be written to {folder}: {reason}. Earlier checkpoints are "
+            "intact. Free some space (a checkpoint takes about "
+            f"{_bytes_needed(model) / 1e9:.2g} GB), or lower --keep-checkpoints."
+        ) from error
+    for old in _found(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(folder: Path, report=print) -> Checkpoint | None:
+    """The newest checkpoint that is whole: every file there, with the sha256 that state.json gives.
+
+    Each torn one passed over is told to ``report`` in a sentence.
+    """
+    for path in _found(folder):
+        trouble = _trouble(path)
+        if trouble is None:
+            return Checkpoint(path, json.loads((path / "state.json").read_text())["step"])
+        report(f"Checkpoint {path} is torn ({trouble}); falling back to the one before it.")
+    return None
+
+
+def restore(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's weights and moments into a model and its AdamW, bit for bit."""
+    device = next(model.parameters()).device
+    model.load_state_dict(load_file(checkpoint.path / "model.safetensors", device=str(device)))
+    moments = load_file(checkpoint.path / "optimizer.safetensors", device=str(device))
+    state: dict[int, dict[str, Any]] = {}
+    for index, (name, _) in enumerate(model.named_parameters()):
+        state[index] = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
+        state[index]["step"] = torch.tensor(float(checkpoint.step))
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer_tensors(model: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment in _MOMENTS
+    }
+
+
+def _found(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _trouble(path: Path) -> str | None:
+    try:
+        expected = json.loads((path / "state.json").read_text())["sha256"]
+    except (OSError, ValueError, KeyError):
+        return "state.json is missing or unreadable"
+    for name, digest in expected.items():
+        try:
+            if _sha256_synced(path / name, sync=False) != digest:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def _sha256_synced(path: Path, sync: bool = True) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _disk_trouble(error: Exception) -> str | None:
+    """What is wrong with the disk, if that is what is wrong. safetensors hides the errno in its message."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
+        if os.strerror(code) in str(error):
+            return os.strerror(code)
+    return None
+
+
+def _bytes_needed(model: Classifier) -> int:
+    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,0 +1,75 @@
+"""The Recipe as command-line flags: one flag a field, typed, grouped, documented where the field is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from cfmask import recipe as recipes
+from cfmask.recipe import PRESETS, Recipe
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --preset and a flag for every setting; a flag that is not given leaves the preset's value."""
+    parser.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        metavar="ROW",
+        help="a row of the paper's tables to start from; other flags change it. " + ", ".join(PRESETS),
+    )
+    for group in dataclasses.fields(Recipe):
+        kind = type(group.default)
+        section = parser.add_argument_group(group.name, kind.__doc__)
+        for setting, hint in _settings(kind):
+            default = setting.default
+            shown = "" if default in (None, "", ()) else f" (default: {default})"
+            section.add_argument(
+                flag_of(setting),
+                dest=f"{group.name}.{setting.name}",
+                default=argparse.SUPPRESS,
+                choices=setting.metadata["choices"],
+                help=setting.metadata["help"].replace("%", "%%") + shown,
+                **_parsing(hint, setting),
+            )
+
+
+def recipe_from(arguments: argparse.Namespace) -> Recipe:
+    """The recipe of parsed flags, not yet resolved."""
+    base = PRESETS[arguments.preset] if arguments.preset else Recipe()
+    for group in dataclasses.fields(Recipe):
+        given = {
+            name.split(".", 1)[1]: tuple(value) if isinstance(value, list) else value
+            for name, value in vars(arguments).items()
+            if name.startswith(f"{group.name}.")
+        }
+        base = dataclasses.replace(base, **{group.name: dataclasses.replace(getattr(base, group.name), **given)})
+    return base
+
+
+def given_recipe_flags(arguments: argparse.Namespace) -> list[str]:
+    """Names of the settings that the command line gives, for refusing them where they would do nothing."""
+    given = [name for name in vars(arguments) if "." in name]
+    return given + (["preset"] if arguments.preset else [])
+
+
+def flag_of(setting: dataclasses.Field) -> str:
+    return setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
+
+
+def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(kind, vars(recipes))
+    return [(setting, hints[setting.name]) for setting in dataclasses.fields(kind)]
+
+
+def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
+    """argparse's keywords for a type: str, int, float, ``X | None``, ``tuple[str, ...]``."""
+    if isinstance(hint, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "*", "type": str, "metavar": "SET"}
+    if setting.metadata["choices"]:
+        return {"type": hint}
+    return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, setting.name.upper())}

@@ -1,0 +1,57 @@
+"""Made data and models for tests: a class-folder tree of small images, its shards, a tiny model file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cfmask.models.head import save_model
+from towers import TINY, Geometry
+
+REPO = Path(__file__).resolve().parents[1]
+CLASSES = ("n00000000", "n00000001", "n00000002")
+
+
+def draw_images(root: Path, *, per_class: int = 16, splits: tuple[str, ...] = ("train", "val"), size: int = 20) -> Path:
+    """root/<split>/<class>/<i>.JPEG; the class shows in the colour, so that a loss can fall."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 120, (size, size + 3, 3), dtype=np.uint8)
+                pixels[:, :, label] += 100
+                Image.fromarray(pixels).save(root / split / name / f"{name}_{i}.JPEG", quality=95)
+    return root
+
+
+def convert(source: Path, out: Path, *flags: str) -> Path:
+    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out, *flags]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return out
+
+
+def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, ...] = CLASSES) -> Path:
+    """A model file, and beside it the configuration that --model takes."""
+    import dataclasses
+    import json
+
+    info = dataclasses.replace(geometry.info(len(classes)), classes=classes)
+    path.with_suffix(".json").write_text(json.dumps(info.config))
+    save_model(path, geometry.classifier(classes=len(classes)), info)
+    return path
+
+
+def submit(*flags: object, check: bool = True, **popen) -> subprocess.CompletedProcess:
+    """`python launch/submit.py …` with one thread a process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
+    command = [sys.executable, str(REPO / "launch/submit.py"), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **popen)
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done

@@ -1,0 +1,175 @@
+"""A run that is killed, torn or preempted ends with the weights of one that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import made
+from cfmask.runs import read_lines
+
+STEPS = 18  # 3 epochs of 6
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("materials")
+    made.draw_images(root / "images", per_class=32)
+    made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
+    made.save_tiny_model(root / "tiny.safetensors")
+    return root
+
+
+def flags(materials: Path, run: Path, *more: object) -> list[object]:
+    return [
+        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
+        *("--pretrained", materials / "tiny.safetensors", "--executor", "local", "--tasks-per-node", 2),
+        *("--batch-size", 16, "--lanes", 4, "--epochs", 3, "--warmup-steps", 2, "--lr", 1e-3),
+        *("--loader-workers", 1, "--log-steps", 1, "--checkpoint-steps", 4, "--run", run, *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(materials, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    made.submit(*flags(materials, run))
+    return run
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(r / f"checkpoints/step-{STEPS:08d}" / file) for r in (run, other))
+        assert ours.keys() == theirs.keys() and ours
+        for name in ours:
+            assert torch.equal(ours[name], theirs[name]), f"{name} of {file} differs"
+    losses = [[(x["step"], x["loss"]) for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, other)]
+    assert losses[0] == losses[1], "the log is not the history of the weights"
+
+
+def start(*command: object) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(made.REPO / "launch/submit.py"), *map(str, command)],
+        start_new_session=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(line["step"] >= step for line in read_lines(run / "log.jsonl")):
+            return
+        assert process.poll() is None, "the run ended before it could be disturbed"
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to everything the command started: controller, ranks, loaders."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Pids of the ranks that a submit command has started, in order of rank."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    return sorted(
+        int(pid) for pid, group, args in rows if int(group) == process.pid and "submitit.core._submit" in args
+    )
+
+
+@pytest.mark.parametrize("kills", [(2,), (9,), (5, 13)], ids=["before any checkpoint", "mid-epoch", "twice"])
+def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path, kills):
+    run = tmp_path / "run"
+    for step in kills:
+        process = start(*flags(materials, run))
+        wait_for_step(run, step, process)
+        kill_all(process)
+        assert not (run / "results.json").exists()
+    made.submit(*flags(materials, run))
+    assert_same_end(run, undisturbed)
+    attempts = read_lines(run / "attempts.jsonl")
+    assert [a["why_last_ended"] for a in attempts] == [None] + ["killed without notice"] * len(kills)
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start(*flags(materials, run))
+    wait_for_step(run, 13, process)
+    kill_all(process)
+    newest = max((run / "checkpoints").glob("step-*"))
+    torn = newest / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:-100])
+    made.submit(*flags(materials, run))
+    logs = "".join(log.read_text() for log in (run / "jobs").glob("*_0_log.out"))
+    assert f"{newest} is torn" in logs
+    assert read_lines(run / "attempts.jsonl")[-1]["from_step"] < int(newest.name.removeprefix("step-"))
+    assert_same_end(run, undisturbed)
+
+
+def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start(*flags(materials, run))
+    wait_for_step(run, 7, process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR2)  # one rank alone hears of it
+    assert process.wait(timeout=120) == 0
+    first, second = read_lines(run / "attempts.jsonl")
+    assert second["why_last_ended"] == f"stopped at step {second['from_step']} (requeue)"
+    assert second["from_step"] >= 7
+    assert_same_end(run, undisturbed)
+
+
+def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    process = start(*flags(materials, run))
+    wait_for_step(run, 6, process)
+    for pid in ranks_of(process):
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    stopped = json.loads((run / "ended.json").read_text())["why"]
+    newest = max((run / "checkpoints").glob("step-*"))
+    assert stopped == f"stopped at step {int(newest.name.removeprefix('step-'))} (quit)"
+    made.submit("--resume", run, "--executor", "local", "--tasks-per-node", 2)
+    assert_same_end(run, undisturbed)
+
+
+def test_the_same_command_after_the_end_changes_nothing(materials, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
+    done = made.submit(*flags(materials, undisturbed))
+    assert "is finished" in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_another_world_size_trains_the_same_batches_to_the_same_loss(materials, undisturbed, tmp_path, ranks):
+    run = tmp_path / "run"
+    made.submit(*flags(materials, run, "--tasks-per-node", ranks, "--loader-workers", 0))
+    ours, theirs = ([x["loss"] for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, undisturbed))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
+    # the first step's gradients differ by nothing but the order of a sum
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
+
+
+def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
+    """With more than two ranks the order in which an all-reduce adds depends on DDP's buckets."""
+    more = ("--tasks-per-node", 4, "--loader-workers", 0)
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    made.submit(*flags(materials, alone, *more))
+    process = start(*flags(materials, killed, *more))
+    wait_for_step(killed, 9, process)
+    kill_all(process)
+    made.submit(*flags(materials, killed, *more))
+    assert_same_end(killed, alone)
