@@ -1,0 +1,139 @@
+"""The Slurm on one machine behaves as launches need it to: runs, accounts, preempts, requeues, goes away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slurm_fixture import CLUSTER_TOOL, Cluster, tool, wait_until
+
+pytestmark = pytest.mark.slurm
+
+
+def processes_of(state: Path) -> list[str]:
+    """Command lines of the processes that name the folder in command line or environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if str(state).encode() in command + variables:
+                found.append(command.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def test_two_node_job_runs_on_both_nodes_and_is_accounted(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    job = slurm_cluster.sbatch(
+        "--nodes=2", "--output=log", "--wrap=srun sh -c 'echo on $SLURMD_NODENAME'", cwd=tmp_path
+    )
+    slurm_cluster.wait_for_state(job, "COMPLETED")
+    assert sorted((tmp_path / "log").read_text().split("\n")) == ["", "on n1", "on n2"]
+
+    def accounted() -> str:
+        return slurm_cluster.call("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList").strip()
+
+    wait_until(lambda: accounted() == "COMPLETED|n[1-2]", "sacct shows the job as completed")
+
+
+def test_high_preempts_low_with_its_signal_and_requeues_it(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    task = tmp_path / "task.sh"
+    task.write_text(
+        """\
+trap 'echo $SLURMD_NODENAME got USR2' USR2
+trap 'echo $SLURMD_NODENAME got TERM' TERM
+echo $SLURMD_NODENAME starts, restarts ${SLURM_RESTART_COUNT:-0}
+[ ${SLURM_RESTART_COUNT:-0} = 0 ] || exit 0
+(trap "" USR2 TERM; exec sleep 300) &  # Slurm signals every process of a step, this one too
+while kill -0 $!; do wait; done
+"""
+    )
+    log = tmp_path / "log"
+    slurm_cluster.call("scontrol", "update", "PartitionName=low", "GraceTime=2")
+    try:
+        low = slurm_cluster.sbatch(
+            *("--partition=low", "--nodes=2", "--requeue", "--open-mode=append", "--output=log"),
+            *("--time=30", "--signal=USR2@60", f"--wrap=srun bash {task}"),
+            cwd=tmp_path,
+        )
+        wait_until(lambda: log.exists() and log.read_text().count("restarts 0") == 2, "both tasks have started")
+        high = slurm_cluster.sbatch(
+            "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1", cwd=tmp_path
+        )
+        slurm_cluster.wait_for_state(high, "COMPLETED")
+        wait_until(lambda: slurm_cluster.job(low)["Reason"] == "BeginTime", "the preempted job is back in the queue")
+        # A requeued job is held back for two minutes.
+        slurm_cluster.call("scontrol", "update", f"jobid={low}", "StartTime=now")
+        slurm_cluster.wait_for_state(low, "COMPLETED")
+    finally:
+        slurm_cluster.call("scontrol", "update", "PartitionName=low", "GraceTime=30")
+
+    assert slurm_cluster.job(low)["Restarts"] == "1"
+    told = log.read_text()
+    for node in ("n1", "n2"):
+        assert f"{node} starts, restarts 0" in told
+        assert f"{node} got USR2" in told
+        assert f"{node} starts, restarts 1" in told
+
+
+def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) -> None:
+    assert "already up" in tool(slurm_cluster.state, "up")
+    before = {name: slurm_cluster.pid(name) for name in ("slurmctld", "slurmd-n1", "slurmd-n2")}
+    os.kill(before["slurmctld"], signal.SIGKILL)
+    command = [sys.executable, str(CLUSTER_TOOL), "status", "--state", str(slurm_cluster.state)]
+    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 1, "status tells that one is dead")
+    slurm_cluster.revive()
+    assert slurm_cluster.pid("slurmctld") != before["slurmctld"]
+    assert slurm_cluster.pid("slurmd-n1") == before["slurmd-n1"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert slurm_cluster.call("sinfo", "-h", "-o", "%R").split() == ["low", "high"]
+
+
+def test_daemons_listen_on_loopback_only(slurm_cluster: Cluster) -> None:
+    if "listen on every interface" in tool(slurm_cluster.state, "status"):
+        pytest.skip("no right to give the daemons a host name of their own")
+    ports = {int(port) for port in re.findall(r"Port=(\d+)", slurm_cluster.conf.read_text())}
+    addresses = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        if Path(table).exists():
+            for row in Path(table).read_text().splitlines()[1:]:
+                address, port = row.split()[1].split(":")
+                if int(port, 16) in ports and row.split()[3] == "0A":  # listening
+                    addresses.add(address)
+    assert len(ports) == 4
+    assert addresses == {"0100007F"}
+
+
+def test_down_leaves_nothing_of_a_killed_session_with_a_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    session = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from slurm_fixture import running_cluster
+with running_cluster() as cluster:
+    job = cluster.sbatch("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 300", cwd={str(tmp_path)!r})
+    cluster.wait_for_state(job, "RUNNING")
+    print(cluster.state, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    state = Path(done.stdout.strip())
+    assert processes_of(state)
+    wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")
+    assert processes_of(slurm_cluster.state), "the cluster beside it must be left alone"
+
+
+def test_up_refuses_a_folder_that_is_not_a_cluster(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    command = [sys.executable, str(CLUSTER_TOOL), "up", "--state", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* is not empty and not a cluster of ours\..*\n", done.stderr)
+    assert (tmp_path / "thesis.tex").exists()
