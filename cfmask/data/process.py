@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
-from multiprocessing import forkserver, resource_tracker
+import threading
+from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
 # What a cluster sends to every process of a job. The training process answers them at a step boundary; a loader
 # that died of one would take that answer away.
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-
-_PR_SET_PDEATHSIG = 1
 
 
 def ignore_job_signals() -> None:
@@ -24,15 +21,21 @@ def ignore_job_signals() -> None:
 
 
 def die_with_parent() -> None:
-    """Called in a child: the kernel kills it when the thread that started it ends, however that came about.
+    """Called in a child of multiprocessing: end it at once when the process that asked for it ends, however that came
+    about.
 
-    Linux only; elsewhere nothing happens, and only torch's own watchdog (a poll every few seconds) is left.
+    A thread waits for the end of a pipe that only that process holds open. Neither the kernel's parent-death signal
+    nor torch's watchdog do here: a loader's parent is the fork server, and that lives as long as its loaders.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():  # it ended before the line above
-            os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="die_with_parent", daemon=True).start()
 
 
 def loader_context() -> BaseContext:

@@ -305,9 +305,30 @@ def _run(source: _TrainSource | _EvalSource, image_size: int, loader_workers: in
     )
 
     def batches() -> Iterator[Batch]:
-        for item in loader:
+        items = iter(loader)
+        while True:
+            try:
+                item = next(items, None)
+            except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
+                if _lost_a_loader(error):
+                    raise UserError(
+                        f"A data loader process was killed ({error}), most often for lack of memory. Give the job more "
+                        f"memory (and /dev/shm, through which batches travel), or use fewer loader workers."
+                    ) from error
+                raise
+            if item is None:
+                return
             if isinstance(item, UserError):
                 raise item
             yield item
 
     return batches()
+
+
+def _lost_a_loader(error: Exception) -> bool:
+    """Whether torch's DataLoader failed because a process of it is gone. It says so when it notices first; otherwise
+    fetching a batch from the dead process fails. What is raised inside a loader comes with its traceback as text."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
+    return "in DataLoader worker process" not in text

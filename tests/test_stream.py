@@ -1,0 +1,375 @@
+"""The stream is the plan, whatever carries it: ranks, loader processes, micro-batches, restarts."""
+
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cfmask.data import images, plan, shards
+from cfmask.data.shards import Manifest, ShardReader, load_manifest, write_manifest, write_shard
+from cfmask.data.stream import Batch, eval_batches, train_batches
+from cfmask.errors import UserError
+from cfmask.masking.fills import DrawSpec, concat, draw
+
+REPO = Path(__file__).resolve().parents[1]
+SIZE = 28
+COUNTS = (13, 9, 17, 11, 15)  # 65 samples: 4 steps of 16, one sample left out
+BATCH, LANES = 16, 8
+SPECS = {
+    "single-fill": DrawSpec("object", "single-fill", 0.3, 49),
+    "multi-fill": DrawSpec("random", "multi-fill", 0.5, 49),
+    "no-fill": DrawSpec("random", "no-fill", 0.75, 49),
+    "nothing": None,
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+def picture(number):
+    rng = np.random.default_rng(number)
+    colours = rng.integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(colours).resize((40 + number % 7, 36 + number % 5)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_set(folder, data_of=picture):
+    folder.mkdir(parents=True)
+    indexes, entries = [], []
+    number = 0
+    for s, count in enumerate(COUNTS):
+        samples = []
+        for _ in range(count):
+            samples.append((f"s{number}", {"jpg": data_of(number), "cls": str(number % 10).encode(), "json": b"{}"}))
+            number += 1
+        tar = folder / f"train-{s:06d}.tar"
+        indexes.append(write_shard(tar, samples, num_classes=10))
+        entries.append(shards.shard_of_index(tar, indexes[-1]))
+    write_manifest(
+        Manifest(
+            root=folder,
+            split="train",
+            store="original",
+            classes=tuple((f"n{c}", f"class {c}") for c in range(10)),
+            class_counts=shards.class_counts_of(indexes, 10),
+            shards=tuple(entries),
+        )
+    )
+    return load_manifest(folder)
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    return make_set(tmp_path_factory.mktemp("stream") / "train")
+
+
+def train(manifest, *, rank=0, world_size=1, workers=0, epoch=1, start_step=0, spec="single-fill", micro_batches=1):
+    return train_batches(
+        manifest,
+        image_size=SIZE,
+        batch_size=BATCH,
+        lanes=LANES,
+        rank=rank,
+        world_size=world_size,
+        seed=5,
+        epoch=epoch,
+        start_step=start_step,
+        loader_workers=workers,
+        draw_spec=SPECS[spec],
+        micro_batches=micro_batches,
+    )
+
+
+def assert_equal(a: Batch, b: Batch):
+    assert (a.epoch, a.step, a.keys) == (b.epoch, b.step, b.keys)
+    assert a.images.dtype == b.images.dtype == torch.uint8 and torch.equal(a.images, b.images)
+    assert a.labels.dtype == b.labels.dtype == torch.int64 and torch.equal(a.labels, b.labels)
+    for name in ("mask", "keep", "donors"):
+        x, y = getattr(a.draws, name), getattr(b.draws, name)
+        assert (x is None) == (y is None)
+        assert x is None or torch.equal(x, y)
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """Batches of one step side by side, in lane order, as the one batch they are parts of."""
+    assert len({(part.epoch, part.step) for part in parts}) == 1
+    return Batch(
+        epoch=parts[0].epoch,
+        step=parts[0].step,
+        images=torch.cat([part.images for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        keys=[key for part in parts for key in part.keys],
+        draws=concat([part.draws for part in parts]),
+    )
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def epoch(request, manifest):
+    """The uninterrupted epoch of one rank without loader processes, and the kind of its draws."""
+    return request.param, list(train(manifest, spec=request.param))
+
+
+def test_batches_are_what_the_plan_says(manifest, epoch):
+    """Spelled out once, from the plan, the bytes on disk and the generator of each lane."""
+    spec, batches = epoch
+    assert [batch.step for batch in batches] == [0, 1, 2, 3]
+    orders = [
+        plan.lane_order(manifest.sample_counts, seed=5, epoch=1, lane=lane, lanes=LANES, batch_size=BATCH)
+        for lane in range(LANES)
+    ]
+    with ShardReader(manifest) as reader:
+        for batch in batches:
+            ids = np.concatenate([order[batch.step] for order in orders])
+            samples = [reader.read(i) for i in ids]
+            draws = [draw(SPECS[spec], 2, plan.lane_generator(5, 1, batch.step, lane)) for lane in range(LANES)]
+            expected = Batch(
+                epoch=1,
+                step=batch.step,
+                images=torch.stack([images.crop(images.decode(sample["jpg"]), SIZE) for sample in samples]),
+                labels=torch.tensor([i % 10 for i in ids]),
+                keys=[f"s{i}" for i in ids],
+                draws=concat(draws),
+            )
+            assert_equal(batch, expected)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_global_batches_are_the_same_for_every_world_size(manifest, epoch, world_size):
+    spec, whole = epoch
+    assert_ranks_make_up(
+        whole, [list(train(manifest, rank=r, world_size=world_size, spec=spec)) for r in range(world_size)]
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_global_batches_are_the_same_for_every_number_of_loaders(manifest, world_size, workers):
+    whole = list(train(manifest, spec="multi-fill"))
+    ranks = [
+        list(train(manifest, rank=r, world_size=world_size, workers=workers, spec="multi-fill"))
+        for r in range(world_size)
+    ]
+    assert_ranks_make_up(whole, ranks)
+
+
+def assert_ranks_make_up(whole: list[Batch], ranks: list[list[Batch]]):
+    assert {len(rank) for rank in ranks} == {len(whole)}
+    for step, batch in enumerate(whole):
+        assert_equal(joined([rank[step] for rank in ranks]), batch)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_micro_batches_are_the_lanes_of_a_step_in_order(manifest, epoch, micro_batches):
+    spec, whole = epoch
+    parts = list(train(manifest, micro_batches=micro_batches, spec=spec))
+    assert len(parts) == micro_batches * len(whole)
+    for step, batch in enumerate(whole):
+        assert_equal(joined(parts[step * micro_batches : (step + 1) * micro_batches]), batch)
+    if spec == "multi-fill" and micro_batches == 4:
+        for a, b in zip(train(manifest, micro_batches=micro_batches, spec=spec, workers=3), parts, strict=True):
+            assert_equal(a, b)
+
+
+def test_a_resumed_stream_equals_the_rest_of_the_uninterrupted_one(manifest, epoch):
+    spec, whole = epoch
+    for start_step in range(len(whole) + 1):
+        rest = list(train(manifest, start_step=start_step, spec=spec))
+        assert len(rest) == len(whole) - start_step
+        for a, b in zip(rest, whole[start_step:], strict=True):
+            assert_equal(a, b)
+
+
+@pytest.mark.parametrize("start_step", [1, 3])
+def test_a_resumed_stream_with_loaders_equals_the_rest_of_one_without(manifest, start_step):
+    whole = list(train(manifest))
+    for a, b in zip(train(manifest, start_step=start_step, workers=3), whole[start_step:], strict=True):
+        assert_equal(a, b)
+
+
+def test_resuming_may_change_world_size_and_loaders(manifest, epoch):
+    spec, whole = epoch
+    ranks = [list(train(manifest, rank=r, world_size=4, start_step=2, spec=spec, micro_batches=2)) for r in range(4)]
+    for step in (2, 3):
+        parts = [part for rank in ranks for part in rank if part.step == step]
+        assert_equal(joined(parts), whole[step])
+
+
+def test_epochs_see_other_orders_of_the_same_samples(manifest):
+    epochs = [[key for batch in train(manifest, epoch=e) for key in batch.keys] for e in range(3)]
+    assert all(len(set(keys)) == len(keys) == 64 for keys in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_streaming_leaves_torch_s_global_generator_alone(manifest):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(train(manifest))
+    list(train(manifest, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (3, 0), (7, 0), (1, 2), (3, 3)])
+def test_evaluation_sees_each_sample_once_in_order_without_padding(manifest, world_size, workers):
+    ranks = [
+        list(
+            eval_batches(manifest, image_size=SIZE, batch_size=6, rank=r, world_size=world_size, loader_workers=workers)
+        )
+        for r in range(world_size)
+    ]
+    assert [key for rank in ranks for batch in rank for key in batch.keys] == [f"s{i}" for i in range(65)]
+    labels = torch.cat([batch.labels for rank in ranks for batch in rank])
+    assert torch.equal(labels, torch.arange(65) % 10)
+    for rank in ranks:
+        assert all(len(batch.images) == 6 for batch in rank[:-1]) and 1 <= len(rank[-1].images) <= 6
+        assert all(batch.draws.donors is None for batch in rank)
+
+
+def test_a_rank_may_have_nothing_to_evaluate(manifest):
+    seen = [
+        len(list(eval_batches(manifest, image_size=SIZE, batch_size=6, rank=r, world_size=80, loader_workers=0)))
+        for r in range(80)
+    ]
+    assert sum(seen) == 65 and 0 in seen
+
+
+def test_a_sample_that_cannot_be_used_is_named_when_its_batch_is_due(tmp_path):
+    made = make_set(tmp_path / "train", lambda n: picture(n)[:200] if n == 30 else picture(n))
+    order = list(range(65))
+    for workers in (0, 2):
+        stream = eval_batches(made, image_size=SIZE, batch_size=10, rank=0, world_size=1, loader_workers=workers)
+        seen = [key for batch in islice(stream, 3) for key in batch.keys]
+        assert seen == [f"s{i}" for i in order[:30]]
+        with pytest.raises(UserError, match=r"Sample s30 of shard .*train-000002.tar cannot be used") as caught:
+            next(stream)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanishes_is_named(tmp_path, workers):
+    made = make_set(tmp_path / "train")
+    (made.root / "train-000003.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000003.tar cannot be opened \(No such file"):
+        list(train(made, workers=workers))
+
+
+def test_sizes_that_do_not_divide_are_refused_before_anything_starts(manifest):
+    with pytest.raises(UserError, match="3 workers cannot share 8 lanes evenly: use 1, 2, 4 or 8 workers"):
+        train(manifest, world_size=3)
+    with pytest.raises(UserError, match="4 lanes .* cannot be cut into 3 equal micro-batches: use one of 1, 2, 4"):
+        train(manifest, world_size=2, micro_batches=3)
+    with pytest.raises(UserError, match="step 5 is not within an epoch of 4 steps"):
+        train(manifest, start_step=5)
+    common = {"image_size": SIZE, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0, "loader_workers": 0}
+    with pytest.raises(UserError, match="a global batch of 20 cannot be made of 8 equal lanes"):
+        train_batches(manifest, batch_size=20, lanes=8, draw_spec=None, **common)
+    with pytest.raises(UserError, match="leaves one sample a lane: use at most 4 lanes"):
+        train_batches(manifest, batch_size=8, lanes=8, draw_spec=SPECS["multi-fill"], **common)
+    with pytest.raises(UserError, match="65 samples do not fill one global batch of 128"):
+        train_batches(manifest, batch_size=128, lanes=8, draw_spec=None, **common)
+
+
+# --- loader processes and signals -----------------------------------------------------------------------------------
+
+TRAINER = """
+    import os, signal, sys, time
+    sys.path.insert(0, {repo!r})
+
+    from cfmask.data.shards import load_manifest
+    from cfmask.data.stream import train_batches
+
+
+    def main():
+        flags = []
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, lambda number, frame: flags.append(number))
+        keys = []
+        for epoch in range(2):
+            for batch in train_batches(
+                load_manifest({folder!r}), image_size=28, batch_size=16, lanes=8, rank=0, world_size=1, seed=5,
+                epoch=epoch, loader_workers=2, draw_spec=None,
+            ):
+                keys += batch.keys
+                print("step", flush=True)
+                time.sleep({pause})
+        print("keys", len(keys), "flags", sorted(set(flags)), flush=True)
+
+
+    if __name__ == "__main__":
+        main()
+"""
+
+
+def start_trainer(tmp_path, manifest, pause):
+    """A process group of its own: a trainer, its fork server, its loaders."""
+    script = tmp_path / "trainer.py"
+    script.write_text(textwrap.dedent(TRAINER.format(repo=str(REPO), folder=str(manifest.root), pause=pause)))
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def members_of(group):
+    """Processes of a process group, by pid, with what they run; zombies left out."""
+    found = {}
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(stat[2]) == group and stat[0] != "Z":
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            pass
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_signals_of_a_job_reach_every_process_and_stop_no_loader(tmp_path, manifest):
+    """Slurm sends a signal to every process of a step, fork server and loaders included."""
+    with start_trainer(tmp_path, manifest, pause=0.2) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "step\n"
+        assert len(members_of(trainer.pid)) >= 4
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            os.killpg(trainer.pid, number)
+        output = trainer.stdout.read()
+    flags = sorted([signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+    assert output.splitlines()[-1] == f"keys 128 flags {[int(flag) for flag in flags]}", output
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_no_process_outlives_a_trainer_that_is_killed(tmp_path, manifest):
+    with start_trainer(tmp_path, manifest, pause=60) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "step\n"
+        assert len(members_of(trainer.pid)) >= 4
+        trainer.kill()
+        trainer.wait()
+        deadline = time.monotonic() + 10
+        while (left := members_of(trainer.pid)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left
+
+
+def test_a_loader_that_is_killed_ends_the_stream_with_an_error(manifest):
+    """The out-of-memory killer's work: an error within seconds, no hang, no missing batch."""
+    stream = train(manifest, workers=2, micro_batches=8)
+    next(stream)
+    for child in multiprocessing.active_children():
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="A data loader process was killed .* fewer loader workers"):
+        list(stream)
