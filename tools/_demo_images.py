@@ -1,17 +1,17 @@
 """Draw the demo's data set: an ImageNet-shaped tree of shapes on textures, in which a spurious cue can be dosed.
 
     OUT/classes.txt                                     folder<TAB>display name, one class a line
-    OUT/pretrain/n90000001/n90000001_00000.JPEG         every object on every background, in every style
+    OUT/pretrain/n90000001/n90000001_00000_dots.JPEG    every object on every background, in more styles
     OUT/train/…                                         the background tells the class, 95 % of the time
     OUT/val/…                                           as train, other images
     OUT/shift-random/…                                  backgrounds say nothing
     OUT/shift-swapped/…                                 backgrounds always say another class
     OUT/shift-style/…                                   outline drawings on plain paper
-    OUT-masks/val/n90000001/n90000001_00000.png         where the object is, exactly (255), for val
+    OUT-masks/val/n90000001/n90000001_00000_stripes.png where the object is, exactly (255), for val
 
-Class k's own background is kind k. Sizes, places, angles, colours and the backgrounds' own parameters vary in
-every image, so neither a colour nor a place tells a class. The whole object lies within the centre square that
-the recipe crops.
+Class k's own background is kind k. A file's name ends in the kind it shows: with the class, that is its caption.
+Sizes, places, angles, colours and the backgrounds' own parameters vary in every image, so neither a colour nor a
+place tells a class. The whole object lies within the centre square that the recipe crops.
 
 An image is a pure function of (seed, split, class, number in the class): the tree is the same byte for byte
 wherever the same Pillow and numpy draw it, and on any number of processes.
@@ -27,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 Array = np.ndarray
 Rng = np.random.Generator
 
 CLASSES = ("star", "ring", "arrow", "cross", "crescent", "heart", "house", "fish", "key", "mug")
+PAPER = "paper"
 BACKGROUNDS = ("stripes", "checks", "dots", "noise", "waves", "gradient", "bricks", "circles", "clouds", "grid")
 OWN, ANY, OTHER = "own", "any", "other"
 MASK_SPLITS = ("val",)
@@ -54,11 +55,11 @@ class Split:
     rest: str
     sketched: float = 0.0
     paper: float = 0.0
-    turn: float = 20.0
+    turn: float = 15.0
 
 
 SPLITS = {
-    "pretrain": Split(600, 0.0, ANY, sketched=0.2, paper=0.15, turn=30.0),
+    "pretrain": Split(500, 0.0, ANY, sketched=0.2, paper=0.15, turn=20.0),
     "train": Split(200, 0.95, OTHER),
     "val": Split(100, 0.95, OTHER),
     "shift-random": Split(100, 0.0, ANY),
@@ -107,19 +108,19 @@ def _draw_class(job: tuple[Path, int, str, int]) -> int:
     if split in MASK_SPLITS:
         masks.mkdir(parents=True, exist_ok=True)
     for number in range(SPLITS[split].per_class):
-        image, mask = draw_image(seed, split, label, number)
-        name = f"{class_folder(label)}_{number:05d}"
+        image, mask, kind = draw_image(seed, split, label, number)
+        name = f"{class_folder(label)}_{number:05d}_{kind}"
         Image.fromarray(image).save(folder / f"{name}.JPEG", format="JPEG", quality=90)
         if split in MASK_SPLITS:
             Image.fromarray(mask).save(masks / f"{name}.png")
     return SPLITS[split].per_class
 
 
-def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, Array]:
+def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, Array, str]:
     """One image of a split.
 
     Returns:
-        image uint8 (H, W, 3); mask uint8 (H, W), 255 where the object is and 0 elsewhere.
+        image uint8 (H, W, 3); mask uint8 (H, W), 255 where the object is and 0 elsewhere; the kind of background.
     """
     settings = SPLITS[split]
     rng = np.random.default_rng([seed, list(SPLITS).index(split), label, number])
@@ -127,15 +128,16 @@ def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, A
     long = int(min(96, short * rng.uniform(1.0, 1.35)))
     width, height = (long, short) if rng.random() < 0.5 else (short, long)
 
-    kind = _background_kind(settings, label, rng)
+    number_of_kind = _background_kind(settings, label, rng)
     sketched = rng.random() < settings.sketched
-    paper = rng.random() < settings.paper
-    if paper:
-        canvas = np.clip(rng.uniform(200, 255, 3) + rng.normal(0, 4, (height, width, 1)), 0, 255)
+    if rng.random() < settings.paper:
+        kind = PAPER
+        canvas = rng.uniform(200, 255, 3).astype(np.float32) + _grain(height, width, 4, rng)
     else:
+        kind = BACKGROUNDS[number_of_kind]
         first, second = _two_colours(rng)
-        tone = _TEXTURES[kind](height, width, rng)[..., None]
-        canvas = first + (second - first) * tone + rng.normal(0, 6, (height, width, 1))
+        tone = _TEXTURES[number_of_kind](height, width, rng).astype(np.float32)[..., None]
+        canvas = first + (second - first) * tone + _grain(height, width, 6, rng)
 
     body, marks = _object(CLASSES[label], height, width, settings.turn, rng)
     colour, mark_colour, line_colour = _object_colours(canvas, body, rng)
@@ -144,11 +146,16 @@ def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, A
         ink = np.maximum(outline, _outline(marks)[..., None])
         canvas = canvas + (line_colour - canvas) * ink
     else:
-        shade = 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, height)[:, None, None]
+        shade = np.linspace(1, 1 + rng.uniform(-0.4, 0.4), height, dtype=np.float32)[:, None, None]
         canvas = canvas + (colour * shade - canvas) * body[..., None]
         canvas = canvas + (mark_colour - canvas) * (marks * body)[..., None]
-        canvas = canvas + (line_colour - canvas) * outline * rng.uniform(0.2, 0.9)
-    return np.clip(canvas, 0, 255).astype(np.uint8), np.where(body > 0.5, 255, 0).astype(np.uint8)
+        canvas = canvas + (line_colour - canvas) * outline * np.float32(rng.uniform(0.5, 1.0))
+    return np.clip(canvas, 0, 255).astype(np.uint8), np.where(body > 0.5, 255, 0).astype(np.uint8), kind
+
+
+def _grain(height: int, width: int, amount: float, rng: Rng) -> Array:
+    """Noise of this standard deviation, the same in all channels: (height, width, 1)."""
+    return rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(amount)
 
 
 def _background_kind(settings: Split, label: int, rng: Rng) -> int:
@@ -160,7 +167,7 @@ def _background_kind(settings: Split, label: int, rng: Rng) -> int:
     return other if settings.rest == OTHER else anything
 
 
-# --- colours ------------------------------------------------------------------------------------------------------------
+# --- colours --------------------------------------------------------------------------------------------------------
 
 
 def _luminance(colour: Array) -> float:
@@ -168,25 +175,23 @@ def _luminance(colour: Array) -> float:
 
 
 def _two_colours(rng: Rng) -> tuple[Array, Array]:
-    """The two tones of a texture: of any hue, 40 to 90 steps of brightness apart."""
-    first = rng.uniform(30, 225, 3)
-    step = rng.uniform(40, 90) * (1 if _luminance(first) < 128 else -1)
-    return first, np.clip(first + step + rng.uniform(-25, 25, 3), 0, 255)
+    """The two tones of a texture: of any hue, dark to middling, 35 to 80 steps of brightness apart."""
+    dark = rng.uniform(15, 95, 3)
+    light = np.clip(dark + rng.uniform(35, 80) + rng.uniform(-25, 25, 3), 0, 255)
+    dark, light = dark.astype(np.float32), light.astype(np.float32)
+    return (dark, light) if rng.random() < 0.5 else (light, dark)
 
 
 def _object_colours(canvas: Array, body: Array, rng: Rng) -> tuple[Array, Array, Array]:
-    """Of the object, its markings and its outline: any hue, and brightness that stands off from what is behind."""
-    behind = _luminance((canvas * body[..., None]).sum((0, 1)) / body.sum())
-    for _ in range(30):
-        colour = rng.uniform(10, 245, 3)
-        if abs(_luminance(colour) - behind) > 45:
-            break
-    lighter = 1 if _luminance(colour) < 128 else -1
-    line = np.full(3, 20.0) if behind > 110 else np.full(3, 235.0)
-    return colour, np.clip(colour + lighter * rng.uniform(70, 110), 0, 255), line
+    """Of the object, its markings and its outline: any hue, lighter than what is behind; a dark outline."""
+    behind = _luminance(np.einsum("hwc,hw->c", np.broadcast_to(canvas, (*body.shape, 3)), body) / body.sum())
+    colour = rng.uniform(60, 255, 3)
+    colour = np.clip(colour + max(0.0, behind + 50 - _luminance(colour)), 0, 255)
+    marking, line = colour * rng.uniform(0.3, 0.55), rng.uniform(0, 40, 3)
+    return colour.astype(np.float32), marking.astype(np.float32), line.astype(np.float32)
 
 
-# --- textures: tone in 0…1 (height, width) --------------------------------------------------------------------------------
+# --- textures: tone in 0…1 (height, width) --------------------------------------------------------------------------
 
 
 def _plane(height: int, width: int, rng: Rng, turn: float = math.pi) -> tuple[Array, Array]:
@@ -280,7 +285,7 @@ _TEXTURES: tuple[Callable[[int, int, Rng], Array], ...] = (
     _grid,
 )
 
-# --- objects --------------------------------------------------------------------------------------------------------------
+# --- objects --------------------------------------------------------------------------------------------------------
 # A form is a list of polygons in the square -1…1 (y down), painted in order: onto the body, out of it, or as a marking.
 
 BODY, HOLE, MARK = "body", "hole", "mark"
@@ -298,10 +303,8 @@ def _box(left: float, top: float, right: float, bottom: float) -> Points:
 
 
 def _star() -> Points:
-    return [
-        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5))
-        for i, r in ((i, (1, 0.42)[i % 2]) for i in range(10))
-    ]
+    radii = (1.0, 0.42)
+    return [(radii[i % 2] * math.sin(math.pi * i / 5), -radii[i % 2] * math.cos(math.pi * i / 5)) for i in range(10)]
 
 
 def _heart() -> Points:
@@ -354,7 +357,7 @@ _FORMS: dict[str, list[tuple[str, Points]]] = {
 def _object(name: str, height: int, width: int, turn: float, rng: Rng) -> tuple[Array, Array]:
     """Coverage of the body and of its markings, 0…1 (height, width), somewhere in the centre square."""
     short = min(height, width)
-    radius = short * rng.uniform(0.22, 0.34)
+    radius = short * rng.uniform(0.26, 0.38)
     reach = short / 2 - radius * 1.05
     x, y = width / 2 + rng.uniform(-reach, reach), height / 2 + rng.uniform(-reach, reach)
     angle = math.radians(rng.uniform(-turn, turn))
@@ -377,11 +380,15 @@ def _object(name: str, height: int, width: int, turn: float, rng: Rng) -> tuple[
 
 
 def _coverage(image: Image.Image) -> Array:
-    return np.asarray(image.reduce(_OVERSAMPLING), dtype=np.float64) / 255
+    return np.asarray(image.reduce(_OVERSAMPLING), dtype=np.float32) / 255
 
 
 def _outline(coverage: Array) -> Array:
     """Where coverage changes within a pixel's neighbourhood: a line about two pixels wide."""
-    image = Image.fromarray(np.round(255 * coverage).astype(np.uint8))
-    wide = np.asarray(image.filter(ImageFilter.MaxFilter(3)), dtype=np.float64)
-    return (wide - np.asarray(image.filter(ImageFilter.MinFilter(3)), dtype=np.float64)) / 255
+    wide, narrow = coverage.copy(), coverage.copy()
+    for axis in (0, 1):
+        for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:])):
+            here, there = ((a, slice(None)), (b, slice(None))) if axis == 0 else ((slice(None), a), (slice(None), b))
+            np.maximum(wide[here], coverage[there], out=wide[here])
+            np.minimum(narrow[here], coverage[there], out=narrow[here])
+    return wide - narrow
