@@ -1,0 +1,192 @@
+"""Pre-train the demo's small "CLIP": a ViT in open_clip's layout, on images and captions, and its zero-shot head.
+
+A caption is a class on a kind of background, "star, bricks", as the file names of the drawn images end in it. As in
+CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature; with this
+few captions all of them are candidates for every image. A caption's embedding is the normalised sum of a learnt
+vector for its class and one for its background, where CLIP has a text tower.
+
+As CLIP does with its templates, the zero-shot head averages a class's captions over all backgrounds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cfmask.data.shards import load_manifest
+from cfmask.data.stream import eval_batches
+from cfmask.models.head import build_tower, model_info, save_model
+from cfmask.models.tower import Classifier, Normalise
+from cfmask.optim import learning_rate
+from cfmask.recipe import Optim
+from tools._demo_images import BACKGROUNDS, PAPER
+
+CONFIG = {
+    "embed_dim": 128,
+    "quick_gelu": True,
+    "vision_cfg": {
+        "image_size": 56,
+        "patch_size": 8,
+        "width": 96,
+        "layers": 4,
+        "head_width": 32,
+        "mlp_ratio": 4.0,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+# CLIP's features have a mean square of about 0.2 a dimension. The loss sees normalised features only, so this is a
+# free choice here, and β means what it means for CLIP only at CLIP's scale.
+FEATURE_MEAN_SQUARE = 0.2
+MAX_SCALE = 100.0
+KINDS = (*BACKGROUNDS, PAPER)
+
+
+def pretrain(
+    shards: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int = 1400,
+    batch_size: int = 64,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    threads: int = 2,
+    progress: bool = True,
+) -> Path:
+    """Train on the shards of one split and write a model file with tower and zero-shot head.
+
+    Args:
+        shards: a folder of shards, made of images whose names end in ``_<kind of background>``.
+        out: the model file to write (.safetensors); its configuration is written beside it, as .json.
+        seed, threads: together they decide the weights to the last bit.
+
+    Returns:
+        The configuration's path: what --model takes, with ``out`` for --pretrained.
+    """
+    config_path = out.with_suffix(".json")
+    config_path.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    manifest = load_manifest(shards)
+    wnids = [wnid for wnid, _ in manifest.classes]
+    info = model_info(str(config_path), classes=wnids, provenance=f"pre-trained for the demo, seed {seed}")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            images, labels, kinds = _load(shards, progress)
+            model = Classifier(build_tower(info), nn.Linear(CONFIG["embed_dim"], len(wnids)))  # type: ignore[arg-type]
+            captions = _Captions(len(wnids), len(KINDS), CONFIG["embed_dim"])  # type: ignore[arg-type]
+            normalise = Normalise(info.mean, info.std)
+            settings = Optim(lr=lr, warmup_steps=60, batch_size=batch_size)
+            _train(model, captions, normalise, images, labels, kinds, steps, settings, weight_decay, progress)
+            with torch.no_grad():
+                model.head.weight.copy_(captions.head())
+                model.head.bias.zero_()
+                _scale_features(model, normalise(images[:: max(1, len(images) // 512)]))
+    finally:
+        torch.set_num_threads(before)
+    save_model(out, model, info)
+    return config_path
+
+
+class _Captions(nn.Module):
+    """Embeddings of all captions, and the temperature."""
+
+    def __init__(self, classes: int, kinds: int, embed: int) -> None:
+        super().__init__()
+        self.classes = nn.Parameter(torch.randn(classes, embed))
+        self.kinds = nn.Parameter(torch.randn(kinds, embed))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    def scale(self) -> Tensor:
+        return self.logit_scale.exp().clamp(max=MAX_SCALE)
+
+    def embeddings(self) -> Tensor:
+        """(classes, kinds, D), normalised."""
+        classes, kinds = F.normalize(self.classes, dim=-1), F.normalize(self.kinds, dim=-1)
+        return F.normalize(classes[:, None] + kinds, dim=-1)
+
+    def head(self) -> Tensor:
+        """(classes, D): each class's captions, averaged, normalised, times the scale."""
+        return self.scale() * F.normalize(self.embeddings().mean(1), dim=-1)
+
+
+def _train(
+    model: Classifier,
+    captions: _Captions,
+    normalise: Normalise,
+    images: Tensor,
+    labels: Tensor,
+    kinds: Tensor,
+    steps: int,
+    settings: Optim,
+    weight_decay: float,
+    progress: bool,
+) -> None:
+    parameters = [*model.visual.parameters(), *captions.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+    targets = labels * len(KINDS) + kinds
+    order = torch.empty(0, dtype=torch.int64)
+    right = torch.zeros(())
+    with tqdm(total=steps * settings.batch_size, unit="image", desc="pre-train", disable=not progress) as bar:
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, settings)
+            if len(order) < settings.batch_size:
+                order = torch.randperm(len(images))
+            chosen, order = order[: settings.batch_size], order[settings.batch_size :]
+            features = F.normalize(model.visual(normalise(_augment(images[chosen]))), dim=-1)
+            logits = captions.scale() * features @ captions.embeddings().flatten(0, 1).T
+            loss = F.cross_entropy(logits, targets[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            optimizer.step()
+
+            with torch.no_grad():
+                answers = (features @ captions.head().T).argmax(1)
+                right = right.lerp((answers == labels[chosen]).float().mean(), 0.05 if step else 1.0)
+            bar.update(settings.batch_size)
+            if step % 20 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.2f}, zero-shot {100 * right.item():.0f} %")
+
+
+def _augment(images: Tensor, reach: int = 5) -> Tensor:
+    """Flipped at random and shifted by up to ``reach`` pixels, edges mirrored. uint8 (N, 3, S, S) in and out."""
+    n, _, size, _ = images.shape
+    images = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(-1), images)
+    place = torch.arange(size) + torch.randint(-reach, reach + 1, (2, n, 1))
+    y, x = (size - 1) - ((size - 1) - place.abs()).abs()
+    return images[torch.arange(n)[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _scale_features(model: Classifier, pixels: Tensor) -> None:
+    """Scale the projection so that features have FEATURE_MEAN_SQUARE; normalised features stay what they are."""
+    mean_square = model.visual(pixels).square().mean()
+    model.visual.proj.mul_((FEATURE_MEAN_SQUARE / mean_square).sqrt())  # type: ignore[union-attr, operator]
+
+
+def _load(shards: Path, progress: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """All images of a split in memory: uint8 (N, 3, S, S), class labels and kinds of background, both int64 (N,)."""
+    manifest = load_manifest(shards)
+    size = CONFIG["vision_cfg"]["image_size"]  # type: ignore[index]
+    images, labels, kinds = [], [], []
+    batches = eval_batches(manifest, image_size=size, batch_size=256, rank=0, world_size=1, loader_workers=1)
+    with tqdm(total=manifest.num_samples, unit="image", desc="read", disable=not progress) as bar:
+        for batch in batches:
+            images.append(batch.images)
+            labels.append(batch.labels)
+            kinds += [KINDS.index(key.rsplit("_", 1)[1]) for key in batch.keys]
+            bar.update(len(batch.labels))
+    return torch.cat(images), torch.cat(labels), torch.tensor(kinds)
