@@ -22,13 +22,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe, load_recipe
 
 # A requeue that resumes where the one before it did has got nowhere; after so many there is no point.
 REQUEUES_WITHOUT_PROGRESS = 3
+
+
+_LOCK_PATIENCE_S = 5
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -125,20 +128,21 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder: two jobs cannot train into one.
+        """Hold the folder: two jobs cannot train into one. A job that is just dying is waited for.
 
         Raises:
             UserError: another job holds it.
         """
         with open(self.root / ".lock", "a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise UserError(
-                    f"Another job is training into {self.root} ({lock.read().strip() or 'unknown'}). Wait for it, "
-                    "cancel it, or give this run a folder of its own with --run."
-                ) from None
+            deadline = time.monotonic() + _LOCK_PATIENCE_S
+            while not _try_lock(lock):
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise UserError(
+                        f"Another job is training into {self.root} ({lock.read().strip() or 'unknown'}). Wait for it, "
+                        "cancel it, or give this run a folder of its own with --run."
+                    )
+                time.sleep(0.1)
             lock.truncate(0)
             lock.write(f"{os.uname().nodename}, process {os.getpid()}\n")
             lock.flush()
@@ -172,6 +176,14 @@ class RunFolder:
     def append_log(self, line: dict[str, Any]) -> None:
         with open(self.log, "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
 
 
 def _now() -> str:
