@@ -113,6 +113,7 @@ def running_cluster() -> Iterator[Cluster]:
         [sys.executable, "-c", KEEPER, str(folder), *down],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # ours may be a pipe whose reader must not wait for the keeper
         start_new_session=True,  # a Ctrl-C is for the tests; it ends them, and that ends our standard input
     )
     assert keeper.stdin is not None
@@ -121,7 +122,8 @@ def running_cluster() -> Iterator[Cluster]:
         yield Cluster(state)
     finally:
         keeper.stdin.close()
-        keeper.wait(timeout=120)
+        code = keeper.wait(timeout=120)
+    assert code == 0, f"`{' '.join(down)}` failed with exit code {code}"
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ trap 'echo $SLURMD_NODENAME got USR2' USR2
 trap 'echo $SLURMD_NODENAME got TERM' TERM
 echo $SLURMD_NODENAME starts, restarts ${SLURM_RESTART_COUNT:-0}
 [ ${SLURM_RESTART_COUNT:-0} = 0 ] || exit 0
-(trap "" USR2 TERM; exec sleep 300) &  # Slurm signals every process of a step, this one too
+(trap "" USR2; exec sleep 300) &  # Slurm signals every process of a step, this one too
 while kill -0 $!; do wait; done
 """
     )
@@ -125,7 +125,6 @@ with running_cluster() as cluster:
     done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = Path(done.stdout.strip())
-    assert processes_of(state)
     wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")
     assert processes_of(slurm_cluster.state), "the cluster beside it must be left alone"
 
