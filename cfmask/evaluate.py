@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +27,27 @@ class Score:
 
 
 @torch.no_grad()
-def count_correct(model: Classifier, normalise: Normalise, batches: Iterable[Batch], device: torch.device) -> Tensor:
-    """(2,) int64 on the device: right answers and samples among ``batches``. Waits for nothing."""
-    counts = torch.zeros(2, dtype=torch.int64, device=device)
+def count_correct(
+    models: Sequence[Classifier], normalise: Normalise, batches: Iterable[Batch], device: torch.device
+) -> tuple[Tensor, int]:
+    """Right answers of each model (models,) int64, on the device, and the number of samples. Data is read once."""
+    correct = torch.zeros(len(models), dtype=torch.int64, device=device)
+    total = 0
     for batch in batches:
-        _, logits = model(normalise(batch.images.to(device, non_blocking=True)))
-        right = (logits.argmax(1) == batch.labels.to(device, non_blocking=True)).sum()
-        counts += torch.stack([right, right.new_tensor(len(batch.labels))])
-    return counts
+        pixels = normalise(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        correct += torch.stack([(model(pixels)[1].argmax(1) == labels).sum() for model in models])
+        total += len(batch.labels)
+    return correct, total
 
 
-def top1(model: Classifier, normalise: Normalise, batches: Iterable[Batch], device: torch.device) -> Score:
-    """The score over all ranks' batches together; the same on every rank."""
-    counts = count_correct(model, normalise, batches, device)
+def top1(
+    models: Sequence[Classifier], normalise: Normalise, batches: Iterable[Batch], device: torch.device
+) -> list[Score]:
+    """Each model's score over all ranks' batches together; the same on every rank."""
+    correct, total = count_correct(models, normalise, batches, device)
+    counts = torch.cat([correct, correct.new_full((1,), total)])
     if dist.is_initialized():
         dist.all_reduce(counts)
-    correct, total = counts.tolist()
-    return Score(correct, total)
+    *right, seen = counts.tolist()
+    return [Score(r, seen) for r in right]

@@ -178,6 +178,26 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
 
+def find_model(path: str | Path) -> Path:
+    """The model file that a path names: a model file itself, a checkpoint folder, or a run folder (its trained model,
+    or its latest checkpoint's while it is not finished).
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    candidates = [path / "model.safetensors", *sorted(path.glob("checkpoints/step-*/model.safetensors"), reverse=True)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(
+        f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
+        "RUN/model.safetensors, RUN/initial.safetensors or RUN/checkpoints/step-…/model.safetensors."
+    )
+
+
 def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -241,7 +241,7 @@ def _evaluate(
             world_size=place.world_size,
             loader_workers=recipe.data.loader_workers,
         )
-        scores[name] = top1(model, normalise, batches, place.device)
+        [scores[name]] = top1([model], normalise, batches, place.device)
     return scores
 
 

@@ -12,7 +12,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ class ModelInfo:
     config: the open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …).
     mean, std: of the tower's input, per channel, for pixels in 0…1.
     classes: class folder names (wnids) in the order of the head's rows; empty when there is no head.
+    class_names: what people call them, in the same order; may be empty.
     provenance: how the weights came to be.
     """
 
@@ -39,6 +40,7 @@ class ModelInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
     provenance: str = ""
 
     def to_metadata(self) -> dict[str, str]:
@@ -206,7 +208,13 @@ def initial_model(
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
     model = Classifier(adopt(tower), linear)
-    return model, ModelInfo(name, info.config, info.mean, info.std, wnids, f"{pretrained}; {origin}")
+    return model, replace(
+        info,
+        name=name,
+        classes=wnids,
+        class_names=tuple(display for _, display in classes),
+        provenance=f"{pretrained}; {origin}",
+    )
 
 
 def check_head(path: str | Path, wnids: Sequence[str]) -> None:

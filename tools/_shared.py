@@ -1,0 +1,101 @@
+"""What the tools share: how a model and a data set are named, evaluated with a progress bar, and shown as a table."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from cfmask.data.shards import load_manifest
+from cfmask.data.stream import eval_batches
+from cfmask.errors import UserError
+from cfmask.evaluate import Score, top1
+from cfmask.models.head import ModelInfo, load_model
+from cfmask.models.tower import Classifier, Normalise
+from cfmask.runs import find_model
+
+MODEL_HELP = "model file, run folder (its trained model, or its latest checkpoint's) or checkpoint folder"
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shards", type=Path, required=True, metavar="DIR", help="folder with a folder of shards a set"
+    )
+    parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="folders under --shards to evaluate on")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="processes that read (default: 2)")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
+    )
+
+
+def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInfo]:
+    """Models of one kind: the same configuration, preprocessing and class list.
+
+    Raises:
+        UserError: a path without a model, or models that do not belong together.
+    """
+    models, first = [], None
+    for path in paths:
+        model, info = load_model(find_model(path))
+        if first is None:
+            first = info
+        for what in ("config", "mean", "std", "classes"):
+            if getattr(info, what) != getattr(first, what):
+                raise UserError(f"{path} and {paths[0]} differ in {what}: they cannot be evaluated side by side.")
+        models.append(model)
+    assert first is not None
+    return models, first
+
+
+def evaluate_sets(
+    models: Sequence[Classifier], info: ModelInfo, arguments: argparse.Namespace
+) -> dict[str, list[Score]]:
+    """Scores by set, in the order of the models; every set is read once.
+
+    Raises:
+        UserError: no such set, or one with another class list than the models'.
+    """
+    device = torch.device(arguments.device)
+    for model in models:
+        model.to(device).eval()
+    normalise = Normalise(info.mean, info.std).to(device)
+    manifests = {name: load_manifest(arguments.shards / name) for name in arguments.sets}
+    for manifest in manifests.values():
+        if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
+            raise UserError(
+                f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(info.classes)}, or they are "
+                "in another order: labels and answers would not mean the same. Convert the set with the class list "
+                "that the model was trained on."
+            )
+    scores = {}
+    with tqdm(total=sum(m.num_samples for m in manifests.values()), unit="image", dynamic_ncols=True) as bar:
+        for name, manifest in manifests.items():
+            bar.set_description(name)
+            batches = eval_batches(
+                manifest,
+                image_size=models[0].image_size,
+                batch_size=arguments.batch_size,
+                rank=0,
+                world_size=1,
+                loader_workers=arguments.loader_workers,
+            )
+
+            def counted(batches=batches):
+                for batch in batches:
+                    yield batch
+                    bar.update(len(batch.labels))
+
+            scores[name] = top1(models, normalise, counted(), device)
+    return scores
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads well in a terminal."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in rows]
+    head = "| " + " | ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)) + " |"
+    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])

@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""Loss and accuracy curves of runs as one picture. (The same values are in RUN/tensorboard.)
+
+python tools/plot_runs.py RUN RUN … --out curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.runs import RunFolder, read_lines  # noqa: E402
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE", help="default: curves.png")
+    arguments = parser.parse_args(argv)
+    draw_curves(arguments.out, arguments.runs)
+    print(f"written: {arguments.out}")
+
+
+def draw_curves(out: Path, roots: Sequence[Path]) -> None:
+    """Write the picture: cross entropy, feature distillation, training accuracy, and accuracy on each set.
+
+    Raises:
+        UserError: a run without a log.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    logs = {root: read_lines(RunFolder(root).log) for root in roots}
+    for root, lines in logs.items():
+        if not lines:
+            raise UserError(f"{root} has no log yet: it is no run folder, or its run has taken no step.")
+    sets = sorted({name for lines in logs.values() for line in lines for name in line.get("eval", {})})
+    panels = [("ce", "cross entropy"), ("mse", "feature distillation (MSE)"), ("accuracy", "training accuracy, %")]
+    count = len(panels) + len(sets)
+    columns = min(3, count)
+    figure, axes = plt.subplots(
+        -(-count // columns),
+        columns,
+        figsize=(4.2 * columns, 3 * -(-count // columns)),
+        squeeze=False,
+        layout="constrained",
+    )
+    spare = list(axes.flat)
+    for (key, title), axis in zip(panels, spare, strict=False):
+        for root, lines in logs.items():
+            taken = [line for line in lines if "loss" in line]
+            axis.plot([x["step"] for x in taken], [x[key] for x in taken], label=root.name, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+    for name, axis in zip(sets, spare[len(panels) :], strict=False):
+        for root, lines in logs.items():
+            scored = [line for line in lines if name in line.get("eval", {})]
+            axis.plot(
+                [x["step"] for x in scored], [x["eval"][name] for x in scored], "o-", label=root.name, markersize=3
+            )
+        axis.set(title=f"{name}, top-1 %", xlabel="step")
+    for axis in spare[count:]:
+        axis.set_axis_off()
+    for axis in spare[:count]:
+        axis.grid(alpha=0.3)
+    handles, labels = spare[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""A contact sheet of what the model is trained on: image, CAM over it, mask, donor, counterfactual image.
+
+    python tools/show_masks.py RUN --shards DIR --set val --out masks.png
+    python tools/show_masks.py MODEL --images photos/*.jpg --out masks.png
+
+The CAM is for the true class where it is known (shards; or a parent folder named after a class), else for the
+class that the model answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cfmask.data.images import crop, decode  # noqa: E402
+from cfmask.data.shards import load_manifest  # noqa: E402
+from cfmask.data.stream import eval_batches  # noqa: E402
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
+from cfmask.masking.masks import normalised  # noqa: E402
+from cfmask.masking.relevance import relevance  # noqa: E402
+from cfmask.models.head import ModelInfo  # noqa: E402
+from cfmask.models.tower import Classifier, Normalise, encode  # noqa: E402
+from cfmask.recipe import Method, Recipe, load_recipe  # noqa: E402
+from cfmask.step import counterfactual  # noqa: E402
+from tools._shared import MODEL_HELP, load_models  # noqa: E402
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
+    parser.add_argument("--shards", type=Path, metavar="DIR", help="folder with a folder of shards a set")
+    parser.add_argument("--set", default="val", help="folder under --shards (default: val)")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="images to show (default: 8)")
+    parser.add_argument("--mask", choices=("object", "context", "random"), help="default: the run's, or object")
+    parser.add_argument("--fill", choices=("single-fill", "multi-fill", "no-fill"), help="default: the run's")
+    parser.add_argument("--threshold", type=float, metavar="X", help="default: the run's, or the paper's")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and donors (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("masks.png"), metavar="FILE", help="default: masks.png")
+    arguments = parser.parse_args(argv)
+    if bool(arguments.images) == bool(arguments.shards):
+        raise UserError("Give either --images or --shards: what to show the masks of.")
+
+    [model], info = load_models([arguments.model])
+    method = _method(arguments)
+    if arguments.images:
+        images, labels = _from_files(arguments.images, arguments.count, model.image_size, info)
+    else:
+        images, labels = _from_shards(
+            arguments.shards / arguments.set, arguments.count, model.image_size, arguments.seed
+        )
+    draw_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
+    print(f"written: {arguments.out}")
+
+
+def _method(arguments: argparse.Namespace) -> Method:
+    recorded = next(
+        (load_recipe(p / "recipe.json").method for p in _ancestors(arguments.model) if (p / "recipe.json").exists()),
+        Method(),
+    )
+    if recorded.mask is None or arguments.mask or arguments.fill:
+        name = f"{arguments.mask}-mask" if arguments.mask else "object-mask" if not recorded.mask else recorded.name
+        recorded = Method(name=name, fill=arguments.fill, threshold=arguments.threshold)
+    elif arguments.threshold is not None:
+        recorded = Method(name=recorded.name, fill=recorded.fill, threshold=arguments.threshold)
+    return Recipe(method=recorded).resolved().method
+
+
+def _ancestors(path: str) -> list[Path]:
+    whole = Path(path).resolve()
+    return [whole, *whole.parents]
+
+
+def _from_files(paths: list[Path], count: int, size: int, info: ModelInfo) -> tuple[Tensor, list[int | None]]:
+    endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+        else:
+            files.append(path)
+    if not files:
+        raise UserError(f"There is no image under {', '.join(map(str, paths))}.")
+    chosen = files[:: max(1, len(files) // count)][:count]
+    images, labels = [], []
+    for file in chosen:
+        try:
+            images.append(crop(decode(file.read_bytes()), size))
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+        labels.append(info.classes.index(file.parent.name) if file.parent.name in info.classes else None)
+    return torch.stack(images), labels
+
+
+def _from_shards(folder: Path, count: int, size: int, seed: int) -> tuple[Tensor, list[int | None]]:
+    manifest = load_manifest(folder)
+    batches = eval_batches(
+        manifest, image_size=size, batch_size=min(manifest.num_samples, 256), rank=0, world_size=1, loader_workers=0
+    )
+    batch = next(iter(batches))
+    chosen = np.random.default_rng(seed).permutation(len(batch.labels))[:count]
+    return batch.images[chosen], [int(label) for label in batch.labels[chosen]]
+
+
+def draw_sheet(
+    out: Path,
+    model: Classifier,
+    info: ModelInfo,
+    images: Tensor,
+    labels: list[int | None],
+    method: Method,
+    seed: int = 0,
+) -> None:
+    """Write the contact sheet. images: (N, 3, S, S) uint8; labels: class ids, None where unknown."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    assert method.mask is not None and method.fill is not None
+    normalise = Normalise(info.mean, info.std)
+    features, traces = encode(model.visual, normalise(images))
+    logits = model.classify(features)
+    answers = logits.argmax(1)
+    known = torch.tensor([int(answers[i]) if label is None else label for i, label in enumerate(labels)])
+    cam = relevance(logits.gather(1, known[:, None]).squeeze(1), traces, method.first_block or 0)
+    spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
+    draws = draw(spec, len(images), np.random.default_rng(seed))
+    cf = counterfactual(images, cam, draws, method, model.patch_size)
+
+    size, patch = model.image_size, model.patch_size
+    whole = size // patch * patch
+    columns = ["image", "CAM", f"{method.mask} mask", "donor", "counterfactual"]
+    figure, axes = plt.subplots(
+        len(images), len(columns), figsize=(1.9 * len(columns), 2.15 * len(images)), squeeze=False, layout="constrained"
+    )
+    names = info.class_names or info.classes
+    heat = normalised(cam).view(len(images), 1, *model.visual.grid_size)
+    heat = torch.nn.functional.interpolate(heat, size=(whole, whole), mode="bilinear", align_corners=False)
+    for i, row in enumerate(axes):
+        picture = images[i].permute(1, 2, 0).numpy()
+        grid = cf.mask[i].view(model.visual.grid_size).numpy().repeat(patch, 0).repeat(patch, 1)
+        hidden = picture.copy()
+        hidden[:whole, :whole][grid] = 255 - (255 - hidden[:whole, :whole][grid]) // 5
+        changed = cf.images[i].permute(1, 2, 0).numpy()
+        if method.fill == "no-fill":
+            changed = picture.copy()
+            changed[:whole, :whole][grid] = 0
+        row[0].imshow(picture)
+        row[1].imshow(picture)
+        row[1].imshow(heat[i, 0].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=(0, whole, whole, 0))
+        row[1].set(xlim=(0, size), ylim=(size, 0))
+        row[2].imshow(hidden)
+        if draws.donors is not None and draws.donors.dim() == 1:
+            row[3].imshow(images[draws.donors[i]].permute(1, 2, 0).numpy())
+        else:
+            note = "a donor\nper patch" if draws.donors is not None else "no fill"
+            row[3].text(0.5, 0.5, note, ha="center", va="center", transform=row[3].transAxes, fontsize=9)
+        row[4].imshow(changed)
+        truth = "" if labels[i] is None else f"{names[known[i]]}, "
+        row[0].set_title(f"{truth}answer: {names[answers[i]]}", fontsize=8)
+        row[2].set_title(f"{100 * grid.mean():.0f} % of patches", fontsize=8)
+        for axis, title in zip(row, columns, strict=True):
+            axis.set_axis_off()
+            if i == 0 and title in ("CAM", "donor", "counterfactual"):
+                axis.set_title(title, fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
