@@ -345,7 +345,7 @@ def _follow(process, venv: Path, stamp: dict, log) -> str:
             output.append(line)
             log.write(line)
             log.flush()
-            fetched = re.match(r"\s*(?:Downloading|Using cached|Processing) (\S+)(?: \((.*)\))?", line)
+            fetched = re.match(r"\s*(?:Downloading|Using cached|Processing) (\S+)(?: \((\d.*)\))?", line)
             if fetched and not fetched.group(1).endswith(".metadata"):
                 fetching = fetched.group(1).rsplit("/", 1)[-1]
                 now = " ".join(fetching.split("-")[:2])
