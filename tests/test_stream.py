@@ -1,5 +1,6 @@
 """The stream is the plan, whatever carries it: ranks, loader processes, micro-batches, restarts."""
 
+import gc
 import io
 import multiprocessing
 import os
@@ -301,7 +302,7 @@ TRAINER = """
             ):
                 keys += batch.keys
                 print("step", flush=True)
-                time.sleep({pause})
+                {then}
         print("keys", len(keys), "flags", sorted(set(flags)), flush=True)
 
 
@@ -310,10 +311,10 @@ TRAINER = """
 """
 
 
-def start_trainer(tmp_path, manifest, pause):
+def start_trainer(tmp_path, manifest, then):
     """A process group of its own: a trainer, its fork server, its loaders."""
     script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(TRAINER.format(repo=str(REPO), folder=str(manifest.root), pause=pause)))
+    script.write_text(textwrap.dedent(TRAINER.format(repo=str(REPO), folder=str(manifest.root), then=then)))
     return subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,
@@ -339,7 +340,7 @@ def members_of(group):
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_signals_of_a_job_reach_every_process_and_stop_no_loader(tmp_path, manifest):
     """Slurm sends a signal to every process of a step, fork server and loaders included."""
-    with start_trainer(tmp_path, manifest, pause=0.2) as trainer:
+    with start_trainer(tmp_path, manifest, then="time.sleep(0.2)") as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "step\n"
         assert len(members_of(trainer.pid)) >= 4
@@ -352,7 +353,7 @@ def test_signals_of_a_job_reach_every_process_and_stop_no_loader(tmp_path, manif
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_no_process_outlives_a_trainer_that_is_killed(tmp_path, manifest):
-    with start_trainer(tmp_path, manifest, pause=60) as trainer:
+    with start_trainer(tmp_path, manifest, then="time.sleep(60)") as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "step\n"
         assert len(members_of(trainer.pid)) >= 4
@@ -373,3 +374,38 @@ def test_a_loader_that_is_killed_ends_the_stream_with_an_error(manifest):
         os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="A data loader process was killed .* fewer loader workers"):
         list(stream)
+
+
+def test_a_stream_that_is_left_early_ends_its_loaders_at_once(tmp_path):
+    """However it is left: closed, by an error of its own, or forgotten in a cycle."""
+    made = make_set(tmp_path / "train", lambda n: b"no image" if n == 64 else picture(n))
+    begun = time.monotonic()
+    stream = train(made, workers=2)
+    next(stream)
+    stream.close()
+    assert multiprocessing.active_children() == []
+    stream = eval_batches(made, image_size=SIZE, batch_size=8, rank=0, world_size=1, loader_workers=2)
+    try:
+        list(stream)
+    except UserError as error:
+        kept = error  # with its traceback, as a debugger or a log would
+    assert kept.__traceback__ is not None and multiprocessing.active_children() == []
+    stream = train(made, workers=2)
+    next(stream)
+    cycle: list = [stream]
+    cycle.append(cycle)
+    del stream, cycle
+    gc.collect()
+    assert multiprocessing.active_children() == []
+    assert time.monotonic() - begun < 15
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_an_error_in_the_training_loop_ends_the_process_with_its_traceback(tmp_path, manifest):
+    with start_trainer(tmp_path, manifest, then="raise ZeroDivisionError('loss')") as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "step\n"
+        begun = time.monotonic()
+        assert trainer.stdout.read().endswith("ZeroDivisionError: loss\n")
+        assert trainer.wait() == 1
+        assert time.monotonic() - begun < 8

@@ -11,6 +11,8 @@ step, lanes) alone; so they do not depend on the number of ranks or loaders, nor
 
 from __future__ import annotations
 
+import atexit
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -305,24 +307,47 @@ def _run(source: _TrainSource | _EvalSource, image_size: int, loader_workers: in
     )
 
     def batches() -> Iterator[Batch]:
-        items = iter(loader)
-        while True:
-            try:
-                item = next(items, None)
-            except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
-                if _lost_a_loader(error):
-                    raise UserError(
-                        f"A data loader process was killed ({error}), most often for lack of memory. Give the job more "
-                        f"memory (and /dev/shm, through which batches travel), or use fewer loader workers."
-                    ) from error
-                raise
-            if item is None:
-                return
-            if isinstance(item, UserError):
-                raise item
-            yield item
+        items: Any = iter(loader)
+        loaders = getattr(items, "_workers", [])  # none when this process does the loading
+
+        def kill() -> None:
+            for process in loaders:
+                process.kill()
+
+        # An exception in the training loop leaves this generator suspended. multiprocessing would then send the loaders
+        # the SIGTERM that they ignore, and wait for them for ever.
+        atexit.register(kill)
+        try:
+            yield from _checked(items)
+        finally:
+            atexit.unregister(kill)
+            if loaders:
+                # Not left to garbage collection, which ends the queues before it ends their owner: loaders would never
+                # be told. The deadline is for when this very line is run by garbage collection.
+                deadline = threading.Timer(3, kill)
+                deadline.start()
+                items._shutdown_workers()
+                deadline.cancel()
 
     return batches()
+
+
+def _checked(items: Iterator[Batch | UserError]) -> Iterator[Batch]:
+    while True:
+        try:
+            item = next(items, None)
+        except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
+            if not _lost_a_loader(error):
+                raise
+            item = UserError(
+                f"A data loader process was killed ({error}), most often for lack of memory. Give the job more memory "
+                f"(and /dev/shm, through which batches travel), or use fewer loader workers."
+            )
+        if item is None:
+            return
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 def _lost_a_loader(error: Exception) -> bool:
