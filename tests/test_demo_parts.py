@@ -79,7 +79,7 @@ def test_pretraining_gives_a_model_that_a_run_starts_from(tmp_path: Path, small:
     classes = ["--classes", str(tmp_path / "tree" / "classes.txt")]
     make_shards.main(["folder", "--source", source, "--out", str(shards), "--workers", "1", *classes])
     out = tmp_path / "pretrained.safetensors"
-    config = pretrain(shards / "pretrain", out, steps=3, threads=1, progress=False)
+    config = pretrain(shards / "pretrain", out, steps=3, progress=False)
     assert json.loads(config.read_text())["vision_cfg"]["image_size"] == 56
 
     manifest = load_manifest(shards / "train")
@@ -92,7 +92,7 @@ def test_pretraining_gives_a_model_that_a_run_starts_from(tmp_path: Path, small:
     assert FEATURE_MEAN_SQUARE / 3 < features.square().mean() < FEATURE_MEAN_SQUARE * 3
 
     again = tmp_path / "again.safetensors"
-    pretrain(shards / "pretrain", again, steps=3, threads=1, progress=False)
+    pretrain(shards / "pretrain", again, steps=3, progress=False)
     first, second = load_model(out)[0].state_dict(), load_model(again)[0].state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
 

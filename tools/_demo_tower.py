@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,6 +46,9 @@ CONFIG = {
 FEATURE_MEAN_SQUARE = 0.2
 MAX_SCALE = 100.0
 KINDS = (*BACKGROUNDS, PAPER)
+# A batch is computed in this many parts, each by a thread of its own. Threads within an operation would wait for each
+# other thousands of times a step, which takes twenty times as long on cores that somebody else uses as well.
+PARTS = 2
 
 
 def pretrain(
@@ -56,7 +60,6 @@ def pretrain(
     batch_size: int = 64,
     lr: float = 2e-3,
     weight_decay: float = 0.05,
-    threads: int = 2,
     progress: bool = True,
 ) -> Path:
     """Train on the shards of one split and write a model file with tower and zero-shot head.
@@ -64,7 +67,7 @@ def pretrain(
     Args:
         shards: a folder of shards, made of images whose names end in ``_<kind of background>``.
         out: the model file to write (.safetensors); its configuration is written beside it, as .json.
-        seed, threads: together they decide the weights to the last bit.
+        seed: decides the weights to the last bit, on one kind of machine.
 
     Returns:
         The configuration's path: what --model takes, with ``out`` for --pretrained.
@@ -76,7 +79,7 @@ def pretrain(
     info = model_info(str(config_path), classes=wnids, provenance=f"pre-trained for the demo, seed {seed}")
 
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -139,27 +142,37 @@ def _train(
     targets = labels * len(KINDS) + kinds
     order = torch.empty(0, dtype=torch.int64)
     right = torch.zeros(())
-    with tqdm(total=steps * settings.batch_size, unit="image", desc="pre-train", disable=not progress) as bar:
+
+    def part(pixels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """A part's loss, as its share of the batch's, its features, and its gradients."""
+        features = F.normalize(model.visual(normalise(pixels)), dim=-1)
+        logits = captions.scale() * features @ captions.embeddings().flatten(0, 1).T
+        loss = F.cross_entropy(logits, wanted, reduction="sum") / settings.batch_size
+        return loss.detach(), features.detach(), torch.autograd.grad(loss, parameters)
+
+    with (
+        ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        tqdm(total=steps * settings.batch_size, unit="image", desc="pre-train", disable=not progress) as bar,
+    ):
         for step in range(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, settings)
             if len(order) < settings.batch_size:
                 order = torch.randperm(len(images))
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            features = F.normalize(model.visual(normalise(_augment(images[chosen]))), dim=-1)
-            logits = captions.scale() * features @ captions.embeddings().flatten(0, 1).T
-            loss = F.cross_entropy(logits, targets[chosen])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            inputs = _augment(images[chosen]).chunk(PARTS), targets[chosen].chunk(PARTS)
+            losses, features, gradients = zip(*pool.map(part, *inputs), strict=True)
+            for parameter, *shares in zip(parameters, *gradients, strict=True):
+                parameter.grad = sum(shares[1:], shares[0])
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
             optimizer.step()
 
             with torch.no_grad():
-                answers = (features @ captions.head().T).argmax(1)
+                answers = (torch.cat(features) @ captions.head().T).argmax(1)
                 right = right.lerp((answers == labels[chosen]).float().mean(), 0.05 if step else 1.0)
             bar.update(settings.batch_size)
             if step % 20 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.2f}, zero-shot {100 * right.item():.0f} %")
+                bar.set_postfix_str(f"loss {sum(losses).item():.2f}, zero-shot {100 * right.item():.0f} %")
 
 
 def _augment(images: Tensor, reach: int = 5) -> Tensor:
