@@ -432,7 +432,7 @@ def _clear(venv: Path) -> None:
 
 
 def _last_lines(output: str, count: int = 3) -> str:
-    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("WARNING: Location")]
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith("WARNING")]
     return " / ".join(lines[-count:])
 
 
