@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfmask.errors import UserError
+from cfmask.files import sync
 from cfmask.models.head import ModelInfo, save_model
 from cfmask.models.tower import Classifier
 
@@ -60,12 +61,12 @@ def save(
         save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
         digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
         (aside / "state.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=2))
-        _sync(aside / "state.json")
-        _sync(aside)
+        sync(aside / "state.json")
+        sync(aside)
         if final.exists():  # a torn one that a resume has passed over
             shutil.rmtree(final)
         os.replace(aside, final)
-        _sync(folder)
+        sync(folder)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         reason = _disk_trouble(error)
@@ -140,14 +141,6 @@ def _sha256_synced(path: Path, sync: bool = True) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _disk_trouble(error: Exception) -> str | None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cfmask.errors import UserError
-from cfmask.runs import write_atomically
+from cfmask.files import write_atomically
 
 # How long a rank waits for the others. Generous, because rank 0 may be building a zero-shot head meanwhile.
 TIMEOUT = timedelta(minutes=30)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cfmask.errors import UserError
+from cfmask.files import write_atomically
 from cfmask.recipe import Recipe, load_recipe
 
 # A requeue that resumes where the one before it did has got nowhere; after so many there is no point.
@@ -32,19 +33,6 @@ REQUEUES_WITHOUT_PROGRESS = 3
 
 
 _LOCK_PATIENCE_S = 5
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader finds the whole old text or the whole new one, whenever the writer is killed."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(aside, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -25,17 +25,19 @@ from torch.utils.tensorboard import SummaryWriter
 
 from cfmask import checkpoint
 from cfmask.data.plan import steps_per_epoch
+from cfmask.data.process import loader_context
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import Batch, eval_batches, train_batches
 from cfmask.distributed import TIMEOUT, Place, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
+from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import adamw, learning_rate
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, write_atomically
+from cfmask.runs import RunFolder
 from cfmask.step import Metrics, training_step
 
 FINISHED = "finished"
@@ -61,6 +63,8 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
     """
     torch.set_num_threads(place.cpus)
     _be_deterministic()
+    if recipe.data.loader_workers:
+        loader_context()  # the loaders' server imports torch while the model is built
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
             try:

@@ -11,3 +11,5 @@ REPO = Path(__file__).resolve().parents[1]
 for folder in (REPO, REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+
+from slurm_fixture import slurm_cluster  # noqa: E402,F401

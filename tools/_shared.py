@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -32,6 +33,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def data_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Keywords of evaluate_sets from what ``add_data_arguments`` parsed."""
+    return {name: getattr(arguments, name) for name in ("shards", "sets", "batch_size", "loader_workers", "device")}
+
+
 def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInfo]:
     """Models of one kind: the same configuration, preprocessing and class list.
 
@@ -52,24 +58,30 @@ def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInf
 
 
 def evaluate_sets(
-    models: Sequence[Classifier], info: ModelInfo, arguments: argparse.Namespace
+    models: Sequence[Classifier],
+    info: ModelInfo,
+    shards: Path,
+    sets: Sequence[str],
+    *,
+    batch_size: int = 256,
+    loader_workers: int = 2,
+    device: str = "cpu",
 ) -> dict[str, list[Score]]:
     """Scores by set, in the order of the models; every set is read once.
 
     Raises:
         UserError: no such set, or one with another class list than the models'.
     """
-    device = torch.device(arguments.device)
     for model in models:
         model.to(device).eval()
     normalise = Normalise(info.mean, info.std).to(device)
-    manifests = {name: load_manifest(arguments.shards / name) for name in arguments.sets}
+    manifests = {name: load_manifest(shards / name) for name in sets}
     for manifest in manifests.values():
         if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
             raise UserError(
-                f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(info.classes)}, or they are "
-                "in another order: labels and answers would not mean the same. Convert the set with the class list "
-                "that the model was trained on."
+                f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(info.classes)}, or they "
+                "are in another order: labels and answers would not mean the same. Convert the set with the class "
+                "list that the model was trained on."
             )
     scores = {}
     with tqdm(total=sum(m.num_samples for m in manifests.values()), unit="image", dynamic_ncols=True) as bar:
@@ -78,10 +90,10 @@ def evaluate_sets(
             batches = eval_batches(
                 manifest,
                 image_size=models[0].image_size,
-                batch_size=arguments.batch_size,
+                batch_size=batch_size,
                 rank=0,
                 world_size=1,
-                loader_workers=arguments.loader_workers,
+                loader_workers=loader_workers,
             )
 
             def counted(batches=batches):
@@ -89,7 +101,7 @@ def evaluate_sets(
                     yield batch
                     bar.update(len(batch.labels))
 
-            scores[name] = top1(models, normalise, counted(), device)
+            scores[name] = top1(models, normalise, counted(), torch.device(device))
     return scores
 
 

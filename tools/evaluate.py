@@ -14,8 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import exits_cleanly  # noqa: E402
-from cfmask.runs import write_atomically  # noqa: E402
-from tools._shared import MODEL_HELP, add_data_arguments, evaluate_sets, load_models, table  # noqa: E402
+from cfmask.files import write_atomically  # noqa: E402
+from tools._shared import MODEL_HELP, add_data_arguments, data_arguments, evaluate_sets, load_models, table  # noqa: E402
 
 
 @exits_cleanly
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     models, info = load_models(arguments.models)
-    scores = evaluate_sets(models, info, arguments)
+    scores = evaluate_sets(models, info, **data_arguments(arguments))
     rows = [[path, *(f"{scores[name][i].top1:.2f}" for name in scores)] for i, path in enumerate(arguments.models)]
     print(table(["top-1 %", *(f"{name} ({scores[name][0].total})" for name in scores)], rows))
     if arguments.out:

@@ -41,6 +41,7 @@ from cfmask.data import imagenet, plan, shards, sources  # noqa: E402
 from cfmask.data.images import decode_as  # noqa: E402
 from cfmask.data.process import die_with_parent, ignore_job_signals  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.files import write_atomically  # noqa: E402
 
 PLAN = "plan.json"
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -267,7 +268,7 @@ def claim(folder: Path, tasks: list[Task], facts: dict[str, Any]) -> None:
     elif any(folder.glob("*.tar")):
         raise UserError(f"{folder} holds tars that this program did not begin there. {remedy}.")
     else:
-        shards.write_atomically(path, json.dumps({"plan": tasks[0].plan, **facts}, indent=1).encode())
+        write_atomically(path, json.dumps({"plan": tasks[0].plan, **facts}, indent=1).encode())
 
 
 def _size(n: int) -> str:
@@ -351,7 +352,7 @@ def commit(folder: Path, split: str, classes: Classes, tasks: list[Task], made: 
     bad = sorted((entry for index in indexes for entry in index.about["bad"]), key=lambda entry: entry["name"])
     listed = "".join(json.dumps(entry) + "\n" for entry in bad).encode()
     if bad:
-        shards.write_atomically(folder / BAD_SAMPLES, listed)
+        write_atomically(folder / BAD_SAMPLES, listed)
     else:
         (folder / BAD_SAMPLES).unlink(missing_ok=True)
     manifest = shards.Manifest(

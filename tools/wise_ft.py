@@ -21,7 +21,7 @@ from cfmask.ensemble import interpolate  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.models.head import save_model  # noqa: E402
 from cfmask.models.tower import Classifier  # noqa: E402
-from tools._shared import MODEL_HELP, add_data_arguments, evaluate_sets, load_models, table  # noqa: E402
+from tools._shared import MODEL_HELP, add_data_arguments, data_arguments, evaluate_sets, load_models, table  # noqa: E402
 
 
 @exits_cleanly
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         save_model(arguments.out, models[0], dataclasses.replace(info, provenance=provenance))
         print(f"written: {arguments.out}")
     if arguments.shards:
-        scores = evaluate_sets(models, info, arguments)
+        scores = evaluate_sets(models, info, **data_arguments(arguments))
         rows = [[f"{a:g}", *(f"{s[i].top1:.2f}" for s in scores.values())] for i, a in enumerate(arguments.alphas)]
         print(table(["α", *scores], rows))
 

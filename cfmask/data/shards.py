@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cfmask.errors import UserError
+from cfmask.files import sync, write_atomically
 
 FORMAT = "cfmask-shards"
 VERSION = 1
@@ -192,25 +193,6 @@ def write_manifest(manifest: Manifest) -> None:
     write_atomically(manifest.root / MANIFEST, json.dumps(raw, indent=1).encode())
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename, fsync the folder: a reader sees all of it or what was there before."""
-    aside = path.with_name(f".{path.name}.part")
-    with open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- the index of a shard -------------------------------------------------------------------------------------------
 
 
@@ -348,7 +330,7 @@ def write_shard(
             "class_counts": {str(c): n for c, n in enumerate(class_counts) if n},
         },
     )
-    _sync_folder(tar.parent)
+    sync(tar.parent)
     _write_index(index_path(tar), index)
     return index
 

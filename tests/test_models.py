@@ -1,0 +1,195 @@
+"""Towers and heads: in and out of plain open_clip without a key changed; weights that cannot be had say so."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.model import CLIP
+from PIL import Image
+from torch import nn
+
+from cfmask.data.images import crop, decode
+from cfmask.errors import UserError
+from cfmask.models.head import (
+    build_tower,
+    check_head,
+    find_weights,
+    initial_model,
+    load_model,
+    model_info,
+    read_info,
+    save_model,
+)
+from cfmask.models.tower import Classifier, Normalise, adopt, encode
+from made import CLASSES, save_tiny_model
+from towers import B32, ODD, TINY
+
+NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(CLASSES)]
+
+
+def tiny_clip(geometry=TINY, seed: int = 0) -> CLIP:
+    torch.manual_seed(seed)
+    config = geometry.info().config
+    return CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=config["quick_gelu"])
+
+
+@pytest.mark.parametrize("geometry", [B32, ODD], ids=["B/32-like", "odd"])
+def test_an_adopted_tower_computes_what_open_clip_computes(geometry):
+    plain = build_tower(geometry.info())
+    pixels = torch.randn(3, 3, geometry.image, geometry.image)
+    with torch.no_grad():
+        expected = plain(pixels)
+        ours = adopt(copy.deepcopy(plain))
+        torch.testing.assert_close(encode(ours, pixels)[0], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_goes_in_and_out_of_plain_open_clip_without_a_key_changed():
+    clip = tiny_clip()
+    before = {k: v.clone() for k, v in clip.visual.state_dict().items()}
+    model = Classifier(copy.deepcopy(clip.visual), nn.Linear(TINY.embed, 3))
+    after = {k.removeprefix("visual."): v for k, v in model.state_dict().items() if k.startswith("visual.")}
+    assert list(after) == list(before)
+    fresh = tiny_clip(seed=1)
+    fresh.visual.load_state_dict(after, strict=True)
+    pixels = torch.randn(2, 3, TINY.image, TINY.image)
+    torch.testing.assert_close(fresh.encode_image(pixels), clip.encode_image(pixels))
+
+
+def test_towers_without_a_class_token_row_are_refused():
+    info = TINY.info()
+    pooled = dict(info.config["vision_cfg"], pool_type="avg")
+    with pytest.raises(UserError, match="class token"):
+        adopt(build_tower(dataclasses.replace(info, config={**info.config, "vision_cfg": pooled})))
+    with pytest.raises(UserError, match="Conv2d"):
+        adopt(nn.Conv2d(3, 3, 1))
+
+
+def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):
+    path = save_tiny_model(tmp_path / "m.safetensors")
+    model, info = load_model(path)
+    assert info == read_info(path) and info.classes == CLASSES
+    again = tmp_path / "again.safetensors"
+    save_model(again, model, info)
+    assert read_info(again) == info
+    for name, value in load_model(again)[0].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_whole_clip_checkpoint_gives_tower_and_zero_shot_head(tmp_path, suffix):
+    clip = tiny_clip()
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY.info().config))
+    path = tmp_path / f"clip{suffix}"
+    if suffix == ".pt":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, path)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(clip.state_dict(), path)
+    model, info = initial_model(str(config), str(path), None, NAMED)
+    assert info.classes == CLASSES and info.class_names == tuple(name for _, name in NAMED)
+    pixels = torch.randn(2, 3, TINY.image, TINY.image)
+
+    # open_clip's own zero-shot path, written out
+    tokenizer = open_clip.SimpleTokenizer(context_length=16)
+    rows = []
+    with torch.no_grad():
+        for _, name in NAMED:
+            texts = clip.encode_text(tokenizer([t(name) for t in open_clip.OPENAI_IMAGENET_TEMPLATES]), normalize=True)
+            rows.append(nn.functional.normalize(texts.mean(0), dim=0))
+        expected = clip.logit_scale.exp() * clip.encode_image(pixels, normalize=True) @ torch.stack(rows).T
+        torch.testing.assert_close(model(pixels)[1], expected, rtol=1e-4, atol=1e-4)
+    assert not model.head.bias.any()
+
+
+def test_an_image_tower_alone_needs_a_head(tmp_path):
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY.info().config))
+    path = tmp_path / "tower.pt"
+    torch.save(build_tower(TINY.info()).state_dict(), path)
+    with pytest.raises(UserError, match="--head"):
+        initial_model(str(config), str(path), None, NAMED)
+    head = save_tiny_model(tmp_path / "head.safetensors")
+    model, _ = initial_model(str(config), str(path), str(head), NAMED)
+    assert torch.equal(model.head.weight, load_model(head)[0].head.weight)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    path = save_tiny_model(tmp_path / "m.safetensors")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(B32.info().config))
+    with pytest.raises(UserError, match="belong to tiny"):
+        initial_model(str(other), str(path), None, NAMED)
+
+
+def test_openai_weights_on_a_gelu_model_are_an_error_not_a_warning():
+    with pytest.raises(UserError, match="Use --model ViT-B-32-quickgelu"):
+        find_weights("ViT-B-32", "openai")
+
+
+def test_weights_that_cannot_be_downloaded_say_which_file_to_put_where(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
+    with pytest.raises(UserError, match="timm/vit_base_patch32_clip_224.openai.*--pretrained PATH"):
+        find_weights("ViT-B-32-quickgelu", "openai")
+
+
+def test_missing_files_and_unknown_names_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        find_weights("ViT-B-32-quickgelu", str(tmp_path / "none.pt"))
+    with pytest.raises(UserError, match="Its tags: .*openai"):
+        find_weights("ViT-B-32-quickgelu", "opneai")
+    with pytest.raises(UserError, match="no model 'ViT-Z'"):
+        model_info("ViT-Z")
+    garbage = tmp_path / "garbage.pt"
+    garbage.write_bytes(b"not a checkpoint")
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY.info().config))
+    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+        initial_model(str(config), str(garbage), None, NAMED)
+
+
+def test_a_pickle_that_would_run_code_is_not_unpickled(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    path = tmp_path / "evil.pt"
+    torch.save({"state_dict": Evil()}, path)
+    config = tmp_path / "tiny.json"
+    config.write_text(json.dumps(TINY.info().config))
+    with pytest.raises(UserError, match="cannot be read"):
+        initial_model(str(config), str(path), None, NAMED)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_head_for_other_classes_is_refused(tmp_path):
+    path = save_tiny_model(tmp_path / "m.safetensors")
+    check_head(path, CLASSES)
+    with pytest.raises(UserError, match="has 3 classes, the shards have 2"):
+        check_head(path, CLASSES[:2])
+    with pytest.raises(UserError, match="row 0 is n00000000"):
+        check_head(path, CLASSES[::-1])
+
+
+def test_pixels_enter_the_tower_as_in_open_clips_own_preprocessing():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (301, 433, 3), dtype=np.uint8))
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    expected = open_clip.image_transform(224, is_train=False)(image)
+    normalise = Normalise(open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    ours = normalise(crop(decode(buffer.getvalue()), 224)[None])[0]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)

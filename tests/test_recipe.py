@@ -1,0 +1,115 @@
+"""Recipes: the paper's values by default, nothing silently ignored, the same after a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from cfmask.errors import UserError
+from cfmask.recipe import PRESETS, Data, Method, Model, Optim, Recipe, Run
+from launch.submit import parser
+from made import REPO
+
+
+def test_defaults_are_appendix_a1_and_the_headline_row():
+    recipe = Recipe().resolved()
+    assert recipe.optim == Optim(
+        epochs=10,
+        batch_size=512,
+        lanes=16,
+        micro_batches=1,
+        lr=3e-5,
+        warmup_steps=500,
+        weight_decay=0.1,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        clip_norm=1.0,
+    )
+    assert recipe.method == Method("object-mask", "single-fill", threshold=0.3, rate=None, beta=30.0, first_block=0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "value"),
+    [
+        ("random-mask-no-fill", 0.75),
+        ("object-mask-no-fill", 0.3),
+        ("context-mask-no-fill", 0.6),
+        ("random-mask-single-fill", 0.5),
+        ("object-mask-single-fill", 0.3),
+        ("context-mask-single-fill", 0.5),
+        ("random-mask-multi-fill", 0.5),
+        ("object-mask-multi-fill", 0.6),
+        ("context-mask-multi-fill", 0.3),
+    ],
+)
+def test_presets_have_the_authors_thresholds_and_rates(preset, value):
+    method = PRESETS[preset].resolved().method
+    assert (method.rate if method.mask == "random" else method.threshold) == value
+
+
+@pytest.mark.parametrize(
+    ("method", "flag"),
+    [
+        (Method(name="vanilla", fill="single-fill"), "--fill"),
+        (Method(name="vanilla", beta=1.0), "--beta"),
+        (Method(name="object-mask", rate=0.5), "--rate"),
+        (Method(name="random-mask", threshold=0.5), "--threshold"),
+        (Method(name="random-mask", first_block=3), "--first-block"),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused_by_name(method, flag):
+    with pytest.raises(UserError, match=f"{flag}.* would do nothing"):
+        Recipe(method=method).resolved()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag"),
+    [
+        (Recipe(optim=Optim(batch_size=500)), "--batch-size 500"),
+        (Recipe(optim=Optim(lr=float("nan"))), "--lr"),
+        (Recipe(optim=Optim(epochs=0)), "--epochs"),
+        (Recipe(optim=Optim(beta2=1.0)), "--adam-beta2"),
+        (Recipe(method=Method(threshold=1.5)), "--threshold"),
+        (Recipe(method=Method(beta=-1.0)), "--beta"),
+        (Recipe(method=Method(fill="multi-fill"), optim=Optim(batch_size=16, lanes=16)), "multi-fill"),
+        (Recipe(data=Data(eval_sets=("val", "val"))), "--eval-sets"),
+        (Recipe(run=Run(seed=-1)), "--seed"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused_by_flag(recipe, flag):
+    with pytest.raises(UserError, match=flag):
+        recipe.resolved()
+
+
+def test_a_recipe_survives_its_file_and_tells_what_differs():
+    recipe = Recipe(model=Model(head="h"), data=Data(shards="/s", eval_sets=("a", "b"))).resolved()
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    other = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=3))
+    assert recipe.differences(other) == ["run.seed: 0 → 3"]
+    assert recipe.digest() != other.digest()
+
+
+def test_a_recipe_file_with_unknown_settings_is_refused():
+    text = Recipe().to_json().replace('"lr"', '"learning_rate"')
+    with pytest.raises(UserError, match="optim.learning_rate"):
+        Recipe.from_json(text)
+    with pytest.raises(UserError, match="not a recipe"):
+        Recipe.from_json("[1, 2")
+
+
+def test_every_field_is_a_documented_flag():
+    text = parser().format_help()
+    for group in dataclasses.fields(Recipe):
+        for setting in dataclasses.fields(group.default):
+            assert setting.metadata["help"]
+            assert (setting.metadata["flag"] or "--" + setting.name.replace("_", "-")) in text
+
+
+def test_help_needs_no_torch():
+    code = "import sys; from launch.submit import parser; parser().format_help(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,180 @@
+"""Submission: what cannot work is refused with its cause and remedy, before any worker is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import made
+from cfmask.data.shards import load_manifest
+from cfmask.data.stream import eval_batches
+from cfmask.models.head import load_model
+from cfmask.models.tower import Normalise
+from cfmask.runs import read_lines
+from towers import B32
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("materials")
+    made.draw_images(root / "images")
+    made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
+    made.save_tiny_model(root / "tiny.safetensors")
+    return root
+
+
+def flags(materials: Path, run: Path, *more: object) -> list[object]:
+    return [
+        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
+        *("--pretrained", materials / "tiny.safetensors", "--executor", "local", "--tasks-per-node", 2),
+        *("--batch-size", 16, "--lanes", 4, "--epochs", 1, "--warmup-steps", 1, "--lr", 1e-3),
+        *("--loader-workers", 0, "--log-steps", 1, "--run", run, *more),
+    ]
+
+
+def refused(*command: object, **popen) -> str:
+    """The one paragraph that a refused command prints; nothing may have been started."""
+    done = made.submit(*command, check=False, **popen)
+    assert done.returncode == 2, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    return errors[0]
+
+
+def test_a_shards_folder_without_a_manifest(materials, tmp_path):
+    shutil.copytree(materials / "shards", tmp_path / "shards")
+    (tmp_path / "shards/train/manifest.json").unlink()
+    error = refused(*flags(materials, tmp_path / "run", "--shards", tmp_path / "shards"))
+    assert "manifest" in error and "make_shards.py" in error and str(tmp_path / "shards/train") in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_for_another_number_of_classes(materials, tmp_path):
+    head = made.save_tiny_model(tmp_path / "two.safetensors", classes=made.CLASSES[:2])
+    error = refused(*flags(materials, tmp_path / "run", "--head", head))
+    assert "has 2 classes, the shards have 3" in error
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--lanes", 3), "not a multiple of --lanes 3"),
+        (("--tasks-per-node", 3), "3 workers cannot share 4 lanes"),
+        (("--micro-batches", 3), "--micro-batches 3 does not divide the 2 lanes"),
+        (("--batch-size", 512, "--lanes", 16), "do not fill one global batch of 512"),
+        (("--method", "vanilla", "--beta", 30), "--beta would do nothing"),
+        (("--preset", "object-mask-no-fill", "--rate", 0.5), "--rate would do nothing"),
+        (("--nodes", 2), "--nodes 2 needs Slurm"),
+        (("--gpus-per-node", 4), "contradicts"),
+        (("--pretrained", "/no/such.pt"), "no such file"),
+        (("--model", "ViT-B-32", "--pretrained", "openai"), "ViT-B-32-quickgelu"),
+        (("--eval-sets", "nope"), "nope"),
+        (("--executor", "debug"), "one rank"),
+    ],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
+)
+def test_settings_that_cannot_work_are_refused_before_anything_is_started(materials, tmp_path, more, said):
+    assert said in refused(*flags(materials, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_is_refused(materials, tmp_path):
+    done = made.submit(*flags(materials, tmp_path / "run", "--learning-rate", 1), check=False)
+    assert done.returncode == 2 and "unrecognized arguments: --learning-rate" in done.stderr
+
+
+def test_slurm_without_slurm_is_refused(materials, tmp_path):
+    without = {"PATH": os.path.dirname(shutil.which("env") or "/usr/bin") if not shutil.which("sbatch") else "/nowhere"}
+    assert "no sbatch" in refused(*flags(materials, tmp_path / "run", "--executor", "slurm"), env=without)
+
+
+def test_a_missing_weight_file_says_which_file_to_put_where(materials, tmp_path):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
+    error = refused(
+        *flags(materials, tmp_path / "run", "--model", "ViT-B-32-quickgelu", "--pretrained", "openai"), env=offline
+    )
+    assert "timm/vit_base_patch32_clip_224.openai" in error and "--pretrained PATH" in error
+
+
+def test_a_folder_that_belongs_to_another_recipe_or_to_nobody_we_know(materials, tmp_path):
+    run = tmp_path / "run"
+    made.submit(*flags(materials, run, "--epochs", 1))
+    assert "optim.epochs: 1 → 2" in refused(*flags(materials, run, "--epochs", 2))
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    assert "thesis.tex" in refused(*flags(materials, foreign))
+    assert os.listdir(foreign) == ["thesis.tex"]
+
+
+def test_a_dry_run_prints_the_whole_recipe_and_starts_nothing(materials, tmp_path):
+    done = made.submit(*flags(materials, tmp_path / "run", "--dry-run"))
+    recipe = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
+    assert recipe["method"]["beta"] == 30.0 and recipe["optim"]["lr"] == 1e-3
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_takes_no_settings(materials, tmp_path):
+    assert "would do nothing" in refused("--resume", tmp_path, "--lr", 1)
+    assert "not a run folder" in refused("--resume", tmp_path)
+
+
+def test_the_worker_counts_each_evaluation_sample_once_and_right(materials, tmp_path):
+    """48 samples over 2 ranks in batches that do not divide them; beside a plain loop over the whole set."""
+    run = tmp_path / "run"
+    made.submit(*flags(materials, run, "--eval-sets", "val", "--preset", "ft", "--batch-size", 20))
+    counted = json.loads((run / "results.json").read_text())["sets"]["val"]
+    model, info = load_model(run / "model.safetensors")
+    normalise = Normalise(info.mean, info.std)
+    manifest = load_manifest(materials / "shards/val")
+    whole = eval_batches(manifest, image_size=16, batch_size=7, rank=0, world_size=1, loader_workers=0)
+    with torch.no_grad():
+        right = sum((model(normalise(b.images))[1].argmax(1) == b.labels).sum().item() for b in whole)
+    assert (counted["correct"], counted["total"]) == (right, 48)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_the_checkpoint_kept(materials, tmp_path):
+    run = tmp_path / "run"
+    done = made.submit(*flags(materials, run, "--lr", 1e30, "--epochs", 4, "--checkpoint-steps", 1), check=False)
+    assert done.returncode == 1
+    assert "FloatingPointError" in done.stdout and "--lr" in done.stdout
+
+
+def test_a_rank_that_dies_takes_the_other_along(materials, tmp_path):
+    """A damaged image reaches one rank only: the job ends, says which sample, and hangs nobody."""
+    shutil.copytree(materials / "shards", tmp_path / "shards")
+    tar = tmp_path / "shards/train/train-000000.tar"
+    data = bytearray(tar.read_bytes())
+    data[600:900] = bytes(300)
+    tar.write_bytes(data)
+    done = made.submit(*flags(materials, tmp_path / "run", "--shards", tmp_path / "shards"), check=False)
+    assert done.returncode == 1
+    assert "train-000000.tar" in done.stdout and "UserError" in done.stdout
+
+
+def test_a_full_disk_while_writing_a_checkpoint_is_told_and_earlier_ones_stay(materials, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    model = made.save_tiny_model(tmp_path / "m.safetensors", geometry=B32)
+    # Room for the initial model and one checkpoint of three times that, and for logs, but not for a second one.
+    room = f"size={int(5.8 * model.stat().st_size)}"
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        run = disk / "run"
+        done = made.submit(
+            *flags(materials, run, "--model", tmp_path / "m.json", "--pretrained", model, "--checkpoint-steps", 1),
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "No space left on device" in done.stdout and "Earlier checkpoints are intact" in done.stdout
+        assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000001"]
+        assert [line["step"] for line in read_lines(run / "log.jsonl")] == [1, 2, 3], "training went on"
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

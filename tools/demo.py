@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""The whole main job on a made data set, from nothing: the first command of the README.
+
+    python3 tools/demo.py                      one seed, about ten minutes on two cores
+    python3 tools/demo.py --seeds 0 1 2        the table with means and spreads
+
+    draw images → convert to shards → pre-train a small CLIP-like tower → fine-tune through launch/submit.py on two
+    local DDP workers: vanilla, object-mask, context-mask → evaluate → table and pictures
+
+In the fine-tuning set the background tells the class 95 % of the time; in the pre-training set it tells nothing.
+Whatever is there already is used again: started a second time, the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import _bootstrap
+
+if __name__ == "__main__":
+    _bootstrap.ensure()
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+
+if TYPE_CHECKING:
+    from cfmask.models.tower import Classifier
+
+EVAL_SETS = ("val", "shift-random", "shift-swapped", "shift-style")
+
+# One recipe for all rows: the paper's (β, thresholds, AdamW, clipping, cosine) with sizes that suit ten classes.
+RECIPE = (
+    *("--batch-size", "64", "--lanes", "4", "--epochs", "4", "--warmup-steps", "20", "--lr", "3e-4"),
+    *("--loader-workers", "1", "--log-steps", "5", "--eval-sets", "val", "shift-random"),
+)
+ROWS = {
+    "FT": ("--preset", "ft"),
+    "object-mask": ("--preset", "object-mask-single-fill"),
+    "context-mask": ("--preset", "context-mask-single-fill"),
+}
+SEED = 0  # of the images and the pre-training; fine-tuning has --seeds
+
+
+@exits_cleanly
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=REPO / "demo", metavar="DIR", help="default: demo/ in the repository"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    out = claim(arguments.out.resolve())
+
+    make_images_and_shards(out)
+    make_tower(out)
+    for seed in arguments.seeds:
+        for row in ROWS:
+            fine_tune(out, row, seed)
+    text = evaluate(out, arguments.seeds)
+    pictures = draw(out, arguments.seeds[0])
+    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes")
+    print(text)
+    print("\npictures:", *pictures, sep="\n  ")
+
+
+def claim(out: Path) -> Path:
+    """Results of other settings must not be taken for this demo's."""
+    record = out / "demo.json"
+    settings = json.dumps({"seed": SEED, "recipe": RECIPE, "rows": ROWS}, indent=2)
+    if record.exists() and record.read_text() != settings:
+        raise UserError(
+            f"{out} was made with other settings than this version's. Delete it, or give another folder: --out DIR."
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(settings)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}. Give another folder: --out DIR.") from error
+    return out
+
+
+def say(what: str) -> None:
+    print(f"\n== {what}", flush=True)
+
+
+def make_images_and_shards(out: Path) -> None:
+    from tools._demo_images import draw_tree
+
+    images, shards = out / "images", out / "shards"
+    drawn = out / "images.done"
+    if not drawn.exists():
+        say("Drawing images")
+        draw_tree(images, seed=SEED)
+        drawn.touch()
+    say("Converting them to shards")
+    run("tools/make_shards.py", "folder", "--source", images, "--out", shards, "--classes", images / "classes.txt")
+
+
+def make_tower(out: Path) -> None:
+    from tools._demo_tower import pretrain
+
+    if not (out / "tower.safetensors").exists():
+        say("Pre-training a small CLIP-like tower")
+        pretrain(out / "shards/pretrain", out / "tower.safetensors", seed=SEED)
+
+
+def fine_tune(out: Path, row: str, seed: int) -> None:
+    say(f"Fine-tuning: {row}, seed {seed}")
+    run(
+        *("launch/submit.py", *ROWS[row], *RECIPE, "--seed", seed, "--shards", out / "shards"),
+        *("--model", out / "tower.json", "--pretrained", out / "tower.safetensors"),
+        *("--executor", "local", "--tasks-per-node", 2, "--run", run_folder(out, row, seed)),
+    )
+
+
+def run_folder(out: Path, row: str, seed: int) -> Path:
+    return out / f"runs/{row}-s{seed}"
+
+
+def run(*command: object) -> None:
+    """A command of this repository, as a user would type it; its failure is ours."""
+    line = [sys.executable, *map(str, command)]
+    print("$ python", *(part.replace(str(REPO) + os.sep, "") for part in line[1:]), flush=True)
+    quiet = subprocess.run(line, cwd=REPO)
+    if quiet.returncode:
+        raise UserError(f"{command[0]} ended with exit code {quiet.returncode}; what it said stands above.")
+
+
+def evaluate(out: Path, seeds: list[int]) -> str:
+    """Evaluate every model on every set, write results.json and table.md; the table."""
+    from tools._shared import evaluate_sets, load_models, table
+    from tools.wise_ft import between
+
+    say("Evaluating")
+    runs = [(row, seed) for seed in seeds for row in ROWS]
+    (zero, *tuned), info = load_models([out / "tower.safetensors", *(run_folder(out, *r) for r in runs)])
+    models: dict[tuple[str, int | None], Classifier] = {("zero-shot", None): zero}
+    models.update(zip(runs, tuned, strict=True))
+    for seed in seeds:
+        models["WiSE-FT, α = 0.5", seed] = between(zero, models["FT", seed], 0.5)
+    scores = evaluate_sets(list(models.values()), info, out / "shards", EVAL_SETS)
+    found = {key: {name: scores[name][i].top1 for name in EVAL_SETS} for i, key in enumerate(models)}
+
+    rows = []
+    for name in ("zero-shot", "FT", "WiSE-FT, α = 0.5", "object-mask", "context-mask"):
+        per_seed = [sets for (row, _), sets in found.items() if row == name]
+        shifted = [statistics.mean(s[n] for n in EVAL_SETS[1:]) for s in per_seed]
+        rows.append([name, *(spread([s[n] for s in per_seed]) for n in EVAL_SETS), spread(shifted)])
+    text = table(["top-1 %", "val (in-distribution)", *EVAL_SETS[1:], "mean of shifted"], rows)
+    text += f"\n\nFine-tuning seeds: {', '.join(map(str, seeds))}"
+    text += "; mean ± standard deviation." if len(seeds) > 1 else "; --seeds 0 1 2 gives means and spreads."
+    (out / "table.md").write_text(text + "\n")
+    plain = [{"row": row, "seed": seed, **sets} for (row, seed), sets in found.items()]
+    (out / "results.json").write_text(json.dumps(plain, indent=2))
+    return text
+
+
+def spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def draw(out: Path, seed: int) -> list[Path]:
+    from tools import plot_runs, show_masks
+
+    say("Drawing pictures")
+    sheet, curves = out / "masks.png", out / "curves.png"
+    show_masks.main([str(run_folder(out, "object-mask", seed)), "--shards", str(out / "shards"), "--out", str(sheet)])
+    plot_runs.main([*(str(run_folder(out, row, seed)) for row in ROWS), "--out", str(curves)])
+    return [sheet, curves]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
