@@ -10,6 +10,7 @@ import torch
 
 import reference
 from cfmask.masking.fills import DrawSpec, draw
+from cfmask.masking.masks import object_mask
 from cfmask.masking.relevance import relevance
 from cfmask.models.tower import Normalise, encode
 from cfmask.recipe import Method, Recipe
@@ -161,3 +162,39 @@ def test_an_all_zero_cam_masks_no_object_and_the_whole_context():
         method = resolved(Method(name=name))
         draws = make_batch(TINY, method, 2)[2]
         assert counterfactual(images, cam, draws, method, TINY.patch).mask.float().mean() == share
+
+
+def test_bf16_passes_add_relevance_up_in_fp32():
+    student = B32.classifier()
+    images, labels, _ = make_batch(B32, Method(name="vanilla"), 16)
+    pixels = Normalise(B32.info().mean, B32.info().std)(images.float())
+
+    def cam(low: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            features, traces = encode(student.visual, pixels)
+            assert traces[0].q.dtype == (torch.bfloat16 if low else torch.float32)
+            return relevance(student.classify(features).gather(1, labels[:, None]).squeeze(1), traces)
+
+    ours, exact = cam(True), cam(False)
+    assert ours.dtype == torch.float32
+    assert len(ours.unique()) > 0.99 * ours.numel(), "sums rounded to bf16 would coincide"
+    correlation = torch.corrcoef(torch.stack([ours.flatten(), exact.flatten()]))[0, 1]
+    assert correlation > 0.98
+    assert (object_mask(ours, 0.3) == object_mask(exact, 0.3)).float().mean() > 0.98
+
+
+# A patch whose relevance lies at the threshold may go the other way in bf16, and takes its gradient along; so the
+# gradients are compared where masks are drawn, and the masks themselves above.
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda m: f"{m.name}-{m.fill}")
+def test_bf16_gradients_point_where_fp32_ones_do(method):
+    method = resolved(method)
+    student, teacher, normalise = student_and_teacher(B32)
+    student, teacher, normalise = student.float(), teacher.float(), normalise.float()
+    images, labels, draws = make_batch(B32, method, 4)
+    gradients = []
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            training_step(student, teacher, normalise, images.float(), labels, draws, method)
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters()]))
+        student.zero_grad()
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95

@@ -29,6 +29,12 @@ def extend_row(row: Tensor, trace: Trace, d_out: Tensor) -> Tensor:
         d_out: (N, heads, L, d), ∂z/∂out.
     """
     q, k, v, _ = trace
+    # Autocast would take the last product back to the network's own, low precision.
+    with torch.autocast(row.device.type, enabled=False):
+        return _extend(row, q, k, v, d_out.to(v.dtype))
+
+
+def _extend(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Tensor:
     attention = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).to(row.dtype).softmax(-1)
     d_attention = (d_out @ v.transpose(-2, -1)).to(row.dtype)
     positive = (attention * d_attention).relu_()
