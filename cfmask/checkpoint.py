@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cfmask.errors import UserError
-from cfmask.files import sync
+from cfmask.files import save_tensors, sync
 from cfmask.models.head import ModelInfo, save_model
 from cfmask.models.tower import Classifier
 
@@ -58,7 +58,7 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir()
         save_model(aside / "model.safetensors", model, info)
-        save_file(_optimizer_tensors(model, optimizer), aside / "optimizer.safetensors")
+        save_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
         digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
         (aside / "state.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=2))
         sync(aside / "state.json")
@@ -109,7 +109,7 @@ def restore(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Op
 
 def _optimizer_tensors(model: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{moment}.{name}": optimizer.state[parameter][moment].detach().cpu().contiguous()
+        f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in model.named_parameters()
         for moment in _MOMENTS
     }

@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# It can be read only by setting it: once, before there are threads.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -18,6 +26,15 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions that any other new file would have: safetensors alone would make it
+    unreadable to the rest of the lab."""
+    from safetensors.torch import save_file
+
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+    path.chmod(0o666 & ~_UMASK)
 
 
 def sync(path: Path) -> None:

@@ -49,6 +49,7 @@ def follow_job(job: submitit.Job, run: RunFolder, *, dies_with_terminal: bool) -
 def _show(bar: tqdm, run: RunFolder) -> None:
     lines = [line for line in read_lines(run.log) if "loss" in line]
     if not lines:
+        bar.refresh()  # the clock runs on
         return
     last = lines[-1]
     bar.set_description(run.root.name, refresh=False)

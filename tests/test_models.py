@@ -81,6 +81,8 @@ def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):
     for name, value in load_model(again)[0].state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
     assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "as readable as any other file"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

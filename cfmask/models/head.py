@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
+from cfmask.files import save_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
     from torch import Tensor, nn
@@ -116,15 +117,12 @@ def build_tower(info: ModelInfo) -> nn.Module:
 
 def save_model(path: str | Path, model: Classifier, info: ModelInfo) -> None:
     """Write a model file: aside first, then renamed, so that a reader finds a whole one or none."""
-    from safetensors.torch import save_file
-
     path = Path(path)
     if len(info.classes) != model.head.out_features:
         raise ValueError(f"{len(info.classes)} class names for a head of {model.head.out_features} classes")
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-        save_file(state, aside, metadata=info.to_metadata())
+        save_tensors(aside, model.state_dict(), info.to_metadata())
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
