@@ -81,7 +81,8 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     finally:
         if place.rank == 0:
             meeting.unlink(missing_ok=True)
-        dist.destroy_process_group()
+    # Not after an exception: with collectives under way it could wait for ranks that are waiting for this one.
+    dist.destroy_process_group()
 
 
 def call_off(place: Place, meeting_folder: Path, reason: str) -> None:

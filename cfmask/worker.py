@@ -154,6 +154,8 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
                     recorder.add_scores(step, epoch + 1, scores)
             if chief and (due or stop):
                 unwritten = _save(run, step, model, info, optimizer, recipe)
+            if recorder is not None and (due or stop):
+                recorder.flush()
             if stop and step < total_steps:
                 if chief:
                     print(f"asked to stop ({stop}) at step {step}", flush=True)
@@ -165,8 +167,6 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     # --- finish -------------------------------------------------------------------------------------------
     if not scores:
         scores = _evaluate(model, normalise, eval_sets, recipe, place)
-    if recorder is not None:
-        recorder.close()
     if chief:
         if unwritten is not None:
             raise unwritten
@@ -440,5 +440,6 @@ class _Recorder:
         print(f"epoch {epoch}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
         self._since = time.monotonic()
 
-    def close(self) -> None:
-        self._board.close()
+    def flush(self) -> None:
+        """Curves reach the disk with the checkpoint: what comes after it is drawn again if it has to be."""
+        self._board.flush()

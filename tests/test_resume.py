@@ -55,6 +55,14 @@ def assert_same_end(run: Path, other: Path) -> None:
     assert losses[0] == losses[1], "the log is not the history of the weights"
 
 
+def curve(run: Path) -> list[tuple[int, float]]:
+    """The loss as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
 def start(*command: object) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -101,6 +109,7 @@ def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undist
         assert not (run / "results.json").exists()
     made.submit(*flags(materials, run))
     assert_same_end(run, undisturbed)
+    assert curve(run) == curve(undisturbed)
     attempts = read_lines(run / "attempts.jsonl")
     assert [a["why_last_ended"] for a in attempts] == [None] + ["killed without notice"] * len(kills)
 
