@@ -3,6 +3,7 @@
 
     python3 tools/demo.py                      one seed, about ten minutes on two cores
     python3 tools/demo.py --seeds 0 1 2        the table with means and spreads
+    python3 tools/demo.py --control            with random masks too: what is the masks' share of the gain?
 
     draw images → convert to shards → pre-train a small CLIP-like tower → fine-tune through launch/submit.py on two
     local DDP workers: vanilla, object-mask, context-mask → evaluate → table and pictures
@@ -19,6 +20,7 @@ if __name__ == "__main__":
     _bootstrap.ensure()
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -48,6 +50,7 @@ ROWS = {
     "object-mask": ("--preset", "object-mask-single-fill"),
     "context-mask": ("--preset", "context-mask-single-fill"),
 }
+CONTROL = {"random-mask": ("--preset", "random-mask-single-fill")}
 SEED = 0  # of the images and the pre-training; fine-tuning has --seeds
 
 
@@ -58,17 +61,19 @@ def main() -> None:
         "--out", type=Path, default=REPO / "demo", metavar="DIR", help="default: demo/ in the repository"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each")
+    parser.add_argument("--control", action="store_true", help="fine-tune with random masks as well")
     arguments = parser.parse_args()
+    rows = ROWS | CONTROL if arguments.control else ROWS
     started = time.monotonic()
     out = claim(arguments.out.resolve())
 
     make_images_and_shards(out)
     make_tower(out)
     for seed in arguments.seeds:
-        for row in ROWS:
-            fine_tune(out, row, seed)
-    text = evaluate(out, arguments.seeds)
-    pictures = draw(out, arguments.seeds[0])
+        for row, flags in rows.items():
+            fine_tune(out, row, flags, seed)
+    text = evaluate(out, list(rows), arguments.seeds)
+    pictures = draw(out, list(rows), arguments.seeds[0])
     say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes")
     print(text)
     print("\npictures:", *pictures, sep="\n  ")
@@ -77,7 +82,9 @@ def main() -> None:
 def claim(out: Path) -> Path:
     """Results of other settings must not be taken for this demo's."""
     record = out / "demo.json"
-    settings = json.dumps({"seed": SEED, "recipe": RECIPE, "rows": ROWS}, indent=2)
+    makers = b"".join((REPO / f"tools/{name}.py").read_bytes() for name in ("_demo_images", "_demo_tower"))
+    digest = hashlib.sha256(makers).hexdigest()
+    settings = json.dumps({"seed": SEED, "recipe": RECIPE, "rows": ROWS, "makers": digest}, indent=2)
     if record.exists() and record.read_text() != settings:
         raise UserError(
             f"{out} was made with other settings than this version's. Delete it, or give another folder: --out DIR."
@@ -115,10 +122,10 @@ def make_tower(out: Path) -> None:
         pretrain(out / "shards/pretrain", out / "tower.safetensors", seed=SEED)
 
 
-def fine_tune(out: Path, row: str, seed: int) -> None:
+def fine_tune(out: Path, row: str, flags: tuple[str, ...], seed: int) -> None:
     say(f"Fine-tuning: {row}, seed {seed}")
     run(
-        *("launch/submit.py", *ROWS[row], *RECIPE, "--seed", seed, "--shards", out / "shards"),
+        *("launch/submit.py", *flags, *RECIPE, "--seed", seed, "--shards", out / "shards"),
         *("--model", out / "tower.json", "--pretrained", out / "tower.safetensors"),
         *("--executor", "local", "--tasks-per-node", 2, "--run", run_folder(out, row, seed)),
     )
@@ -137,13 +144,13 @@ def run(*command: object) -> None:
         raise UserError(f"{command[0]} ended with exit code {quiet.returncode}; what it said stands above.")
 
 
-def evaluate(out: Path, seeds: list[int]) -> str:
+def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
     """Evaluate every model on every set, write results.json and table.md; the table."""
     from tools._shared import evaluate_sets, load_models, table
     from tools.wise_ft import between
 
     say("Evaluating")
-    runs = [(row, seed) for seed in seeds for row in ROWS]
+    runs = [(row, seed) for seed in seeds for row in names]
     (zero, *tuned), info = load_models([out / "tower.safetensors", *(run_folder(out, *r) for r in runs)])
     models: dict[tuple[str, int | None], Classifier] = {("zero-shot", None): zero}
     models.update(zip(runs, tuned, strict=True))
@@ -153,7 +160,7 @@ def evaluate(out: Path, seeds: list[int]) -> str:
     found = {key: {name: scores[name][i].top1 for name in EVAL_SETS} for i, key in enumerate(models)}
 
     rows = []
-    for name in ("zero-shot", "FT", "WiSE-FT, α = 0.5", "object-mask", "context-mask"):
+    for name in ("zero-shot", "FT", "WiSE-FT, α = 0.5", *names[1:]):
         per_seed = [sets for (row, _), sets in found.items() if row == name]
         shifted = [statistics.mean(s[n] for n in EVAL_SETS[1:]) for s in per_seed]
         rows.append([name, *(spread([s[n] for s in per_seed]) for n in EVAL_SETS), spread(shifted)])
@@ -172,13 +179,13 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def draw(out: Path, seed: int) -> list[Path]:
+def draw(out: Path, names: list[str], seed: int) -> list[Path]:
     from tools import plot_runs, show_masks
 
     say("Drawing pictures")
     sheet, curves = out / "masks.png", out / "curves.png"
     show_masks.main([str(run_folder(out, "object-mask", seed)), "--shards", str(out / "shards"), "--out", str(sheet)])
-    plot_runs.main([*(str(run_folder(out, row, seed)) for row in ROWS), "--out", str(curves)])
+    plot_runs.main([*(str(run_folder(out, row, seed)) for row in names), "--out", str(curves)])
     return [sheet, curves]
 
 

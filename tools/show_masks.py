@@ -158,8 +158,10 @@ def draw_sheet(
             changed[:whole, :whole][grid] = 0
         row[0].imshow(picture)
         row[1].imshow(picture)
-        row[1].imshow(heat[i, 0].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=(0, whole, whole, 0))
-        row[1].set(xlim=(0, size), ylim=(size, 0))
+        row[1].imshow(
+            heat[i, 0].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=(-0.5, whole - 0.5, whole - 0.5, -0.5)
+        )
+        row[1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
         row[2].imshow(hidden)
         if draws.donors is not None and draws.donors.dim() == 1:
             row[3].imshow(images[draws.donors[i]].permute(1, 2, 0).numpy())
