@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -12,29 +15,33 @@ from tqdm import tqdm
 from cfmask.runs import RunFolder, read_lines
 
 
-def follow_job(job: submitit.Job, run: RunFolder, *, dies_with_terminal: bool) -> int:
+def follow_job(job: submitit.Job, run: RunFolder, *, local: bool) -> int:
     """A progress bar with loss, rate and ETA until the job ends; then its results, or why there are none.
 
     Args:
-        dies_with_terminal: Ctrl-C reaches the job as well, which then saves a checkpoint and ends.
+        local: the job runs on this machine; Ctrl-C ends it, after a checkpoint. On Slurm it goes on.
 
     Returns:
         0 if the run is finished, 1 if it failed, 130 if it was interrupted.
     """
     try:
-        with tqdm(unit="step", dynamic_ncols=True, desc="starting") as bar:
+        # In a file a bar is a line each time: there, a few of them.
+        pace = 0.5 if sys.stderr.isatty() else 15
+        with tqdm(unit="step", dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
             while not job.done():
                 time.sleep(0.5)
                 _show(bar, run)
             _show(bar, run)
     except KeyboardInterrupt:
-        if not dies_with_terminal:
+        if not local:
             print(f"The job goes on. Its progress: {run.log}")
             return 130
-        deadline = time.monotonic() + 30
+        print("Interrupted: the ranks save a checkpoint and end.", flush=True)
+        os.kill(int(job.job_id), signal.SIGTERM)  # a local job's id is its controller's pid; it tells the ranks
+        deadline = time.monotonic() + 60
         while not job.done() and time.monotonic() < deadline:
             time.sleep(0.1)
-        print("Interrupted. The same command goes on from the last checkpoint.")
+        print("The same command goes on from the last checkpoint.")
         return 130
     if run.results.exists():
         for name, score in json.loads(run.results.read_text())["sets"].items():
@@ -49,15 +56,16 @@ def follow_job(job: submitit.Job, run: RunFolder, *, dies_with_terminal: bool) -
 def _show(bar: tqdm, run: RunFolder) -> None:
     lines = [line for line in read_lines(run.log) if "loss" in line]
     if not lines:
-        bar.refresh()  # the clock runs on
+        bar.update(0)  # the clock runs on
         return
     last = lines[-1]
     bar.set_description(run.root.name, refresh=False)
     bar.total = last["total_steps"]
     bar.n = last["step"]
     bar.set_postfix_str(
-        f"loss {last['loss']:.3f}, {last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=True
+        f"loss {last['loss']:.3f}, {last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False
     )
+    bar.update(0)
 
 
 def _last_words(run: RunFolder, job: submitit.Job) -> str:

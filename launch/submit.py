@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -287,14 +288,19 @@ def submit(run: RunFolder, recipe: Recipe, allocation: Allocation, *, follow: bo
             **{f"slurm_{k}": v for k in ("partition", "account") if (v := getattr(allocation, k))},
         )
     time_limit = allocation.time_min if allocation.executor == "slurm" else 525_600
-    job = executor.submit(Job(run.root, allocation.gpus_per_node, time_limit))
+    # Ctrl-C is for this process, which tells the job's controller; that one would die of it with a traceback.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        job = executor.submit(Job(run.root, allocation.gpus_per_node, time_limit))
+    finally:
+        signal.signal(signal.SIGINT, before)
     print(f"job {job.job_id} on {describe(allocation)}\nrun  {run.root}\nlogs {job.paths.stdout.parent}")
     if allocation.executor == "debug":
         job.result()
         return 0
     if follow is False or (follow is None and allocation.executor == "slurm"):
         return 0
-    return follow_job(job, run, dies_with_terminal=allocation.executor == "local")
+    return follow_job(job, run, local=allocation.executor == "local")
 
 
 if __name__ == "__main__":
