@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ sys.path.insert(0, str(REPO))
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch  # noqa: E402
 from cfmask.data.shards import Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.models.head import check_head, find_weights, model_info, read_info  # noqa: E402
+from cfmask.models.head import check_architecture, check_head, find_weights, model_info, read_info  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
@@ -235,8 +236,10 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
         check_head(recipe.model.head, [wnid for wnid, _ in train.classes])
     elif own is not None and own.classes:
         check_head(pretrained, [wnid for wnid, _ in train.classes])
-    if own is None:
-        model_info(recipe.model.name)
+    asked = model_info(recipe.model.name, pretrained)
+    if own is not None:
+        check_architecture(own, asked, pretrained)
+    else:
         # Here, not in the job: compute nodes often have no network.
         find_weights(recipe.model.name, pretrained)
 
@@ -285,6 +288,8 @@ def submit(run: RunFolder, recipe: Recipe, allocation: Allocation, *, follow: bo
             # srun does not inherit sbatch's --cpus-per-task; and one dead rank must end the job.
             slurm_srun_args=[f"--cpus-per-task={allocation.cpus_per_task}", "--kill-on-bad-exit=1"],
             slurm_additional_parameters={"requeue": True},
+            # For sites whose jobs do not inherit the environment they are submitted from.
+            slurm_setup=[f"export PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"],
             **{f"slurm_{k}": v for k in ("partition", "account") if (v := getattr(allocation, k))},
         )
     time_limit = allocation.time_min if allocation.executor == "slurm" else 525_600

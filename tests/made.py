@@ -36,6 +36,23 @@ def convert(source: Path, out: Path, *flags: str) -> Path:
     return out
 
 
+def make_materials(root: Path, *, per_class: int = 32) -> Path:
+    """root/images, root/shards of several shards a split, root/tiny.safetensors with root/tiny.json."""
+    draw_images(root / "images", per_class=per_class)
+    convert(root / "images", root / "shards", "--samples-per-shard", "10")
+    save_tiny_model(root / "tiny.safetensors")
+    return root
+
+
+def recipe_flags(materials: Path, run: Path) -> list[object]:
+    """A recipe of 6 steps an epoch for 96 training images, into ``run``."""
+    return [
+        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
+        *("--pretrained", materials / "tiny.safetensors", "--batch-size", 16, "--lanes", 4),
+        *("--warmup-steps", 2, "--lr", 1e-3, "--loader-workers", 0, "--log-steps", 1, "--run", run),
+    ]
+
+
 def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, ...] = CLASSES) -> Path:
     """A model file, and beside it the configuration that --model takes."""
     import dataclasses

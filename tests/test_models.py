@@ -50,6 +50,17 @@ def test_an_adopted_tower_computes_what_open_clip_computes(geometry):
         torch.testing.assert_close(ours(pixels), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_layer_scale_and_a_missing_ln_pre_are_honoured():
+    """As in DINOv2's towers."""
+    info = ODD.info()
+    config = {**info.config, "vision_cfg": {**info.config["vision_cfg"], "ls_init_value": 0.3, "no_ln_pre": True}}
+    plain = build_tower(dataclasses.replace(info, config=config))
+    pixels = torch.randn(3, 3, ODD.image, ODD.image)
+    with torch.no_grad():
+        expected = plain(pixels)
+        torch.testing.assert_close(encode(adopt(plain), pixels)[0], expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_goes_in_and_out_of_plain_open_clip_without_a_key_changed():
     clip = tiny_clip()
     before = {k: v.clone() for k, v in clip.visual.state_dict().items()}

@@ -22,19 +22,14 @@ STEPS = 18  # 3 epochs of 6
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("materials")
-    made.draw_images(root / "images", per_class=32)
-    made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
-    made.save_tiny_model(root / "tiny.safetensors")
-    return root
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
 
 
 def flags(materials: Path, run: Path, *more: object) -> list[object]:
     return [
-        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
-        *("--pretrained", materials / "tiny.safetensors", "--executor", "local", "--tasks-per-node", 2),
-        *("--batch-size", 16, "--lanes", 4, "--epochs", 3, "--warmup-steps", 2, "--lr", 1e-3),
-        *("--loader-workers", 1, "--log-steps", 1, "--checkpoint-steps", 4, "--run", run, *more),
+        *made.recipe_flags(materials, run),
+        *("--executor", "local", "--tasks-per-node", 2, "--epochs", 3, "--loader-workers", 1, "--checkpoint-steps", 4),
+        *more,
     ]
 
 

@@ -20,19 +20,14 @@ STEPS = 6 * EPOCHS
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("materials")
-    made.draw_images(root / "images", per_class=32)
-    made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
-    made.save_tiny_model(root / "tiny.safetensors")
-    return root
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
 
 
 def flags(materials: Path, run: Path, *more: object) -> list[object]:
     return [
-        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
-        *("--pretrained", materials / "tiny.safetensors", "--gpus-per-node", 0),
-        *("--batch-size", 16, "--lanes", 4, "--epochs", EPOCHS, "--warmup-steps", 2, "--lr", 1e-3),
-        *("--loader-workers", 0, "--log-steps", 1, "--checkpoint-steps", 50, "--run", run, *more),
+        *made.recipe_flags(materials, run),
+        *("--gpus-per-node", 0, "--epochs", EPOCHS, "--checkpoint-steps", 50),
+        *more,
     ]
 
 

@@ -22,20 +22,11 @@ from towers import B32
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("materials")
-    made.draw_images(root / "images")
-    made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
-    made.save_tiny_model(root / "tiny.safetensors")
-    return root
+    return made.make_materials(tmp_path_factory.mktemp("materials"), per_class=16)
 
 
 def flags(materials: Path, run: Path, *more: object) -> list[object]:
-    return [
-        *("--shards", materials / "shards", "--model", materials / "tiny.json"),
-        *("--pretrained", materials / "tiny.safetensors", "--executor", "local", "--tasks-per-node", 2),
-        *("--batch-size", 16, "--lanes", 4, "--epochs", 1, "--warmup-steps", 1, "--lr", 1e-3),
-        *("--loader-workers", 0, "--log-steps", 1, "--run", run, *more),
-    ]
+    return [*made.recipe_flags(materials, run), "--executor", "local", "--tasks-per-node", 2, "--epochs", 1, *more]
 
 
 def refused(*command: object, **popen) -> str:
@@ -59,6 +50,12 @@ def test_a_head_for_another_number_of_classes(materials, tmp_path):
     head = made.save_tiny_model(tmp_path / "two.safetensors", classes=made.CLASSES[:2])
     error = refused(*flags(materials, tmp_path / "run", "--head", head))
     assert "has 2 classes, the shards have 3" in error
+
+
+def test_weights_of_another_architecture(materials, tmp_path):
+    made.save_tiny_model(tmp_path / "b32.safetensors", geometry=B32)
+    error = refused(*flags(materials, tmp_path / "run", "--model", tmp_path / "b32.json"))
+    assert "differ in embed_dim" in error
 
 
 @pytest.mark.parametrize(

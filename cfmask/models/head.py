@@ -179,7 +179,7 @@ def initial_model(
     own = read_info(pretrained) if os.path.exists(pretrained) else None
     info = own if own is not None else model_info(name, pretrained)
     if own is not None:
-        _check_same_architecture(own, model_info(name), pretrained)
+        check_architecture(own, model_info(name), pretrained)
         from safetensors.torch import load_file
 
         state = load_file(pretrained)
@@ -237,21 +237,27 @@ def check_head(path: str | Path, wnids: Sequence[str]) -> None:
             )
 
 
+def check_architecture(own: ModelInfo, asked: ModelInfo, path: str) -> None:
+    """Refuse a model file of another architecture than the one asked for.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    for key in ("embed_dim", "vision_cfg", "quick_gelu"):
+        ours, theirs = own.config.get(key) or False, asked.config.get(key) or False
+        if ours != theirs:
+            raise UserError(
+                f"The weights in {path} belong to {own.name}, not to {asked.name}: they differ in {key} "
+                f"({ours} and {theirs}). Give --model {own.name}."
+            )
+
+
 def _head_from_file(path: str, wnids: Sequence[str]) -> tuple[Tensor, Tensor, str]:
     from safetensors.torch import load_file
 
     check_head(path, wnids)
     state = load_file(path)
     return state["head.weight"].float(), state["head.bias"].float(), f"head of {path}"
-
-
-def _check_same_architecture(own: ModelInfo, asked: ModelInfo, path: str) -> None:
-    for key in ("embed_dim", "vision_cfg", "quick_gelu"):
-        if (own.config.get(key) or False) != (asked.config.get(key) or False):
-            raise UserError(
-                f"The weights in {path} belong to {own.name}, not to {asked.name}: they differ in {key} "
-                f"({own.config.get(key)} and {asked.config.get(key)}). Give --model {own.name}."
-            )
 
 
 # ---------------------------------------------------------------------------------------------------------
