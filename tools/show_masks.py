@@ -171,7 +171,7 @@ def draw_sheet(
         row[4].imshow(changed)
         truth = "" if labels[i] is None else f"{names[known[i]]}, "
         row[0].set_title(f"{truth}answer: {names[answers[i]]}", fontsize=8)
-        row[2].set_title(f"{100 * grid.mean():.0f} % of patches", fontsize=8)
+        row[2].set_title(f"{method.mask} mask: {100 * cf.mask[i].float().mean():.0f} % of patches", fontsize=8)
         for axis, title in zip(row, columns, strict=True):
             axis.set_axis_off()
             if i == 0 and title in ("CAM", "donor", "counterfactual"):
