@@ -355,7 +355,7 @@ def project(tmp_path: Path) -> Path:
     for name in [*files, "tools/_bootstrap.py", "tools/test.py", "tools/__init__.py", "pyproject.toml"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
-    for package in ("cfmask", "launch"):
+    for package in ("cfmask", "launch", "slurm"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").touch()
     return tmp_path
