@@ -118,11 +118,11 @@ def training_step(
     beta = method.beta
     assert beta is not None
     # Clean pass, on the bare module: DDP is not listening, so its gradients stay on this rank.
-    features, traces = encode(model.visual, normalise(images))
+    cam, needs_cam = None, method.mask in (OBJECT, CONTEXT)
+    features, traces = encode(model.visual, normalise(images), trace=needs_cam)
     logits = model.classify(features)
     ce = classification(logits, labels)
-    cam = None
-    if method.mask in (OBJECT, CONTEXT):
+    if needs_cam:
         target = logits.gather(1, labels[:, None]).squeeze(1)
         cam = relevance(target, traces, method.first_block or 0)
     del traces

@@ -69,7 +69,7 @@ def test_relevance_of_a_trained_tower_falls_on_the_object(photographs, tmp_path)
         model.head.weight.copy_(100 * F.normalize(means, dim=-1))
         model.head.bias.zero_()
     labels = torch.arange(CLASSES).repeat_interleave(SHOWN)
-    features, traces = encode(model.visual, normalise(images[:, KNOWN:].flatten(0, 1)))
+    features, traces = encode(model.visual, normalise(images[:, KNOWN:].flatten(0, 1)), trace=True)
     cam = relevance(model.classify(features).gather(1, labels[:, None]).squeeze(1), traces)
 
     centre = 14 * torch.arange(16) + 7.0

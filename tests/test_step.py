@@ -98,7 +98,7 @@ def test_streamed_relevance_equals_products_of_whole_maps(geometry, first_block)
     student, _, normalise = student_and_teacher(geometry)
     method = resolved(Method(name="object-mask", first_block=first_block))
     images, labels, draws = make_batch(geometry, method, 3)
-    features, traces = encode(student.visual, normalise(images))
+    features, traces = encode(student.visual, normalise(images), trace=True)
     target = student.classify(features).gather(1, labels[:, None]).squeeze(1)
 
     cam = relevance(target, traces, first_block)
@@ -113,7 +113,7 @@ def test_streamed_relevance_equals_products_of_whole_maps(geometry, first_block)
 def test_relevance_computes_no_weight_gradient():
     student, _, normalise = student_and_teacher(TINY)
     images, labels, _ = make_batch(TINY, Method(name="vanilla"), 3)
-    features, traces = encode(student.visual, normalise(images))
+    features, traces = encode(student.visual, normalise(images), trace=True)
     relevance(student.classify(features).gather(1, labels[:, None]).squeeze(1), traces)
     assert all(parameter.grad is None for parameter in student.parameters())
 
@@ -171,7 +171,7 @@ def test_bf16_passes_add_relevance_up_in_fp32():
 
     def cam(low: bool) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            features, traces = encode(student.visual, pixels)
+            features, traces = encode(student.visual, pixels, trace=True)
             assert traces[0].q.dtype == (torch.bfloat16 if low else torch.float32)
             return relevance(student.classify(features).gather(1, labels[:, None]).squeeze(1), traces)
 

@@ -129,7 +129,7 @@ def draw_sheet(
 
     assert method.mask is not None and method.fill is not None
     normalise = Normalise(info.mean, info.std)
-    features, traces = encode(model.visual, normalise(images))
+    features, traces = encode(model.visual, normalise(images), trace=True)
     logits = model.classify(features)
     answers = logits.argmax(1)
     known = torch.tensor([int(answers[i]) if label is None else label for i, label in enumerate(labels)])

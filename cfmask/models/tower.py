@@ -46,8 +46,9 @@ def encode(
     *,
     keep: Tensor | None = None,
     hidden: Tensor | None = None,
+    trace: bool = False,
 ) -> tuple[Tensor, list[Trace]]:
-    """Features of a batch, and what each block's attention leaves for relevance.
+    """Features of a batch and, if asked for, what each block's attention leaves for relevance.
 
     Args:
         pixels: (N, 3, H, W), normalised.
@@ -55,10 +56,11 @@ def encode(
             embedding and ln_pre. None keeps all.
         hidden: (N, P) bool, patches that no query of any block may see. The class token is never hidden.
             For the class token this equals dropping them.
+        trace: keep the blocks' traces. Without a graph that would hold them anyway, they are most of the memory.
 
     Returns:
         features (N, D): class token after ln_post, projected, not normalised; and the blocks' traces,
-        first block first.
+        first block first, or none.
     """
     x = visual._embeds(pixels)
     if keep is not None:
@@ -68,8 +70,9 @@ def encode(
 
     traces = []
     for block in visual.transformer.resblocks:
-        attended, trace = block.attn.attend(block.ln_1(x), hidden_tokens)
-        traces.append(trace)
+        attended, left = block.attn.attend(block.ln_1(x), hidden_tokens)
+        if trace:
+            traces.append(left)
         x = x + block.ls_1(attended)
         x = x + block.ls_2(block.mlp(block.ln_2(x)))
     # ln_post works token by token, so the class token can be taken before it as well as after.
