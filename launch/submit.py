@@ -271,14 +271,15 @@ def submit(run: RunFolder, recipe: Recipe, allocation: Allocation, *, follow: bo
     # The job imports cfmask and launch from here, wherever it is started.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
     options = {"slurm_max_num_timeout": 1000} if allocation.executor == "slurm" else {}
+    # The local controller counts this down and kills: there is no queue to give the machine back to.
+    time_limit = allocation.time_min if allocation.executor == "slurm" else 525_600
     executor = submitit.AutoExecutor(folder=jobs, cluster=allocation.executor, **options)
     executor.update_parameters(
         name=f"cfmask-{run.root.name}",
         nodes=allocation.nodes,
         tasks_per_node=allocation.tasks_per_node,
         gpus_per_node=allocation.gpus_per_node,
-        # The local controller counts this down and kills: there is no queue to give the machine back to.
-        timeout_min=allocation.time_min if allocation.executor == "slurm" else 525_600,
+        timeout_min=time_limit,
         stderr_to_stdout=True,
     )
     if allocation.executor == "slurm":
@@ -292,7 +293,6 @@ def submit(run: RunFolder, recipe: Recipe, allocation: Allocation, *, follow: bo
             slurm_setup=[f"export PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"],
             **{f"slurm_{k}": v for k in ("partition", "account") if (v := getattr(allocation, k))},
         )
-    time_limit = allocation.time_min if allocation.executor == "slurm" else 525_600
     # Ctrl-C is for this process, which tells the job's controller; that one would die of it with a traceback.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -173,7 +173,7 @@ def initial_model(
     import torch
     from torch import nn
 
-    from cfmask.models.tower import Classifier, adopt
+    from cfmask.models.tower import Classifier
 
     wnids = tuple(wnid for wnid, _ in classes)
     own = read_info(pretrained) if os.path.exists(pretrained) else None
@@ -205,7 +205,7 @@ def initial_model(
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
-    model = Classifier(adopt(tower), linear)
+    model = Classifier(tower, linear)
     return model, replace(
         info,
         name=name,
