@@ -3,7 +3,7 @@
     checkpoints/step-00012345/
       model.safetensors       a model file: any tool takes it
       optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>
-      state.json              step, what the files' sha256 must be; written last
+      state.json              step, training set, receipt of what was consumed, the files' sha256; written last
 
 No random state is kept: order, masks and donors are functions of (seed, epoch, step, lane).
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from cfmask.data.receipts import Consumed
 from cfmask.errors import UserError
 from cfmask.files import save_tensors, sync
 from cfmask.models.head import ModelInfo, save_model
@@ -32,10 +33,13 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole, verified checkpoint. step: optimizer steps taken."""
+    """A whole, verified checkpoint. step: optimizer steps taken. dataset: digest of the training set. consumed: of it,
+    so far."""
 
     path: Path
     step: int
+    dataset: str
+    consumed: Consumed
 
 
 class CheckpointNotWritten(UserError):
@@ -43,7 +47,15 @@ class CheckpointNotWritten(UserError):
 
 
 def save(
-    folder: Path, step: int, model: Classifier, info: ModelInfo, optimizer: torch.optim.Optimizer, *, keep: int
+    folder: Path,
+    step: int,
+    model: Classifier,
+    info: ModelInfo,
+    optimizer: torch.optim.Optimizer,
+    *,
+    dataset: str,
+    consumed: Consumed,
+    keep: int,
 ) -> Path:
     """Write checkpoint ``step`` under ``folder`` and remove all but the latest ``keep``.
 
@@ -60,7 +72,8 @@ def save(
         save_model(aside / "model.safetensors", model, info)
         save_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
         digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        (aside / "state.json").write_text(json.dumps({"step": step, "sha256": digests}, indent=2))
+        state = {"step": step, "dataset": dataset, "consumed": consumed.to_json(), "sha256": digests}
+        (aside / "state.json").write_text(json.dumps(state, indent=2))
         sync(aside / "state.json")
         sync(aside)
         if final.exists():  # a torn one that a resume has passed over
@@ -77,7 +90,7 @@ def save(
             "intact. Free some space (a checkpoint takes about "
             f"{_bytes_needed(model) / 1e9:.2g} GB), or lower --keep-checkpoints."
         ) from error
-    for old in _found(folder)[keep:]:
+    for old in found(folder)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -87,12 +100,25 @@ def latest(folder: Path, report=print) -> Checkpoint | None:
 
     Each torn one passed over is told to ``report`` in a sentence.
     """
-    for path in _found(folder):
+    for path in found(folder):
         trouble = _trouble(path)
         if trouble is None:
-            return Checkpoint(path, json.loads((path / "state.json").read_text())["step"])
+            return read_state(path)
         report(f"Checkpoint {path} is torn ({trouble}); falling back to the one before it.")
     return None
+
+
+def read_state(path: Path) -> Checkpoint:
+    """What a checkpoint folder's state.json says; the other files are not looked at.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        return Checkpoint(path, state["step"], state["dataset"], Consumed.from_json(state["consumed"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'state.json'} cannot be read ({error!r}).") from None
 
 
 def restore(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
@@ -115,14 +141,16 @@ def _optimizer_tensors(model: Classifier, optimizer: torch.optim.Optimizer) -> d
     }
 
 
-def _found(folder: Path) -> list[Path]:
+def found(folder: Path) -> list[Path]:
+    """Checkpoint folders, the newest first, whole or not."""
     return sorted(folder.glob("step-*"), reverse=True)
 
 
 def _trouble(path: Path) -> str | None:
     try:
         expected = json.loads((path / "state.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError):
+        read_state(path)
+    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
         return "state.json is missing or unreadable"
     for name, digest in expected.items():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ os.umask(_UMASK)
 
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Write aside, fsync, rename, fsync the folder: a reader sees all of it or what was there before."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
 
 # Values that the authors give: threshold for object and context masks, masking rate for random ones.
@@ -96,12 +97,26 @@ class Method:
 class Data:
     """What is read."""
 
-    shards: str = setting("", "folder with a folder of shards for each split, as tools/make_shards.py writes it")
+    shards: str = setting(
+        "",
+        "folder with a folder of shards for each split, as tools/make_shards.py writes it; or its URL: http(s)://…, "
+        "or a command that prints a file, such as 'pipe:aws s3 cp s3://bucket/shards/{} -'",
+    )
     train_split: str = setting("train", "folder under --shards to train on")
     eval_sets: tuple[str, ...] = setting(
         (), "folders under --shards to evaluate at each epoch's end; never selects anything"
     )
-    loader_workers: int = setting(4, "data-loader processes per rank; changes speed only, never a sample")
+    loader_workers: int = setting(4, "data-loader threads per rank; changes speed only, never a sample")
+    max_bad_share: float = setting(
+        0.001,
+        "share of an epoch's samples that may turn out unreadable, others standing in for them, before the run stops; "
+        "one always may",
+    )
+    cache_dir: str | None = setting(
+        None,
+        "folder on the nodes' own disks for shards that come by URL ($CFMASK_CACHE, else a folder in $TMPDIR)",
+    )
+    cache_gb: float | None = setting(None, "GB that this folder may take (200)")
 
 
 @dataclass(frozen=True)
@@ -194,6 +209,12 @@ class Recipe:
                 f"multi-fill takes patches from other images of a lane, and --batch-size {o.batch_size} with "
                 f"--lanes {o.lanes} puts a single image in each. Use at most {o.batch_size // 2} lanes."
             )
+        if not 0 <= d.max_bad_share < 1:
+            raise UserError(f"--max-bad-share is {d.max_bad_share}; it must lie in [0, 1).")
+        if not is_remote(d.shards) and (d.cache_dir is not None or d.cache_gb is not None):
+            raise UserError("--cache-dir and --cache-gb would do nothing: --shards is a folder, and read in place.")
+        if d.cache_gb is not None and not 0 < d.cache_gb < math.inf:
+            raise UserError(f"--cache-gb is {d.cache_gb}; it must be a finite number above 0.")
         if len(set(d.eval_sets)) != len(d.eval_sets):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self

@@ -3,7 +3,10 @@
 RUN/
   recipe.json            what is trained, and how; a folder belongs to one recipe
   initial.safetensors    the pre-trained tower and its head: start, teacher, and WiSE-FT's other end
-  log.jsonl              metrics by step, the history of the weights: cut back to the checkpoint on a resume
+  log.jsonl              metrics by step
+  receipts.jsonl         receipt of the samples that each step consumed (tools/audit.py)
+  bad_samples.jsonl      samples that could not be read, and what stood in for them
+                         these three are the history of the weights: cut back to the checkpoint on a resume
   tensorboard/           the same as curves
   checkpoints/step-00012345/   model.safetensors, optimizer.safetensors, state.json
   model.safetensors      the trained tower and head, when the run is finished
@@ -18,7 +21,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +76,14 @@ class RunFolder:
     @property
     def log(self) -> Path:
         return self.root / "log.jsonl"
+
+    @property
+    def receipts(self) -> Path:
+        return self.root / "receipts.jsonl"
+
+    @property
+    def bad_samples(self) -> Path:
+        return self.root / "bad_samples.jsonl"
 
     @property
     def attempts(self) -> Path:
@@ -145,8 +156,7 @@ class RunFolder:
         else:
             why = "killed without notice" if earlier else None
         line = {"attempt": len(earlier) + 1, "started": _now(), **facts, "why_last_ended": why}
-        with open(self.attempts, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(self.attempts, [line])
 
     def end_attempt(self, why: str) -> None:
         write_atomically(self._end, json.dumps({"why": why, "ended": _now()}))
@@ -156,14 +166,28 @@ class RunFolder:
         steps = [line.get("from_step") for line in read_lines(self.attempts)][-(REQUEUES_WITHOUT_PROGRESS + 1) :]
         return len(steps) > REQUEUES_WITHOUT_PROGRESS and len(set(steps)) == 1
 
-    def cut_log(self, step: int) -> None:
+    def cut_history(self, step: int) -> None:
         """Drop what was logged after ``step``: those steps are about to be taken again."""
-        kept = [line for line in read_lines(self.log) if line["step"] <= step]
-        write_atomically(self.log, "".join(json.dumps(line) + "\n" for line in kept))
+        for path in (self.log, self.receipts, self.bad_samples):
+            if path.exists():  # written anew even if nothing goes: the last line may be torn
+                kept = [line for line in read_lines(path) if line["step"] <= step]
+                write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def append_log(self, line: dict[str, Any]) -> None:
-        with open(self.log, "a") as file:
-            file.write(json.dumps(line) + "\n")
+
+def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """Add objects to a .jsonl file: all, or on a full disk none.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    with open(path, "ab") as file:
+        size = file.tell()
+        try:
+            file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            file.flush()
+        except OSError:
+            os.truncate(path, size)
+            raise
 
 
 def find_model(path: str | Path) -> Path:

@@ -14,7 +14,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from cfmask import checkpoint
+from cfmask.data import receipts
 from cfmask.data.plan import steps_per_epoch
-from cfmask.data.process import loader_context
-from cfmask.data.shards import Manifest, load_manifest
-from cfmask.data.stream import Batch, eval_batches, train_batches
+from cfmask.data.receipts import Consumed
+from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.shards import Manifest, find_set, load_manifest
+from cfmask.data.stream import BadSample, Batch, eval_batches, train_batches
 from cfmask.distributed import TIMEOUT, Place, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
@@ -36,8 +37,8 @@ from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import adamw, learning_rate
-from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder
+from cfmask.recipe import Data, Recipe
+from cfmask.runs import RunFolder, append_lines
 from cfmask.step import Metrics, training_step
 
 FINISHED = "finished"
@@ -58,13 +59,12 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
         FINISHED, REQUEUE or QUIT.
 
     Raises:
-        UserError: bad settings or data, another job on the folder, a final checkpoint that cannot be written.
+        UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
+            another job on the folder, a final checkpoint that cannot be written.
         FloatingPointError: the loss is not finite. The last checkpoint stays.
     """
     torch.set_num_threads(place.cpus)
     _be_deterministic()
-    if recipe.data.loader_workers:
-        loader_context()  # the loaders' server imports torch while the model is built
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
             try:
@@ -86,9 +86,7 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     chief = place.rank == 0
 
     # --- data ---------------------------------------------------------------------------------------------
-    shards = Path(recipe.data.shards)
-    manifest = load_manifest(shards / recipe.data.train_split)
-    eval_sets = {name: load_manifest(shards / name) for name in recipe.data.eval_sets}
+    manifest, eval_sets = _load_sets(recipe.data)
     epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
     total_steps = settings.epochs * epoch_steps
 
@@ -104,7 +102,12 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     found = _agree_on_checkpoint(run, chief)
     if found is not None:
         checkpoint.restore(found, model, optimizer)
-    step = found.step if found is not None else 0
+    step, consumed = (found.step, found.consumed) if found is not None else (0, Consumed())
+    if found is not None and found.dataset != manifest.digest:
+        raise UserError(
+            f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, now "
+            f"{manifest.digest}): its order would not be the same. Bring the set back, or begin a new run."
+        )
     if step > total_steps:
         raise UserError(f"{run.root} has a checkpoint of step {step}, beyond the recipe's {total_steps} steps.")
     student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
@@ -114,10 +117,11 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
         run.begin_attempt(
             job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
         )
-        run.cut_log(step)
+        run.cut_history(step)
         print(f"step {step} of {total_steps} ({epoch_steps} an epoch), {place.world_size} ranks, {device}", flush=True)
 
     # --- train --------------------------------------------------------------------------------------------
+    bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
     exchange = _Exchange(device, place.world_size)
     unwritten: checkpoint.CheckpointNotWritten | None = None
     scores: dict[str, Score] = {}
@@ -126,36 +130,51 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
             rate = learning_rate(step, total_steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            metrics = [
-                _micro_batch(
-                    student, teacher, normalise, next(batches), recipe, last=part == settings.micro_batches - 1
-                )
-                for part in range(settings.micro_batches)
-            ]
+            parts = []
+            for part in range(settings.micro_batches):
+                batch = next(batches)
+                last = part == settings.micro_batches - 1
+                metrics = _micro_batch(student, teacher, normalise, batch, recipe, last=last)
+                parts.append(_Done(metrics, batch.receipt.to(device, non_blocking=True), batch.bad))
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
             # Sent now, read at the next step: nobody waits for a metric, and all ranks read the same stop request.
-            seen = exchange.send(step, metrics, norm, stop_request())
+            seen = exchange.send(step, parts, norm, stop_request())
             epoch_end = step % epoch_steps == 0
             due = epoch_end or step % recipe.run.checkpoint_steps == 0
-            if due or any(s.stop for s in seen):
+            if due or any(s.stop or s.bad for s in seen):
                 seen += exchange.drain()
             for summary in seen:
                 summary.refuse_if_not_finite(run)
+                consumed = consumed.plus(
+                    samples=summary.samples,
+                    receipt=summary.receipt,
+                    bad=summary.bad,
+                    epoch_begins=(summary.step - 1) % epoch_steps == 0,
+                )
                 if recorder is not None:
                     recorder.add(summary)
+            if any(s.bad for s in seen):
+                exchange.report_bad_samples(run, epoch_steps)
+            # Asked when there are new ones: a set that was mended goes on, whatever its epoch has seen.
+            spoilt = any(s.bad for s in seen) and consumed.bad_in_epoch > bad_limit
             stop = next((s.stop for s in seen if s.stop), None)
             if epoch_end and eval_sets:
                 scores = _evaluate(model, normalise, eval_sets, recipe, place)
                 if recorder is not None:
                     recorder.add_scores(step, epoch + 1, scores)
-            if chief and (due or stop):
-                unwritten = _save(run, step, model, info, optimizer, recipe)
-            if recorder is not None and (due or stop):
+            if recorder is not None and (due or stop or spoilt):
                 recorder.flush()
+                unwritten = _save(run, step, model, info, optimizer, recipe, manifest, consumed)
+            if spoilt:
+                raise UserError(
+                    f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the "
+                    f"{bad_limit} that --max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists "
+                    f"them with the reasons. Mend the set ({manifest.root}); the run goes on from step {step}."
+                )
             if stop and step < total_steps:
                 if chief:
                     print(f"asked to stop ({stop}) at step {step}", flush=True)
@@ -176,6 +195,26 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
         run.end_attempt(FINISHED)
         print(f"finished at step {step}: {run.final}", flush=True)
     return FINISHED
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a micro-batch leaves on its rank: metrics and receipt on the device, and which samples were bad."""
+
+    metrics: Metrics
+    receipt: Tensor
+    bad: tuple[BadSample, ...]
+
+
+def _load_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
+    """The training set, and the sets to evaluate on. Files are not looked at: the launcher has done it once for all
+    ranks, and a shard that has gone missing since is a matter of its samples."""
+    cache = node_cache(data.cache_dir, data.cache_gb) if is_remote(data.shards) else None
+
+    def load(name: str) -> Manifest:
+        return load_manifest(find_set(data.shards, name), cache=cache, check_files=False)
+
+    return load(data.train_split), {name: load(name) for name in data.eval_sets}
 
 
 def _epochs(
@@ -256,10 +295,21 @@ def _save(
     info: ModelInfo,
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
+    manifest: Manifest,
+    consumed: Consumed,
 ) -> checkpoint.CheckpointNotWritten | None:
     """Write a checkpoint; on a full disk say so and go on: the next one may fit, and training is not lost."""
     try:
-        checkpoint.save(run.checkpoints, step, model, info, optimizer, keep=recipe.run.keep_checkpoints)
+        checkpoint.save(
+            run.checkpoints,
+            step,
+            model,
+            info,
+            optimizer,
+            dataset=manifest.digest,
+            consumed=consumed,
+            keep=recipe.run.keep_checkpoints,
+        )
         return None
     except checkpoint.CheckpointNotWritten as error:
         print(f"warning: {error}", flush=True)
@@ -332,10 +382,13 @@ def _settle_buckets(student: DistributedDataParallel, normalise: Normalise) -> N
 
 @dataclass(frozen=True)
 class Summary:
-    """Metrics of one step over all ranks. samples: of the whole batch; time: when it was taken, monotonic seconds."""
+    """Metrics of one step over all ranks. samples, receipt: of the whole batch; bad: samples of it that others stand in
+    for; time: when it was taken, monotonic seconds."""
 
     step: int
     samples: int
+    receipt: int
+    bad: int
     time: float
     loss: float
     ce: float
@@ -360,25 +413,31 @@ class _Exchange:
         self._device = device
         self._world_size = world_size
         self._under_way: list[tuple[int, float, Any, Tensor]] = []
+        self._bad: list[BadSample] = []
 
-    def send(self, step: int, parts: list[Metrics], norm: Tensor, stop: str | None) -> list[Summary]:
+    def send(self, step: int, parts: list[_Done], norm: Tensor, stop: str | None) -> list[Summary]:
         """Start step's reduction; return what has arrived of earlier ones."""
         arrived = self.drain()
+        bad = [sample for part in parts for sample in part.bad]
+        self._bad += bad
+        metrics = [part.metrics for part in parts]
         share = 1 / (self._world_size * len(parts))
-        values = torch.stack(
+        scalars = torch.stack(
             [
                 *(
-                    share * torch.stack([getattr(m, name) for m in parts]).sum()
+                    share * torch.stack([getattr(m, name) for m in metrics]).sum()
                     for name in ("loss", "ce", "mse", "masked")
                 ),
-                torch.stack([m.correct for m in parts]).sum().float(),
+                torch.stack([m.correct for m in metrics]).sum().float(),
                 norm / self._world_size,
                 # new_full is a kernel; a tensor made from a list would be a copy that waits
-                norm.new_full((), sum(m.samples for m in parts)),
+                norm.new_full((), sum(m.samples for m in metrics)),
+                norm.new_full((), len(bad)),
                 norm.new_full((), stop == REQUEUE),
                 norm.new_full((), stop == QUIT),
             ]
         )
+        values = torch.cat([scalars, torch.stack([part.receipt for part in parts]).sum(0)])
         self._under_way.append((step, time.monotonic(), dist.all_reduce(values, async_op=True), values))
         return arrived
 
@@ -387,13 +446,45 @@ class _Exchange:
         summaries = []
         for step, sent, work, values in self._under_way:
             work.wait()
-            loss, ce, mse, masked, correct, norm, samples, requeue, leave = values.tolist()
-            stop = QUIT if leave else REQUEUE if requeue else None
+            loss, ce, mse, masked, correct, norm, samples, bad, requeue, leave, *digits = values.tolist()
             summaries.append(
-                Summary(step, int(samples), sent, loss, ce, mse, 100 * correct / samples, masked, norm, stop)
+                Summary(
+                    step=step,
+                    samples=int(samples),
+                    receipt=receipts.from_digits(digits),
+                    bad=int(bad),
+                    time=sent,
+                    loss=loss,
+                    ce=ce,
+                    mse=mse,
+                    accuracy=100 * correct / samples,
+                    masked=masked,
+                    grad_norm=norm,
+                    stop=QUIT if leave else REQUEUE if requeue else None,
+                )
             )
         self._under_way.clear()
         return summaries
+
+    def report_bad_samples(self, run: RunFolder, epoch_steps: int) -> None:
+        """Bring all ranks' bad samples since the last report into RUN/bad_samples.jsonl. Every rank has to call it."""
+        found: list[Any] | None = [None] * self._world_size if dist.get_rank() == 0 else None
+        dist.gather_object(self._bad, found)
+        self._bad = []
+        if found is None:
+            return
+        lines = [
+            {"rank": rank, **asdict(bad), "step": bad.epoch * epoch_steps + bad.step + 1}
+            for rank, of_rank in enumerate(found)
+            for bad in of_rank
+        ]
+        append_lines(run.bad_samples, lines)
+        for line in lines:
+            print(
+                f"warning: step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
+                f"({line['reason']}); {line['substitute']} stands in for it",
+                flush=True,
+            )
 
 
 class _Recorder:
@@ -404,10 +495,14 @@ class _Recorder:
         self._optim = recipe.optim
         self._board = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
         self._window: list[Summary] = []
+        self._receipts: list[dict[str, Any]] = []
         self._since = time.monotonic()
 
     def add(self, summary: Summary) -> None:
         self._window.append(summary)
+        self._receipts.append(
+            {"step": summary.step, "samples": summary.samples, "receipt": receipts.as_hex(summary.receipt)}
+        )
         if summary.step % self._every and summary.step != self._total:
             return
         samples_per_s = sum(s.samples for s in self._window) / (summary.time - self._since)
@@ -422,7 +517,7 @@ class _Recorder:
             "samples_per_s": samples_per_s,
             "eta_s": eta,
         }
-        self._run.append_log(line)
+        append_lines(self._run.log, [line])
         for name in (*means, "lr", "samples_per_s"):
             self._board.add_scalar(f"train/{name}", line[name], summary.step)
         print(
@@ -436,10 +531,20 @@ class _Recorder:
     def add_scores(self, step: int, epoch: int, scores: dict[str, Score]) -> None:
         for name, score in scores.items():
             self._board.add_scalar(f"eval/{name}", score.top1, step)
-        self._run.append_log({"step": step, "epoch": epoch, "eval": {n: s.top1 for n, s in scores.items()}})
+        scored = {"step": step, "epoch": epoch, "eval": {n: s.top1 for n, s in scores.items()}}
+        append_lines(self._run.log, [scored])
         print(f"epoch {epoch}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
         self._since = time.monotonic()
 
     def flush(self) -> None:
-        """Curves reach the disk with the checkpoint: what comes after it is drawn again if it has to be."""
+        """Curves and receipts reach the disk before the checkpoint does: what comes after it is done again if it has to
+        be, what comes before it never is."""
         self._board.flush()
+        try:
+            append_lines(self._run.receipts, self._receipts)
+        except OSError as error:
+            print(
+                f"warning: {self._run.receipts} cannot be written ({error.strerror}); the next checkpoint tries again"
+            )
+            return
+        self._receipts.clear()

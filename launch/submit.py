@@ -25,7 +25,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch  # noqa: E402
-from cfmask.data.shards import Manifest, load_manifest  # noqa: E402
+from cfmask.data.remote import is_remote  # noqa: E402
+from cfmask.data.shards import Manifest, find_set, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.models.head import check_architecture, check_head, find_weights, model_info, read_info  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
@@ -183,6 +184,7 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
     """The recipe with nothing left open: paths absolute, the paper's values and the precision filled in."""
     if not recipe.data.shards:
         raise UserError("--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split.")
+    shards = recipe.data.shards if is_remote(recipe.data.shards) else str(Path(recipe.data.shards).resolve())
     precision = recipe.run.precision
     if precision == "auto":
         precision = "bf16" if allocation.gpus_per_node else "fp32"
@@ -195,7 +197,7 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
     return replace(
         recipe,
         model=model,
-        data=replace(recipe.data, shards=str(Path(recipe.data.shards).resolve())),
+        data=replace(recipe.data, shards=shards),
         run=replace(recipe.run, precision=precision),
     ).resolved()
 
@@ -217,8 +219,8 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
     Raises:
         UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
     """
-    shards = Path(recipe.data.shards)
-    train = load_manifest(shards / recipe.data.train_split)
+    shards = recipe.data.shards
+    train = load_manifest(find_set(shards, recipe.data.train_split))
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
     own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
     if own_lanes % recipe.optim.micro_batches:
@@ -227,7 +229,7 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
             f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
         )
     for name in recipe.data.eval_sets:
-        _check_same_classes(load_manifest(shards / name), train)
+        _check_same_classes(load_manifest(find_set(shards, name)), train)
     if run.initial.exists():
         return  # the run has its weights and head
     pretrained = recipe.model.pretrained

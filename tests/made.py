@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,30 @@ def submit(*flags: object, check: bool = True, **popen) -> subprocess.CompletedP
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def start(*command: object) -> subprocess.Popen:
+    """`python launch/submit.py …` in a process group of its own, not waited for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(REPO / "launch/submit.py"), *map(str, command)],
+        start_new_session=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to everything the command started: controller, ranks, loaders."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Pids of the ranks that a submit command has started, in order of rank."""
+    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    return sorted(
+        int(pid) for pid, group, args in rows if int(group) == process.pid and "submitit.core._submit" in args
+    )

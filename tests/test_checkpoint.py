@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from cfmask import checkpoint
+from cfmask.data.receipts import MODULUS, Consumed
 from cfmask.optim import adamw
 from cfmask.recipe import Optim
 from towers import TINY
+
+OF_DATA = {"dataset": "0123", "consumed": Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1)}
 
 
 def trained(steps: int = 3):
@@ -27,11 +30,12 @@ def trained(steps: int = 3):
 
 def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
     model, optimizer = trained()
-    checkpoint.save(tmp_path, 3, model, TINY.info(), optimizer, keep=2)
+    checkpoint.save(tmp_path, 3, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     other = TINY.classifier(seed=9)
     restored = adamw(other.parameters(), Optim())
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.step == 3
+    assert {"dataset": found.dataset, "consumed": found.consumed} == OF_DATA
     checkpoint.restore(found, other, restored)
     for m, o in ((model, optimizer), (other, restored)):
         torch.manual_seed(7)
@@ -44,7 +48,7 @@ def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
 def test_only_the_latest_are_kept(tmp_path):
     model, optimizer = trained(1)
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, step, model, TINY.info(), optimizer, keep=2)
+        checkpoint.save(tmp_path, step, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
 
 
@@ -53,7 +57,7 @@ def test_only_the_latest_are_kept(tmp_path):
 def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file, damage):
     model, optimizer = trained(1)
     for step in (1, 2):
-        newest = checkpoint.save(tmp_path, step, model, TINY.info(), optimizer, keep=2)
+        newest = checkpoint.save(tmp_path, step, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     target = newest / file
     data = bytearray(target.read_bytes())
     if damage == "cut":
@@ -73,7 +77,7 @@ def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up(tmp_path):
     model, optimizer = trained(1)
     (tmp_path / ".step-00000005.123").mkdir()
     assert checkpoint.latest(tmp_path) is None
-    checkpoint.save(tmp_path, 6, model, TINY.info(), optimizer, keep=2)
+    checkpoint.save(tmp_path, 6, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 
 
@@ -92,11 +96,11 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk):
     model, optimizer = trained(1)
-    checkpoint.save(small_disk, 1, model, TINY.info(), optimizer, keep=2)
+    checkpoint.save(small_disk, 1, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     with pytest.raises(
         checkpoint.CheckpointNotWritten, match="No space left on device.*Earlier checkpoints are intact"
     ):
-        checkpoint.save(small_disk, 2, model, TINY.info(), optimizer, keep=2)
+        checkpoint.save(small_disk, 2, model, TINY.info(), optimizer, **OF_DATA, keep=2)
     assert [p.name for p in small_disk.iterdir()] == ["step-00000001"]
     found = checkpoint.latest(small_disk)
     assert found is not None and found.step == 1

@@ -1,6 +1,7 @@
 """The order is a pure function of (seed, epoch, sample counts), and a partition."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from cfmask.data import plan
 from cfmask.errors import UserError
+from tools.bench import order_quality
 
 counts_of_shards = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
@@ -114,6 +116,79 @@ def test_the_order_does_not_change_with_a_release_of_numpy():
     """Pinned: a run that resumes after an upgrade must find the order it left."""
     order = epoch_of([5, 3, 4], lanes=2, batch_size=4, seed=7, epoch=3)
     assert order.tolist() == [[[4, 0], [11, 5]], [[2, 7], [10, 8]], [[1, 3], [6, 9]]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    counts=counts_of_shards,
+    lanes=st.sampled_from([1, 2, 4, 6, 12, 16]),
+    per_lane=st.integers(1, 5),
+    micro=st.integers(0, 3),
+    seed=st.integers(0, 2**32 - 1),
+    epoch=st.integers(0, 50),
+    data=st.data(),
+)
+def test_any_way_through_a_run_consumes_what_the_uninterrupted_one_does(
+    counts, lanes, per_lane, micro, seed, epoch, data
+):
+    """From any resume point on any number of ranks, each with micro-batches of its own, changed at every restart."""
+    batch = lanes * per_lane
+    assume(sum(counts) >= batch)
+    whole = epoch_of(counts, lanes=lanes, batch_size=batch, seed=seed, epoch=epoch)
+    seen, step = [], 0
+    while step < len(whole):
+        world_size = data.draw(st.sampled_from(plan.divisors(lanes)))
+        until = data.draw(st.integers(step + 1, len(whole)))
+        # A rank plans its own lanes alone, and begins where the last attempt ended.
+        ranks = [
+            [
+                plan.lane_order(np.array(counts), seed=seed, epoch=epoch, lane=lane, lanes=lanes, batch_size=batch)[
+                    step:until
+                ]
+                for lane in plan.lanes_of_rank(rank, world_size, lanes)
+            ]
+            for rank in range(world_size)
+        ]
+        seen.append(np.stack([order for rank in ranks for order in rank], axis=1))
+        step = until
+    assert np.array_equal(np.concatenate(seen), whole)
+    assert len(np.unique(whole)) == whole.size
+
+
+def imagenet_counts():
+    counts = np.full(1282, 1_281_167 // 1282)
+    counts[: 1_281_167 % 1282] += 1
+    return counts
+
+
+@pytest.mark.parametrize("rank", [0, 1234, 4095])
+def test_planning_imagenet_for_4096_ranks_is_light_on_each_of_them(rank):
+    counts = imagenet_counts()
+    [lane] = plan.lanes_of_rank(rank, 4096, 4096)
+    tracemalloc.start()
+    begun = time.process_time()
+    order = plan.lane_order(counts, seed=0, epoch=3, lane=lane, lanes=4096, batch_size=4096 * 8)
+    seconds, (_, peak) = time.process_time() - begun, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert order.shape == (39, 8)
+    assert seconds < 1 and peak < 100e6
+
+
+def test_4096_ranks_partition_imagenet():
+    counts = imagenet_counts()
+    orders = [
+        plan.lane_order(counts, seed=0, epoch=3, lane=lane, lanes=4096, batch_size=4096 * 8) for lane in range(4096)
+    ]
+    ids = np.concatenate([order.ravel() for order in orders])
+    assert len(np.unique(ids)) == len(ids) == 39 * 4096 * 8
+
+
+def test_a_batch_mixes_classes_and_neighbours_nearly_as_a_full_permutation_does():
+    """A converted set: classes spread over shards at random. The numbers are those of `tools/bench.py order`."""
+    quality, full = order_quality(shards=320, per_shard=250, lanes=16, batch_size=512, classes=100, window_shards=4)
+    assert quality.class_spread == pytest.approx(full.class_spread, rel=0.05)
+    assert quality.moved == pytest.approx(full.moved, rel=0.05)  # from one epoch to the next
+    assert quality.met_again < 1.2 * full.met_again
 
 
 def test_a_lane_s_draws_are_keyed_by_seed_epoch_step_and_lane():

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -58,17 +57,6 @@ def curve(run: Path) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars("train/loss")]
 
 
-def start(*command: object) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(made.REPO / "launch/submit.py"), *map(str, command)],
-        start_new_session=True,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -79,28 +67,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to everything the command started: controller, ranks, loaders."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Pids of the ranks that a submit command has started, in order of rank."""
-    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    return sorted(
-        int(pid) for pid, group, args in rows if int(group) == process.pid and "submitit.core._submit" in args
-    )
-
-
 @pytest.mark.parametrize("kills", [(2,), (9,), (5, 13)], ids=["before any checkpoint", "mid-epoch", "twice"])
 def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path, kills):
     run = tmp_path / "run"
     for step in kills:
-        process = start(*flags(materials, run))
+        process = made.start(*flags(materials, run))
         wait_for_step(run, step, process)
-        kill_all(process)
+        made.kill_all(process)
         assert not (run / "results.json").exists()
     made.submit(*flags(materials, run))
     assert_same_end(run, undisturbed)
@@ -111,9 +84,9 @@ def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undist
 
 def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = start(*flags(materials, run))
+    process = made.start(*flags(materials, run))
     wait_for_step(run, 13, process)
-    kill_all(process)
+    made.kill_all(process)
     newest = max((run / "checkpoints").glob("step-*"))
     torn = newest / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
@@ -126,9 +99,9 @@ def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed
 
 def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = start(*flags(materials, run))
+    process = made.start(*flags(materials, run))
     wait_for_step(run, 7, process)
-    os.kill(ranks_of(process)[1], signal.SIGUSR2)  # one rank alone hears of it
+    os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # one rank alone hears of it
     assert process.wait(timeout=120) == 0
     first, second = read_lines(run / "attempts.jsonl")
     assert second["why_last_ended"] == f"stopped at step {second['from_step']} (requeue)"
@@ -138,9 +111,9 @@ def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(mater
 
 def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = start(*flags(materials, run))
+    process = made.start(*flags(materials, run))
     wait_for_step(run, 6, process)
-    for pid in ranks_of(process):
+    for pid in made.ranks_of(process):
         os.kill(pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 1
     stopped = json.loads((run / "ended.json").read_text())["why"]
@@ -172,8 +145,8 @@ def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
     more = ("--tasks-per-node", 4, "--loader-workers", 0)
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     made.submit(*flags(materials, alone, *more))
-    process = start(*flags(materials, killed, *more))
+    process = made.start(*flags(materials, killed, *more))
     wait_for_step(killed, 9, process)
-    kill_all(process)
+    made.kill_all(process)
     made.submit(*flags(materials, killed, *more))
     assert_same_end(killed, alone)

@@ -11,7 +11,7 @@ import pytest
 import webdataset as wds
 
 from cfmask.data import shards
-from cfmask.data.shards import Manifest, ShardReader, load_manifest, write_manifest, write_shard
+from cfmask.data.shards import Manifest, SampleError, ShardReader, load_manifest, write_manifest, write_shard
 from cfmask.errors import UserError
 
 CLASSES = (("n01", "one"), ("n02", "two"), ("n03", "three"))
@@ -27,11 +27,13 @@ def make_set(folder, counts=(4, 0, 3, 5)):
         for _ in range(count):
             extension = "png" if number % 5 == 3 else "jpg"
             fields = {extension: bytes([number]) * (number * 300), "cls": str(number % 3).encode(), "json": b"{}"}
-            samples.append((f"sample_{number}", fields))
+            samples.append((f"sample_{number}", number % 3, fields))
             number += 1
         tar = folder / f"train-{s:06d}.tar"
-        indexes.append(write_shard(tar, samples, num_classes=3))
-        entries.append(shards.shard_of_index(tar, indexes[-1]))
+        write_shard(tar, samples)
+        shard, index = shards.shard_and_index(tar)
+        entries.append(shard)
+        indexes.append(index)
     manifest = Manifest(
         root=folder,
         split="train",
@@ -77,7 +79,7 @@ def test_webdataset_itself_reads_the_same_samples(made):
         ours = [reader.read(i) for i in range(made.num_samples)]
     assert len(theirs) == len(ours) == 12
     for a, b in zip(theirs, ours, strict=True):
-        members = set(b) - {"__key__", "__url__"}
+        members = set(b) - {"__key__", "__url__", "__label__"}
         assert a["__key__"] == b["__key__"] and members == {k for k in a if not k.startswith("__")}
         assert {m: a[m] for m in members} == {m: b[m] for m in members}
 
@@ -104,7 +106,7 @@ def test_files_stay_open_within_the_bound_and_close(made):
 
 def test_dots_have_no_place_in_a_key(tmp_path):
     with pytest.raises(ValueError, match="first dot"):
-        write_shard(tmp_path / "x.tar", [("a.b", {"cls": b"0"})], num_classes=1)
+        write_shard(tmp_path / "x.tar", [("a.b", 0, {"cls": b"0"})])
 
 
 def test_a_folder_without_manifest_says_what_makes_one(made, tmp_path):
@@ -118,7 +120,7 @@ def test_a_folder_without_manifest_says_what_makes_one(made, tmp_path):
     with pytest.raises(UserError, match=r"holds these sets, name one of them: .*/train"):
         load_manifest(tmp_path)
     (made.root / "manifest.json").unlink()
-    with pytest.raises(UserError, match="holds tars but no manifest.json.*Run the same"):
+    with pytest.raises(UserError, match="holds tars but no manifest.json.*run the same.*index_shards.py"):
         load_manifest(made.root)
 
 
@@ -128,7 +130,7 @@ def test_a_folder_without_manifest_says_what_makes_one(made, tmp_path):
         (lambda text: text[: len(text) // 2], "cannot be read as a manifest"),
         (lambda text: "[]", "cannot be read as a manifest"),
         (lambda text: json.dumps({**json.loads(text), "format": "other"}), "cannot be read as a manifest"),
-        (lambda text: json.dumps({**json.loads(text), "version": 2}), "version 2 of the manifest, this program reads"),
+        (lambda text: json.dumps({**json.loads(text), "version": 3}), "version 3 of the manifest, this program reads"),
         (lambda text: json.dumps({**json.loads(text), "shards": [{"name": "x"}]}), "is damaged"),
         (
             lambda text: json.dumps({**json.loads(text), "class_counts": [1, 1, 1]}),
@@ -158,7 +160,7 @@ def test_missing_and_torn_shards_are_named_at_loading(made):
         load_manifest(made.root)
     tar.write_bytes(whole)
     shards.index_path(tar).unlink()
-    with pytest.raises(UserError, match="has no index train-000002.index.npz"):
+    with pytest.raises(UserError, match="has no index train-000002.index.safetensors"):
         load_manifest(made.root)
 
 
@@ -169,25 +171,47 @@ def test_a_flipped_bit_is_found_when_its_sample_is_read(made):
     tar.write_bytes(data)
     with ShardReader(load_manifest(made.root)) as reader:
         assert reader.read(7)["__key__"] == "sample_7"
-        with pytest.raises(UserError, match=r"Sample sample_8 of shard .*train-000003.tar is not what was written"):
+        with pytest.raises(
+            SampleError, match=r"Sample sample_8 of shard .*train-000003.tar .*not those that were written"
+        ) as e:
             reader.read(8)
+        assert (e.value.key, e.value.shard) == ("sample_8", str(tar))
 
 
 def test_an_index_of_other_contents_is_refused(made, tmp_path):
     make_set(tmp_path / "other", counts=(4, 0, 3, 6))
-    shutil.copy(tmp_path / "other" / "train-000003.index.npz", made.root)
+    shutil.copy(tmp_path / "other" / "train-000003.index.safetensors", made.root)
     with ShardReader(load_manifest(made.root)) as reader, pytest.raises(UserError, match="two conversions were mixed"):
         reader.read(11)
-    (made.root / "train-000003.index.npz").write_bytes(b"PK nonsense")
+    (made.root / "train-000003.index.safetensors").write_bytes(b"PK nonsense")
     with ShardReader(load_manifest(made.root)) as reader, pytest.raises(UserError, match="index .* cannot be read"):
         reader.read(11)
 
 
 def test_a_shard_that_fails_while_it_is_written_leaves_nothing_under_its_name(tmp_path):
     def samples():
-        yield "a", {"jpg": b"x", "cls": b"0"}
+        yield "a", 0, {"jpg": b"x", "cls": b"0"}
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_shard(tmp_path / "train-000000.tar", samples(), num_classes=1)
+        write_shard(tmp_path / "train-000000.tar", samples())
     assert [name for name in os.listdir(tmp_path) if not name.startswith(".")] == []
+
+
+def test_a_set_behind_a_url_reads_as_the_folder_does_and_a_copy_that_rots_is_fetched_again(made, tmp_path):
+    from cfmask.data.remote import Cache
+
+    cache = Cache(tmp_path / "cache", 10**6)
+    there = load_manifest(f"pipe:cat {made.root}/{{}}", cache=cache)
+    assert there.digest == made.digest and there.num_samples == 12
+    with ShardReader(there) as remote, ShardReader(made) as local:
+        for i in range(12):
+            ours, theirs = remote.read(i), local.read(i)
+            assert ours.pop("__url__").startswith("pipe:cat") and theirs.pop("__url__")
+            assert ours == theirs
+    [copy] = (tmp_path / "cache").glob("train-000003.tar.*")
+    data = bytearray(copy.read_bytes())
+    data[shards.load_index(made.root / "train-000003.tar").offset[3] + 5] ^= 1
+    copy.write_bytes(data)
+    with ShardReader(there) as remote:
+        assert remote.read(8)["__key__"] == "sample_8"

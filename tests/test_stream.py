@@ -1,13 +1,15 @@
-"""The stream is the plan, whatever carries it: ranks, loader processes, micro-batches, restarts."""
+"""The stream is the plan, whatever carries it: ranks, threads, micro-batches, restarts."""
 
+import dataclasses
+import errno
 import gc
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from itertools import islice
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cfmask.data import images, plan, shards
+from cfmask.data import images, plan, receipts, shards, stream
 from cfmask.data.shards import Manifest, ShardReader, load_manifest, write_manifest, write_shard
 from cfmask.data.stream import Batch, eval_batches, train_batches
 from cfmask.errors import UserError
@@ -33,8 +35,6 @@ SPECS = {
     "no-fill": DrawSpec("random", "no-fill", 0.75, 49),
     "nothing": None,
 }
-
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def picture(number):
@@ -52,11 +52,14 @@ def make_set(folder, data_of=picture):
     for s, count in enumerate(COUNTS):
         samples = []
         for _ in range(count):
-            samples.append((f"s{number}", {"jpg": data_of(number), "cls": str(number % 10).encode(), "json": b"{}"}))
+            fields = {"jpg": data_of(number), "cls": str(number % 10).encode(), "json": b"{}"}
+            samples.append((f"s{number}", number % 10, fields))
             number += 1
         tar = folder / f"train-{s:06d}.tar"
-        indexes.append(write_shard(tar, samples, num_classes=10))
-        entries.append(shards.shard_of_index(tar, indexes[-1]))
+        write_shard(tar, samples)
+        shard, index = shards.shard_and_index(tar)
+        entries.append(shard)
+        indexes.append(index)
     write_manifest(
         Manifest(
             root=folder,
@@ -95,6 +98,7 @@ def train(manifest, *, rank=0, world_size=1, workers=0, epoch=1, start_step=0, s
 def assert_equal(a: Batch, b: Batch):
     assert (a.epoch, a.step, a.keys) == (b.epoch, b.step, b.keys)
     assert a.images.dtype == b.images.dtype == torch.uint8 and torch.equal(a.images, b.images)
+    assert torch.equal(a.receipt, b.receipt) and a.bad == b.bad
     assert a.labels.dtype == b.labels.dtype == torch.int64 and torch.equal(a.labels, b.labels)
     for name in ("mask", "keep", "donors"):
         x, y = getattr(a.draws, name), getattr(b.draws, name)
@@ -112,7 +116,12 @@ def joined(parts: list[Batch]) -> Batch:
         labels=torch.cat([part.labels for part in parts]),
         keys=[key for part in parts for key in part.keys],
         draws=concat([part.draws for part in parts]),
+        receipt=receipt_of([key for part in parts for key in part.keys], parts[0].epoch),
     )
+
+
+def receipt_of(keys, epoch):
+    return torch.tensor(receipts.to_digits(receipts.receipt(keys, epoch)))
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -141,6 +150,7 @@ def test_batches_are_what_the_plan_says(manifest, epoch):
                 labels=torch.tensor([i % 10 for i in ids]),
                 keys=[f"s{i}" for i in ids],
                 draws=concat(draws),
+                receipt=receipt_of([f"s{i}" for i in ids], 1),
             )
             assert_equal(batch, expected)
 
@@ -155,7 +165,7 @@ def test_global_batches_are_the_same_for_every_world_size(manifest, epoch, world
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("workers", [1, 3])
-def test_global_batches_are_the_same_for_every_number_of_loaders(manifest, world_size, workers):
+def test_global_batches_are_the_same_for_every_number_of_threads(manifest, world_size, workers):
     whole = list(train(manifest, spec="multi-fill"))
     ranks = [
         list(train(manifest, rank=r, world_size=world_size, workers=workers, spec="multi-fill"))
@@ -192,7 +202,7 @@ def test_a_resumed_stream_equals_the_rest_of_the_uninterrupted_one(manifest, epo
 
 
 @pytest.mark.parametrize("start_step", [1, 3])
-def test_a_resumed_stream_with_loaders_equals_the_rest_of_one_without(manifest, start_step):
+def test_a_resumed_stream_with_threads_equals_the_rest_of_one_without(manifest, start_step):
     whole = list(train(manifest))
     for a, b in zip(train(manifest, start_step=start_step, workers=3), whole[start_step:], strict=True):
         assert_equal(a, b)
@@ -248,20 +258,129 @@ def test_a_sample_that_cannot_be_used_is_named_when_its_batch_is_due(tmp_path):
     made = make_set(tmp_path / "train", lambda n: picture(n)[:200] if n == 30 else picture(n))
     order = list(range(65))
     for workers in (0, 2):
-        stream = eval_batches(made, image_size=SIZE, batch_size=10, rank=0, world_size=1, loader_workers=workers)
-        seen = [key for batch in islice(stream, 3) for key in batch.keys]
+        batches = eval_batches(made, image_size=SIZE, batch_size=10, rank=0, world_size=1, loader_workers=workers)
+        seen = [key for batch in islice(batches, 3) for key in batch.keys]
         assert seen == [f"s{i}" for i in order[:30]]
         with pytest.raises(UserError, match=r"Sample s30 of shard .*train-000002.tar cannot be used") as caught:
-            next(stream)
+            next(batches)
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_vanishes_is_named(tmp_path, workers):
+def test_an_evaluation_of_a_set_whose_shard_vanished_names_it(quick_retries, tmp_path):
     made = make_set(tmp_path / "train")
     (made.root / "train-000003.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000003.tar cannot be opened \(No such file"):
-        list(train(made, workers=workers))
+    batches = eval_batches(made, image_size=SIZE, batch_size=10, rank=0, world_size=1, loader_workers=2)
+    with pytest.raises(UserError, match=r"Sample s39 of shard .*train-000003.tar cannot be read \(No such file"):
+        list(batches)
+
+
+# --- bad samples in training: something of the same lane stands in ---------------------------------------------------
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    monkeypatch.setattr(shards, "RETRY_S", (0.01, 0.01))
+
+
+def expected_with_stand_ins(whole, bad_ids, epoch=1):
+    """Keys of each batch of an epoch without bad samples, each bad one replaced by the next good one of its lane."""
+    order = {
+        lane: plan.lane_order(np.array(COUNTS), seed=5, epoch=epoch, lane=lane, lanes=LANES, batch_size=BATCH).reshape(
+            -1
+        )
+        for lane in range(LANES)
+    }
+    keys = []
+    for batch in whole:
+        row = []
+        for n in range(BATCH):
+            lane, place = n // 2, batch.step * 2 + n % 2
+            following = np.roll(order[lane], -place)
+            row.append(f"s{next(i for i in following if i not in bad_ids)}")
+        keys.append(row)
+    return keys
+
+
+@pytest.mark.parametrize("damage", ["bit rot", "missing shard", "does not decode"])
+def test_the_next_good_sample_of_the_lane_stands_in_for_a_bad_one(quick_retries, tmp_path, damage):
+    good = make_set(tmp_path / "good")
+    whole = list(train(good))
+    if damage == "does not decode":
+        bad_ids = {3, 4, 30}
+        made = make_set(tmp_path / "bad", lambda n: picture(n)[:200] if n in bad_ids else picture(n))
+    else:
+        made = make_set(tmp_path / "bad")
+        tar = made.root / "train-000001.tar"
+        if damage == "missing shard":
+            bad_ids = set(range(13, 22))
+            tar.unlink()
+        else:
+            bad_ids = {13}
+            data = bytearray(tar.read_bytes())
+            data[shards.load_index(tar).offset[0] + 5] ^= 1
+            tar.write_bytes(data)
+    keys = expected_with_stand_ins(whole, bad_ids)
+    labels = [[int(key[1:]) % 10 for key in row] for row in keys]
+    streams = [
+        (dict(workers=0), 0),
+        (dict(workers=3), 0),
+        (dict(workers=2, start_step=2), 2),  # and does the same after a resume
+        (dict(workers=1, micro_batches=4), 0),
+    ]
+    for flags, first in streams:
+        batches = list(train(made, **flags))
+        parts = flags.get("micro_batches", 1)
+        for n, step in enumerate(range(first, len(whole))):
+            got = batches[n * parts : (n + 1) * parts]
+            assert [key for batch in got for key in batch.keys] == keys[step]
+            assert [int(x) for batch in got for x in batch.labels] == labels[step]
+            bad = [entry for batch in got for entry in batch.bad]
+            planned, order = whole[step].keys, [f"s{entry.sample}" for entry in bad]
+            assert order == [key for key in planned if int(key[1:]) in bad_ids]
+            assert [entry.substitute for entry in bad] == [
+                used for key, used in zip(planned, keys[step], strict=True) if key != used
+            ]
+            for entry in bad:
+                assert (entry.epoch, entry.step, entry.key) == (1, step, f"s{entry.sample}") and entry.reason
+                assert entry.shard.endswith(".tar") and entry.lane == planned.index(entry.key) // 2
+            assert torch.equal(got[0].receipt, receipt_of(got[0].keys, 1))
+    ranks = [list(train(made, rank=r, world_size=4)) for r in range(4)]
+    for step in range(len(whole)):
+        assert [key for rank in ranks for key in rank[step].keys] == keys[step]
+
+
+def test_an_error_that_passes_is_waited_for(quick_retries, manifest, monkeypatch):
+    whole = list(train(manifest))
+    real, failures = os.preadv, []
+
+    def fails_at_times(descriptor, buffers, offset):
+        if offset % 3 == 0 and offset not in failures:
+            failures.append(offset)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(shards.os, "preadv", fails_at_times)
+    again = list(train(manifest, workers=2))
+    assert len(failures) > 3
+    for a, b in zip(again, whole, strict=True):
+        assert_equal(a, b)
+
+
+def test_a_lane_of_which_nothing_can_be_read_ends_the_stream(quick_retries, tmp_path):
+    made = make_set(tmp_path / "train")
+    for shard in made.shards:
+        (made.root / shard.name).unlink()
+    for workers in (0, 2):
+        with pytest.raises(UserError, match="cannot be read .No such file"):
+            next(train(made, workers=workers))
+
+
+def test_crops_of_another_size_are_refused_at_once(manifest):
+    crops = dataclasses.replace(manifest, store="crop-raw", image_size=32)
+    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels, the model takes 28 × 28. Convert"):
+        train(crops)
+    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels"):
+        eval_batches(crops, image_size=28, batch_size=4, rank=0, world_size=1, loader_workers=0)
 
 
 def test_sizes_that_do_not_divide_are_refused_before_anything_starts(manifest):
@@ -280,7 +399,55 @@ def test_sizes_that_do_not_divide_are_refused_before_anything_starts(manifest):
         train_batches(manifest, batch_size=128, lanes=8, draw_spec=None, **common)
 
 
-# --- loader processes and signals -----------------------------------------------------------------------------------
+# --- threads --------------------------------------------------------------------------------------------------------
+
+
+def loaders():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("cfmask-loader")]
+
+
+def open_shards():
+    return sum(os.path.realpath(f"/proc/self/fd/{fd}").endswith(".tar") for fd in os.listdir("/proc/self/fd"))
+
+
+def test_no_more_than_the_bounded_number_of_batches_is_read_ahead(manifest, monkeypatch):
+    monkeypatch.setattr(stream, "PREFETCH", 2)
+    begun = []
+    filler = stream._Filler.__init__
+
+    def counted(self, *args):
+        begun.append(1)
+        filler(self, *args)
+
+    monkeypatch.setattr(stream._Filler, "__init__", counted)
+    batches = train(manifest, workers=3, micro_batches=4)
+    for taken in range(1, 17):
+        next(batches)
+        assert len(begun) <= taken + 1
+
+
+def test_a_stream_that_is_left_early_leaves_no_thread_and_no_file_open(tmp_path):
+    """However it is left: closed, by an error of its own, or forgotten in a cycle."""
+    made = make_set(tmp_path / "train", lambda n: b"no image" if n == 64 else picture(n))
+    batches = train(made, workers=2)
+    next(batches)
+    assert loaders()
+    batches.close()
+    assert not loaders() and not open_shards()
+    batches = eval_batches(made, image_size=SIZE, batch_size=8, rank=0, world_size=1, loader_workers=2)
+    try:
+        list(batches)
+    except UserError as error:
+        kept = error  # with its traceback, as a debugger or a log would
+    assert kept.__traceback__ is not None and not loaders()
+    batches = train(made, workers=2)
+    next(batches)
+    cycle: list = [batches]
+    cycle.append(cycle)
+    del batches, cycle
+    gc.collect()
+    assert not loaders() and not open_shards()
+
 
 TRAINER = """
     import os, signal, sys, time
@@ -289,118 +456,39 @@ TRAINER = """
     from cfmask.data.shards import load_manifest
     from cfmask.data.stream import train_batches
 
-
-    def main():
-        flags = []
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-            signal.signal(number, lambda number, frame: flags.append(number))
-        keys = []
-        for epoch in range(2):
-            for batch in train_batches(
-                load_manifest({folder!r}), image_size=28, batch_size=16, lanes=8, rank=0, world_size=1, seed=5,
-                epoch=epoch, loader_workers=2, draw_spec=None,
-            ):
-                keys += batch.keys
-                print("step", flush=True)
-                {then}
-        print("keys", len(keys), "flags", sorted(set(flags)), flush=True)
-
-
-    if __name__ == "__main__":
-        main()
+    flags = []
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, lambda number, frame: flags.append(number))
+    keys = []
+    for epoch in range(2):
+        for batch in train_batches(
+            load_manifest({folder!r}), image_size=28, batch_size=16, lanes=8, rank=0, world_size=1, seed=5,
+            epoch=epoch, loader_workers=2, draw_spec=None,
+        ):
+            keys += batch.keys
+            print("step", flush=True)
+            {then}
+    print("keys", len(keys), "flags", sorted(set(flags)), flush=True)
 """
 
 
 def start_trainer(tmp_path, manifest, then):
-    """A process group of its own: a trainer, its fork server, its loaders."""
     script = tmp_path / "trainer.py"
     script.write_text(textwrap.dedent(TRAINER.format(repo=str(REPO), folder=str(manifest.root), then=then)))
-    return subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def members_of(group):
-    """Processes of a process group, by pid, with what they run; zombies left out."""
-    found = {}
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(stat[2]) == group and stat[0] != "Z":
-                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            pass
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_signals_of_a_job_reach_every_process_and_stop_no_loader(tmp_path, manifest):
-    """Slurm sends a signal to every process of a step, fork server and loaders included."""
+def test_signals_of_a_job_leave_the_stream_alone(tmp_path, manifest):
     with start_trainer(tmp_path, manifest, then="time.sleep(0.2)") as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "step\n"
-        assert len(members_of(trainer.pid)) >= 4
         for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            os.killpg(trainer.pid, number)
+            trainer.send_signal(number)
         output = trainer.stdout.read()
     flags = sorted([signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
     assert output.splitlines()[-1] == f"keys 128 flags {[int(flag) for flag in flags]}", output
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_no_process_outlives_a_trainer_that_is_killed(tmp_path, manifest):
-    with start_trainer(tmp_path, manifest, then="time.sleep(60)") as trainer:
-        assert trainer.stdout is not None
-        assert trainer.stdout.readline() == "step\n"
-        assert len(members_of(trainer.pid)) >= 4
-        trainer.kill()
-        trainer.wait()
-        deadline = time.monotonic() + 10
-        while (left := members_of(trainer.pid)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not left
-
-
-def test_a_loader_that_is_killed_ends_the_stream_with_an_error(manifest):
-    """The out-of-memory killer's work: an error within seconds, no hang, no missing batch."""
-    stream = train(manifest, workers=2, micro_batches=8)
-    next(stream)
-    for child in multiprocessing.active_children():
-        assert child.pid is not None
-        os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match="A data loader process was killed .* fewer loader workers"):
-        list(stream)
-
-
-def test_a_stream_that_is_left_early_ends_its_loaders_at_once(tmp_path):
-    """However it is left: closed, by an error of its own, or forgotten in a cycle."""
-    made = make_set(tmp_path / "train", lambda n: b"no image" if n == 64 else picture(n))
-    begun = time.monotonic()
-    stream = train(made, workers=2)
-    next(stream)
-    stream.close()
-    assert multiprocessing.active_children() == []
-    stream = eval_batches(made, image_size=SIZE, batch_size=8, rank=0, world_size=1, loader_workers=2)
-    try:
-        list(stream)
-    except UserError as error:
-        kept = error  # with its traceback, as a debugger or a log would
-    assert kept.__traceback__ is not None and multiprocessing.active_children() == []
-    stream = train(made, workers=2)
-    next(stream)
-    cycle: list = [stream]
-    cycle.append(cycle)
-    del stream, cycle
-    gc.collect()
-    assert multiprocessing.active_children() == []
-    assert time.monotonic() - begun < 15
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
 def test_an_error_in_the_training_loop_ends_the_process_with_its_traceback(tmp_path, manifest):
     with start_trainer(tmp_path, manifest, then="raise ZeroDivisionError('loss')") as trainer:
         assert trainer.stdout is not None

@@ -12,7 +12,7 @@ from PIL import Image
 import made
 from cfmask.errors import UserError
 from cfmask.models.head import load_model, save_model
-from cfmask.runs import RunFolder, find_model
+from cfmask.runs import RunFolder, append_lines, find_model
 from tools import evaluate, plot_runs, show_masks, wise_ft
 from towers import TINY
 
@@ -85,8 +85,9 @@ def test_curves_of_two_runs_and_an_error_for_a_run_without_any(tmp_path, capsys)
         (tmp_path / name).mkdir()
         run = RunFolder(tmp_path / name)
         for step in range(1, 5):
-            run.append_log({"step": step, "total_steps": 4, "loss": 1 / step, "ce": 1.0, "mse": 0.1, "accuracy": 5.0})
-        run.append_log({"step": 4, "epoch": 1, "eval": {"val": 50.0}})
+            line = {"step": step, "total_steps": 4, "loss": 1 / step, "ce": 1.0, "mse": 0.1, "accuracy": 5.0}
+            append_lines(run.log, [line])
+        append_lines(run.log, [{"step": 4, "epoch": 1, "eval": {"val": 50.0}}])
     out = tmp_path / "curves.png"
     assert plot_runs.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
     assert Image.open(out).size[0] > 500

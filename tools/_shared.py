@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from cfmask.data.shards import load_manifest
+from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.shards import find_set, load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
@@ -23,11 +24,11 @@ MODEL_HELP = "model file, run folder (its trained model, or its latest checkpoin
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shards", type=Path, required=True, metavar="DIR", help="folder with a folder of shards a set"
+        "--shards", required=True, metavar="DIR_OR_URL", help="folder with a folder of shards a set, or its URL"
     )
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="folders under --shards to evaluate on")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
-    parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="processes that read (default: 2)")
+    parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads that read (default: 2)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
     )
@@ -60,7 +61,7 @@ def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInf
 def evaluate_sets(
     models: Sequence[Classifier],
     info: ModelInfo,
-    shards: Path,
+    shards: str | Path,
     sets: Sequence[str],
     *,
     batch_size: int = 256,
@@ -75,7 +76,8 @@ def evaluate_sets(
     for model in models:
         model.to(device).eval()
     normalise = Normalise(info.mean, info.std).to(device)
-    manifests = {name: load_manifest(shards / name) for name in sets}
+    cache = node_cache() if is_remote(shards) else None
+    manifests = {name: load_manifest(find_set(shards, name), cache=cache) for name in sets}
     for manifest in manifests.values():
         if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
             raise UserError(

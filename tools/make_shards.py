@@ -1,236 +1,245 @@
 #!/usr/bin/env python3
-"""Convert images to shards: plain WebDataset tars, an index beside each, one manifest.
+"""Convert images to shards: plain WebDataset tars, an index beside each, one manifest a set.
 
-    python tools/make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
-    python tools/make_shards.py folder   --source DIR_OR_TAR --out DIR    any tree of [split/]class/image
+    make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
+    make_shards.py imagenet-v2 | imagenet-r | imagenet-a | imagenet-sketch | objectnet --source … --out DIR
+    make_shards.py folder   --source DIR_OR_TAR --out DIR    any tree of [split/]class/image
 
-    OUT/train/manifest.json  train-000000.tar  train-000000.index.npz  …  plan.json  bad_samples.jsonl
-    OUT/val/…
+    OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
+    OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
 
 Stopped at any moment, by any signal, the same command goes on with the shards that are missing. Every shard's bytes
-follow from the source and the seed alone; how many processes made it, and in how many attempts, leaves no trace.
+follow from the source and the seed alone; how many processes or jobs made it, and in how many attempts, leaves no
+trace.
+
+What is done with a source that is not as it should be. All but errors are listed in bad_samples.jsonl, a line an issue
+with its policy; the manifest's bad_samples counts the images that were left out.
+
+    does not decode, is truncated, is a decompression bomb, or has
+    sides that differ by more than a hundred times                  left out
+    CMYK, greyscale, 16-bit, palette, alpha                         kept, read as RGB
+    EXIF orientation                                                kept, orientation not applied
+    extension contradicts the content                               kept, under the extension of its content
+    names that make the same key                                    kept, its key numbered
+    class folder without an image                                   class has no images
+    a known set with other numbers of images or classes             error first of all; --allow-count-mismatch: kept,
+                                                                    and the manifest says so
+    a folder that is no class; one name twice in a class            error first of all
+    a source that changes or cannot be read, a tar that was cut     error; finished shards are kept
+    files that are no images by their names                         stay out, counted
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
-import hashlib
 import json
-import multiprocessing
 import os
-import re
 import shutil
 import sys
 import time
-import warnings
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm  # noqa: E402
 
-from cfmask.data import imagenet, plan, shards, sources  # noqa: E402
-from cfmask.data.images import decode_as  # noqa: E402
-from cfmask.data.process import die_with_parent, ignore_job_signals  # noqa: E402
+from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
+from tools._array import Array, add_array_arguments, resolve_array, run_here  # noqa: E402
+from tools._conversion import (  # noqa: E402
+    LEFT_OUT,
+    NO_IMAGES,
+    Classes,
+    Store,
+    Task,
+    hold_out,
+    is_made,
+    make_shard,
+    plan_split,
+)
+from tools._conversion_slurm import make_on_slurm  # noqa: E402
 
 PLAN = "plan.json"
 BAD_SAMPLES = "bad_samples.jsonl"
-STORE = "original"
-
-Classes = tuple[tuple[str, str], ...]
+_SHIFTED_WITH_WNIDS = [b.name for b in benchmarks.SHIFTED if b is not benchmarks.OBJECTNET]
 
 
-# --- the plan: which sample goes where ------------------------------------------------------------------------------
-
-
-class Sample(NamedTuple):
-    key: str
-    label: int
-    image: sources.LabelledImage
+# --- what is to be converted ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Task:
-    """One shard to make; everything that a process needs for it."""
+class Collection:
+    """The images of a source, with what their folders mean.
 
-    tar: Path
-    plan: str
-    num_classes: int
-    samples: list[Sample]
+    class_ids: by class folder. accepted: as the manifest's. facts: for the manifest's ``made``.
+    """
 
-
-def plan_split(out: Path, split: str, images: list[sources.LabelledImage], classes: Classes, args) -> list[Task]:
-    """The table of samples to shards: a function of the images' names and sizes, the classes and the seed."""
-    class_ids = {folder: i for i, (folder, _) in enumerate(classes)}
-    keys = unique_keys(images)
-    digest = hashlib.sha256(
-        json.dumps([shards.VERSION, STORE, split, args.seed, args.samples_per_shard, classes]).encode()
-    )
-    for image in images:
-        digest.update(f"{image.name}\0{image.blob.size}\0{class_ids[image.folder]}\n".encode(errors="surrogateescape"))
-    order = plan.permutation(len(images), plan.philox(plan.CONVERSION, args.seed))
-    count = -(-len(images) // args.samples_per_shard)
-    bounds = [n * len(images) // count for n in range(count + 1)]  # sizes differ by one at most
-    return [
-        Task(
-            tar=out / split / f"{split}-{n:06d}.tar",
-            plan=digest.hexdigest(),
-            num_classes=len(classes),
-            samples=[Sample(keys[i], class_ids[images[i].folder], images[i]) for i in order[bounds[n] : bounds[n + 1]]],
-        )
-        for n in range(count)
-    ]
+    tree: sources.Tree
+    classes: Classes
+    class_ids: dict[str, int]
+    accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    border: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-def unique_keys(images: list[sources.LabelledImage]) -> list[str]:
-    """WebDataset keys: folder and file name in characters that are safe in a tar, on any system, and in a key (which
-    ends at its first dot). Names that become equal are numbered in order."""
-    taken: dict[str, int] = {}
-    keys = []
-    for image in images:
-        stem = image.file.rpartition(".")[0] or image.file
-        name = stem if stem.startswith(f"{image.folder}_") else f"{image.folder}_{stem}"
-        key = re.sub(r"[^A-Za-z0-9_-]", "_", name)
-        if len(key) > 80:  # the tar header has room for 100 bytes, extension included
-            key = f"{key[:60]}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:16]}"
-        base, number = key, taken.get(key, 0)
-        while key in taken:
-            number += 1
-            key = f"{base}-{number}"
-        taken[base] = number
-        taken.setdefault(key, 0)
-        keys.append(key)
-    return keys
-
-
-def is_made(task: Task) -> bool:
-    """Whether a shard of this very plan is there, whole: its index is its commit record."""
-    try:
-        about = shards.load_index(task.tar).about
-        return about["plan"] == task.plan and task.tar.stat().st_size == about["bytes"]
-    except (UserError, OSError, KeyError):
-        return False
-
-
-# --- the work -------------------------------------------------------------------------------------------------------
-
-
-def make_shard(task: Task, report) -> None:
-    """Read, check and write the samples of one shard. ``report(images, bytes)`` is called as they pass."""
-    about: dict[str, Any] = {"plan": task.plan, "bad": []}
-
-    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for sample in task.samples:
-            image = sample.image
-            data = image.blob.read()
-            report(1, len(data))
-            name = image.name.encode(errors="replace").decode()
-            try:
-                pixels, extension = decode_as(data)
-            except UserError as reason:
-                about["bad"].append({"name": name, "class": sample.label, "bytes": len(data), "reason": str(reason)})
-                continue
-            facts = {
-                "key": sample.key,
-                "wnid": image.folder,
-                "class": sample.label,
-                "name": name,
-                "bytes": len(data),
-                "width": pixels.width,
-                "height": pixels.height,
-            }
-            yield sample.key, {extension: data, "cls": str(sample.label).encode(), "json": json.dumps(facts).encode()}
-
-    try:
-        shards.write_shard(task.tar, samples(), num_classes=task.num_classes, about=about)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk of {task.tar.parent} is full. Free some space and run the same command again: finished "
-                f"shards are kept."
-            ) from None
-        raise UserError(f"{task.tar} cannot be written ({error.strerror}).") from None
-
-
-_channel: Any = None
-
-
-def _start_worker(channel) -> None:
-    global _channel
-    die_with_parent()
-    ignore_job_signals()
-    warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
-    _channel = channel
-
-
-def _make_shard_in_worker(task: Task) -> None:
-    images = size = 0
-    sent = time.monotonic()
-
-    def report(n: int, n_bytes: int) -> None:
-        nonlocal images, size, sent
-        images, size = images + n, size + n_bytes
-        if time.monotonic() - sent > 0.2:
-            _channel.put((images, size))
-            images, size, sent = 0, 0, time.monotonic()
-
-    make_shard(task, report)
-    _channel.put((images, size))
-
-
-def make_all(tasks: list[Task], workers: int, report) -> None:
-    """Make the shards in ``workers`` processes; in this one if that is 1.
+def collect(args: argparse.Namespace) -> Collection:
+    """List the source and check it against what is known of the set.
 
     Raises:
-        UserError: the first that a process met. What is finished stays.
+        UserError: nothing to convert, strangers in the source, or counts that deviate.
     """
-    if workers == 1 or len(tasks) <= 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for task in tasks:
-                make_shard(task, report)
-        return
-    context = multiprocessing.get_context("spawn")  # the progress bar has a thread: no fork
-    channel = context.SimpleQueue()
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (channel,)) as pool:
-        try:
-            pending = {pool.submit(_make_shard_in_worker, task) for task in tasks}
-            while pending:
-                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-                while not channel.empty():
-                    report(*channel.get())
-                for future in done:
-                    future.result()
-            while not channel.empty():
-                report(*channel.get())
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()  # at any moment: nothing is there under its final name before it is whole
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "A conversion process was killed, most often for lack of memory. Run the same command again, with "
-                    "fewer --workers if it happens twice: finished shards are kept."
-                ) from None
-            raise
+    listed = read_classes(args.classes) if args.verb == "folder" and args.classes else None
+    with progress(desc="listing the source", unit=" files") as bar:
+        if args.verb == "folder":
+            tree = sources.folder_tree(args.source, split=args.split, tick=bar.update)
+            classes = listed or tuple((folder, folder) for folder in tree.folders)
+            found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
+        elif args.verb == "imagenet":
+            tree = sources.imagenet_tree(args.source, split=args.split, devkit=args.devkit, tick=bar.update)
+            found = Collection(tree, imagenet.classes(), {wnid: i for i, wnid in enumerate(imagenet.wnids())})
+        elif args.verb == "objectnet":
+            objectnet = sources.objectnet_tree(args.source, mappings=args.mappings, tick=bar.update)
+            found = Collection(
+                objectnet.tree,
+                imagenet.classes(),
+                {folder: ids[0] for folder, ids in objectnet.class_ids.items()},
+                accepted={ids[0]: ids for ids in objectnet.class_ids.values() if len(ids) > 1},
+                border=0 if args.border_removed else 2,
+                facts={"border_removed_before": args.border_removed, "left_out_by_design": objectnet.left_out},
+            )
+        else:
+            tree, class_ids = sources.benchmark_tree(args.source, args.verb, tick=bar.update)
+            found = Collection(tree, imagenet.classes(), class_ids)
+    if strangers := sorted(set(found.tree.folders) - set(found.class_ids)):
+        raise UserError(
+            f"{args.source} has class folders that {args.classes} does not list: {', '.join(strangers[:5])}"
+            f"{' …' if len(strangers) > 5 else ''}. Add them to the list, or move them out of the source."
+        )
+    if args.verb != "folder":
+        check_counts(found, args)
+    if args.verb in ("imagenet", "folder") and args.holdout is not None:
+        take_holdout(found, args)
+    return found
+
+
+def check_counts(found: Collection, args: argparse.Namespace) -> None:
+    """Raises: UserError: a set has other numbers of images or classes than a whole copy of it."""
+    for split, of_split in found.tree.splits.items():
+        expected = benchmarks.BENCHMARKS.get(split)
+        if expected is None:
+            continue
+        by_folder = Counter(image.folder for image in of_split)
+        labels = {found.class_ids[folder] for folder in by_folder}
+        right = {i for label in labels for i in found.accepted.get(label, (label,))}
+        deviations = expected.deviations(by_folder, len(right))
+        if deviations and not args.allow_count_mismatch:
+            raise UserError(
+                f"{args.source} has {'; '.join(deviations)} for the set {split}: it is not a whole copy of it, and "
+                f"accuracies on it would not be comparable. Get the missing part or move out what is too much; "
+                f"--allow-count-mismatch converts it as it is, and says so in the manifest."
+            )
+        if deviations:
+            print(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
+            found.facts.setdefault("count_mismatch", {})[split] = deviations
+
+
+def take_holdout(found: Collection, args: argparse.Namespace) -> None:
+    """Move images from the split train to a split holdout."""
+    splits = found.tree.splits
+    if "train" not in splits or "holdout" in splits:
+        raise UserError(
+            f"--holdout takes images out of a split called train and makes a split called holdout of them; the source "
+            f"has {', '.join(splits)}. Leave --holdout out, or convert the training set with it."
+        )
+    splits["train"], splits["holdout"] = hold_out(splits["train"], args.holdout, seed=args.seed)
+    found.facts["holdout"] = args.holdout
+
+
+def read_classes(path: Path) -> Classes:
+    """A class list: one `folder<TAB>display name` a line, class 0 first.
+
+    Raises:
+        UserError: the file is missing, a line has no tab, or a folder is there twice.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The class list {path} cannot be read ({error}).") from None
+    classes: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        folder, tab, name = line.partition("\t")
+        if not (tab and folder.strip() and name.strip()):
+            raise UserError(f"{path}, line {number}: expected a folder, a tab and a display name, got {line!r}.")
+        if folder in classes:
+            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
+        classes[folder] = name.strip()
+    if not classes:
+        raise UserError(f"The class list {path} is empty.")
+    return tuple(classes.items())
 
 
 # --- one split ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Split:
+    """A set to be made. made: facts of how, for the manifest; they begin with what identifies the plan to people."""
+
+    folder: Path
+    tasks: list[Task]
+    found: Collection
+    made: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def plan_all(found: Collection, args: argparse.Namespace) -> list[Split]:
+    size = args.image_size or 224
+    store = Store(args.store, None if args.store == images.ORIGINAL else size, found.border)
+    splits = []
+    for name, of_split in found.tree.splits.items():
+        folder = args.out / name
+        facts = {
+            "source": args.source.name,
+            "images": len(of_split),
+            "classes": len(found.classes),
+            "store": store.name,
+            "image_size": store.image_size,
+            "seed": args.seed,
+            "samples_per_shard": args.samples_per_shard,
+            **{key: value for key, value in found.facts.items() if key != "count_mismatch"},
+        }
+        if name in found.facts.get("count_mismatch", {}):
+            facts["count_mismatch"] = found.facts["count_mismatch"][name]
+        tasks = plan_split(
+            folder,
+            of_split,
+            classes=found.classes,
+            class_ids=found.class_ids,
+            store=store,
+            seed=args.seed,
+            samples_per_shard=args.samples_per_shard,
+        )
+        splits.append(Split(folder, tasks, found, facts))
+    return splits
+
+
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Two conversions must not write into one folder. The lock goes with the process, however it ends."""
+    """Two conversions must not write into one folder. The lock goes with the process, however it ends.
+
+    (Jobs of a Slurm array do not take it. Two that make one shard write the same bytes aside, under names of their own,
+    and rename: that does no harm.)
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -275,135 +284,134 @@ def _size(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
-def progress(**settings) -> tqdm:
+def progress(**settings: Any) -> tqdm:
     return tqdm(**settings, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
-def check_space(folder: Path, tasks: list[Task]) -> None:
+def check_space(out: Path, tasks: list[Task]) -> None:
     """Raises: UserError: what is still to be made does not fit on the disk."""
-    # Three headers a sample, data padded to 512, a short .cls and .json: under 5 KB beside the image.
-    needed = sum(sample.image.blob.size + 5_000 for task in tasks for sample in task.samples)
-    free = shutil.disk_usage(folder).free
+    needed = sum(task.num_bytes for task in tasks)
+    free = free_space(out)
     if needed > free:
         raise UserError(
-            f"The shards of {folder} need {_size(needed)}, and the disk has {_size(free)} left. Free some space, or "
+            f"The shards in {out} need about {_size(needed)}, and the disk has {_size(free)} left. Free some space, or "
             f"choose an --out on another disk."
         )
 
 
-def convert_split(
-    out: Path, split: str, images: list[sources.LabelledImage], classes: Classes, ignored: int, args
-) -> None:
+def free_space(folder: Path) -> int:
+    """Bytes that a folder, which need not exist yet, can take."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -> None:
     """Make what is missing of one split, then its manifest."""
     begun = time.monotonic()
-    folder = out / split
-    tasks = plan_split(out, split, images, classes, args)
-    facts = {
-        "source": args.source.name,
-        "images": len(images),
-        "classes": len(classes),
-        "seed": args.seed,
-        "samples_per_shard": args.samples_per_shard,
-    }
+    folder, name, tasks = split.folder, split.name, split.tasks
     with sole_writer(folder):
-        claim(folder, tasks, facts)
+        claim(folder, tasks, split.made)
         missing = [task for task in tasks if not is_made(task)]
-        check_space(folder, missing)
+        total = sum(len(task.samples) for task in tasks)
         to_do = sum(len(task.samples) for task in missing)
         if len(missing) < len(tasks):
-            print(f"{split}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
+            print(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
         done_bytes = 0
-        with progress(
-            total=len(images), initial=len(images) - to_do, desc=split, unit=" images", disable=not missing
-        ) as bar:
+        with progress(total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing) as bar:
 
-            def report(n: int, n_bytes: int) -> None:
+            def report(made: tuple[int, int]) -> None:
                 nonlocal done_bytes
+                n, n_bytes = made
                 done_bytes += n_bytes
                 bar.set_postfix_str(f"{done_bytes / 1e6 / (time.monotonic() - begun):.1f} MB/s", refresh=False)
                 bar.update(n)
 
-            make_all(missing, args.workers, report)
-        manifest = commit(
-            folder, split, classes, tasks, {"tool": f"make_shards {args.verb}", **facts, "ignored": ignored}
-        )
-        for leftover in folder.glob(".*.part"):
-            leftover.unlink()
+            if array is not None:
+                make_on_slurm(missing, array, report)
+            else:
+                workers = args.workers or len(os.sched_getaffinity(0))
+                run_here(make_shard, missing, workers=workers, progress=report)
+        manifest, kept = commit(split, args)
+        for leftover in folder.glob(".*.part"):  # of writers that were killed
+            leftover.unlink(missing_ok=True)
     seconds = time.monotonic() - begun
     rate = f", {to_do / seconds:.0f} images/s" if to_do else ""
     print(
-        f"{split}: {manifest.num_samples} images of {sum(n > 0 for n in manifest.class_counts)} classes "
+        f"{name}: {manifest.num_samples} images of {sum(n > 0 for n in manifest.class_counts)} classes "
         f"(of {manifest.num_classes}), shards: {len(tasks)}, {_size(manifest.num_bytes)} in {folder} "
         f"({seconds:.0f} s{rate})"
     )
-    if manifest.bad_samples:
+    if manifest.bad_samples or kept:
         print(
-            f"{split}: {manifest.bad_samples} images do not decode and were left out; {folder / BAD_SAMPLES} lists them"
+            f"{name}: {manifest.bad_samples} images were left out because they do not decode, {kept} other oddities "
+            f"were dealt with; {folder / BAD_SAMPLES} lists them all"
         )
 
 
-def commit(folder: Path, split: str, classes: Classes, tasks: list[Task], made: dict[str, Any]) -> shards.Manifest:
-    """The list of bad samples and the manifest, from the indexes alone.
+def commit(split: Split, args: argparse.Namespace) -> tuple[shards.Manifest, int]:
+    """The list of bad samples and the manifest, from the plan and the indexes alone.
+
+    Returns:
+        The manifest, and how many issues there are beside images that were left out.
 
     Raises:
         UserError: not one image could be decoded.
     """
-    indexes = [shards.load_index(task.tar) for task in tasks]
-    bad = sorted((entry for index in indexes for entry in index.about["bad"]), key=lambda entry: entry["name"])
-    listed = "".join(json.dumps(entry) + "\n" for entry in bad).encode()
-    if bad:
-        write_atomically(folder / BAD_SAMPLES, listed)
+    found, folder = split.found, split.folder
+    entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in split.tasks), strict=True)
+    issues = [
+        {"name": f"{empty}/", "class": found.class_ids.get(empty), "issue": "no image in it", "policy": NO_IMAGES}
+        for empty in found.tree.empty.get(split.name, [])
+    ]
+    issues += sorted(
+        (issue for index in indexes for issue in index.about["issues"]),
+        key=lambda issue: (issue["name"], issue["issue"]),
+    )
+    if issues:
+        write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(issue) + "\n" for issue in issues))
     else:
         (folder / BAD_SAMPLES).unlink(missing_ok=True)
-    manifest = shards.Manifest(
-        root=folder,
-        split=split,
-        store=STORE,
-        classes=classes,
-        class_counts=shards.class_counts_of(indexes, len(classes)),
-        shards=tuple(shards.shard_of_index(task.tar, index) for task, index in zip(tasks, indexes, strict=True)),
-        bad_samples=len(bad),
-        made={**made, "plan": tasks[0].plan},
-    )
-    if not manifest.num_samples:
+    bad = sum(issue["policy"] == LEFT_OUT for issue in issues)
+    if not any(entry.samples for entry in entries):
         raise UserError(
-            f"None of the {len(bad)} images of the split {split} decodes; {folder / BAD_SAMPLES} has the reasons. Is "
+            f"None of the {bad} images of the split {split.name} decodes; {folder / BAD_SAMPLES} has the reasons. Is "
             f"the source what it should be?"
         )
+    store = split.tasks[0].store
+    manifest = shards.Manifest(
+        root=folder,
+        split=split.name,
+        store=store.name,
+        image_size=store.image_size,
+        border=store.border_left,
+        accepted=found.accepted,
+        classes=found.classes,
+        class_counts=shards.class_counts_of(indexes, len(found.classes)),
+        shards=entries,
+        bad_samples=bad,
+        made={
+            "tool": f"make_shards {args.verb}",
+            **split.made,
+            "ignored": len(found.tree.ignored),
+            "plan": split.tasks[0].plan,
+        },
+    )
     shards.write_manifest(manifest)
-    return manifest
+    return manifest, len(issues) - bad
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
-def read_classes(path: Path) -> Classes:
-    """A class list: one `folder<TAB>display name` a line, class 0 first.
-
-    Raises:
-        UserError: the file is missing, a line has no tab, or a folder is there twice.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The class list {path} cannot be read ({error}).") from None
-    classes: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        folder, tab, name = line.partition("\t")
-        if not (tab and folder.strip() and name.strip()):
-            raise UserError(f"{path}, line {number}: expected a folder, a tab and a display name, got {line!r}.")
-        if folder in classes:
-            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
-        classes[folder] = name.strip()
-    if not classes:
-        raise UserError(f"The class list {path} is empty.")
-    return tuple(classes.items())
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="imagenet|folder")
-    net = verbs.add_parser("imagenet", help="ImageNet (ILSVRC2012), classes in the order of the 1000 sorted wnids")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="SET")
+
+    def verb(name: str, about: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+
+    net = verb("imagenet", "ImageNet (ILSVRC2012), classes in the order of the 1000 sorted wnids")
     net.add_argument(
         "--split", choices=("train", "val", "all"), default="all", help="which to convert (default: all there are)"
     )
@@ -413,7 +421,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"{sources.DEVKIT}: labels of a val set that is not sorted into class folders (default: in --source)",
     )
-    tree = verbs.add_parser("folder", help="any tree of [split/]class/image")
+    known = [net, verb("imagenet-v2", "ImageNet-V2, matched frequency; folders are class numbers or wnids")]
+    for name in _SHIFTED_WITH_WNIDS:
+        if name != benchmarks.IMAGENET_V2.name:
+            known.append(verb(name, f"ImageNet-{name.rpartition('-')[2].title()}; a folder a wnid"))
+    objects = verb("objectnet", "the part of ObjectNet that overlaps with ImageNet, from the unpacked archive")
+    objects.add_argument(
+        "--mappings", type=Path, metavar="DIR", help="ObjectNet's mapping files (default: in --source or beside it)"
+    )
+    objects.add_argument(
+        "--border-removed",
+        action="store_true",
+        help="this copy's red border has been removed (default: 2 pixels are cut off each side, here for crops, by the "
+        "reader for originals)",
+    )
+    known.append(objects)
+    tree = verb("folder", "any tree of [split/]class/image")
     tree.add_argument("--split", metavar="NAME", help="convert this split alone, or name the one that the tree is")
     tree.add_argument(
         "--classes",
@@ -421,51 +444,88 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a line `folder<TAB>display name` a class, class 0 first (default: the folders, sorted)",
     )
-    for verb in (net, tree):
-        verb.add_argument("--source", type=Path, required=True, metavar="DIR_OR_TAR", help="a tar is read in place")
-        verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder of shards a split")
-        verb.add_argument("--seed", type=int, default=0, help="of the permutation of samples over shards (default: 0)")
-        verb.add_argument(
-            "--samples-per-shard",
-            type=int,
-            default=1000,
-            metavar="N",
-            help="at most (default: 1000, about 110 MB of ImageNet)",
+    for p in known:
+        p.add_argument(
+            "--allow-count-mismatch",
+            action="store_true",
+            help="convert a copy that has not the set's images or classes; the manifest says so",
         )
-        verb.add_argument(
-            "--workers",
+    for p in (net, tree):
+        p.add_argument(
+            "--holdout",
             type=int,
-            default=len(os.sched_getaffinity(0)),
             metavar="N",
-            help="processes (default: all cores)",
+            help="take N images out of train, stratified by class, into a set `holdout` (the paper's: 10240)",
         )
+    for p in (*known, tree):
+        add_common_arguments(p)
     return top
+
+
+def add_common_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--source", type=Path, required=True, metavar="DIR_OR_TAR", help="a tar is read in place")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder of shards a set")
+    p.add_argument("--seed", type=int, default=0, help="of the order of samples, and of --holdout (default: 0)")
+    p.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="at most (default: 1000, about 110 MB of ImageNet)",
+    )
+    p.add_argument(
+        "--store",
+        choices=images.STORES,
+        default=images.ORIGINAL,
+        help="original: the source's bytes; crop-jpeg, crop-raw: the recipe's centre crop, made once; raw ones are the "
+        "same to the bit and need no decoder (default: original)",
+    )
+    p.add_argument("--image-size", type=int, metavar="S", help="side of the crops of a crop store (default: 224)")
+    p.add_argument("--dry-run", action="store_true", help="say what would be made and how large it is; write nothing")
+    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
+    add_array_arguments(p)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises: UserError: values that are too small, or flags that would do nothing."""
+    for flag in ("samples_per_shard", "workers", "image_size"):
+        if (value := getattr(args, flag)) is not None and value < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
+    if args.image_size and args.store == images.ORIGINAL:
+        raise UserError(
+            "--image-size is the side of the crops of a crop store, and --store original keeps images as they are: "
+            "leave it out, or choose --store crop-jpeg or crop-raw."
+        )
+    if args.executor == "slurm" and args.workers:
+        raise UserError("--workers would do nothing with --executor slurm: --cpus-per-task says how many there are.")
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    check_arguments(args)
+    array = resolve_array(args)
     args.source, args.out = args.source.expanduser().absolute(), args.out.expanduser().absolute()
-    if args.samples_per_shard < 1 or args.workers < 1:
-        raise UserError("--samples-per-shard and --workers must be at least 1.")
-    classes: Classes | None = read_classes(args.classes) if args.verb == "folder" and args.classes else None
-    with progress(desc="listing the source", unit=" files") as bar:
-        if args.verb == "imagenet":
-            tree = sources.imagenet_tree(args.source, split=args.split, devkit=args.devkit, tick=bar.update)
-            classes = imagenet.classes()
-        else:
-            tree = sources.folder_tree(args.source, split=args.split, tick=bar.update)
-            classes = classes or tuple((folder, folder) for folder in tree.folders)
-    if strangers := sorted(set(tree.folders) - {folder for folder, _ in classes}):
-        raise UserError(
-            f"{args.source} has class folders that {args.classes} does not list: {', '.join(strangers[:5])}"
-            f"{' …' if len(strangers) > 5 else ''}. Add them to the list, or move them out of the source."
-        )
-    if tree.ignored:
-        print(f"{len(tree.ignored)} files are no images by their names and stay out, {tree.ignored[0]} for one")
+    found = collect(args)
+    if ignored := found.tree.ignored:
+        print(f"{len(ignored)} files are no images by their names and stay out, {ignored[0]} for one")
+    if left_out := found.facts.get("left_out_by_design"):
+        print(f"{left_out} images are in folders that do not overlap with ImageNet, and stay out")
+    splits = plan_all(found, args)
+    if args.dry_run:
+        for split in splits:
+            total = sum(task.num_bytes for task in split.tasks)
+            print(
+                f"{split.name}: {split.made['images']} images, {len(split.tasks)} shards, about {_size(total)} in "
+                f"{split.folder}"
+            )
+    check_space(args.out, [task for split in splits for task in split.tasks if not is_made(task)])
+    if args.dry_run:
+        print(f"The disk has {_size(free_space(args.out))} left. Nothing was written.")
+        return 0
     try:
-        for split, images in tree.splits.items():
-            convert_split(args.out, split, images, classes, len(tree.ignored), args)
+        for split in splits:
+            convert_split(split, args, array)
     except KeyboardInterrupt:
         print("\nFinished shards are kept; the same command goes on from here.", file=sys.stderr)
         raise

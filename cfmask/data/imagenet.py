@@ -1,4 +1,4 @@
-"""ImageNet's classes: 1000 wnids in class-id order from timm, their display names from open_clip.
+"""ImageNet's classes: 1000 wnids in class-id order and two subsets from timm, display names from open_clip.
 
 The packages' data files are read without importing the packages, which would import torch: conversion needs neither.
 """
@@ -20,7 +20,23 @@ def _package_folder(package: str) -> Path:
 @functools.cache
 def wnids() -> tuple[str, ...]:
     """The 1000 wnids, sorted: a class id is an index into them."""
-    return tuple((_package_folder("timm") / "data" / "_info" / "imagenet_synsets.txt").read_text().split())
+    return _wnids("imagenet_synsets.txt")
+
+
+@functools.cache
+def r_wnids() -> tuple[str, ...]:
+    """The 200 wnids of ImageNet-R."""
+    return _wnids("imagenet_r_synsets.txt")
+
+
+@functools.cache
+def a_wnids() -> tuple[str, ...]:
+    """The 200 wnids of ImageNet-A."""
+    return _wnids("imagenet_a_synsets.txt")
+
+
+def _wnids(file: str) -> tuple[str, ...]:
+    return tuple((_package_folder("timm") / "data" / "_info" / file).read_text().split())
 
 
 @functools.cache

@@ -1,37 +1,62 @@
-"""The stream of batches: a WebDataset pipeline whose source stage follows the plan.
+"""The stream of batches: webdataset pipelines whose source stage follows the plan, run by threads.
 
-    _Source     ids of the plan, one unit (micro-batch) after the other  → raw samples, read by offset
-    wds.map     decode and crop                                          → pixels, label
-    _Units      whole units                                              → Batch
+    ShardReader.read_images   ids of one lane at one step, from the plan   → raw samples, read by offset
+    wds.map                   decode and crop                              → pixels
+    _Filler.fill              into the rows of the batch that are the lane's
 
-Loader process k of K runs this pipeline for units k, k + K, …, and torch's DataLoader takes from the processes in
-turn: batches come out in step order whatever K is. Which samples a unit holds, and its draws, follow from (seed, epoch,
-step, lanes) alone; so they do not depend on the number of ranks or loaders, nor on where an epoch is resumed.
+Which samples a batch holds, and its draws, follow from (seed, epoch, step, lanes) alone; so they do not depend on the
+number of ranks or threads, nor on where an epoch is resumed. A sample that cannot be read is replaced by the next one
+of its lane that can, which depends on nothing else either.
+
+Threads, not processes: reading, decoding and resizing leave Python's lock alone, so threads go as fast (measured:
+``tools/bench.py loader``), put pixels straight into the batch in page-locked memory, where a process would send them
+through a queue and /dev/shm, and nothing of them outlives the trainer or hears the job's signals.
 """
 
 from __future__ import annotations
 
-import atexit
-import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cfmask.data import images, plan
-from cfmask.data.process import die_with_parent, ignore_job_signals, loader_context
-from cfmask.data.shards import Manifest, ShardReader
+from cfmask.data import images, plan, receipts
+from cfmask.data.shards import Manifest, SampleError, ShardReader
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 
 WINDOW_SHARDS = 4
 """Length of a lane's shuffle window in shards (see ``plan.lane_order``)."""
+
+PREFETCH = 4
+"""Batches that are under way while one is trained on. It bounds the memory that the stream takes."""
+
+_MOST_SUBSTITUTES = 100
+"""Samples of a lane that may fail one after the other before there is no point in going on."""
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample of the plan that could not be read or decoded, and the key of the one that was taken for it.
+
+    step: within the epoch. sample: its global id. key is "" where the shard's index could not be read either.
+    """
+
+    epoch: int
+    step: int
+    lane: int
+    sample: int
+    shard: str
+    key: str
+    reason: str
+    substitute: str
 
 
 @dataclass(frozen=True)
@@ -39,6 +64,7 @@ class Batch:
     """A micro-batch of n samples: whole lanes in training, up to batch_size samples in evaluation.
 
     step: within the epoch. images: uint8 (n, 3, S, S). labels: int64 (n,). draws: donors point into these n samples.
+    receipt: float32 (receipts.DIGITS,), of the keys. bad: samples that others stand in for.
     """
 
     epoch: int
@@ -47,17 +73,8 @@ class Batch:
     labels: Tensor
     keys: list[str]
     draws: Draws
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory, from which copies to a GPU run asynchronously."""
-        return Batch(
-            epoch=self.epoch,
-            step=self.step,
-            images=self.images.pin_memory(),
-            labels=self.labels.pin_memory(),
-            keys=self.keys,
-            draws=self.draws.map(torch.Tensor.pin_memory),
-        )
+    receipt: Tensor
+    bad: tuple[BadSample, ...] = ()
 
 
 def train_batches(
@@ -81,16 +98,17 @@ def train_batches(
     Args:
         batch_size: the global batch, of all ranks and micro-batches.
         lanes: lanes of the global batch; the rank owns lanes / world_size of them.
-        loader_workers: processes that read and decode; 0 does it in this process.
+        loader_workers: threads that read and decode; 0 does it in this one, when a batch is asked for.
         draw_spec: what is drawn for each lane; None draws nothing.
         micro_batches: batches yielded a step, each of whole lanes, in lane order.
+        pin_memory: batches lie in page-locked memory, from which copies to a GPU run asynchronously.
 
     Yields:
         micro_batches × (steps - start_step) batches, in order.
 
     Raises:
-        UserError: lanes, batch size, world size and micro-batches do not divide (at once, before anything is
-            started), or a sample cannot be read (when its batch is due; names shard and key).
+        UserError: lanes, batch size, world size and micro-batches do not divide, or the set's crops have another size
+            (at once, before anything is started); or a lane has no readable sample (when its batch is due).
     """
     per_lane = plan.samples_per_lane(batch_size, lanes)
     owned = plan.lanes_of_rank(rank, world_size, lanes)
@@ -101,6 +119,11 @@ def train_batches(
             f"A rank's {len(owned)} lanes (of {lanes}, {world_size} workers) cannot be cut into {micro_batches} equal "
             f"micro-batches: use one of {fitting}."
         )
+    if world_size * micro_batches > receipts.MOST_PARTS:
+        raise UserError(
+            f"{world_size} workers × {micro_batches} micro-batches are more parts than a step may have "
+            f"({receipts.MOST_PARTS})."
+        )
     if not 0 <= start_step <= steps:
         raise UserError(f"step {start_step} is not within an epoch of {steps} steps: the shards are not the same set.")
     if draw_spec is not None and draw_spec.fill == "multi-fill" and per_lane < 2:
@@ -108,6 +131,7 @@ def train_batches(
             f"multi-fill takes patches from other images of the lane, but a batch of {batch_size} in {lanes} lanes "
             f"leaves one sample a lane: use at most {batch_size // 2} lanes."
         )
+    check_image_size(manifest, image_size)
     source = _TrainSource(
         manifest=manifest,
         batch_size=batch_size,
@@ -136,27 +160,63 @@ def eval_batches(
 
     Args:
         batch_size: of this rank; its last batch may be smaller, and a rank may have no batch at all.
+        loader_workers, pin_memory: as for training.
 
     Raises:
-        UserError: a sample cannot be read (when its batch is due; names shard and key).
+        UserError: the set's crops have another size (at once); a sample cannot be read (when its batch is due; names
+            shard and key): nothing may stand in for a sample that is counted.
     """
     if batch_size < 1:
         raise UserError(f"the batch size of an evaluation must be at least 1, got {batch_size}.")
+    check_image_size(manifest, image_size)
     ids = plan.eval_slice(manifest.num_samples, rank, world_size)
     return _run(_EvalSource(manifest, ids, batch_size), image_size, loader_workers, pin_memory)
 
 
-# --- the pipeline's stages ------------------------------------------------------------------------------------------
+def check_image_size(manifest: Manifest, image_size: int) -> None:
+    """Raises UserError if a set of crops has others than a model of this input size needs."""
+    if manifest.image_size not in (None, image_size):
+        raise UserError(
+            f"The set {manifest.root} holds crops of {manifest.image_size} × {manifest.image_size} pixels, the model "
+            f"takes {image_size} × {image_size}. Convert the set with --image-size {image_size}, or with --store "
+            f"original, which serves every size."
+        )
+
+
+# --- what is read, in which order -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive rows of a batch that one thread fills: in training, one lane's at one step.
+
+    ids (n,): the samples. stand_ins: ids that may replace a bad sample of a row, in this order.
+    """
+
+    first_row: int
+    lane: int
+    ids: NDArray[np.int64]
+    order: NDArray[np.int64] | None
+    position: int
+
+    def stand_ins(self, row: int) -> NDArray[np.int64]:
+        """What follows in the lane, from its end on at its beginning; nothing in an evaluation."""
+        if self.order is None:
+            return np.empty(0, np.int64)
+        count = min(_MOST_SUBSTITUTES, self.order.size - 1)
+        return self.order[(self.position + row + 1 + np.arange(count)) % self.order.size]
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What becomes one Batch: ids (n,) of its samples, and what its draws are keyed by."""
+    """What becomes one Batch."""
 
     epoch: int
     step: int
-    ids: np.ndarray
-    lanes: range
+    parts: list[_Part]
+
+    def __len__(self) -> int:
+        return sum(len(part.ids) for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -171,31 +231,38 @@ class _TrainSource:
     micro_batches: int
     draw_spec: DrawSpec | None
 
-    def units(self, first: int, stride: int) -> Iterator[_Unit]:
+    def units(self) -> Iterator[_Unit]:
+        per_lane = self.batch_size // self.lanes
+        orders = {
+            lane: plan.lane_order(
+                self.manifest.sample_counts,
+                seed=self.seed,
+                epoch=self.epoch,
+                lane=lane,
+                lanes=self.lanes,
+                batch_size=self.batch_size,
+                window_shards=WINDOW_SHARDS,
+            )
+            for lane in self.owned
+        }
         together = len(self.owned) // self.micro_batches
-        orders = {}
-        for number in range(first, len(self.steps) * self.micro_batches, stride):
-            step, micro = self.steps[number // self.micro_batches], number % self.micro_batches
-            lanes = self.owned[micro * together : (micro + 1) * together]
-            for lane in lanes:
-                if lane not in orders:
-                    orders[lane] = plan.lane_order(
-                        self.manifest.sample_counts,
-                        seed=self.seed,
-                        epoch=self.epoch,
-                        lane=lane,
-                        lanes=self.lanes,
-                        batch_size=self.batch_size,
-                        window_shards=WINDOW_SHARDS,
-                    )
-            yield _Unit(self.epoch, step, np.concatenate([orders[lane][step] for lane in lanes]), lanes)
+        for step in self.steps:
+            for begin in range(0, len(self.owned), together):
+                lanes = self.owned[begin : begin + together]
+                yield _Unit(
+                    self.epoch,
+                    step,
+                    [
+                        _Part(n * per_lane, lane, orders[lane][step], orders[lane].reshape(-1), step * per_lane)
+                        for n, lane in enumerate(lanes)
+                    ],
+                )
 
     def draws(self, unit: _Unit) -> Draws:
-        per_lane = len(unit.ids) // len(unit.lanes)
         return concat(
             [
-                draw(self.draw_spec, per_lane, plan.lane_generator(self.seed, unit.epoch, unit.step, lane))
-                for lane in unit.lanes
+                draw(self.draw_spec, len(part.ids), plan.lane_generator(self.seed, unit.epoch, unit.step, part.lane))
+                for part in unit.parts
             ]
         )
 
@@ -211,149 +278,121 @@ class _EvalSource:
     ids: range
     batch_size: int
 
-    def units(self, first: int, stride: int) -> Iterator[_Unit]:
-        starts = range(self.ids.start, self.ids.stop, self.batch_size)
-        for number in range(first, len(starts), stride):
-            stop = min(starts[number] + self.batch_size, self.ids.stop)
-            yield _Unit(0, number, np.arange(starts[number], stop), range(0))
+    def units(self) -> Iterator[_Unit]:
+        for number, start in enumerate(range(self.ids.start, self.ids.stop, self.batch_size)):
+            ids = np.arange(start, min(start + self.batch_size, self.ids.stop))
+            parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
+            yield _Unit(0, number, parts)
 
     def draws(self, unit: _Unit) -> Draws:
         return Draws()
 
-    open_shards = 2
+    open_shards = 4
 
 
-def _read_units(source: _TrainSource | _EvalSource) -> Iterator[dict[str, Any]]:
-    """First stage: the raw samples of this process's units, each with its unit."""
-    worker = get_worker_info()
-    first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-    with ShardReader(source.manifest, max_open=source.open_shards) as reader:
-        for unit in source.units(first, stride):
-            for sample_id in unit.ids:
-                yield {**reader.read(int(sample_id)), "__unit__": unit}
+# --- the pipeline's stages ------------------------------------------------------------------------------------------
 
 
-def _decode(sample: dict[str, Any], image_size: int) -> dict[str, Any]:
-    """Second stage: bytes to pixels and label."""
-    key, url = sample["__key__"], sample["__url__"]
-    data = next((sample[name] for name in images.EXTENSIONS.values() if name in sample), None)
+def _decode(sample: dict[str, Any], image_size: int, border: int) -> dict[str, Any]:
+    """Bytes to pixels."""
+    if "__error__" in sample:
+        return sample
+    extension = next(name for name in sample if not name.startswith("__"))
     try:
-        if data is None:
-            raise UserError("has no image among its members")
-        pixels = images.crop(images.decode(data), image_size)
-        label = int(sample["cls"])
-    except (UserError, ValueError, KeyError) as error:
-        raise UserError(
-            f"Sample {key} of shard {url} cannot be used: {error}. Its bytes are as they were written, so convert the "
-            f"set again: the conversion leaves out what does not decode, and lists it."
-        ) from None
-    return {"__key__": key, "__unit__": sample["__unit__"], "image": pixels, "label": label}
+        sample["image"] = images.pixels(sample[extension], extension, image_size, border=border)
+    except UserError as reason:
+        key, shard = sample["__key__"], sample["__url__"]
+        message = (
+            f"Sample {key} of shard {shard} cannot be used: {reason}. Its bytes are as they were written, so convert "
+            f"the set again: the conversion leaves out what does not decode, and lists it."
+        )
+        sample["__error__"] = SampleError(message, key=key, shard=shard, reason=str(reason))
+    return sample
 
 
-def _collate(samples: Iterable[dict[str, Any]], source: _TrainSource | _EvalSource) -> Iterator[Batch]:
-    """Third stage: whole units. Unlike ``wds.batched`` it does not wait for the first sample of the next unit before
-    it gives one out, so a sample that cannot be read never takes the batch before it along."""
-    samples = iter(samples)
-    while head := next(samples, None):
-        unit: _Unit = head["__unit__"]
-        group = [head, *islice(samples, len(unit.ids) - 1)]
-        yield Batch(
-            epoch=unit.epoch,
-            step=unit.step,
-            images=torch.stack([sample["image"] for sample in group]),
-            labels=torch.tensor([sample["label"] for sample in group], dtype=torch.int64),
-            keys=[sample["__key__"] for sample in group],
-            draws=source.draws(unit),
+class _Filler:
+    """The rows of a batch, filled by any number of threads, each with parts of its own."""
+
+    def __init__(self, source: _TrainSource | _EvalSource, unit: _Unit, image_size: int, pin_memory: bool):
+        self._source, self._unit, self._size = source, unit, image_size
+        n = len(unit)
+        self._images = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pin_memory)
+        self._labels = torch.empty(n, dtype=torch.int64, pin_memory=pin_memory)
+        self._keys = [""] * n
+        self._pin = pin_memory
+        # Through numpy: torch copies with as many threads as it has for computing.
+        self._pixels, self._classes = self._images.numpy(), self._labels.numpy()
+
+    def fill(self, part: _Part, reader: ShardReader) -> list[BadSample]:
+        """Read, decode and place one part's samples.
+
+        Raises:
+            UserError: a sample cannot be used, and none of its lane stands in for it.
+        """
+        bad = []
+        for row, sample in enumerate(self._samples(reader, part.ids)):
+            if error := sample.get("__error__"):
+                sample = self._stand_in(reader, part, row, error)
+                unit = self._unit
+                bad.append(
+                    BadSample(
+                        epoch=unit.epoch,
+                        step=unit.step,
+                        lane=part.lane,
+                        sample=int(part.ids[row]),
+                        shard=error.shard,
+                        key=error.key,
+                        reason=error.reason,
+                        substitute=sample["__key__"],
+                    )
+                )
+            place = part.first_row + row
+            np.copyto(self._pixels[place], sample["image"].numpy())
+            self._classes[place] = sample["__label__"]
+            self._keys[place] = sample["__key__"]
+        return bad
+
+    def _samples(self, reader: ShardReader, ids: NDArray[np.int64]) -> wds.DataPipeline:
+        return wds.DataPipeline(
+            lambda: reader.read_images(ids),
+            wds.map(lambda sample: _decode(sample, self._size, self._source.manifest.border)),
         )
 
+    def _stand_in(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:
+        for sample in self._samples(reader, part.stand_ins(row)):
+            if "__error__" not in sample:
+                return sample
+        raise error
 
-class _Pipeline(IterableDataset):
-    """The stages as webdataset runs them. A UserError travels as an item: raised in a loader process, torch would
-    wrap it in a page of traceback."""
-
-    def __init__(self, source: _TrainSource | _EvalSource, image_size: int):
-        self._source = source
-        self._image_size = image_size
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        stages = wds.DataPipeline(
-            lambda: _read_units(self._source),
-            wds.map(lambda sample: _decode(sample, self._image_size)),
-            lambda samples: _collate(samples, self._source),
-        )
-        try:
-            yield from stages
-        except UserError as error:
-            yield error
+    def batch(self, bad: list[BadSample]) -> Batch:
+        """The batch, once every part is filled."""
+        unit = self._unit
+        digits = receipts.to_digits(receipts.receipt(self._keys, unit.epoch))
+        receipt, draws = torch.tensor(digits, dtype=torch.float32), self._source.draws(unit)
+        if self._pin:
+            receipt, draws = receipt.pin_memory(), draws.map(torch.Tensor.pin_memory)
+        return Batch(unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad))
 
 
-def _start_loader(worker_id: int) -> None:
-    die_with_parent()
-    ignore_job_signals()
-    torch.set_num_threads(1)
-
-
-def _run(source: _TrainSource | _EvalSource, image_size: int, loader_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    loader = DataLoader(
-        _Pipeline(source, image_size),
-        batch_size=None,
-        num_workers=loader_workers,
-        multiprocessing_context=loader_context() if loader_workers else None,
-        worker_init_fn=_start_loader,
-        pin_memory=pin_memory,
-        # Its own generator: the loader draws a seed for its processes, and that draw must not advance torch's global
-        # generator, or a resumed run would differ from an uninterrupted one.
-        generator=torch.Generator(),
-    )
-
-    def batches() -> Iterator[Batch]:
-        items: Any = iter(loader)
-        loaders = getattr(items, "_workers", [])  # none when this process does the loading
-
-        def kill() -> None:
-            for process in loaders:
-                process.kill()
-
-        # An exception in the training loop leaves this generator suspended. multiprocessing would then send the loaders
-        # the SIGTERM that they ignore, and wait for them for ever.
-        atexit.register(kill)
-        try:
-            yield from _checked(items)
-        finally:
-            atexit.unregister(kill)
-            if loaders:
-                # Not left to garbage collection, which ends the queues before it ends their owner: loaders would never
-                # be told. The deadline is for when this very line is run by garbage collection.
-                deadline = threading.Timer(3, kill)
-                deadline.start()
-                items._shutdown_workers()
-                deadline.cancel()
-
-    return batches()
-
-
-def _checked(items: Iterator[Batch | UserError]) -> Iterator[Batch]:
-    while True:
-        try:
-            item = next(items, None)
-        except (ConnectionError, EOFError, FileNotFoundError, RuntimeError) as error:
-            if not _lost_a_loader(error):
-                raise
-            item = UserError(
-                f"A data loader process was killed ({error}), most often for lack of memory. Give the job more memory "
-                f"(and /dev/shm, through which batches travel), or use fewer loader workers."
-            )
-        if item is None:
+def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:
+    """The source's batches, in order."""
+    with ShardReader(source.manifest, max_open=source.open_shards) as reader:
+        fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units())
+        if threads == 0:
+            for filler, parts in fillers:
+                yield filler.batch([bad for part in parts for bad in filler.fill(part, reader)])
             return
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-def _lost_a_loader(error: Exception) -> bool:
-    """Whether torch's DataLoader failed because a process of it is gone. It says so when it notices first; otherwise
-    fetching a batch from the dead process fails. What is raised inside a loader comes with its traceback as text."""
-    text = str(error)
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text)
-    return "in DataLoader worker process" not in text
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="cfmask-loader")
+        under_way: deque[tuple[_Filler, list[Future[list[BadSample]]]]] = deque()
+        try:
+            while True:
+                while len(under_way) < PREFETCH and (following := next(fillers, None)):
+                    filler, parts = following
+                    under_way.append((filler, [pool.submit(filler.fill, part, reader) for part in parts]))
+                if not under_way:
+                    return
+                filler, futures = under_way.popleft()
+                yield filler.batch([bad for future in futures for bad in future.result()])
+        finally:
+            # What has not begun never will; what has is waited for, because the reader is closed next.
+            pool.shutdown(cancel_futures=True)

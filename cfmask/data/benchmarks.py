@@ -1,0 +1,56 @@
+"""The sets of the paper's evaluation: how many images and classes each has, and which.
+
+Wrong copies of them are common and give wrong numbers without any error (an ObjectNet of 23.7k images instead of
+18.6k, ImageNet-V2 with its folders sorted as strings), so counts are checked before a set is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cfmask.data import imagenet
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a whole copy of a set has. classes: folders that hold images. class_ids: of ImageNet's 1000, how many are
+    a right answer to some image; more than ``classes`` where a class of the set is several of ImageNet."""
+
+    name: str
+    images: int
+    classes: int = 1000
+    class_ids: int = 1000
+
+    def deviations(self, images: Mapping[str, int], class_ids: int) -> list[str]:
+        """What a copy has otherwise, in words; [] for a whole one.
+
+        Args:
+            images: number of images by class folder; folders without images may be there or not.
+            class_ids: as the attribute of this name.
+        """
+        found = {
+            "images": (sum(images.values()), self.images),
+            "classes with images": (sum(n > 0 for n in images.values()), self.classes),
+            "ImageNet class ids": (class_ids, self.class_ids),
+        }
+        return [f"{has:,} {what} instead of {should:,}" for what, (has, should) in found.items() if has != should]
+
+
+TRAIN = Benchmark("train", 1_281_167)
+VAL = Benchmark("val", 50_000)
+IMAGENET_V2 = Benchmark("imagenet-v2", 10_000)
+IMAGENET_R = Benchmark("imagenet-r", 30_000, 200, 200)
+IMAGENET_SKETCH = Benchmark("imagenet-sketch", 50_889)
+OBJECTNET = Benchmark("objectnet", 18_574, 113, 125)
+IMAGENET_A = Benchmark("imagenet-a", 7_500, 200, 200)
+
+SHIFTED = (IMAGENET_V2, IMAGENET_R, IMAGENET_SKETCH, OBJECTNET, IMAGENET_A)
+"""The five whose mean is the robustness average, in the order of the paper's tables."""
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (TRAIN, VAL, *SHIFTED)}
+
+
+def wnids(name: str) -> tuple[str, ...]:
+    """The sorted wnids that a set's classes are of: 200 for ImageNet-R and -A, else all 1000."""
+    return {"imagenet-r": imagenet.r_wnids, "imagenet-a": imagenet.a_wnids}.get(name, imagenet.wnids)()

@@ -1,0 +1,75 @@
+"""Receipts: a proof of what was trained on, in 128 bits.
+
+The receipt of some samples in an epoch is the sum over them of hash(sample key, epoch), modulo 2**128. It does not
+depend on their order or on who consumed them, so ranks add theirs up; a sample that was missed or repeated changes it;
+and the difference between two receipts tells which (``tools/audit.py``).
+
+A step's receipt crosses the ranks as floats, on the reduction that carries the step's metrics: digits of 11 bits, of
+which float32 adds up 8192 without rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MODULUS = 1 << 128
+_DIGIT_BITS = 11
+DIGITS = -(-128 // _DIGIT_BITS)
+MOST_PARTS = 2 ** (24 - _DIGIT_BITS)
+"""How many receipts may be added up as digits: ranks × micro-batches."""
+
+
+def sample_hash(key: str, epoch: int) -> int:
+    """128-bit hash of one sample in one epoch."""
+    digest = hashlib.blake2b(f"{epoch}\0{key}".encode(), digest_size=16).digest()
+    return int.from_bytes(digest, "little")
+
+
+def receipt(keys: Iterable[str], epoch: int) -> int:
+    """The receipt of samples consumed in an epoch."""
+    return sum(sample_hash(key, epoch) for key in keys) % MODULUS
+
+
+def to_digits(value: int) -> list[float]:
+    """``value`` as DIGITS numbers below 2**11, the least significant first."""
+    return [float(value >> (_DIGIT_BITS * i) & (1 << _DIGIT_BITS) - 1) for i in range(DIGITS)]
+
+
+def from_digits(sums: Sequence[float]) -> int:
+    """The receipt whose parts' digits have these sums."""
+    return sum(int(digit) << (_DIGIT_BITS * i) for i, digit in enumerate(sums)) % MODULUS
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What a run has trained on from its beginning up to a step.
+
+    bad_in_epoch: planned samples of the current epoch that others stood in for.
+    """
+
+    samples: int = 0
+    receipt: int = 0
+    bad_in_epoch: int = 0
+
+    def plus(self, *, samples: int, receipt: int, bad: int, epoch_begins: bool) -> Consumed:
+        """After one more step, whether or not it is the first of its epoch."""
+        return Consumed(
+            samples=self.samples + samples,
+            receipt=(self.receipt + receipt) % MODULUS,
+            bad_in_epoch=bad + (0 if epoch_begins else self.bad_in_epoch),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"samples": self.samples, "receipt": as_hex(self.receipt), "bad_in_epoch": self.bad_in_epoch}
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Consumed:
+        return cls(raw["samples"], int(raw["receipt"], 16), raw["bad_in_epoch"])
+
+
+def as_hex(value: int) -> str:
+    """A receipt as 32 hexadecimal digits."""
+    return f"{value:032x}"

@@ -1,0 +1,415 @@
+"""Shards that are not on a file system: http(s) and pipe URLs, through a node-local cache with a size bound.
+
+    http://host/shards?token=…                        a folder; names go before the query
+    pipe:aws s3 cp s3://bucket/shards/{} -            a command that prints a file; names go where {} is
+
+    CACHE/train-000000.tar.<hash>                     whole; the hash is of URL and sha256
+    CACHE/train-000000.tar.<hash>.part                being downloaded by whoever holds its lock, and from the start as
+                                                      large as it will be: sizes are all the accounting there is
+    CACHE/.lock                                       held while files are counted, removed or renamed
+    CACHE/.unsized.lock                               held while a file of unknown size is downloaded
+
+All locks are flocks: a killed process holds none, and threads exclude each other as processes do.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import select
+import shlex
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+from urllib.parse import quote
+
+from cfmask.errors import UserError
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+BACKOFF_S = 0.5
+"""Pause after the first failed attempt; each further one is twice as long."""
+CONNECT_S = 15
+HTTP_STALL_S = 30
+"""An http transfer that brings less than a kilobyte a second for so long has failed."""
+PIPE_STALL_S = 600
+"""The same for a pipe command that prints nothing: it may fetch a whole file before its first byte."""
+
+_CHUNK = 1 << 20
+_OURS = re.compile(r".+\.[0-9a-f]{20}(\.part)?")  # nothing else in the folder is ever counted or removed
+_EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether ``where`` is a URL that this module reads, and not a path."""
+    return isinstance(where, str) and where.startswith(("http:", "https:", "pipe:"))
+
+
+def join(where: str, name: str) -> str:
+    """The URL of folder ``name`` in folder ``where``. In a pipe {} stays, behind the name.
+
+    Raises:
+        UserError: a pipe has no {}, or has it where ``name`` cannot be written.
+    """
+    return _place(where, name, "/{}")
+
+
+def file_url(where: str, name: str) -> str:
+    """The URL that opens file ``name`` of folder ``where``.
+
+    Raises:
+        UserError: as ``join``.
+    """
+    return _place(where, name, "")
+
+
+def _place(where: str, name: str, rest: str) -> str:
+    if _is_http(where):
+        path, mark, query = where.partition("?")
+        return f"{path.rstrip('/')}/{quote(name)}{mark}{query}"
+    if "{}" not in where:
+        raise UserError(f"{where} does not say where the name of a file goes: write {{}} there, as in `{_EXAMPLE}`.")
+    command = where.replace("{}", shlex.quote(name) + rest)
+    if shlex.quote(name) != name:
+        # Names come from a manifest that somebody else may have written. Inside the user's own quotes, ours would end
+        # those, and the shell would run the name: the words have to be those that the plain name would give.
+        try:
+            kept = shlex.split(command) == [word.replace("{}", name + rest) for word in shlex.split(where)]
+        except ValueError:  # a quotation that does not end
+            kept = False
+        if not kept:
+            raise UserError(f"The name {name!r} cannot be put into {where}: write {{}} there outside of any quotes.")
+    return command
+
+
+def _is_http(url: str) -> bool:
+    return url.startswith(("http:", "https:"))
+
+
+# --- one transfer ---------------------------------------------------------------------------------------------------
+
+
+class _Failed(Exception):
+    """An attempt failed. lasting: another one would fail too. whole: the server cannot continue a file."""
+
+    def __init__(self, reason: str, remedy: str, *, lasting: bool = False, whole: bool = False):
+        self.reason, self.remedy, self.lasting, self.whole = reason, remedy, lasting, whole
+
+
+def read(url: str, *, attempts: int = ATTEMPTS) -> bytes:
+    """A small file, whole.
+
+    Raises:
+        UserError: it is not there, or every attempt failed; names the URL, the last reason, and what to do.
+    """
+    return _retry(url, attempts, lambda: b"".join(_fetch(url)))
+
+
+def _retry(url: str, attempts: int, once: Callable[[], T]) -> T:
+    attempt = 1
+    while True:
+        try:
+            return once()
+        except _Failed as failure:
+            if failure.lasting or attempt >= attempts:
+                tried = "" if failure.lasting else f" (attempt {attempt} of {attempts})"
+                text = f"{url} cannot be read: {failure.reason}{tried}. {failure.remedy}"
+                raise UserError(" ".join(text.split())) from None  # a command or its complaint may have several lines
+        time.sleep(BACKOFF_S * 2 ** (attempt - 1))
+        attempt += 1
+
+
+def _curl(url: str, offset: int) -> str:
+    """The command that prints what is at ``url``, from byte ``offset`` on.
+
+    webdataset's own: it has no limit for a server that stops sending, it waits for a broken server for a minute before
+    anyone is told, and when it starts over in the middle of a file it prints the first part twice.
+    """
+    options = ["--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", str(CONNECT_S)]
+    options += ["--speed-limit", "1000", "--speed-time", str(HTTP_STALL_S)]
+    options += ["--continue-at", str(offset)] if offset else []
+    return "exec " + shlex.join(["curl", *options, url])
+
+
+def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
+    """What is at ``url``, from byte ``offset`` on (http only), as it comes.
+
+    Raises:
+        _Failed: the command that reads it failed or stalled, possibly after some of it was yielded.
+    """
+    from webdataset.gopen import gopen  # it imports torch
+
+    command = _curl(url, offset) if _is_http(url) else url.removeprefix("pipe:")
+    stall = PIPE_STALL_S if not _is_http(url) else CONNECT_S + HTTP_STALL_S + 15  # curl notices first
+    complaints = os.memfd_create("stderr")
+    try:
+        pipe = gopen(f"pipe:exec 2>/proc/{os.getpid()}/fd/{complaints}; {command}", "rb")
+        try:
+            # Not pipe.read: it drops what it has read when the command has failed meanwhile.
+            output = pipe.stream.fileno()
+            ready = select.poll()
+            ready.register(output, select.POLLIN)
+            while ready.poll(stall * 1000):
+                if chunk := os.read(output, _CHUNK):
+                    yield chunk
+                    continue
+                with suppress(subprocess.TimeoutExpired):
+                    if status := pipe.proc.wait(stall):
+                        raise _failure(url, status, _tail(complaints))
+                    return
+                break
+            raise _Failed(f"the command neither sent anything for {stall} seconds nor ended", _remedy(url))
+        finally:
+            pipe.proc.kill()  # nothing happens if it has ended
+            with suppress(OSError):  # says that it was killed
+                pipe.close()
+    finally:
+        os.close(complaints)
+
+
+def _tail(descriptor: int, size: int = 500) -> str:
+    start = max(0, os.fstat(descriptor).st_size - size)
+    return os.pread(descriptor, size, start).decode(errors="replace").strip().rstrip(".")
+
+
+def _remedy(url: str) -> str:
+    if _is_http(url):
+        return "Check the address, and that this machine reaches the server; then start again."
+    return "Run the command by itself on this machine to see what is wrong; then start again."
+
+
+def _failure(url: str, status: int, complaint: str) -> _Failed:
+    if _is_http(url):
+        if status == 127:
+            return _Failed("curl, which reads it, is not installed on this machine", "Install curl.", lasting=True)
+        match = re.search(r"returned error: (\d+)", complaint)
+        code = int(match[1]) if match else 0
+        lasting = 400 <= code < 500 and code not in (408, 416, 425, 429)
+        reason = complaint or f"curl ended with status {status}"
+        return _Failed(reason, _remedy(url), lasting=lasting, whole=status == 33 or code == 416)
+    reason = f"the command ended with status {status}" + (f" and said: {complaint}" if complaint else "")
+    return _Failed(reason, _remedy(url), lasting=status in (126, 127))  # it cannot be run, or is not there
+
+
+# --- the cache ------------------------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Copies of remote files in a folder that the processes of a node share, at most ``max_bytes`` of them.
+
+    A copy may be removed as soon as it is open; its disk space is free when the last descriptor of it is closed, so
+    what readers hold open may come on top of the bound. Copies are not synced to disk: one that a power cut tore is
+    told by its size. Holds no descriptor: it may be pickled.
+
+    Args:
+        folder: on a disk of the node; made when it is needed. Other files in it are left alone.
+        max_bytes: of all copies, those being downloaded included.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder = Path(folder)
+        self._max_bytes = max_bytes
+
+    def open(self, url: str, *, size: int | None, sha256: str | None) -> BinaryIO:
+        """The file at ``url``, opened for reading from its copy. It is downloaded if there is none, by one caller;
+        the others wait. The least recently opened copies make room for it.
+
+        Args:
+            size: in bytes. Unknown, the file is taken as it comes, and one such file is downloaded at a time.
+            sha256: hex digest that its contents must have. Another one is another file, also under the same URL.
+
+        Raises:
+            UserError: it cannot be downloaded whole, is larger than the cache, or the folder or its disk cannot take
+                it.
+        """
+        name = _copy_name(url, sha256)
+        copy, aside = self._folder / name, self._folder / f"{name}.part"
+        try:
+            while not (file := _open_whole(copy, size)):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                with _locked(aside) as part:
+                    if not _is_at(aside, part):
+                        continue  # whoever had it before has renamed or removed it
+                    try:
+                        if file := _open_whole(copy, size):
+                            aside.unlink()
+                            return file
+                        copy.unlink(missing_ok=True)
+                        with _locked(self._folder / ".unsized.lock") if size is None else nullcontext():
+                            self._download(url, part, aside.name, size, sha256)
+                        file = open(aside, "rb")
+                        with _locked(self._folder / ".lock"):
+                            os.replace(aside, copy)
+                        return file
+                    except BaseException:
+                        aside.unlink(missing_ok=True)
+                        raise
+            return file
+        except OSError as error:
+            raise UserError(
+                f"{url} cannot be kept in the cache folder {self._folder} ({error}): it must be on a local disk with "
+                f"room, and yours to write to."
+            ) from None
+
+    def discard(self, url: str, *, sha256: str | None) -> None:
+        """Forget the copy, so that the next one who opens it downloads it again: it is not what it should be."""
+        (self._folder / _copy_name(url, sha256)).unlink(missing_ok=True)
+
+    def _download(self, url: str, part: int, name: str, size: int | None, sha256: str | None) -> None:
+        """All of ``url``, and nothing else, into the file ``part``, which is called ``name``."""
+        room = size or 0
+        self._take_room(url, part, name, room)
+        digest, written, resume = hashlib.sha256(), 0, False
+        resumable = sha256 is not None and _is_http(url)  # unchecked, two answers could be of two files
+
+        def once() -> None:
+            nonlocal room, digest, written, resume, resumable
+            if not resume:
+                digest, written = hashlib.sha256(), 0
+                os.lseek(part, 0, os.SEEK_SET)
+            try:
+                with closing(_fetch(url, written)) as chunks:
+                    for chunk in chunks:
+                        written += len(chunk)
+                        if size is not None and written > size:
+                            break
+                        if written > room:
+                            room = max(written, min(written + min(written // 4, _CHUNK), self._max_bytes))
+                            self._take_room(url, part, name, room)
+                        self._write(part, chunk)
+                        digest.update(chunk)
+            except _Failed as failure:
+                resume = resumable = resumable and not failure.whole
+                raise
+            resume = False
+            if size is not None and written != size:
+                raise _Failed(f"{written} bytes came, {size} were expected", _OTHER_FILE)
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise _Failed(f"its sha256 is {digest.hexdigest()}, expected was {sha256}", _OTHER_FILE)
+
+        _retry(url, ATTEMPTS, once)
+        os.ftruncate(part, written)
+
+    def _take_room(self, url: str, part: int, name: str, size: int) -> None:
+        """Make ``part`` as large as it is going to be, once there is room. Waits while other downloads hold the room:
+        they end, because of all who wait here only one, of unknown size, holds any itself."""
+        if size > self._max_bytes:
+            raise UserError(
+                f"{url} has {size / 1e9:.3g} GB or more, the cache {self._folder} may hold {self._max_bytes / 1e9:.3g} "
+                f"GB: raise --cache-gb. It should hold several shards for each loader."
+            )
+        while True:
+            with _locked(self._folder / ".lock"):
+                copies, downloads = self._files(name)
+                if downloads + size <= self._max_bytes:
+                    excess = downloads + size + sum(bytes for _, bytes, _ in copies) - self._max_bytes
+                    for _, bytes, path in copies:
+                        if excess <= 0:
+                            break
+                        path.unlink(missing_ok=True)
+                        excess -= bytes
+                    os.ftruncate(part, size)
+                    return
+            time.sleep(0.1)
+
+    def _files(self, but: str = "") -> tuple[list[tuple[int, int, Path]], int]:
+        """(time of last use, size, path) of the copies, least recently used first, and the bytes that downloads
+        hold, but for the one called ``but``. Removes what killed downloads left. The caller holds .lock."""
+        copies, downloads = [], 0
+        for entry in os.scandir(self._folder):
+            if entry.name == but or not _OURS.fullmatch(entry.name):
+                continue
+            with suppress(FileNotFoundError):  # a download that fails removes its file without the lock
+                if not entry.name.endswith(".part"):
+                    copies.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                elif not _remove_if_abandoned(Path(entry.path)):
+                    downloads += os.stat(entry.path).st_size
+        return sorted(copies), downloads
+
+    def _write(self, part: int, chunk: bytes) -> None:
+        view = memoryview(chunk)
+        while view:
+            try:
+                view = view[os.write(part, view) :]
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                # Others fill the disk too. One copy less, and again, until there is none.
+                with _locked(self._folder / ".lock"):
+                    copies, _ = self._files()
+                    if not copies:
+                        raise UserError(
+                            f"The disk of the cache folder {self._folder} is full ({error.strerror}), with no copy "
+                            f"left in the cache to remove: make room on it, or use a folder on another disk."
+                        ) from None
+                    copies[0][2].unlink(missing_ok=True)
+
+
+_OTHER_FILE = "It is not the file that the set's manifest names: copy the set there again, all of it."
+
+
+def _copy_name(url: str, sha256: str | None) -> str:
+    # What looks most like the name of a file, for whoever looks into the folder.
+    names = re.findall(r"[\w.-]+\.\w+", url.partition("?")[0], re.ASCII) or ["file"]
+    return f"{names[-1][-80:]}.{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:20]}"
+
+
+def _open_whole(copy: Path, size: int | None) -> BinaryIO | None:
+    """The copy, marked as used now; None if there is none, or it is torn."""
+    try:
+        file = open(copy, "rb")
+    except FileNotFoundError:
+        return None
+    found = os.fstat(file.fileno()).st_size
+    if found != size if size is not None else found == 0:  # a file whose contents a power cut took has most often 0
+        file.close()
+        return None
+    os.utime(file.fileno())
+    return file
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Yields the file's descriptor. ``path`` may have got another file while the lock was waited for."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the descriptor too
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_abandoned(part: Path) -> bool:
+    descriptor = os.open(part, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(part, descriptor):
+            part.unlink()
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+def node_cache(folder: str | None = None, gb: float | None = None) -> Cache:
+    """This node's cache: in ``folder``, or else $CFMASK_CACHE, or else a folder of this user's in $TMPDIR; of ``gb``
+    GB, or else 200."""
+    folder = folder or os.environ.get("CFMASK_CACHE") or f"{tempfile.gettempdir()}/cfmask-cache-{os.getuid()}"
+    return Cache(Path(folder), int((gb or 200) * 1e9))

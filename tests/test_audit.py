@@ -1,0 +1,177 @@
+"""Receipts prove what a run was trained on, and an audit finds what was repeated or skipped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import made
+from cfmask.data import plan, receipts
+from cfmask.distributed import Place
+from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
+from cfmask.runs import RunFolder, read_lines
+from cfmask.worker import FINISHED, REQUEUE, run_worker
+from tools import audit
+
+STEPS = 6  # an epoch of 96 samples in batches of 16
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+def train(materials, folder, stop_at=None):
+    """A run of two epochs in this process; ``stop_at`` asks it to stop there, as a preemption does."""
+    recipe = Recipe(
+        model=Model(name=str(materials / "tiny.json"), pretrained=str(materials / "tiny.safetensors")),
+        method=Method(name="vanilla"),
+        data=Data(shards=str(materials / "shards"), loader_workers=0),
+        optim=Optim(epochs=2, batch_size=16, lanes=4, warmup_steps=2, lr=1e-3, micro_batches=2),
+        run=Run(precision="fp32", checkpoint_steps=4, keep_checkpoints=9, log_steps=2),
+    ).resolved()
+    run = RunFolder(folder)
+    run.claim(recipe)
+    asked = iter(range(10**6))
+    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
+    assert outcome == (FINISHED if stop_at is None else REQUEUE)
+    return run
+
+
+def said(run, capsys):
+    capsys.readouterr()
+    code = audit.main([str(run.root)])
+    return code, capsys.readouterr().out
+
+
+def test_a_run_that_was_left_alone_is_proven(materials, tmp_path, capsys):
+    run = train(materials, tmp_path / "run")
+    code, out = said(run, capsys)
+    assert code == 0 and "Proven" in out
+    assert out.count("each planned sample once") == 2
+    states = [json.loads(path.read_text()) for path in sorted(run.checkpoints.glob("*/state.json"))]
+    assert [(s["step"], s["consumed"]["samples"]) for s in states] == [(n, 16 * n) for n in (4, 6, 8, 12)]
+
+
+def test_a_run_that_was_stopped_and_resumed_is_proven_and_has_the_same_receipts(materials, tmp_path, capsys):
+    whole = train(materials, tmp_path / "whole")
+    run = train(materials, tmp_path / "run", stop_at=5)
+    code, out = said(run, capsys)
+    assert code == 0 and "each of its first 6 of 6" not in out
+    assert "each planned sample once" in out  # asked at step 5, told at 6
+    run = train(materials, tmp_path / "run")
+    assert run.receipts.read_text() == whole.receipts.read_text()
+    code, out = said(run, capsys)
+    assert code == 0 and "attempt 2: from step 6" in out
+
+
+def tampered(monkeypatch, change):
+    """The stream follows another plan than it should, in the second epoch."""
+    real = plan.lane_order
+
+    def other(counts, *, lane, epoch, **rest):
+        order = real(counts, lane=lane, epoch=epoch, **rest)
+        if epoch == 1 and lane == 2:
+            change(order)
+        return order
+
+    monkeypatch.setattr(plan, "lane_order", other)
+
+
+def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        tampered(patch, lambda order: order.__setitem__((3, 1), order[2, 0]))
+        run = train(materials, tmp_path / "run")
+    code, out = said(run, capsys)
+    assert code == 1 and "NOT PROVEN" in out
+    planned = audit.load_plan(run)[0]
+    repeated, missing = planned.keys[planned.ids(STEPS + 3)[8]], planned.keys[planned.ids(STEPS + 4)[9]]
+    assert f"Step 10 (epoch 2, step 4 in it) consumed {repeated} where {missing} was planned" in out
+    assert out.count("consumed") == 1
+    rows = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
+    assert [row[-2].strip() for row in rows[1:]] == ["each planned sample once", "WRONG"]
+
+
+def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypatch):
+    def skip_step_3(order):
+        order[2:-1] = order[3:].copy()
+
+    with monkeypatch.context() as patch:
+        for_all_lanes = plan.lane_order
+
+        def other(counts, *, epoch, **rest):
+            order = for_all_lanes(counts, epoch=epoch, **rest)
+            if epoch == 1:
+                skip_step_3(order)
+            return order
+
+        patch.setattr(plan, "lane_order", other)
+        run = train(materials, tmp_path / "run")
+    code, out = said(run, capsys)
+    assert code == 1
+    for step in (9, 10, 11):
+        assert f"Step {step} (epoch 2, step {step - 6} in it) consumed the samples of step {step + 1}" in out
+    assert "Step 12" not in out and "Step 8" not in out
+
+
+def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
+    run = train(materials, tmp_path / "run")
+    state = run.checkpoints / "step-00000008/state.json"
+    raw = json.loads(state.read_text())
+    raw["consumed"]["receipt"] = f"{int(raw['consumed']['receipt'], 16) ^ 1:032x}"
+    state.write_text(json.dumps(raw))
+    code, out = said(run, capsys)
+    assert code == 1 and "checkpoint of step 8 was trained on other samples" in out
+    lines = run.receipts.read_text().splitlines(keepends=True)
+    run.receipts.write_text("".join(lines[:4] + lines[5:]))
+    code, out = said(run, capsys)
+    assert code == 1 and "receipts.jsonl has step 6 where step 5 belongs" in out
+
+
+def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys):
+    assert audit.main([str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+    run = train(materials, tmp_path / "run", stop_at=2)
+    moved = dataclasses.replace(run.recipe(), data=dataclasses.replace(run.recipe().data, shards="/nowhere"))
+    (run.root / "recipe.json").write_text(moved.to_json())
+    assert audit.main([str(run.root)]) == 2
+    assert "no folder of shards at /nowhere/train" in capsys.readouterr().err
+
+
+# --- receipts themselves --------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, receipts.MODULUS - 1), min_size=1, max_size=40))
+def test_digits_of_any_parts_add_up_to_the_receipt_of_the_whole(values):
+    sums = np.sum([np.float32(receipts.to_digits(value)) for value in values], axis=0, dtype=np.float32)
+    assert receipts.from_digits(sums.tolist()) == sum(values) % receipts.MODULUS
+
+
+def test_as_many_parts_as_are_allowed_add_up_without_rounding():
+    worst = np.float32(receipts.to_digits(receipts.MODULUS - 1))
+    total = np.zeros(receipts.DIGITS, np.float32)
+    for _ in range(receipts.MOST_PARTS):
+        total += worst
+    assert receipts.from_digits(total.tolist()) == receipts.MOST_PARTS * (receipts.MODULUS - 1) % receipts.MODULUS
+
+
+@given(st.lists(st.text(max_size=12), max_size=20), st.integers(0, 9), st.randoms(use_true_random=False))
+def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoch, random):
+    shuffled = list(keys)
+    random.shuffle(shuffled)
+    assert receipts.receipt(shuffled, epoch) == receipts.receipt(keys, epoch)
+    if keys:
+        assert receipts.receipt(keys, epoch) != receipts.receipt(keys, epoch + 1)
+        assert (
+            receipts.receipt(keys[1:], epoch) != receipts.receipt(keys, epoch) != receipts.receipt([*keys, "x"], epoch)
+        )
+
+
+def test_lines_of_receipts_are_written_once_a_step(materials, tmp_path):
+    run = train(materials, tmp_path / "run")
+    assert [line["step"] for line in read_lines(run.receipts)] == list(range(1, 2 * STEPS + 1))

@@ -1,0 +1,152 @@
+"""Conversion by a job array on a real Slurm: the bytes of a local one, whatever becomes of the tasks on the way."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cfmask.data.shards import load_manifest
+from slurm_fixture import wait_until
+from test_make_shards import REPO, contents, convert, write_tar
+
+pytestmark = pytest.mark.slurm
+
+SHARDS = 120
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Large, flat PNGs: a few kB to store, 5 ms to check; so there is something to interrupt."""
+    flat = io.BytesIO()
+    Image.new("RGB", (1000, 1000), (1, 2, 3)).save(flat, "PNG")
+    files = {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(SHARDS * 10 // 4)}
+    return write_tar(tmp_path_factory.mktemp("source") / "set.tar", files)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert convert("folder", source, out, "--samples-per-shard", 10, "--workers", 2) == 0
+    return out / "train"
+
+
+def start(source: Path, out: Path, *more: object) -> subprocess.Popen:
+    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out]
+    command += ["--samples-per-shard", 10, "--executor", "slurm", "--array", 3, "--cpus-per-task", 1, "--time", 30]
+    return subprocess.Popen(
+        [*map(str, command), *map(str, more)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=source.parent,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def made(folder: Path) -> int:
+    return len(list(folder.glob("*.index.safetensors")))
+
+
+def array_of(cluster, process: subprocess.Popen) -> str:
+    """The id of the job array that a command has submitted, from the queue."""
+    found: list[str] = []
+
+    def look() -> bool:
+        assert process.poll() is None, process.communicate()[0]
+        found[:] = cluster.call("squeue", "--noheader", "--format=%F %j").split()
+        return len(found) > 1 and found[1].startswith("cfmask-shards-")
+
+    wait_until(look, "the jobs to be in the queue", 60)
+    return found[0]
+
+
+def start_again_now(cluster, job: str) -> None:
+    """Skip most of the two minutes that a requeued job is held for; some are needed for its first life to end."""
+    cluster.wait_for_state(job, "PENDING", 60)
+    time.sleep(3)
+    cluster.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+
+
+def assert_same(folder: Path, undisturbed: Path) -> None:
+    assert len(contents(undisturbed)) == 2 * SHARDS and contents(folder) == contents(undisturbed)
+    assert (folder / "manifest.json").read_bytes() == (undisturbed / "manifest.json").read_bytes()
+    assert sorted(os.listdir(folder)) == sorted(os.listdir(undisturbed)), "nothing is left behind"
+
+
+def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_of_one_process(
+    slurm_cluster, source, undisturbed, tmp_path
+):
+    folder = tmp_path / "train"
+    command = start(source, tmp_path)
+    array = array_of(slurm_cluster, command)
+    wait_until(lambda: made(folder) >= 5, "the first shards", 60)
+    slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
+    command.send_signal(signal.SIGINT)
+    said, _ = command.communicate(timeout=30)
+    assert command.returncode == 130 and "The jobs go on" in said and f"job array {array} of 3 tasks" in said
+    assert not (folder / "manifest.json").exists()
+
+    command = start(source, tmp_path)  # while the jobs run: it joins them
+    start_again_now(slurm_cluster, f"{array}_1")
+    said = finish(command)
+    assert "jobs of an earlier command are in the queue" in said and "images/s" in said
+    assert_same(folder, undisturbed)
+    assert slurm_cluster.job(f"{array}_1")["Restarts"] == "1"
+    assert f"{SHARDS} of {SHARDS} shards are there already" in finish(start(source, tmp_path))
+
+
+def test_a_task_that_is_preempted_comes_back(slurm_cluster, source, undisturbed, tmp_path):
+    folder = tmp_path / "train"
+    command = start(
+        source, tmp_path, "--partition", "low", "--array", 1
+    )  # one alone is not done before it is preempted
+    job = array_of(slurm_cluster, command)
+    wait_until(lambda: made(folder) >= 5, "the first shards", 60)
+    important = slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
+    slurm_cluster.wait_for_state(important, "COMPLETED", 60)
+    assert made(folder) < SHARDS and not (folder / "manifest.json").exists()
+    start_again_now(slurm_cluster, job)
+    finish(command)
+    assert_same(folder, undisturbed)
+    assert slurm_cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_cluster, source, undisturbed, tmp_path):
+    command = start(source, tmp_path)
+    array_of(slurm_cluster, command)
+    wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards", 60)
+    command.send_signal(signal.SIGINT)
+    command.communicate(timeout=30)
+    assert convert("folder", source, tmp_path, "--samples-per-shard", 10) == 0
+    manifest = load_manifest(tmp_path / "train")
+    assert manifest.num_samples == SHARDS * 10
+    wait_until(lambda: not slurm_cluster.call("squeue", "--noheader"), "the jobs to end", 60)
+    assert contents(tmp_path / "train") == contents(undisturbed)
+    load_manifest(tmp_path / "train")
+
+
+def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
+    gone = tmp_path / "set.tar"
+    gone.write_bytes(source.read_bytes())
+    command = start(gone, tmp_path / "out")
+    array = array_of(slurm_cluster, command)
+    wait_until(lambda: made(tmp_path / "out" / "train") >= 2, "the first shards", 60)
+    gone.unlink()
+    said, _ = command.communicate(timeout=60)
+    assert command.returncode == 2, said
+    error = said[said.rindex("error: ") :]
+    assert "shards are missing" in error and f"The source {gone} cannot be read (No such file or directory)" in error
+    assert f"{array}_" in error and "The same command submits what is missing" in error

@@ -1,0 +1,311 @@
+"""Do one thing to each of many items: in processes of this machine, or in the tasks of a Slurm array.
+
+    run_here(function, items, workers=8, progress=bar_update)
+    run_array(function, items, array, name="verify_shards", progress=bar_update)
+
+Both return the results in the order of the items. ``function`` lives in a module that can be imported (not in a script:
+that would be pickled by value), and so do items and results; a UserError that it raises ends the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cfmask.data.process import JOB_SIGNALS, die_with_parent, ignore_job_signals
+from cfmask.errors import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+POLL_S = 2.0
+_WARNING_S = 120  # before the time limit
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ignore(*_: Any) -> None:
+    """The progress of who wants none."""
+
+
+# --- here -----------------------------------------------------------------------------------------------------------
+
+
+def _start_worker() -> None:
+    die_with_parent()
+    ignore_job_signals()
+
+
+def run_here(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    workers: int,
+    progress: Callable[[Result], object] = ignore,
+) -> list[Result]:
+    """The results of ``items``, in ``workers`` processes; in this one if that is 1.
+
+    Args:
+        progress: called with each result, as they come.
+
+    Raises:
+        UserError: the first that a process met, or that a process was killed. No process is left, whatever is raised.
+    """
+    if workers == 1 or len(items) <= 1:
+        results = []
+        for item in items:
+            results.append(function(item))
+            progress(results[-1])
+        return results
+    context = multiprocessing.get_context("spawn")  # the progress bar has a thread: no fork
+    resource_tracker.ensure_running()
+    with ProcessPoolExecutor(min(workers, len(items)), context, _start_worker) as pool:
+        try:
+            # A Ctrl-C reaches children before they ignore it; what is blocked is inherited from their first instruction
+            # on, and comes to this process a moment later.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
+            try:
+                futures = [pool.submit(function, item) for item in items]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in as_completed(futures):
+                progress(future.result())
+            return [future.result() for future in futures]
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "A worker process was killed, most often for lack of memory. Run the same command again, with "
+                    "fewer --workers if it happens twice."
+                ) from None
+            raise
+
+
+# --- in a Slurm array -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Array:
+    """tasks: at most. time_min: limit of a task. logs: gets logs and results; nodes must see it."""
+
+    tasks: int
+    cpus_per_task: int
+    time_min: int
+    partition: str | None
+    account: str | None
+    logs: Path
+
+
+_DEFAULTS = {"array": 16, "cpus_per_task": 8, "time": 240, "partition": None, "account": None, "logs": Path("jobs")}
+
+
+def add_array_arguments(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("as a Slurm array")
+    g.add_argument(
+        "--executor",
+        choices=("local", "slurm"),
+        default="local",
+        help="local: processes of this machine; slurm: a job array, whose end this command waits for (default: local)",
+    )
+    g.add_argument("--array", type=int, metavar="N", help="tasks; they share the shards out (default: 16)")
+    g.add_argument("--cpus-per-task", type=int, metavar="N", help="cores and processes of a task (default: 8)")
+    g.add_argument("--time", type=int, metavar="MIN", help="time limit of a task (default: 240)")
+    g.add_argument("--partition", help="Slurm partition")
+    g.add_argument("--account", help="Slurm account")
+    g.add_argument("--logs", type=Path, metavar="DIR", help="gets logs and results, seen by all nodes (default: jobs)")
+
+
+def resolve_array(arguments: argparse.Namespace) -> Array | None:
+    """What the flags of ``add_array_arguments`` ask for; None for processes of this machine.
+
+    Raises:
+        UserError: there is no Slurm here, a number is too small, or a flag would do nothing.
+    """
+    given = {name: getattr(arguments, name) for name in _DEFAULTS if getattr(arguments, name) is not None}
+    if arguments.executor == "local":
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{flags} without --executor slurm would do nothing: add it, or leave them out.")
+        return None
+    if not shutil.which("sbatch"):
+        raise UserError("There is no sbatch on this machine. Run this on a login node, or leave --executor slurm out.")
+    value: dict[str, Any] = {**_DEFAULTS, **given}
+    for name in ("array", "cpus_per_task", "time"):
+        if value[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
+    return Array(
+        tasks=value["array"],
+        cpus_per_task=value["cpus_per_task"],
+        time_min=value["time"],
+        partition=value["partition"],
+        account=value["account"],
+        logs=value["logs"].absolute(),
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What a task of the array does. Started again, it starts over."""
+
+    function: Callable[[Any], Any]
+    items: list[Any]
+    workers: int
+    time_min: int
+    resumes: bool
+
+    def __call__(self) -> tuple[list[Any], str]:
+        """Results, and the message of a UserError if there was one: an exception would come as a page of text."""
+        pid, begun = os.getpid(), time.monotonic()
+
+        def on_warning(number: int, frame: object) -> None:
+            # submitit's own handler takes a preemption in the last ten minutes, or any in a short job, for a timeout.
+            if os.getpid() != pid:
+                return
+            # Slurm may warn a minute early.
+            timed_out = time.monotonic() - begun > 60 * self.time_min - _WARNING_S - 90
+            if timed_out and not self.resumes:
+                return  # the time limit ends it; the command that waits says so
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+            print(f"requeued: {'out of time' if timed_out else 'preempted'}", flush=True)
+            subprocess.run(["scontrol", "requeue", job], check=True)
+            os._exit(1)
+
+        signal.signal(signal.SIGUSR2, on_warning)
+        try:
+            return run_here(self.function, self.items, workers=self.workers), ""
+        except UserError as error:
+            return [], str(error)
+
+
+def run_array(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    array: Array,
+    *,
+    name: str,
+    resumes: bool = False,
+    progress: Callable[[Result], object] = ignore,
+) -> list[Result]:
+    """The results of ``items``, of which task i of the array does i, i + N, …; waits for all of them.
+
+    A task that is preempted, or whose node fails, is queued again and starts over. Ctrl-C cancels the array.
+
+    Args:
+        resumes: a task that starts over is quick with what it did before, so one that ran out of time is queued again
+            as well; otherwise it failed.
+        progress: called with each result, a task's all at once when it ends.
+
+    Raises:
+        UserError: one that a task met, or a task ended without a result.
+    """
+    import submitit
+
+    tasks = min(array.tasks, len(items))
+    executor = submitit.SlurmExecutor(folder=array.logs)
+    # Tasks import cfmask and tools from here. For sites whose jobs do not inherit the environment, it is said twice.
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = path
+    executor.update_parameters(
+        job_name=f"cfmask-{name}",
+        time=array.time_min,
+        nodes=1,
+        ntasks_per_node=1,
+        cpus_per_task=array.cpus_per_task,
+        signal_delay_s=_WARNING_S,
+        stderr_to_stdout=True,
+        array_parallelism=tasks,
+        srun_args=[f"--cpus-per-task={array.cpus_per_task}"],  # srun does not inherit sbatch's
+        additional_parameters={"requeue": True},
+        setup=[f"export PYTHONPATH={shlex.quote(path)}"],
+        **{key: value for key in ("partition", "account") if (value := getattr(array, key))},
+    )
+    work = [_Task(function, list(items[i::tasks]), array.cpus_per_task, array.time_min, resumes) for i in range(tasks)]
+    # Ctrl-C is for this process, not for sbatch on the way.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        jobs = executor.map_array(_call, work)
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refuses the array: {' '.join(str(error).split())}") from None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    number = jobs[0].job_id.split("_")[0]
+    print(f"array job {number} of {tasks} tasks; logs {array.logs}", file=sys.stderr, flush=True)
+    try:
+        return _gather(jobs, number, len(items), progress)
+    except BaseException:
+        subprocess.run(["scancel", number], stderr=subprocess.DEVNULL)
+        raise
+
+
+def _call(task: _Task) -> tuple[list[Any], str]:
+    return task()
+
+
+def _gather(jobs: list[Any], number: str, count: int, progress: Callable[[Any], object]) -> list[Any]:
+    """Wait for the tasks' results. Whether a task still lives is asked of squeue, which knows requeued ones, and needs
+    no accounting."""
+    results: list[Any] = [None] * count
+    waiting = dict(enumerate(jobs))
+    doubtful: dict[int, float] = {}  # not in the queue since, and no result seen: a shared file system may be late
+    while waiting:
+        queued = _queued(number)
+        for i, job in list(waiting.items()):
+            if (done := _result(job)) is not None:
+                values, message = done
+                if message:
+                    raise UserError(message)
+                results[i :: len(jobs)] = values
+                for value in values:
+                    progress(value)
+                del waiting[i]
+            elif queued is None or i in queued:
+                doubtful.pop(i, None)
+            elif time.monotonic() - doubtful.setdefault(i, time.monotonic()) > 10 * POLL_S:
+                raise UserError(
+                    f"Task {i} of the array job {number} ended without a result: cancelled, out of time (--time, or "
+                    f"more tasks with --array) or of memory. Its log is {job.paths.stdout}."
+                )
+        if waiting:
+            time.sleep(POLL_S)
+    return results
+
+
+def _result(job: Any) -> tuple[list[Any], str] | None:
+    from submitit.core.utils import pickle_load
+
+    path = job.paths.result_pickle
+    if not path.exists():
+        return None
+    outcome, result = pickle_load(path)
+    if outcome != "success":
+        words = str(result).strip().splitlines()
+        raise UserError(f"Task {job.job_id} failed: {words[-1] if words else outcome}. Its log is {job.paths.stdout}.")
+    return result
+
+
+def _queued(number: str) -> set[int] | None:
+    """Tasks of the array that wait or run; None if the controller does not answer."""
+    asked = subprocess.run(
+        ["squeue", "--noheader", "--array", "--user", str(os.getuid()), "--format", "%F %K"],
+        capture_output=True,
+        text=True,
+    )
+    if asked.returncode:
+        return None
+    lines = (line.split() for line in asked.stdout.splitlines())
+    return {int(words[1]) for words in lines if len(words) == 2 and words[0] == number and words[1].isdigit()}
