@@ -79,4 +79,4 @@ def _last_words(run: RunFolder, job: submitit.Job) -> str:
 
 def _complains(log: Path) -> tuple[bool, bool]:
     text = log.read_text(errors="replace")
-    return "UserError" in text or "FloatingPointError" in text, "Traceback" in text
+    return any(f"{kind}Error" in text for kind in ("User", "Sample", "FloatingPoint")), "Traceback" in text

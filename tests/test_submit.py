@@ -144,15 +144,17 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_with_the_checkpoint_kept(mate
 
 
 def test_a_rank_that_dies_takes_the_other_along(materials, tmp_path):
-    """A damaged image reaches one rank only: the job ends, says which sample, and hangs nobody."""
+    """A damaged image of an evaluation, in which nothing may stand in for it, reaches one rank only: the job ends, says
+    which sample, and hangs nobody."""
     shutil.copytree(materials / "shards", tmp_path / "shards")
-    tar = tmp_path / "shards/train/train-000000.tar"
+    tar = tmp_path / "shards/val/val-000000.tar"
     data = bytearray(tar.read_bytes())
     data[600:900] = bytes(300)
     tar.write_bytes(data)
-    done = made.submit(*flags(materials, tmp_path / "run", "--shards", tmp_path / "shards"), check=False)
+    run = ("--run", tmp_path / "run", "--shards", tmp_path / "shards", "--eval-sets", "val")
+    done = made.submit(*flags(materials, tmp_path / "run", *run), check=False)
     assert done.returncode == 1
-    assert "train-000000.tar" in done.stdout and "UserError" in done.stdout
+    assert "val-000000.tar" in done.stdout and "SampleError" in done.stdout
 
 
 def test_a_full_disk_while_writing_a_checkpoint_is_told_and_earlier_ones_stay(materials, tmp_path):

@@ -127,7 +127,7 @@ def _check_aspect(width: int, height: int) -> None:
 def _raw(data: Data, size: int) -> Tensor:
     import torch
 
-    header = _npy_header(size)
+    header = raw_header(size)
     if data[: len(header)] == header and len(data) == len(header) + 3 * size * size:
         array = np.frombuffer(_writable(data), np.uint8, offset=len(header)).reshape(3, size, size)
     else:
@@ -146,7 +146,8 @@ def _writable(data: Data) -> Data:
 
 
 @functools.cache
-def _npy_header(size: int) -> bytes:
+def raw_header(size: int) -> bytes:
+    """What stands before the pixels of a raw crop."""
     buffer = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (3, size, size)}
     np.lib.format.write_array_header_1_0(buffer, shape)
@@ -221,7 +222,7 @@ def _oddities(image: Image.Image) -> tuple[str, ...]:
 def encode(image: Tensor, store: str) -> tuple[str, bytes]:
     """Extension and bytes of a crop in a crop store. uint8 (3, S, S)."""
     if store == CROP_RAW:
-        return RAW, _npy_header(image.shape[-1]) + image.numpy().tobytes()
+        return RAW, raw_header(image.shape[-1]) + image.numpy().tobytes()
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
     return EXTENSIONS["JPEG"], simplejpeg.encode_jpeg(pixels, JPEG_QUALITY, "RGB", "420")
 

@@ -19,10 +19,11 @@ import tarfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -527,46 +528,65 @@ class SampleError(UserError):
         self.key, self.shard, self.reason = key, shard, reason
 
 
+class Target(NamedTuple):
+    """Where a member's bytes are read to. skip: leading bytes that are known beforehand and not read; crc: of those."""
+
+    memory: memoryview
+    skip: int = 0
+    crc: int = 0
+
+
 class Scratch:
     """Memory that is used again: a fresh 150 kB each time would be mapped, cleared and unmapped each time."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
 
-    def take(self, size: int) -> memoryview:
+    def target(self, _: int, size: int) -> Target:
         if size > len(self._memory):
             self._memory = bytearray(size)
-        return memoryview(self._memory)[:size]
+        return Target(memoryview(self._memory)[:size])
 
 
 class _OpenShard:
     """A tar and its index, closed when nobody uses it any more: one thread may drop it while another reads."""
 
     def __init__(self, file: BinaryIO, place: str, index: Index):
-        self._file, self._descriptor, self._place, self.index = file, file.fileno(), place, index
+        self._file, self._descriptor, self._place = file, file.fileno(), place
         # Lists, because taking a single number out of an array takes longer than reading a block of a file.
-        self.image = index.image.tolist()
+        self._image, self._first = index.image.tolist(), index.first.tolist()
         self._offset, self._size, self._crc32 = index.offset.tolist(), index.size.tolist(), index.crc32.tolist()
         self._extension = [index.extensions[i] for i in index.extension]
         self._keys = [key.decode() for key in index.keys.tolist()]
         self._labels = index.labels.tolist()
 
-    def read(self, row: int, members: Iterable[int], scratch: Callable[[], Scratch]) -> dict[str, Any]:
-        """Raises OSError, or UserError for other bytes than were written."""
-        sample: dict[str, Any] = {
-            "__key__": self._keys[row],
-            "__url__": self._place,
-            "__label__": self._labels[row],
-        }
-        for member in members:
-            data = scratch().take(self._size[member])
-            done = 0
-            while done < len(data) and (got := os.preadv(self._descriptor, [data[done:]], self._offset[member] + done)):
-                done += got
-            if done < len(data) or (self._crc32 and crc32(data) != self._crc32[member]):
-                raise UserError("its bytes are not those that were written: the file is torn or was changed")
-            sample[self._extension[member]] = data
+    def read(self, row: int) -> dict[str, Any]:
+        """A sample with all its members. Raises OSError, or UserError for other bytes than were written."""
+        members = range(self._first[row], self._first[row + 1])
+        data = {self._extension[m]: bytes(self._read(m, Scratch().target(0, self._size[m]))) for m in members}
+        return {**self._head(row), **data}
+
+    def read_image(self, row: int, target: Callable[[int, int], Target], number: int) -> dict[str, Any]:
+        """A sample with its image alone, read to ``target(number, size)``. Raises as ``read``."""
+        sample = self._head(row)
+        member = self._image[row]
+        if member < 0:
+            raise UserError("it has no image among its members")
+        sample[self._extension[member]] = self._read(member, target(number, self._size[member]))
         return sample
+
+    def _head(self, row: int) -> dict[str, Any]:
+        return {"__key__": self._keys[row], "__url__": self._place, "__label__": self._labels[row]}
+
+    def _read(self, member: int, target: Target) -> memoryview:
+        memory, skip, crc = target
+        offset, size = self._offset[member] + skip, self._size[member] - skip
+        done = os.preadv(self._descriptor, [memory], offset)
+        while done < size and (got := os.preadv(self._descriptor, [memory[done:]], offset + done)):
+            done += got
+        if done < size or (self._crc32 and crc32(memory, crc) != self._crc32[member]):
+            raise UserError("its bytes are not those that were written: the file is torn or was changed")
+        return memory
 
 
 class ShardReader:
@@ -591,39 +611,31 @@ class ShardReader:
             SampleError: after RETRY_S: the shard is gone, torn, or the bytes are not those that were written (CRC).
         """
         [(number, row)] = zip(*self._manifest.locate([sample_id]), strict=True)
-        sample = self._retry(int(number), int(row), lambda opened: range(*opened.index.first[row : row + 2]), Scratch)
-        return {name: bytes(data) if isinstance(data, memoryview) else data for name, data in sample.items()}
+        return self._retry(int(number), int(row), lambda opened: opened.read(int(row)))
 
-    def read_images(self, sample_ids: ArrayLike) -> Iterator[dict[str, Any]]:
+    def read_images(
+        self, sample_ids: ArrayLike, target: Callable[[int, int], Target] | None = None
+    ) -> Iterator[dict[str, Any]]:
         """As ``read``, one sample after the other and of its members the image alone; a sample that cannot be read is
-        {"__error__": SampleError}. An image's bytes are valid until the next one is asked for: they lie in one place.
+        {"__error__": SampleError}.
+
+        Args:
+            target: where image number 0, 1, … of the call goes, by number and size in bytes; by default all go to one
+                place, where an image is valid until the next one is asked for.
         """
-        scratch = Scratch()
-
-        def image(opened: _OpenShard) -> Sequence[int]:
-            member = int(opened.image[row])
-            if member < 0:
-                raise UserError("it has no image among its members")
-            return (member,)
-
-        for number, row in zip(*map(np.ndarray.tolist, self._manifest.locate(sample_ids)), strict=True):
+        place = target or Scratch().target
+        rows = zip(*map(np.ndarray.tolist, self._manifest.locate(sample_ids)), strict=True)
+        for n, (number, row) in enumerate(rows):
             try:
-                yield self._retry(number, row, image, lambda: scratch)
+                yield self._retry(number, row, partial(_OpenShard.read_image, row=row, target=place, number=n))
             except SampleError as error:
                 yield {"__error__": error}
 
-    def _retry(
-        self,
-        number: int,
-        row: int,
-        members: Callable[[_OpenShard], Sequence[int]],
-        scratch: Callable[[], Scratch],
-    ) -> dict[str, Any]:
+    def _retry(self, number: int, row: int, read: Callable[[_OpenShard], dict[str, Any]]) -> dict[str, Any]:
         waits = () if number in self._doubtful else RETRY_S
         for wait in (*waits, None):
             try:
-                opened = self._shard(number)
-                sample = opened.read(row, members(opened), scratch)
+                sample = read(self._shard(number))
                 self._doubtful.discard(number)
                 return sample
             except (OSError, UserError) as error:

@@ -15,8 +15,9 @@ through a queue and /dev/shm, and nothing of them outlives the trainer or hears 
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfmask.data import images, plan, receipts
-from cfmask.data.shards import Manifest, SampleError, ShardReader
+from cfmask.data.shards import Manifest, SampleError, ShardReader, Target
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 
@@ -294,8 +295,8 @@ class _EvalSource:
 
 
 def _decode(sample: dict[str, Any], image_size: int, border: int) -> dict[str, Any]:
-    """Bytes to pixels."""
-    if "__error__" in sample:
+    """Bytes to pixels, ``image``; a raw crop has been read to where it belongs."""
+    if "__error__" in sample or images.RAW in sample:
         return sample
     extension = next(name for name in sample if not name.startswith("__"))
     try:
@@ -330,7 +331,8 @@ class _Filler:
             UserError: a sample cannot be used, and none of its lane stands in for it.
         """
         bad = []
-        for row, sample in enumerate(self._samples(reader, part.ids)):
+        rows = range(part.first_row, part.first_row + len(part.ids))
+        for row, sample in enumerate(self._samples(reader, part.ids, rows)):
             if error := sample.get("__error__"):
                 sample = self._stand_in(reader, part, row, error)
                 unit = self._unit
@@ -347,19 +349,30 @@ class _Filler:
                     )
                 )
             place = part.first_row + row
-            np.copyto(self._pixels[place], sample["image"].numpy())
+            if "image" in sample:
+                np.copyto(self._pixels[place], sample["image"].numpy())
             self._classes[place] = sample["__label__"]
             self._keys[place] = sample["__key__"]
         return bad
 
-    def _samples(self, reader: ShardReader, ids: NDArray[np.int64]) -> wds.DataPipeline:
+    def _samples(self, reader: ShardReader, ids: NDArray[np.int64], rows: Sequence[int]) -> wds.DataPipeline:
+        """ids (n,), and the rows of the batch that they are for."""
+
+        def in_place(number: int, size: int) -> Target:
+            header, pixels = images.raw_header(self._size), self._pixels[rows[number]]
+            if size != len(header) + pixels.nbytes:
+                raise UserError(f"a raw crop of {size} bytes, where {len(header) + pixels.nbytes} are needed")
+            return Target(memoryview(pixels.reshape(-1)), skip=len(header), crc=zlib.crc32(header))
+
+        target = in_place if self._source.manifest.store == images.CROP_RAW else None
         return wds.DataPipeline(
-            lambda: reader.read_images(ids),
+            lambda: reader.read_images(ids, target),
             wds.map(lambda sample: _decode(sample, self._size, self._source.manifest.border)),
         )
 
     def _stand_in(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:
-        for sample in self._samples(reader, part.stand_ins(row)):
+        ids = part.stand_ins(row)
+        for sample in self._samples(reader, ids, [part.first_row + row] * len(ids)):
             if "__error__" not in sample:
                 return sample
         raise error
