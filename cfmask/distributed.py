@@ -102,9 +102,12 @@ def _find_store(meeting: Path, place: Place) -> dist.Store:
         if "error" in found:
             raise UserError(found["error"])
         try:
-            return dist.TCPStore(
-                found["host"], found["port"], place.world_size, is_master=False, timeout=timedelta(seconds=60)
+            # Not for long: the address may be one that an attempt before this has left.
+            store = dist.TCPStore(
+                found["host"], found["port"], place.world_size, is_master=False, timeout=timedelta(seconds=10)
             )
+            store.set_timeout(timedelta(seconds=60))
+            return store
         except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
             time.sleep(0.5)  # rank 0 has gone, or a network is slow: look again
     raise TimeoutError(f"rank {place.rank}: rank 0 published no address in {meeting} within {TIMEOUT}")

@@ -45,14 +45,15 @@ def picture(number):
     return buffer.getvalue()
 
 
-def make_set(folder, data_of=picture):
+def make_set(folder, data_of=picture, store="original"):
     folder.mkdir(parents=True)
+    extension = "npy" if store == "crop-raw" else "jpg"
     indexes, entries = [], []
     number = 0
     for s, count in enumerate(COUNTS):
         samples = []
         for _ in range(count):
-            fields = {"jpg": data_of(number), "cls": str(number % 10).encode(), "json": b"{}"}
+            fields = {extension: data_of(number), "cls": str(number % 10).encode(), "json": b"{}"}
             samples.append((f"s{number}", number % 10, fields))
             number += 1
         tar = folder / f"train-{s:06d}.tar"
@@ -64,7 +65,8 @@ def make_set(folder, data_of=picture):
         Manifest(
             root=folder,
             split="train",
-            store="original",
+            store=store,
+            image_size=SIZE if store != "original" else None,
             classes=tuple((f"n{c}", f"class {c}") for c in range(10)),
             class_counts=shards.class_counts_of(indexes, 10),
             shards=tuple(entries),
@@ -347,6 +349,46 @@ def test_the_next_good_sample_of_the_lane_stands_in_for_a_bad_one(quick_retries,
     ranks = [list(train(made, rank=r, world_size=4)) for r in range(4)]
     for step in range(len(whole)):
         assert [key for rank in ranks for key in rank[step].keys] == keys[step]
+
+
+def raw_picture(number):
+    return images.encode(images.pixels(picture(number), "jpg", SIZE), "crop-raw")[1]
+
+
+def test_raw_crops_stream_the_pixels_of_the_originals(manifest, tmp_path):
+    raw = make_set(tmp_path / "raw", raw_picture, store="crop-raw")
+    for flags in ({}, {"workers": 3}, {"workers": 2, "micro_batches": 4, "start_step": 1}):
+        for a, b in zip(train(raw, **flags), train(manifest, **flags), strict=True):
+            assert_equal(a, b)
+    common = {"image_size": SIZE, "batch_size": 9, "rank": 0, "world_size": 1}
+    for a, b in zip(
+        eval_batches(raw, loader_workers=2, **common), eval_batches(manifest, loader_workers=0, **common), strict=True
+    ):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["a pixel", "the array's header", "another size"])
+def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, manifest, tmp_path, damage):
+    def wrong(number):
+        crop = torch.zeros(3, SIZE + 1, SIZE + 1, dtype=torch.uint8)
+        return images.encode(crop, "crop-raw")[1] if number == 13 else raw_picture(number)
+
+    raw = make_set(tmp_path / "raw", wrong if damage == "another size" else raw_picture, store="crop-raw")
+    if damage != "another size":
+        tar = raw.root / "train-000001.tar"
+        data = bytearray(tar.read_bytes())
+        data[shards.load_index(tar).offset[0] + (200 if damage == "a pixel" else 60)] ^= 1
+        tar.write_bytes(data)
+    whole = list(train(manifest))
+    keys = expected_with_stand_ins(whole, {13})
+    batches = list(train(raw, workers=2))
+    assert [batch.keys for batch in batches] == keys
+    [bad] = [entry for batch in batches for entry in batch.bad]
+    assert bad.key == "s13"
+    by_key = {key: image for batch in whole for key, image in zip(batch.keys, batch.images, strict=True)}
+    for batch in batches:
+        for key, image in zip(batch.keys, batch.images, strict=True):
+            assert torch.equal(image, by_key[key]), "the stand-in's pixels are where its key is"
 
 
 def test_an_error_that_passes_is_waited_for(quick_retries, manifest, monkeypatch):

@@ -625,7 +625,7 @@ def _problem(modules: tuple[str, ...]) -> str | None:
     return None
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     """User and system time of this process and all its descendants: those that have ended, and those that still run."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
@@ -652,13 +652,13 @@ def run_loader(name: str, data: Path, *, batch: int, workers: int, seconds: floa
     start = time.perf_counter()
     with closing(loader(data, batch=batch, workers=workers)) as batches:  # type: ignore[type-var]
         next(batches)
-        first, cpu, images, elapsed = time.perf_counter(), _cpu_seconds(), 0, 0.0
+        first, cpu, images, elapsed = time.perf_counter(), cpu_seconds(), 0, 0.0
         for count in batches:
             images += count
             elapsed = time.perf_counter() - first
             if elapsed >= seconds:
                 break
-        cpu = _cpu_seconds() - cpu
+        cpu = cpu_seconds() - cpu
     return {
         "name": name,
         "version": version,
@@ -678,9 +678,9 @@ def run_convert(name: str, source: Path, out: Path, *, store: str, workers: int)
     converter, modules = CONVERTERS[name]
     start = time.perf_counter()
     version = _load(modules)
-    imported, cpu = time.perf_counter(), _cpu_seconds()
+    imported, cpu = time.perf_counter(), cpu_seconds()
     images = converter(source, out, store=store, workers=workers)
-    elapsed, cpu = time.perf_counter() - imported, _cpu_seconds() - cpu
+    elapsed, cpu = time.perf_counter() - imported, cpu_seconds() - cpu
     return {
         "name": name,
         "version": version,

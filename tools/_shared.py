@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from cfmask.data.remote import is_remote, node_cache
-from cfmask.data.shards import find_set, load_manifest
+from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
@@ -58,6 +58,16 @@ def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInf
     return models, first
 
 
+def load_sets(shards: str | Path, sets: Sequence[str], *, check_files: bool = True) -> dict[str, Manifest]:
+    """Manifests by name, of sets in a folder or behind a URL.
+
+    Raises:
+        UserError: no such set, or (``check_files``) one that is not whole.
+    """
+    cache = node_cache() if is_remote(shards) else None
+    return {name: load_manifest(find_set(shards, name), cache=cache, check_files=check_files) for name in sets}
+
+
 def evaluate_sets(
     models: Sequence[Classifier],
     info: ModelInfo,
@@ -76,8 +86,7 @@ def evaluate_sets(
     for model in models:
         model.to(device).eval()
     normalise = Normalise(info.mean, info.std).to(device)
-    cache = node_cache() if is_remote(shards) else None
-    manifests = {name: load_manifest(find_set(shards, name), cache=cache) for name in sets}
+    manifests = load_sets(shards, sets)
     for manifest in manifests.values():
         if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
             raise UserError(

@@ -26,13 +26,12 @@ from tqdm import tqdm  # noqa: E402
 from cfmask import checkpoint  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.receipts import MODULUS, Consumed, receipt, sample_hash  # noqa: E402
-from cfmask.data.remote import is_remote, node_cache  # noqa: E402
-from cfmask.data.shards import Manifest, find_set, load_manifest  # noqa: E402
+from cfmask.data.shards import Manifest  # noqa: E402
 from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines  # noqa: E402
-from tools._shared import table  # noqa: E402
+from tools._shared import load_sets, table  # noqa: E402
 
 _EXPLAINED = 20
 """Wrong steps that are looked into: each takes as long as an epoch's receipts."""
@@ -82,8 +81,7 @@ class Planned:
 def load_plan(run: RunFolder) -> tuple[Planned, Manifest]:
     """Raises UserError: no run, no set, or an index that cannot be read."""
     recipe = run.recipe()
-    where = find_set(recipe.data.shards, recipe.data.train_split)
-    manifest = load_manifest(where, cache=node_cache() if is_remote(recipe.data.shards) else None, check_files=False)
+    [manifest] = load_sets(recipe.data.shards, [recipe.data.train_split], check_files=False).values()
     keys: list[str] = []
     for shard in tqdm(manifest.shards, desc="keys", unit=" shards", leave=False):
         keys += [key.decode() for key in manifest.open_index(shard).keys.tolist()]

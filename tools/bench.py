@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 
 REPO = Path(__file__).resolve().parents[1]
 BASELINE = "webdataset_pil"
+IN_PROCESSES = "cfmask_processes"
+OURS = ("cfmask", IN_PROCESSES)
 
 # Whose pixels are the recipe's: Pillow's to the bit, or (ours, litdata_tensor) within two levels of them.
 LOADERS = {
     "original": {
         "cfmask": "±2",
+        IN_PROCESSES: "±2",
         BASELINE: "Pillow's",
         "imagefolder": "Pillow's",
         "mosaic": "Pillow's",
@@ -57,6 +61,7 @@ LOADERS = {
     "crop-jpeg": {"cfmask": "of a crop"},
     "crop-raw": {
         "cfmask": "of a crop",
+        IN_PROCESSES: "of a crop",
         "webdataset_raw": "of a crop",
         "mosaic_raw": "of a crop",
         "litdata_raw": "of a crop",
@@ -105,8 +110,9 @@ class Bench:
 
     def load(self, store: str, name: str, seconds: float) -> dict[str, Any]:
         common = ("--batch", self.batch, "--workers", self.workers, "--seconds", seconds)
-        if name == "cfmask":
-            return self.call("bench.py", "our-loader", self.work / "cfmask" / store / "train", *common)
+        if name in OURS:
+            how = ("--processes",) if name == IN_PROCESSES else ()
+            return self.call("bench.py", "our-loader", self.work / "cfmask" / store / "train", *common, *how)
         arguments = ("--data", self.work / "peers", "--source", self.source, *common)
         return self.call("_peers.py", "loader", name, *arguments, python=self.peers)
 
@@ -118,45 +124,67 @@ class Bench:
 
     def prepare(self, store: str, name: str) -> None:
         """Make what a loader reads."""
-        if name != "cfmask":
+        if name not in OURS:
             self.load(store, name, 0.1)
         elif not (self.work / "cfmask" / store / "train/manifest.json").exists():
             self.convert(store, "cfmask", self.work / "cfmask" / store)
 
 
-def our_loader(folder: Path, *, batch: int, workers: int, seconds: float) -> dict[str, Any]:
+def our_loader(folder: Path, *, batch: int, workers: int, seconds: float, processes: bool) -> dict[str, Any]:
     """cfmask's training stream, as the worker runs it; timed as _peers.py times its loaders."""
     import torch
 
     from cfmask.data.shards import load_manifest
     from cfmask.data.stream import train_batches
+    from tools._peers import cpu_seconds
 
     torch.set_num_threads(1)
     manifest = load_manifest(folder)
     begun = time.perf_counter()
     images, started, cpu, first = 0, 0.0, 0.0, None
     for epoch in range(1_000_000):
-        for some in train_batches(
-            manifest,
-            image_size=224,
-            batch_size=batch,
-            lanes=2,
-            rank=0,
-            world_size=1,
-            seed=0,
-            epoch=epoch,
-            loader_workers=workers,
-            draw_spec=None,
-        ):
+        settings: dict[str, Any] = {"image_size": 224, "seed": 0, "epoch": epoch, "draw_spec": None}
+        if processes:
+            batches = in_processes(manifest, batch, workers, settings)
+        else:
+            sizes: dict[str, Any] = {"batch_size": batch, "lanes": 2, "rank": 0, "world_size": 1}
+            stream = train_batches(manifest, loader_workers=workers, **sizes, **settings)
+            batches = (some.images for some in stream)
+        for some in batches:
             now = time.perf_counter()
             if first is None:
-                first, started, cpu = now - begun, now, time.process_time()
+                first, started, cpu = now - begun, now, cpu_seconds()
                 continue
-            images += len(some.labels)
+            images += len(some)
             if now - started >= seconds:
-                used = time.process_time() - cpu
+                used = cpu_seconds() - cpu
                 return {"images": images, "seconds": now - started, "cpu_seconds": used, "first_batch_s": first}
     raise AssertionError
+
+
+def in_processes(manifest: Any, batch: int, workers: int, settings: dict[str, Any]) -> Iterator[Any]:
+    """The same stages in the processes of torch's DataLoader, each with a lane and batches of its own: what threads are
+    measured against."""
+    import torch
+    from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+    from cfmask.data.stream import train_batches
+
+    class Lane(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            worker = get_worker_info()
+            assert worker is not None
+            torch.set_num_threads(1)
+            sizes: dict[str, Any] = {
+                "batch_size": batch * workers,
+                "lanes": workers,
+                "rank": worker.id,
+                "world_size": workers,
+            }
+            for some in train_batches(manifest, loader_workers=0, **sizes, **settings):
+                yield some.images
+
+    yield from DataLoader(Lane(), batch_size=None, num_workers=workers, multiprocessing_context="fork")
 
 
 def our_convert(source: Path, out: Path, *, store: str, workers: int) -> dict[str, Any]:
@@ -196,7 +224,7 @@ def loader(bench: Bench, only: list[str]) -> str:
         (store, name)
         for store, names in LOADERS.items()
         for name in names
-        if name not in missing and ("all peers" not in missing or name == "cfmask") and (not only or name in only)
+        if name not in missing and ("all peers" not in missing or name in OURS) and (not only or name in only)
     ]
     failed: dict[str, str] = dict(missing)
     ready = []
@@ -640,12 +668,13 @@ def _measure(argv: list[str]) -> dict[str, Any]:
     for flag in ("--batch", "--workers"):
         p.add_argument(flag, type=int)
     p.add_argument("--seconds", type=float)
+    p.add_argument("--processes", action="store_true")
     p.add_argument("--store")
     for flag in ("--source", "--out"):
         p.add_argument(flag, type=Path)
     a = p.parse_args(argv)
     if a.what == "our-loader":
-        return our_loader(Path(a.rest[0]), batch=a.batch, workers=a.workers, seconds=a.seconds)
+        return our_loader(Path(a.rest[0]), batch=a.batch, workers=a.workers, seconds=a.seconds, processes=a.processes)
     if a.what == "our-convert":
         return our_convert(a.source, a.out, store=a.store, workers=a.workers)
     folder, percent, world_size, workers = a.rest

@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.data.images import crop, decode  # noqa: E402
-from cfmask.data.shards import load_manifest  # noqa: E402
+from cfmask.data.shards import Manifest  # noqa: E402
 from cfmask.data.stream import eval_batches  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
@@ -31,7 +31,7 @@ from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise, encode  # noqa: E402
 from cfmask.recipe import Method, Recipe, load_recipe  # noqa: E402
 from cfmask.step import counterfactual  # noqa: E402
-from tools._shared import MODEL_HELP, load_models  # noqa: E402
+from tools._shared import MODEL_HELP, load_models, load_sets  # noqa: E402
 
 
 @exits_cleanly
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
-    parser.add_argument("--shards", type=Path, metavar="DIR", help="folder with a folder of shards a set")
+    parser.add_argument("--shards", metavar="DIR_OR_URL", help="folder with a folder of shards a set, or its URL")
     parser.add_argument("--set", default="val", help="folder under --shards (default: val)")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="images to show (default: 8)")
     parser.add_argument("--mask", choices=("object", "context", "random"), help="default: the run's, or object")
@@ -56,9 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.images:
         images, labels = _from_files(arguments.images, arguments.count, model.image_size, info)
     else:
-        images, labels = _from_shards(
-            arguments.shards / arguments.set, arguments.count, model.image_size, arguments.seed
-        )
+        [manifest] = load_sets(arguments.shards, [arguments.set]).values()
+        images, labels = _from_shards(manifest, arguments.count, model.image_size, arguments.seed)
     draw_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
     print(f"written: {arguments.out}")
 
@@ -102,8 +101,7 @@ def _from_files(paths: list[Path], count: int, size: int, info: ModelInfo) -> tu
     return torch.stack(images), labels
 
 
-def _from_shards(folder: Path, count: int, size: int, seed: int) -> tuple[Tensor, list[int | None]]:
-    manifest = load_manifest(folder)
+def _from_shards(manifest: Manifest, count: int, size: int, seed: int) -> tuple[Tensor, list[int | None]]:
     batches = eval_batches(
         manifest, image_size=size, batch_size=min(manifest.num_samples, 256), rank=0, world_size=1, loader_workers=0
     )
