@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ def per_core(results: list[dict[str, Any]]) -> float:
 # --- convert --------------------------------------------------------------------------------------------------------
 
 
-def convert(bench: Bench, only: list[str]) -> str:
+def convert(bench: Bench, only: list[str], stores: Sequence[str]) -> str:
     missing = bench.missing_peers()
     missing = {name.removeprefix("convert_"): why for name, why in missing.items()}
     names = [
@@ -292,7 +292,7 @@ def convert(bench: Bench, only: list[str]) -> str:
         for name in CONVERTERS
         if name not in missing and ("all peers" not in missing or name == "cfmask") and (not only or name in only)
     ]
-    results: dict[tuple[str, str], list[dict[str, Any]]] = {(s, n): [] for s in STORES for n in names}
+    results: dict[tuple[str, str], list[dict[str, Any]]] = {(s, n): [] for s in stores for n in names}
     failed: dict[str, str] = dict(missing)
     for number in range(bench.rounds):
         for store, name in results:
@@ -308,7 +308,7 @@ def convert(bench: Bench, only: list[str]) -> str:
                 failed[f"{name} {store}"] = str(error)
             shutil.rmtree(out, ignore_errors=True)
     rows = []
-    for store in STORES:
+    for store in stores:
         rates = {
             name: statistics.median(r["images"] / r["seconds"] for r in results[store, name])
             for name in names
@@ -618,6 +618,7 @@ def parser() -> argparse.ArgumentParser:
         verb.add_argument("--seconds", type=float, default=8, metavar="S", help="of a warm measurement (default: 8)")
         verb.add_argument("--batch", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
         verb.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders alone")
+    verbs.choices["convert"].add_argument("--stores", nargs="+", choices=STORES, default=STORES, help="default: all")
     verbs.add_parser("resume", help="time to the first batch")
     verbs.add_parser("order", help="how well the order mixes")
     for name in ("loader", "convert", "resume"):
@@ -657,7 +658,10 @@ def main(argv: list[str] | None = None) -> int:
             rounds=arguments.rounds,
             seconds=arguments.seconds,
         )
-        print({"loader": loader, "convert": convert}[arguments.verb](bench, arguments.only))
+        if arguments.verb == "loader":
+            print(loader(bench, arguments.only))
+        else:
+            print(convert(bench, arguments.only, arguments.stores))
     return 0
 
 

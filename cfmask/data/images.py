@@ -195,15 +195,36 @@ def inspect(data: Data) -> Facts:
     Raises:
         UserError: as ``decode``.
     """
+    if facts := _plain_jpeg(data):
+        return facts
     with _pillow_errors(data), _open(data) as image:
         # MPO is what Pillow calls a JPEG that is followed by further pictures (cameras write them).
         kind = "JPEG" if image.format == "MPO" else image.format or ""
         width, height = image.size
         _check_aspect(width, height)
         oddities = _oddities(image)
-        if kind != "JPEG" or not bytes(data[-64:]).rstrip(b"\0\r\n").endswith(b"\xff\xd9"):
+        if kind != "JPEG" or not _has_end_mark(data):
             image.load()
     return Facts(EXTENSIONS[kind], width, height, oddities)
+
+
+def _plain_jpeg(data: Data) -> Facts | None:
+    """What Pillow would say, in a tenth of its time, of a whole JPEG in colour without EXIF data: of nearly all."""
+    data = data if isinstance(data, bytes) else bytes(data)
+    if data[:2] != b"\xff\xd8" or data.find(b"Exif\0\0", 0, 65536) >= 0 or not _has_end_mark(data):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if colours != "YCbCr" or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        return None
+    _check_aspect(width, height)
+    return Facts(EXTENSIONS["JPEG"], width, height, ())
+
+
+def _has_end_mark(data: Data) -> bool:
+    return bytes(data[-64:]).rstrip(b"\0\r\n").endswith(b"\xff\xd9")
 
 
 def _oddities(image: Image.Image) -> tuple[str, ...]:
