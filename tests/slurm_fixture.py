@@ -72,6 +72,12 @@ class Cluster:
         """Wait until the controller gives the job this state."""
         wait_until(lambda: self.job(job)["JobState"] == state, f"job {job} is {state}", timeout)
 
+    def start_again_now(self, job: str) -> None:
+        """Skip most of the two minutes that a requeued job is held for; some are needed for its first life to end."""
+        self.wait_for_state(job, "PENDING", 60)
+        time.sleep(3)
+        self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+
     def pid(self, daemon: str) -> int:
         """Return the process id of a daemon: slurmctld, slurmd-n1, slurmd-n2, slurmdbd, mariadbd, munged."""
         return json.loads((self.state / "cluster.json").read_text())["daemons"][daemon]["pid"]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,18 +65,12 @@ def array_of(cluster, process: subprocess.Popen) -> str:
 
     def look() -> bool:
         assert process.poll() is None, process.communicate()[0]
-        found[:] = cluster.call("squeue", "--noheader", "--format=%F %j").split()
-        return len(found) > 1 and found[1].startswith("cfmask-shards-")
+        lines = map(str.split, cluster.call("squeue", "--noheader", "--format=%F %j").splitlines())
+        found[:] = [words[0] for words in lines if words[1].startswith("cfmask-shards-")]
+        return bool(found)
 
     wait_until(look, "the jobs to be in the queue", 60)
     return found[0]
-
-
-def start_again_now(cluster, job: str) -> None:
-    """Skip most of the two minutes that a requeued job is held for; some are needed for its first life to end."""
-    cluster.wait_for_state(job, "PENDING", 60)
-    time.sleep(3)
-    cluster.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
 def assert_same(folder: Path, undisturbed: Path) -> None:
@@ -100,7 +93,7 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     assert not (folder / "manifest.json").exists()
 
     command = start(source, tmp_path)  # while the jobs run: it joins them
-    start_again_now(slurm_cluster, f"{array}_1")
+    slurm_cluster.start_again_now(f"{array}_1")
     said = finish(command)
     assert "jobs of an earlier command are in the queue" in said and "images/s" in said
     assert_same(folder, undisturbed)
@@ -118,7 +111,7 @@ def test_a_task_that_is_preempted_comes_back(slurm_cluster, source, undisturbed,
     important = slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
     slurm_cluster.wait_for_state(important, "COMPLETED", 60)
     assert made(folder) < SHARDS and not (folder / "manifest.json").exists()
-    start_again_now(slurm_cluster, job)
+    slurm_cluster.start_again_now(job)
     finish(command)
     assert_same(folder, undisturbed)
     assert slurm_cluster.job(job)["Restarts"] == "1"

@@ -367,7 +367,7 @@ def test_raw_crops_stream_the_pixels_of_the_originals(manifest, tmp_path):
         assert_equal(a, b)
 
 
-@pytest.mark.parametrize("damage", ["a pixel", "the array's header", "another size"])
+@pytest.mark.parametrize("damage", ["a pixel", "another size"])
 def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, manifest, tmp_path, damage):
     def wrong(number):
         crop = torch.zeros(3, SIZE + 1, SIZE + 1, dtype=torch.uint8)
@@ -377,7 +377,7 @@ def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, 
     if damage != "another size":
         tar = raw.root / "train-000001.tar"
         data = bytearray(tar.read_bytes())
-        data[shards.load_index(tar).offset[0] + (200 if damage == "a pixel" else 60)] ^= 1
+        data[shards.load_index(tar).offset[0] + 200] ^= 1
         tar.write_bytes(data)
     whole = list(train(manifest))
     keys = expected_with_stand_ins(whole, {13})

@@ -385,8 +385,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
     job = f"{array_of(process)}_1"
     wait_until(lambda: slurm_cluster.job(job)["JobState"] == "RUNNING", "the task to run", 60)
     slurm_cluster.call("scontrol", "requeue", job)
-    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "PENDING", "the requeue", 60)
-    slurm_cluster.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+    slurm_cluster.start_again_now(job)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 1, errors
     assert slurm_cluster.job(job)["Restarts"] == "1"
@@ -427,7 +426,7 @@ def test_tasks_that_are_preempted_are_queued_again_and_start_over(slurm_cluster,
     slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
     for task in tasks:
         wait_until(lambda task=task: slurm_cluster.job(task).get("Restarts") == "1", "the requeue", 60)
-        slurm_cluster.call("scontrol", "update", f"jobid={task}", "StartTime=now")
+        slurm_cluster.start_again_now(task)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert output.strip() == "[None, None, None]"

@@ -54,11 +54,13 @@ def run_here(
     items: Sequence[Item],
     *,
     workers: int,
+    preload: Sequence[str] = (),
     progress: Callable[[Result], object] = ignore,
 ) -> list[Result]:
     """The results of ``items``, in ``workers`` processes; in this one if that is 1.
 
     Args:
+        preload: modules that are imported once for all processes (torch takes seconds).
         progress: called with each result, as they come.
 
     Raises:
@@ -70,7 +72,8 @@ def run_here(
             results.append(function(item))
             progress(results[-1])
         return results
-    context = multiprocessing.get_context("spawn")  # the progress bar has a thread: no fork
+    context = multiprocessing.get_context("forkserver")  # the progress bar has a thread: no fork of this process
+    context.set_forkserver_preload(list(preload))
     resource_tracker.ensure_running()
     with ProcessPoolExecutor(min(workers, len(items)), context, _start_worker) as pool:
         try:

@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from cfmask.data import images, plan, shards
 from cfmask.data.sources import LabelledImage
 from cfmask.errors import UserError
+from tools._array import ignore, run_here
 
 Classes = tuple[tuple[str, str], ...]
 
@@ -197,6 +198,17 @@ def is_made(task: Task) -> bool:
 
 
 # --- one shard ------------------------------------------------------------------------------------------------------
+
+
+def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, int]], object] = ignore) -> None:
+    """Make shards in processes of this machine. ``progress`` gets what ``make_shard`` returns of each.
+
+    Raises:
+        UserError: the first that a process met. What is finished stays.
+    """
+    crops = any(task.store.image_size for task in tasks)
+    preload = ("torch.nn.functional", "tools._conversion") if crops else ()
+    run_here(make_shard, tasks, workers=workers, preload=preload, progress=progress)
 
 
 def make_shard(task: Task) -> tuple[int, int]:

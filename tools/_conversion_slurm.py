@@ -22,8 +22,8 @@ from typing import Any
 
 from cfmask.data.shards import index_path
 from cfmask.errors import UserError
-from tools._array import Array, run_here
-from tools._conversion import Task, is_made, make_shard
+from tools._array import Array
+from tools._conversion import Task, is_made, make_all
 
 REPO = Path(__file__).resolve().parents[1]
 _LOOK_S, _ASK_S = 1.0, 5.0  # at the disk; the controller, which has more to do
@@ -37,7 +37,7 @@ class ArrayTask:
     workers: int
 
     def __call__(self) -> None:
-        run_here(make_shard, [task for task in self.tasks if not is_made(task)], workers=self.workers)
+        make_all([task for task in self.tasks if not is_made(task)], workers=self.workers)
 
     def checkpoint(self) -> Any:
         """Asked by submitit when the job is to be preempted, or its time is nearly up: the same again."""

@@ -52,7 +52,7 @@ from tqdm import tqdm  # noqa: E402
 from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
-from tools._array import Array, add_array_arguments, resolve_array, run_here  # noqa: E402
+from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
 from tools._conversion import (  # noqa: E402
     LEFT_OUT,
     NO_IMAGES,
@@ -61,7 +61,7 @@ from tools._conversion import (  # noqa: E402
     Task,
     hold_out,
     is_made,
-    make_shard,
+    make_all,
     plan_split,
 )
 from tools._conversion_slurm import make_on_slurm  # noqa: E402
@@ -331,7 +331,7 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
                 make_on_slurm(missing, array, report)
             else:
                 workers = args.workers or len(os.sched_getaffinity(0))
-                run_here(make_shard, missing, workers=workers, progress=report)
+                make_all(missing, workers=workers, progress=report)
         manifest, kept = commit(split, args)
         for leftover in folder.glob(".*.part"):  # of writers that were killed
             leftover.unlink(missing_ok=True)

@@ -194,7 +194,8 @@ def verify(items: list[tarscan.Check], array, workers: int) -> list[tarscan.Verd
 
         if array is not None:
             return run_array(tarscan.check, items, array, name="verify_shards", progress=progress)
-        return run_here(tarscan.check, items, workers=workers, progress=progress)
+        preload = ("torch", "cfmask.data.tarscan") if any(item.full for item in items) else ()
+        return run_here(tarscan.check, items, workers=workers, preload=preload, progress=progress)
 
 
 if __name__ == "__main__":
