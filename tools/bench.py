@@ -190,19 +190,20 @@ def in_processes(manifest: Any, batch: int, workers: int, settings: dict[str, An
 def our_convert(source: Path, out: Path, *, store: str, workers: int) -> dict[str, Any]:
     from cfmask.data.shards import load_manifest
     from tools import make_shards
+    from tools._peers import cpu_seconds
 
     flags = ["--store", store, "--workers", str(workers), "--split", "train"]
-    before = sum(os.times()[:4])
+    before = cpu_seconds()
     begun = time.perf_counter()
     stdout = os.dup(1)
     os.dup2(2, 1)  # what it prints is not the answer
     code = make_shards.main(["folder", "--source", str(source), "--out", str(out), *flags])
     os.dup2(stdout, 1)
-    seconds = time.perf_counter() - begun
+    seconds, used = time.perf_counter() - begun, cpu_seconds() - before
     if code:
         raise UserError("the conversion failed")
     images = load_manifest(out / "train").num_samples
-    return {"images": images, "seconds": seconds, "cpu_seconds": sum(os.times()[:4]) - before}
+    return {"images": images, "seconds": seconds, "cpu_seconds": used}
 
 
 def forget_files(*folders: Path) -> None:
