@@ -4,6 +4,7 @@
     python tools/bench.py loader  --source TREE     images/s of training streams, warm and cold, every store
     python tools/bench.py convert --source TREE     images/s of conversions, every store
     python tools/bench.py resume                    seconds to the first batch, at 0 % and 99 % of all of ImageNet
+    python tools/bench.py parts   --source TREE     what the time of an image goes to
     python tools/bench.py order                     how well the order mixes, beside a full permutation
 
 TREE is a folder of class/image.JPEG; without --source photograph-like noise of ImageNet's size is drawn. Peers run in
@@ -444,6 +445,59 @@ def our_resume(folder: Path, percent: int, world_size: int, workers: int) -> dic
     return {"manifest_s": loaded - begun, "first_batch_s": first}
 
 
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def parts(source: Path) -> str:
+    """What the time of an image goes to, in one thread."""
+    import hashlib
+    import io
+
+    import torch
+    from isal.isal_zlib import crc32
+    from PIL import Image
+
+    from cfmask.data import images
+
+    torch.set_num_threads(1)
+    photos = [path.read_bytes() for path in sorted(source.glob("*/*")) if path.is_file()][:300]
+    decoded = [images.decode(photo) for photo in photos]
+    crops = [images.crop(image, 224) for image in decoded]
+    raw = [images.encode(crop, "crop-raw")[1] for crop in crops]
+    batch = np.empty((len(raw), len(raw[0])), np.uint8)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(raw))
+        file.flush()
+
+        def read(n: int) -> None:
+            os.preadv(file.fileno(), [memoryview(batch[n])], n * len(raw[0]))
+
+        jobs: dict[str, tuple[Any, Any]] = {
+            "JPEG: decode, Pillow": (lambda data: Image.open(io.BytesIO(data)).convert("RGB"), photos),
+            "JPEG: decode, cfmask": (images.decode, photos),
+            "resize and crop, cfmask": (lambda image: images.crop(image, 224), decoded),
+            "conversion: look at the JPEG": (images.inspect, photos),
+            "conversion: sha256": (lambda data: hashlib.sha256(data).digest(), photos),
+            "conversion: CRC-32": (crc32, photos),
+            "conversion: crop to JPEG": (lambda crop: images.encode(crop, "crop-jpeg"), crops),
+            "raw crop: read into the batch": (read, range(len(raw))),
+            "raw crop: CRC-32": (crc32, raw),
+        }
+        rows = []
+        for name, (function, inputs) in jobs.items():
+            times = []
+            for _ in range(7):
+                begun = time.process_time()
+                for each in inputs:
+                    function(each)
+                times.append((time.process_time() - begun) / len(inputs) * 1e6)
+            rows.append([name, spread(times)])
+    notes = [
+        f"{len(photos)} images, {sum(map(len, photos)) / len(photos) / 1e3:.0f} kB each; 7 rounds, median (range)."
+    ]
+    return report("parts", None, ["part", "µs an image"], rows, notes)
+
+
 # --- order ----------------------------------------------------------------------------------------------------------
 
 
@@ -610,7 +664,7 @@ def cpu_name() -> str:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|order")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order")
     for name, what in (("loader", "training streams"), ("convert", "conversions")):
         verb = verbs.add_parser(name, help=what)
         verb.add_argument("--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)")
@@ -622,6 +676,9 @@ def parser() -> argparse.ArgumentParser:
     verbs.choices["convert"].add_argument("--stores", nargs="+", choices=STORES, default=STORES, help="default: all")
     verbs.add_parser("resume", help="time to the first batch")
     verbs.add_parser("order", help="how well the order mixes")
+    verbs.add_parser("parts", help="what the time of an image goes to").add_argument(
+        "--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)"
+    )
     for name in ("loader", "convert", "resume"):
         verb = verbs.choices[name]
         verb.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
@@ -643,7 +700,10 @@ def main(argv: list[str] | None = None) -> int:
         print(order())
         return 0
     with tempfile.TemporaryDirectory(prefix="cfmask-bench-") as temporary:
-        work = (arguments.work or Path(temporary)).resolve()
+        work = (getattr(arguments, "work", None) or Path(temporary)).resolve()
+        if arguments.verb == "parts":
+            print(parts(arguments.source or draw_tree(Path(temporary) / "drawn")))
+            return 0
         if arguments.verb == "resume":
             print(resume(work, arguments.workers, arguments.rounds))
             return 0
