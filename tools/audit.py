@@ -53,21 +53,14 @@ class Planned:
         if epoch not in self.orders:
             optim, run = self.recipe.optim, self.recipe.run
             self.orders.clear()  # one epoch at a time is looked at
-            self.orders[epoch] = np.stack(
-                [
-                    plan.lane_order(
-                        self.sample_counts,
-                        seed=run.seed,
-                        epoch=epoch,
-                        lane=lane,
-                        lanes=optim.lanes,
-                        batch_size=optim.batch_size,
-                        window_shards=WINDOW_SHARDS,
-                    )
-                    for lane in range(optim.lanes)
-                ],
-                axis=1,
-            ).reshape(self.steps_per_epoch, -1)
+            self.orders[epoch] = plan.epoch_order(
+                self.sample_counts,
+                seed=run.seed,
+                epoch=epoch,
+                lanes=optim.lanes,
+                batch_size=optim.batch_size,
+                window_shards=WINDOW_SHARDS,
+            )
         return self.orders[epoch][within]
 
     def step_keys(self, step: int, replaced: dict[int, str]) -> list[str]:

@@ -525,20 +525,8 @@ def order_quality(
     labels = rng.permutation(np.arange(total) % classes)
 
     def planned(epoch: int) -> NDArray[np.int64]:
-        return np.concatenate(
-            [
-                plan.lane_order(
-                    counts,
-                    seed=0,
-                    epoch=epoch,
-                    lane=lane,
-                    lanes=lanes,
-                    batch_size=batch_size,
-                    window_shards=window_shards,
-                )
-                for lane in range(lanes)
-            ],
-            axis=1,
+        return plan.epoch_order(
+            counts, seed=0, epoch=epoch, lanes=lanes, batch_size=batch_size, window_shards=window_shards
         )
 
     steps = total // batch_size

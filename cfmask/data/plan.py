@@ -19,6 +19,8 @@ does not, and an order that changed with a numpy upgrade would break resuming.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -140,6 +142,13 @@ def lane_order(
     first_id = (np.cumsum(counts) - counts)[shards]
     first_position = ends - counts[shards]
     return (first_id[slot] + position - first_position[slot]).reshape(-1, per_lane)
+
+
+def epoch_order(sample_counts: NDArray[np.int64], *, lanes: int, **settings: Any) -> NDArray[np.int64]:
+    """Global sample ids of a whole epoch, (steps, batch size): ``lane_order`` of every lane, side by side."""
+    return np.concatenate(
+        [lane_order(sample_counts, lane=lane, lanes=lanes, **settings) for lane in range(lanes)], axis=1
+    )
 
 
 def _shuffle_in_windows(n: int, *, window: float, bits: np.random.Philox) -> NDArray[np.int64]:

@@ -335,9 +335,13 @@ def load_index(tar: Path) -> Index:
     Raises:
         UserError: it is missing or cannot be read.
     """
+    return parse_index(_index_bytes(tar), str(index_path(tar)))
+
+
+def _index_bytes(tar: Path) -> bytes:
     path = index_path(tar)
     try:
-        return parse_index(path.read_bytes(), str(path))
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"The index {path} cannot be read ({error.strerror}). {_COPY_AGAIN}") from None
 
@@ -448,7 +452,7 @@ def write_shard(
         crc32=table[:, 3].astype(np.uint32),
         about={**(about or {}), "bytes": position, "sha256": digest.hexdigest()},
     )
-    if _vouched_for(tar) == index.about:
+    if vouched_for(tar) == index.about:
         # Another writer was faster (a job that was requeued while it still ran): to take its index away, even for a
         # moment, would only harm whoever reads it.
         aside.unlink()
@@ -484,8 +488,8 @@ def _empty_header() -> bytes:
 _HEADER = _empty_header()
 
 
-def _vouched_for(tar: Path) -> dict[str, Any] | None:
-    """``about`` of the index of a shard that is there at its full length."""
+def vouched_for(tar: Path) -> dict[str, Any] | None:
+    """``about`` of the index of a shard that is there at its full length; None if it is not."""
     try:
         about = load_index(tar).about
         return about if tar.stat().st_size == about["bytes"] else None
@@ -499,11 +503,10 @@ def shard_and_index(tar: Path) -> tuple[Shard, Index]:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    path = index_path(tar)
-    index = load_index(tar)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    about = index.about
-    return Shard(tar.name, len(index), about["bytes"], about["sha256"], digest), index
+    data = _index_bytes(tar)
+    index = parse_index(data, str(index_path(tar)))
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(tar.name, len(index), index.about["bytes"], index.about["sha256"], digest), index
 
 
 def class_counts_of(indexes: Iterable[Index], num_classes: int) -> tuple[int, ...]:
