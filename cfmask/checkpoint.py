@@ -2,8 +2,9 @@
 
     checkpoints/step-00012345/
       model.safetensors       a model file: any tool takes it
-      optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter>
-      state.json              step, training set, receipt of what was consumed, the files' sha256; written last
+      optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter> of the parameters in training
+      state.json              step, training set, receipt of what was consumed, updates behind these moments, steps
+                              left out, the files' sha256; written last
 
 No random state is kept: order, masks and donors are functions of (seed, epoch, step, lane).
 """
@@ -15,9 +16,8 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,19 +27,29 @@ from cfmask.errors import UserError
 from cfmask.files import save_tensors, sync
 from cfmask.models.head import ModelInfo, save_model
 from cfmask.models.tower import Classifier
+from cfmask.optim import Skips
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A whole, verified checkpoint. step: optimizer steps taken. dataset: digest of the training set. consumed: of it,
-    so far."""
+class State:
+    """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
+    the training set. consumed: of it, so far. skips: steps left out."""
 
-    path: Path
     step: int
     dataset: str
     consumed: Consumed
+    skips: Skips = Skips()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(State):
+    """A whole, verified checkpoint. updates: the optimizer's own count, which leaves out what was skipped and begins
+    with its phase."""
+
+    path: Path
+    updates: int
 
 
 class CheckpointNotWritten(UserError):
@@ -48,20 +58,19 @@ class CheckpointNotWritten(UserError):
 
 def save(
     folder: Path,
-    step: int,
+    state: State,
     model: Classifier,
     info: ModelInfo,
     optimizer: torch.optim.Optimizer,
     *,
-    dataset: str,
-    consumed: Consumed,
     keep: int,
 ) -> Path:
-    """Write checkpoint ``step`` under ``folder`` and remove all but the latest ``keep``.
+    """Write the checkpoint of ``state.step`` under ``folder`` and remove all but the latest ``keep``.
 
     Raises:
         CheckpointNotWritten: disk full, quota, read-only …; nothing but earlier checkpoints is left behind.
     """
+    step = state.step
     final = folder / f"step-{step:08d}"
     aside = folder / f".step-{step:08d}.{os.getpid()}"
     try:
@@ -70,10 +79,18 @@ def save(
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir()
         save_model(aside / "model.safetensors", model, info)
-        save_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+        moments, updates = _optimizer_state(model, optimizer)
+        save_tensors(aside / "optimizer.safetensors", moments)
         digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        state = {"step": step, "dataset": dataset, "consumed": consumed.to_json(), "sha256": digests}
-        (aside / "state.json").write_text(json.dumps(state, indent=2))
+        told = {
+            "step": step,
+            "dataset": state.dataset,
+            "consumed": state.consumed.to_json(),
+            "skips": asdict(state.skips),
+            "updates": updates,
+            "sha256": digests,
+        }
+        (aside / "state.json").write_text(json.dumps(told, indent=2))
         sync(aside / "state.json")
         sync(aside)
         if final.exists():  # a torn one that a resume has passed over
@@ -116,29 +133,44 @@ def read_state(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        return Checkpoint(path, state["step"], state["dataset"], Consumed.from_json(state["consumed"]))
+        return Checkpoint(
+            path=path,
+            step=state["step"],
+            dataset=state["dataset"],
+            consumed=Consumed.from_json(state["consumed"]),
+            skips=Skips(**state["skips"]),
+            updates=state["updates"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'state.json'} cannot be read ({error!r}).") from None
 
 
-def restore(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and moments into a model and its AdamW, bit for bit."""
+def restore_weights(checkpoint: Checkpoint, model: Classifier) -> None:
+    """Put a checkpoint's weights into a model, bit for bit."""
     device = next(model.parameters()).device
     model.load_state_dict(load_file(checkpoint.path / "model.safetensors", device=str(device)))
+
+
+def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's moments into the AdamW of the phase that it was made in, bit for bit."""
+    device = next(model.parameters()).device
     moments = load_file(checkpoint.path / "optimizer.safetensors", device=str(device))
-    state: dict[int, dict[str, Any]] = {}
-    for index, (name, _) in enumerate(model.named_parameters()):
-        state[index] = {moment: moments[f"{moment}.{name}"] for moment in _MOMENTS}
-        state[index]["step"] = torch.tensor(float(checkpoint.step))
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, parameter in _trained(model):
+        optimizer.state[parameter] = {
+            "step": torch.tensor(float(checkpoint.updates), device=device),
+            **{moment: moments[f"{moment}.{name}"] for moment in _MOMENTS},
+        }
 
 
-def _optimizer_tensors(model: Classifier, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{moment}.{name}": optimizer.state[parameter][moment]
-        for name, parameter in model.named_parameters()
-        for moment in _MOMENTS
-    }
+def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
+    """Moments by name, and the number of updates, which is the same for all parameters."""
+    states = {name: optimizer.state[parameter] for name, parameter in _trained(model)}
+    moments = {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in _MOMENTS}
+    return moments, int(next(iter(states.values()))["step"])
+
+
+def _trained(model: Classifier) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def found(folder: Path) -> list[Path]:

@@ -1,17 +1,30 @@
-"""The losses of the method, each a mean over the batch it is given."""
+"""The losses of the method, each a mean over the batch it is given, in fp32 or wider."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def classification(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy, batch mean, no label smoothing. logits (N, classes), labels (N,) int64."""
-    return F.cross_entropy(logits.float() if logits.dtype.itemsize < 4 else logits, labels)
+    return F.cross_entropy(_wide(logits), labels)
 
 
 def feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """MSE of unnormalised features (N, D), mean over batch and feature dimension."""
-    wide = student.float() if student.dtype.itemsize < 4 else student
+    wide = _wide(student)
     return F.mse_loss(wide, teacher.to(wide.dtype))
+
+
+def knowledge_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of logits (N, classes), batch mean (Hinton et al., 2015)."""
+    wide = _wide(student)
+    ours = F.log_softmax(wide / temperature, dim=1)
+    theirs = F.log_softmax(teacher.to(wide.dtype) / temperature, dim=1)
+    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))

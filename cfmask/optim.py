@@ -1,35 +1,129 @@
-"""AdamW and its learning rate, as appendix A.1 has them."""
+"""AdamW, its learning rate and the phases of a run, as appendix A.1 or the authors' code have them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from cfmask.recipe import Optim
+from cfmask.recipe import Optim, Recipe
+
+# torch.optim.lr_scheduler.OneCycleLR's defaults, and the share of warm-up that the authors' code gives it.
+_ONE_CYCLE_WARMUP = 0.02
+_ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
+_ONE_CYCLE_BETA1 = (0.85, 0.95)
 
 
-def learning_rate(step: int, total_steps: int, settings: Optim) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear warm-up to the peak, then a cosine that ends at 0.
+@dataclass(frozen=True)
+class Phase:
+    """Steps ``start`` … ``end`` - 1 of a run, with one optimizer and one schedule.
 
-    A run shorter than its warm-up only warms up.
+    tower: whether the image tower is trained, or the head alone.
     """
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+    start: int
+    end: int
+    tower: bool
+    lr: float
+    weight_decay: float
 
 
-def adamw(parameters: Iterable[nn.Parameter], settings: Optim) -> torch.optim.AdamW:
-    """AdamW with weight decay on all parameters; one fused kernel on GPUs."""
-    parameters = list(parameters)
+@dataclass(frozen=True)
+class Skips:
+    """Steps left out because a loss or gradient was not finite: in all, and in a row up to now."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def plus(self, skipped: bool) -> Skips:
+        return Skips(self.total + skipped, self.in_a_row + 1 if skipped else 0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a schedule sets at a step."""
+
+    lr: float
+    beta1: float
+
+
+def phases(recipe: Recipe, epoch_steps: int) -> tuple[Phase, ...]:
+    """The phases of a resolved recipe, back to back: one, or the head's and then everybody's (LP-FT; Kumar et al.,
+    ICLR 2022)."""
+    o = recipe.optim
+    assert o.lr is not None
+    probe = (o.probe_epochs or 0) * epoch_steps
+    end = o.total_epochs * epoch_steps
+    main = Phase(probe, end, recipe.method.name != "linear-probe", o.lr, o.weight_decay or 0.0)
+    if not probe:
+        return (main,)
+    assert o.probe_lr is not None
+    return Phase(0, probe, False, o.probe_lr, 0.0), main
+
+
+def rates(step: int, phase: Phase, settings: Optim) -> Rates:
+    """Rates of optimizer step ``step`` (of the run, from 0), which lies in ``phase``."""
+    taken, steps = step - phase.start, phase.end - phase.start
+    if settings.schedule == "one-cycle":
+        return _one_cycle(taken, steps, phase.lr)
+    assert settings.warmup_steps is not None and settings.beta1 is not None
+    return Rates(phase.lr * warmup_then_cosine(taken, steps, settings.warmup_steps), settings.beta1)
+
+
+def warmup_then_cosine(taken: int, steps: int, warmup: int) -> float:
+    """Share of the peak at a step: a line up to it, then a cosine that ends at 0. A run shorter than its warm-up only
+    warms up."""
+    if taken < warmup:
+        return (taken + 1) / warmup
+    progress = (taken - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _one_cycle(taken: int, steps: int, peak: float) -> Rates:
+    """OneCycleLR with momentum cycling (Smith and Topin, 2019; torch.optim.lr_scheduler.OneCycleLR)."""
+    low, high = _ONE_CYCLE_BETA1
+    top = _ONE_CYCLE_WARMUP * steps - 1  # the step of the peak, seldom a whole number
+    start = peak / _ONE_CYCLE_START
+    if taken < top:
+        share = taken / top
+        return Rates(_cosine(start, peak, share), _cosine(high, low, share))
+    share = (taken - top) / (steps - 1 - top)
+    return Rates(_cosine(peak, start / _ONE_CYCLE_END, share), _cosine(low, high, share))
+
+
+def _cosine(begin: float, end: float, share: float) -> float:
+    return end + (begin - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def adamw(parameters: Iterable[nn.Parameter], phase: Phase, settings: Optim) -> torch.optim.AdamW:
+    """AdamW over a phase's parameters, weight decay on all of them, in one fused kernel."""
     return torch.optim.AdamW(
         parameters,
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
+        lr=phase.lr,
+        betas=(settings.beta1 or _ONE_CYCLE_BETA1[1], settings.beta2),
         eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=parameters[0].is_cuda,
+        weight_decay=phase.weight_decay,
+        fused=True,
     )
+
+
+def take_step(optimizer: torch.optim.AdamW, now: Rates, clip_norm: float) -> Tensor:
+    """Clip all gradients once and take a step; if they are not finite, leave it out.
+
+    Which it is, is decided on the device: nothing is waited for. A step that is left out changes no weight, no moment
+    and no count. Gradients are gone afterwards.
+
+    Returns:
+        Their L2 norm before clipping, (): nan or inf if the step was left out.
+    """
+    for group in optimizer.param_groups:
+        group["lr"], group["betas"] = now.lr, (now.beta1, group["betas"][1])
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
+    # The fused kernel's own switch, which torch.amp.GradScaler uses too.
+    optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -63,11 +63,19 @@ class Method:
     """What is done to a batch."""
 
     name: str = setting(
-        "object-mask",
-        "vanilla fine-tuning, or distillation on images masked at random, where the CAM says that patches "
-        "matter (object), or where it says they do not (context)",
+        "feature-distillation",
+        "what is learned from a batch: the labels, by the head alone (linear-probe), by head and tower (vanilla), by "
+        "one and then both (lp-ft); or by both with a term beside it: the pre-trained encoder's features "
+        "(feature-distillation: the method), the pre-trained model's logits (kd), or its features and the logits of "
+        "a WiSE-FT ensemble (wise-kd)",
         flag="--method",
-        choices=("vanilla", "random-mask", "object-mask", "context-mask"),
+        choices=("linear-probe", "lp-ft", "vanilla", "kd", "feature-distillation", "wise-kd"),
+    )
+    mask: str | None = setting(
+        None,
+        "images that are distilled on: the clean ones (none), or masked at random, where the CAM says that patches "
+        "matter (object: the paper's), or where it says that they do not (context)",
+        choices=("none", "random", "object", "context"),
     )
     fill: str | None = setting(
         None,
@@ -81,16 +89,45 @@ class Method:
     rate: float | None = setting(
         None, "share of patches that a random mask hides, in 0…1 (the paper's value for the fill)"
     )
-    beta: float | None = setting(None, "weight β of the feature distillation (the paper's: 30)")
+    cam: str | None = setting(
+        None,
+        "class activation map behind object and context masks (the paper's: relevance)",
+        choices=("relevance", "grad-cam"),
+    )
     first_block: int | None = setting(
         None,
         "first block that relevance uses; later ones only, because early ones are noisy (the paper's: 0, all)",
     )
+    beta: float | None = setting(None, "weight β of the feature distillation (the paper's: 30)")
+    gamma: float | None = setting(None, "weight γ of the distillation of logits (the paper's: 1)")
+    temperature: float | None = setting(None, "temperature of the distillation of logits (the paper's: 10)")
+    ensemble: str | None = setting(
+        None,
+        "the WiSE-FT ensemble that wise-kd learns from: a cfmask model file (tools/wise_ft.py writes it) or a run",
+    )
 
     @property
-    def mask(self) -> str | None:
-        """ "random", "object", "context", or None for vanilla fine-tuning."""
-        return None if self.name == "vanilla" else self.name.removesuffix("-mask")
+    def distils(self) -> bool:
+        """Whether there is a teacher."""
+        return self.name in ("kd", "feature-distillation", "wise-kd")
+
+    @property
+    def masked(self) -> bool:
+        """Whether there are masked images."""
+        return self.mask not in (None, "none")
+
+    @property
+    def by_cam(self) -> bool:
+        """Whether a CAM decides what is masked."""
+        return self.mask in ("object", "context")
+
+    @property
+    def row(self) -> str:
+        """What it is called in a table, or a folder's name."""
+        parts = [self.name]
+        if self.distils:
+            parts += ["clean"] if not self.masked else [f"{self.mask}-mask", self.fill or "single-fill"]
+        return "-".join(parts)
 
 
 @dataclass(frozen=True)
@@ -130,13 +167,30 @@ class Optim:
         "lanes a batch is made of; donors come from a sample's own lane; the number of ranks must divide it",
     )
     micro_batches: int = setting(1, "parts that a rank's share of a batch is split into, to need less memory")
-    lr: float = setting(3e-5, "peak learning rate")
-    warmup_steps: int = setting(500, "steps of linear warm-up from 0 to the peak")
-    weight_decay: float = setting(0.1, "AdamW's weight decay, on all parameters")
-    beta1: float = setting(0.9, "AdamW's β1", flag="--adam-beta1")
+    lr: float | None = setting(None, "peak learning rate (3e-5; 1e-3 where only the head is trained)")
+    schedule: str = setting(
+        "cosine",
+        "the learning rate's way: linear warm-up, cosine to 0 (cosine); or as in the authors' code, up and down by "
+        "cosines while AdamW's β1 goes from 0.95 to 0.85 and back (one-cycle)",
+        choices=("cosine", "one-cycle"),
+    )
+    warmup_steps: int | None = setting(None, "steps of linear warm-up from 0 to the peak (500)")
+    probe_epochs: int | None = setting(None, "lp-ft: passes in which the head alone is trained, before --epochs (10)")
+    probe_lr: float | None = setting(None, "lp-ft: peak learning rate of these (1e-3)")
+    weight_decay: float | None = setting(
+        None, "AdamW's weight decay, on all parameters (0.1; where only the head is trained there is none)"
+    )
+    beta1: float | None = setting(None, "AdamW's β1 (0.9)", flag="--adam-beta1")
     beta2: float = setting(0.999, "AdamW's β2", flag="--adam-beta2")
     eps: float = setting(1e-8, "AdamW's ε", flag="--adam-eps")
     clip_norm: float = setting(1.0, "L2 norm that gradients are clipped to, once per optimizer step")
+    max_skipped_steps: int = setting(
+        10, "steps in a row that may be left out, because a loss or gradient is not finite, before the run stops"
+    )
+
+    @property
+    def total_epochs(self) -> int:
+        return self.epochs + (self.probe_epochs or 0)
 
 
 @dataclass(frozen=True)
@@ -146,8 +200,15 @@ class Run:
     seed: int = setting(0, "seed of sample order, masks and donors (the paper's: 0, 1, 2)")
     precision: str = setting(
         "auto",
-        "arithmetic of the passes, weights stay fp32; auto: bf16 with GPUs, fp32 without",
-        choices=("auto", "fp32", "bf16"),
+        "arithmetic of the passes, weights stay fp32; tf32: fp32 with matrix products in TF32, on GPUs that have it; "
+        "auto: bf16 with GPUs, fp32 without",
+        choices=("auto", "fp32", "tf32", "bf16"),
+    )
+    activation_checkpointing: bool = setting(
+        False, "compute activations again in the backward passes: a fraction of the memory, a third more time"
+    )
+    deterministic: bool = setting(
+        True, "kernels that give the same bits every time; without them a resumed run is the same up to rounding only"
     )
     checkpoint_steps: int = setting(500, "optimizer steps between checkpoints; each epoch's end has one as well")
     keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay")
@@ -171,7 +232,8 @@ class Recipe:
             UserError: a value out of range, a setting that would do nothing under this method, a batch that
                 lanes do not divide.
         """
-        return dataclasses.replace(self, method=_resolved_method(self.method)).checked()
+        method = _resolved_method(self.method)
+        return dataclasses.replace(self, method=method, optim=_resolved_optim(self.optim, method)).checked()
 
     def checked(self) -> Recipe:
         """This recipe, if its numbers make sense; see ``resolved``."""
@@ -182,21 +244,28 @@ class Recipe:
             ("--lanes", o.lanes, 1),
             ("--micro-batches", o.micro_batches, 1),
             ("--warmup-steps", o.warmup_steps, 0),
+            ("--probe-epochs", o.probe_epochs, 1),
+            ("--max-skipped-steps", o.max_skipped_steps, 0),
             ("--checkpoint-steps", r.checkpoint_steps, 1),
             ("--keep-checkpoints", r.keep_checkpoints, 1),
             ("--log-steps", r.log_steps, 1),
             ("--loader-workers", d.loader_workers, 0),
             ("--seed", r.seed, 0),
         ):
-            if value < low:
+            if value is not None and value < low:
                 raise UserError(f"{name} is {value}; it must be at least {low}.")
-        for name, number in (("--lr", o.lr), ("--adam-eps", o.eps), ("--clip-norm", o.clip_norm)):
-            if not (number > 0 and math.isfinite(number)):
+        for name, number in (
+            ("--lr", o.lr),
+            ("--probe-lr", o.probe_lr),
+            ("--adam-eps", o.eps),
+            ("--clip-norm", o.clip_norm),
+        ):
+            if number is not None and not (number > 0 and math.isfinite(number)):
                 raise UserError(f"{name} is {number}; it must be a finite number above 0.")
         for name, number in (("--adam-beta1", o.beta1), ("--adam-beta2", o.beta2)):
-            if not 0 <= number < 1:
+            if number is not None and not 0 <= number < 1:
                 raise UserError(f"{name} is {number}; it must lie in [0, 1).")
-        if not (o.weight_decay >= 0 and math.isfinite(o.weight_decay)):
+        if o.weight_decay is not None and not (o.weight_decay >= 0 and math.isfinite(o.weight_decay)):
             raise UserError(f"--weight-decay is {o.weight_decay}; it must be a finite number, 0 or more.")
         if o.batch_size % o.lanes:
             near = [n for n in _divisors(o.batch_size) if n <= 64]
@@ -259,45 +328,100 @@ class Recipe:
 
 
 def _resolved_method(method: Method) -> Method:
-    only_masked = ("fill", "threshold", "rate", "beta", "first_block")
-    if method.mask is None:
-        given = [name for name in only_masked if getattr(method, name) is not None]
-        if given:
-            flags = ", ".join("--" + name.replace("_", "-") for name in given)
-            raise UserError(
-                f"{flags} would do nothing: --method vanilla has no masked images. Leave it out, or choose "
-                "--method object-mask, context-mask or random-mask."
-            )
-        return method
-    cam = method.mask != "random"
-    if cam and method.rate is not None:
-        raise UserError(
-            f"--rate would do nothing: --method {method.name} masks by the CAM. Use --threshold, or random-mask."
-        )
-    if not cam and method.threshold is not None:
-        raise UserError("--threshold would do nothing: --method random-mask has no CAM. Use --rate.")
-    if not cam and method.first_block is not None:
-        raise UserError("--first-block would do nothing: --method random-mask has no CAM. Leave it out.")
-    chosen_fill = method.fill or "single-fill"
-    value = PAPER_VALUES[method.mask, chosen_fill]
+    by_cam = method.by_cam or (method.distils and method.mask is None)  # object is the default
+    logits, features = method.name in ("kd", "wise-kd"), method.name in ("feature-distillation", "wise-kd")
+    masked = method.masked or by_cam
+    _refuse_idle(
+        method,
+        {
+            "mask": method.distils,
+            "fill": masked,
+            "threshold": by_cam,
+            "rate": method.mask == "random",
+            "cam": by_cam,
+            "first_block": by_cam and method.cam != "grad-cam",
+            "beta": features,
+            "gamma": logits,
+            "temperature": logits,
+            "ensemble": method.name == "wise-kd",
+        },
+        " ".join(
+            [f"--method {method.name}"]
+            + ([f"--mask {method.mask}"] if method.mask else [])
+            + ([f"--cam {method.cam}"] if method.cam else [])
+        ),
+    )
+    mask = (method.mask or "object") if method.distils else None
+    chosen_fill = (method.fill or "single-fill") if masked else None
+    value = PAPER_VALUES[mask, chosen_fill] if mask is not None and chosen_fill is not None else None
+    cam = (method.cam or "relevance") if by_cam else None
     resolved = dataclasses.replace(
         method,
+        mask=mask,
         fill=chosen_fill,
-        threshold=(value if method.threshold is None else method.threshold) if cam else None,
-        rate=None if cam else (value if method.rate is None else method.rate),
-        beta=30.0 if method.beta is None else method.beta,
-        first_block=(method.first_block or 0) if cam else None,
+        threshold=_default(method.threshold, value) if by_cam else None,
+        rate=_default(method.rate, value) if mask == "random" else None,
+        cam=cam,
+        first_block=(method.first_block or 0) if cam == "relevance" else None,
+        beta=_default(method.beta, 30.0) if features else None,
+        gamma=_default(method.gamma, 1.0) if logits else None,
+        temperature=_default(method.temperature, 10.0) if logits else None,
     )
     for name in ("threshold", "rate"):
         number = getattr(resolved, name)
         if number is not None and not 0 <= number < 1:
             raise UserError(f"--{name} is {number}; it must lie in [0, 1).")
-    assert resolved.beta is not None
-    if not (resolved.beta >= 0 and math.isfinite(resolved.beta)):
-        raise UserError(f"--beta is {resolved.beta}; it must be a finite number, 0 or more.")
+    for name in ("beta", "gamma"):
+        number = getattr(resolved, name)
+        if number is not None and not (number >= 0 and math.isfinite(number)):
+            raise UserError(f"--{name} is {number}; it must be a finite number, 0 or more.")
+    if resolved.temperature is not None and not (resolved.temperature > 0 and math.isfinite(resolved.temperature)):
+        raise UserError(f"--temperature is {resolved.temperature}; it must be a finite number above 0.")
     if resolved.first_block is not None and resolved.first_block < 0:
         raise UserError(f"--first-block is {resolved.first_block}; blocks are counted from 0.")
+    if method.name == "wise-kd" and method.ensemble is None:
+        raise UserError(
+            "--method wise-kd learns from a WiSE-FT ensemble: give it with --ensemble FILE. python tools/wise_ft.py "
+            "ZERO FINE --alphas 0.5 --out FILE makes one of a zero-shot and a fine-tuned model."
+        )
     return resolved
+
+
+def _resolved_optim(optim: Optim, method: Method) -> Optim:
+    head_only, two_phases = method.name == "linear-probe", method.name == "lp-ft"
+    one_cycle = optim.schedule == "one-cycle"
+    _refuse_idle(
+        optim,
+        {
+            "probe_epochs": two_phases,
+            "probe_lr": two_phases,
+            "weight_decay": not head_only,
+            "warmup_steps": not one_cycle,
+            "beta1": not one_cycle,
+        },
+        f"--method {method.name}" + (f" --schedule {optim.schedule}" if one_cycle else ""),
+    )
+    return dataclasses.replace(
+        optim,
+        lr=_default(optim.lr, 1e-3 if head_only else 3e-5),
+        probe_epochs=_default(optim.probe_epochs, 10) if two_phases else None,
+        probe_lr=_default(optim.probe_lr, 1e-3) if two_phases else None,
+        weight_decay=None if head_only else _default(optim.weight_decay, 0.1),
+        warmup_steps=None if one_cycle else _default(optim.warmup_steps, 500),
+        beta1=None if one_cycle else _default(optim.beta1, 0.9),
+    )
+
+
+def _default(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _refuse_idle(group: Any, used: dict[str, bool], under: str) -> None:
+    """Refuse settings that were given and would do nothing."""
+    for part in fields(group):
+        if not used.get(part.name, True) and getattr(group, part.name) is not None:
+            flag = part.metadata["flag"] or "--" + part.name.replace("_", "-")
+            raise UserError(f"{flag} would do nothing with {under}. Leave it out, or choose another method.")
 
 
 def _refuse_unknown(given: Any, known: Any, prefix: str = "") -> None:
@@ -313,14 +437,22 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-# A preset is a row of the paper's tables.
+# A preset is a row of the paper's tables, or what the authors' code does in its place.
 PRESETS: dict[str, Recipe] = {
+    "linear-probe": Recipe(method=Method(name="linear-probe")),
+    "lp-ft": Recipe(method=Method(name="lp-ft")),
     "ft": Recipe(method=Method(name="vanilla")),
+    "kd-clean": Recipe(method=Method(name="kd", mask="none")),
+    "kd-masked": Recipe(method=Method(name="kd", mask="object", fill="single-fill")),
+    "fd-clean": Recipe(method=Method(mask="none")),
     **{
-        f"{mask}-mask-{chosen_fill}": Recipe(method=Method(name=f"{mask}-mask", fill=chosen_fill))
+        f"{mask}-mask-{chosen_fill}": Recipe(method=Method(mask=mask, fill=chosen_fill))
         for mask in ("random", "object", "context")
         for chosen_fill in ("no-fill", "single-fill", "multi-fill")
     },
+    "grad-cam": Recipe(method=Method(mask="object", fill="single-fill", cam="grad-cam")),
+    "wise-kd": Recipe(method=Method(name="wise-kd", mask="object", fill="single-fill")),
+    "released-code": Recipe(method=Method(mask="object", fill="single-fill"), optim=Optim(schedule="one-cycle")),
 }
 
 

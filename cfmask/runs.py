@@ -3,10 +3,12 @@
 RUN/
   recipe.json            what is trained, and how; a folder belongs to one recipe
   initial.safetensors    the pre-trained tower and its head: start, teacher, and WiSE-FT's other end
+  ensemble.safetensors   wise-kd's other teacher
   log.jsonl              metrics by step
   receipts.jsonl         receipt of the samples that each step consumed (tools/audit.py)
   bad_samples.jsonl      samples that could not be read, and what stood in for them
-                         these three are the history of the weights: cut back to the checkpoint on a resume
+  skipped_steps.jsonl    steps left out because a loss or gradient was not finite, and their samples
+                         these four are the history of the weights: cut back to the checkpoint on a resume
   tensorboard/           the same as curves
   checkpoints/step-00012345/   model.safetensors, optimizer.safetensors, state.json
   model.safetensors      the trained tower and head, when the run is finished
@@ -62,6 +64,10 @@ class RunFolder:
         return self.root / "initial.safetensors"
 
     @property
+    def ensemble(self) -> Path:
+        return self.root / "ensemble.safetensors"
+
+    @property
     def final(self) -> Path:
         return self.root / "model.safetensors"
 
@@ -84,6 +90,10 @@ class RunFolder:
     @property
     def bad_samples(self) -> Path:
         return self.root / "bad_samples.jsonl"
+
+    @property
+    def skipped_steps(self) -> Path:
+        return self.root / "skipped_steps.jsonl"
 
     @property
     def attempts(self) -> Path:
@@ -168,7 +178,7 @@ class RunFolder:
 
     def cut_history(self, step: int) -> None:
         """Drop what was logged after ``step``: those steps are about to be taken again."""
-        for path in (self.log, self.receipts, self.bad_samples):
+        for path in (self.log, self.receipts, self.bad_samples, self.skipped_steps):
             if path.exists():  # written anew even if nothing goes: the last line may be torn
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -1,10 +1,11 @@
 """The fused counterfactual step: everything that happens to a batch, in the order it happens.
 
-    clean pass → relevance → masks → counterfactual images → clean backward (gradients stay local)
+    clean pass → CAM → masks → counterfactual images → clean backward (gradients stay local)
     → masked teacher pass → masked student pass → backward (gradients synchronised)
 
 One student graph is alive at a time, the CAM shares the clean pass, and every parameter takes part in the
-last backward, so plain DDP synchronises the sum of both. Nothing here waits for the device.
+last backward, so plain DDP synchronises the sum of both. Methods without masked images are the clean pass and its
+synchronised backward alone. Nothing here waits for the device.
 
 Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-tuning", CVPR 2023.
 """
@@ -18,28 +19,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask.losses import classification, feature_distillation
-from cfmask.masking.fills import CONTEXT, NO_FILL, OBJECT, Draws, fill
+from cfmask.losses import classification, feature_distillation, knowledge_distillation
+from cfmask.masking.cam import GRAD_CAM, Cam, GradCam, Relevance
+from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
-from cfmask.masking.relevance import relevance
-from cfmask.models.tower import Classifier, Normalise, encode
+from cfmask.models.tower import Classifier, Normalise, Seen
 from cfmask.recipe import Method
+
+
+@dataclass(frozen=True)
+class Teachers:
+    """Frozen models. start: the pre-trained tower with the head that the run started from, for methods that distil.
+    ensemble: the WiSE-FT ensemble, for wise-kd."""
+
+    start: Classifier | None = None
+    ensemble: Classifier | None = None
 
 
 @dataclass(frozen=True)
 class Metrics:
     """Scalars of one step on this rank, on the device: reading them waits, so it is done late.
 
-    loss = ce + β · mse; mse and masked (share of patches masked) are 0 where the method has no such part. correct
-    counts right answers on clean images, among ``samples``.
+    loss = ce + γ · kd + β · mse; kd, mse and masked (share of patches masked) are 0 where the method has no such part.
+    correct counts right answers on clean images, among ``samples``. finite: (N,) bool, which samples' features and
+    logits are numbers.
     """
 
     loss: Tensor
     ce: Tensor
+    kd: Tensor
     mse: Tensor
     correct: Tensor
     masked: Tensor
     samples: int
+    finite: Tensor
 
 
 @dataclass(frozen=True)
@@ -65,12 +78,10 @@ def counterfactual(images: Tensor, cam: Tensor | None, draws: Draws, method: Met
         patches = (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
         mask = torch.ones(len(images), patches, dtype=torch.bool, device=images.device)
         return Counterfactual(images, mask.scatter(1, draws.keep, False), keep=draws.keep)
-    if method.mask == OBJECT:
+    if method.by_cam:
         assert cam is not None and method.threshold is not None
-        mask = object_mask(cam, method.threshold)
-    elif method.mask == CONTEXT:
-        assert cam is not None and method.threshold is not None
-        mask = context_mask(cam, method.threshold)
+        of = object_mask if method.mask == OBJECT else context_mask
+        mask = of(cam, method.threshold)
     else:
         assert draws.mask is not None
         mask = draws.mask
@@ -82,7 +93,7 @@ def counterfactual(images: Tensor, cam: Tensor | None, draws: Draws, method: Met
 
 def training_step(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Teachers,
     normalise: Normalise,
     images: Tensor,
     labels: Tensor,
@@ -94,10 +105,12 @@ def training_step(
 ) -> Metrics:
     """Add one micro-batch's gradients to the parameters' ``grad``.
 
+    A loss that is not finite leaves gradients that are not, on every rank.
+
     Args:
-        student: a Classifier, or DDP around one.
-        teacher: the frozen pre-trained image tower; None for plain fine-tuning.
+        student: a Classifier, or DDP around one; parameters that need no gradient are not trained.
         images: (N, 3, H, W) uint8 or [0, 1]; labels: (N,) int64; draws: the batch's, all on one device.
+        method: resolved.
         weight: of this micro-batch in its step: 1 / micro-batches. (DDP averages over ranks.)
         synchronise: False for all but the last micro-batch of a step.
     """
@@ -107,40 +120,109 @@ def training_step(
     # no_sync has to wrap a pass's forward as well as its backward.
     sync_scope = student.no_sync() if local else contextlib.nullcontext()  # type: ignore[operator]
 
-    if teacher is None:
-        with sync_scope:
-            _, logits = student(normalise(images))
-            ce = classification(logits, labels)
-            (weight * ce).backward()
-        zero = ce.new_zeros(())
-        return Metrics(ce.detach(), ce.detach(), zero, _correct(logits, labels), zero, len(labels))
+    pixels = normalise(images)
+    wise = None if teachers.ensemble is None else _look(teachers.ensemble, pixels)
 
-    beta = method.beta
-    assert beta is not None
+    def of_labels(logits: Tensor) -> _Loss:
+        """What is asked of the logits of clean images: the label, and in WiSE-KD the ensemble's answer."""
+        ce = classification(logits, labels)
+        return _Loss(ce) if wise is None else _Loss(ce, kd=_kd(method, logits, wise.logits))
+
+    if not method.masked:
+        wanted = None if teachers.start is None else _look(teachers.start, pixels)
+        with sync_scope:
+            seen = student(pixels)
+            loss = of_labels(seen.logits)
+            if wanted is not None:
+                loss += _distillation(method, seen, wanted)
+            _backward(weight * loss.total(method), seen.logits)
+        return loss.metrics(method, labels, seen.logits, finite=_finite(seen.features, seen.logits))
+
     # Clean pass, on the bare module: DDP is not listening, so its gradients stay on this rank.
-    cam, needs_cam = None, method.mask in (OBJECT, CONTEXT)
-    features, traces = encode(model.visual, normalise(images), trace=needs_cam)
+    assert teachers.start is not None
+    camera = camera_of(method)
+    features = model.encode(pixels, cam=camera)
     logits = model.classify(features)
-    ce = classification(logits, labels)
-    if needs_cam:
-        target = logits.gather(1, labels[:, None]).squeeze(1)
-        cam = relevance(target, traces, method.first_block or 0)
-    del traces
+    cam = None if camera is None else camera.of(logits.gather(1, labels[:, None]).squeeze(1))
     # The head's share comes with the second pass; see Classifier.forward.
-    (weight * ce).backward(inputs=list(model.visual.parameters()))
+    (weight * of_labels(logits).total(method)).backward(inputs=list(model.visual.parameters()))
 
     cf = counterfactual(images, cam, draws, method, model.patch_size)
     pixels = normalise(cf.images)
-    with torch.no_grad():
-        wanted, _ = encode(teacher, pixels, keep=cf.keep, hidden=cf.hidden)
+    wanted = _look(teachers.start, pixels, keep=cf.keep, hidden=cf.hidden)
     with sync_scope:
-        masked_features, clean_logits = student(pixels, keep=cf.keep, hidden=cf.hidden, head_input=features.detach())
-        mse = feature_distillation(masked_features, wanted)
-        (weight * (classification(clean_logits, labels) + beta * mse)).backward()
-
-    ce, mse = ce.detach(), mse.detach()
-    return Metrics(ce + beta * mse, ce, mse, _correct(logits, labels), cf.mask.float().mean(), len(labels))
+        seen = student(pixels, keep=cf.keep, hidden=cf.hidden, clean_features=features.detach())
+        loss = of_labels(seen.clean_logits) + _distillation(method, seen, wanted)
+        _backward(weight * loss.total(method), seen.clean_logits)
+    return loss.metrics(method, labels, logits, finite=_finite(features, logits, seen.features), mask=cf.mask)
 
 
-def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) == labels).sum()
+@dataclass(frozen=True)
+class _Loss:
+    """The parts of a loss, each (), at least fp32; 0.0 for what a pass has no part in."""
+
+    ce: Tensor | float = 0.0
+    kd: Tensor | float = 0.0
+    mse: Tensor | float = 0.0
+
+    def __add__(self, other: _Loss) -> _Loss:
+        return _Loss(self.ce + other.ce, self.kd + other.kd, self.mse + other.mse)
+
+    def total(self, method: Method) -> Tensor:
+        total = self.ce + (method.gamma or 0.0) * self.kd + (method.beta or 0.0) * self.mse
+        assert isinstance(total, Tensor)
+        return total
+
+    def metrics(
+        self, method: Method, labels: Tensor, clean_logits: Tensor, *, finite: Tensor, mask: Tensor | None = None
+    ) -> Metrics:
+        loss = self.total(method).detach()
+        ce, kd, mse = (
+            part.detach() if isinstance(part, Tensor) else loss.new_full((), part)
+            for part in (self.ce, self.kd, self.mse)
+        )
+        return Metrics(
+            loss=loss,
+            ce=ce,
+            kd=kd,
+            mse=mse,
+            correct=(clean_logits.detach().argmax(1) == labels).sum(),
+            masked=loss.new_zeros(()) if mask is None else mask.float().mean(),
+            samples=len(labels),
+            finite=finite,
+        )
+
+
+def _distillation(method: Method, seen: Seen, wanted: Seen) -> _Loss:
+    """What the pre-trained model asks of the student's view of the same images."""
+    if method.name == "kd":
+        return _Loss(kd=_kd(method, seen.logits, wanted.logits))
+    return _Loss(mse=feature_distillation(seen.features, wanted.features))
+
+
+def _kd(method: Method, logits: Tensor, wanted: Tensor) -> Tensor:
+    assert method.temperature is not None
+    return knowledge_distillation(logits, wanted, method.temperature)
+
+
+def camera_of(method: Method) -> Cam | None:
+    """What watches the clean pass, if masks depend on it."""
+    if not method.by_cam:
+        return None
+    return GradCam() if method.cam == GRAD_CAM else Relevance(method.first_block or 0)
+
+
+@torch.no_grad()
+def _look(teacher: Classifier, pixels: Tensor, keep: Tensor | None = None, hidden: Tensor | None = None) -> Seen:
+    return teacher(pixels, keep=keep, hidden=hidden)
+
+
+def _backward(loss: Tensor, logits: Tensor) -> None:
+    """Gradients of a loss; where it is not finite, those of the head are not either, whatever the arithmetic makes of
+    it, and the reduction takes that to every rank."""
+    (loss + (0 * loss.detach()) * logits.sum()).backward()
+
+
+def _finite(*values: Tensor) -> Tensor:
+    """(N,) bool: rows that hold nothing but numbers."""
+    return torch.stack([value.detach().isfinite().all(1) for value in values]).all(0)

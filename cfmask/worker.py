@@ -34,12 +34,12 @@ from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
 from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
-from cfmask.models.head import ModelInfo, initial_model, load_model, save_model
+from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.optim import adamw, learning_rate
-from cfmask.recipe import Data, Recipe
-from cfmask.runs import RunFolder, append_lines
-from cfmask.step import Metrics, training_step
+from cfmask.optim import Phase, Skips, adamw, phases, rates, take_step
+from cfmask.recipe import Data, Optim, Recipe
+from cfmask.runs import RunFolder, append_lines, find_model
+from cfmask.step import Metrics, Teachers, training_step
 
 FINISHED = "finished"
 REQUEUE, QUIT = "requeue", "quit"
@@ -61,10 +61,11 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
     Raises:
         UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
             another job on the folder, a final checkpoint that cannot be written.
-        FloatingPointError: the loss is not finite. The last checkpoint stays.
+        FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
+            all ranks). The last checkpoint stays.
     """
     torch.set_num_threads(place.cpus)
-    _be_deterministic()
+    _choose_arithmetic(recipe)
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
             try:
@@ -82,37 +83,40 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
 
 
 def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop_request: StopRequest) -> str:
-    device, settings, method = place.device, recipe.optim, recipe.method
+    device, settings = place.device, recipe.optim
     chief = place.rank == 0
 
     # --- data ---------------------------------------------------------------------------------------------
     manifest, eval_sets = _load_sets(recipe.data)
     epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
-    total_steps = settings.epochs * epoch_steps
+    schedule = phases(recipe, epoch_steps)
+    total_steps = schedule[-1].end
 
-    # --- model, teacher, optimizer --------------------------------------------------------------------------
-    _write_initial_model(recipe, run, manifest, place, store)
+    # --- model and teachers ---------------------------------------------------------------------------------
+    _write_initial_models(recipe, run, manifest, place, store)
     model, info = load_model(run.initial)
     model = model.to(device)
+    model.recompute = recipe.run.activation_checkpointing
     normalise = Normalise(info.mean, info.std).to(device)
-    teacher = copy.deepcopy(model.visual).requires_grad_(False) if method.mask is not None else None
-    optimizer = adamw(model.parameters(), settings)
+    teachers = Teachers(
+        start=copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None,
+        ensemble=load_model(run.ensemble)[0].to(device).requires_grad_(False) if recipe.method.ensemble else None,
+    )
 
     # --- resume -------------------------------------------------------------------------------------------
     found = _agree_on_checkpoint(run, chief)
+    step, consumed, skips = 0, Consumed(), Skips()
     if found is not None:
-        checkpoint.restore(found, model, optimizer)
-    step, consumed = (found.step, found.consumed) if found is not None else (0, Consumed())
-    if found is not None and found.dataset != manifest.digest:
-        raise UserError(
-            f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, now "
-            f"{manifest.digest}): its order would not be the same. Bring the set back, or begin a new run."
-        )
-    if step > total_steps:
-        raise UserError(f"{run.root} has a checkpoint of step {step}, beyond the recipe's {total_steps} steps.")
-    student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    _settle_buckets(student, normalise)
-    recorder = _Recorder(recipe, run, step, total_steps) if chief else None
+        checkpoint.restore_weights(found, model)
+        step, consumed, skips = found.step, found.consumed, found.skips
+        if found.dataset != manifest.digest:
+            raise UserError(
+                f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, "
+                f"now {manifest.digest}): its order would not be the same. Bring the set back, or begin a new run."
+            )
+        if step > total_steps:
+            raise UserError(f"{run.root} has a checkpoint of step {step}, beyond the recipe's {total_steps} steps.")
+    recorder = _Recorder(recipe, run, step, schedule) if chief else None
     if chief:
         run.begin_attempt(
             job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
@@ -125,20 +129,20 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     exchange = _Exchange(device, place.world_size)
     unwritten: checkpoint.CheckpointNotWritten | None = None
     scores: dict[str, Score] = {}
+    current: Phase | None = None
     for batches, epoch in _epochs(recipe, manifest, model, place, step, epoch_steps):
+        phase = next(p for p in schedule if step < p.end)
+        if phase != current:
+            student, optimizer = _begin_phase(phase, model, normalise, settings, found)
+            current = phase
         while step < (epoch + 1) * epoch_steps:
-            rate = learning_rate(step, total_steps, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             parts = []
             for part in range(settings.micro_batches):
                 batch = next(batches)
                 last = part == settings.micro_batches - 1
-                metrics = _micro_batch(student, teacher, normalise, batch, recipe, last=last)
-                parts.append(_Done(metrics, batch.receipt.to(device, non_blocking=True), batch.bad))
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                metrics = _micro_batch(student, teachers, normalise, batch, recipe, last=last)
+                parts.append(_Done(metrics, batch.receipt.to(device, non_blocking=True), batch.bad, batch.keys))
+            norm = take_step(optimizer, rates(step, phase, settings), settings.clip_norm)
             step += 1
 
             # Sent now, read at the next step: nobody waits for a metric, and all ranks read the same stop request.
@@ -148,7 +152,7 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
             if due or any(s.stop or s.bad for s in seen):
                 seen += exchange.drain()
             for summary in seen:
-                summary.refuse_if_not_finite(run)
+                skips = skips.plus(summary.skipped)
                 consumed = consumed.plus(
                     samples=summary.samples,
                     receipt=summary.receipt,
@@ -156,7 +160,16 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
                     epoch_begins=(summary.step - 1) % epoch_steps == 0,
                 )
                 if recorder is not None:
-                    recorder.add(summary)
+                    recorder.add(summary, skips)
+            if any(s.skipped for s in seen):
+                exchange.report_skipped_steps(run)
+                if skips.in_a_row > settings.max_skipped_steps:
+                    raise FloatingPointError(
+                        f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step "
+                        f"{seen[-1].step}; --max-skipped-steps allows {settings.max_skipped_steps}. "
+                        f"{run.skipped_steps} names the samples. None of these steps changed a weight, and the last "
+                        f"checkpoint in {run.checkpoints} stays. A lower --lr, or --precision fp32, may help."
+                    )
             if any(s.bad for s in seen):
                 exchange.report_bad_samples(run, epoch_steps)
             # Asked when there are new ones: a set that was mended goes on, whatever its epoch has seen.
@@ -168,7 +181,8 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
                     recorder.add_scores(step, epoch + 1, scores)
             if recorder is not None and (due or stop or spoilt):
                 recorder.flush()
-                unwritten = _save(run, step, model, info, optimizer, recipe, manifest, consumed)
+                state = checkpoint.State(step, manifest.digest, consumed, skips)
+                unwritten = _save(run, state, model, info, optimizer, recipe)
             if spoilt:
                 raise UserError(
                     f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the "
@@ -191,7 +205,9 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
             raise unwritten
         save_model(run.final, model, info)
         results = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
-        write_atomically(run.results, json.dumps({"step": step, "sets": results}, indent=2))
+        write_atomically(
+            run.results, json.dumps({"step": step, "skipped_steps": skips.total, "sets": results}, indent=2)
+        )
         run.end_attempt(FINISHED)
         print(f"finished at step {step}: {run.final}", flush=True)
     return FINISHED
@@ -199,11 +215,12 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
 
 @dataclass(frozen=True)
 class _Done:
-    """What a micro-batch leaves on its rank: metrics and receipt on the device, and which samples were bad."""
+    """What a micro-batch leaves on its rank: metrics and receipt on the device; which samples were bad; all keys."""
 
     metrics: Metrics
     receipt: Tensor
     bad: tuple[BadSample, ...]
+    keys: list[str]
 
 
 def _load_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
@@ -223,11 +240,11 @@ def _epochs(
     """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
     method, settings = recipe.method, recipe.optim
     draw_spec = None
-    if method.mask is not None:
-        assert method.fill is not None
+    if method.masked:
+        assert method.mask is not None and method.fill is not None
         draw_spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
     first, start = divmod(step, epoch_steps)
-    for epoch in range(first, settings.epochs):
+    for epoch in range(first, settings.total_epochs):
         batches = train_batches(
             manifest,
             image_size=model.image_size,
@@ -246,9 +263,23 @@ def _epochs(
         yield batches, epoch
 
 
+def _begin_phase(
+    phase: Phase, model: Classifier, normalise: Normalise, settings: Optim, found: checkpoint.Checkpoint | None
+) -> tuple[DistributedDataParallel, torch.optim.AdamW]:
+    """The model wrapped and the optimizer for what a phase trains; with its moments, if the checkpoint is of within."""
+    model.visual.requires_grad_(phase.tower)
+    device = normalise.mean.device
+    student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    _settle_buckets(student, normalise)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
+    if found is not None and found.step > phase.start:
+        checkpoint.restore_optimizer(found, model, optimizer)
+    return student, optimizer
+
+
 def _micro_batch(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Teachers,
     normalise: Normalise,
     batch: Batch,
     recipe: Recipe,
@@ -259,7 +290,7 @@ def _micro_batch(
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
         return training_step(
             student,
-            teacher,
+            teachers,
             normalise,
             batch.images.to(device, non_blocking=True),
             batch.labels.to(device, non_blocking=True),
@@ -290,26 +321,15 @@ def _evaluate(
 
 def _save(
     run: RunFolder,
-    step: int,
+    state: checkpoint.State,
     model: Classifier,
     info: ModelInfo,
     optimizer: torch.optim.Optimizer,
     recipe: Recipe,
-    manifest: Manifest,
-    consumed: Consumed,
 ) -> checkpoint.CheckpointNotWritten | None:
     """Write a checkpoint; on a full disk say so and go on: the next one may fit, and training is not lost."""
     try:
-        checkpoint.save(
-            run.checkpoints,
-            step,
-            model,
-            info,
-            optimizer,
-            dataset=manifest.digest,
-            consumed=consumed,
-            keep=recipe.run.keep_checkpoints,
-        )
+        checkpoint.save(run.checkpoints, state, model, info, optimizer, keep=recipe.run.keep_checkpoints)
         return None
     except checkpoint.CheckpointNotWritten as error:
         print(f"warning: {error}", flush=True)
@@ -319,17 +339,22 @@ def _save(
 # --- start ------------------------------------------------------------------------------------------------------
 
 
-def _be_deterministic() -> None:
-    """Kernels that give the same bits twice, where there is a choice."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+def _choose_arithmetic(recipe: Recipe) -> None:
+    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for."""
+    tf32 = recipe.run.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not recipe.run.deterministic
+    if recipe.run.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _write_initial_model(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place, store: dist.Store) -> None:
-    """RUN/initial.safetensors, written by rank 0 at the first start; the other ranks wait for it."""
+def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place, store: dist.Store) -> None:
+    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, written by rank 0 at the first start; the
+    other ranks wait for them."""
     if place.rank == 0:
         answer = "ready"
         try:
@@ -342,6 +367,10 @@ def _write_initial_model(recipe: Recipe, run: RunFolder, manifest: Manifest, pla
                     device=str(place.device),
                 )
                 save_model(run.initial, model, info)
+            if recipe.method.ensemble is not None and not run.ensemble.exists():
+                model, info = load_model(find_model(recipe.method.ensemble))
+                check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
+                save_model(run.ensemble, model, info)
         except BaseException as error:
             answer = f"rank 0 could not make the initial model: {error}"
             raise
@@ -372,8 +401,8 @@ def _settle_buckets(student: DistributedDataParallel, normalise: Normalise) -> N
     model = student.module
     assert isinstance(model, Classifier)
     pixels = normalise.mean.new_zeros(1, 3, *model.visual.image_size)
-    features, logits = student(pixels)
-    (0 * (features.sum() + logits.sum())).backward()
+    seen = student(pixels)
+    (0 * (seen.features.sum() + seen.logits.sum())).backward()
     student.zero_grad(set_to_none=True)
 
 
@@ -392,18 +421,17 @@ class Summary:
     time: float
     loss: float
     ce: float
+    kd: float
     mse: float
     accuracy: float
     masked: float
     grad_norm: float
     stop: str | None
 
-    def refuse_if_not_finite(self, run: RunFolder) -> None:
-        if not math.isfinite(self.loss) or not math.isfinite(self.grad_norm):
-            raise FloatingPointError(
-                f"The loss of step {self.step} is {self.loss} and its gradient norm {self.grad_norm}. The last "
-                f"checkpoint in {run.checkpoints} was made before that. A lower --lr, or --precision fp32, may help."
-            )
+    @property
+    def skipped(self) -> bool:
+        """Whether it was left out; ``optim.take_step`` decides by the same number."""
+        return not math.isfinite(self.grad_norm)
 
 
 class _Exchange:
@@ -414,6 +442,8 @@ class _Exchange:
         self._world_size = world_size
         self._under_way: list[tuple[int, float, Any, Tensor]] = []
         self._bad: list[BadSample] = []
+        self._parts: dict[int, list[_Done]] = {}
+        self._skipped: list[dict[str, Any]] = []
 
     def send(self, step: int, parts: list[_Done], norm: Tensor, stop: str | None) -> list[Summary]:
         """Start step's reduction; return what has arrived of earlier ones."""
@@ -426,7 +456,7 @@ class _Exchange:
             [
                 *(
                     share * torch.stack([getattr(m, name) for m in metrics]).sum()
-                    for name in ("loss", "ce", "mse", "masked")
+                    for name in ("loss", "ce", "kd", "mse", "masked")
                 ),
                 torch.stack([m.correct for m in metrics]).sum().float(),
                 norm / self._world_size,
@@ -438,6 +468,7 @@ class _Exchange:
             ]
         )
         values = torch.cat([scalars, torch.stack([part.receipt for part in parts]).sum(0)])
+        self._parts[step] = parts
         self._under_way.append((step, time.monotonic(), dist.all_reduce(values, async_op=True), values))
         return arrived
 
@@ -446,7 +477,7 @@ class _Exchange:
         summaries = []
         for step, sent, work, values in self._under_way:
             work.wait()
-            loss, ce, mse, masked, correct, norm, samples, bad, requeue, leave, *digits = values.tolist()
+            loss, ce, kd, mse, masked, correct, norm, samples, bad, requeue, leave, *digits = values.tolist()
             summaries.append(
                 Summary(
                     step=step,
@@ -456,6 +487,7 @@ class _Exchange:
                     time=sent,
                     loss=loss,
                     ce=ce,
+                    kd=kd,
                     mse=mse,
                     accuracy=100 * correct / samples,
                     masked=masked,
@@ -463,6 +495,9 @@ class _Exchange:
                     stop=QUIT if leave else REQUEUE if requeue else None,
                 )
             )
+            parts = self._parts.pop(step)
+            if summaries[-1].skipped:
+                self._skipped.append(_suspects(step, loss, norm, parts))
         self._under_way.clear()
         return summaries
 
@@ -486,19 +521,50 @@ class _Exchange:
                 flush=True,
             )
 
+    def report_skipped_steps(self, run: RunFolder) -> None:
+        """Bring the steps left out since the last report into RUN/skipped_steps.jsonl, with the samples to blame: those
+        whose outputs are not finite, or if there is none, all of the batch. Every rank has to call it."""
+        found: list[Any] | None = [None] * self._world_size if dist.get_rank() == 0 else None
+        dist.gather_object(self._skipped, found)
+        self._skipped = []
+        if found is None:
+            return
+        lines = []
+        for of_ranks in zip(*found, strict=True):
+            blamed = [key for of_rank in of_ranks for key in of_rank["not_finite"]]
+            batch = [key for of_rank in of_ranks for key in of_rank["keys"]]
+            first = of_ranks[0]
+            why = "outputs not finite" if blamed else "gradients not finite, all outputs finite"
+            line = {"step": first["step"], "loss": first["loss"], "grad_norm": first["grad_norm"]}
+            lines.append({**line, "why": why, "keys": blamed or batch})
+            print(
+                f"warning: step {first['step']} is left out: loss {first['loss']}, gradient norm {first['grad_norm']}; "
+                f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}",
+                flush=True,
+            )
+        append_lines(run.skipped_steps, lines)
+
+
+def _suspects(step: int, loss: float, norm: float, parts: list[_Done]) -> dict[str, Any]:
+    """A rank's own word on a step that was left out. Numbers as text: JSON has no nan."""
+    keys = [key for part in parts for key in part.keys]
+    finite = torch.cat([part.metrics.finite for part in parts]).tolist()
+    blamed = [key for key, good in zip(keys, finite, strict=True) if not good]
+    return {"step": step, "loss": str(loss), "grad_norm": str(norm), "not_finite": blamed, "keys": keys}
+
 
 class _Recorder:
     """Rank 0's log.jsonl, TensorBoard curves and printed lines."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, step: int, total_steps: int) -> None:
-        self._run, self._every, self._total = run, recipe.run.log_steps, total_steps
-        self._optim = recipe.optim
+    def __init__(self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...]) -> None:
+        self._run, self._every, self._total = run, recipe.run.log_steps, schedule[-1].end
+        self._optim, self._schedule = recipe.optim, schedule
         self._board = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
         self._window: list[Summary] = []
         self._receipts: list[dict[str, Any]] = []
         self._since = time.monotonic()
 
-    def add(self, summary: Summary) -> None:
+    def add(self, summary: Summary, skips: Skips) -> None:
         self._window.append(summary)
         self._receipts.append(
             {"step": summary.step, "samples": summary.samples, "receipt": receipts.as_hex(summary.receipt)}
@@ -506,23 +572,29 @@ class _Recorder:
         if summary.step % self._every and summary.step != self._total:
             return
         samples_per_s = sum(s.samples for s in self._window) / (summary.time - self._since)
-        names = ("loss", "ce", "mse", "accuracy", "masked", "grad_norm")
-        means = {name: sum(getattr(s, name) for s in self._window) / len(self._window) for name in names}
+        taken = [s for s in self._window if not s.skipped]
+        names = ("loss", "ce", "kd", "mse", "accuracy", "masked", "grad_norm")
+        means = {name: sum(getattr(s, name) for s in taken) / len(taken) for name in names} if taken else {}
         eta = (self._total - summary.step) * summary.samples / samples_per_s
+        phase = next(p for p in self._schedule if summary.step <= p.end)
         line = {
             "step": summary.step,
             "total_steps": self._total,
             **means,
-            "lr": learning_rate(summary.step - 1, self._total, self._optim),
+            "lr": rates(summary.step - 1, phase, self._optim).lr,
+            "skipped_steps": skips.total,
             "samples_per_s": samples_per_s,
             "eta_s": eta,
         }
         append_lines(self._run.log, [line])
-        for name in (*means, "lr", "samples_per_s"):
+        for name in (*means, "lr", "skipped_steps", "samples_per_s"):
             self._board.add_scalar(f"train/{name}", line[name], summary.step)
+        parts = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
         print(
-            f"step {summary.step}/{self._total} loss {means['loss']:.4f} ce {means['ce']:.4f} mse {means['mse']:.5f} "
-            f"accuracy {means['accuracy']:.1f} % {samples_per_s:.0f} samples/s ETA {eta:.0f} s",
+            f"step {summary.step}/{self._total} "
+            + (f"{parts} accuracy {means['accuracy']:.1f} % " if means else "no step taken ")
+            + (f"skipped {skips.total} " if skips.total else "")
+            + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s",
             flush=True,
         )
         self._window.clear()

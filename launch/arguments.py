@@ -30,7 +30,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
                 flag_of(setting),
                 dest=f"{group.name}.{setting.name}",
                 default=argparse.SUPPRESS,
-                choices=setting.metadata["choices"],
                 help=setting.metadata["help"].replace("%", "%%") + shown,
                 **_parsing(hint, setting),
             )
@@ -68,8 +67,10 @@ def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
     """argparse's keywords for a type: str, int, float, ``X | None``, ``tuple[str, ...]``."""
     if isinstance(hint, types.UnionType):
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:
         return {"nargs": "*", "type": str, "metavar": "SET"}
     if setting.metadata["choices"]:
-        return {"type": hint}
+        return {"type": hint, "choices": setting.metadata["choices"]}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, setting.name.upper())}

@@ -28,9 +28,16 @@ from cfmask.data.plan import lanes_of_rank, steps_per_epoch  # noqa: E402
 from cfmask.data.remote import is_remote  # noqa: E402
 from cfmask.data.shards import Manifest, find_set, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.models.head import check_architecture, check_head, find_weights, model_info, read_info  # noqa: E402
+from cfmask.models.head import (  # noqa: E402
+    check_architecture,
+    check_head,
+    check_same_kind,
+    find_weights,
+    model_info,
+    read_info,
+)
 from cfmask.recipe import Recipe  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runs import RunFolder, find_model  # noqa: E402
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
 
 
@@ -194,9 +201,13 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
         pretrained=_absolute(recipe.model.pretrained),
         head=_absolute(recipe.model.head) if recipe.model.head else None,
     )
+    method = recipe.method
+    if method.ensemble is not None:
+        method = replace(method, ensemble=_absolute(method.ensemble))
     return replace(
         recipe,
         model=model,
+        method=method,
         data=replace(recipe.data, shards=shards),
         run=replace(recipe.run, precision=precision),
     ).resolved()
@@ -208,9 +219,8 @@ def _absolute(path: str) -> str:
 
 
 def default_folder(recipe: Recipe) -> Path:
-    row = recipe.method.name + (f"-{recipe.method.fill}" if recipe.method.fill else "")
     model = Path(recipe.model.name).stem
-    return Path("runs") / f"{row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
+    return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
 
 
 def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
@@ -239,6 +249,15 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
     elif own is not None and own.classes:
         check_head(pretrained, [wnid for wnid, _ in train.classes])
     asked = model_info(recipe.model.name, pretrained)
+    depth = asked.config["vision_cfg"].get("layers", 12)
+    if recipe.method.first_block is not None and isinstance(depth, int) and recipe.method.first_block >= depth:
+        raise UserError(
+            f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
+        )
+    if recipe.method.ensemble is not None:
+        path = find_model(recipe.method.ensemble)
+        start = own if own is not None else asked
+        check_same_kind(read_info(path), replace(start, classes=tuple(w for w, _ in train.classes)), str(path))
     if own is not None:
         check_architecture(own, asked, pretrained)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 def tower(
     p: dict[str, Tensor], pixels: Tensor, *, layers: int, heads: int, patch: int, quick: bool, keep=None, hidden=None
 ):
-    """Features and attention maps of an open_clip ViT, from its state dict ``p`` (keys ``visual.*``)."""
+    """Features, attention maps and the last block's ln_1 output of an open_clip ViT, from its state dict ``p``."""
     get = lambda key: p[f"visual.{key}"]  # noqa: E731
     width = get("class_embedding").shape[0]
     norm = lambda x, key: F.layer_norm(x, (width,), get(f"{key}.weight"), get(f"{key}.bias"))  # noqa: E731
@@ -25,9 +25,10 @@ def tower(
     if keep is not None:
         x = torch.stack([torch.cat([x[i, :1], x[i, 1:][keep[i]]]) for i in range(n)])
     maps = []
+    normed = x
     for layer in range(layers):
         b = f"transformer.resblocks.{layer}."
-        h = norm(x, b + "ln_1")
+        h = normed = norm(x, b + "ln_1")
         q, k, v = (h @ get(b + "attn.in_proj_weight").T + get(b + "attn.in_proj_bias")).chunk(3, -1)
         split = lambda t: t.reshape(n, -1, heads, width // heads).transpose(1, 2)  # noqa: E731
         q, k, v = split(q), split(k), split(v)
@@ -45,7 +46,7 @@ def tower(
         h = h * torch.sigmoid(1.702 * h) if quick else F.gelu(h)
         x = x + h @ get(b + "mlp.c_proj.weight").T + get(b + "mlp.c_proj.bias")
     x = norm(x, "ln_post")
-    return x[:, 0] @ get("proj"), maps
+    return x[:, 0] @ get("proj"), maps, normed
 
 
 def logits(p: dict[str, Tensor], features: Tensor) -> Tensor:
@@ -62,6 +63,23 @@ def relevance(target: Tensor, maps: list[Tensor], first_block: int = 0) -> Tenso
         a = (attention * gradient).clamp(min=0).mean(1)
         product = (torch.eye(length, dtype=target.dtype) + a) @ product
     return product[:, 0, 1:].detach()
+
+
+def grad_cam(target: Tensor, normed: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(target.sum(), normed, retain_graph=True)
+    rows = []
+    for activation, cotangent in zip(normed, gradient, strict=True):
+        weight = sum(cotangent[token] for token in range(len(cotangent)))
+        rows.append(
+            torch.stack([(weight * activation[token]).sum().clamp(min=0) for token in range(1, len(activation))])
+        )
+    return torch.stack(rows).detach()
+
+
+def kd(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student), from the definition of KL."""
+    p, q = ((z / temperature).softmax(1) for z in (teacher, student))
+    return temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
 
 
 def mask_of(method, cam, draws, n, patches):
@@ -93,28 +111,47 @@ def fill(images: Tensor, mask: Tensor, donors: Tensor, patch: int) -> Tensor:
     return out
 
 
-def step(p, teacher, images, labels, draws, method, *, mean, std, layers, heads, patch, quick):
-    """Losses, relevance, mask, counterfactual images, and gradients of every parameter in ``p`` (leaves)."""
+def step(p, teacher, images, labels, draws, method, *, mean, std, layers, heads, patch, quick, ensemble=None):
+    """Losses, CAM, mask, counterfactual images, and gradients of every parameter in ``p`` (leaves).
+
+    teacher, ensemble: state dicts of tower and head, like ``p``.
+    """
     shape = dict(layers=layers, heads=heads, patch=patch, quick=quick)
     prepare = lambda x: (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)  # noqa: E731
-    features, maps = tower(p, prepare(images), **shape)
+    features, maps, normed = tower(p, prepare(images), **shape)
     z = logits(p, features)
-    ce = -(z.log_softmax(1)[torch.arange(len(z)), labels]).mean()
-    if method.mask is None:
-        ce.backward()
-        return dict(ce=ce.detach(), loss=ce.detach())
-    cam = None
-    if method.mask != "random":
-        cam = relevance(z[torch.arange(len(z)), labels], maps, method.first_block)
-    patches = p["visual.positional_embedding"].shape[0] - 1
-    mask = mask_of(method, cam, draws, len(images), patches)
-    cf = images if method.fill == "no-fill" else fill(images, mask, draws.donors, patch)
-    keep = None if draws.keep is None else draws.keep
-    hidden = mask if method.fill == "no-fill" and keep is None else None
-    with torch.no_grad():
-        wanted, _ = tower(teacher, prepare(cf), **shape, keep=keep, hidden=hidden)
-    got, _ = tower(p, prepare(cf), **shape, keep=keep, hidden=hidden)
-    mse = ((got - wanted) ** 2).mean()
-    loss = ce + method.beta * mse
-    loss.backward()
-    return dict(ce=ce.detach(), mse=mse.detach(), loss=loss.detach(), cam=cam, mask=mask, cf=cf)
+    result = dict(ce=-(z.log_softmax(1)[torch.arange(len(z)), labels]).mean())
+    if method.name == "wise-kd":
+        with torch.no_grad():
+            answer = logits(ensemble, tower(ensemble, prepare(images), **shape)[0])
+        result["kd"] = kd(z, answer, method.temperature)
+    if method.distils:
+        cf, keep, hidden = images, None, None
+        if method.masked:
+            cam = None
+            if method.mask != "random":
+                target = z[torch.arange(len(z)), labels]
+                cam = (
+                    grad_cam(target, normed)
+                    if method.cam == "grad-cam"
+                    else relevance(target, maps, method.first_block)
+                )
+            patches = p["visual.positional_embedding"].shape[0] - 1
+            mask = mask_of(method, cam, draws, len(images), patches)
+            cf = images if method.fill == "no-fill" else fill(images, mask, draws.donors, patch)
+            keep = draws.keep
+            hidden = mask if method.fill == "no-fill" and keep is None else None
+            result |= dict(cam=cam, mask=mask, cf=cf)
+        with torch.no_grad():
+            wanted = tower(teacher, prepare(cf), **shape, keep=keep, hidden=hidden)[0]
+            wanted_logits = logits(teacher, wanted)
+        got = tower(p, prepare(cf), **shape, keep=keep, hidden=hidden)[0]
+        if method.name == "kd":
+            result["kd"] = kd(logits(p, got), wanted_logits, method.temperature)
+        else:
+            result["mse"] = ((got - wanted) ** 2).mean()
+    result["loss"] = (
+        result["ce"] + (method.gamma or 0) * result.get("kd", 0) + (method.beta or 0) * result.get("mse", 0)
+    )
+    result["loss"].backward()
+    return {name: value if value is None else value.detach() for name, value in result.items()}

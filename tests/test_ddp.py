@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,10 @@ from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
 from cfmask.step import training_step
-from test_step import METHODS, make_batch, resolved, student_and_teacher
+from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import TINY
 
 LANES, RANKS, PER_LANE = 4, 2, 3
-ALL = [Method(name="vanilla"), *METHODS]
 
 
 def joined(lanes: list) -> tuple:
@@ -35,17 +33,18 @@ def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
     torch.set_num_threads(1)
     with process_group(Place(rank=rank, world_size=RANKS), folder / "meeting"):
-        student, teacher, normalise = student_and_teacher(TINY)
+        student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
         results = {}
-        for method in map(resolved, ALL):
+        for method in map(resolved, METHODS):
+            _, teachers, _ = student_and_teachers(TINY, method)
             lanes = [make_batch(TINY, method, PER_LANE, seed=lane) for lane in range(LANES)]
             own = lanes[rank * LANES // RANKS : (rank + 1) * LANES // RANKS]
             losses = []
             for i, lane in enumerate(own):
                 metrics = training_step(
                     wrapped,
-                    None if method.mask is None else teacher,
+                    teachers,
                     normalise,
                     *lane,
                     method,
@@ -56,7 +55,7 @@ def gradients_of_a_rank(rank: int, folder: Path) -> None:
             loss = torch.stack(losses).mean()
             dist.all_reduce(loss)
             gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
-            results[method.name, method.fill] = (loss / RANKS, gradients)
+            results[name_of(method)] = (loss / RANKS, gradients)
             wrapped.zero_grad()
         torch.save(results, folder / f"{rank}.pt")
 
@@ -68,18 +67,37 @@ def by_rank(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda m: f"{m.name}-{m.fill}")
+@pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_two_processes_have_the_loss_and_gradients_of_one(by_rank, method):
     method = resolved(method)
-    student, teacher, normalise = student_and_teacher(TINY)
+    alone, teachers, normalise = student_and_teachers(TINY, method)
     batch = joined([make_batch(TINY, method, PER_LANE, seed=lane) for lane in range(LANES)])
-    alone = copy.deepcopy(student)
-    metrics = training_step(alone, None if method.mask is None else teacher, normalise, *batch, method)
+    metrics = training_step(alone, teachers, normalise, *batch, method)
     for results in by_rank:
-        loss, gradients = results[method.name, method.fill]
+        loss, gradients = results[name_of(method)]
         torch.testing.assert_close(loss, metrics.loss, rtol=1e-12, atol=0)
         for name, parameter in alone.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(tmp_path):
+    mp.start_processes(gradients_beside_a_bad_sample, args=(tmp_path,), nprocs=RANKS, start_method="spawn")
+    for rank in range(RANKS):
+        loss, norm = torch.load(tmp_path / f"{rank}.pt")
+        assert loss.isfinite() == (rank != 1) and not norm.isfinite()
+
+
+def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with process_group(Place(rank=rank, world_size=RANKS), folder / "meeting"):
+        method = resolved(Method(mask="random"))
+        student, teachers, normalise = student_and_teachers(TINY, method)
+        images, labels, draws = make_batch(TINY, method, PER_LANE, seed=rank)
+        if rank == 1:
+            images[0, 0, 0, 0] = torch.inf
+        metrics = training_step(DistributedDataParallel(student), teachers, normalise, images, labels, draws, method)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
+        torch.save((metrics.loss, norm), folder / f"{rank}.pt")
 
 
 def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):

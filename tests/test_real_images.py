@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cfmask.data.images import crop, decode
+from cfmask.masking.cam import Relevance
 from cfmask.masking.masks import object_mask
-from cfmask.masking.relevance import relevance
 from cfmask.models.head import build_tower, model_info
 from cfmask.models.tower import Classifier, Normalise, encode
 from made import REPO
@@ -64,13 +64,14 @@ def test_relevance_of_a_trained_tower_falls_on_the_object(photographs, tmp_path)
     images, boxes = photographs
 
     with torch.no_grad():  # a head of class means
-        known = encode(model.visual, normalise(images[:, :KNOWN].flatten(0, 1)))[0]
+        known = encode(model.visual, normalise(images[:, :KNOWN].flatten(0, 1)))
         means = F.normalize(known, dim=-1).unflatten(0, (CLASSES, KNOWN)).mean(1)
         model.head.weight.copy_(100 * F.normalize(means, dim=-1))
         model.head.bias.zero_()
     labels = torch.arange(CLASSES).repeat_interleave(SHOWN)
-    features, traces = encode(model.visual, normalise(images[:, KNOWN:].flatten(0, 1)), trace=True)
-    cam = relevance(model.classify(features).gather(1, labels[:, None]).squeeze(1), traces)
+    camera = Relevance()
+    logits = model.classify(model.encode(normalise(images[:, KNOWN:].flatten(0, 1)), cam=camera))
+    cam = camera.of(logits.gather(1, labels[:, None]).squeeze(1))
 
     centre = 14 * torch.arange(16) + 7.0
     left, top, right, bottom = boxes.flatten(0, 1).T[..., None]

@@ -22,6 +22,7 @@ def test_defaults_are_appendix_a1_and_the_headline_row():
         lanes=16,
         micro_batches=1,
         lr=3e-5,
+        schedule="cosine",
         warmup_steps=500,
         weight_decay=0.1,
         beta1=0.9,
@@ -29,7 +30,9 @@ def test_defaults_are_appendix_a1_and_the_headline_row():
         eps=1e-8,
         clip_norm=1.0,
     )
-    assert recipe.method == Method("object-mask", "single-fill", threshold=0.3, rate=None, beta=30.0, first_block=0)
+    assert recipe.method == Method(
+        "feature-distillation", "object", "single-fill", threshold=0.3, cam="relevance", first_block=0, beta=30.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,16 +57,52 @@ def test_presets_have_the_authors_thresholds_and_rates(preset, value):
 @pytest.mark.parametrize(
     ("method", "flag"),
     [
+        (Method(name="vanilla", mask="object"), "--mask"),
         (Method(name="vanilla", fill="single-fill"), "--fill"),
         (Method(name="vanilla", beta=1.0), "--beta"),
-        (Method(name="object-mask", rate=0.5), "--rate"),
-        (Method(name="random-mask", threshold=0.5), "--threshold"),
-        (Method(name="random-mask", first_block=3), "--first-block"),
+        (Method(name="linear-probe", ensemble="x"), "--ensemble"),
+        (Method(mask="none", fill="single-fill"), "--fill"),
+        (Method(mask="object", rate=0.5), "--rate"),
+        (Method(mask="random", threshold=0.5), "--threshold"),
+        (Method(mask="random", cam="relevance"), "--cam"),
+        (Method(mask="random", first_block=3), "--first-block"),
+        (Method(cam="grad-cam", first_block=3), "--first-block"),
+        (Method(gamma=1.0), "--gamma"),
+        (Method(name="kd", beta=1.0), "--beta"),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_refused_by_name(method, flag):
     with pytest.raises(UserError, match=f"{flag}.* would do nothing"):
         Recipe(method=method).resolved()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag"),
+    [
+        (Recipe(optim=Optim(probe_epochs=1)), "--probe-epochs"),
+        (Recipe(optim=Optim(probe_lr=1.0)), "--probe-lr"),
+        (Recipe(optim=Optim(schedule="one-cycle", warmup_steps=5)), "--warmup-steps"),
+        (Recipe(optim=Optim(schedule="one-cycle", beta1=0.9)), "--adam-beta1"),
+        (Recipe(method=Method(name="linear-probe"), optim=Optim(weight_decay=0.1)), "--weight-decay"),
+    ],
+)
+def test_an_optimizers_setting_that_would_do_nothing_is_refused_by_name(recipe, flag):
+    with pytest.raises(UserError, match=f"{flag}.* would do nothing"):
+        recipe.resolved()
+
+
+def test_wise_kd_asks_for_its_ensemble():
+    with pytest.raises(UserError, match="--ensemble FILE.*tools/wise_ft.py"):
+        PRESETS["wise-kd"].resolved()
+    method = dataclasses.replace(PRESETS["wise-kd"].method, ensemble="file")
+    resolved = Recipe(method=method).resolved().method
+    assert (resolved.beta, resolved.gamma, resolved.temperature) == (30.0, 1.0, 10.0)
+
+
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"wise-kd"}))
+def test_every_preset_resolves_and_stays_as_it_is_when_resolved_again(name):
+    once = PRESETS[name].resolved()
+    assert once.resolved() == once
 
 
 @pytest.mark.parametrize(

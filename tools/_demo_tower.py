@@ -24,7 +24,7 @@ from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.models.head import build_tower, model_info, save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.optim import learning_rate
+from cfmask.optim import warmup_then_cosine
 from cfmask.recipe import Optim
 from tools._demo_images import BACKGROUNDS, PAPER
 
@@ -138,7 +138,9 @@ def _train(
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.98))
+    lr, warmup_steps = settings.lr, settings.warmup_steps
+    assert lr is not None and warmup_steps is not None
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
     targets = labels * len(KINDS) + kinds
     order = torch.empty(0, dtype=torch.int64)
     right = torch.zeros(())
@@ -156,7 +158,7 @@ def _train(
     ):
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings)
+                group["lr"] = lr * warmup_then_cosine(step, steps, warmup_steps)
             if len(order) < settings.batch_size:
                 order = torch.randperm(len(images))
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]

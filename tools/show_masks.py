@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,13 @@ from cfmask.data.images import crop, decode  # noqa: E402
 from cfmask.data.shards import Manifest  # noqa: E402
 from cfmask.data.stream import eval_batches  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.masking.cam import Relevance  # noqa: E402
 from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
 from cfmask.masking.masks import normalised  # noqa: E402
-from cfmask.masking.relevance import relevance  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
-from cfmask.models.tower import Classifier, Normalise, encode  # noqa: E402
+from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe, load_recipe  # noqa: E402
-from cfmask.step import counterfactual  # noqa: E402
+from cfmask.step import camera_of, counterfactual  # noqa: E402
 from tools._shared import MODEL_HELP, load_models, load_sets  # noqa: E402
 
 
@@ -67,12 +68,13 @@ def _method(arguments: argparse.Namespace) -> Method:
         (load_recipe(p / "recipe.json").method for p in _ancestors(arguments.model) if (p / "recipe.json").exists()),
         Method(),
     )
-    if recorded.mask is None or arguments.mask or arguments.fill:
-        name = f"{arguments.mask}-mask" if arguments.mask else "object-mask" if not recorded.mask else recorded.name
-        recorded = Method(name=name, fill=arguments.fill, threshold=arguments.threshold)
+    if not recorded.masked or arguments.mask or arguments.fill:
+        method = Method(mask=arguments.mask, fill=arguments.fill, threshold=arguments.threshold)
     elif arguments.threshold is not None:
-        recorded = Method(name=recorded.name, fill=recorded.fill, threshold=arguments.threshold)
-    return Recipe(method=recorded).resolved().method
+        method = replace(recorded, threshold=arguments.threshold)
+    else:
+        method = recorded
+    return Recipe(method=method).resolved().method
 
 
 def _ancestors(path: str) -> list[Path]:
@@ -127,11 +129,11 @@ def draw_sheet(
 
     assert method.mask is not None and method.fill is not None
     normalise = Normalise(info.mean, info.std)
-    features, traces = encode(model.visual, normalise(images), trace=True)
-    logits = model.classify(features)
+    camera = camera_of(method) or Relevance()  # a random mask is shown beside relevance too
+    logits = model.classify(model.encode(normalise(images), cam=camera))
     answers = logits.argmax(1)
     known = torch.tensor([int(answers[i]) if label is None else label for i, label in enumerate(labels)])
-    cam = relevance(logits.gather(1, known[:, None]).squeeze(1), traces, method.first_block or 0)
+    cam = camera.of(logits.gather(1, known[:, None]).squeeze(1))
     spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
     draws = draw(spec, len(images), np.random.default_rng(seed))
     cf = counterfactual(images, cam, draws, method, model.patch_size)

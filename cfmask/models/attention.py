@@ -1,31 +1,20 @@
-"""Multi-head self-attention that can say what it did, with open_clip's parameter names.
+"""Multi-head self-attention that lets a CAM see what it does, with open_clip's parameter names.
 
-open_clip's blocks hold an ``nn.MultiheadAttention``, which gives either fused attention or attention
-maps, never the cheap thing relevance needs: the q, k, v that a map can be rebuilt from. The module here
-has the same parameters under the same names, so a checkpoint goes in and out of plain open_clip without
-a key changed, and always runs fused.
+open_clip's blocks hold an ``nn.MultiheadAttention``, which gives either fused attention or attention maps, never the
+cheap thing relevance needs: the q, k, v that a map can be rebuilt from. The module here has the same parameters under
+the same names, so a checkpoint goes in and out of plain open_clip without a key changed, and always runs fused.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Trace(NamedTuple):
-    """What one block's attention leaves behind for relevance: its map is softmax(q kᵀ / √d), and the
-    cotangent of ``out`` gives the map's gradient.
-
-    q, k, v, out: (N, heads, L, d). ``out`` is the node of the autograd graph to differentiate to.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
+Tap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Sees (out, q, k, v), each (N, heads, tokens, d); what it returns goes on in place of out."""
 
 
 class Attention(nn.Module):
@@ -54,22 +43,34 @@ class Attention(nn.Module):
         attention.out_proj = other.out_proj
         return attention
 
-    def attend(self, x: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Trace]:
-        """Self-attention and its trace.
+    def attend(
+        self, x: Tensor, hidden: Tensor | None = None, *, class_token_only: bool = False, tap: Tap | None = None
+    ) -> Tensor:
+        """Self-attention.
 
         Args:
             x: (N, L, width).
             hidden: (N, L) bool, True for tokens that no query may see; token 0 must be visible.
+            class_token_only: token 0 alone asks. Its row is the same; the others are not computed.
+            tap: shown each call's out, q, k and v.
 
         Returns:
-            (N, L, width) and the Trace of this call.
+            (N, L, width), or (N, 1, width).
         """
         n, length, width = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if class_token_only:
+            queries = F.linear(x[:, :1], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            q = queries.view(n, 1, self.heads, -1).transpose(1, 2)
+            seen = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
+            k, v = seen.view(n, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+            q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         visible = None if hidden is None else ~hidden[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-        return self.out_proj(out.transpose(1, 2).reshape(n, length, width)), Trace(q, k, v, out)
+        if tap is not None:
+            out = tap(out, q, k, v)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def forward(
         self,
@@ -82,4 +83,4 @@ class Attention(nn.Module):
         """The call that open_clip's own block makes, so that a tower still runs as plain open_clip."""
         if need_weights or attn_mask is not None or key is not query or value is not query:
             raise NotImplementedError("an image tower's blocks call this for unmasked self-attention only")
-        return self.attend(query)[0], None
+        return self.attend(query), None

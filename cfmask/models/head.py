@@ -252,6 +252,24 @@ def check_architecture(own: ModelInfo, asked: ModelInfo, path: str) -> None:
             )
 
 
+def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str) -> None:
+    """Refuse a model whose features, logits or input would not mean what the run's own do.
+
+    Raises:
+        UserError: no model file with a head, another architecture, preprocessing or class list.
+    """
+    if other is None or not other.classes:
+        raise UserError(f"{path} is not a cfmask model file with a head.")
+    assert own is not None
+    check_architecture(other, own, path)
+    if (other.mean, other.std) != (own.mean, own.std):
+        raise UserError(
+            f"The model in {path} takes pixels with mean {other.mean} and standard deviation {other.std}, {own.name} "
+            f"with {own.mean} and {own.std}: the same images would not be the same to both."
+        )
+    check_head(path, own.classes)
+
+
 def _head_from_file(path: str, wnids: Sequence[str]) -> tuple[Tensor, Tensor, str]:
     from safetensors.torch import load_file
 

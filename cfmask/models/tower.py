@@ -1,14 +1,20 @@
-"""The image tower: an open_clip VisionTransformer whose forward pass can drop, hide and trace tokens."""
+"""The image tower: an open_clip VisionTransformer whose forward pass can drop, hide and show tokens, and does no work
+that its features do not need."""
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cfmask.errors import UserError
-from cfmask.models.attention import Attention, Trace
+from cfmask.masking.cam import Cam
+from cfmask.models.attention import Attention
 
 
 def adopt(visual: nn.Module) -> VisionTransformer:
@@ -36,8 +42,18 @@ def adopt(visual: nn.Module) -> VisionTransformer:
             )
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = Attention.sharing(block.attn)
+        if isinstance(block.mlp.gelu, QuickGELU):
+            block.mlp.gelu = LeanQuickGELU()
     visual.output_tokens = False
     return visual
+
+
+class LeanQuickGELU(nn.Module):
+    """QuickGELU, x · σ(1.702 x), as SiLU of 1.702 x: it keeps one tensor for its backward pass where open_clip's keeps
+    two, and the widest of a block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x) * (1 / 1.702)
 
 
 def encode(
@@ -46,37 +62,71 @@ def encode(
     *,
     keep: Tensor | None = None,
     hidden: Tensor | None = None,
-    trace: bool = False,
-) -> tuple[Tensor, list[Trace]]:
-    """Features of a batch and, if asked for, what each block's attention leaves for relevance.
+    cam: Cam | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Features (N, D) of a batch: class token after ln_post, projected, not normalised; at least fp32.
 
     Args:
         pixels: (N, 3, H, W), normalised.
         keep: (N, K) int64, patches that stay (0 … P-1); the others are dropped after the positional
             embedding and ln_pre. None keeps all.
         hidden: (N, P) bool, patches that no query of any block may see. The class token is never hidden.
-            For the class token this equals dropping them.
-        trace: keep the blocks' traces. Without a graph that would hold them anyway, they are most of the memory.
-
-    Returns:
-        features (N, D): class token after ln_post, projected, not normalised; and the blocks' traces,
-        first block first, or none.
+        cam: watches the pass.
+        recompute: activation checkpointing: keep a block's input only, and compute the rest again in the backward pass.
     """
     x = visual._embeds(pixels)
+    if hidden is not None and not x.is_cuda:
+        # Hidden or dropped, patches are the same to the class token; dropping costs less, but how many are left in the
+        # fullest image is a question that a GPU would have to be waited for.
+        keep, hidden = visible_first(hidden)
     if keep is not None:
         tokens = F.pad(keep + 1, (1, 0))  # the class token, index 0, always stays
         x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[-1]))
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
+    blocks = visual.transformer.resblocks
+    for number, block in enumerate(blocks):
+        run = partial(_run_block, block, number, hidden=hidden_tokens, cam=cam, last=number == len(blocks) - 1)
+        if recompute and torch.is_grad_enabled():
+            x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = run(x)
+    x = visual.ln_post(x[:, 0])
+    # Tiny, and what is compared from here on are small differences: nothing is rounded to a low precision.
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(torch.promote_types(x.dtype, torch.float32)) @ visual.proj
 
-    traces = []
-    for block in visual.transformer.resblocks:
-        attended, left = block.attn.attend(block.ln_1(x), hidden_tokens)
-        if trace:
-            traces.append(left)
-        x = x + block.ls_1(attended)
-        x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    # ln_post works token by token, so the class token can be taken before it as well as after.
-    return visual.ln_post(x[:, 0]) @ visual.proj, traces
+
+def _run_block(
+    block: ResidualAttentionBlock, number: int, x: Tensor, *, hidden: Tensor | None, cam: Cam | None, last: bool
+) -> Tensor:
+    """(N, L, width) → the same; of the last block, the class token alone: nobody asks for the rest."""
+    normed = block.ln_1(x)
+    if cam is not None:
+        cam.normed(normed)
+    tap = None if cam is None else partial(cam.attended, number)
+    attended = block.attn.attend(normed, hidden, class_token_only=last, tap=tap)
+    x = (x[:, :1] if last else x) + block.ls_1(attended)
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def visible_first(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What to keep, and what of it to hide, so that (N, P) ``hidden`` patches are dropped as far as images of one batch
+    can differ in their number: (N, K) int64 in ascending order but for the filling, (N, K) bool or None if none is
+    left. Waits for the device."""
+    most = int((~hidden).sum(1).max())
+    keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    left = hidden.gather(1, keep)
+    return keep, left if bool(left.any()) else None
+
+
+class Seen(NamedTuple):
+    """What a model makes of a batch: features (N, D), not normalised, and logits (N, classes). clean_logits: of other
+    features that were handed in, or None."""
+
+    features: Tensor
+    logits: Tensor
+    clean_logits: Tensor | None
 
 
 class Classifier(nn.Module):
@@ -84,6 +134,9 @@ class Classifier(nn.Module):
 
     State dict: ``visual.*`` exactly as in an open_clip CLIP, ``head.weight`` (classes, D), ``head.bias``.
     """
+
+    recompute = False
+    """Whether a pass that is differentiated keeps its activations, or computes them again (``encode``)."""
 
     def __init__(self, visual: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -108,9 +161,16 @@ class Classifier(nn.Module):
         """Patches of an image, P; masks are (N, P)."""
         return self.visual.grid_size[0] * self.visual.grid_size[1]
 
+    def encode(
+        self, pixels: Tensor, *, keep: Tensor | None = None, hidden: Tensor | None = None, cam: Cam | None = None
+    ) -> Tensor:
+        """``encode`` of this model's tower."""
+        return encode(self.visual, pixels, keep=keep, hidden=hidden, cam=cam, recompute=self.recompute)
+
     def classify(self, features: Tensor) -> Tensor:
         """(N, D) features as the tower gives them → (N, classes) logits; the head sees them normalised."""
-        return self.head(F.normalize(features, dim=-1))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(F.normalize(features, dim=-1))
 
     def forward(
         self,
@@ -118,16 +178,16 @@ class Classifier(nn.Module):
         *,
         keep: Tensor | None = None,
         hidden: Tensor | None = None,
-        head_input: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and logits (N, classes); ``keep`` and ``hidden`` as in ``encode``.
+        clean_features: Tensor | None = None,
+    ) -> Seen:
+        """Features and logits; ``keep`` and ``hidden`` as in ``encode``.
 
-        ``head_input`` gives the head other features than this pass's own. A counterfactual pass hands in
-        the clean pass's, detached, so that every parameter takes part in the one pass whose gradients DDP
-        synchronises.
+        A counterfactual pass hands in the clean pass's features, detached, for the head to classify again: so every
+        parameter takes part in the one pass whose gradients DDP synchronises.
         """
-        features, _ = encode(self.visual, pixels, keep=keep, hidden=hidden)
-        return features, self.classify(features if head_input is None else head_input)
+        features = self.encode(pixels, keep=keep, hidden=hidden)
+        clean = None if clean_features is None else self.classify(clean_features)
+        return Seen(features, self.classify(features), clean)
 
 
 class Normalise(nn.Module):
