@@ -207,6 +207,9 @@ class Run:
     activation_checkpointing: bool = setting(
         False, "compute activations again in the backward passes: a fraction of the memory, a third more time"
     )
+    compile: bool = setting(
+        False, "run the teacher's and the masked passes through torch.compile (a minute at the start)"
+    )
     deterministic: bool = setting(
         True, "kernels that give the same bits every time; without them a resumed run is the same up to rounding only"
     )

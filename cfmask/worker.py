@@ -96,7 +96,7 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     _write_initial_models(recipe, run, manifest, place, store)
     model, info = load_model(run.initial)
     model = model.to(device)
-    model.recompute = recipe.run.activation_checkpointing
+    model.recompute, model.compiled = recipe.run.activation_checkpointing, recipe.run.compile
     normalise = Normalise(info.mean, info.std).to(device)
     teachers = Teachers(
         start=copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None,

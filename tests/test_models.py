@@ -16,6 +16,7 @@ from torch import nn
 
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
+from cfmask.models import tower
 from cfmask.models.head import (
     build_tower,
     check_head,
@@ -26,7 +27,7 @@ from cfmask.models.head import (
     read_info,
     save_model,
 )
-from cfmask.models.tower import Classifier, Normalise, adopt, encode
+from cfmask.models.tower import Classifier, Compiled, Normalise, adopt, encode
 from made import CLASSES, save_tiny_model
 from towers import B32, ODD, TINY
 
@@ -59,6 +60,36 @@ def test_layer_scale_and_a_missing_ln_pre_are_honoured():
     with torch.no_grad():
         expected = plain(pixels)
         torch.testing.assert_close(encode(adopt(plain), pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_blocks_are_the_blocks(monkeypatch):
+    monkeypatch.setattr(tower, "_run_compiled", Compiled(tower._run_block, backend="aot_eager"))
+    model = B32.classifier()
+    pixels = torch.randn(3, 3, B32.image, B32.image)
+    hidden = torch.rand(3, B32.patches) < 0.5
+    results = []
+    for model.compiled in (False, True):
+        features = model.encode(pixels, hidden=hidden)
+        features.square().sum().backward()
+        results.append([features.detach(), *(p.grad.clone() for p in model.visual.parameters())])
+        model.zero_grad()
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+def test_where_nothing_compiles_blocks_run_as_they_are_with_one_warning(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(tower, "_run_compiled", Compiled(tower._run_block, backend=broken))
+    model = TINY.classifier()
+    pixels = torch.randn(3, 3, TINY.image, TINY.image)
+    expected = model.encode(pixels)
+    model.compiled = True
+    with pytest.warns(UserWarning, match="no compiler here.*uncompiled") as said:
+        for _ in range(2):
+            assert torch.equal(model.encode(pixels), expected)
+    assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
 
 
 def test_a_checkpoint_goes_in_and_out_of_plain_open_clip_without_a_key_changed():

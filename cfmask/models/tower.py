@@ -3,8 +3,10 @@ that its features do not need."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,7 @@ def encode(
     hidden: Tensor | None = None,
     cam: Cam | None = None,
     recompute: bool = False,
+    compiled: bool = False,
 ) -> Tensor:
     """Features (N, D) of a batch: class token after ln_post, projected, not normalised; at least fp32.
 
@@ -74,6 +77,8 @@ def encode(
         hidden: (N, P) bool, patches that no query of any block may see. The class token is never hidden.
         cam: watches the pass.
         recompute: activation checkpointing: keep a block's input only, and compute the rest again in the backward pass.
+        compiled: run blocks through torch.compile. Not where a CAM watches: a compiled block's backward pass computes
+            its weights' gradients whoever asks.
     """
     x = visual._embeds(pixels)
     if hidden is not None and not x.is_cuda:
@@ -86,7 +91,11 @@ def encode(
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
     blocks = visual.transformer.resblocks
     for number, block in enumerate(blocks):
-        run = partial(_run_block, block, number, hidden=hidden_tokens, cam=cam, last=number == len(blocks) - 1)
+        last = number == len(blocks) - 1
+        if compiled and cam is None:
+            run = partial(_run_compiled, block, hidden=hidden_tokens, last=last)
+        else:
+            run = partial(_run_block, block, hidden=hidden_tokens, last=last, cam=cam, number=number)
         if recompute and torch.is_grad_enabled():
             x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -98,7 +107,13 @@ def encode(
 
 
 def _run_block(
-    block: ResidualAttentionBlock, number: int, x: Tensor, *, hidden: Tensor | None, cam: Cam | None, last: bool
+    block: ResidualAttentionBlock,
+    x: Tensor,
+    *,
+    hidden: Tensor | None,
+    last: bool,
+    cam: Cam | None = None,
+    number: int = 0,
 ) -> Tensor:
     """(N, L, width) → the same; of the last block, the class token alone: nobody asks for the rest."""
     normed = block.ln_1(x)
@@ -108,6 +123,29 @@ def _run_block(
     attended = block.attn.attend(normed, hidden, class_token_only=last, tap=tap)
     x = (x[:, :1] if last else x) + block.ls_1(attended)
     return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+class Compiled:
+    """A function through torch.compile; plainly from the first failure on, with one warning."""
+
+    def __init__(self, function: Callable[..., Tensor], backend: str | Callable = "inductor") -> None:
+        self._plain, self._compiled = function, torch.compile(function, backend=backend)
+        self._failed = False
+
+    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+        if not self._failed:
+            try:
+                return self._compiled(*arguments, **options)
+            except Exception as error:  # whatever a compiler raises
+                self._failed = True
+                reason = " ".join(str(error).split())[:300]
+                warnings.warn(
+                    f"torch.compile fails ({type(error).__name__}: {reason}); blocks run uncompiled", stacklevel=2
+                )
+        return self._plain(*arguments, **options)
+
+
+_run_compiled = Compiled(_run_block)
 
 
 def visible_first(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -138,6 +176,9 @@ class Classifier(nn.Module):
     recompute = False
     """Whether a pass that is differentiated keeps its activations, or computes them again (``encode``)."""
 
+    compiled = False
+    """Whether passes that no CAM watches go through torch.compile."""
+
     def __init__(self, visual: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.visual = adopt(visual)
@@ -165,7 +206,8 @@ class Classifier(nn.Module):
         self, pixels: Tensor, *, keep: Tensor | None = None, hidden: Tensor | None = None, cam: Cam | None = None
     ) -> Tensor:
         """``encode`` of this model's tower."""
-        return encode(self.visual, pixels, keep=keep, hidden=hidden, cam=cam, recompute=self.recompute)
+        how = {"recompute": self.recompute, "compiled": self.compiled}
+        return encode(self.visual, pixels, keep=keep, hidden=hidden, cam=cam, **how)
 
     def classify(self, features: Tensor) -> Tensor:
         """(N, D) features as the tower gives them → (N, classes) logits; the head sees them normalised."""
