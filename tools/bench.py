@@ -6,6 +6,7 @@
     python tools/bench.py resume                    seconds to the first batch, at 0 % and 99 % of all of ImageNet
     python tools/bench.py parts   --source TREE     what the time of an image goes to
     python tools/bench.py order                     how well the order mixes, beside a full permutation
+    python tools/bench.py step                      training steps beside the authors' way: images/s, FLOPs, memory
 
 TREE is a folder of class/image.JPEG; without --source photograph-like noise of ImageNet's size is drawn. Peers run in
 an interpreter of their own (tools/peers-requirements.txt says how it is made); one that is not there is named with
@@ -28,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +39,9 @@ from numpy.typing import NDArray  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.images import STORES  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+
+if TYPE_CHECKING:
+    from tools._bench_step import Case, Forward, Measured, Parts
 
 REPO = Path(__file__).resolve().parents[1]
 BASELINE = "webdataset_pil"
@@ -70,6 +74,12 @@ LOADERS = {
     },
 }
 CONVERTERS = ("cfmask", "webdataset", "mosaic", "litdata", "ffcv")
+
+# Models and batches whose steps are measured unless a flag says which.
+STEPS = {
+    "cpu": (("ViT-B-32-quickgelu", 32),),
+    "cuda": (("ViT-B-16-quickgelu", 128), ("ViT-B-16-quickgelu", 512), ("ViT-L-14-quickgelu", 128)),
+}
 
 
 # --- running contenders ---------------------------------------------------------------------------------------------
@@ -576,6 +586,161 @@ def _cells(mixing: Mixing) -> list[str]:
     return [f"{mixing.class_spread:.3f}", f"{mixing.moved:.3f}", f"{100 * mixing.met_again:.3f}"]
 
 
+# --- step -----------------------------------------------------------------------------------------------------------
+
+
+def step(arguments: argparse.Namespace) -> str:
+    """For each model and batch, a table of contenders and one of what our step's time goes to."""
+    import torch
+
+    from tools._bench_step import Case
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
+    if precision == "tf32" and device == "cpu":
+        raise UserError("TF32 is a GPU's arithmetic. Choose --precision fp32 or bf16 on a CPU.")
+    cases = STEPS[device]
+    if arguments.model:
+        cases = ((arguments.model, cases[0][1]),)
+    if arguments.batch:
+        cases = tuple((model, arguments.batch) for model in dict.fromkeys(model for model, _ in cases))
+    steps = arguments.steps or (20 if device == "cuda" else 3)
+    return "\n\n".join(
+        step_of(Case(model, batch, device, steps), precision, arguments.rounds) for model, batch in cases
+    )
+
+
+def step_of(case: Case, precision: str, rounds: int) -> str:
+    from tools import _bench_step as measure
+    from tools._bench_step import HEADLINE, VANILLA, Contender, DoesNotFit, fresh
+
+    # Their code runs in fp32, which on a GPU a user turns into TF32 by one line.
+    authors = [Contender("as the authors compute it", "tf32" if case.device == "cuda" else "fp32", None)]
+    if case.device == "cuda" or precision == "bf16":
+        authors.append(Contender("as the authors compute it", "bf16", None))
+    ours = Contender("cfmask", precision, HEADLINE)
+    contenders = [
+        Contender("vanilla FT", precision, VANILLA),
+        ours,
+        Contender("cfmask, deterministic", precision, HEADLINE, deterministic=True),
+        Contender("cfmask, activations recomputed", precision, HEADLINE, recompute=True),
+        *authors,
+    ]
+    say(f"{case.model}, batch {case.batch}: one forward")
+    plain = fresh(measure.measure_forward, case)
+    peaks: dict[str, list[float]] = {c.precision: [] for c in contenders}
+    results: dict[Contender, list[Measured]] = {c: [] for c in contenders}
+    parts: list[Parts] = []
+    too_big = set()
+    for number in range(rounds):
+        turn = f"{case.model}, batch {case.batch}, round {number + 1} of {rounds}"
+        for kind in peaks:
+            say(f"{turn}: a matrix product, {kind}")
+            peaks[kind].append(fresh(measure.measure_matmul, case.device, kind))
+        for c in contenders:
+            if c in too_big:
+                continue
+            say(f"{turn}: {c.name}, {c.precision}")
+            try:
+                results[c].append(fresh(measure.measure_step, case, c, number == 0))
+            except DoesNotFit:
+                too_big.add(c)
+        if ours not in too_big:
+            say(f"{turn}: parts of a step")
+            try:
+                parts.append(fresh(measure.measure_parts, case, precision, not parts))
+            except DoesNotFit as error:
+                say(f"parts of a step: {error}")
+
+    names = [f"authors, {a.precision}" for a in authors]
+    header = [
+        *("step", "precision", "images/s", "ms a step", *(f"× {name}" for name in names)),
+        *("TFLOP/s", "% of peak", "F", "memory GB", *(f"% of {name}" for name in names)),
+    ]
+    rows = []
+    for c in contenders:
+        if c in too_big:
+            rows.append([c.name, c.precision, "does not fit", *[""] * (len(header) - 3)])
+            continue
+        of = results[c]
+        beside = [[] if a in too_big else results[a] for a in authors]
+        flops = of[0].flops
+        assert flops is not None
+        rate = flops / statistics.median(m.seconds for m in of)
+        memory = max(m.peak for m in of)
+        rows.append(
+            [
+                c.name,
+                c.precision,
+                spread([case.batch / m.seconds for m in of], "{:.1f}"),
+                spread([1e3 * m.seconds for m in of]),
+                *(spread(times_as_fast(of, them), "{:.2f}") if them else "" for them in beside),
+                f"{rate / 1e12:.3g}",
+                f"{100 * rate / statistics.median(peaks[c.precision]):.0f}",
+                f"{flops / plain.flops:.2f}",
+                f"{memory / 1e9:.2f}",
+                *(f"{100 * memory / max(m.peak for m in them):.0f}" if them else "" for them in beside),
+            ]
+        )
+    command = f"step --model {case.model} --batch {case.batch} --precision {precision} --device {case.device}"
+    notes = [*step_notes(case, rounds, plain, peaks), *parts_of_step(parts, plain)]
+    return report(command, None, header, rows, notes)
+
+
+def times_as_fast(ours: list[Measured], theirs: list[Measured]) -> list[float]:
+    """Round by round: what slows the machine down for a while slows both."""
+    return [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
+
+
+def step_notes(case: Case, rounds: int, plain: Forward, peaks: dict[str, list[float]]) -> list[str]:
+    import torch
+
+    from tools._bench_step import WARM_UP
+
+    on_gpu = case.device == "cuda"
+    matmul = ", ".join(f"{kind} {spread([p / 1e12 for p in of], '{:.3g}')}" for kind, of in peaks.items())
+    notes = [
+        f"torch {torch.__version__}{f', {plain.gpu}' if on_gpu else ''}. {rounds} rounds of {case.steps} steps "
+        f"after {WARM_UP[case.device]} untimed, each in a fresh process; median (lowest–highest). A step goes from "
+        "uint8 images on the device to updated weights; the device is waited for at the ends of a round only. ×: "
+        "images/s beside the authors' way, round by round. Deterministic: as the worker trains unless told otherwise.",
+        f"F: a forward of open_clip's plain tower, {plain.flops / case.batch / 1e9:.4g} GFLOP an image. FLOPs: of "
+        "matrix products, convolutions and fused attention in a whole step, counted by torch; sums, activations and "
+        f"AdamW are not. Peak: a big square matrix product, in its turn in every round; TFLOP/s: {matmul}.",
+    ]
+    if on_gpu:
+        share = plain.relevance / plain.flops
+        notes.append(f"Nor is the relevance kernel counted, where it runs: {share:.2f} F of a cfmask step.")
+        what = "what tensors take at the peak: weights of student and teacher"
+    else:
+        what = "what the process has grown by at the peak since before its first step: activations"
+    notes.append(f"Memory: {what}, and {plain.state / 1e9:.2f} GB of gradients and AdamW's moments in every row.")
+    return notes
+
+
+def parts_of_step(parts: list[Parts], plain: Forward) -> list[str]:
+    from tools._bench_step import PARTS
+    from tools._shared import table
+
+    if not parts:
+        return []
+    steps = [step for some in parts for step in some.seconds]
+    flops = parts[0].flops
+    assert flops is not None
+    rows = []
+    for name in PARTS:
+        shares = [100 * step[name] / sum(step.values()) for step in steps]
+        milliseconds = spread([1e3 * step[name] for step in steps], "{:.1f}")
+        rows.append([name, milliseconds, f"{statistics.median(shares):.1f}", f"{flops[name] / plain.flops:.2f}"])
+    sums = spread([1e3 * sum(step.values()) for step in steps], "{:.1f}")
+    rows.append(["all", sums, "100", f"{sum(flops.values()) / plain.flops:.2f}"])
+    return [
+        table(["part of cfmask's step", "ms", "% of the step", "F"], rows),
+        "The same calls with a wait for the device after each part, which on a GPU makes their sum longer than a step. "
+        "Masks and fill: with the normalisation of what they give.",
+    ]
+
+
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
@@ -652,7 +817,7 @@ def cpu_name() -> str:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order|step")
     for name, what in (("loader", "training streams"), ("convert", "conversions")):
         verb = verbs.add_parser(name, help=what)
         verb.add_argument("--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)")
@@ -667,6 +832,15 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("parts", help="what the time of an image goes to").add_argument(
         "--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)"
     )
+    verb = verbs.add_parser("step", help="training steps")
+    verb.add_argument("--model", metavar="NAME", help="open_clip model, or a configuration's path (default: several)")
+    verb.add_argument("--batch", type=int, metavar="N", help="images in a batch (default: 32, on a GPU several)")
+    verb.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), help="of our steps (default: fp32, on a GPU bf16)"
+    )
+    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
+    verb.add_argument("--steps", type=int, metavar="N", help="timed in a round (default: 3, on a GPU 20)")
+    verb.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     for name in ("loader", "convert", "resume"):
         verb = verbs.choices[name]
         verb.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
@@ -684,8 +858,8 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(_measure(argv)))
         return 0
     arguments = parser().parse_args(argv)
-    if arguments.verb == "order":
-        print(order())
+    if arguments.verb in ("order", "step"):
+        print(order() if arguments.verb == "order" else step(arguments))
         return 0
     with tempfile.TemporaryDirectory(prefix="cfmask-bench-") as temporary:
         work = (getattr(arguments, "work", None) or Path(temporary)).resolve()

@@ -129,13 +129,18 @@ class Compiled:
     """A function through torch.compile; plainly from the first failure on, with one warning."""
 
     def __init__(self, function: Callable[..., Tensor], backend: str | Callable = "inductor") -> None:
-        self._plain, self._compiled = function, torch.compile(function, backend=backend)
+        self._plain, self._backend = function, backend
+        self._compiled: Callable[..., Tensor] | None = None
         self._failed = False
 
     def __call__(self, *arguments: Any, **options: Any) -> Tensor:
         if not self._failed:
             try:
+                if self._compiled is None:  # not before it is wanted: the compiler takes seconds to import
+                    self._compiled = torch.compile(self._plain, backend=self._backend)
                 return self._compiled(*arguments, **options)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a compiler raises
                 self._failed = True
                 reason = " ".join(str(error).split())[:300]
@@ -206,8 +211,15 @@ class Classifier(nn.Module):
         self, pixels: Tensor, *, keep: Tensor | None = None, hidden: Tensor | None = None, cam: Cam | None = None
     ) -> Tensor:
         """``encode`` of this model's tower."""
-        how = {"recompute": self.recompute, "compiled": self.compiled}
-        return encode(self.visual, pixels, keep=keep, hidden=hidden, cam=cam, **how)
+        return encode(
+            self.visual,
+            pixels,
+            keep=keep,
+            hidden=hidden,
+            cam=cam,
+            recompute=self.recompute,
+            compiled=self.compiled,
+        )
 
     def classify(self, features: Tensor) -> Tensor:
         """(N, D) features as the tower gives them → (N, classes) logits; the head sees them normalised."""

@@ -1,0 +1,172 @@
+"""The benchmark of the step: its opponent computes what we compute, its table has every row, and the FLOPs of our
+steps are the few that the method needs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cfmask.masking.cam import Relevance
+from cfmask.masking.fills import DrawSpec, draw
+from cfmask.models.head import build_tower
+from cfmask.models.tower import Classifier
+from cfmask.recipe import Method
+from cfmask.step import Teachers, counterfactual, training_step
+from test_step import assert_same_gradients, make_batch, resolved, student_and_teachers
+from tools import _bench_step
+from tools._authors_step import authors_step
+from towers import B16, B32, TINY
+
+REPO = Path(__file__).resolve().parents[1]
+HEADLINE = resolved(Method(mask="object", fill="single-fill"))
+
+
+def plain(model: Classifier, geometry):
+    """open_clip's own tower with a Classifier's weights."""
+    visual = build_tower(geometry.info()).double()
+    visual.load_state_dict(model.visual.state_dict())
+    return visual
+
+
+@pytest.mark.parametrize("geometry", [B32, B16], ids=["B/32-like", "B/16-like"])
+def test_the_authors_step_and_ours_give_the_same_loss_mask_and_gradients(geometry):
+    student, teachers, normalise = student_and_teachers(geometry, HEADLINE)
+    images, labels, draws = make_batch(geometry, HEADLINE, 6)
+    visual, head = plain(student, geometry), copy.deepcopy(student.head)
+
+    outcome = authors_step(visual, head, plain(teachers.start, geometry), normalise, images, labels, draws.donors)
+
+    camera = Relevance()
+    logits = student.classify(student.encode(normalise(images), cam=camera))
+    cam = camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+    assert torch.equal(outcome.mask, counterfactual(images, cam, draws, HEADLINE, geometry.patch).mask)
+    assert 0 < outcome.mask.float().mean() < 1
+    metrics = training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
+    torch.testing.assert_close(metrics.loss, outcome.loss, rtol=1e-9, atol=0)
+    theirs = {f"visual.{name}": parameter for name, parameter in visual.named_parameters()}
+    assert_same_gradients(student, theirs | {f"head.{name}": parameter for name, parameter in head.named_parameters()})
+
+
+def test_the_step_that_is_timed_part_by_part_is_our_step():
+    student, teachers, normalise = student_and_teachers(B32, HEADLINE)
+    images, labels, draws = make_batch(B32, HEADLINE, 4)
+    parted = copy.deepcopy(student)
+    meter = iter(range(100))
+
+    parts = _bench_step.step_in_parts(
+        parted,
+        teachers.start,
+        normalise,
+        images,
+        labels,
+        draws,
+        _bench_step.autocast("cpu", "fp32"),
+        lambda: None,
+        lambda: float(next(meter)),
+    )
+
+    assert parts == dict.fromkeys(_bench_step.PARTS, 1.0)
+    training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
+    assert_same_gradients(parted, dict(student.named_parameters()))
+
+
+def test_the_table_has_every_contender_and_every_part(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY.info().config))
+    command = [sys.executable, REPO / "tools/bench.py", "step", "--model", tmp_path / "tiny.json", "--device", "cpu"]
+    command += ["--batch", "4", "--rounds", "1", "--steps", "1", "--precision", "bf16"]
+    # Threads would only wait for each other where other tests run too.
+    one_core = {min(os.sched_getaffinity(0))}
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, one_core),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    steps = [row[:2] for row in rows if len(row) > 4 and "--" not in row[0]]
+    assert steps == [
+        ["step", "precision"],
+        ["vanilla FT", "bf16"],
+        ["cfmask", "bf16"],
+        ["cfmask, deterministic", "bf16"],
+        ["cfmask, activations recomputed", "bf16"],
+        ["as the authors compute it", "fp32"],
+        ["as the authors compute it", "bf16"],
+    ]
+    assert [row[0] for row in rows if len(row) == 4][2:] == [*_bench_step.PARTS, "all"]
+    assert all(cell for row in rows for cell in row)
+
+
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def get_killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_measurement_that_needs_too_much_memory_does_not_fit():
+    for measure in (run_out_of_memory, get_killed):
+        with pytest.raises(_bench_step.DoesNotFit, match="memory"):
+            _bench_step.fresh(measure)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+# Of a step on B/16, in forwards of open_clip's plain tower: what the method needs. A count far below would say that the
+# counter misses something.
+COSTS = {
+    "linear-probe": (Method(name="vanilla"), 1.0),
+    "vanilla": (Method(name="vanilla"), 3.0),
+    "kd-clean": (Method(name="kd", mask="none"), 4.0),
+    "clean": (Method(mask="none"), 4.0),
+    "random-no-fill": (Method(mask="random", fill="no-fill", rate=0.75), 4.1),
+    "grad-cam": (Method(mask="object", fill="single-fill", cam="grad-cam"), 7.0),
+    "relevance": (Method(mask="object", fill="single-fill"), 7.6),
+}
+
+
+@pytest.fixture(scope="module")
+def b16():
+    """A plain tower and all else on B/16, and F."""
+    materials = _bench_step.materials(_bench_step.Case("ViT-B-16-quickgelu", 2, "cpu", 1))
+    with torch.no_grad():
+        forward = _bench_step.count_flops(lambda: materials.student(materials.normalise(materials.images)))
+    return materials, forward
+
+
+def test_the_authors_step_costs_nine_forwards(b16):
+    m, forward = b16
+
+    def step():
+        return authors_step(m.student, m.head, m.teacher, m.normalise, m.images, m.labels, m.draws.donors)
+
+    assert 8.9 <= _bench_step.count_flops(step) / forward <= 9.1
+
+
+@pytest.mark.parametrize("row", COSTS)
+def test_a_step_costs_no_more_forwards_than_its_method_needs(b16, row):
+    m, forward = b16
+    method, most = resolved(COSTS[row][0]), COSTS[row][1]
+    model = Classifier(copy.deepcopy(m.student), m.head)
+    model.visual.requires_grad_(row != "linear-probe")
+    teachers = Teachers(start=Classifier(copy.deepcopy(m.teacher), m.head) if method.distils else None)
+    spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches) if method.masked else None
+    draws = draw(spec, len(m.images), np.random.default_rng(0))
+
+    def step():
+        return training_step(model, teachers, m.normalise, m.images, m.labels, draws, method)
+
+    cost = _bench_step.count_flops(step) / forward
+    print(f"{row}: {cost:.3f} F")
+    assert 0.8 * most <= cost <= most
