@@ -78,6 +78,7 @@ class Contender:
     precision: str
     method: Method | None
     recompute: bool = False
+    compiled: bool = False
     deterministic: bool = False
 
 
@@ -195,16 +196,20 @@ def materials(case: Case) -> Materials:
         for parameter in student.parameters():
             parameter += 1e-3 * torch.randn_like(parameter)
     rows, columns = student.grid_size
-    spec = DrawSpec("object", "single-fill", 0.0, rows * columns)
+    images = torch.randint(256, (case.batch, 3, *student.image_size), dtype=torch.uint8).to(case.device)
     return Materials(
         student.to(case.device),
         head.to(case.device),
         teacher.to(case.device),
         Normalise(info.mean, info.std).to(case.device),
-        torch.randint(256, (case.batch, 3, *student.image_size), dtype=torch.uint8).to(case.device),
+        images,
         torch.randint(CLASSES, (case.batch,)).to(case.device),
-        draw(spec, case.batch, np.random.default_rng(0)).map(lambda tensor: tensor.to(case.device)),
+        drawn(DrawSpec("object", "single-fill", 0.0, rows * columns), images),
     )
+
+
+def drawn(spec: DrawSpec, images: Tensor) -> Draws:
+    return draw(spec, len(images), np.random.default_rng(0)).map(lambda tensor: tensor.to(images.device))
 
 
 def our_step(m: Materials, contender: Contender) -> Callable[[], None]:
@@ -212,13 +217,22 @@ def our_step(m: Materials, contender: Contender) -> Callable[[], None]:
     assert contender.method is not None
     method = contender.method
     model = Classifier(m.student, m.head)
-    model.recompute = contender.recompute
-    teachers = Teachers(start=Classifier(m.teacher, copy.deepcopy(m.head)) if method.distils else None)
+    model.recompute, model.compiled = contender.recompute, contender.compiled
+    model.visual.requires_grad_(method.name != "linear-probe")
+
+    def teacher() -> Classifier:
+        return Classifier(copy.deepcopy(m.teacher), copy.deepcopy(m.head)).requires_grad_(False)
+
+    teachers = Teachers(teacher() if method.distils else None, teacher() if method.ensemble else None)
+    draws = m.draws
+    if method.masked:
+        assert method.mask is not None and method.fill is not None
+        draws = drawn(DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches), m.images)
     update = our_update(model)
 
     def step() -> None:
         with autocast(m.images.device.type, contender.precision):
-            training_step(model, teachers, m.normalise, m.images, m.labels, m.draws, method)
+            training_step(model, teachers, m.normalise, m.images, m.labels, draws, method)
         update()
 
     return step
@@ -227,7 +241,7 @@ def our_step(m: Materials, contender: Contender) -> Callable[[], None]:
 def our_update(model: Classifier) -> Callable[[], Tensor]:
     phase = Phase(0, 10, tower=True, lr=LR, weight_decay=WEIGHT_DECAY)
     optim = Recipe().resolved().optim
-    optimizer = adamw(model.parameters(), phase, optim)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, optim)
     assert optim.beta1 is not None
     now = Rates(LR, optim.beta1)
     return lambda: take_step(optimizer, now, CLIP_NORM)

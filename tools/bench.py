@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from numpy.typing import NDArray  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.images import STORES  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.recipe import PRESETS, Recipe  # noqa: E402
 
 if TYPE_CHECKING:
     from tools._bench_step import Case, Forward, Measured, Parts
@@ -470,14 +471,22 @@ def parts(source: Path) -> str:
     from cfmask.data import images
 
     torch.set_num_threads(1)
-    photos = [path.read_bytes() for path in sorted(source.glob("*/*")) if path.is_file()][:300]
+    paths = [path for path in sorted(source.glob("*/*")) if path.is_file()][:300]
+    photos = [path.read_bytes() for path in paths]
     decoded = [images.decode(photo) for photo in photos]
     crops = [images.crop(image, 224) for image in decoded]
     raw = [images.encode(crop, "crop-raw")[1] for crop in crops]
     batch = np.empty((len(raw), len(raw[0])), np.uint8)
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, tempfile.NamedTemporaryFile() as copied:
         file.write(b"".join(raw))
         file.flush()
+
+        def copy_synced(path: Path) -> None:
+            copied.write(path.read_bytes())
+            if path == paths[-1]:
+                copied.flush()
+                os.fsync(copied.fileno())
+                copied.seek(0)
 
         def read(n: int) -> None:
             os.preadv(file.fileno(), [memoryview(batch[n])], n * len(raw[0]))
@@ -489,6 +498,7 @@ def parts(source: Path) -> str:
             "conversion: look at the JPEG": (images.inspect, photos),
             "conversion: sha256": (lambda data: hashlib.sha256(data).digest(), photos),
             "conversion: CRC-32": (crc32, photos),
+            "conversion: bytes from file to file, synced": (copy_synced, paths),
             "conversion: crop to JPEG": (lambda crop: images.encode(crop, "crop-jpeg"), crops),
             "raw crop: read into the batch": (read, range(len(raw))),
             "raw crop: CRC-32": (crc32, raw),
@@ -605,15 +615,14 @@ def step(arguments: argparse.Namespace) -> str:
     if arguments.batch:
         cases = tuple((model, arguments.batch) for model in dict.fromkeys(model for model, _ in cases))
     steps = arguments.steps or (20 if device == "cuda" else 3)
-    return "\n\n".join(
-        step_of(Case(model, batch, device, steps), precision, arguments.rounds) for model, batch in cases
-    )
+    return "\n\n".join(step_of(Case(model, batch, device, steps), precision, arguments) for model, batch in cases)
 
 
-def step_of(case: Case, precision: str, rounds: int) -> str:
+def step_of(case: Case, precision: str, arguments: argparse.Namespace) -> str:
     from tools import _bench_step as measure
     from tools._bench_step import HEADLINE, VANILLA, Contender, DoesNotFit, fresh
 
+    rounds, presets = arguments.rounds, arguments.presets
     # Their code runs in fp32, which on a GPU a user turns into TF32 by one line.
     authors = [Contender("as the authors compute it", "tf32" if case.device == "cuda" else "fp32", None)]
     if case.device == "cuda" or precision == "bf16":
@@ -624,8 +633,18 @@ def step_of(case: Case, precision: str, rounds: int) -> str:
         ours,
         Contender("cfmask, deterministic", precision, HEADLINE, deterministic=True),
         Contender("cfmask, activations recomputed", precision, HEADLINE, recompute=True),
+        *([Contender("cfmask, compiled", precision, HEADLINE, compiled=True)] if arguments.compiled else []),
         *authors,
     ]
+    if presets:
+        methods = {
+            name: replace(PRESETS[name].method, ensemble="its weights") if name == "wise-kd" else PRESETS[name].method
+            for name in presets
+        }
+        contenders = [
+            Contender(name, precision, Recipe(method=method).resolved().method) for name, method in methods.items()
+        ]
+        contenders += authors
     say(f"{case.model}, batch {case.batch}: one forward")
     plain = fresh(measure.measure_forward, case)
     peaks: dict[str, list[float]] = {c.precision: [] for c in contenders}
@@ -645,7 +664,7 @@ def step_of(case: Case, precision: str, rounds: int) -> str:
                 results[c].append(fresh(measure.measure_step, case, c, number == 0))
             except DoesNotFit:
                 too_big.add(c)
-        if ours not in too_big:
+        if ours in contenders and ours not in too_big:
             say(f"{turn}: parts of a step")
             try:
                 parts.append(fresh(measure.measure_parts, case, precision, not parts))
@@ -683,6 +702,7 @@ def step_of(case: Case, precision: str, rounds: int) -> str:
             ]
         )
     command = f"step --model {case.model} --batch {case.batch} --precision {precision} --device {case.device}"
+    command += f" --presets {' '.join(presets)}" if presets else ""
     notes = [*step_notes(case, rounds, plain, peaks), *parts_of_step(parts, plain)]
     return report(command, None, header, rows, notes)
 
@@ -839,6 +859,15 @@ def parser() -> argparse.ArgumentParser:
         "--precision", choices=("fp32", "tf32", "bf16"), help="of our steps (default: fp32, on a GPU bf16)"
     )
     verb.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
+    verb.add_argument("--compiled", action="store_true", help="a row with torch.compile too (a minute a round)")
+    verb.add_argument(
+        "--presets",
+        nargs="+",
+        choices=sorted(set(PRESETS) - {"lp-ft"}),
+        default=[],
+        metavar="ROW",
+        help="these methods beside the authors', in place of the headline's variants",
+    )
     verb.add_argument("--steps", type=int, metavar="N", help="timed in a round (default: 3, on a GPU 20)")
     verb.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
     for name in ("loader", "convert", "resume"):
