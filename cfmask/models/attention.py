@@ -8,6 +8,7 @@ the same names, so a checkpoint goes in and out of plain open_clip without a key
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,23 @@ from torch import Tensor, nn
 
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Sees (out, q, k, v), each (N, heads, tokens, d); what it returns goes on in place of out."""
+
+
+class _Apart(torch.autograd.Function):
+    """(N, L, parts, heads, d) → its parts, each (N, heads, L, d), as views. Their gradients are put together where the
+    projection's backward pass wants them; autograd would stack them, and then copy all of it once more."""
+
+    @staticmethod
+    def forward(ctx: Any, joined: Tensor) -> tuple[Tensor, ...]:
+        return joined.permute(2, 0, 3, 1, 4).unbind(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        n, heads, length, size = gradients[0].shape
+        joined = gradients[0].new_empty(n, length, len(gradients), heads, size)
+        for part, gradient in enumerate(gradients):
+            joined[:, :, part].copy_(gradient.transpose(1, 2))
+        return joined
 
 
 class Attention(nn.Module):
@@ -62,10 +80,10 @@ class Attention(nn.Module):
             queries = F.linear(x[:, :1], self.in_proj_weight[:width], self.in_proj_bias[:width])
             q = queries.view(n, 1, self.heads, -1).transpose(1, 2)
             seen = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
-            k, v = seen.view(n, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            k, v = _Apart.apply(seen.view(n, length, 2, self.heads, -1))
         else:
             qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = _Apart.apply(qkv.view(n, length, 3, self.heads, -1))
         visible = None if hidden is None else ~hidden[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         if tap is not None:
