@@ -139,7 +139,7 @@ COSTS = {
 @pytest.fixture(scope="module")
 def b16():
     """A plain tower and all else on B/16, and F."""
-    materials = _bench_step.materials(_bench_step.Case("ViT-B-16-quickgelu", 2, "cpu", 1))
+    materials = _bench_step.materials(_bench_step.Case("ViT-B-16-quickgelu", 1, "cpu", 1))
     with torch.no_grad():
         forward = _bench_step.count_flops(lambda: materials.student(materials.normalise(materials.images)))
     return materials, forward
