@@ -1,46 +1,66 @@
-"""Checkpoints: written aside, hashed, renamed; a torn one is recognised and the one before it used.
+"""Checkpoints: copied while training stands still, written aside, hashed and renamed while it goes on; a torn one is
+recognised and the one before it used.
 
-    checkpoints/step-00012345/
-      model.safetensors       a model file: any tool takes it
-      optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter> of the parameters in training
-      state.json              step, training set, receipt of what was consumed, updates behind these moments, steps
-                              left out, the files' sha256; written last
+    checkpoints/
+      step-00012345/
+        model.safetensors       a model file: any tool takes it
+        optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter> of the parameters in training
+        state.json              step, training set, receipt of what was consumed, updates behind these moments, steps
+                                left out, top-1 if it is an epoch's end, the files' sha256; written last
+      best.json                 step, set and top1 of the epoch's end that is best on the held-out set
+      .step-00012399.4711       one that is being written, or that goes: renamed when it is whole, before it is removed
 
 No random state is kept: order, masks and donors are functions of (seed, epoch, step, lane).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+import struct
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from cfmask.data.receipts import Consumed
 from cfmask.errors import UserError
-from cfmask.files import save_tensors, sync
-from cfmask.models.head import ModelInfo, save_model
+from cfmask.files import sync, write_atomically
+from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import Skips
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# Written and hashed in pieces, during which other threads run.
+_PIECE = 1 << 22
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 @dataclass(frozen=True)
 class State:
     """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
-    the training set. consumed: of it, so far. skips: steps left out."""
+    the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here."""
 
     step: int
     dataset: str
     consumed: Consumed
     skips: Skips = Skips()
+    top1: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,64 +72,285 @@ class Checkpoint(State):
     updates: int
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay. last: so many of the latest. epoch_steps: and every multiple of it, the epochs' ends.
+    best_on: and the one with the best top-1 on this set."""
+
+    last: int
+    epoch_steps: int | None = None
+    best_on: str | None = None
+
+
 class CheckpointNotWritten(UserError):
     """A checkpoint could not be written; earlier ones are intact."""
 
 
-def save(
-    folder: Path,
-    state: State,
-    model: Classifier,
-    info: ModelInfo,
-    optimizer: torch.optim.Optimizer,
-    *,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of ``state.step`` under ``folder`` and remove all but the latest ``keep``.
+# --- writing ----------------------------------------------------------------------------------------------------
 
-    Raises:
-        CheckpointNotWritten: disk full, quota, read-only …; nothing but earlier checkpoints is left behind.
+
+class Writer:
+    """Writes the checkpoints of a run beside its training, one at a time.
+
+    ``start`` costs training a copy of weights and moments; a thread writes what was copied. A checkpoint that cannot be
+    written is a warning; that the latest one is not there, ``wait`` tells. Leaving it as a context manager waits.
+
+    One process has it: the one that holds the run folder's lock. What a killed one has left is removed here.
+
+    Args:
+        resumed: the checkpoint that training goes on from. Any beyond it was passed over as torn: it counts as none,
+            and goes when training has come to its step.
+        minutes: after so many without a checkpoint ``overdue`` tells; 0: never.
     """
-    step = state.step
-    final = folder / f"step-{step:08d}"
-    aside = folder / f".step-{step:08d}.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        aside.mkdir()
-        save_model(aside / "model.safetensors", model, info)
-        moments, updates = _optimizer_state(model, optimizer)
-        save_tensors(aside / "optimizer.safetensors", moments)
-        digests = {name: _sha256_synced(aside / name) for name in ("model.safetensors", "optimizer.safetensors")}
-        told = {
-            "step": step,
-            "dataset": state.dataset,
-            "consumed": state.consumed.to_json(),
-            "skips": asdict(state.skips),
-            "updates": updates,
-            "sha256": digests,
+
+    def __init__(
+        self, folder: Path, keep: Keep, info: ModelInfo, *, resumed: Checkpoint | None = None, minutes: float = 0
+    ) -> None:
+        self._folder, self._keep, self._info, self._minutes = folder, keep, info, minutes
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._images: dict[str, _Image] = {}
+        self._begun = time.monotonic()
+        _remove_leftovers(folder)
+        self._whole = _whole(folder, resumed.step) if resumed is not None else {}
+        self._point_at_best()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.wait()
+
+    def reserve(self, model: Classifier) -> None:
+        """Take the memory for checkpoints of a phase, once it is clear what is trained. It takes a while, which
+        ``start`` is to be spared."""
+        moments = {f"{moment}.{name}": parameter for name, parameter in _trained(model) for moment in _MOMENTS}
+        self._images = {
+            "model.safetensors": _Image(model.state_dict(), self._info.to_metadata()),
+            "optimizer.safetensors": _Image(moments, {}),
         }
-        (aside / "state.json").write_text(json.dumps(told, indent=2))
-        sync(aside / "state.json")
-        sync(aside)
-        if final.exists():  # a torn one that a resume has passed over
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        sync(folder)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        reason = _disk_trouble(error)
-        if reason is None:
+
+    @torch.no_grad()
+    def start(self, state: State, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+        """Begin the checkpoint of ``state.step``; the model may be changed as soon as this returns.
+
+        Waits for the one before it, if that is still being written: memory for one is all there is. On a GPU nothing
+        else is waited for: the copies stand in the same stream as the steps before and after them.
+        """
+        self.wait()
+        self._failure = None
+        self._begun = time.monotonic()
+        moments, updates = _optimizer_state(model, optimizer)
+        self._images["model.safetensors"].fill(model.state_dict())
+        self._images["optimizer.safetensors"].fill(moments)
+        copied = None
+        if next(model.parameters()).is_cuda:
+            copied = torch.cuda.Event(blocking=True)
+            copied.record()
+        self._thread = threading.Thread(
+            target=self._write, args=(state, updates, self._images, copied), name=f"checkpoint {state.step}"
+        )
+        self._thread.start()
+
+    @property
+    def writing(self) -> bool:
+        """Whether one is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the latest checkpoint was begun more than ``minutes`` ago, and is not being written still."""
+        return 0 < self._minutes < (time.monotonic() - self._begun) / 60 and not self.writing
+
+    def wait(self) -> CheckpointNotWritten | None:
+        """Until nothing is under way.
+
+        Returns:
+            Why the latest checkpoint is not there; None if it is.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failure is not None and not isinstance(self._failure, CheckpointNotWritten):
+            raise self._failure
+        return self._failure
+
+    # What follows is done by the thread.
+
+    def _write(self, state: State, updates: int, images: dict[str, _Image], copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            self._commit(state, updates, images)
+            self._whole[state.step] = state.top1
+            self._point_at_best()
+            self._remove_old(state.step)
+        except OSError as error:
+            self._failure = CheckpointNotWritten(
+                f"The checkpoint of step {state.step} could not be written to {self._folder}: "
+                f"{error.strerror or error}. Earlier checkpoints are intact. Free some space (a checkpoint takes "
+                f"{_size(images) / 1e9:.2g} GB); any but the latest may go."
+            )
+            self._failure.__cause__ = error
+            print(f"warning: {self._failure}", flush=True)
+        except Exception as error:  # a defect: raised where somebody waits
+            self._failure = error
+
+    def _commit(self, state: State, updates: int, images: dict[str, _Image]) -> None:
+        final = self._folder / f"step-{state.step:08d}"
+        aside = self._folder / f".{final.name}.{os.getpid()}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(self._folder)  # of one before, which an error did not let go
+            aside.mkdir()
+            # Not begun if it cannot end: a disk that is full to the last byte would cost others a line of their logs.
+            if 0 < shutil.disk_usage(self._folder).free < _size(images):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            told = {
+                "step": state.step,
+                "dataset": state.dataset,
+                "consumed": state.consumed.to_json(),
+                "skips": asdict(state.skips),
+                "top1": dict(state.top1),
+                "updates": updates,
+                "sha256": {name: _write_hashed(aside / name, image.pieces()) for name, image in images.items()},
+            }
+            _write_hashed(aside / "state.json", [json.dumps(told, indent=2).encode()])
+            sync(aside)
+            if final.exists():  # a torn one that a resume has passed over
+                _remove(final)
+            os.replace(aside, final)
+            sync(self._folder)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
             raise
-        raise CheckpointNotWritten(
-            f"The checkpoint of step {step} could not be written to {folder}: {reason}. Earlier checkpoints are "
-            "intact. Free some space (a checkpoint takes about "
-            f"{_bytes_needed(model) / 1e9:.2g} GB), or lower --keep-checkpoints."
-        ) from error
-    for old in found(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+    def _point_at_best(self) -> None:
+        """Write best.json, if it does not say so already."""
+        best = best_of(self._whole, self._keep.best_on)
+        if best is None:
+            return
+        pointer = self._folder / "best.json"
+        told = json.dumps({"step": best[0], "set": self._keep.best_on, "top1": best[1]}) + "\n"
+        try:
+            if not pointer.exists() or pointer.read_text() != told:
+                write_atomically(pointer, told)
+        except OSError as error:
+            print(
+                f"warning: {pointer} cannot be written ({error.strerror}); the next checkpoint tries again", flush=True
+            )
+
+    def _remove_old(self, newest: int) -> None:
+        """Of those before ``newest``, which is whole, remove what is not to stay: never it, nor any beyond it."""
+        best = best_of(self._whole, self._keep.best_on)
+        stay = to_keep(self._whole, self._keep, best[0] if best else None)
+        for path in found(self._folder):
+            step = _step_of(path)
+            if step < newest and step not in stay:
+                with contextlib.suppress(OSError):  # tried again after the next one
+                    _remove(path)
+                    self._whole.pop(step, None)
+
+
+def to_keep(steps: Iterable[int], keep: Keep, best: int | None) -> set[int]:
+    """Of these checkpoints, the steps of those that stay."""
+    newest_first = sorted(steps, reverse=True)
+    epochs_ends = {step for step in newest_first if keep.epoch_steps and step % keep.epoch_steps == 0}
+    return {*newest_first[: keep.last], *epochs_ends, *([] if best is None else [best])}
+
+
+def best_of(top1: Mapping[int, Mapping[str, float]], name: str | None) -> tuple[int, float] | None:
+    """Step and top-1 of the checkpoint that is best on a set, the first of equals; None where none was evaluated on it.
+
+    Args:
+        top1: of each step, by set.
+    """
+    scored = [(step, of[name]) for step, of in sorted(top1.items()) if name is not None and name in of]
+    return max(scored, key=lambda pair: pair[1], default=None)
+
+
+class _Image:
+    """A safetensors file in memory: what is copied into its tensors is what will be written.
+
+    The same tensors and metadata make the same bytes, which safetensors' own writer does not promise.
+
+    Args:
+        like: names, shapes, types and device of what will be copied. Memory is pinned for a GPU's, so that copies are
+            no business of the CPU.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        end = 0
+        for name in sorted(like, key=lambda name: (-like[name].element_size(), name)):  # so all are aligned
+            tensor = like[name]
+            begin, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._header = struct.pack("<Q", len(text)) + text
+        pinned = any(tensor.is_cuda for tensor in like.values())
+        # Zeroed, so that the memory is there before it is needed.
+        self._data = torch.empty(end, dtype=torch.uint8, pin_memory=pinned).zero_()
+        self._tensors = {
+            name: self._data[slice(*header[name]["data_offsets"])].view(tensor.dtype).view(tensor.shape)
+            for name, tensor in like.items()
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return len(self._header) + len(self._data)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy them in; a GPU's in the order of its stream, not waited for."""
+        for name, there in self._tensors.items():
+            there.copy_(tensors[name], non_blocking=True)
+
+    def pieces(self) -> Iterator[bytes | memoryview]:
+        """The file, from its beginning to its end."""
+        yield self._header
+        data = self._data.numpy().data
+        for begin in range(0, len(data), _PIECE):
+            yield data[begin : begin + _PIECE]
+
+
+def _size(images: Mapping[str, _Image]) -> int:
+    return sum(image.size for image in images.values())
+
+
+def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file to the disk; returns the sha256 of what was meant to be written."""
+    digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; killed meanwhile, none is left that looks like one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    os.replace(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(".best.json.*"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
 
 
 def latest(folder: Path, report=print) -> Checkpoint | None:
@@ -139,6 +380,7 @@ def read_state(path: Path) -> Checkpoint:
             dataset=state["dataset"],
             consumed=Consumed.from_json(state["consumed"]),
             skips=Skips(**state["skips"]),
+            top1=state.get("top1", {}),
             updates=state["updates"],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -162,20 +404,35 @@ def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torc
         }
 
 
-def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], int]:
+def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], int]:
     """Moments by name, and the number of updates, which is the same for all parameters."""
     states = {name: optimizer.state[parameter] for name, parameter in _trained(model)}
     moments = {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in _MOMENTS}
     return moments, int(next(iter(states.values()))["step"])
 
 
-def _trained(model: Classifier) -> list[tuple[str, torch.nn.Parameter]]:
+def _trained(model: Classifier) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def found(folder: Path) -> list[Path]:
     """Checkpoint folders, the newest first, whole or not."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    named = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted(named, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _whole(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
+    """Checkpoints up to a step that are taken for whole, and their top-1. Only state.json is looked at."""
+    whole = {}
+    for path in found(folder):
+        with contextlib.suppress(UserError):
+            if _step_of(path) <= last:
+                whole[_step_of(path)] = read_state(path).top1
+    return whole
 
 
 def _trouble(path: Path) -> str | None:
@@ -186,32 +443,16 @@ def _trouble(path: Path) -> str | None:
         return "state.json is missing or unreadable"
     for name, digest in expected.items():
         try:
-            if _sha256_synced(path / name, sync=False) != digest:
+            if _sha256(path / name) != digest:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
 
 
-def _sha256_synced(path: Path, sync: bool = True) -> str:
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        while block := file.read(1 << 22):
+        while block := file.read(_PIECE):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _disk_trouble(error: Exception) -> str | None:
-    """What is wrong with the disk, if that is what is wrong. safetensors hides the errno in its message."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
-        if os.strerror(code) in str(error):
-            return os.strerror(code)
-    return None
-
-
-def _bytes_needed(model: Classifier) -> int:
-    return 3 * sum(p.numel() * p.element_size() for p in model.parameters())

@@ -1,15 +1,26 @@
-"""The process group: who is who, how ranks find each other, and what they tell each other."""
+"""The process group: who is who, how ranks find each other, and what they tell each other.
+
+Rank 0 binds a port that the kernel gives it, and writes into the run folder, under the name of this start of the job,
+which one it is and every address that it may be reached under. The others try these in turn, and take the first behind
+which rank 0 itself answers, with the word that stands in the file: on another machine an address may be somebody
+else's, and a file may have been left by a start that was killed.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import secrets
 import socket
+import struct
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import torch
@@ -18,8 +29,20 @@ import torch.distributed as dist
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 
-# How long a rank waits for the others. Generous, because rank 0 may be building a zero-shot head meanwhile.
-TIMEOUT = timedelta(minutes=30)
+
+def _minutes(variable: str, default: float) -> timedelta:
+    return timedelta(minutes=float(os.environ.get(variable) or default))
+
+
+TIMEOUT = _minutes("CFMASK_RENDEZVOUS_TIMEOUT", 30)
+"""How long a rank waits for the others before they train. Generous, because some nodes may start late, and rank 0 may
+be building a zero-shot head meanwhile. In the environment, where launch/submit.py puts it, in minutes."""
+COLLECTIVE_TIMEOUT = _minutes("CFMASK_COLLECTIVE_TIMEOUT", 30)
+"""How long a collective may take before the job is given up; as above."""
+
+_CONNECT_S = 5.0
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+_LINK_LOCAL = 0x20  # net/ipv6.h
 
 
 @dataclass(frozen=True)
@@ -50,36 +73,44 @@ class Place:
             )
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
+    @property
+    def loader_workers(self) -> int:
+        """Threads to read and decode with where the recipe leaves it open: one core is the trainer's."""
+        return min(16, max(1, self.cpus - 1))
+
 
 @contextmanager
 def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     """Join the job's process group (nccl with GPUs, gloo without); yields its store.
 
-    Rank 0 listens on a port that the kernel gives it and publishes it in ``meeting_folder`` under the
-    attempt's name: no port is guessed, and no earlier attempt's port is taken for this one's.
+    GLOO_SOCKET_IFNAME, if it is set, names the network interface that ranks of several machines meet on.
 
     Raises:
-        UserError: rank 0 gave up before the group was formed, with its reason.
-        TimeoutError: rank 0 was not heard of.
+        UserError: rank 0 gave up before the group was formed, with its reason; or there is no such interface.
+        TimeoutError: rank 0 was not heard of, or other ranks did not come.
     """
     meeting_folder.mkdir(parents=True, exist_ok=True)
     meeting = meeting_folder / f"{place.attempt}.json"
-    store: dist.Store
-    if place.rank == 0:
-        host = "127.0.0.1" if place.nodes == 1 else _address()
-        listening = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
-        write_atomically(meeting, json.dumps({"host": host, "port": listening.port}))
-        store = listening
-    else:
-        store = _find_store(meeting, place)
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=TIMEOUT)
+    if backend == "nccl":
+        torch.cuda.set_device(place.device)
+    door = _Door() if place.rank == 0 else None
     try:
+        if door is not None:
+            store = _open_store(place, door, meeting)
+        else:
+            store, reached_from = _find_store(meeting, place)
+        _wait_for_all(store, place)
+        if backend == "gloo" and place.nodes > 1:
+            # By itself gloo takes what the host's name resolves to, which on many a machine is 127.0.1.1.
+            _bind_gloo(door.reached_at if door is not None else reached_from)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
+        )
         yield store
     finally:
-        if place.rank == 0:
+        if door is not None:
+            door.close()
             meeting.unlink(missing_ok=True)
     # Not after an exception: with collectives under way it could wait for ranks that are waiting for this one.
     dist.destroy_process_group()
@@ -91,32 +122,168 @@ def call_off(place: Place, meeting_folder: Path, reason: str) -> None:
     write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason}))
 
 
-def _find_store(meeting: Path, place: Place) -> dist.Store:
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
+class _Door:
+    """A port of rank 0's where a word is said to whoever comes: who hears the right one has found rank 0.
+
+    reached_at: the address of this machine under which the first one came, of those that are not loopback.
+    """
+
+    def __init__(self) -> None:
+        self.word = secrets.token_hex(16)
+        self.reached_at: str | None = None
+        self._socket = (
+            socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+            if socket.has_dualstack_ipv6()
+            else socket.create_server(("", 0))
+        )
+        self.port: int = self._socket.getsockname()[1]
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        while True:
+            try:
+                visitor, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            with visitor, suppress(OSError):
+                visitor.sendall(self.word.encode())
+                here = _plain(visitor.getsockname()[0])
+                if self.reached_at is None and not ip_address(here).is_loopback:
+                    self.reached_at = here
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # close alone does not wake the thread
+        self._socket.close()
+
+
+def _knock(host: str, port: int, word: str) -> str | None:
+    """The address of this machine on the way to rank 0's door; None if rank 0 does not answer there."""
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_S) as visit:
+            heard = b""
+            while len(heard) < len(word) and (part := visit.recv(len(word) - len(heard))):
+                heard += part
+            return _plain(visit.getsockname()[0]) if heard.decode(errors="replace") == word else None
+    except OSError:  # nobody there, no way there, no such name, or silence
+        return None
+
+
+def _open_store(place: Place, door: _Door, meeting: Path) -> dist.Store:
+    """Rank 0: listen, and publish where."""
+    hosts = _own_hosts() if place.nodes > 1 else ["127.0.0.1", "::1"]
+    # It listens on every interface; the name is only for itself.
+    store = dist.TCPStore(
+        "127.0.0.1", 0, place.world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT
+    )
+    published = {"hosts": hosts, "port": store.port, "door": door.port, "word": door.word}
+    write_atomically(meeting, json.dumps(published))
+    return store
+
+
+def _find_store(meeting: Path, place: Place) -> tuple[dist.Store, str]:
+    """The others: rank 0's store, and the address of this machine from which it was reached."""
+    started = time.monotonic()
+    tried: list[str] = []
+    said = False
+    while time.monotonic() - started < TIMEOUT.total_seconds():
         try:
             found = json.loads(meeting.read_text())
-        except (OSError, ValueError):
+            error = found.get("error")
+            if error is None:
+                tried, port, door, word = (found[name] for name in ("hosts", "port", "door", "word"))
+        except (OSError, ValueError, KeyError):  # not there yet, or left by another version
             time.sleep(0.1)
             continue
-        if "error" in found:
-            raise UserError(found["error"])
-        try:
-            # Not for long: the address may be one that an attempt before this has left.
-            store = dist.TCPStore(
-                found["host"], found["port"], place.world_size, is_master=False, timeout=timedelta(seconds=10)
-            )
-            store.set_timeout(timedelta(seconds=60))
-            return store
-        except (dist.DistNetworkError, dist.DistStoreError, RuntimeError):
-            time.sleep(0.5)  # rank 0 has gone, or a network is slow: look again
-    raise TimeoutError(f"rank {place.rank}: rank 0 published no address in {meeting} within {TIMEOUT}")
+        if error is not None:
+            raise UserError(error)
+        for host in tried:
+            if here := _knock(host, door, word):
+                patience = timedelta(seconds=10)
+                with suppress(RuntimeError):  # rank 0 has gone meanwhile
+                    store = dist.TCPStore(
+                        host, port, place.world_size, is_master=False, wait_for_workers=False, timeout=patience
+                    )
+                    store.set_timeout(COLLECTIVE_TIMEOUT)
+                    return store, here
+        if not said and time.monotonic() - started > 60:
+            said = True
+            print(f"rank {place.rank}: rank 0 does not answer yet at {', '.join(tried)}; trying on", flush=True)
+        time.sleep(0.5)
+    waited = f"within {TIMEOUT.total_seconds() / 60:g} min (--rendezvous-timeout)"
+    if not tried:
+        raise TimeoutError(f"rank {place.rank}: rank 0 published no address in {meeting} {waited}")
+    raise TimeoutError(
+        f"rank {place.rank} on {socket.gethostname()} reached rank 0 at none of its addresses {waited}: "
+        f"{', '.join(tried)}. If the nodes see each other on another interface, name it with --interface."
+    )
 
 
-def _address() -> str:
-    """An address of this machine that the others can reach: what its name resolves to."""
-    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+def _wait_for_all(store: dist.Store, place: Place) -> None:
+    keys = [f"rank {rank}" for rank in range(place.world_size)]
+    store.set(keys[place.rank], "here")
     try:
-        return socket.getaddrinfo(name, None)[0][4][0]  # type: ignore[return-value]
+        store.wait(keys, TIMEOUT)
+    except RuntimeError:
+        missing = [key for key in keys if not store.check([key])]
+        raise TimeoutError(
+            f"{len(missing)} of {place.world_size} ranks did not come within {TIMEOUT.total_seconds() / 60:g} min "
+            f"(--rendezvous-timeout): {', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}. Their logs say why."
+        ) from None
+
+
+def _bind_gloo(address: str | None) -> None:
+    """Let gloo use the interface on which the ranks have met, unless it was told another one."""
+    for interface, own in _interface_addresses():
+        if own == address and not ip_address(own).is_loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            return
+
+
+def _own_hosts() -> list[str]:
+    """Where other machines may find this one, the likeliest first: addresses, then names.
+
+    Raises:
+        UserError: the interface that GLOO_SOCKET_IFNAME names has no address here.
+    """
+    addresses = _interface_addresses()
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        if on_it := [address for interface, address in addresses if interface == chosen]:
+            return on_it
+        raise UserError(
+            f"There is no network interface {chosen} with an address on {socket.gethostname()}; those are "
+            f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster file."
+        )
+    own = [address for _, address in addresses if not ip_address(address).is_loopback]
+    names = [name for name in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()) if name]
+    official = [address for name in names for address in _resolve(name) if address in own]
+    return list(dict.fromkeys([*official, *own, *names]))
+
+
+def _resolve(name: str) -> list[str]:
+    try:
+        return [str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
     except OSError:
-        return socket.gethostname()
+        return []
+
+
+def _interface_addresses() -> list[tuple[str, str]]:
+    """Interfaces of this machine with their addresses, IPv4 before IPv6, without those that only hold on a link."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has none
+                answer = fcntl.ioctl(asking, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                found.append((name, socket.inet_ntoa(answer[20:24])))
+    with suppress(FileNotFoundError):  # a kernel without IPv6
+        for line in Path("/proc/net/if_inet6").read_text().splitlines():
+            digits, _, _, scope, _, name = line.split()
+            if int(scope, 16) != _LINK_LOCAL:
+                found.append((name, str(ip_address(bytes.fromhex(digits)))))
+    return found
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address that came through an IPv6 socket as what it is."""
+    parsed = ip_address(address.partition("%")[0])
+    return str(getattr(parsed, "ipv4_mapped", None) or parsed)

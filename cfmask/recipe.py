@@ -141,9 +141,13 @@ class Data:
     )
     train_split: str = setting("train", "folder under --shards to train on")
     eval_sets: tuple[str, ...] = setting(
-        (), "folders under --shards to evaluate at each epoch's end; never selects anything"
+        (), "folders under --shards to evaluate at each epoch's end; training is the same without"
     )
-    loader_workers: int = setting(4, "data-loader threads per rank; changes speed only, never a sample")
+    loader_workers: int | None = setting(
+        None,
+        "data-loader threads per rank; changes speed only, never a sample (one less than the rank has cores, 16 at "
+        "most)",
+    )
     max_bad_share: float = setting(
         0.001,
         "share of an epoch's samples that may turn out unreadable, others standing in for them, before the run stops; "
@@ -214,7 +218,14 @@ class Run:
         True, "kernels that give the same bits every time; without them a resumed run is the same up to rounding only"
     )
     checkpoint_steps: int = setting(500, "optimizer steps between checkpoints; each epoch's end has one as well")
+    checkpoint_minutes: float = setting(15.0, "minutes after which there is one in any case; 0: steps alone decide")
     keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay")
+    keep_epochs: bool = setting(True, "and those of epochs' ends, all of them")
+    best_on: str | None = setting(
+        None,
+        "and of epochs' ends the one with the best top-1 on this of the --eval-sets, which checkpoints/best.json names "
+        "(holdout, if it is one of them)",
+    )
     log_steps: int = setting(10, "optimizer steps between lines in log.jsonl")
 
 
@@ -236,7 +247,11 @@ class Recipe:
                 lanes do not divide.
         """
         method = _resolved_method(self.method)
-        return dataclasses.replace(self, method=method, optim=_resolved_optim(self.optim, method)).checked()
+        optim = _resolved_optim(self.optim, method)
+        best_on = self.run.best_on or ("holdout" if "holdout" in self.data.eval_sets else None)
+        return dataclasses.replace(
+            self, method=method, optim=optim, run=dataclasses.replace(self.run, best_on=best_on)
+        ).checked()
 
     def checked(self) -> Recipe:
         """This recipe, if its numbers make sense; see ``resolved``."""
@@ -287,6 +302,10 @@ class Recipe:
             raise UserError("--cache-dir and --cache-gb would do nothing: --shards is a folder, and read in place.")
         if d.cache_gb is not None and not 0 < d.cache_gb < math.inf:
             raise UserError(f"--cache-gb is {d.cache_gb}; it must be a finite number above 0.")
+        if not 0 <= r.checkpoint_minutes < math.inf:
+            raise UserError(f"--checkpoint-minutes is {r.checkpoint_minutes}; it must be a finite number, 0 or more.")
+        if r.best_on is not None and r.best_on not in d.eval_sets:
+            raise UserError(f"--best-on {r.best_on} would do nothing: it is not one of the --eval-sets.")
         if len(set(d.eval_sets)) != len(d.eval_sets):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,20 +70,27 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
             try:
-                stack.enter_context(run.locked())
+                stack.enter_context(run.locked(place.attempt))
             except UserError as error:
                 call_off(place, run.root / "meeting", str(error))
                 raise
         store = stack.enter_context(process_group(place, run.root / "meeting"))
         try:
-            return _train(recipe, run, place, store, stop_request)
+            return _train(recipe, run, place, store, stop_request, stack)
         except Exception as error:
             if place.rank == 0:
                 run.end_attempt(f"failed: {type(error).__name__}: {str(error)[:500]}")
             raise
 
 
-def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop_request: StopRequest) -> str:
+def _train(
+    recipe: Recipe,
+    run: RunFolder,
+    place: Place,
+    store: dist.Store,
+    stop_request: StopRequest,
+    leaving: contextlib.ExitStack,
+) -> str:
     device, settings = place.device, recipe.optim
     chief = place.rank == 0
 
@@ -117,6 +125,7 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
         if step > total_steps:
             raise UserError(f"{run.root} has a checkpoint of step {step}, beyond the recipe's {total_steps} steps.")
     recorder = _Recorder(recipe, run, step, schedule) if chief else None
+    writer = leaving.enter_context(_checkpoint_writer(recipe, run, epoch_steps, info, found)) if chief else None
     if chief:
         run.begin_attempt(
             job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
@@ -127,13 +136,14 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
     # --- train --------------------------------------------------------------------------------------------
     bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
     exchange = _Exchange(device, place.world_size)
-    unwritten: checkpoint.CheckpointNotWritten | None = None
     scores: dict[str, Score] = {}
     current: Phase | None = None
     for batches, epoch in _epochs(recipe, manifest, model, place, step, epoch_steps):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
             student, optimizer = _begin_phase(phase, model, normalise, settings, found)
+            if writer is not None:
+                writer.reserve(model)
             current = phase
         while step < (epoch + 1) * epoch_steps:
             parts = []
@@ -145,12 +155,14 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
             norm = take_step(optimizer, rates(step, phase, settings), settings.clip_norm)
             step += 1
 
-            # Sent now, read at the next step: nobody waits for a metric, and all ranks read the same stop request.
-            seen = exchange.send(step, parts, norm, stop_request())
+            # Sent now, read at the next step: nobody waits for a metric, and all ranks read the same requests.
+            overdue = writer is not None and writer.overdue
+            seen = exchange.send(step, parts, norm, stop_request(), overdue)
             epoch_end = step % epoch_steps == 0
             due = epoch_end or step % recipe.run.checkpoint_steps == 0
-            if due or any(s.stop or s.bad for s in seen):
+            if due or any(s.stop or s.overdue or s.bad for s in seen):
                 seen += exchange.drain()
+            due = due or any(s.overdue for s in seen)
             for summary in seen:
                 skips = skips.plus(summary.skipped)
                 consumed = consumed.plus(
@@ -164,6 +176,7 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
             if any(s.skipped for s in seen):
                 exchange.report_skipped_steps(run)
                 if skips.in_a_row > settings.max_skipped_steps:
+                    _settle(writer)
                     raise FloatingPointError(
                         f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step "
                         f"{seen[-1].step}; --max-skipped-steps allows {settings.max_skipped_steps}. "
@@ -179,30 +192,35 @@ def _train(recipe: Recipe, run: RunFolder, place: Place, store: dist.Store, stop
                 scores = _evaluate(model, normalise, eval_sets, recipe, place)
                 if recorder is not None:
                     recorder.add_scores(step, epoch + 1, scores)
-            if recorder is not None and (due or stop or spoilt):
+            if recorder is not None and writer is not None and (due or stop or spoilt):
                 recorder.flush()
-                state = checkpoint.State(step, manifest.digest, consumed, skips)
-                unwritten = _save(run, state, model, info, optimizer, recipe)
+                top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
+                writer.start(checkpoint.State(step, manifest.digest, consumed, skips, top1s), model, optimizer)
             if spoilt:
+                unwritten = _settle(writer)
                 raise UserError(
                     f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the "
                     f"{bad_limit} that --max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists "
                     f"them with the reasons. Mend the set ({manifest.root}); the run goes on from step {step}."
-                )
+                ) from unwritten
             if stop and step < total_steps:
                 if chief:
                     print(f"asked to stop ({stop}) at step {step}", flush=True)
-                    if unwritten is not None:
-                        raise unwritten
+                unwritten = _settle(writer)
+                if unwritten is not None:
+                    raise unwritten
+                if chief:
                     run.end_attempt(f"stopped at step {step} ({stop})")
                 return stop
 
     # --- finish -------------------------------------------------------------------------------------------
     if not scores:
         scores = _evaluate(model, normalise, eval_sets, recipe, place)
-    if chief:
-        if unwritten is not None:
-            raise unwritten
+    unwritten = _settle(writer)
+    if unwritten is not None:
+        raise unwritten
+    if recorder is not None:
+        recorder.flush()
         save_model(run.final, model, info)
         results = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
         write_atomically(
@@ -255,12 +273,16 @@ def _epochs(
             seed=recipe.run.seed,
             epoch=epoch,
             start_step=start if epoch == first else 0,
-            loader_workers=recipe.data.loader_workers,
+            loader_workers=_loader_workers(recipe.data, place),
             draw_spec=draw_spec,
             micro_batches=settings.micro_batches,
             pin_memory=place.device.type == "cuda",
         )
         yield batches, epoch
+
+
+def _loader_workers(data: Data, place: Place) -> int:
+    return place.loader_workers if data.loader_workers is None else data.loader_workers
 
 
 def _begin_phase(
@@ -313,30 +335,37 @@ def _evaluate(
             batch_size=max(1, 2 * recipe.optim.batch_size // place.world_size // recipe.optim.micro_batches),
             rank=place.rank,
             world_size=place.world_size,
-            loader_workers=recipe.data.loader_workers,
+            loader_workers=_loader_workers(recipe.data, place),
         )
         [scores[name]] = top1([model], normalise, batches, place.device)
     return scores
 
 
-def _save(
-    run: RunFolder,
-    state: checkpoint.State,
-    model: Classifier,
-    info: ModelInfo,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-) -> checkpoint.CheckpointNotWritten | None:
-    """Write a checkpoint; on a full disk say so and go on: the next one may fit, and training is not lost."""
-    try:
-        checkpoint.save(run.checkpoints, state, model, info, optimizer, keep=recipe.run.keep_checkpoints)
-        return None
-    except checkpoint.CheckpointNotWritten as error:
-        print(f"warning: {error}", flush=True)
-        return error
+def _settle(writer: checkpoint.Writer | None) -> checkpoint.CheckpointNotWritten | None:
+    """Wait for the checkpoint that is being written, on all ranks: none leaves, or asks to be started again, before it
+    is whole, and a launcher that ends a job with its first rank ends none in the middle of it.
+
+    Returns:
+        Why the latest checkpoint is not there, on every rank; None if it is.
+    """
+    told = [writer.wait() if writer is not None else None]
+    dist.broadcast_object_list(told)
+    return told[0]
 
 
 # --- start ------------------------------------------------------------------------------------------------------
+
+
+def _checkpoint_writer(
+    recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: checkpoint.Checkpoint | None
+) -> checkpoint.Writer:
+    settings = recipe.run
+    keep = checkpoint.Keep(
+        last=settings.keep_checkpoints,
+        epoch_steps=epoch_steps if settings.keep_epochs else None,
+        best_on=settings.best_on,
+    )
+    return checkpoint.Writer(run.checkpoints, keep, info, resumed=found, minutes=settings.checkpoint_minutes)
 
 
 def _choose_arithmetic(recipe: Recipe) -> None:
@@ -412,7 +441,7 @@ def _settle_buckets(student: DistributedDataParallel, normalise: Normalise) -> N
 @dataclass(frozen=True)
 class Summary:
     """Metrics of one step over all ranks. samples, receipt: of the whole batch; bad: samples of it that others stand in
-    for; time: when it was taken, monotonic seconds."""
+    for; time: when it was taken, monotonic seconds; stop, overdue: what ranks asked for: to stop, a checkpoint."""
 
     step: int
     samples: int
@@ -427,6 +456,7 @@ class Summary:
     masked: float
     grad_norm: float
     stop: str | None
+    overdue: bool
 
     @property
     def skipped(self) -> bool:
@@ -435,7 +465,7 @@ class Summary:
 
 
 class _Exchange:
-    """One small all-reduce a step carries metrics and stop requests; its result is read a step later."""
+    """One small all-reduce a step carries metrics and requests; its result is read a step later."""
 
     def __init__(self, device: torch.device, world_size: int) -> None:
         self._device = device
@@ -445,7 +475,7 @@ class _Exchange:
         self._parts: dict[int, list[_Done]] = {}
         self._skipped: list[dict[str, Any]] = []
 
-    def send(self, step: int, parts: list[_Done], norm: Tensor, stop: str | None) -> list[Summary]:
+    def send(self, step: int, parts: list[_Done], norm: Tensor, stop: str | None, overdue: bool) -> list[Summary]:
         """Start step's reduction; return what has arrived of earlier ones."""
         arrived = self.drain()
         bad = [sample for part in parts for sample in part.bad]
@@ -465,6 +495,7 @@ class _Exchange:
                 norm.new_full((), len(bad)),
                 norm.new_full((), stop == REQUEUE),
                 norm.new_full((), stop == QUIT),
+                norm.new_full((), overdue),
             ]
         )
         values = torch.cat([scalars, torch.stack([part.receipt for part in parts]).sum(0)])
@@ -477,7 +508,8 @@ class _Exchange:
         summaries = []
         for step, sent, work, values in self._under_way:
             work.wait()
-            loss, ce, kd, mse, masked, correct, norm, samples, bad, requeue, leave, *digits = values.tolist()
+            loss, ce, kd, mse, masked, correct, norm, samples, bad, *rest = values.tolist()
+            requeue, leave, overdue, *digits = rest
             summaries.append(
                 Summary(
                     step=step,
@@ -493,6 +525,7 @@ class _Exchange:
                     masked=masked,
                     grad_norm=norm,
                     stop=QUIT if leave else REQUEUE if requeue else None,
+                    overdue=bool(overdue),
                 )
             )
             parts = self._parts.pop(step)
@@ -554,13 +587,15 @@ def _suspects(step: int, loss: float, norm: float, parts: list[_Done]) -> dict[s
 
 
 class _Recorder:
-    """Rank 0's log.jsonl, TensorBoard curves and printed lines."""
+    """Rank 0's log.jsonl, receipts.jsonl, TensorBoard curves and printed lines. None of them can end a run: what cannot
+    be written is tried again, curves end with a warning."""
 
     def __init__(self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...]) -> None:
         self._run, self._every, self._total = run, recipe.run.log_steps, schedule[-1].end
         self._optim, self._schedule = recipe.optim, schedule
-        self._board = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
+        self._board: SummaryWriter | None = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
         self._window: list[Summary] = []
+        self._log: list[dict[str, Any]] = []
         self._receipts: list[dict[str, Any]] = []
         self._since = time.monotonic()
 
@@ -573,8 +608,8 @@ class _Recorder:
             return
         samples_per_s = sum(s.samples for s in self._window) / (summary.time - self._since)
         taken = [s for s in self._window if not s.skipped]
-        names = ("loss", "ce", "kd", "mse", "accuracy", "masked", "grad_norm")
-        means = {name: sum(getattr(s, name) for s in taken) / len(taken) for name in names} if taken else {}
+        averaged = ("loss", "ce", "kd", "mse", "accuracy", "masked", "grad_norm")
+        means = {name: sum(getattr(s, name) for s in taken) / len(taken) for name in averaged} if taken else {}
         eta = (self._total - summary.step) * summary.samples / samples_per_s
         phase = next(p for p in self._schedule if summary.step <= p.end)
         line = {
@@ -586,9 +621,10 @@ class _Recorder:
             "samples_per_s": samples_per_s,
             "eta_s": eta,
         }
-        append_lines(self._run.log, [line])
-        for name in (*means, "lr", "skipped_steps", "samples_per_s"):
-            self._board.add_scalar(f"train/{name}", line[name], summary.step)
+        self._log.append(line)
+        self._append(self._run.log, self._log)
+        names = (*means, "lr", "skipped_steps", "samples_per_s")
+        self._draw({f"train/{name}": line[name] for name in names}, summary.step)
         parts = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
         print(
             f"step {summary.step}/{self._total} "
@@ -601,22 +637,37 @@ class _Recorder:
         self._since = summary.time
 
     def add_scores(self, step: int, epoch: int, scores: dict[str, Score]) -> None:
-        for name, score in scores.items():
-            self._board.add_scalar(f"eval/{name}", score.top1, step)
-        scored = {"step": step, "epoch": epoch, "eval": {n: s.top1 for n, s in scores.items()}}
-        append_lines(self._run.log, [scored])
+        self._draw({f"eval/{name}": score.top1 for name, score in scores.items()}, step)
+        self._log.append({"step": step, "epoch": epoch, "eval": {n: s.top1 for n, s in scores.items()}})
+        self._append(self._run.log, self._log)
         print(f"epoch {epoch}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
         self._since = time.monotonic()
 
     def flush(self) -> None:
         """Curves and receipts reach the disk before the checkpoint does: what comes after it is done again if it has to
         be, what comes before it never is."""
-        self._board.flush()
+        self._draw({}, 0)
+        self._append(self._run.receipts, self._receipts)
+        if self._log:
+            self._append(self._run.log, self._log)
+
+    def _append(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        """Write ``lines`` and empty it; those that cannot be written stay, and go with the next ones."""
         try:
-            append_lines(self._run.receipts, self._receipts)
+            append_lines(path, lines)
+            lines.clear()
         except OSError as error:
-            print(
-                f"warning: {self._run.receipts} cannot be written ({error.strerror}); the next checkpoint tries again"
-            )
+            print(f"warning: {path} cannot be written ({error.strerror}); its lines wait for the next", flush=True)
+
+    def _draw(self, curves: dict[str, float], step: int) -> None:
+        """Add points to the curves, and flush them if there are none to add."""
+        if self._board is None:
             return
-        self._receipts.clear()
+        try:
+            for name, value in curves.items():
+                self._board.add_scalar(name, value, step)
+            if not curves:
+                self._board.flush()
+        except OSError as error:
+            self._board = None
+            print(f"warning: TensorBoard's curves end here: they cannot be written ({error.strerror})", flush=True)

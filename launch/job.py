@@ -2,27 +2,43 @@
 
 Signal handlers set a flag and do nothing else; the worker asks for it at every step, and the ranks agree.
 
-    USR2            preemption with a warning, or the scheduler's notice before the time limit → checkpoint, requeue
-    time nearly up  watched without any signal, the same
-    TERM, INT       cancelled, or preempted without a warning → checkpoint; if it is to come back, Slurm sees to it
+    USR2                preemption with a warning, or the scheduler's notice before the time limit → checkpoint, requeue
+    time nearly up      watched without any signal, the same
+    TERM, INT           scancel, or preempted without a warning → checkpoint; if it is to come back, Slurm sees to it
+    RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
+
+In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
+(``allocation.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import submitit
 
+from cfmask.errors import UserError
 from cfmask.recipe import load_recipe
 from cfmask.runs import RunFolder
 
-_REQUEUE_EXIT = 144  # submitit's local executor starts the tasks again when one ends with this
+if TYPE_CHECKING:
+    from cfmask.distributed import Place
+
+# submitit's local executor starts the tasks again when one ends with this; on Slurm, the batch script requeues the job.
+_REQUEUE_EXIT = 144
+_LOOK_S = 5
+"""Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
+_KILL_WITHIN_S = 300
+"""Slurm kills a job that it ends or preempts within its KillWait or GraceTime, which is less than this."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +50,20 @@ class Job:
     time_limit_min: float
 
     def __call__(self) -> str:
-        listener = _Listener(deadline=time.monotonic() + 60 * self.time_limit_min - self._margin_s())
+        run = RunFolder(self.run)
+        environment = submitit.JobEnvironment()
+        chief, slurm = environment.global_rank == 0, environment.cluster == "slurm"
+        listener = _Listener(
+            deadline=time.monotonic() + 60 * self.time_limit_min - self._margin_s(), watched=run if chief else None
+        )
         listener.install()
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
         # Imported late: handlers first, then the seconds that torch takes.
         from cfmask.distributed import Place
-        from cfmask.worker import QUIT, REQUEUE, run_worker
+        from cfmask.worker import FINISHED, QUIT, REQUEUE, run_worker
 
-        environment = submitit.JobEnvironment()
-        slurm = environment.cluster == "slurm"
         place = Place(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
@@ -54,17 +73,27 @@ class Job:
             cpus=_cpus(environment.num_tasks // environment.num_nodes),
             gpu=self.gpus_per_node > 0,
         )
-        run = RunFolder(self.run)
-        outcome = run_worker(load_recipe(self.run / "recipe.json"), run, place, listener.request)
-        if outcome == REQUEUE:
-            self._requeue(run, place.rank, environment.job_id, slurm)
-        elif outcome == QUIT and slurm:
+        try:
+            if chief:  # the others may come to another view, a moment before or after: they hear it from rank 0
+                _check_start(run, place, environment.job_id if slurm else None)
+            outcome = run_worker(load_recipe(self.run / "recipe.json"), run, place, listener.request)
+        except UserError as error:
+            if not run.cancelled():
+                raise
+            print(error, flush=True)
+            sys.exit(0)
+        if outcome == FINISHED:
+            return outcome
+        if slurm and outcome == QUIT:
             # A preempted job that leaves early counts as completed and is not requeued: stay until the KILL.
-            time.sleep(300)
-            sys.exit(128 + signal.SIGTERM)
-        elif outcome == QUIT:
-            sys.exit(128 + signal.SIGTERM)
-        return outcome
+            deadline = time.monotonic() + _KILL_WITHIN_S
+            while not run.cancelled() and time.monotonic() < deadline:
+                time.sleep(1)
+        if run.cancelled():
+            sys.exit(0)
+        if outcome == REQUEUE:
+            self._requeue(place.rank, environment.job_id, slurm)
+        sys.exit(128 + signal.SIGTERM)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Asked by submitit's own handler, for a signal that comes before ours is installed."""
@@ -74,23 +103,46 @@ class Job:
         """Time kept free before the limit, for a step and a checkpoint."""
         return min(180.0, 6 * self.time_limit_min)
 
-    def _requeue(self, run: RunFolder, rank: int, job_id: str, slurm: bool) -> None:
-        if run.stuck():
-            if rank == 0:
-                print("not requeued: the latest starts all began at the same step; see attempts.jsonl", flush=True)
-            sys.exit(1)
+    def _requeue(self, rank: int, job_id: str, slurm: bool) -> None:
+        """Come back. It stopped with a checkpoint of a step that it took: it gets on, and may do so for ever."""
         if not slurm:
             sys.exit(_REQUEUE_EXIT)
-        if rank == 0:
-            subprocess.run(["scontrol", "requeue", job_id], check=True)
+        # A container may have no scontrol.
+        if rank == 0 and not (shutil.which("scontrol") and _succeeds("scontrol", "requeue", job_id)):
+            sys.exit(_REQUEUE_EXIT)
         sys.exit(0)
 
 
-class _Listener:
-    """Remembers what signals and the clock ask for."""
+def _check_start(run: RunFolder, place: Place, slurm_job: str | None) -> None:
+    """Rank 0's look at whether to start at all. If not, attempts.jsonl and the other ranks are told.
 
-    def __init__(self, deadline: float) -> None:
+    Raises:
+        UserError: the run is cancelled, or this Slurm job has come back without getting anywhere.
+    """
+    from cfmask.distributed import call_off
+
+    if told := run.cancelled():
+        why = f"not started: cancelled by {told['by']}"
+    elif slurm_job and run.stuck(slurm_job):
+        why = "not started: given up, this job came back to the same step too often (see attempts.jsonl)"
+    else:
+        return
+    with contextlib.suppress(UserError), run.locked(place.attempt):  # another job's folder is left alone
+        run.begin_attempt(job=place.attempt, nodes=place.nodes, world_size=place.world_size, from_step=None)
+        run.end_attempt(why)
+    call_off(place, run.root / "meeting", why)
+    raise UserError(why)
+
+
+class _Listener:
+    """Remembers what signals, the clock and the mark in the run folder ask for.
+
+    watched: the run whose mark is looked for; on one rank, its word is the others' too.
+    """
+
+    def __init__(self, deadline: float, watched: RunFolder | None) -> None:
         self._deadline = deadline
+        self._watched, self._look_at = watched, 0.0
         self._pid = os.getpid()
         self._requeue = self._quit = False
 
@@ -110,11 +162,18 @@ class _Listener:
     def request(self) -> str | None:
         from cfmask.worker import QUIT, REQUEUE
 
+        if self._watched and time.monotonic() > self._look_at:
+            self._look_at = time.monotonic() + _LOOK_S
+            self._quit = self._quit or self._watched.cancelled() is not None
         if self._quit:
             return QUIT
         if self._requeue or time.monotonic() > self._deadline:
             return REQUEUE
         return None
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command).returncode == 0
 
 
 def _cpus(tasks_per_node: int) -> int:

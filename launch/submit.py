@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Submit a training run: to Slurm where `srun` is there, to this machine otherwise.
+"""Submit training runs: to Slurm where `srun` is there, to this machine otherwise.
 
     python launch/submit.py --shards DIR --nodes 2                        the paper's headline row, ViT-B/32
     python launch/submit.py --shards DIR --preset ft --seed 1             vanilla fine-tuning
+    python launch/submit.py --presets ft fd-clean --seeds 0 1 2           six runs as one job array, a folder each
     python launch/submit.py --resume RUN                                  go on with a run, whatever became of it
 
+A cluster file (slurm/cluster.toml is the template) says what a cluster is like, and where its shards are; flags win.
 The same command again finds the same run folder, and goes on from its last checkpoint. Settings that are
 unknown, contradictory or without effect are refused here, before a job is queued.
 """
@@ -12,14 +14,14 @@ unknown, contradictory or without effect are refused here, before a job is queue
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
-import shutil
-import signal
-import subprocess
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
@@ -36,27 +38,22 @@ from cfmask.models.head import (  # noqa: E402
     model_info,
     read_info,
 )
-from cfmask.recipe import Recipe  # noqa: E402
-from cfmask.runs import RunFolder, find_model  # noqa: E402
+from cfmask.recipe import PRESETS, Recipe  # noqa: E402
+from cfmask.runs import RunFolder, find_model, read_lines  # noqa: E402
+from launch.allocation import (  # noqa: E402
+    FILE_KEYS,
+    Allocation,
+    add_allocation_arguments,
+    choose_executor,
+    resolve_allocation,
+    uncovered,
+)
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
+from launch.batch import Planned, dry_run, last_submission, queued_job, run_here, submit_to_slurm  # noqa: E402
+from launch.cluster_file import TEXT, TEXTS, ClusterFile, find_cluster_file, read_cluster_file  # noqa: E402
 
-
-@dataclass(frozen=True)
-class Allocation:
-    """What a job is given. tasks_per_node: one per GPU; on machines without GPUs as many as asked for."""
-
-    executor: str
-    nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
-    cpus_per_task: int
-    time_min: int
-    partition: str | None
-    account: str | None
-
-    @property
-    def world_size(self) -> int:
-        return self.nodes * self.tasks_per_node
+RECIPE_KEYS = {"shards": TEXT, "eval_sets": TEXTS}
+"""What a cluster file may say of a recipe: where data is on this cluster. The rest of a recipe is an experiment's."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,8 +61,19 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<method>-<model>-s<seed>-<hash>)")
-    p.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run; its folder says everything else")
-    p.add_argument("--dry-run", action="store_true", help="print the resolved recipe, check everything, queue nothing")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with this run; its folder says everything else, also what it got last, unless flags do",
+    )
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
+    p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and the sbatch file, check everything, queue nothing",
+    )
     p.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
@@ -76,121 +84,172 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def add_allocation_arguments(p: argparse.ArgumentParser) -> None:
-    g = p.add_argument_group("allocation", "Where the job runs. Changes nothing about what is trained.")
-    g.add_argument(
-        "--executor",
-        choices=("auto", "slurm", "local", "debug"),
-        default="auto",
-        help="auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)",
-    )
-    g.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: 1)")
-    g.add_argument(
-        "--gpus-per-node", type=int, metavar="N", help="one task each (default: 8 on Slurm, else those of this machine)"
-    )
-    g.add_argument("--tasks-per-node", type=int, metavar="N", help="ranks on a machine without GPUs (default: 1)")
-    g.add_argument("--cpus-per-task", type=int, default=8, metavar="N", help="cores of a Slurm task (default: 8)")
-    g.add_argument(
-        "--time",
-        type=int,
-        default=1440,
-        metavar="MIN",
-        help="time limit on Slurm; a run requeues itself before it (default: 1440)",
-    )
-    g.add_argument("--partition", help="Slurm partition")
-    g.add_argument("--account", help="Slurm account")
-
-
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    p = parser()
-    arguments = p.parse_args(argv)
-    allocation = resolve_allocation(arguments)
+    arguments = parser().parse_args(argv)
+    file = ClusterFile()
+    if path := find_cluster_file(arguments.cluster):
+        file = read_cluster_file(path, {**FILE_KEYS, **RECIPE_KEYS})
+        print(f"cluster file: {path}", file=sys.stderr)
     if arguments.resume:
-        flags = given_recipe_flags(arguments) + (["run"] if arguments.run else [])
-        if flags:
-            raise UserError(
-                f"--resume goes on with the recipe in {arguments.resume}; these flags would do nothing: "
-                f"{', '.join(flags)}. Leave them out, or start another run without --resume."
-            )
-        run = RunFolder(arguments.resume.resolve())
-        recipe = run.recipe()
+        allocation, planned = plan_resume(arguments, file)
     else:
-        recipe = resolve_recipe(recipe_from(arguments), allocation)
-        run = RunFolder((arguments.run or default_folder(recipe)).resolve())
-    print(recipe.to_json())
-    check(recipe, run, allocation)
+        allocation = resolve_allocation(arguments, file)
+        planned = plan(arguments, file, allocation)
+    print(planned[0].recipe.to_json())
+    for each in planned[1:]:
+        print(f"{each.run.root.name}: {', '.join(planned[0].recipe.differences(each.recipe))}")
+    for each in planned:
+        check(each.recipe, each.run, allocation)
+    _warn_of_paths_outside(allocation, planned)
+    sweep = len(planned) > 1
+    if sweep and arguments.follow is not None:
+        raise UserError(
+            "--follow and --no-follow are for one run, and this is a sweep: on this machine its runs go one after the "
+            "other; on Slurm, python launch/status.py shows them all."
+        )
+    for each in planned:
+        if not each.new:
+            each.run.claim(each.recipe)
+    if not sweep and arguments.array_parallelism:
+        raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
+    wanted = [each for each in planned if not _left_out(each.run, sweep=sweep)]
+    if not wanted:
+        return 0
     if arguments.dry_run:
-        print(f"Would run on {describe(allocation)} into {run.root}. Everything checked; nothing was queued.")
-        return 0
+        return dry_run(wanted, allocation)
+    for each in wanted:
+        _take_up(each)
+    if allocation.on_slurm:
+        return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow))
+    return run_here(wanted, allocation, follow=arguments.follow is not False)
 
-    run.claim(recipe)
+
+# --- which runs ---------------------------------------------------------------------------------------------------
+
+
+def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned]:
+    """The runs that the flags ask for: one, or one for each of --presets and --seeds.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    for one, many in (("seed", "seeds"), ("preset", "presets")):
+        given = getattr(arguments, many)
+        if given and (hasattr(arguments, f"run.{one}") or (one == "preset" and arguments.preset)):
+            raise UserError(f"--{one} and --{many} contradict each other: give one of them.")
+        if given and len(set(given)) != len(given):
+            raise UserError(f"--{many} names one of them twice: {' '.join(map(str, given))}.")
+    members = [
+        _with(arguments, preset, seed)
+        for preset in arguments.presets or [arguments.preset]
+        for seed in arguments.seeds or [None]
+    ]
+    if len(members) > 1 and arguments.run:
+        raise UserError(f"--run names one folder, and this is a sweep of {len(members)} runs. Leave it out.")
+    planned = []
+    for member in members:
+        for key, value in _recipe_values(file).items():
+            if not hasattr(member, f"data.{key}"):
+                setattr(member, f"data.{key}", value)
+        recipe = resolve_recipe(recipe_from(member), allocation)
+        run = RunFolder((arguments.run or default_folder(recipe)).resolve())
+        planned.append(Planned(run, recipe, new=not (run.root / "recipe.json").exists()))
+    return planned
+
+
+def _recipe_values(file: ClusterFile) -> dict[str, Any]:
+    """What the cluster file says of a recipe; a path in it is seen from where the file is."""
+    values = {key: file.values[key] for key in RECIPE_KEYS if key in file.values}
+    if file.path is not None and "shards" in values and not is_remote(values["shards"]):
+        values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
+    return values
+
+
+def _with(arguments: argparse.Namespace, preset: str | None, seed: int | None) -> argparse.Namespace:
+    member = argparse.Namespace(**vars(arguments))
+    member.preset = preset
+    if seed is not None:
+        setattr(member, "run.seed", seed)
+    return member
+
+
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned]]:
+    """The run to go on with, and what it gets: what it got last, unless flags say otherwise.
+
+    Raises:
+        UserError: it is no run folder, or a flag would do nothing.
+    """
+    flags = [f"--{name}" for name in ("run", "seeds", "presets") if getattr(arguments, name)]
+    flags += given_recipe_flags(arguments)
+    if flags:
+        raise UserError(
+            f"--resume goes on with the recipe in {arguments.resume}; these flags would do nothing: "
+            f"{', '.join(flags)}. Leave them out, or start another run without --resume."
+        )
+    run = RunFolder(arguments.resume.resolve())
+    recipe = run.recipe()
+    last = last_submission(run)
+    same = last is not None and last["executor"] == choose_executor(arguments)
+    allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)
+    had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
+    if had not in (None, allocation.world_size):
+        print(
+            f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
+            "to rounding.",
+            file=sys.stderr,
+        )
+    return allocation, [Planned(run, recipe, new=False)]
+
+
+def _left_out(run: RunFolder, *, sweep: bool) -> bool:
+    """Whether a run needs no job; says why.
+
+    Raises:
+        UserError: it is the only one, and has one already.
+    """
     if run.results.exists():
-        print(f"{run.root} is finished:\n{run.results.read_text()}")
-        return 0
+        print(f"{run.root} is finished" + (": left out" if sweep else f":\n{run.results.read_text()}"))
+        return True
+    if queued := queued_job(run):
+        what = f"Job {queued} is there for {run.root} already"
+        if not sweep:
+            raise UserError(
+                f"{what}, and goes on by itself. To change something about it, end it first: python launch/cancel.py "
+                f"{shlex.quote(str(run.root))}"
+            )
+        print(f"{what}: left out")
+        return True
+    if sweep and (told := run.cancelled()):
+        print(f"{run.root} was cancelled by {told['by']}: left out. To go on with it: submit.py --resume {run.root}")
+        return True
+    return False
+
+
+def _take_up(planned: Planned) -> None:
+    """Make the folder, or see that it is this recipe's and nobody trains there.
+
+    Raises:
+        UserError: it is another's.
+    """
+    run = planned.run
+    run.claim(planned.recipe)
     with run.locked():
         pass  # another job on this folder is refused here rather than in the queue
-    return submit(run, recipe, allocation, follow=arguments.follow)
+    if told := run.clear_cancelled():
+        print(f"{run.root} was cancelled by {told['by']}; it goes on now")
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
 
 
-def resolve_allocation(arguments: argparse.Namespace) -> Allocation:
-    """Raises UserError for what cannot be allocated."""
-    executor = arguments.executor
-    if executor == "auto":
-        executor = "slurm" if shutil.which("srun") else "local"
-    if executor == "slurm" and not shutil.which("sbatch"):
-        raise UserError("There is no sbatch on this machine. Run this on a login node, or use --executor local.")
-    if executor != "slurm" and arguments.nodes != 1:
-        raise UserError(
-            f"--nodes {arguments.nodes} needs Slurm, and --executor is {executor}: one machine is all there is here. "
-            "Run this where srun is, or leave --nodes out."
-        )
-    gpus = arguments.gpus_per_node
-    if gpus is None:
-        gpus = 0 if arguments.tasks_per_node is not None else 8 if executor == "slurm" else _visible_gpus()
-    tasks = arguments.tasks_per_node
-    if tasks is not None and gpus and tasks != gpus:
-        raise UserError(
-            f"--tasks-per-node {tasks} contradicts --gpus-per-node {gpus}: there is one task for each GPU. Leave "
-            "--tasks-per-node out, or give --gpus-per-node 0 to train on CPUs."
-        )
-    if executor == "debug" and max(gpus, tasks or 1) > 1:
-        raise UserError("--executor debug is one rank in this process. Ask for one GPU or task, or use local.")
-    for flag, value in (
-        ("--nodes", arguments.nodes),
-        ("--gpus-per-node", gpus + 1),
-        ("--tasks-per-node", 1 if tasks is None else tasks),
-        ("--cpus-per-task", arguments.cpus_per_task),
-        ("--time", arguments.time),
-    ):
-        if value < 1:
-            raise UserError(f"{flag} is too small.")
-    return Allocation(
-        executor=executor,
-        nodes=arguments.nodes,
-        gpus_per_node=gpus,
-        tasks_per_node=gpus or tasks or 1,
-        cpus_per_task=arguments.cpus_per_task,
-        time_min=arguments.time,
-        partition=arguments.partition,
-        account=arguments.account,
-    )
-
-
-def _visible_gpus() -> int:
-    if not shutil.which("nvidia-smi"):
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
 def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
     """The recipe with nothing left open: paths absolute, the paper's values and the precision filled in."""
     if not recipe.data.shards:
-        raise UserError("--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split.")
+        raise UserError(
+            "--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split. A cluster file "
+            "(slurm/cluster.toml) can say it once for all runs."
+        )
     shards = recipe.data.shards if is_remote(recipe.data.shards) else str(Path(recipe.data.shards).resolve())
     precision = recipe.run.precision
     if precision == "auto":
@@ -230,7 +289,7 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
         UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
     """
     shards = recipe.data.shards
-    train = load_manifest(find_set(shards, recipe.data.train_split))
+    train = _load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
     own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
     if own_lanes % recipe.optim.micro_batches:
@@ -239,7 +298,7 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
             f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
         )
     for name in recipe.data.eval_sets:
-        _check_same_classes(load_manifest(find_set(shards, name)), train)
+        _check_same_classes(_load_set(shards, name), train)
     if run.initial.exists():
         return  # the run has its weights and head
     pretrained = recipe.model.pretrained
@@ -265,6 +324,11 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
         find_weights(recipe.model.name, pretrained)
 
 
+@functools.cache
+def _load_set(shards: str, name: str) -> Manifest:
+    return load_manifest(find_set(shards, name))
+
+
 def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
     ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
     if ours != theirs:
@@ -274,59 +338,15 @@ def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
         )
 
 
-def describe(allocation: Allocation) -> str:
-    kind = "GPU" if allocation.gpus_per_node else "CPU"
-    return f"{allocation.executor}: {allocation.nodes} × {allocation.tasks_per_node} {kind} ranks"
-
-
-# --- submitting -------------------------------------------------------------------------------------------------
-
-
-def submit(run: RunFolder, recipe: Recipe, allocation: Allocation, *, follow: bool | None) -> int:
-    import submitit
-
-    from launch.follow import follow_job
-    from launch.job import Job
-
-    jobs = run.root / "jobs"
-    # The job imports cfmask and launch from here, wherever it is started.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    options = {"slurm_max_num_timeout": 1000} if allocation.executor == "slurm" else {}
-    # The local controller counts this down and kills: there is no queue to give the machine back to.
-    time_limit = allocation.time_min if allocation.executor == "slurm" else 525_600
-    executor = submitit.AutoExecutor(folder=jobs, cluster=allocation.executor, **options)
-    executor.update_parameters(
-        name=f"cfmask-{run.root.name}",
-        nodes=allocation.nodes,
-        tasks_per_node=allocation.tasks_per_node,
-        gpus_per_node=allocation.gpus_per_node,
-        timeout_min=time_limit,
-        stderr_to_stdout=True,
-    )
-    if allocation.executor == "slurm":
-        executor.update_parameters(
-            cpus_per_task=allocation.cpus_per_task,
-            slurm_signal_delay_s=120,
-            # srun does not inherit sbatch's --cpus-per-task; and one dead rank must end the job.
-            slurm_srun_args=[f"--cpus-per-task={allocation.cpus_per_task}", "--kill-on-bad-exit=1"],
-            slurm_additional_parameters={"requeue": True},
-            # For sites whose jobs do not inherit the environment they are submitted from.
-            slurm_setup=[f"export PYTHONPATH={shlex.quote(os.environ['PYTHONPATH'])}"],
-            **{f"slurm_{k}": v for k in ("partition", "account") if (v := getattr(allocation, k))},
+def _warn_of_paths_outside(allocation: Allocation, planned: Sequence[Planned]) -> None:
+    first = planned[0]
+    paths = [first.run.root, *([] if is_remote(first.recipe.data.shards) else [Path(first.recipe.data.shards)])]
+    for path in uncovered(allocation, paths):
+        print(
+            f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
+            "by itself, the job will not find it.",
+            file=sys.stderr,
         )
-    # Ctrl-C is for this process, which tells the job's controller; that one would die of it with a traceback.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        job = executor.submit(Job(run.root, allocation.gpus_per_node, time_limit))
-    finally:
-        signal.signal(signal.SIGINT, before)
-    print(f"job {job.job_id} on {describe(allocation)}\nrun  {run.root}\nlogs {job.paths.stdout.parent}")
-    if allocation.executor == "debug":
-        job.result()
-        return 0
-    if follow is False or (follow is None and allocation.executor == "slurm"):
-        return 0
-    return follow_job(job, run, local=allocation.executor == "local")
 
 
 if __name__ == "__main__":

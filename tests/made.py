@@ -95,7 +95,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Pids of the ranks that a submit command has started, in order of rank."""
-    listed = subprocess.run(["ps", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listed.splitlines()]
     return sorted(
         int(pid) for pid, group, args in rows if int(group) == process.pid and "submitit.core._submit" in args

@@ -1,111 +1,277 @@
-"""Checkpoints: bit for bit, the newest whole one, and a full disk that costs nothing but the newest."""
+"""Checkpoints: bit for bit, the newest whole one, what stays, and which of them is best. That they are written while
+training goes on is tests/test_async_checkpoint.py's."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from cfmask import checkpoint
+from cfmask.checkpoint import Keep, Writer, best_of, to_keep
 from cfmask.data.receipts import MODULUS, Consumed
+from cfmask.models.head import load_model
 from cfmask.optim import Phase, Skips, adamw
 from cfmask.recipe import Optim
 from towers import TINY
 
 PHASE = Phase(0, 10, tower=True, lr=1e-3, weight_decay=0.1)
+LATEST_TWO = Keep(2)
 
 
-def state(step: int) -> checkpoint.State:
-    return checkpoint.State(step, "0123", Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1))
+def state(step: int, **top1: float) -> checkpoint.State:
+    return checkpoint.State(
+        step, "0123", Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1), top1=top1
+    )
 
 
 def trained(steps: int = 3):
     model = TINY.classifier()
     optimizer = adamw(model.parameters(), PHASE, Optim())
     for seed in range(steps):
-        torch.manual_seed(seed)
-        model(torch.randn(2, 3, TINY.image, TINY.image))[1].square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        train_on(model, optimizer, seed)
     return model, optimizer
+
+
+def train_on(model, optimizer, seed: int) -> None:
+    torch.manual_seed(seed)
+    model(torch.randn(2, 3, TINY.image, TINY.image))[1].square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(folder: Path, *states: checkpoint.State, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
+    """Checkpoints of these states, by one attempt that goes on from the latest."""
+    if model is None:
+        model, optimizer = trained(1)
+    with Writer(folder, keep, TINY.info(), resumed=checkpoint.latest(folder)) as writer:
+        writer.reserve(model)
+        for one in states:
+            writer.start(one, model, optimizer)
+            assert writer.wait() is None
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints there; nothing else is in the folder but best.json."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != "best.json")
+    assert all(name.startswith("step-") for name in names)
+    return [int(name.removeprefix("step-")) for name in names]
+
+
+# --- what is in it ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
     model, optimizer = trained()
-    checkpoint.save(tmp_path, state(5), model, TINY.info(), optimizer, keep=2)
+    save(tmp_path, state(5, val=12.5), model=model, optimizer=optimizer)
     other = TINY.classifier(seed=9)
     restored = adamw(other.parameters(), PHASE, Optim())
     found = checkpoint.latest(tmp_path)
     assert found is not None and found.updates == 3, "two of five steps were left out"
-    assert vars(state(5)).items() <= vars(found).items()
+    assert vars(state(5, val=12.5)).items() <= vars(found).items()
     checkpoint.restore_weights(found, other)
     checkpoint.restore_optimizer(found, other, restored)
     for m, o in ((model, optimizer), (other, restored)):
-        torch.manual_seed(7)
-        m(torch.randn(2, 3, TINY.image, TINY.image))[1].square().mean().backward()
-        o.step()
+        train_on(m, o, seed=7)
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_only_the_latest_are_kept(tmp_path):
-    model, optimizer = trained(1)
-    for step in (1, 2, 3):
-        checkpoint.save(tmp_path, state(step), model, TINY.info(), optimizer, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+def test_its_model_is_a_model_file_and_the_same_state_makes_the_same_bytes(tmp_path):
+    model, optimizer = trained()
+    for folder in ("a", "b"):
+        save(tmp_path / folder, state(5), model=model, optimizer=optimizer)
+    loaded, info = load_model(tmp_path / "a/step-00000005/model.safetensors")
+    assert info == TINY.info()
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for file in (tmp_path / "a/step-00000005").iterdir():
+        assert file.read_bytes() == (tmp_path / "b/step-00000005" / file.name).read_bytes()
+
+
+TENSORS = st.dictionaries(
+    st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"),
+    st.tuples(
+        st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16]),
+        st.lists(st.integers(0, 3), max_size=3),
+    ),
+    max_size=6,
+)
+
+
+@given(TENSORS, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
+def test_any_tensors_and_metadata_make_a_file_that_safetensors_reads(tmp_path_factory, kinds, metadata):
+    tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
+    image = checkpoint._Image(tensors, metadata)
+    image.fill(tensors)
+    path = tmp_path_factory.mktemp("image") / "file.safetensors"
+    path.write_bytes(b"".join(image.pieces()))
+    assert path.stat().st_size == image.size
+    loaded = load_file(path)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor)
+    with safe_open(path, "pt") as file:
+        assert (file.metadata() or {}) == metadata
+
+
+# --- which one a resume takes -----------------------------------------------------------------------------------------
+
+
+def tear(path: Path, damage: str = "cut") -> None:
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    else:
+        path.unlink()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file, damage):
-    model, optimizer = trained(1)
-    for step in (1, 2):
-        newest = checkpoint.save(tmp_path, state(step), model, TINY.info(), optimizer, keep=2)
-    target = newest / file
-    data = bytearray(target.read_bytes())
-    if damage == "cut":
-        target.write_bytes(data[: len(data) // 2])
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 1
-        target.write_bytes(data)
-    else:
-        target.unlink()
+    save(tmp_path, state(1), state(2))
+    newest = tmp_path / "step-00000002"
+    tear(newest / file, damage)
     said: list[str] = []
     found = checkpoint.latest(tmp_path, report=said.append)
     assert found is not None and found.step == 1
     assert len(said) == 1 and str(newest) in said[0]
 
 
-def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up(tmp_path):
-    model, optimizer = trained(1)
-    (tmp_path / ".step-00000005.123").mkdir()
-    assert checkpoint.latest(tmp_path) is None
-    checkpoint.save(tmp_path, state(6), model, TINY.info(), optimizer, keep=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
+def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up_at_the_next_start(tmp_path):
+    save(tmp_path, state(4))
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000005.123")
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 4
+    Writer(tmp_path, Keep(2), TINY.info(), resumed=found)
+    assert steps_in(tmp_path) == [4]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one checkpoint and a half."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this machine allows no mount")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_torn_one_that_was_passed_over_counts_as_none_and_goes_when_training_has_come_to_it(tmp_path, last):
+    save(tmp_path, state(10), state(20), keep=Keep(last))
+    tear(tmp_path / "step-00000020/model.safetensors")
+    if last == 1:  # nothing whole is left: training begins anew
+        assert checkpoint.latest(tmp_path) is None
+    save(tmp_path, state(15), keep=Keep(last))
+    assert steps_in(tmp_path)[-2:] == [15, 20]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 15
+    save(tmp_path, state(25), keep=Keep(last))
+    assert steps_in(tmp_path) == ([25] if last == 1 else [15, 25])
 
 
-def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk):
-    model, optimizer = trained(1)
-    checkpoint.save(small_disk, state(1), model, TINY.info(), optimizer, keep=2)
-    with pytest.raises(
-        checkpoint.CheckpointNotWritten, match="No space left on device.*Earlier checkpoints are intact"
-    ):
-        checkpoint.save(small_disk, state(2), model, TINY.info(), optimizer, keep=2)
-    assert [p.name for p in small_disk.iterdir()] == ["step-00000001"]
-    found = checkpoint.latest(small_disk)
-    assert found is not None and found.step == 1
+def test_a_torn_one_of_the_same_step_is_replaced(tmp_path):
+    save(tmp_path, state(10), state(20))
+    tear(tmp_path / "step-00000020/optimizer.safetensors")
+    save(tmp_path, state(20))
+    assert steps_in(tmp_path) == [10, 20]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None and found.step == 20
+
+
+# --- which stay -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "stay"),
+    [
+        (Keep(1), None, {90}),
+        (Keep(2), None, {80, 90}),
+        (Keep(99), None, {10, 20, 30, 40, 50, 60, 70, 80, 90}),
+        (Keep(1, epoch_steps=30), None, {30, 60, 90}),
+        (Keep(2, epoch_steps=30), None, {30, 60, 80, 90}),
+        (Keep(1, best_on="holdout"), 30, {30, 90}),
+        (Keep(1, best_on="holdout"), 90, {90}),
+        (Keep(3, epoch_steps=45, best_on="holdout"), 10, {10, 70, 80, 90}),
+    ],
+)
+def test_the_latest_stay_and_epochs_ends_and_the_best(keep, best, stay):
+    assert to_keep(range(10, 100, 10), keep, best) == stay
+
+
+@given(
+    steps=st.sets(st.integers(1, 200), min_size=1),
+    last=st.integers(1, 5),
+    epoch_steps=st.none() | st.integers(1, 50),
+    best=st.none() | st.integers(1, 200),
+)
+def test_what_stays_is_all_that_was_asked_for_and_nothing_else(steps, last, epoch_steps, best):
+    best = best if best in steps else None
+    stay = to_keep(steps, Keep(last, epoch_steps), best)
+    assert max(steps) in stay <= steps
+    for step in steps:
+        later = sum(other > step for other in steps)
+        asked_for = later < last or step == best or (epoch_steps is not None and step % epoch_steps == 0)
+        assert (step in stay) == asked_for
+    assert to_keep(stay, Keep(last, epoch_steps), best) == stay
+
+
+def test_only_what_is_to_stay_is_on_the_disk_after_each_checkpoint_and_after_a_resume(tmp_path):
+    keep = Keep(1, epoch_steps=3)
+    for step, there in ((1, [1]), (2, [2]), (3, [3]), (4, [3, 4]), (5, [3, 5]), (6, [3, 6]), (7, [3, 6, 7])):
+        save(tmp_path, state(step), keep=keep)
+        assert steps_in(tmp_path) == there
+    save(tmp_path, state(8), keep=Keep(2))
+    assert steps_in(tmp_path) == [7, 8]
+
+
+# --- the best ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.integers(1, 99), st.none() | st.sampled_from([10.0, 20.0, 30.0])))
+def test_the_best_is_the_first_of_the_highest_among_those_evaluated(scores):
+    top1 = {step: {"val": 99.0} if score is None else {"holdout": score} for step, score in scores.items()}
+    scored = {step: score for step, score in scores.items() if score is not None}
+    expected = min(scored, key=lambda step: (-scored[step], step), default=None)
+    assert best_of(top1, "holdout") == (None if expected is None else (expected, scored[expected]))
+    assert best_of(top1, None) is None
+
+
+def pointed_at(folder: Path) -> dict:
+    return json.loads((folder / "best.json").read_text())
+
+
+def test_the_best_on_the_holdout_is_pointed_at_and_stays(tmp_path):
+    keep = Keep(1, best_on="holdout")
+    epochs = [state(3, holdout=50.0, val=1.0), state(6, holdout=70.0, val=9.0), state(9, holdout=60.0, val=99.0)]
+    save(tmp_path, *epochs, state(10), keep=keep)
+    assert steps_in(tmp_path) == [6, 10]
+    assert pointed_at(tmp_path) == {"step": 6, "set": "holdout", "top1": 70.0}
+    save(tmp_path, state(12, holdout=70.0), state(13), keep=keep)
+    assert pointed_at(tmp_path)["step"] == 6, "the first of equals"
+    save(tmp_path, state(15, holdout=71.0), state(16), keep=keep)
+    assert steps_in(tmp_path) == [15, 16]
+    assert pointed_at(tmp_path) == {"step": 15, "set": "holdout", "top1": 71.0}
+
+
+def test_a_pointer_that_a_kill_prevented_is_written_at_the_next_start(tmp_path):
+    keep = Keep(1, best_on="holdout")
+    save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=keep)
+    (tmp_path / "best.json").unlink()
+    Writer(tmp_path, keep, TINY.info(), resumed=checkpoint.latest(tmp_path))
+    assert pointed_at(tmp_path)["step"] == 6
+
+
+def test_without_a_set_to_be_best_on_there_is_no_pointer(tmp_path):
+    save(tmp_path, state(3, holdout=50.0), state(4, holdout=60.0))
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_best_that_is_torn_is_the_best_no_more(tmp_path):
+    keep = Keep(1, best_on="holdout")
+    save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=Keep(9))
+    tear(tmp_path / "step-00000006/model.safetensors")
+    for step, there in ((5, [3, 5, 6]), (7, [3, 7])):
+        save(tmp_path, state(step), keep=keep)
+        assert steps_in(tmp_path) == there and pointed_at(tmp_path)["step"] == 3

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from cfmask import distributed
 from cfmask.distributed import Place, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
@@ -106,18 +117,141 @@ def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
         pass
 
 
-def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path):
-    """A file left by a killed attempt names a port where nobody listens; the group forms all the same."""
+# --- how ranks find each other ----------------------------------------------------------------------------------------
+
+
+def meet(rank: int, folder: Path, place: Place, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
+    """Join a group of two, and leave the sum of the ranks' numbers, which tells that both are in it."""
+    torch.set_num_threads(1)
+    time.sleep(late_s if rank == 0 else 0)
+    if hosts:
+        distributed._own_hosts = lambda: list(hosts)
+    with process_group(dataclasses.replace(place, rank=rank, world_size=2), folder / "meeting"):
+        total = torch.tensor(rank + 1)
+        dist.all_reduce(total)
+        (folder / f"{place.attempt}-{rank}").write_text(str(total.item()))
+
+
+def have_met(folder: Path, attempt: str = "0") -> bool:
+    return [(folder / f"{attempt}-{rank}").read_text() for rank in range(2)] == ["3", "3"]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{"hosts": ["127.0.0.1"], "door": 1, "port": 1, "word": "w"}, {"host": "127.0.0.1", "port": 1}],
+    ids=["nobody there", "another version"],
+)
+def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, left):
+    """A file left by a killed attempt of the same name; the group forms all the same."""
     (tmp_path / "meeting").mkdir()
-    (tmp_path / "meeting/0.json").write_text('{"host": "127.0.0.1", "port": 1}')
-    mp.start_processes(_late_rank_zero, args=(tmp_path,), nprocs=2, start_method="spawn")
-    assert {p.name for p in tmp_path.glob("joined-*")} == {"joined-0", "joined-1"}
+    (tmp_path / "meeting/0.json").write_text(json.dumps(left))
+    mp.start_processes(meet, args=(tmp_path, Place(), (), 2), nprocs=2, start_method="spawn")
+    assert have_met(tmp_path)
 
 
-def _late_rank_zero(rank: int, folder: Path) -> None:
-    import time
+@pytest.mark.parametrize(
+    "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
+)
+def test_rank_zero_is_found_at_whichever_of_its_addresses_leads_there(tmp_path, hosts):
+    mp.start_processes(meet, args=(tmp_path, Place(nodes=2), hosts), nprocs=2, start_method="spawn")
+    assert have_met(tmp_path)
 
-    if rank == 0:
-        time.sleep(2)
-    with process_group(Place(rank=rank, world_size=2), folder / "meeting"):
-        (folder / f"joined-{rank}").touch()
+
+def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
+    jobs = [
+        mp.start_processes(meet, args=(tmp_path, Place(attempt=name)), nprocs=2, start_method="spawn", join=False)
+        for name in ("71-0", "72-0")
+    ]
+    for job in jobs:
+        while not job.join():
+            pass
+    assert have_met(tmp_path, "71-0") and have_met(tmp_path, "72-0")
+    assert not list((tmp_path / "meeting").iterdir()), "addresses are taken back"
+
+
+@pytest.mark.parametrize("said", [None, b"", b"wrong word, and more of it than was asked for"])
+def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch, said):
+    monkeypatch.setattr(distributed, "_CONNECT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            visitor, _ = server.accept()
+            if said is None:
+                time.sleep(2)
+            else:
+                visitor.sendall(said)
+            visitor.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        assert distributed._knock("127.0.0.1", server.getsockname()[1], "word") is None
+
+
+def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(TimeoutError, match="2 of 3 ranks did not come.*rank 1, rank 2"):
+        with process_group(Place(world_size=3), tmp_path):
+            pass
+    with pytest.raises(TimeoutError, match="rank 0 published no address"):
+        with process_group(Place(rank=1, world_size=2), tmp_path):
+            pass
+
+
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
+        with process_group(Place(nodes=2, world_size=2), tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("addresses", ["10.77.0.{}/24", "fd77::{}/64"], ids=["IPv4", "IPv6 only"])
+def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tmp_path, addresses):
+    """Two machines, as far as the network goes: each has a bridge of the same address, as Docker makes it, and a name
+    that the other does not know."""
+    names = [f"cfmask-{os.getpid()}-{i}" for i in range(2)]
+    try:
+        _make_machines(names, addresses)
+        ranks = [
+            subprocess.Popen(
+                [
+                    *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
+                    *(sys.executable, "-c", f"import test_ddp; test_ddp.meet_on_a_machine({rank}, {str(tmp_path)!r})"),
+                ],
+                cwd=Path(__file__).parent,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, name in enumerate(names)
+        ]
+        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
+        assert have_met(tmp_path)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def meet_on_a_machine(rank: int, folder: str) -> None:
+    distributed._CONNECT_S = 1
+    meet(rank, Path(folder), Place(nodes=2))
+
+
+def _make_machines(names: list[str], addresses: str) -> None:
+    def ip(*words: object) -> None:
+        done = subprocess.run(["ip", *map(str, words)], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"networks of its own need root: ip {' '.join(map(str, words))}: {done.stderr.strip()}")
+
+    if os.geteuid() or not shutil.which("ip"):
+        pytest.skip("networks of its own need root, and iproute2")
+    for name in names:
+        ip("netns", "add", name)
+    ip("link", "add", "eth7", "netns", names[0], "type", "veth", "peer", "name", "eth7", "netns", names[1])
+    for i, name in enumerate(names):
+        here = ("-n", name)
+        ip(*here, "link", "set", "lo", "up")
+        ip(*here, "link", "add", "docker0", "type", "veth", "peer", "name", "container0")
+        ip(*here, "address", "add", "172.17.0.1/16", "dev", "docker0")
+        ip(*here, "link", "set", "docker0", "up")
+        ip(*here, "address", "add", addresses.format(i + 1), "dev", "eth7", *(["nodad"] if ":" in addresses else []))
+        ip(*here, "link", "set", "eth7", "up")

@@ -150,3 +150,22 @@ def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
     made.kill_all(process)
     made.submit(*flags(materials, killed, *more))
     assert_same_end(killed, alone)
+
+
+def test_checkpoints_by_the_clock_of_rank_0_are_taken_by_all_ranks_and_change_nothing(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    more = ("--checkpoint-steps", 999, "--checkpoint-minutes", 1e-9, "--keep-checkpoints", 99)
+    made.submit(*flags(materials, run, *more))
+    steps = {int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")}
+    assert {6, 12, 18} < steps, "nothing but epochs' ends"
+    assert_same_end(run, undisturbed)
+
+
+def test_a_run_killed_between_checkpoints_by_the_clock_ends_bit_identical(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    more = ("--checkpoint-steps", 999, "--checkpoint-minutes", 1e-9)
+    process = made.start(*flags(materials, run, *more))
+    wait_for_step(run, 9, process)
+    made.kill_all(process)
+    made.submit(*flags(materials, run, *more))
+    assert_same_end(run, undisturbed)

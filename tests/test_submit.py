@@ -73,6 +73,8 @@ def test_weights_of_another_architecture(materials, tmp_path):
         (("--model", "ViT-B-32", "--pretrained", "openai"), "ViT-B-32-quickgelu"),
         (("--eval-sets", "nope"), "nope"),
         (("--executor", "debug"), "one rank"),
+        (("--cluster", "/no/such.toml"), "The cluster file /no/such.toml, named by --cluster, is not there"),
+        (("--qos", "high", "--time", 60), "--time, --qos would do nothing: it is for Slurm, and --executor is local"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
 )
@@ -161,8 +163,9 @@ def test_a_full_disk_while_writing_a_checkpoint_is_told_and_earlier_ones_stay(ma
     disk = tmp_path / "disk"
     disk.mkdir()
     model = made.save_tiny_model(tmp_path / "m.safetensors", geometry=B32)
-    # Room for the initial model and one checkpoint of three times that, and for logs, but not for a second one.
-    room = f"size={int(5.8 * model.stat().st_size)}"
+    # Room for the initial model and one checkpoint of three times that, for logs and the code (512 kB), but not for a
+    # second one.
+    room = f"size={int(5.8 * model.stat().st_size) + (1 << 19)}"
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk]).returncode:
         pytest.skip("mounting a small file system needs root")
     try:

@@ -1,0 +1,272 @@
+"""How planned runs go out: by one sbatch, as a job or an array of jobs; or one after the other on this machine.
+
+Every job runs a copy of the code that lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cfmask.errors import UserError
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, append_lines, read_lines
+from launch import allocation as allocations
+from launch import snapshot
+from launch.allocation import Allocation
+
+if TYPE_CHECKING:
+    import submitit
+
+T = TypeVar("T")
+
+REPO = Path(__file__).resolve().parents[1]
+_NO_LIMIT_MIN = 525_600
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is to be submitted. new: this command makes its folder."""
+
+    run: RunFolder
+    recipe: Recipe
+    new: bool
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one sbatch takes: a run, or the members of a sweep as an array.
+
+    A sweep has a folder of its own beside its runs, in which a member's number is a link to its run folder, so that one
+    sbatch file can name each member's logs and code:
+
+        runs/.sweeps/20261124-100000-4711/
+          0 1 2                                  → the run folders
+          123_submission.sh 123_0_submitted.pkl  what submitit writes; RUN/jobs/ has links to it
+    """
+
+    planned: Sequence[Planned]
+    sweep: Path | None
+
+    @classmethod
+    def of(cls, planned: Sequence[Planned]) -> Batch:
+        runs = planned[0].run.root.parent
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        return cls(planned, runs / ".sweeps" / name if len(planned) > 1 else None)
+
+    @property
+    def folder(self) -> Path:
+        """submitit's."""
+        return self.sweep or self.planned[0].run.root / "jobs"
+
+    def executor(self, allocation: Allocation, digest: str) -> submitit.SlurmExecutor:
+        """submitit's executor, which runs the snapshot of this digest."""
+        import submitit
+
+        name = f"sweep-{self.sweep.name}" if self.sweep else self.planned[0].run.root.name
+        parameters = allocations.slurm_parameters(allocation, f"cfmask-{name}")
+        if self.sweep:
+            code = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"/code/{digest}'
+            logs = f"{self.sweep}/%a/jobs/%A_%a"
+            parameters["srun_args"].append(f"--output={logs}_%t_log.out")
+            parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
+        else:
+            code = shlex.quote(str(self.planned[0].run.root / "code" / digest))
+        executor = submitit.SlurmExecutor(
+            self.folder, max_num_timeout=1000, python=allocations.rank_command(allocation.python, code)
+        )
+        executor.update_parameters(**parameters)
+        return executor
+
+    def link_runs(self) -> None:
+        if self.sweep:
+            self.sweep.mkdir(parents=True)
+            for number, each in enumerate(self.planned):
+                (self.sweep / str(number)).symlink_to(os.path.relpath(each.run.root, self.sweep))
+
+    def link_jobs(self, jobs: Sequence[submitit.Job[Any]]) -> None:
+        """Let every run's jobs/ show its own, as if it had been submitted by itself."""
+        for each, job in zip(self.planned, jobs, strict=True) if self.sweep else ():
+            folder = each.run.root / "jobs"
+            written = {"submission.sh": job.paths.submission_file, "submitted.pkl": job.paths.submitted_pickle}
+            for kind, path in written.items():
+                (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
+
+
+def dry_run(planned: Sequence[Planned], allocation: Allocation) -> int:
+    """Print what would be submitted, and what Slurm says to it."""
+    where = ", ".join(str(each.run.root) for each in planned)
+    if allocation.on_slurm:
+        executor = Batch.of(planned).executor(allocation, snapshot.digest_of(REPO))
+        if len(planned) > 1:
+            executor.parameters["map_count"] = len(planned)
+        text = executor._make_submission_file_text(executor._submitit_command_str, "")
+        print(f"\n{text}")
+        with _outside_of_jobs():
+            tested = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
+        if tested.returncode:
+            raise _refusal(tested.stderr)
+        print(tested.stderr.strip())
+    print(f"Would run on {allocation} into {where}. Everything checked; nothing was queued.")
+    return 0
+
+
+def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follow: bool) -> int:
+    """One sbatch for all of them."""
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    from launch.follow import follow_job
+    from launch.job import Job
+
+    batch = Batch.of(planned)
+    snapshots = [keep_code(each.run) for each in planned]
+    for each in planned:
+        (each.run.root / "jobs").mkdir(exist_ok=True)
+    batch.link_runs()
+    executor = batch.executor(allocation, snapshots[0].digest)
+    work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min) for each in planned]
+    try:
+        # submitit prints what it raises.
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
+            jobs = _undisturbed(lambda: executor.submit_array(work))
+    except (FailedJobError, FailedSubmissionError) as error:
+        leftovers = [each.run.root for each in planned if each.new]  # a refused command leaves nothing behind
+        for path in [batch.sweep, *leftovers] if batch.sweep else leftovers:
+            shutil.rmtree(path)
+        raise _refusal(str(error)) from None
+    batch.link_jobs(jobs)
+    for each, job, code in zip(planned, jobs, snapshots, strict=True):
+        _record(each.run, job.job_id, allocation, code)
+        print(f"job {job.job_id} on {allocation}\nrun  {each.run.root}\nlogs {each.run.root / 'jobs'}")
+    if not follow:
+        return 0
+    return follow_job(jobs[0], planned[0].run, local=False)
+
+
+def run_here(planned: Sequence[Planned], allocation: Allocation, *, follow: bool) -> int:
+    """One after the other, on this machine."""
+    import submitit
+
+    from launch.follow import follow_job
+    from launch.job import Job
+
+    allocations.set_environment(allocation)
+    failed = []
+    for each in planned:
+        run = each.run
+        code = keep_code(run)
+        executor: submitit.Executor
+        if allocation.executor == "debug":
+            executor = submitit.DebugExecutor(run.root / "jobs")
+        else:
+            executor = submitit.LocalExecutor(
+                run.root / "jobs", python=allocations.rank_command(allocation.python, shlex.quote(str(code.path)))
+            )
+            executor.update_parameters(
+                tasks_per_node=allocation.tasks_per_node,
+                gpus_per_node=allocation.gpus_per_node,
+                # The local controller counts this down and kills: there is no queue to give the machine back to.
+                timeout_min=_NO_LIMIT_MIN,
+                stderr_to_stdout=True,
+            )
+        job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))  # noqa: B023
+        _record(run, job.job_id, allocation, code)
+        print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
+        if allocation.executor == "debug":
+            job.result()
+        elif follow:
+            code_of_end = follow_job(job, run, local=True)
+            if code_of_end == 130:
+                return 130
+            if code_of_end:
+                failed.append(run)
+    if failed and len(planned) > 1:
+        print(f"{len(failed)} of {len(planned)} runs did not finish: {', '.join(str(run.root) for run in failed)}")
+    return 1 if failed else 0
+
+
+def keep_code(run: RunFolder) -> snapshot.Snapshot:
+    """The present code, in the run folder; says what is different from what the run had last."""
+    kept = snapshot.take(REPO, run.root / "code")
+    print(f"code {kept}")
+    last = last_submission(run)
+    before = run.root / "code" / last["code"] if last else None
+    if before is not None and before.exists() and before != kept.path:
+        changed = snapshot.differing_files(before, kept.path)
+        print(
+            f"The code is not what this run had last: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}. To "
+            f"go on with that one: python {shlex.quote(str(before / 'launch/submit.py'))} --resume "
+            f"{shlex.quote(str(run.root))}"
+        )
+    return kept
+
+
+def last_submission(run: RunFolder) -> Mapping[str, Any] | None:
+    """job, submitted, code, executor, allocation (``Allocation.again``); None before the first."""
+    lines = read_lines(_submissions(run))
+    return lines[-1] if lines else None
+
+
+def queued_job(run: RunFolder) -> str | None:
+    """The job of the run that waits or runs, in words; None if there is none, or Slurm cannot be asked."""
+    jobs = [line["job"] for line in read_lines(_submissions(run)) if line["executor"] == "slurm"]
+    if not jobs or not shutil.which("squeue"):
+        return None
+    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", "--format=%i %T"]
+    listed = subprocess.run(command, capture_output=True, text=True).stdout
+    states = dict(line.split() for line in listed.splitlines() if len(line.split()) == 2)
+    return next(
+        (f"{job} ({states[job].lower()})" for job in jobs if states.get(job, "COMPLETING") != "COMPLETING"), None
+    )
+
+
+def _submissions(run: RunFolder) -> Path:
+    return run.root / "jobs" / "submissions.jsonl"
+
+
+def _record(run: RunFolder, job_id: str, allocation: Allocation, code: snapshot.Snapshot) -> None:
+    line = {
+        "job": job_id,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "code": code.digest,
+        "executor": allocation.executor,
+        "allocation": allocation.again,
+    }
+    append_lines(_submissions(run), [line])
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """sbatch and srun take settings from the environment: a job submitted from within a job would inherit its size."""
+    inside = "SLURM_JOB_ID" in os.environ
+    names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"]
+    hidden = {name: os.environ.pop(name) for name in names if inside}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _undisturbed(submit: Callable[[], T]) -> T:
+    """Ctrl-C is for this process, which tells the job's controller; that one, or sbatch, would die of it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return submit()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _refusal(words: str) -> UserError:
+    """sbatch's own words."""
+    said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in words.strip().splitlines())
+    return UserError(f"Slurm does not take the job: {said}")

@@ -1,0 +1,307 @@
+"""The cluster file and the flags: what is read, which wins, what is refused, and what Slurm is told in the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from submitit.slurm.slurm import _make_sbatch_string
+
+from cfmask.errors import UserError
+from launch import allocation as allocations
+from launch.allocation import FILE_KEYS, Allocation, gpus, minutes, rank_command, resolve_allocation, slurm_parameters
+from launch.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
+from launch.submit import RECIPE_KEYS, parser
+
+REPO = Path(__file__).resolve().parents[1]
+KEYS = {**FILE_KEYS, **RECIPE_KEYS}
+
+
+@pytest.fixture(autouse=True)
+def a_machine_with_slurm(monkeypatch, tmp_path):
+    """As far as a look at the PATH goes; with nobody's cluster file on it."""
+    monkeypatch.setattr(allocations.shutil, "which", lambda name: f"/usr/bin/{name}" if name[0] == "s" else None)
+    monkeypatch.delenv("CFMASK_CLUSTER", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+def read(text: str, path: Path | None = None) -> ClusterFile:
+    path = path or Path("some.toml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return read_cluster_file(path, KEYS)
+
+
+def allocate(*flags: object, file: str = "", last: dict | None = None) -> Allocation:
+    return resolve_allocation(parser().parse_args(list(map(str, flags))), read(file), last)
+
+
+def sbatch_file(allocation: Allocation) -> str:
+    return _make_sbatch_string(command="TASK", folder="/runs/x/jobs", **slurm_parameters(allocation, "cfmask-x"))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_key():
+    template = (REPO / "slurm/cluster.toml").read_text()
+    assert not read(template).values, "a copied template changes nothing"
+    active = re.sub(r"^# (?=\[|[\w-]+ = )", "", template, flags=re.MULTILINE)
+    active = active.replace('python = "/shared', '# python = "/shared')  # one of two ways
+    file = read(active)
+    assert {*file.values, "environment", "container", "sbatch"} == {*KEYS, *OWN_KEYS}
+    assert file.image and file.mounts and file.environment and file.sbatch
+    allocation = resolve_allocation(parser().parse_args(["--gpus-per-node", "4"]), file)
+    assert "--container-image" in sbatch_file(allocation)
+
+
+@pytest.mark.parametrize("example", sorted((REPO / "slurm/examples").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_examples_are_valid(example):
+    sbatch_file(resolve_allocation(parser().parse_args([]), read_cluster_file(example, KEYS)))
+
+
+def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):
+    assert find_cluster_file(None) is None
+    at_home = Path("~/.config/cfmask/cluster.toml").expanduser()
+    read("", at_home)
+    assert find_cluster_file(None) == at_home
+    read("", Path("cluster.toml"))
+    assert find_cluster_file(None) == Path("cluster.toml")
+    read("", Path("by-variable.toml"))
+    monkeypatch.setenv("CFMASK_CLUSTER", "by-variable.toml")
+    assert find_cluster_file(None) == Path("by-variable.toml")
+    read("", Path("by-flag.toml"))
+    assert find_cluster_file(Path("by-flag.toml")) == Path("by-flag.toml")
+    monkeypatch.setenv("CFMASK_CLUSTER", "")
+    assert find_cluster_file(None) is None, "an empty variable means none"
+
+
+def test_one_that_is_named_has_to_be_there(monkeypatch):
+    with pytest.raises(UserError, match="nope.toml, named by --cluster, is not there"):
+        find_cluster_file(Path("nope.toml"))
+    monkeypatch.setenv("CFMASK_CLUSTER", "nope.toml")
+    with pytest.raises(UserError, match=r"named by \$CFMASK_CLUSTER, is not there"):
+        find_cluster_file(None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nodes = 2\npartition = gpu", "is not TOML: .*line 2"),
+        ("partion = 'gpu'", "there is no key partion. Did you mean partition.*account, array_parallelism"),
+        ("lr = 3e-5", "there is no key lr. Those there are"),
+        ("dependency = 'afterok:1'", "there is no key dependency"),
+        ("nodes = '2'", "nodes has to be a whole number; it is '2'"),
+        ("nodes = true", "nodes has to be a whole number; it is True"),
+        ("time = 1.5", "time has to be a string or a whole number"),
+        ("setup = 'module load cuda'", "setup has to be a list of strings"),
+        ("setup = [1]", "setup has to be a list of strings"),
+        ("environment = 1", "environment has to be a table"),
+        ("[environment]\npartition = 'gpu'", "partition stands under .environment., and is a key: move it above"),
+        ("[environment]\nA-B = '1'", "A-B has to be the name of a variable"),
+        ("[environment]\nA = 1.5", "A has to be the name of a variable, with a string or a whole number"),
+        ("[container]\nmounts = ['/a:/a']", "needs an image"),
+        ("[container]\nimage = 'x'\nmounts = ['a:/a']", "'a:/a'; a mount is /FROM:/TO"),
+        ("[container]\nimage = 'x'\nname = 'y'", "there is no key container.name"),
+        ("[sbatch]\nmem = '4G'", "mem does not stand here: it is the key memory"),
+        ("[sbatch]\ngpus_per_node = 4", "gpus_per_node does not stand here: it is the key gpus_per_node"),
+        ("[sbatch]\nsignal = 'USR1@60'", "cfmask's own business"),
+        ("[sbatch]\nexclusive = false", "true for an option without a value"),
+    ],
+)
+def test_what_would_do_nothing_is_refused_with_file_and_key(text, said):
+    with pytest.raises(UserError, match=f"(?s)The cluster file some.toml.*{said}"):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("time = 'tomorrow'", "time is 'tomorrow', which is not minutes, or Slurm's"),
+        ("nodes = 0", "nodes is 0, which is not a whole number, 1 or more"),
+        ("gpus_per_node = 'a100'", "gpus_per_node is 'a100', which is not a number, or TYPE:NUMBER"),
+        ("rendezvous_timeout = -1", "rendezvous_timeout is -1, which is not a number of minutes"),
+        ("interface = 'ib 0'", "interface is 'ib 0', which is not a word"),
+    ],
+)
+def test_values_are_read_as_those_of_flags_are(text, said):
+    with pytest.raises(UserError, match=said):
+        allocate(file=text)
+
+
+# --- how it adds up ---------------------------------------------------------------------------------------------------
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults():
+    file = "partition = 'gpu'\nqos = 'low'\nnodes = 2\ntime = '2-00:00:00'\ncpus_per_task = 12"
+    a = allocate("--qos", "high", "--nodes", 4, file=file)
+    assert (a.partition, a.qos, a.nodes, a.time_min, a.cpus_per_task) == ("gpu", "high", 4, 2880, 12)
+    bare = allocate()
+    assert (bare.partition, bare.nodes, bare.gpus_per_node, bare.time_min, bare.cpus_per_task) == (None, 1, 8, 1440, 8)
+
+
+def test_a_resumed_run_gets_what_it_got_unless_flags_say_otherwise():
+    flags = ("--nodes", 4, "--gpus-per-node", "a100:2", "--time", "2:00:00", "--after", 3, "--qos", "high")
+    last = json.loads(json.dumps(allocate(*flags, file="cpus_per_task = 3").again))
+    file = "nodes = 2\ngpus_per_node = 8\npartition = 'gpu'\nqos = 'low'"
+    again = allocate(file=file, last=last)
+    assert (again.nodes, again.gpus_per_node, again.gpu_type, again.tasks_per_node) == (4, 2, "a100", 2)
+    assert (again.time_min, again.qos, again.partition, again.cpus_per_task) == (120, "high", "gpu", 8)
+    assert again.dependency is None, "what it waited for is over"
+    other = allocate("--nodes", 1, "--gpus-per-node", 4, "--time", 30, file=file, last=last)
+    assert (other.nodes, other.gpus_per_node, other.gpu_type, other.time_min) == (1, 4, "", 30)
+    assert allocate(last=json.loads(json.dumps(other.again))).again == other.again, "and the next time the same"
+    by_tasks = allocate("--tasks-per-node", 3, last=last)
+    assert (by_tasks.gpus_per_node, by_tasks.world_size) == (0, 12)
+
+
+def test_who_says_gpus_or_tasks_says_both():
+    assert allocate("--tasks-per-node", 2, file="gpus_per_node = 8").gpus_per_node == 0
+    assert allocate("--gpus-per-node", 4, file="gpus_per_node = 0\ntasks_per_node = 2").tasks_per_node == 4
+    assert allocate(file="gpus_per_node = 0\ntasks_per_node = 2").world_size == 2
+    with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node 8"):
+        allocate(file="gpus_per_node = 8\ntasks_per_node = 2")
+
+
+def test_on_this_machine_only_environment_is_taken_from_the_file():
+    file = "nodes = 2\ngpus_per_node = 8\ninterface = 'ib0'\nsetup = ['module load x']\n[environment]\nA = 1"
+    a = allocate("--executor", "local", file=file)
+    assert (a.nodes, a.gpus_per_node, a.environment, a.setup) == (1, 0, {"A": "1"}, ())
+
+
+def test_flags_for_slurm_are_refused_on_this_machine():
+    with pytest.raises(UserError, match="--time, --partition, --after would do nothing: .* --executor is local"):
+        allocate("--executor", "local", "--time", 30, "--partition", "gpu", "--after", 3)
+    with pytest.raises(UserError, match="--nodes 2 needs Slurm"):
+        allocate("--executor", "local", "--nodes", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 90), ("90:30", 91), ("2:00:00", 120), ("1-12", 2160), ("1-12:30", 2190), ("1-00:00:01", 1441)],
+)
+def test_time_in_slurms_own_forms(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "0", "2h", "1:2:3:4", "-1", "1-", "inf"])
+def test_other_forms_of_time_are_refused(text):
+    with pytest.raises(ValueError, match="minutes|nothing"):
+        minutes(text)
+
+
+def test_gpus_with_and_without_a_type():
+    assert (
+        gpus("8") == ("", 8) and gpus("a100:4") == ("a100", 4) and gpus("nvidia_h100.80gb:1") == ("nvidia_h100.80gb", 1)
+    )
+
+
+def test_bad_flags_say_what_they_should_be(capsys):
+    for flag, value in (("--time", "soon"), ("--nodes", "0"), ("--after", "job7"), ("--gpus-per-node", "all")):
+        with pytest.raises(SystemExit):
+            parser().parse_args([flag, value])
+        assert f"argument {flag}: '{value}' is not" in capsys.readouterr().err
+
+
+# --- what Slurm is told -----------------------------------------------------------------------------------------------
+
+
+def test_the_sbatch_file_says_all_that_was_asked_for():
+    flags = ("--nodes", 2, "--gpus-per-node", "a100:4", "--cpus-per-task", 12, "--time", "1-12:00:00", "--qos", "high")
+    more = ("--constraint", "a100|h100", "--memory", 0, "--exclude", "n07,n[11-14]", "--account", "vision")
+    text = sbatch_file(allocate(*flags, *more, "--partition", "gpu", "--after", 12, "13_4", "--interface", "ib0"))
+    for line in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --gpus-per-node=a100:4",
+        "#SBATCH --ntasks-per-node=4",
+        "#SBATCH --cpus-per-task=12",
+        "#SBATCH --time=2160",
+        "#SBATCH --qos=high",
+        "#SBATCH --constraint='a100|h100'",
+        "#SBATCH --mem=0",
+        "#SBATCH --exclude='n07,n[11-14]'",
+        "#SBATCH --account=vision",
+        "#SBATCH --partition=gpu",
+        "#SBATCH --dependency=afterok:12:13_4",
+        "#SBATCH --signal=USR2@120",
+        "#SBATCH --requeue",
+        "#SBATCH --open-mode=append",
+        'export NCCL_SOCKET_IFNAME="=ib0"',
+        'export GLOO_SOCKET_IFNAME="ib0"',
+    ):
+        assert line in text.splitlines(), text
+    assert re.search(r"^srun .* --cpus-per-task=12 --kill-on-bad-exit=1 TASK$", text, re.MULTILINE)
+
+
+def test_gpus_are_not_asked_for_where_there_are_none():
+    assert "gpus" not in sbatch_file(allocate("--gpus-per-node", 0, "--tasks-per-node", 2))
+
+
+def test_dependencies_are_said_in_one_way():
+    assert allocate("--dependency", "afterany:3,singleton").dependency == "afterany:3,singleton"
+    with pytest.raises(UserError, match="--after and --dependency"):
+        allocate("--dependency", "singleton", "--after", 3)
+
+
+def test_options_of_sbatch_setup_and_srun_that_only_the_file_has():
+    file = "setup = ['module load cuda']\nsrun_args = ['--mpi=none']\n[sbatch]\nmail-type = 'END'\nexclusive = true"
+    lines = sbatch_file(allocate(file=file)).splitlines()
+    assert "#SBATCH --mail-type=END" in lines and "#SBATCH --exclusive" in lines
+    assert "module load cuda" in lines and any("--mpi=none TASK" in line for line in lines)
+
+
+def test_a_container_runs_its_own_python_under_pyxis():
+    a = allocate(file="[container]\nimage = '/i.sqsh'\nmounts = ['/lustre:/lustre', '/scratch:/tmp']")
+    assert a.python == "python3"
+    assert "--container-image=/i.sqsh --container-mounts=/lustre:/lustre,/scratch:/tmp TASK" in sbatch_file(a)
+    assert allocations.uncovered(a, [Path("/lustre/runs/x"), Path("/home/me/runs")]) == [Path("/home/me/runs")]
+    apptainer = "apptainer exec --nv /i.sif python3"
+    assert allocate(file=f"python = '{apptainer}'").python == apptainer
+
+
+def test_the_environment_is_set_on_the_node_where_variables_have_their_values():
+    values = {"PLAIN": "x", "FILLED": "/scratch/$USER/${JOB}x", "ODD": 'a "b" `c` \\d $(e) $1 $', "SPACES": " a  b "}
+    toml = "[environment]\n" + "\n".join(f"{name} = '''{value}'''" for name, value in values.items())
+    exports = [
+        line
+        for line in sbatch_file(allocate(file=toml)).splitlines()
+        if line.startswith("export ") and "SUBMITIT" not in line
+    ]
+    script = "\n".join(["USER=me JOB=7", *exports, *(f'printf "%s\\0" "${name}"' for name in values)])
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    assert said == ["x", "/scratch/me/7x", values["ODD"], " a  b "]
+
+
+def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
+    """Where a rank has no scontrol; every other end is the job's as it is."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").chmod(0o755)
+    for code, said in ((144, "requeue 77\n"), (0, ""), (1, ""), (143, "")):
+        text = sbatch_file(allocate())
+        text = re.sub(r"^srun .*$", f"(exit {code})", text, flags=re.MULTILINE)
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (code, said)
+
+
+def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):
+    """The command that starts it: whatever the shell and Python's first moments are, USR2 does not end them."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/start.py").write_text(
+        "import os, signal, sys\n"
+        "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print('alive', sys.argv[1:])"
+    )
+    command = f"{rank_command('python3', shlex.quote(str(tmp_path)))} -u -m submitit.core._submit 'a b'"
+    for words in (
+        shlex.split(command),
+        ["bash", "-c", command],
+    ):  # as submitit's local controller, and as a batch script
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.stdout == "alive ['-u', '-m', 'submitit.core._submit', 'a b']\n", done.stderr

@@ -1,0 +1,280 @@
+"""The run folder: who holds it, what is written down about starts and ends, and the mark of a cancelled run."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cfmask.errors import UserError
+from cfmask.runs import REQUEUES_WITHOUT_PROGRESS, RunFolder, append_lines, process_runs, read_lines
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Holds the folder in argv[1], beating every argv[2] s, until its standard input ends.
+HOLDER = """
+import sys
+from pathlib import Path
+from cfmask.runs import RunFolder
+with RunFolder(Path(sys.argv[1])).locked("7-0", heartbeat_s=float(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+print("left", flush=True)
+"""
+
+
+def start_holder(root: Path, heartbeat_s: float = 0.05) -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLDER, str(root), str(heartbeat_s)]
+    holder = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    return holder
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def owner_file(run: RunFolder) -> Path:
+    [file] = (run.root / ".owner").iterdir()
+    return file
+
+
+def put_owner_elsewhere(run: RunFolder) -> Path:
+    """As if a process on another node held the folder."""
+    with run.locked():
+        pass
+    return owner_file(run).rename(run.root / ".owner" / "n17,another machine,4711,12-0,0a1b2c3d")
+
+
+# --- one job on one folder ----------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_free_before_and_after(run):
+    assert run.owner() is None
+    for _ in range(2):
+        with run.locked("12-3"):
+            owner = run.owner()
+            assert (owner.pid, owner.job, owner.host) == (os.getpid(), "12-3", os.uname().nodename)
+            assert owner.why_dead() is None and owner.age_s < 5
+        assert run.owner() is None
+
+
+def test_it_is_free_after_an_exception(run):
+    with pytest.raises(ZeroDivisionError), run.locked():
+        raise ZeroDivisionError
+    assert run.owner() is None
+
+
+def test_a_second_job_is_refused_and_told_by_whom_and_when_it_was_heard_of(run):
+    holder = start_holder(run.root)
+    with pytest.raises(UserError) as refusal, run.locked(patience_s=0.2):
+        pass
+    said = f"(job 7-0, process {holder.pid} on {os.uname().nodename}; last heard of 0 s ago)"
+    assert said in str(refusal.value)
+    assert holder.communicate("")[0] == "left\n", "the holder has noticed nothing"
+
+
+def test_a_job_that_is_just_dying_is_waited_for(run):
+    holder = start_holder(run.root)
+    holder.stdin.close()
+    with run.locked(patience_s=30):
+        assert run.owner().pid == os.getpid()
+    assert holder.wait() == 0
+
+
+def test_a_killed_owner_on_this_machine_is_followed_at_once(run, capsys):
+    holder = start_holder(run.root)
+    holder.kill()
+    # Not waited for: a process that its parent has not taken notice of is dead all the same.
+    before = time.monotonic()
+    with run.locked():
+        assert run.owner().pid == os.getpid()
+    assert time.monotonic() - before < 3
+    assert f"process {holder.pid} on {os.uname().nodename}, which does not run any more: taken over" in (
+        capsys.readouterr().out
+    )
+    assert not process_runs(holder.pid)
+    holder.wait()
+    assert not process_runs(holder.pid)
+
+
+def test_an_owner_elsewhere_that_is_silent_is_followed_after_the_limit(run, capsys):
+    put_owner_elsewhere(run)
+    before = time.monotonic()
+    with run.locked(dead_after_s=1.5, patience_s=0):
+        assert time.monotonic() - before > 1, "it may be alive: it is waited for"
+    assert "job 12-0, process 4711 on n17, which was not heard of for" in capsys.readouterr().out
+
+
+def test_an_owner_elsewhere_is_believed_dead_by_the_clock_of_the_file_system_alone(run, monkeypatch):
+    file = put_owner_elsewhere(run)
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert run.owner().age_s < 30
+    os.utime(file, (time.time_ns() / 1e9 - 1000,) * 2)
+    assert 999 < run.owner().age_s < 1030
+    with run.locked(patience_s=0):
+        pass
+
+
+def test_an_owner_elsewhere_that_lets_hear_of_itself_is_left_alone(run):
+    file = put_owner_elsewhere(run)
+    beats = subprocess.Popen(["sh", "-c", f"while touch -c '{file}'; do sleep 0.1; done"])
+    try:
+        with pytest.raises(UserError, match="Another job is training"), run.locked(dead_after_s=60, patience_s=0.5):
+            pass
+    finally:
+        beats.kill()
+        beats.wait()
+    assert owner_file(run) == file
+
+
+def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
+    holder = start_holder(run.root)
+    os.kill(holder.pid, signal.SIGSTOP)
+    with run.locked(dead_after_s=1, patience_s=30):
+        os.kill(holder.pid, signal.SIGCONT)
+        assert holder.wait(timeout=30) == 1
+        assert run.owner().pid == os.getpid()
+    said = holder.stdout.read()
+    assert f"has gone to process {os.getpid()} on" in said and "left" not in said
+
+
+def _contend(root: Path, ready, done, won) -> None:
+    ready.wait()
+    try:
+        with RunFolder(root).locked(patience_s=0.3):
+            won.put(os.getpid())
+            done.wait(timeout=60)
+    except UserError:
+        done.wait(timeout=60)
+
+
+@pytest.mark.parametrize("before", ["never held", "free", "owner killed", "owner silent elsewhere"])
+def test_of_contenders_at_once_exactly_one_wins(tmp_path, before):
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(6):
+        run = RunFolder(tmp_path / str(attempt))
+        run.root.mkdir()
+        if before == "free":
+            with run.locked():
+                pass
+        elif before == "owner killed":
+            holder = start_holder(run.root)
+            holder.kill()
+            holder.wait()
+        elif before == "owner silent elsewhere":
+            os.utime(put_owner_elsewhere(run), (1e9, 1e9))
+        ready, done, won = fork.Barrier(8), fork.Barrier(8), fork.Queue()
+        contenders = [fork.Process(target=_contend, args=(run.root, ready, done, won)) for _ in range(8)]
+        for contender in contenders:
+            contender.start()
+        for contender in contenders:
+            contender.join(timeout=60)
+        winner = won.get(timeout=5)
+        assert won.empty(), "two hold the folder"
+        assert winner in [contender.pid for contender in contenders]
+        assert os.listdir(run.root / ".owner") == ["free"]
+        assert os.listdir(run.root) == [".owner"], "nothing is left lying about"
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(run, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(run.root))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"), run.locked():
+        pass
+
+
+# --- starts and ends ----------------------------------------------------------------------------------------------
+
+
+def test_each_start_says_why_and_when_and_where_the_one_before_ended(run):
+    run.begin_attempt(job="12-0", from_step=0)
+    append_lines(run.log, [{"step": 7, "loss": 1.0}])
+    run.end_attempt("stopped at step 7 (requeue)")
+    told = run.ended()
+    assert told["why"] == "stopped at step 7 (requeue)"
+    run.begin_attempt(job="12-1", from_step=7)
+    assert run.ended() is None
+    append_lines(run.log, [{"step": 9, "loss": 1.0}])
+    run.begin_attempt(job="12-2", from_step=7)
+    first, second, third = read_lines(run.attempts)
+    assert first["why_last_ended"] is None and "last_reached" not in first
+    assert second["why_last_ended"] == told["why"]
+    assert (second["last_ended"], second["last_reached"]) == (told["ended"], 7)
+    assert third["why_last_ended"] == "killed without notice"
+    assert (third["last_ended"], third["last_reached"]) == (None, 9)
+
+
+def test_killed_between_two_writes_a_start_does_not_inherit_the_end_of_the_one_before(run):
+    run.begin_attempt(from_step=0)
+    run.end_attempt("stopped at step 7 (requeue)")
+    left = (run.root / "ended.json").read_text()
+    run.begin_attempt(from_step=7)
+    (run.root / "ended.json").write_text(left)
+    assert run.ended() is None
+    run.begin_attempt(from_step=7)
+    assert read_lines(run.attempts)[-1]["why_last_ended"] == "killed without notice"
+
+
+def test_a_torn_line_does_not_swallow_the_next(run):
+    run.begin_attempt(from_step=0)
+    run.attempts.write_text(run.attempts.read_text() + '{"attempt": 2, "sta')
+    run.begin_attempt(from_step=5)
+    assert [line["from_step"] for line in read_lines(run.attempts)] == [0, 5]
+
+
+def test_the_end_of_a_log_is_read_without_the_rest(run):
+    append_lines(run.log, [{"step": step} for step in range(10_000)])
+    assert [line["step"] for line in read_lines(run.log, tail=50)] == [9997, 9998, 9999]
+    assert run.logged_step() == 9999
+    run.log.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
+    assert run.logged_step() == 1
+
+
+def test_a_requeue_that_gets_on_does_not_count_however_many_there_are(run):
+    for restart in range(1000):
+        run.begin_attempt(job=f"12-{restart}", from_step=10 * restart)
+    assert not run.stuck("12")
+
+
+def test_requeues_without_progress_are_counted_for_one_job_and_up_to_a_checkpoint(run):
+    for restart in range(REQUEUES_WITHOUT_PROGRESS):
+        run.begin_attempt(job=f"12-{restart}", from_step=50)
+    assert not run.stuck("12")
+    run.begin_attempt(job=f"12-{REQUEUES_WITHOUT_PROGRESS}", from_step=50)
+    assert run.stuck("12")
+    assert not run.stuck("1") and not run.stuck("13"), "submitted anew, it has its own count"
+    (run.checkpoints / "step-00000050").mkdir(parents=True)
+    assert run.stuck("12")
+    (run.checkpoints / "step-00000060").mkdir()
+    assert not run.stuck("12"), "the last start has got on before it was killed"
+
+
+# --- cancelled ----------------------------------------------------------------------------------------------------
+
+
+def test_the_mark_says_who_and_when_and_can_be_taken_away(run):
+    assert run.cancelled() is None and run.clear_cancelled() is None
+    run.cancel()
+    told = run.cancelled()
+    assert told["by"].endswith(f" on {os.uname().nodename}") and told["when"]
+    (run.root / "cancelled.json").write_text(json.dumps({**told, "by": "ada"}))
+    run.cancel()
+    assert run.cancelled()["by"] == "ada", "the first one's word stays"
+    assert run.clear_cancelled()["by"] == "ada"
+    assert run.cancelled() is None
+
+
+def test_a_mark_made_by_hand_counts(run):
+    (run.root / "cancelled.json").touch()
+    assert run.cancelled() == {"by": "somebody", "when": None}

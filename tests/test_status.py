@@ -1,0 +1,448 @@
+"""The table of runs: every state told apart, from whole and from damaged folders, with one question to Slurm."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+import made
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, append_lines, read_lines
+from launch import follow, status
+from slurm_fixture import wait_until
+
+REPO = Path(__file__).resolve().parents[1]
+EPOCHS = 80  # long enough to be disturbed
+
+
+# --- made folders -------------------------------------------------------------------------------------------------
+
+
+def make_run(
+    root: Path, *, starts: int = 0, step: int = 0, saved: int = 0, job: str = "12", ended: str = ""
+) -> RunFolder:
+    """A run folder as one would be that has trained up to ``step``."""
+    run = RunFolder(root)
+    run.claim(Recipe())
+    for restart in range(starts):
+        run.begin_attempt(job=f"{job}-{restart}", nodes=2, world_size=4, device="cuda:0", from_step=saved * restart)
+    for each in range(10, step + 1, 10):
+        line = {"step": each, "total_steps": 1000, "loss": 2.5, "samples_per_s": 512.0, "eta_s": 3723.0}
+        append_lines(run.log, [line])
+    if saved:
+        (run.checkpoints / f"step-{saved:08d}").mkdir(parents=True)
+    if ended:
+        run.end_attempt(ended)
+    return run
+
+
+def submitted(run: RunFolder, job: str, *, slurm: bool = True) -> RunFolder:
+    """As submitit leaves it."""
+    (run.root / "jobs").mkdir(exist_ok=True)
+    (run.root / f"jobs/{job}_submitted.pkl").touch()
+    if slurm:
+        (run.root / f"jobs/{job}_submission.sh").touch()
+    return run
+
+
+def queued(job: str, state: str = "PENDING", *, restarts: int = 0, eligible_in_s: int = -60, reason: str = "Priority"):
+    moment = (datetime.now() + timedelta(seconds=eligible_in_s)).isoformat(timespec="seconds")
+    return status.SlurmJob(job, state, "N/A", moment, restarts, reason, "n[1-2]")
+
+
+def row(run: RunFolder, *jobs: status.SlurmJob, lives: tuple[status.Life, ...] = ()) -> status.Status:
+    return status.status_of(status.read(run), status.Slurm({job.id: job for job in jobs}, lives))
+
+
+def life(state: str, job: str = "12", *, ago_s: int = 3600) -> status.Life:
+    begin = (datetime.now() - timedelta(seconds=ago_s)).isoformat(timespec="seconds")
+    return status.Life(job, state, begin, (datetime.now() + timedelta(seconds=9)).isoformat(timespec="seconds"))
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "runs/some-run"
+
+
+# --- states -------------------------------------------------------------------------------------------------------
+
+
+def test_never_started(root):
+    assert row(make_run(root)).state == "never started"
+
+
+def test_queued_says_what_it_waits_for(root):
+    told = row(submitted(make_run(root), "12"), queued("12"))
+    assert (told.state, told.job, told.next_start, told.last_end) == ("queued", "12", "(Priority)", None)
+
+
+def test_queued_with_an_estimate(root):
+    moment = datetime.now().replace(hour=23, minute=59, second=58, microsecond=0).isoformat()
+    job = status.SlurmJob("12", "PENDING", moment, "2020-01-01T00:00:00", 0, "Resources", "")
+    assert row(submitted(make_run(root), "12"), job).next_start == "about 23:59:58 (Resources)"
+
+
+def test_requeued_says_when_it_may_start(root):
+    run = submitted(make_run(root, starts=1, step=70, saved=70, ended="stopped at step 70 (requeue)"), "12")
+    told = row(run, queued("12", restarts=1, eligible_in_s=90, reason="BeginTime"))
+    assert told.state == "requeued" and told.next_start.startswith("eligible ")
+    assert told.last_end == "stopped at step 70 (requeue)"
+    assert (told.step, told.total_steps, told.eta_s) == (70, 1000, None)
+
+
+def test_its_job_runs_and_training_has_not_begun(root):
+    assert row(submitted(make_run(root), "12"), queued("12", "RUNNING")).state == "starting"
+    assert row(submitted(make_run(root), "12"), queued("12", "CONFIGURING")).state == "configuring"
+
+
+def test_its_job_runs_and_training_is_over(root):
+    run = submitted(make_run(root, starts=2, step=70, ended="stopped at step 70 (quit)"), "12")
+    assert row(run, queued("12", "RUNNING", restarts=1)).state == "ending"
+    assert row(run, queued("12", "COMPLETING", restarts=1)).state == "ending"
+    assert row(run, queued("12", "RUNNING", restarts=2)).state == "starting", "of its next life"
+
+
+def test_running(root):
+    run = submitted(make_run(root, starts=1, step=70, saved=50), "12")
+    with run.locked("12-0"):
+        told = row(run, queued("12", "RUNNING"))
+    assert (told.state, told.step, told.samples_per_s, told.loss, told.eta_s) == ("running", 70, 512.0, 2.5, 3723.0)
+    assert (told.attempts, told.last_end) == (1, None)
+
+
+def test_running_without_slurm_is_known_from_the_heartbeat(root):
+    run = make_run(root, starts=1, step=70)
+    with run.locked():
+        assert row(run).state == "running"
+        [file] = (run.root / ".owner").iterdir()
+        elsewhere = file.rename(file.with_name("n17,another machine,4711,,0a1b2c3d"))
+        assert row(run).state == "running"
+        os.utime(elsewhere, (1e9, 1e9))
+        assert row(run).state == "dead"
+        elsewhere.rename(file)
+
+
+def test_killed_on_another_node_a_run_in_the_queue_is_not_said_to_run(root):
+    run = submitted(make_run(root, starts=1, step=70), "12")
+    with run.locked("12-0"):
+        [file] = (run.root / ".owner").iterdir()
+        elsewhere = file.rename(file.with_name("n17,another machine,4711,12-0,0a1b2c3d"))
+        told = row(run, queued("12", restarts=1))
+        elsewhere.rename(file)
+    assert (told.state, told.last_end) == ("requeued", "killed without notice")
+
+
+def test_finished(root):
+    run = submitted(make_run(root, starts=1, step=1000, ended="finished"), "12")
+    run.results.write_text("{}")
+    assert (row(run).state, row(run).last_end) == ("finished", "finished")
+
+
+def test_cancelling_and_cancelled(root):
+    run = submitted(make_run(root, starts=1, step=70, saved=70, ended="stopped at step 70 (quit)"), "12")
+    run.cancel()
+    assert row(run, queued("12", "RUNNING")).state == "cancelling"
+    told = row(run)
+    assert told.state == "cancelled"
+    assert told.last_end.startswith(f"cancelled at step 70 by {run.cancelled()['by']}, ")
+
+
+def test_stopped_by_a_signal(root):
+    run = submitted(make_run(root, starts=1, step=70, ended="stopped at step 70 (quit)"), "12")
+    assert (row(run).state, row(run).last_end) == ("stopped", "stopped at step 70 (quit)")
+
+
+def test_scancelled_in_the_queue(root):
+    told = row(submitted(make_run(root), "12"), lives=(life("CANCELLED by 1000"),))
+    assert (told.state, told.last_end) == ("stopped", "scancel by 1000, before training began")
+
+
+def test_failed_with_a_word_of_its_own(root):
+    told = row(submitted(make_run(root, starts=1, step=70, ended="failed: UserError: a\nlong story"), "12"))
+    assert told.state == "failed"
+    assert "failed: UserError: a long story" in status.table([told])
+
+
+@pytest.mark.parametrize(
+    ("slurms_word", "state", "said"),
+    [
+        ("NODE_FAIL", "dead", "killed: node failed"),
+        ("OUT_OF_MEMORY", "dead", "killed: out of memory"),
+        ("TIMEOUT", "dead", "killed: time limit"),
+        ("CANCELLED by 0", "stopped", "killed: scancel by 0"),
+        ("FAILED", "failed", "killed: its job failed"),
+    ],
+)
+def test_killed_and_slurm_knows_why(root, slurms_word, state, said):
+    told = row(submitted(make_run(root, starts=1, step=70), "12"), lives=(life(slurms_word),))
+    assert (told.state, told.last_end) == (state, said)
+
+
+def test_dead_without_a_word_from_anybody(root):
+    told = row(submitted(make_run(root, starts=1, step=70), "12"))
+    assert (told.state, told.last_end) == ("dead", "killed without notice")
+
+
+def test_failed_before_training_began(root):
+    told = row(submitted(make_run(root), "12"), lives=(life("FAILED"),))
+    assert (told.state, told.last_end) == ("failed", "its job failed, before training began")
+    local = row(submitted(make_run(root.with_name("local")), "4000000", slurm=False))
+    assert (local.state, local.last_end) == ("failed", "ended before training began")
+
+
+def test_a_member_of_an_array(root):
+    run = make_run(root)
+    (run.root / "jobs").mkdir()
+    (run.root / "jobs/12_3_submitted.pkl").touch()
+    assert row(run, queued("12_3")).state == "queued"
+    assert row(run, queued("12_4")).state == "dead"
+
+
+def test_without_slurm_what_may_wait_there_is_unknown(root):
+    def told(name: str, **made_as) -> str:
+        run = submitted(make_run(root.with_name(name), **made_as), "12")
+        return status.status_of(status.read(run), status.Slurm()).state
+
+    assert told("a", starts=1, step=70, ended="stopped at step 70 (requeue)") == "unknown"
+    assert told("b", starts=1, step=70) == "unknown"
+    assert told("c") == "unknown"
+    assert told("d", starts=1, step=70, ended="stopped at step 70 (quit)") == "stopped"
+    assert told("e", starts=1, step=70, ended="failed: UserError: no") == "failed"
+
+
+# --- each start ---------------------------------------------------------------------------------------------------
+
+
+def test_attempts_are_told_each_with_its_way_and_its_end(root):
+    run = submitted(make_run(root, starts=1, step=70, saved=50), "12")
+    run.begin_attempt(job="12-1", nodes=1, world_size=2, device="cpu", from_step=50)
+    append_lines(run.log, [{"step": 90, "total_steps": 100, "loss": 1, "samples_per_s": 5, "eta_s": 1}])
+    run.end_attempt("stopped at step 90 (quit)")
+    facts = status.read(run)
+    slurm = status.Slurm({}, (life("NODE_FAIL"),))
+    header, first, second = status.attempts_table(facts, status.status_of(facts, slurm), slurm).splitlines()
+    assert header.split() == "attempt started job nodes ranks device from step to step ended".split()
+    assert first.split()[2:] == "12-0 2 4 cuda:0 0 70 killed: node failed".split()
+    assert second.split()[2:] == "12-1 1 2 cpu 50 90 stopped at step 90 (quit)".split()
+
+
+# --- damaged folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "note"),
+    [
+        ("recipe.json", '{"model', "not a recipe"),
+        ("recipe.json", None, "no recipe.json"),
+        ("attempts.jsonl", b'{"attempt": 1, "job": "12-0", "from_step": 0}\n{"attempt": 2, "jo', "torn line"),
+        ("attempts.jsonl", b"\0" * 100, "torn line"),
+        ("attempts.jsonl", None, ""),
+        ("ended.json", '{"why', ""),
+        ("ended.json", "[]", ""),
+        ("cancelled.json", '{"b', ""),
+        ("log.jsonl", b'{"step": 10, "total_steps": 1000, "loss": 2.5, "samples', ""),
+        ("log.jsonl", b"17\n\xff\xfe\n[]\n", ""),
+        ("log.jsonl", None, ""),
+        (".owner/free", None, ""),
+        ("checkpoints/step-torn", b"", ""),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_damaged_file_leaves_the_rest_of_the_table(root, capsys, file, content, note):
+    damaged = submitted(
+        make_run(root, starts=1, step=70, saved=50, ended="stopped at step 70 (quit)"), "4000000", slurm=False
+    )
+    with damaged.locked():
+        pass
+    make_run(root.with_name("whole"))
+    path = damaged.root / file
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert status.main([str(root.parent), "--attempts"]) == 0
+    told = capsys.readouterr().out
+    rows = told.splitlines()[1:3]
+    assert str(root) in rows[0] and str(root.with_name("whole")) in rows[1]
+    assert ("note: " in told) == bool(note) and note in told
+
+
+def test_a_path_that_is_none_is_a_sentence(tmp_path, capsys, monkeypatch):
+    def refused(*arguments: object) -> str:
+        assert status.main(list(map(str, arguments))) == 2
+        [said] = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: ")
+        return said
+
+    (tmp_path / "empty").mkdir()
+    assert "no recipe.json" in refused(tmp_path / "empty")
+    assert "No such file" in refused(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    assert "call this where they were submitted from" in refused()
+    make_run(tmp_path / "runs/a")
+    make_run(tmp_path / "runs/b")
+    assert "here are 2" in refused("--follow")
+
+    def deny(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(status, "_is_run", deny)
+    assert "cannot be read: Permission denied" in refused(tmp_path / "runs")
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch) -> Path:
+    """A squeue and a sacct that say what files say, and write down how they were called."""
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    for name in ("squeue", "sacct"):
+        (bin / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {bin}/calls\ncat {bin}/{name}.out\n')
+        (bin / name).chmod(0o755)
+        (bin / f"{name}.out").touch()
+    (bin / "calls").touch()
+    monkeypatch.setenv("PATH", f"{bin}{os.pathsep}{os.environ['PATH']}")
+    return bin
+
+
+def test_slurm_is_asked_once_for_all_runs(tmp_path, fake_slurm, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for job in range(12, 20):
+        submitted(make_run(tmp_path / f"runs/r{job}", starts=job % 2, step=30, job=str(job)), str(job))
+    (fake_slurm / "squeue.out").write_text("12|PENDING|N/A|2020-01-01T00:00:00|0|Priority||\n")
+    now = datetime.now()
+    begin, end = ((now + timedelta(seconds=s)).isoformat(timespec="seconds") for s in (-60, 60))
+    (fake_slurm / "sacct.out").write_text(f"13|NODE_FAIL|{begin}|{end}\n13|PENDING|Unknown|Unknown\n")
+    assert status.main([]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "queued" in told["runs/r12"] and "(Priority)" in told["runs/r12"]
+    assert "dead" in told["runs/r13"] and "killed: node failed" in told["runs/r13"]
+    squeue, sacct = (fake_slurm / "calls").read_text().splitlines()
+    assert "--jobs=12,13,14,15,16,17,18,19" in squeue
+    assert "-j 13,14,15,16,17,18,19" in sacct, "what waits in the queue has not ended"
+
+
+def test_slurm_that_does_not_answer_is_a_note(tmp_path, fake_slurm, capsys):
+    submitted(make_run(tmp_path / "a", starts=1, step=30), "12")
+    (fake_slurm / "squeue").write_text(
+        "#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2\nexit 1\n"
+    )
+    assert status.main([str(tmp_path / "a")]) == 0
+    assert "note: Slurm cannot be asked from here" in capsys.readouterr().out
+    (fake_slurm / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
+    assert status.main([str(tmp_path / "a")]) == 0
+    assert "note" not in capsys.readouterr().out, "no such job any more is an answer"
+
+
+def test_json_is_an_object_a_line(tmp_path, capsys):
+    for name in "ab":
+        make_run(tmp_path / name, starts=1, step=70)
+    assert status.main([str(tmp_path), "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["run"], second["run"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
+    assert (first["step"], first["loss"], first["state"]) == (70, 2.5, "dead")
+
+
+def test_it_answers_at_once_without_torch(tmp_path):
+    for i in range(5):
+        make_run(tmp_path / f"r{i}", starts=3, step=70)
+    code = f"""
+import sys
+from launch import status
+assert status.main([{str(tmp_path)!r}]) == 0
+print([name for name in ("torch", "numpy", "submitit") if name in sys.modules])
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.splitlines()[-1] == "[]"
+    # processor time: the machine may be busy with other things
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_on_a_terminal_a_long_reason_is_cut(monkeypatch):
+    told = status.Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
+    assert len(status.table([told]).splitlines()[1]) > 700
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
+    assert [len(line) <= 100 for line in status.table([told]).splitlines()] == [True, True]
+    assert status.table([told]).endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, None), (0.4, "0:00:00"), (3723, "1:02:03"), (180_000, "2 d 02 h")]
+)
+def test_durations(seconds, said):
+    assert status.duration(seconds) == said
+
+
+# --- following a run ----------------------------------------------------------------------------------------------
+
+
+def start_following(run: Path) -> subprocess.Popen:
+    command = [sys.executable, REPO / "launch/status.py", run, "--follow"]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+def local_flags(materials: Path, run: Path) -> list[object]:
+    return [*made.recipe_flags(materials, run), "--executor", "local", "--tasks-per-node", 2, "--epochs", EPOCHS]
+
+
+def test_a_run_on_this_machine_is_followed_over_a_restart_to_its_end(materials, tmp_path):
+    run = tmp_path / "run"
+    process = made.start(*local_flags(materials, run))
+    wait_until(lambda: (run / "recipe.json").exists(), "the run is there", 60)
+    following = start_following(run)
+    wait_until(lambda: any(x["step"] >= 5 for x in read_lines(run / "log.jsonl")), "step 5", 120)
+    os.kill(RunFolder(run).owner().pid, signal.SIGUSR2)
+    told, bar = following.communicate(timeout=240)
+    assert following.returncode == 0, told + bar
+    assert f"finished: {run / 'model.safetensors'}" in told
+    assert "loss" in bar and "samples/s" in bar and f"/{EPOCHS * 6}" in bar
+    assert len(read_lines(run / "attempts.jsonl")) == 2
+    assert process.wait(timeout=60) == 0
+    assert follow.follow_run(RunFolder(run)) == 0, "of a finished run, at once"
+
+
+def test_following_ends_with_a_run_that_dies(materials, tmp_path):
+    run = tmp_path / "run"
+    process = made.start(*local_flags(materials, run))
+    wait_until(lambda: any(x["step"] >= 2 for x in read_lines(run / "log.jsonl")), "step 2", 120)
+    following = start_following(run)
+    time.sleep(2)
+    made.kill_all(process)
+    told, bar = following.communicate(timeout=60)
+    assert following.returncode == 1, told + bar
+    assert "The run did not finish" in told and "--resume" in told
+
+
+def test_ctrl_c_leaves_the_run_alone(materials, tmp_path):
+    run = tmp_path / "run"
+    process = made.start(*local_flags(materials, run))
+    try:
+        wait_until(lambda: (run / "recipe.json").exists(), "the run is there", 60)
+        following = start_following(run)
+        time.sleep(3)
+        following.send_signal(signal.SIGINT)
+        told, errors = following.communicate(timeout=30)
+        assert following.returncode == 130 and "Traceback" not in errors
+        assert "The run goes on" in told
+        assert process.poll() is None
+    finally:
+        made.kill_all(process)

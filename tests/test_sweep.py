@@ -1,0 +1,396 @@
+"""What goes out and comes back: sweeps as one array, the code that a job was submitted with, resuming with another
+size, dry runs, dependencies, and what Slurm refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import made
+from cfmask.runs import read_lines
+from launch import batch
+from launch.snapshot import differing_files, take
+from slurm_fixture import wait_until
+
+# --- the code that was submitted --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A working copy that may be broken."""
+    for folder in ("cfmask", "launch"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(made.REPO / folder, tmp_path / "clone" / folder, ignore=ignored)
+    return tmp_path / "clone"
+
+
+@pytest.fixture(autouse=True)
+def nobodys_cluster_file(monkeypatch):
+    monkeypatch.setenv("CFMASK_CLUSTER", "")
+
+
+def flags(materials: Path, *more: object) -> list[object]:
+    """A recipe of 6 steps an epoch, into the default folder unless told otherwise."""
+    recipe = made.recipe_flags(materials, Path("unused"))
+    cut = recipe.index("--run")
+    return [*recipe[:cut], *recipe[cut + 2 :], *more]
+
+
+def submit(repo: Path, *words: object, check: bool = True, **popen) -> subprocess.CompletedProcess:
+    """``made.submit`` with the code of another working copy."""
+    command = [sys.executable, str(repo / "launch/submit.py"), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **popen)
+    assert not check or done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def break_code(repo: Path) -> None:
+    """Whatever is imported from here from now on fails."""
+    for module in ("cfmask/worker.py", "launch/job.py"):
+        (repo / module).write_text("raise RuntimeError('this is not what was submitted')\n")
+
+
+def test_a_snapshot_is_all_that_a_job_imports_named_after_what_is_in_it(tmp_path, clone):
+    snapshot = take(clone, tmp_path / "code")
+    assert snapshot.path == tmp_path / "code" / snapshot.digest
+    assert differing_files(clone, snapshot.path) == []
+    assert not list(snapshot.path.rglob("__pycache__"))
+    assert (snapshot.path / "cfmask/worker.py").stat().st_mode & 0o777 == 0o444
+    assert take(clone, tmp_path / "code").info == snapshot.info, "once is enough"
+    assert [path.name for path in (tmp_path / "code").iterdir()] == [snapshot.digest], "nothing else is left there"
+    (clone / "cfmask/step.py").write_text("# better\n")
+    other = take(clone, tmp_path / "code")
+    assert other.digest != snapshot.digest
+    assert differing_files(snapshot.path, other.path) == ["cfmask/step.py"]
+    assert take(snapshot.path, tmp_path / "code").info == snapshot.info, "a snapshot's own is itself"
+
+
+def test_a_snapshot_tells_the_commit_and_what_differs_from_it(tmp_path, clone):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        done = subprocess.run(["git", *who, *words], cwd=clone, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    assert take(clone, tmp_path / "code").info["commit"] is None
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "x")
+    (clone / "cfmask/step.py").write_text("# better\n")
+    (clone / "cfmask/new.py").write_text("")
+    info = take(clone, tmp_path / "code").info
+    assert info["commit"] == git("rev-parse", "HEAD")
+    assert info["uncommitted"] == ["cfmask/step.py", "cfmask/new.py"]
+    assert info["packages"]["torch"]
+
+
+def test_a_job_that_comes_back_runs_the_code_it_was_submitted_with(materials, clone, tmp_path):
+    """Submitted from within the working copy, where `python -m` would find its modules first."""
+    run = tmp_path / "run"
+    command = [sys.executable, "launch/submit.py", *flags(materials, "--run", run, "--executor", "local")]
+    command += ["--tasks-per-node", 2, "--epochs", 40]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=clone, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: any(line["step"] >= 3 for line in read_lines(run / "log.jsonl")), "step 3", 120)
+        break_code(clone)
+        for pid in made.ranks_of(process):
+            os.kill(pid, signal.SIGUSR2)
+        assert process.wait(timeout=120) == 0
+    finally:
+        if process.poll() is None:
+            made.kill_all(process)
+    first, second = read_lines(run / "attempts.jsonl")
+    assert second["from_step"] >= 3 and "(requeue)" in second["why_last_ended"]
+    assert (run / "results.json").exists()
+
+
+def test_a_resume_takes_the_present_code_says_so_and_how_to_stay_with_the_old(materials, clone, tmp_path):
+    run = tmp_path / "run"
+    submit(clone, *flags(materials, "--run", run, "--executor", "local", "--tasks-per-node", 1, "--epochs", 1))
+    (run / "results.json").unlink()  # not finished after all
+    with open(clone / "cfmask/step.py", "a") as file:
+        file.write("# better\n")
+    here = ("--resume", run, "--executor", "local")
+    said = submit(clone, *here).stdout
+    assert "The code is not what this run had last: cfmask/step.py. To go on with that one: python " in said
+    old = Path(re.search(r"python (\S+)/launch/submit.py --resume", said)[1])
+    (run / "results.json").unlink()
+    said = submit(old, *here).stdout
+    assert f"code {old.name}" in said
+    codes = [line["code"] for line in read_lines(run / "jobs/submissions.jsonl")]
+    assert codes[0] == codes[2] == old.name != codes[1]
+    assert {path.name for path in (run / "code").iterdir()} == set(codes)
+
+
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_on_this_machine_is_one_run_after_the_other_and_again_only_what_is_missing(materials, tmp_path):
+    here = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 1)
+    done = made.submit(*flags(materials, *here, "--presets", "ft", "fd-clean", "--seeds", 3), cwd=tmp_path)
+    runs = sorted((tmp_path / "runs").iterdir())
+    recipes = [json.loads((run / "recipe.json").read_text()) for run in runs]
+    assert [(r["method"]["name"], r["run"]["seed"]) for r in recipes] == [("feature-distillation", 3), ("vanilla", 3)]
+    assert all((run / "results.json").exists() for run in runs) and done.stdout.count("finished: ") == 2
+    before = [(run / "results.json").stat().st_mtime_ns for run in runs]
+    more = flags(materials, *here, "--presets", "ft", "fd-clean", "--seeds", 3, 0, "--dry-run")
+    again = made.submit(*more, cwd=tmp_path).stdout
+    assert again.count("is finished: left out") == 2
+    assert re.search(r"into \S+/vanilla-tiny-s0-\w+, \S+/feature-distillation-clean-tiny-s0-\w+\. Everything", again)
+    assert [(run / "results.json").stat().st_mtime_ns for run in runs] == before
+
+
+def test_a_run_of_a_sweep_that_fails_does_not_keep_the_others(materials, tmp_path):
+    here = ("--executor", "local", "--epochs", 1, "--max-skipped-steps", 0, "--lr", 1e30, "--seeds", 0, 1)
+    done = made.submit(*flags(materials, *here), cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert re.search(r"2 of 2 runs did not finish: \S+-s0-\w+, \S+-s1-\w+$", done.stdout.strip())
+    assert [len(read_lines(run / "attempts.jsonl")) for run in (tmp_path / "runs").iterdir()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--seeds", 0, 1, "--seed", 2), "--seed and --seeds contradict each other"),
+        (("--presets", "ft", "--preset", "ft"), "--preset and --presets contradict each other"),
+        (("--seeds", 1, 1), "--seeds names one of them twice: 1 1"),
+        (("--seeds", 0, 1, "--run", "x"), "--run names one folder, and this is a sweep of 2 runs"),
+        (("--presets", "ft", "fd-clean", "--beta", 3), "--beta would do nothing with --method vanilla"),
+        (("--seeds", 0, 1, "--follow"), "--follow and --no-follow are for one run"),
+        (("--seeds", 0, 1, "--partition", "x"), "--partition would do nothing"),
+        (
+            ("--executor", "slurm", "--gpus-per-node", 0, "--array-parallelism", 2),
+            "--array-parallelism would do nothing",
+        ),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(materials, tmp_path, more, said):
+    done = made.submit(
+        *flags(materials, "--executor", "local", "--tasks-per-node", 2, *more), check=False, cwd=tmp_path
+    )
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cluster_file_with_shards_is_enough_and_is_named(materials, tmp_path):
+    (tmp_path / "cluster.toml").write_text(f"shards = '{materials}/shards'\neval_sets = ['val']\nnodes = 2\n")
+    words = flags(materials, "--executor", "local", "--dry-run")
+    cut = words.index("--shards")
+    done = made.submit(*words[:cut], *words[cut + 2 :], cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"})
+    recipe = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
+    assert recipe["data"]["shards"] == str(materials / "shards") and recipe["data"]["eval_sets"] == ["val"]
+    assert "cluster file: cluster.toml" in done.stderr
+    other = made.submit(*words, "--eval-sets", cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"}).stdout
+    assert json.loads(other[: other.rindex("}") + 1])["data"]["eval_sets"] == [], "flags win"
+    without = made.submit(*words[:cut], *words[cut + 2 :], cwd=tmp_path, check=False)
+    assert "--shards is missing" in without.stderr and "cluster file" in without.stderr
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(materials, tmp_path):
+    run = tmp_path / "run"
+    here = ("--executor", "local")
+    made.submit(*flags(materials, "--run", run, *here, "--tasks-per-node", 2, "--epochs", 1))
+    (run / "results.json").unlink()
+    assert "1 ranks, where there were 2" in made.submit("--resume", run, *here, "--tasks-per-node", 1).stderr
+    (run / "results.json").unlink()
+    as_it_was = made.submit("--resume", run, *here, "--dry-run")
+    assert "1 × 1 CPU ranks" in as_it_was.stdout and "ranks, where" not in as_it_was.stderr
+    refused = made.submit("--resume", run, *here, "--tasks-per-node", 3, check=False)
+    assert "3 workers cannot share 4 lanes" in refused.stderr
+    assert [line["world_size"] for line in read_lines(run / "attempts.jsonl")] == [2, 1]
+    refused = made.submit("--resume", run, *here, "--seeds", 1, 2, check=False)
+    assert "these flags would do nothing: --seeds." in refused.stderr
+
+
+# --- on a real Slurm --------------------------------------------------------------------------------------------------
+
+ON_TWO_NODES = ("--nodes", 2, "--gpus-per-node", 0, "--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
+ON_ONE_NODE = ("--nodes", 1, *ON_TWO_NODES[2:])
+
+
+def jobs_of(done: subprocess.CompletedProcess) -> dict[str, Path]:
+    """Job ids with their run folders, as they were printed."""
+    return {job: Path(run) for job, run in re.findall(r"^job (\S+) on .*\nrun  (.*)$", done.stdout, re.MULTILINE)}
+
+
+def logs(run: Path) -> str:
+    return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))
+
+
+def wait_for(run: Path, holds, what: str, timeout: float = 150) -> None:
+    try:
+        wait_until(holds, what, timeout)
+    except BaseException:
+        print(logs(run))
+        raise
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    reached = lambda: any(line["step"] >= step for line in read_lines(run / "log.jsonl"))  # noqa: E731
+    wait_for(run, reached, f"step {step} of {run.name}")
+
+
+def wait_for_end(run: Path) -> None:
+    wait_for(run, (run / "results.json").exists, f"the end of {run.name}")
+
+
+def test_a_job_that_is_submitted_from_within_a_job_inherits_nothing_of_it(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "7")
+    with batch._outside_of_jobs():
+        seen = {name for name in os.environ if name.startswith(("SLURM", "SRUN", "SBATCH"))}
+        assert seen == {"SLURM_CONF", "SBATCH_ACCOUNT"}, "what the user wants of any job stays"
+    assert os.environ["SLURM_MEM_PER_CPU"] == "7"
+
+
+@pytest.mark.slurm
+def test_a_dry_run_prints_what_slurm_would_take_and_queues_nothing(slurm_cluster, materials, tmp_path):
+    blocker = slurm_cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
+    before = slurm_cluster.call("squeue", "--noheader", "--array")
+    for more in ((), ("--seeds", 0, 1, 2, "--array-parallelism", 2)):
+        words = flags(materials, *ON_TWO_NODES, *more, "--partition", "high", "--after", blocker, "--dry-run")
+        done = made.submit(*words, cwd=tmp_path)
+        text = done.stdout[done.stdout.index("#!/bin/bash") :]
+        for line in ("--nodes=2", "--partition=high", "--time=30", "--requeue", f"--dependency=afterok:{blocker}"):
+            assert f"#SBATCH {line}" in text
+        assert "srun --unbuffered" in text and "--cpus-per-task=1" in text and "/launch/start.py" in text
+        assert ("#SBATCH --array=0-2%2" in text) == bool(more)
+        assert re.search(r"Job \d+ to start at", text), "Slurm's own answer"
+        assert not list(tmp_path.iterdir())
+    assert slurm_cluster.call("squeue", "--noheader", "--array") == before
+    slurm_cluster.call("scancel", blocker)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("dry", [True, False], ids=["dry run", "in earnest"])
+def test_what_slurm_refuses_is_told_in_its_own_words_and_leaves_nothing(slurm_cluster, materials, tmp_path, dry):
+    words = flags(materials, *ON_TWO_NODES, "--partition", "nope", *(["--dry-run"] if dry else []))
+    for sweep in ((), ("--seeds", 0, 1)):
+        done = made.submit(*words, *sweep, check=False, cwd=tmp_path)
+        assert done.returncode == 2, done.stdout
+        assert "error: Slurm does not take the job: invalid partition specified: nope" in done.stderr
+        assert not [path for path in tmp_path.rglob("*") if path.name not in ("runs", ".sweeps")]
+
+
+@pytest.mark.slurm
+def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themselves(slurm_cluster, materials, tmp_path):
+    """Two runs; one is requeued by an administrator, the other is cancelled and resumed."""
+    words = flags(materials, *ON_ONE_NODE, "--seeds", 0, 1, "--epochs", 30, "--checkpoint-steps", 20)
+    done = made.submit(*words, cwd=tmp_path)
+    (first, requeued), (second, cancelled) = jobs_of(done).items()
+    array = first.partition("_")[0]
+    assert (first, second) == (f"{array}_0", f"{array}_1")
+    wait_for_step(requeued, 25)
+    wait_for_step(cancelled, 25)
+    slurm_cluster.call("scontrol", "requeue", first)
+    slurm_cluster.call("scancel", second)
+    wait_until(lambda: slurm_cluster.job(first)["JobState"] == "PENDING", "the requeue", 60)
+    again = made.submit(*words, "--dry-run", cwd=tmp_path)
+    assert f"Job {first} (pending) is there for {requeued} already: left out" in again.stdout
+    slurm_cluster.start_again_now(first)
+    wait_for_end(requeued)
+    assert read_lines(requeued / "attempts.jsonl")[1]["from_step"] >= 20
+    assert [line["job"] for line in read_lines(requeued / "attempts.jsonl")] == [f"{first}-0", f"{first}-1"]
+    assert list((requeued / "jobs").glob(f"{first}_0_log.out")), "logs are in the run's own folder"
+    [(third, _)] = jobs_of(made.submit("--resume", cancelled)).items()
+    wait_for_end(cancelled)
+    attempts = read_lines(cancelled / "attempts.jsonl")
+    assert [line["job"] for line in attempts] == [f"{second}-0", f"{third}-0"] and attempts[1]["from_step"] >= 20
+
+
+@pytest.mark.slurm
+def test_a_requeued_job_runs_the_code_it_was_submitted_with(slurm_cluster, materials, clone, tmp_path):
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 30, "--checkpoint-steps", 20, "--run", tmp_path / "run")
+    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone)).items()
+    wait_for_step(run, 25)
+    break_code(clone)
+    slurm_cluster.call("scontrol", "requeue", job)
+    slurm_cluster.start_again_now(job)
+    wait_for_end(run)
+    assert read_lines(run / "attempts.jsonl")[1]["from_step"] >= 20
+
+
+@pytest.mark.slurm
+def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materials, tmp_path):
+    """USR2 from the moment that its step is there, ten times a second, until it trains."""
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 2, "--run", tmp_path / "run")
+    [(job, run)] = jobs_of(made.submit(*words)).items()
+    wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step", 60)
+    for _ in range(30):
+        slurm_cluster.call("scancel", "--signal=USR2", job)
+        time.sleep(0.1)
+
+    def comes_back_or_is_there() -> bool:
+        state = slurm_cluster.job(job)["JobState"]
+        assert state in ("RUNNING", "PENDING", "COMPLETED", "COMPLETING"), f"{state}\n{logs(run)}"
+        return state == "PENDING" or (run / "results.json").exists()
+
+    wait_for(run, comes_back_or_is_there, "a sign of it")
+    if slurm_cluster.job(job)["JobState"] == "PENDING":  # heard by a handler, which is as it should be
+        slurm_cluster.start_again_now(job)
+    wait_for_end(run)
+
+
+@pytest.mark.slurm
+def test_a_rank_without_scontrol_is_requeued_by_the_batch_script(slurm_cluster, materials, tmp_path):
+    """As in a container: the command that starts Python has a file system, here a PATH, of its own."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexport PATH=/nowhere\nexec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 40, "--cluster", "cluster.toml")
+    [(job, run)] = jobs_of(made.submit(*words, cwd=tmp_path)).items()
+    wait_for_step(run, 5)
+    slurm_cluster.call("scancel", "--signal=USR2", job)
+    slurm_cluster.start_again_now(job)
+    wait_for_end(run)
+    first, second = read_lines(run / "attempts.jsonl")
+    assert second["from_step"] >= 5 and "(requeue)" in second["why_last_ended"]
+
+
+@pytest.mark.slurm
+def test_a_job_waits_for_those_that_it_comes_after_and_is_not_queued_twice(slurm_cluster, materials, tmp_path):
+    short = flags(materials, *ON_ONE_NODE, "--epochs", 1)
+    [(first, _)] = jobs_of(made.submit(*short, "--seed", 0, cwd=tmp_path)).items()
+    [(second, run)] = jobs_of(made.submit(*short, "--seed", 1, "--after", first, cwd=tmp_path)).items()
+    told = slurm_cluster.job(second)["Dependency"]
+    assert told.startswith(f"afterok:{first}(") or slurm_cluster.job(first)["JobState"] == "COMPLETED"
+    twice = made.submit(*short, "--seed", 1, cwd=tmp_path, check=False)
+    assert twice.returncode == 2 and f"Job {second} (" in twice.stderr and "launch/cancel.py" in twice.stderr
+    wait_for_end(run)
+
+
+@pytest.mark.slurm
+def test_a_job_gets_the_environment_and_cores_that_the_cluster_file_says(slurm_cluster, materials, tmp_path):
+    (tmp_path / "cluster.toml").write_text(
+        "gpus_per_node = 0\ncpus_per_task = 2\ntime = '0:30:00'\npartition = 'high'\n"
+        "setup = ['echo set up on $SLURMD_NODENAME']\n[environment]\nPROBE = '$SLURMD_NODENAME and more'\n"
+        "[sbatch]\ncomment = 'probe'\n"
+    )
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\necho "probe: $PROBE; $SLURM_CPUS_PER_TASK cores"\nexec {sys.executable} "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    with open(tmp_path / "cluster.toml", "r+") as file:
+        file.write(f"python = '{tmp_path}/python'\n" + (tmp_path / "cluster.toml").read_text())
+    done = made.submit(*flags(materials, "--epochs", 1), cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"})
+    [(job, run)] = jobs_of(done).items()
+    wait_for_end(run)
+    said = logs(run)
+    assert "set up on n" in said and re.search(r"probe: n\d and more; 2 cores", said)
+    assert slurm_cluster.job(job)["Comment"] == "probe" and slurm_cluster.job(job)["Partition"] == "high"

@@ -1,0 +1,120 @@
+"""What a checkpoint costs training: how long it stands still, and what it feels of the write beside it.
+
+    python tools/_bench_checkpoint.py [MODEL]
+
+A model with random weights and AdamW's moments of all of it is checkpointed several times. Meanwhile a loop in Python,
+as a training loop is one, looks at the clock all the time: its longest gap is how long the write kept the interpreter,
+or the processor, from it. On a busy machine a loop has gaps without any write: they are measured beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from cfmask.checkpoint import Keep, State, Writer  # noqa: E402
+from cfmask.data.receipts import Consumed  # noqa: E402
+from cfmask.models.head import build_tower, model_info  # noqa: E402
+from cfmask.models.tower import Classifier  # noqa: E402
+from cfmask.optim import Phase, Rates, adamw, take_step  # noqa: E402
+from cfmask.recipe import Recipe  # noqa: E402
+
+CLASSES = 1000
+BATCH = 8
+HEADER = ["", "median s", "lowest", "highest"]
+
+
+def checkpoint_stall(
+    model_name: str, folder: Path | None = None, *, device: str = "cpu", rounds: int = 5
+) -> list[list[str]]:
+    """A row a measurement, in the columns of HEADER, and one with the size.
+
+    Args:
+        folder: on the disk that is to be written to; a temporary one by default.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as there:
+        info = model_info(model_name, classes=tuple(str(i) for i in range(CLASSES)))
+        model = Classifier(build_tower(info), nn.Linear(info.config["embed_dim"], CLASSES)).to(device)
+        optimizer = adamw(model.parameters(), Phase(0, 1, tower=True, lr=1e-5, weight_decay=0.1), Recipe().optim)
+        _step(model, optimizer)
+        with Writer(Path(there), Keep(1), info) as writer:
+            began = time.perf_counter()
+            writer.reserve(model)
+            reserved = time.perf_counter() - began
+            stalls: list[float] = []
+            gaps: list[float] = []
+            idle_gaps: list[float] = []
+            committed: list[float] = []
+            for number in range(rounds):
+                _step(model, optimizer)
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                began = time.perf_counter()
+                writer.start(State(number + 1, "", Consumed()), model, optimizer)
+                stalls.append(time.perf_counter() - began)
+                gaps.append(_longest_gap(lambda: writer.writing))
+                committed.append(time.perf_counter() - began)
+                error = writer.wait()
+                if error is not None:
+                    raise error
+                idle_gaps.append(_longest_gap(partial(_before, time.perf_counter() + committed[-1])))
+            began = time.perf_counter()
+            pixels = torch.randn(BATCH, 3, *model.visual.image_size, device=device)
+            model(pixels).logits.square().mean().backward()
+            take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+            if device != "cpu":
+                torch.cuda.synchronize()
+            step = time.perf_counter() - began
+            size = sum(path.stat().st_size for path in Path(there).glob("step-*/*"))
+    rows = {
+        "memory reserved, once a phase": [reserved],
+        "start(): training stands still": stalls,
+        "longest gap of a loop beside the write": gaps,
+        "the same without a write": idle_gaps,
+        "until it is on the disk": committed,
+        f"for scale: a step on {BATCH} images, no CAM, no teacher": [step],
+    }
+    cells = [[name, *(f"{of(values):.3f}" for of in (statistics.median, min, max))] for name, values in rows.items()]
+    return [*cells, ["size, GB", f"{size / 1e9:.2f}", "", ""]]
+
+
+def _step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
+    """An optimizer step from made-up gradients: moments are there, and weights have changed."""
+    for parameter in model.parameters():
+        parameter.grad = 1e-3 * torch.randn_like(parameter)
+    take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+
+
+def _before(then: float) -> bool:
+    return time.perf_counter() < then
+
+
+def _longest_gap(goes_on: Callable[[], bool]) -> float:
+    longest, last = 0.0, time.perf_counter()
+    while goes_on():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    return longest
+
+
+def main() -> None:
+    from tools._shared import table
+
+    model_name = sys.argv[1] if len(sys.argv) > 1 else "ViT-B-16-quickgelu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{model_name}, {device}, {torch.get_num_threads()} threads\n")
+    print(table(HEADER, checkpoint_stall(model_name, device=device)))
+
+
+if __name__ == "__main__":
+    main()
