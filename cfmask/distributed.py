@@ -234,7 +234,7 @@ def _wait_for_all(store: dist.Store, place: Place) -> None:
 
 def _bind_gloo(address: str | None) -> None:
     """Let gloo use the interface on which the ranks have met, unless it was told another one."""
-    for interface, own in _interface_addresses():
+    for interface, own in interface_addresses():
         if own == address and not ip_address(own).is_loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             return
@@ -246,7 +246,7 @@ def _own_hosts() -> list[str]:
     Raises:
         UserError: the interface that GLOO_SOCKET_IFNAME names has no address here.
     """
-    addresses = _interface_addresses()
+    addresses = interface_addresses()
     if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
         if on_it := [address for interface, address in addresses if interface == chosen]:
             return on_it
@@ -267,7 +267,7 @@ def _resolve(name: str) -> list[str]:
         return []
 
 
-def _interface_addresses() -> list[tuple[str, str]]:
+def interface_addresses() -> list[tuple[str, str]]:
     """Interfaces of this machine with their addresses, IPv4 before IPv6, without those that only hold on a link."""
     found = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:

@@ -17,7 +17,7 @@ RUN/
   attempts.jsonl         one line a start: job, world size, from which step, why the last one ended
   ended.json             why the latest start ended, until the next one takes it over into attempts.jsonl
   cancelled.json         who ended the run for good, and when: nothing goes on with it before it is resumed by hand
-  jobs/                  what the launcher writes: logs of every rank, by job
+  jobs/                  what the launcher writes: logs of every rank, by job; last words of ranks that died
   code/                  the code that its jobs were submitted with
   .owner/                one file, called "free" or after the process that trains here; its time is the heartbeat
 """
@@ -248,8 +248,24 @@ class RunFolder:
         self._end.unlink(missing_ok=True)
 
     def end_attempt(self, why: str) -> None:
+        """Leave word of why the latest attempt ends. On a full disk that is a warning: the end has its own reason."""
         told = {"why": why, "ended": _now(), "attempt": len(read_lines(self.attempts))}
-        write_atomically(self._end, json.dumps(told))
+        try:
+            write_atomically(self._end, json.dumps(told))
+        except OSError as error:
+            print(f"warning: {self._end} cannot be written ({error.strerror}): {why}", flush=True)
+
+    def begun_by(self, job: str) -> bool:
+        """Whether the latest attempt is this job's."""
+        starts = read_lines(self.attempts)
+        return bool(starts) and starts[-1].get("job") == job
+
+    def end_failed(self, why: str, *, job: str, **facts: Any) -> None:
+        """End the attempt of this job. One that it has not come to begin is one all the same: it is begun here, with
+        ``facts``, so that the end of the one before it stays known."""
+        if not self.begun_by(job):
+            self.begin_attempt(job=job, **facts, from_step=None)
+        self.end_attempt(why)
 
     def ended(self) -> dict[str, Any] | None:
         """Why and when the latest attempt ended, if it said so: ``why``, ``ended``."""

@@ -47,14 +47,22 @@ REQUEUE, QUIT = "requeue", "quit"
 """What a launcher may ask of a worker: to stop at the next step boundary, and whether the job is to come back."""
 
 StopRequest = Callable[[], str | None]
+Report = Callable[[Exception], None]
 
 
-def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopRequest = lambda: None) -> str:
+def run_worker(
+    recipe: Recipe,
+    run: RunFolder,
+    place: Place,
+    stop_request: StopRequest = lambda: None,
+    failing: Report = lambda error: None,
+) -> str:
     """Train until the recipe is fulfilled or a stop is asked for.
 
     Args:
         stop_request: called at every step on every rank; returns REQUEUE, QUIT or None. One rank's request
             stops them all, at the same step boundary, after a checkpoint.
+        failing: told of an error before anything is closed: a checkpoint that is being written is waited for then.
 
     Returns:
         FINISHED, REQUEUE or QUIT.
@@ -78,8 +86,10 @@ def run_worker(recipe: Recipe, run: RunFolder, place: Place, stop_request: StopR
         try:
             return _train(recipe, run, place, store, stop_request, stack)
         except Exception as error:
+            failing(error)
             if place.rank == 0:
-                run.end_attempt(f"failed: {type(error).__name__}: {str(error)[:500]}")
+                why = f"failed: {type(error).__name__}: {str(error)[:500]}"
+                run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
             raise
 
 

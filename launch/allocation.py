@@ -22,7 +22,8 @@ from cfmask.errors import UserError
 from launch.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
 
 NOTICE_S = 120
-"""How long before the time limit Slurm sends USR2."""
+"""How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
+earlier: Slurm looks that often."""
 REQUEUE_ME = 144
 """The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol)."""
 
@@ -368,8 +369,12 @@ def _visible_gpus() -> int:
 # --- for submitit -----------------------------------------------------------------------------------------------------
 
 
-def slurm_parameters(allocation: Allocation, name: str) -> dict[str, Any]:
-    """What submitit's SlurmExecutor takes."""
+def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, Any]:
+    """What submitit's SlurmExecutor takes.
+
+    Args:
+        jobs: the run's jobs/, as a word of the shell.
+    """
     a = allocation
     given = {
         "partition": a.partition,
@@ -390,15 +395,26 @@ def slurm_parameters(allocation: Allocation, name: str) -> dict[str, Any]:
         "ntasks_per_node": a.tasks_per_node,
         "cpus_per_task": a.cpus_per_task,
         "time": a.time_min,
-        "signal_delay_s": NOTICE_S,
+        "signal_delay_s": min(NOTICE_S, 6 * a.time_min),
         "stderr_to_stdout": True,
-        # srun does not inherit sbatch's --cpus-per-task; and one dead rank must end the job.
-        "srun_args": [f"--cpus-per-task={a.cpus_per_task}", "--kill-on-bad-exit=1", *container, *a.srun_args],
+        # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
+        # not (a site's WaitTime), while rank 0 writes the results.
+        "srun_args": [
+            f"--cpus-per-task={a.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            *container,
+            *a.srun_args,
+        ],
         "additional_parameters": {"requeue": True, **{k.replace("-", "_"): v for k, v in a.sbatch.items()}},
         "setup": [*a.setup, *(f"export {name}={_in_shell(value)}" for name, value in a.environment.items())],
         "teardown": [
             "status=$?",
             f'if [ "$status" -eq {REQUEUE_ME} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            # After all that srun has said: why, as the rank that died first has it (last_words.py).
+            "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+            "-${SLURM_RESTART_COUNT:-0}",
+            f'if [ "$status" -ne 0 ]; then cat {jobs}/last_words/"$attempt".txt 2>/dev/null; fi',
             'exit "$status"',
         ],
         **{key: value for key, value in given.items() if value is not None},

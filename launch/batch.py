@@ -74,16 +74,17 @@ class Batch:
         import submitit
 
         name = f"sweep-{self.sweep.name}" if self.sweep else self.planned[0].run.root.name
-        parameters = allocations.slurm_parameters(allocation, f"cfmask-{name}")
+        member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
+        run = member if self.sweep else shlex.quote(str(self.planned[0].run.root))
+        parameters = allocations.slurm_parameters(allocation, f"cfmask-{name}", f"{run}/jobs")
         if self.sweep:
-            code = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"/code/{digest}'
             logs = f"{self.sweep}/%a/jobs/%A_%a"
             parameters["srun_args"].append(f"--output={logs}_%t_log.out")
             parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
-        else:
-            code = shlex.quote(str(self.planned[0].run.root / "code" / digest))
         executor = submitit.SlurmExecutor(
-            self.folder, max_num_timeout=1000, python=allocations.rank_command(allocation.python, code)
+            self.folder,
+            max_num_timeout=1000,
+            python=allocations.rank_command(allocation.python, f"{run}/code/{digest}"),
         )
         executor.update_parameters(**parameters)
         return executor
@@ -112,19 +113,13 @@ def dry_run(planned: Sequence[Planned], allocation: Allocation) -> int:
             executor.parameters["map_count"] = len(planned)
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
         print(f"\n{text}")
-        with _outside_of_jobs():
-            tested = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
-        if tested.returncode:
-            raise _refusal(tested.stderr)
-        print(tested.stderr.strip())
+        print(ask_sbatch(text))
     print(f"Would run on {allocation} into {where}. Everything checked; nothing was queued.")
     return 0
 
 
-def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follow: bool) -> int:
-    """One sbatch for all of them."""
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
+def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
+    """One sbatch for all of them. pace_s: see ``Job``."""
     from launch.follow import follow_job
     from launch.job import Job
 
@@ -134,16 +129,14 @@ def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follo
         (each.run.root / "jobs").mkdir(exist_ok=True)
     batch.link_runs()
     executor = batch.executor(allocation, snapshots[0].digest)
-    work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min) for each in planned]
+    work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
     try:
-        # submitit prints what it raises.
-        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
-            jobs = _undisturbed(lambda: executor.submit_array(work))
-    except (FailedJobError, FailedSubmissionError) as error:
+        jobs = send(executor, work)
+    except UserError:
         leftovers = [each.run.root for each in planned if each.new]  # a refused command leaves nothing behind
         for path in [batch.sweep, *leftovers] if batch.sweep else leftovers:
             shutil.rmtree(path)
-        raise _refusal(str(error)) from None
+        raise
     batch.link_jobs(jobs)
     for each, job, code in zip(planned, jobs, snapshots, strict=True):
         _record(each.run, job.job_id, allocation, code)
@@ -151,6 +144,35 @@ def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follo
     if not follow:
         return 0
     return follow_job(jobs[0], planned[0].run, local=False)
+
+
+def ask_sbatch(text: str) -> str:
+    """What Slurm says to an sbatch file without queueing it: when and where it would start.
+
+    Raises:
+        UserError: it would be refused.
+    """
+    with _outside_of_jobs():
+        tested = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
+    if tested.returncode:
+        raise _refusal(tested.stderr)
+    return tested.stderr.strip()
+
+
+def send(executor: submitit.SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
+    """One sbatch.
+
+    Raises:
+        UserError: Slurm does not take it.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        # submitit prints what it raises.
+        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
+            return _undisturbed(lambda: executor.submit_array(work))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise _refusal(str(error)) from None
 
 
 def run_here(planned: Sequence[Planned], allocation: Allocation, *, follow: bool) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from cfmask.runs import RunFolder, read_lines
+from launch import last_words
 from launch.status import ENDED, latest_checkpoint, look_at, status_of
 
 if TYPE_CHECKING:
@@ -124,7 +125,9 @@ def _tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
 
 
 def _last_words(run: RunFolder, job: str) -> str:
-    """The end of the log of the rank that has most to say about it."""
+    """Those of the rank that died first; where nobody has left any, the end of the log that says most."""
+    if told := last_words.told(run, job):
+        return told.rstrip()
     logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_complains, reverse=True)
     if not logs:
         return f"There is no log in {run.root / 'jobs'}."

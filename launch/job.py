@@ -6,6 +6,7 @@ Signal handlers set a flag and do nothing else; the worker asks for it at every 
     time nearly up      watched without any signal, the same
     TERM, INT           scancel, or preempted without a warning → checkpoint; if it is to come back, Slurm sees to it
     RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
+    another rank died   nothing is asked for: the process that waits for this one ends it (launch/last_words.py)
 
 In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
 (``allocation.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
@@ -29,6 +30,7 @@ import submitit
 from cfmask.errors import UserError
 from cfmask.recipe import load_recipe
 from cfmask.runs import RunFolder
+from launch import last_words
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place
@@ -37,24 +39,31 @@ if TYPE_CHECKING:
 _REQUEUE_EXIT = 144
 _LOOK_S = 5
 """Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
+_CONTROLLER_BACK_S = 120
 _KILL_WITHIN_S = 300
 """Slurm kills a job that it ends or preempts within its KillWait or GraceTime, which is less than this."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The callable that is pickled: where the run is. What it does stands in the run folder."""
+    """The callable that is pickled: where the run is. What it does stands in the run folder.
+
+    pace_s: how long it stays at each step's end. A drill's run is to last until it has been disturbed.
+    """
 
     run: Path
     gpus_per_node: int
     time_limit_min: float
+    pace_s: float = 0.0
 
     def __call__(self) -> str:
         run = RunFolder(self.run)
         environment = submitit.JobEnvironment()
         chief, slurm = environment.global_rank == 0, environment.cluster == "slurm"
         listener = _Listener(
-            deadline=time.monotonic() + 60 * self.time_limit_min - self._margin_s(), watched=run if chief else None
+            deadline=time.monotonic() + 60 * self.time_limit_min - self._margin_s(),
+            watched=run if chief else None,
+            pace_s=self.pace_s,
         )
         listener.install()
         if not self.gpus_per_node:
@@ -69,14 +78,15 @@ class Job:
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
             nodes=environment.num_nodes,
-            attempt=f"{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+            attempt=last_words.attempt_name(environment),
             cpus=_cpus(environment.num_tasks // environment.num_nodes),
             gpu=self.gpus_per_node > 0,
         )
         try:
             if chief:  # the others may come to another view, a moment before or after: they hear it from rank 0
                 _check_start(run, place, environment.job_id if slurm else None)
-            outcome = run_worker(load_recipe(self.run / "recipe.json"), run, place, listener.request)
+            recipe = load_recipe(self.run / "recipe.json")
+            outcome = run_worker(recipe, run, place, listener.request, lambda error: last_words.leave(self.run, error))
         except UserError as error:
             if not run.cancelled():
                 raise
@@ -108,7 +118,7 @@ class Job:
         if not slurm:
             sys.exit(_REQUEUE_EXIT)
         # A container may have no scontrol.
-        if rank == 0 and not (shutil.which("scontrol") and _succeeds("scontrol", "requeue", job_id)):
+        if rank == 0 and not (shutil.which("scontrol") and _requeued(job_id)):
             sys.exit(_REQUEUE_EXIT)
         sys.exit(0)
 
@@ -128,8 +138,7 @@ def _check_start(run: RunFolder, place: Place, slurm_job: str | None) -> None:
     else:
         return
     with contextlib.suppress(UserError), run.locked(place.attempt):  # another job's folder is left alone
-        run.begin_attempt(job=place.attempt, nodes=place.nodes, world_size=place.world_size, from_step=None)
-        run.end_attempt(why)
+        run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
     call_off(place, run.root / "meeting", why)
     raise UserError(why)
 
@@ -140,8 +149,8 @@ class _Listener:
     watched: the run whose mark is looked for; on one rank, its word is the others' too.
     """
 
-    def __init__(self, deadline: float, watched: RunFolder | None) -> None:
-        self._deadline = deadline
+    def __init__(self, deadline: float, watched: RunFolder | None, pace_s: float = 0.0) -> None:
+        self._deadline, self._pace_s = deadline, pace_s
         self._watched, self._look_at = watched, 0.0
         self._pid = os.getpid()
         self._requeue = self._quit = False
@@ -162,6 +171,7 @@ class _Listener:
     def request(self) -> str | None:
         from cfmask.worker import QUIT, REQUEUE
 
+        time.sleep(self._pace_s)
         if self._watched and time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + _LOOK_S
             self._quit = self._quit or self._watched.cancelled() is not None
@@ -172,8 +182,16 @@ class _Listener:
         return None
 
 
-def _succeeds(*command: str) -> bool:
-    return subprocess.run(command).returncode == 0
+def _requeued(job_id: str) -> bool:
+    """Whether Slurm has taken it. A controller that is away, restarted say, is waited for."""
+    deadline = time.monotonic() + _CONTROLLER_BACK_S
+    while True:
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
+        print(done.stdout + done.stderr, end="", flush=True)
+        away = "Unable to contact" in done.stderr or "onnection" in done.stderr
+        if done.returncode == 0 or not away or time.monotonic() > deadline:
+            return done.returncode == 0
+        time.sleep(2)
 
 
 def _cpus(tasks_per_node: int) -> int:

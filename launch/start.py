@@ -1,4 +1,5 @@
-"""The first thing that runs on every rank: makes the code that this file is part of the code of the job.
+"""The first thing that runs on every rank: makes the code that this file is part of the code of the job, and has the
+rank looked after (last_words.py).
 
     python -u RUN/code/0123456789ab/launch/start.py -u -m submitit.core._submit RUN/jobs
 
@@ -22,7 +23,9 @@ def main() -> None:
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    from launch.last_words import supervise
+
+    sys.exit(supervise(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True), run=CODE.parents[1]))
 
 
 if __name__ == "__main__":

@@ -85,12 +85,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 @exits_cleanly
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, *, pace_s: float = 0.0) -> int:
+    """pace_s: how long its runs stay at each step (``Job``): launch/drill.py's word."""
     arguments = parser().parse_args(argv)
-    file = ClusterFile()
-    if path := find_cluster_file(arguments.cluster):
-        file = read_cluster_file(path, {**FILE_KEYS, **RECIPE_KEYS})
-        print(f"cluster file: {path}", file=sys.stderr)
+    file = cluster_file(arguments)
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
     else:
@@ -121,8 +119,21 @@ def main(argv: list[str] | None = None) -> int:
     for each in wanted:
         _take_up(each)
     if allocation.on_slurm:
-        return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow))
+        return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
+
+
+def cluster_file(arguments: argparse.Namespace) -> ClusterFile:
+    """The one that --cluster names, or that is found; says which.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    path = find_cluster_file(arguments.cluster)
+    if path is None:
+        return ClusterFile()
+    print(f"cluster file: {path}", file=sys.stderr)
+    return read_cluster_file(path, {**FILE_KEYS, **RECIPE_KEYS})
 
 
 # --- which runs ---------------------------------------------------------------------------------------------------

@@ -159,7 +159,8 @@ def status(state: Path) -> tuple[str, bool]:
 
 
 def size_line(record: dict) -> str:
-    return f"{record['nodes']} nodes of {record['cpus_per_node']} CPUs, partitions low (preemptible, default) and high"
+    partitions = "partitions low (preemptible, default), abrupt (the same without grace) and high"
+    return f"{record['nodes']} nodes of {record['cpus_per_node']} CPUs, {partitions}"
 
 
 def export_line(state: Path) -> str:
@@ -214,7 +215,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min
 KillWait=5
 SlurmdTimeout=30
 
-# A job in `high` preempts jobs in `low`: their own --signal first, TERM and KILL after GraceTime, then requeued.
+# A job in `high` preempts jobs in `low`: their own --signal first, TERM and KILL after GraceTime, then requeued; and in
+# `abrupt`: TERM, and KILL after KillWait.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -222,6 +224,7 @@ JobRequeue=1
 
 {node_lines}
 PartitionName=low Nodes={",".join(names)} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
+PartitionName=abrupt Nodes={",".join(names)} PriorityTier=1 GraceTime=0 MaxTime=INFINITE State=UP
 PartitionName=high Nodes={",".join(names)} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
     database_conf = f"""\

@@ -8,33 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
 from cfmask.models.head import save_model
+from launch.rehearsal import CLASSES, REPO, convert, draw_images
 from towers import TINY, Geometry
-
-REPO = Path(__file__).resolve().parents[1]
-CLASSES = ("n00000000", "n00000001", "n00000002")
-
-
-def draw_images(root: Path, *, per_class: int = 16, splits: tuple[str, ...] = ("train", "val"), size: int = 20) -> Path:
-    """root/<split>/<class>/<i>.JPEG; the class shows in the colour, so that a loss can fall."""
-    rng = np.random.default_rng(0)
-    for split in splits:
-        for label, name in enumerate(CLASSES):
-            (root / split / name).mkdir(parents=True)
-            for i in range(per_class):
-                pixels = rng.integers(0, 120, (size, size + 3, 3), dtype=np.uint8)
-                pixels[:, :, label] += 100
-                Image.fromarray(pixels).save(root / split / name / f"{name}_{i}.JPEG", quality=95)
-    return root
-
-
-def convert(source: Path, out: Path, *flags: str) -> Path:
-    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out, *flags]
-    subprocess.run([str(part) for part in command], check=True, capture_output=True)
-    return out
 
 
 def make_materials(root: Path, *, per_class: int = 32) -> Path:
@@ -94,9 +70,11 @@ def kill_all(process: subprocess.Popen) -> None:
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Pids of the ranks that a submit command has started, in order of rank."""
-    listed = subprocess.run(["ps", "-ww", "-eo", "pid=,pgid=,args="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in listed.splitlines()]
-    return sorted(
-        int(pid) for pid, group, args in rows if int(group) == process.pid and "submitit.core._submit" in args
-    )
+    """Pids of the ranks that a submit command has started, in the order in which they came. Each is the child of a
+    process that waits for it (launch/last_words.py)."""
+    command = ["ps", "-ww", "-eo", "pid=,ppid=,pgid=,args="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 3) for line in listed.splitlines()]
+    of_command = [row for row in rows if int(row[2]) == process.pid and "submitit.core._submit" in row[3]]
+    waiting = {row[0] for row in of_command}
+    return sorted(int(pid) for pid, parent, _, _ in of_command if parent in waiting)

@@ -95,9 +95,9 @@ def wait_until(holds: Callable[[], bool], what: str, timeout: float = 30) -> Non
         time.sleep(0.2)
 
 
-def tool(state: Path, verb: str) -> str:
+def tool(state: Path, verb: str, *flags: str) -> str:
     """Run a verb of slurm/cluster.py; return what it printed."""
-    command = [sys.executable, str(CLUSTER_TOOL), verb, "--state", str(state)]
+    command = [sys.executable, str(CLUSTER_TOOL), verb, "--state", str(state), *flags]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode == 2:
         raise CannotBeHad(done.stderr.strip().removeprefix("error: "))
@@ -106,8 +106,9 @@ def tool(state: Path, verb: str) -> str:
 
 
 @contextlib.contextmanager
-def running_cluster() -> Iterator[Cluster]:
-    """Bring a cluster up in a new folder and take it down at the end, even if this process is killed.
+def running_cluster(*flags: str) -> Iterator[Cluster]:
+    """Bring a cluster up in a new folder, with flags of `up`, and take it down at the end, even if this process is
+    killed.
 
     Raises:
         CannotBeHad: no right to, or no packages.
@@ -124,7 +125,7 @@ def running_cluster() -> Iterator[Cluster]:
     )
     assert keeper.stdin is not None
     try:
-        tool(state, "up")
+        tool(state, "up", *flags)
         yield Cluster(state)
     finally:
         keeper.stdin.close()

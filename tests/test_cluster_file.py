@@ -43,7 +43,8 @@ def allocate(*flags: object, file: str = "", last: dict | None = None) -> Alloca
 
 
 def sbatch_file(allocation: Allocation) -> str:
-    return _make_sbatch_string(command="TASK", folder="/runs/x/jobs", **slurm_parameters(allocation, "cfmask-x"))
+    parameters = slurm_parameters(allocation, "cfmask-x", "/runs/x/jobs")
+    return _make_sbatch_string(command="TASK", folder="/runs/x/jobs", **parameters)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) ->
     assert slurm_cluster.pid("slurmctld") != before["slurmctld"]
     assert slurm_cluster.pid("slurmd-n1") == before["slurmd-n1"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    assert slurm_cluster.call("sinfo", "-h", "-o", "%R").split() == ["low", "high"]
+    assert slurm_cluster.call("sinfo", "-h", "-o", "%R").split() == ["low", "abrupt", "high"]
 
 
 def test_daemons_listen_on_loopback_only(slurm_cluster: Cluster) -> None:

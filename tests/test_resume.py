@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import submitit
 import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.runs import read_lines
+from cfmask.runs import RunFolder, read_lines
+from launch import submit
+from launch.allocation import resolve_allocation
+from launch.arguments import recipe_from
+from launch.cluster_file import ClusterFile
+from launch.job import Job
 
 STEPS = 18  # 3 epochs of 6
 
@@ -107,6 +114,22 @@ def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(mater
     assert second["why_last_ended"] == f"stopped at step {second['from_step']} (requeue)"
     assert second["from_step"] >= 7
     assert_same_end(run, undisturbed)
+
+
+def test_the_time_limit_is_seen_by_the_clock_alone(materials, undisturbed, tmp_path, monkeypatch):
+    """Nobody sends a signal: a job whose limit is near stops and comes back, over as many starts as it takes."""
+    run = RunFolder(tmp_path / "run")
+    arguments = submit.parser().parse_args(list(map(str, flags(materials, run.root))))
+    allocation = resolve_allocation(arguments, ClusterFile())
+    run.claim(submit.resolve_recipe(recipe_from(arguments), allocation))
+    executor = submitit.LocalExecutor(run.root / "jobs")
+    executor.update_parameters(tasks_per_node=2, timeout_min=60, stderr_to_stdout=True)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = executor.submit(Job(run.root, 0, time_limit_min=1 / 4, pace_s=1.0))  # 13.5 s, in which it makes no 18 steps
+    assert job.result() == "finished"
+    whys = [attempt["why_last_ended"] for attempt in read_lines(run.attempts)[1:]]
+    assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\)", why) for why in whys)
+    assert_same_end(run.root, undisturbed)
 
 
 def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):

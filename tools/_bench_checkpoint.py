@@ -1,7 +1,5 @@
 """What a checkpoint costs training: how long it stands still, and what it feels of the write beside it.
 
-    python tools/_bench_checkpoint.py [MODEL]
-
 A model with random weights and AdamW's moments of all of it is checkpointed several times. Meanwhile a loop in Python,
 as a training loop is one, looks at the clock all the time: its longest gap is how long the write kept the interpreter,
 or the processor, from it. On a busy machine a loop has gaps without any write: they are measured beside it.
@@ -10,28 +8,29 @@ or the processor, from it. On a busy machine a loop has gaps without any write: 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from torch import nn
 
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-
-from cfmask.checkpoint import Keep, State, Writer  # noqa: E402
-from cfmask.data.receipts import Consumed  # noqa: E402
-from cfmask.models.head import build_tower, model_info  # noqa: E402
-from cfmask.models.tower import Classifier  # noqa: E402
-from cfmask.optim import Phase, Rates, adamw, take_step  # noqa: E402
-from cfmask.recipe import Recipe  # noqa: E402
+from cfmask.checkpoint import Keep, State, Writer
+from cfmask.data.receipts import Consumed
+from cfmask.models.head import build_tower, model_info
+from cfmask.models.tower import Classifier
+from cfmask.optim import Phase, Rates, adamw, take_step
+from cfmask.recipe import Recipe
 
 CLASSES = 1000
 BATCH = 8
 HEADER = ["", "median s", "lowest", "highest"]
+NOTE = (
+    "Weights and both moments of all of them. A loop in Python looks at the clock all the time: its longest gap is how "
+    "long a write kept the interpreter, or the processor, from training."
+)
 
 
 def checkpoint_stall(
@@ -105,16 +104,3 @@ def _longest_gap(goes_on: Callable[[], bool]) -> float:
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
     return longest
-
-
-def main() -> None:
-    from tools._shared import table
-
-    model_name = sys.argv[1] if len(sys.argv) > 1 else "ViT-B-16-quickgelu"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{model_name}, {device}, {torch.get_num_threads()} threads\n")
-    print(table(HEADER, checkpoint_stall(model_name, device=device)))
-
-
-if __name__ == "__main__":
-    main()

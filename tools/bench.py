@@ -7,6 +7,7 @@
     python tools/bench.py parts   --source TREE     what the time of an image goes to
     python tools/bench.py order                     how well the order mixes, beside a full permutation
     python tools/bench.py step                      training steps beside the authors' way: images/s, FLOPs, memory
+    python tools/bench.py checkpoint                how long a checkpoint keeps training waiting
 
 TREE is a folder of class/image.JPEG; without --source photograph-like noise of ImageNet's size is drawn. Peers run in
 an interpreter of their own (tools/peers-requirements.txt says how it is made); one that is not there is named with
@@ -764,6 +765,18 @@ def parts_of_step(parts: list[Parts], plain: Forward) -> list[str]:
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
+def checkpoint(arguments: argparse.Namespace) -> str:
+    """Tables for checkpoint."""
+    import torch
+
+    from tools._bench_checkpoint import HEADER, NOTE, checkpoint_stall
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = checkpoint_stall(arguments.model, arguments.folder, device=device, rounds=arguments.rounds)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return report("checkpoint", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
+
+
 def draw_photograph(seed: int) -> bytes:
     """A JPEG of 500 × 375 of about 110 kB, ImageNet's mean: smooth shapes with grain."""
     import io
@@ -837,7 +850,7 @@ def cpu_name() -> str:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order|step")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order|step|checkpoint")
     for name, what in (("loader", "training streams"), ("convert", "conversions")):
         verb = verbs.add_parser(name, help=what)
         verb.add_argument("--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)")
@@ -870,6 +883,11 @@ def parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--steps", type=int, metavar="N", help="timed in a round (default: 3, on a GPU 20)")
     verb.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
+    verb = verbs.add_parser("checkpoint", help="what a checkpoint costs training")
+    verb.add_argument("--model", default="ViT-B-16-quickgelu", metavar="NAME", help="default: ViT-B-16-quickgelu")
+    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
+    verb.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write to (default: a temporary one)")
+    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="checkpoints (default: 5)")
     for name in ("loader", "convert", "resume"):
         verb = verbs.choices[name]
         verb.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
@@ -887,8 +905,9 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(_measure(argv)))
         return 0
     arguments = parser().parse_args(argv)
-    if arguments.verb in ("order", "step"):
-        print(order() if arguments.verb == "order" else step(arguments))
+    if arguments.verb in ("order", "step", "checkpoint"):
+        of_verb = {"order": lambda _: order(), "step": step, "checkpoint": checkpoint}
+        print(of_verb[arguments.verb](arguments))
         return 0
     with tempfile.TemporaryDirectory(prefix="cfmask-bench-") as temporary:
         work = (getattr(arguments, "work", None) or Path(temporary)).resolve()

@@ -1,0 +1,389 @@
+"""What doctor.py makes of what Slurm's commands tell, a text each.
+
+Nothing here asks anybody anything. A finding says what was found and, unless all is well, what to change:
+
+    ok           as it should be
+    warning      works, and costs work, time or comfort
+    problem      does not work, or does not come back by itself
+    not checked  could not be found out
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.allocation import Allocation
+
+OK, WARNING, PROBLEM, NOT_CHECKED = "ok", "warning", "problem", "not checked"
+
+ADMINISTRATOR = "slurm/administrator.md"
+GRACE_S = 60
+"""A grace that is enough for a checkpoint on a shared file system with other users; to ask for: twice as long."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of what doctor.py says."""
+
+    check: str
+    state: str
+    found: str
+    change: str = ""
+
+
+# --- Slurm's texts --------------------------------------------------------------------------------------------------
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """`scontrol show config`: NAME = VALUE lines; what has no value says (null)."""
+    pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+\s*=", line))
+    return {name.strip(): "" if value.strip() == "(null)" else value.strip() for name, value in pairs}
+
+
+def parse_records(text: str, first: str = "PartitionName") -> list[dict[str, str]]:
+    """`scontrol show partition` and the like, in either form: NAME=VALUE words; ``first`` begins a record."""
+    records: list[dict[str, str]] = []
+    for word in text.split():
+        name, found, value = word.partition("=")
+        if name == first:
+            records.append({})
+        if found and records:
+            records[-1].setdefault(name, value)
+    return records
+
+
+def seconds(text: str) -> float:
+    """Slurm's durations as it shows them: 120, 30 sec, 05:00, 00:02:00, 1-00:00:00, UNLIMITED.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = text.strip()
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
+        return math.inf
+    match = re.fullmatch(r"(?:(\d+)-)?((?:\d+:){0,2}\d+)(?: sec)?", text)
+    if not match:
+        raise ValueError(f"{text!r} is not a duration")
+    total = 0
+    for part in match[2].split(":"):
+        total = total * 60 + int(part)
+    if match[1] and (colons := match[2].count(":")) < 2:  # D-H, D-H:M
+        total *= 3600 if colons == 0 else 60
+    return int(match[1] or 0) * 86400 + total
+
+
+def version(config: Mapping[str, str]) -> tuple[int, int]:
+    """22, 5 of 22.05.8; 0, 0 if it does not say."""
+    match = re.match(r"(\d+)\.(\d+)", config.get("SLURM_VERSION", ""))
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A line of `sinfo -N`: a node in a partition."""
+
+    partition: str
+    name: str
+    state: str
+    cpus: int
+    gres: str
+
+    @property
+    def works(self) -> bool:
+        return not re.search(r"down|drain|fail|maint|unk|error|inval|no_respond|\*$", self.state.lower())
+
+
+SINFO_FORMAT = "%R|%N|%T|%c|%G"
+QOS_FORMAT = "Name,Preempt,PreemptMode,GraceTime"
+ASSOCIATION_FORMAT = "Account,DefaultQOS,QOS"
+
+
+def parse_nodes(text: str) -> list[Node]:
+    """`sinfo -a -h -N -o SINFO_FORMAT`."""
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 4)
+    return [Node(p, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres) for p, name, state, cpus, gres in rows]
+
+
+@dataclass(frozen=True)
+class Qos:
+    """A line of `sacctmgr -nP show qos format=QOS_FORMAT`. preempts: names of those whose jobs give way to its."""
+
+    name: str
+    preempts: tuple[str, ...]
+    mode: str
+    grace: str
+
+
+def parse_qos(text: str) -> list[Qos]:
+    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
+    return [Qos(name, tuple(filter(None, give.split(","))), mode, grace) for name, give, mode, grace in rows]
+
+
+def default_qos(text: str, account: str | None) -> str:
+    """The qos of a job that names none, by `sacctmgr -nP show assoc user=… format=ASSOCIATION_FORMAT`."""
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
+    own = [row for row in rows if account is None or row[0] == account]
+    for _, default, allowed in own:
+        if default or (allowed and "," not in allowed):
+            return default or allowed
+    return "normal"
+
+
+def gpus_of(gres: str, kind: str = "") -> int:
+    """GPUs of a node by its GRES, of a type if one is wanted: gpu:a100:8(S:0-1),shard:16."""
+    total = 0
+    for part in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = part.split(":")
+        if name == "gpu" and rest and rest[-1].isdigit() and (not kind or kind in rest[:-1]):
+            total += int(rest[-1])
+    return total
+
+
+# --- Slurm, from the login node -------------------------------------------------------------------------------------
+
+
+def chosen_partitions(partitions: Sequence[Mapping[str, str]], wanted: str | None) -> list[Mapping[str, str]]:
+    """The partitions that a job would go to: those that are named (a list, in Slurm), or the default."""
+    if wanted:
+        return [each for name in wanted.split(",") for each in partitions if each["PartitionName"] == name]
+    return [each for each in partitions if each.get("Default") == "YES"]
+
+
+def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None, time_min: int) -> list[Finding]:
+    """That there is one, that it is up, and that it gives so much time."""
+    names = ", ".join(each["PartitionName"] for each in partitions)
+    chosen = chosen_partitions(partitions, wanted)
+    if unknown := sorted(set((wanted or "").split(",")) - {""} - {each["PartitionName"] for each in chosen}):
+        found = f"there is no partition {', '.join(unknown)}; there are {names or 'none that you see'}"
+        return [
+            Finding("partition", PROBLEM, found, 'name one of them: --partition, or partition = "…" in cluster.toml')
+        ]
+    if not chosen:
+        found = f"Slurm has no default partition; there are {names or 'none that you see'}"
+        return [Finding("partition", PROBLEM, found, 'name one: --partition, or partition = "…" in cluster.toml')]
+    findings = []
+    for each in chosen:
+        name, state = each["PartitionName"], each.get("State", "UP")
+        if state != "UP":
+            change = "use another one, or ask when it is back"
+            findings.append(Finding("partition", PROBLEM, f"{name} is {state}", change))
+            continue
+        is_default = "" if wanted else " (Slurm's default)"
+        findings.append(Finding("partition", OK, f"{name}{is_default}, of {each.get('TotalNodes', '?')} nodes"))
+        limit = seconds(each.get("MaxTime", "UNLIMITED"))
+        if time_min * 60 > limit:
+            found = f"a job gets {each['MaxTime']} in {name} at most, and --time is {time_min} min"
+            most = int(limit // 60)
+            change = f"--time {most}, or time = {most} in cluster.toml: a run goes on over any number of starts"
+            findings.append(Finding("time limit", PROBLEM, found, change))
+        else:
+            at_most = "any time" if math.isinf(limit) else f"at most {each['MaxTime']}"
+            findings.append(Finding("time limit", OK, f"{time_min} min asked for; {name} gives {at_most}"))
+    return findings
+
+
+def check_nodes(nodes: Sequence[Node], partitions: Iterable[str], allocation: Allocation) -> Finding:
+    """That the partitions have nodes of the size that is asked for."""
+    a = allocation
+    cpus = a.tasks_per_node * a.cpus_per_task
+    gpus = f"{a.gpus_per_node} GPUs" + (f" ({a.gpu_type})" if a.gpu_type else "") if a.gpus_per_node else ""
+    wanted = " and ".join(filter(None, [gpus, f"{cpus} CPU{'s' if cpus > 1 else ''}"]))
+    own = {node.name: node for node in nodes if node.partition in set(partitions)}.values()
+    if not own:
+        return Finding("nodes", NOT_CHECKED, "sinfo shows no node of the partition")
+    with_gpus = [node for node in own if gpus_of(node.gres, a.gpu_type) >= a.gpus_per_node]
+    if len(with_gpus) < a.nodes:
+        kinds = sorted({node.gres for node in own})
+        found = (
+            f"{len(with_gpus)} of {len(own)} nodes have {gpus}, {a.nodes} are asked for; they have {'; '.join(kinds)}"
+        )
+        change = "another --partition, or --gpus-per-node [TYPE:]N (0: train on CPUs), or --nodes"
+        return Finding("nodes", PROBLEM, found, change)
+    large = [node for node in with_gpus if node.cpus >= cpus]
+    if len(large) < a.nodes:
+        most = sorted((node.cpus for node in with_gpus), reverse=True)[a.nodes - 1]
+        found = f"{len(large)} of {len(own)} nodes have {wanted}, {a.nodes} are asked for"
+        each = most // a.tasks_per_node
+        fewer = f"--cpus-per-task {each}, or cpus_per_task = {each} in cluster.toml"
+        change = f"{fewer if each else f'--tasks-per-node {most}'}: {a.nodes} nodes have {most} CPUs or more"
+        return Finding("nodes", PROBLEM, found, change)
+    working = [node for node in large if node.works]
+    found = f"{len(large)} of {len(own)} nodes have {wanted}; {a.nodes} asked for"
+    if len(working) < a.nodes:
+        states = ", ".join(sorted({node.state for node in large if not node.works}))
+        change = "wait for them or ask (sinfo -R says why), or use another --partition"
+        return Finding("nodes", PROBLEM, f"{found}, and only {len(working)} of them work ({states})", change)
+    return Finding("nodes", OK, found)
+
+
+def check_preemption(
+    config: Mapping[str, str],
+    chosen: Sequence[Mapping[str, str]],
+    partitions: Sequence[Mapping[str, str]],
+    nodes: Sequence[Node],
+    qos: Sequence[Qos],
+    own_qos: str | None,
+) -> list[Finding]:
+    """Whether a job can be preempted, by whom, and what then becomes of it.
+
+    Args:
+        chosen: the partitions that the job goes to. own_qos: its quality of service, if it is known.
+    """
+    kind = config.get("PreemptType", "").removeprefix("preempt/")
+    if kind in ("", "none"):
+        return [Finding("preemption", OK, "Slurm preempts no job here (PreemptType)")]
+    if kind == "qos":
+        service = next((each for each in qos if each.name == own_qos), None)
+        if service is None:
+            found = f"PreemptType is preempt/qos, and sacctmgr tells nothing of the qos {own_qos or 'that a job gets'}"
+            change = f"name the qos with --qos; see {ADMINISTRATOR}, 1 for what it should have"
+            return [Finding("preemption", NOT_CHECKED, found, change)]
+        by = [each.name for each in qos if service.name in each.preempts]
+        # A qos that names none of its own can still preempt within itself.
+        if "WITHIN" in service.mode.upper().split(","):
+            by.append(service.name)
+        return _consequences(
+            config, f"qos {service.name}", by, service.mode, service.grace, f"sacctmgr modify qos {service.name} set"
+        )
+    findings = []
+    for each in chosen:
+        name = each["PartitionName"]
+        here = {node.name for node in nodes if node.partition == name}
+        shares = {node.partition for node in nodes if node.name in here} if here else None
+        by = [
+            other["PartitionName"]
+            for other in partitions
+            if _tier(other) > _tier(each) and (shares is None or other["PartitionName"] in shares)
+        ]
+        findings += _consequences(
+            config,
+            f"partition {name}",
+            by,
+            each.get("PreemptMode", ""),
+            each.get("GraceTime", "0"),
+            f"PartitionName={name} …",
+        )
+    return findings
+
+
+def _tier(partition: Mapping[str, str]) -> int:
+    return int(partition.get("PriorityTier", "1"))
+
+
+def _consequences(
+    config: Mapping[str, str], what: str, by: Sequence[str], own_mode: str, grace: str, where: str
+) -> list[Finding]:
+    mode = own_mode.upper()
+    if mode in ("", "CLUSTER"):
+        mode = config.get("PreemptMode", "OFF").upper()
+    modes = set(mode.split(",")) - {"GANG", "WITHIN"}
+    if not by or modes <= {"OFF"}:
+        why = "nobody comes before it" if not by else f"PreemptMode={own_mode or mode}"
+        return [Finding("preemption", OK, f"a job in {what} is not preempted: {why}")]
+    line = f"{where} PreemptMode=REQUEUE ({ADMINISTRATOR}, 1)."
+    by_whom = f"a job in {what} gives way to {', '.join(by)}, PreemptMode={mode}"
+    if "REQUEUE" in modes:
+        first = Finding("preemption", OK, f"{by_whom}: it comes back by itself")
+    elif "CANCEL" in modes:
+        change = f"{line} Until then: submit.py --resume RUN"
+        return [
+            Finding("preemption", PROBLEM, f"{by_whom}: its run is over until somebody resumes it", change),
+            *_warning_and_grace(config, what, grace, where),
+        ]
+    else:  # SUSPEND
+        change = f"{line} Until then: a --collective-timeout that is longer than the longest stop"
+        return [
+            Finding(
+                "preemption", WARNING, f"{by_whom}: it is stopped where it is, and its GPUs' memory stays taken", change
+            )
+        ]
+    return [first, *_warning_and_grace(config, what, grace, where)]
+
+
+def _warning_and_grace(config: Mapping[str, str], what: str, grace: str, where: str) -> list[Finding]:
+    return [check_user_signal(config), check_grace(config, what, grace, where)]
+
+
+def check_user_signal(config: Mapping[str, str]) -> Finding:
+    """Whether a job that is preempted gets its --signal. Of the two names, 22.05 knows one, later versions both."""
+    old, new = "preempt_send_user_signal", "send_user_signal"
+    has_old = old in config.get("SlurmctldParameters", "").lower()
+    has_new = new in config.get("PreemptParameters", "").lower()
+    knows_new = version(config) > (22, 5)
+    line = f"PreemptParameters={new}" if knows_new else f"SlurmctldParameters={old}"
+    if has_old or (has_new and knows_new):
+        set_by = f"SlurmctldParameters={old}" if has_old else f"PreemptParameters={new}"
+        return Finding("warning signal", OK, f"a job that is preempted gets its USR2 first ({set_by})")
+    change = f"{line} in slurm.conf ({ADMINISTRATOR}, 2)"
+    if has_new:
+        found = f"PreemptParameters={new} is set, and Slurm {config.get('SLURM_VERSION')} does not know it by this name"
+        return Finding("warning signal", WARNING, found, change)
+    found = "a job that is preempted gets TERM, not its USR2: it saves, and waits to be killed before it comes back"
+    return Finding("warning signal", WARNING, found, change)
+
+
+def check_grace(config: Mapping[str, str], what: str, grace: str, where: str) -> Finding:
+    """Whether the time between warning and kill is enough for a checkpoint."""
+    try:
+        given = seconds(grace)
+    except ValueError:
+        return Finding("grace", NOT_CHECKED, f"GraceTime of {what} is {grace!r}", f"see {ADMINISTRATOR}, 3")
+    change = f"{where} GraceTime=120 ({ADMINISTRATOR}, 3). Until then: a smaller --checkpoint-minutes"
+    if given == 0:
+        wait = config.get("KillWait", "30 sec")
+        found = f"GraceTime of {what} is 0: no warning signal, TERM and {wait} later KILL (KillWait)"
+        return Finding("grace", WARNING, found, change)
+    found = f"{given:.0f} s between warning and kill (GraceTime of {what})"
+    if given < GRACE_S:
+        return Finding("grace", WARNING, f"{found}: little for a checkpoint on a busy file system", change)
+    return Finding("grace", OK, found)
+
+
+def check_requeue_setting(config: Mapping[str, str]) -> Finding:
+    """JobRequeue is what a job gets that does not say: ours do."""
+    if config.get("JobRequeue") == "0":
+        return Finding("requeue setting", OK, "JobRequeue=0, and submit.py asks for --requeue itself")
+    return Finding("requeue setting", OK, f"JobRequeue={config.get('JobRequeue', '1')}")
+
+
+def check_accounting(config: Mapping[str, str]) -> Finding:
+    kind = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")
+    if kind in ("", "none"):
+        found = (
+            "no accounting: status.py cannot tell how a job ended that left no word, and submitit warns at every look"
+        )
+        change = f"AccountingStorageType=accounting_storage/slurmdbd in slurm.conf ({ADMINISTRATOR}, last section)"
+        return Finding("accounting", WARNING, found, change)
+    return Finding("accounting", OK, f"{kind}: sacct knows how jobs ended")
+
+
+def check_job_record(job: Mapping[str, str]) -> list[Finding]:
+    """What became of the probe's job on its way into the queue: a site may change what was asked for."""
+    if job.get("Requeue") == "0":
+        found = "Slurm took the job without its --requeue (Requeue=0): a job_submit plugin or a wrapper takes it away"
+        return [Finding("requeue flag", PROBLEM, found, f"ask for it to be left in ({ADMINISTRATOR}, 4)")]
+    return [Finding("requeue flag", OK, "the job has it (Requeue=1)")]
+
+
+def check_requeue(job: Mapping[str, str], asked: Mapping[str, object] | None) -> Finding:
+    """Whether the job came back to the queue when its first rank asked for that.
+
+    Args:
+        asked: what it did; None: it did not come to it.
+    """
+    if asked is None:
+        return Finding("requeue", NOT_CHECKED, "the probe did not come so far")
+    if int(job.get("Restarts") or 0) > 0:
+        # Without a code it was taken out of the way before it heard of its success.
+        by_rank = asked.get("scontrol") and asked.get("code") in (0, None)
+        how = "its first rank's scontrol" if by_rank else "its batch script: its ranks have no scontrol that does"
+        return Finding("requeue", OK, f"the job went back into the queue at its own wish (by {how})")
+    said = str(asked.get("said") or "no scontrol on the node, and the batch script had no success either")
+    change = (
+        f"ask for the right to requeue one's own jobs ({ADMINISTRATOR}, 4). Until then a run that reaches its time "
+        "limit is over until submit.py --resume RUN"
+    )
+    return Finding("requeue", PROBLEM, f"the job ended instead of going back into the queue: {said}", change)

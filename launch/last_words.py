@@ -1,0 +1,318 @@
+"""How a job ends badly: a rank that dies takes the others along within seconds, and its words come last in the log.
+
+A rank is two processes (``supervise``). The one that Slurm or submitit's local controller has started waits for its
+child, and the child trains: what the kernel has killed cannot speak for itself, and what is stuck in a collective, or
+in a driver that lets no Python run, cannot leave by itself.
+
+    RUN/jobs/last_words/
+      123-0_1.json   rank 1's, of the first start of job 123: what it raised, or which signal killed it
+      123-0.txt      those of the rank that died first, as the log ends with them
+
+    a rank dies   its words are there at once; 2 s later, when others had time for theirs, it is decided who was first,
+                  RUN/ended.json says so, and the process ends with an exit code that is not 0
+    the others    look for words every 2 s; what has not ended by itself 8 s later is killed
+    on Slurm      srun --kill-on-bad-exit ends them as well: with a TERM, which here means a checkpoint and is of no use
+                  to a rank that hangs, and after KillWait (30 s, or what a site likes) with a KILL. When all are gone
+                  the batch script prints the words.
+
+Words are not left at an end that ranks have agreed on: finished, stopped with a checkpoint, to be requeued, cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfmask.errors import UserError
+from cfmask.files import write_atomically
+from cfmask.runs import RunFolder, read_object
+from launch.allocation import REQUEUE_ME
+
+if TYPE_CHECKING:
+    import submitit
+
+_AGREED_ENDS = (0, REQUEUE_ME, 128 + signal.SIGTERM)
+"""Exit codes of a rank that ends as all have agreed to (launch/job.py)."""
+_RAISED = 1
+"""Exit code of a rank that has raised, and printed it."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+"""Those that a job is sent."""
+_LOOK_S = 2.0
+"""Between two looks for the words of others: a listing of one small folder."""
+_LISTEN_S = 2.0
+"""From a rank's death until it is decided who was first: a broken connection is noticed elsewhere in less."""
+_GRACE_S = 8.0
+"""What a rank has, when another has died, to end by itself: to write a checkpoint to its end, say."""
+_GONE_WITHIN_S = 5.0
+"""A process that SIGKILL does not end in this time hangs in the kernel, and is left to it."""
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a rank that died has left. time: ISO 8601, to the millisecond. error: one line. traceback: "" if it was
+    killed. broken_off: it died of a connection to another rank that broke, so another has died before it."""
+
+    rank: int
+    node: str
+    time: str
+    error: str
+    traceback: str = ""
+    broken_off: bool = False
+
+    @property
+    def why(self) -> str:
+        """For ended.json."""
+        return f"failed: rank {self.rank}{':' if self.traceback else ''} {self.error}"
+
+    def text(self, log: Path) -> str:
+        """As the job's log ends with them. log: the rank's own."""
+        who, clock = f"rank {self.rank} on {self.node}", self.time[11:19]
+        if self.traceback:
+            return f"{who} failed first, {clock}:\n{self.traceback.rstrip()}\n"
+        return f"{who} {self.error}, {clock}; it was the first to end. Its log: {log}\n"
+
+
+@dataclass(frozen=True)
+class _Here:
+    """This rank of this start of the job."""
+
+    run: RunFolder
+    attempt: str
+    rank: int
+    local: bool
+    nodes: int
+    world_size: int
+
+    @classmethod
+    def found(cls, run: Path) -> _Here:
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        return cls(
+            run=RunFolder(run),
+            attempt=attempt_name(environment),
+            rank=environment.global_rank,
+            local=environment.cluster != "slurm",
+            nodes=environment.num_nodes,
+            world_size=environment.num_tasks,
+        )
+
+    @property
+    def file(self) -> Path:
+        return _folder(self.run) / f"{self.attempt}_{self.rank}.json"
+
+    def words(self) -> list[Words]:
+        """All that were left at this start, by any rank."""
+        with contextlib.suppress(FileNotFoundError):
+            # Listed, not looked up: NFS asks the server when a folder is opened.
+            names = os.listdir(_folder(self.run))
+            mine = [n for n in names if n.startswith(f"{self.attempt}_") and n.endswith(".json")]
+            read = [read_object(_folder(self.run) / name) for name in mine]
+            return [Words(**found) for found in read if found]
+        return []
+
+    def leave(self, error: str, traceback: str = "", broken_off: bool = False) -> None:
+        """Only the first words of a rank count."""
+        if self.file.exists():
+            return
+        now = time.time()
+        clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03}"
+        node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+        words = Words(self.rank, node, clock, error, traceback, broken_off)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.file, json.dumps(asdict(words)))
+        except OSError as reason:
+            print(f"warning: {self.file} cannot be written: {reason.strerror}", file=sys.stderr, flush=True)
+
+
+def attempt_name(environment: submitit.JobEnvironment) -> str:
+    """Names this start of the job, the same on all its ranks; allocation.slurm_parameters says it in shell."""
+    return f"{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+def told(run: RunFolder, job: str) -> str | None:
+    """The words of the rank that died first when the job ended last; None if there are none."""
+    texts = sorted(_folder(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
+    return texts[-1].read_text(errors="replace") if texts else None
+
+
+def _folder(run: RunFolder) -> Path:
+    return run.root / "jobs" / "last_words"
+
+
+# --- the rank -----------------------------------------------------------------------------------------------------
+
+
+def leave(run: Path, error: BaseException) -> None:
+    """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
+    is being written, a driver) is none of the others' time."""
+    _Here.found(run).leave(
+        f"{type(error).__name__}: {str(error)[:500]}", _formatted(error), broken_off=_is_broken_off(error)
+    )
+
+
+def _formatted(error: BaseException) -> str:
+    """The traceback, without what runs before our code does."""
+    entry = error.__traceback__
+    while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/job.py"):
+        entry = entry.tb_next
+    return "".join(traceback.format_exception(type(error), error, entry or error.__traceback__))
+
+
+def _is_broken_off(error: BaseException) -> bool:
+    """gloo's errors have no class of their own."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
+    return of_torch or (isinstance(error, RuntimeError) and any(words in str(error) for words in broken))
+
+
+def _be_the_rank(rank: Callable[[], object], run: Path) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    faulthandler.enable()  # a segmentation fault has a traceback too
+    try:
+        rank()
+    except Exception as error:
+        try:
+            leave(run, error)
+        finally:
+            traceback.print_exception(error)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            # Not through Python's own end: there threads are waited for, and a communicator that others hang in.
+            os._exit(_RAISED)
+    finally:
+        _ignore_signals()  # Python's own end would restore what they do by default
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+# --- the process that waits for it --------------------------------------------------------------------------------
+
+
+def supervise(rank: Callable[[], object], run: Path) -> int:
+    """Do this in a child process, and see to it that it ends if another rank dies.
+
+    Signals that this process is sent are the child's: where Slurm tracks processes by cgroup, it signals no other. In
+    the child this returns, or leaves by SystemExit, as rank does.
+
+    Returns:
+        The exit code of this process.
+    """
+    child = os.fork()
+    if child == 0:
+        _be_the_rank(rank, run)
+        return 0
+
+    def pass_on(number: int, frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+
+    for number in _SIGNALS:
+        signal.signal(number, pass_on)
+    here = _Here.found(run)
+    here.file.unlink(missing_ok=True)  # the local executor's second start has the first one's name
+    code = _wait(child, here)
+    if code in _AGREED_ENDS:
+        return code
+    if here.file.exists():
+        time.sleep(_LISTEN_S)
+    _conclude(here, spoken=code == _RAISED)
+    return code
+
+
+def _wait(child: int, here: _Here) -> int:
+    """The child's exit code, 128 + the signal that killed it. If another rank has died, the child has little time."""
+    told, kill_at, give_up_at = False, float("inf"), float("inf")
+    look_at = time.monotonic() + _LOOK_S
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        now = time.monotonic()
+        if ended:
+            break
+        if now > give_up_at:
+            return 1
+        if now > kill_at:
+            os.kill(child, signal.SIGKILL)
+            kill_at, give_up_at = float("inf"), now + _GONE_WITHIN_S
+        elif now > look_at and not told:
+            look_at = now + _LOOK_S
+            told = bool(here.words())
+            kill_at = now + _GRACE_S if told else kill_at
+        time.sleep(0.1)
+    _ignore_signals()
+    code = os.waitstatus_to_exitcode(status)
+    if code not in _AGREED_ENDS and give_up_at == float("inf"):  # not killed from here
+        here.leave(_how_it_ended(code))
+    return code if code >= 0 else 128 - code
+
+
+def _how_it_ended(code: int) -> str:
+    """Of a rank that has said nothing itself. code: negative if a signal killed it."""
+    if code >= 0:
+        return f"ended with exit code {code} and without a word"
+    reason = ": out of memory?" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({signal.Signals(-code).name}{reason})"
+
+
+def _conclude(here: _Here, *, spoken: bool) -> None:
+    """Every rank that ends badly does this, with what is known by then; the last one knows best.
+
+    Args:
+        spoken: the rank's log ends with its own traceback.
+    """
+    words = _first(here.words())
+    ended = here.run.ended() if here.run.begun_by(here.attempt) else None
+    if words is None or (ended is not None and ended["why"].startswith(("finished", "stopped"))):
+        return  # the run had come to an end by then, and rank 0 has said to which
+    text = words.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{words.rank}_log.out")
+    write_atomically(_folder(here.run) / f"{here.attempt}.txt", text)
+    _record(here, words)
+    # On Slurm the batch script does it, after srun's own.
+    if here.local and here.rank == 0 and not (words.rank == 0 and spoken):
+        print(text, end="", flush=True)
+
+
+def _first(left: list[Words]) -> Words | None:
+    """Who died first. A rank that was killed is heard of later than the connections that break with it. What several
+    ranks raise alike, because they know the same, the lowest of them says."""
+    if not left:
+        return None
+    first = min(left, key=lambda words: (words.broken_off, words.time))
+    alike = [words for words in left if words.traceback and words.error == first.error]
+    return min(alike, key=lambda words: words.rank, default=first)
+
+
+def _record(here: _Here, words: Words) -> None:
+    """Say it in ended.json, unless rank 0 has said as much; a start that had not begun to train is one all the same."""
+    run = here.run
+    if not (run.root / "recipe.json").exists():
+        return  # launch/doctor.py's folder
+    if run.begun_by(here.attempt):
+        if run.ended() is None or words.rank != 0:
+            run.end_attempt(words.why)
+        return
+    facts: dict[str, Any] = {"job": here.attempt, "nodes": here.nodes, "world_size": here.world_size}
+    owner = run.owner()
+    if owner is None or owner.why_dead():
+        with contextlib.suppress(UserError), run.locked(here.attempt, patience_s=0):
+            run.end_failed(words.why, **facts)
+    elif owner.job == here.attempt and words.rank == here.rank:
+        run.end_failed(words.why, **facts)  # rank 0 holds the folder, and waits for this rank to come
+    # Else another job does, and this one was refused.

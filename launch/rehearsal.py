@@ -1,0 +1,74 @@
+"""A small data set and a small model, made in seconds: what launch/drill.py trains, and tests do."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[1]
+CLASSES = ("n00000000", "n00000001", "n00000002")
+_CONFIG = {
+    "embed_dim": 8,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 16, "patch_size": 4, "width": 16, "layers": 2, "head_width": 8, "mlp_ratio": 4.0},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+def make_materials(folder: Path, *, per_class: int) -> list[str]:
+    """Make shards of ``per_class`` images of each of three classes, and a model with random weights.
+
+    Returns:
+        The flags of submit.py that name them.
+    """
+    shards, model = folder / "shards", folder / "model.safetensors"
+    if not model.exists():  # written last
+        if not shards.exists():
+            draw_images(folder / "images", per_class=per_class)
+            convert(folder / "images", shards, "--samples-per-shard", str(max(1, per_class // 2)))
+        _save_model(model)
+    return ["--shards", str(shards), "--model", str(model.with_suffix(".json")), "--pretrained", str(model)]
+
+
+def draw_images(root: Path, *, per_class: int = 16, splits: Sequence[str] = ("train", "val"), size: int = 20) -> Path:
+    """root/<split>/<class>/<i>.JPEG; the class shows in the colour, so that a loss can fall."""
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 120, (size, size + 3, 3), dtype=np.uint8)
+                pixels[:, :, label] += 100
+                Image.fromarray(pixels).save(root / split / name / f"{name}_{i}.JPEG", quality=95)
+    return root
+
+
+def convert(source: Path, out: Path, *flags: str) -> Path:
+    """Shards of a tree of images, by tools/make_shards.py.
+
+    Raises:
+        subprocess.CalledProcessError: it failed.
+    """
+    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out, *flags]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True)
+    return out
+
+
+def _save_model(path: Path) -> None:
+    import torch
+
+    from cfmask.models.head import ModelInfo, build_tower, save_model
+    from cfmask.models.tower import Classifier
+
+    info = ModelInfo("small", _CONFIG, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), CLASSES, provenance="random weights")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Classifier(build_tower(info), torch.nn.Linear(8, len(CLASSES)))
+    path.with_suffix(".json").write_text(json.dumps(_CONFIG))
+    save_model(path, model, info)

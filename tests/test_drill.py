@@ -1,0 +1,274 @@
+"""The fault matrix: launch/drill.py breaks runs on a real Slurm in every way there is; what they leave is looked at
+here without its help. And its own judgement, on runs that are not as they have to be."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfmask.runs import append_lines, read_lines
+from launch import drill
+from launch.box import Box, fill_disk
+from launch.stage import Disturbance, Moment, seconds_to_checkpoint, steps_lost
+from slurm_fixture import CannotBeHad, Cluster, running_cluster, wait_until
+
+REPO = Path(__file__).resolve().parents[1]
+STEPS = drill.STEPS
+
+# --- the matrix -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Six nodes of one CPU: three runs at once, each with nodes of its own."""
+    try:
+        with running_cluster("--nodes", "6", "--cpus-per-node", "1") as cluster, pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(cluster.conf))
+            yield cluster
+    except CannotBeHad as reason:
+        pytest.skip(f"no Slurm on this machine: {reason}")
+
+
+@pytest.fixture(scope="module")
+def done(cluster, tmp_path_factory) -> Path:
+    """All drills, by the command that a user types."""
+    folder = tmp_path_factory.mktemp("drills") / "all"
+    command = [sys.executable, REPO / "launch/drill.py", "--folder", folder, "--pace", 0.12, "--at-once", 3]
+    command += ["--patience", 5, "--nodes", 2, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 30]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
+    ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    (folder / "said.txt").write_text(f"exit code {ended.returncode}\n{ended.stdout}\n{ended.stderr}")
+    return folder
+
+
+def whys(run: Path) -> list[str]:
+    return [line["why_last_ended"] for line in read_lines(run / "attempts.jsonl")[1:]]
+
+
+def lives(cluster: Cluster, run: Path) -> list[str]:
+    """How each of the times that the run's jobs ran has ended, in the accounting's words."""
+    jobs = [line["job"] for line in read_lines(run / "jobs/submissions.jsonl")]
+    told = cluster.call("sacct", "--duplicates", "-X", "-n", "-P", f"--jobs={','.join(jobs)}", "--format=Start,State")
+    return [line.split("|")[1].split()[0] for line in sorted(told.splitlines())]
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("name", [each.name for each in drill.DRILLS])
+def test_it_ends_with_the_weights_of_an_undisturbed_run(done, name):
+    run, alone = done / name, done / "undisturbed"
+    said = (done / "said.txt").read_text()
+    assert (run / "results.json").exists(), said
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(r / f"checkpoints/step-{STEPS:08d}" / file) for r in (run, alone))
+        assert ours.keys() == theirs.keys() and ours
+        for tensor in ours:
+            if name == "resized":  # sums over other numbers of ranks
+                torch.testing.assert_close(ours[tensor], theirs[tensor], rtol=1e-2, atol=1e-4)
+            else:
+                assert torch.equal(ours[tensor], theirs[tensor]), f"{tensor} of {file} differs"
+    losses = [[x["loss"] for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, alone)]
+    assert losses[0] == (pytest.approx(losses[1], rel=1e-3) if name == "resized" else losses[1])
+    audit = subprocess.run([sys.executable, REPO / "tools/audit.py", run], capture_output=True, text=True)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    assert re.search(rf"^\| {name} \|.*\| (same to the bit|same samples, same loss) \|$", said, re.MULTILINE), said
+
+
+STOPPED, CAME_BACK, KILLED = (
+    r"stopped at step \d+ \(quit\)",
+    r"stopped at step \d+ \(requeue\)",
+    "killed without notice",
+)
+STORIES = {
+    "warned": ([CAME_BACK], ["REQUEUED", "COMPLETED"]),
+    "requeued": ([STOPPED], ["REQUEUED", "COMPLETED"]),
+    "rank-killed": (["failed: rank 1 .*signal 9.*"], ["FAILED", "COMPLETED"]),
+    "cancelled": ([STOPPED], ["CANCELLED", "COMPLETED"]),
+    "resized": ([STOPPED, STOPPED], ["CANCELLED", "CANCELLED", "COMPLETED"]),
+    "preempted": ([CAME_BACK], ["PREEMPTED", "COMPLETED"]),
+    "preempted-5-times": ([CAME_BACK] * 5, ["PREEMPTED"] * 5 + ["COMPLETED"]),
+    "preempted-at-once": ([STOPPED], ["PREEMPTED", "COMPLETED"]),
+    "preempted-unwarned": ([STOPPED], ["PREEMPTED", "COMPLETED"]),
+    "preempted-while-writing": ([KILLED], ["PREEMPTED", "COMPLETED"]),
+    "node-lost": ([KILLED], ["NODE_FAIL", "COMPLETED"]),
+    "controller-restarted": ([], ["COMPLETED"]),
+    "full-disk": (["failed: CheckpointNotWritten: .*No space left on device.*"], ["FAILED", "COMPLETED"]),
+}
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize("name", STORIES)
+def test_attempts_and_accounting_tell_what_happened(cluster, done, name):
+    story, states = STORIES[name]
+    told = whys(done / name)
+    assert len(told) == len(story) and all(map(re.fullmatch, story, told)), told
+    assert lives(cluster, done / name) == states
+
+
+@pytest.mark.slurm
+def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done):
+    told = whys(done / "time-limit")
+    assert told and all(re.fullmatch(CAME_BACK, why) for why in told)
+    assert "TIMEOUT" not in lives(cluster, done / "time-limit")
+
+
+@pytest.mark.slurm
+def test_who_hears_of_it_loses_no_step_and_who_does_not_goes_on_from_the_last_checkpoint(done):
+    lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in drill.DRILLS}
+    unheard = ("rank-killed", "preempted-while-writing", "node-lost", "full-disk")
+    assert {name: steps for name, steps in lost.items() if name not in unheard and steps} == {}
+    assert lost["rank-killed"] <= 20 and lost["node-lost"] <= 20, "--checkpoint-steps is 20"
+    assert 0 < lost["preempted-while-writing"] <= 40, "to the one before the torn one"
+    assert not list((done / "preempted-while-writing/checkpoints").glob(".step-*")), "the torn one is gone"
+
+
+@pytest.mark.slurm
+def test_other_numbers_of_nodes_are_recorded(done):
+    attempts = read_lines(done / "resized/attempts.jsonl")
+    assert [(line["nodes"], line["world_size"]) for line in attempts] == [(2, 2), (1, 1), (2, 2)]
+
+
+@pytest.mark.slurm
+def test_no_process_of_any_job_is_left(cluster, done, tmp_path):
+    """After all of it. That none is left right after a job's end, the drills see themselves."""
+    box = Box(cluster.state)
+    assert box.processes() == []
+    job = cluster.sbatch("--wrap=sleep 30", "--nodelist=n3", cwd=tmp_path)
+    wait_until(lambda: len(box.processes(f"SLURM_JOB_ID={job}", "SLURMD_NODENAME=n3")) >= 2, "they would be seen")
+    cluster.call("scancel", job)
+
+
+@pytest.mark.slurm
+def test_it_says_so_and_shows_it(done):
+    said = (done / "said.txt").read_text()
+    assert said.startswith("exit code 0\n"), said
+    assert (done / "drills.png").stat().st_size > 20_000
+    assert all(f"| {each.name} |" in (done / "drills.md").read_text() for each in drill.DRILLS)
+
+
+@pytest.mark.slurm
+def test_what_cannot_be_done_here_is_refused_or_left_out(cluster, tmp_path):
+    def call(*flags: object, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, REPO / "launch/drill.py", *flags]
+        return subprocess.run(
+            list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, cwd=tmp_path
+        )
+
+    one = call("--drills", "resized", "--gpus-per-node", 0)
+    assert one.returncode == 2 and "resized needs --nodes 2" in one.stderr
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    assert "is not empty" in call("--folder", "full", "--gpus-per-node", 0).stderr
+    nowhere = call("--executor", "local")
+    assert nowhere.returncode == 2 and "Drills need Slurm" in nowhere.stderr
+    assert not list(tmp_path.glob("drills"))
+    wrong = call("--drills", "warned", "--gpus-per-node", 0, "--partition", "nope")
+    assert wrong.returncode == 2 and "invalid partition specified: nope" in wrong.stderr
+
+
+# --- what it measures and how it judges -------------------------------------------------------------------------------
+
+
+def test_seconds_to_checkpoint_are_those_to_the_first_of_the_step_reached():
+    moments = [Moment(0, 1, 3, 0), Moment(1, 1, 7, 4), Moment(2, 1, 8, 7), Moment(3, 1, 8, 8), Moment(4, 2, 8, 8)]
+    assert seconds_to_checkpoint(moments, Disturbance(1, "x", 1, 7)) == 1
+    assert seconds_to_checkpoint(moments, Disturbance(2, "x", 1, 8)) == 1
+    assert seconds_to_checkpoint(moments, Disturbance(2, "x", 1, 9)) is None, "never"
+    late = [*moments[:2], Moment(4, 2, 4, 4), Moment(9, 2, 9, 8)]
+    assert seconds_to_checkpoint(late, Disturbance(1, "x", 1, 7)) is None, "by another start"
+
+
+def test_steps_lost_are_those_taken_twice():
+    first = {"from_step": 0}
+    second, third = {"from_step": 20, "last_reached": 33}, {"from_step": 50, "last_reached": 50}
+    refused = {"from_step": None, "last_reached": 50}
+    assert steps_lost([first, second, third, refused]) == 13
+    assert steps_lost([first]) == steps_lost([]) == 0
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> tuple[drill.Played, drill.Played]:
+    """As a drill and an undisturbed run leave them."""
+    scene = drill.Scene(tmp_path, (), 2, None, (), 0.0, 1.0)
+    for name in ("warned", "undisturbed"):
+        run = tmp_path / name
+        final = run / f"checkpoints/step-{STEPS:08d}"
+        final.mkdir(parents=True)
+        for file in ("model.safetensors", "optimizer.safetensors"):
+            save_file({"weight": torch.arange(4.0), "bias": torch.ones(2)}, final / file)
+        append_lines(run / "receipts.jsonl", [{"step": s, "samples": 16, "receipt": f"{s:032x}"} for s in (1, 2)])
+        append_lines(run / "log.jsonl", [{"step": s, "loss": 1.0 / s} for s in (1, 2)])
+    append_lines(tmp_path / "undisturbed/attempts.jsonl", [{"attempt": 1, "why_last_ended": None}])
+    told = [{"attempt": 1, "why_last_ended": None}, {"attempt": 2, "why_last_ended": "stopped at step 63 (requeue)"}]
+    append_lines(tmp_path / "warned/attempts.jsonl", told)
+    warned = next(each for each in drill.DRILLS if each.name == "warned")
+    return tuple(drill.Played(each, scene.stage(each)) for each in (warned, drill.UNDISTURBED))
+
+
+def test_equal_runs_are_judged_so(two_runs):
+    assert drill.judge(*two_runs) == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_one_bit_is_seen(two_runs, file):
+    run = two_runs[0].stage.run
+    path = run.checkpoints / f"step-{STEPS:08d}" / file
+    tensors = load_file(path)
+    tensors["weight"].view(torch.int32)[3] ^= 1
+    save_file(tensors, path)
+    assert drill.judge(*two_runs) == [f"1 tensors differ: weight of {file}"]
+    del tensors["bias"]
+    save_file(tensors, path)
+    assert drill.judge(*two_runs) == [f"2 tensors differ: bias of {file}, weight of {file}"]
+
+
+def test_another_story_another_sample_and_a_lost_line_are_seen(two_runs):
+    played, alone = two_runs
+    run = played.stage.run
+    shutil.copy(run.attempts, run.root / "kept")
+    append_lines(run.attempts, [{"attempt": 3, "why_last_ended": "killed without notice"}])
+    [story] = drill.judge(played, alone)
+    assert "another story: stopped at step 63 (requeue); killed without notice" in story
+    shutil.copy(run.root / "kept", run.attempts)
+    text = run.receipts.read_text()
+    run.receipts.write_text(text.replace(f"{2:032x}", f"{3:032x}"))
+    assert "other samples" in drill.judge(played, alone)[0]
+    run.receipts.write_text(text.splitlines()[0] + "\n")
+    assert "other samples" in drill.judge(played, alone)[0]
+
+
+def test_losses_up_to_rounding(two_runs):
+    ours, theirs = (each.stage.run for each in two_runs)
+    assert drill.different_losses(ours, theirs, tolerance=0) == ""
+    ours.log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5004}\n')
+    assert drill.different_losses(ours, theirs, tolerance=1e-3) == ""
+    assert drill.different_losses(ours, theirs, tolerance=1e-4) == "the loss of step 2 is 0.5004, undisturbed 0.5"
+    ours.log.write_text('{"step": 1, "loss": 1.0}\n')
+    assert "other steps" in drill.different_losses(ours, theirs, tolerance=1)
+
+
+def test_a_full_disk_is_full_but_for_what_is_left(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        fill_disk(disk / "filler", leave=1 << 16)
+        assert 1 << 16 <= shutil.disk_usage(disk).free <= (1 << 16) + 8192
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_help_and_list_need_neither_slurm_nor_torch():
+    command = [sys.executable, "-X", "importtime", REPO / "launch/drill.py", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [each.name for each in drill.DRILLS]
+    assert not re.search(r"\| +(torch|matplotlib)$", listed.stderr, re.MULTILINE)

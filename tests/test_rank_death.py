@@ -1,0 +1,322 @@
+"""A rank that dies ends the job within 30 s: its words last in the log, exit code not 0, no rank left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import made
+from cfmask.runs import RunFolder, process_runs, read_lines
+from launch import last_words, status
+from launch.last_words import Words
+from slurm_fixture import Cluster, wait_until
+
+WITHIN_S = 30
+
+# --- who was first ------------------------------------------------------------------------------------------------
+
+
+def words(rank: int, second: int, error: str = "ValueError: no", **more: object) -> Words:
+    return Words(rank, "n1", f"2026-11-24T12:00:{second:02}.000", error, **{"traceback": "Traceback", **more})
+
+
+@pytest.mark.parametrize(
+    ("left", "first"),
+    [
+        ([], None),
+        ([words(0, 2), words(1, 1, "KeyError: 1")], 1),
+        ([words(0, 1, broken_off=True), words(1, 2, "was killed by signal 9", traceback="")], 1),
+        ([words(2, 1, broken_off=True), words(0, 2, broken_off=True, error="RuntimeError: gloo")], 2),
+        ([words(0, 3), words(2, 1), words(1, 2)], 0),
+        ([words(0, 3, "was killed", traceback=""), words(2, 1, "was killed", traceback="")], 2),
+    ],
+    ids=["nobody", "by time", "not who was cut off", "only cut off", "alike: the lowest", "killed: by time"],
+)
+def test_who_died_first(left, first):
+    chosen = last_words._first(left)
+    assert (chosen and chosen.rank) == first
+
+
+@pytest.mark.parametrize("error", ["gloo", "store"])
+def test_a_broken_connection_is_known_as_one(error):
+    import torch.distributed as dist
+
+    raised = {
+        "gloo": RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:11177."),
+        "store": dist.DistNetworkError("Connection reset"),
+    }[error]
+    assert last_words._is_broken_off(raised)
+    assert not last_words._is_broken_off(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not last_words._is_broken_off(ValueError("gloo"))
+
+
+# --- the process that waits for a rank, with ranks that are a few lines ----------------------------------------------
+
+SUPERVISE = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path[:0] = [{repo!r}]
+from launch import last_words
+last_words._LOOK_S, last_words._GRACE_S, last_words._LISTEN_S = 0.2, 0.5, 0.2
+def rank():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    Path(sys.argv[1], "rank").write_text(str(os.getpid()))
+    {body}
+sys.exit(last_words.supervise(rank, Path(sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def supervise(tmp_path) -> Callable[..., subprocess.Popen]:
+    """Start rank 0 of job 7, which is of two on this machine: what it does, in a line."""
+    (tmp_path / "recipe.json").touch()
+    environment = {**os.environ, "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    environment |= {f"SUBMITIT_LOCAL_{name}": "0" for name in ("NODEID", "GLOBALID", "LOCALID")}
+    environment |= {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_JOB_NUM_NODES": "1"}
+
+    def start(body: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", SUPERVISE.format(repo=str(made.REPO), body=body), str(tmp_path)]
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        wait_until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text(), "the rank runs", 30)
+        return process
+
+    return start
+
+
+def pid_of(run: Path) -> int:
+    return int((run / "rank").read_text())
+
+
+def leave_words_of_rank_1(run: Path) -> None:
+    here = last_words._Here(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
+    here.leave("ValueError: planted", "Traceback (most recent call last):\nValueError: planted\n")
+
+
+@pytest.mark.parametrize("how", ["time.sleep(600)", "import ctypes; ctypes.PyDLL(None).sleep(600)"])
+def test_a_rank_that_hangs_is_ended_when_another_dies(supervise, tmp_path, how):
+    """In a collective; or where it lets no Python run."""
+    process = supervise(how)
+    leave_words_of_rank_1(tmp_path)
+    told, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert not process_runs(pid_of(tmp_path))
+    assert told.endswith("Traceback (most recent call last):\nValueError: planted\n")
+    assert RunFolder(tmp_path).ended()["why"] == "failed: rank 1: ValueError: planted"
+    assert last_words.told(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
+
+
+def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
+    process = supervise("os.kill(os.getpid(), signal.SIGKILL)")
+    told, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.search(r"rank 0 on \S+ was killed by signal 9 \(SIGKILL: out of memory\?\)", told.splitlines()[-1])
+    [attempt] = read_lines(tmp_path / "attempts.jsonl")
+    assert (attempt["job"], attempt["from_step"]) == ("7-0", None)
+    assert "rank 0 was killed by signal 9" in RunFolder(tmp_path).ended()["why"]
+
+
+@pytest.mark.parametrize("code", [0, 143, 144])
+def test_an_end_that_ranks_agree_on_leaves_no_words(supervise, tmp_path, code):
+    process = supervise(f"sys.exit({code})")
+    assert process.wait(WITHIN_S) == code
+    assert not (tmp_path / "jobs").exists() and not (tmp_path / "ended.json").exists()
+
+
+def test_a_rank_that_crashes_after_the_run_has_finished_changes_nothing(supervise, tmp_path):
+    RunFolder(tmp_path).begin_attempt(job="7-0", from_step=0)
+    RunFolder(tmp_path).end_attempt("finished")
+    process = supervise("os.abort()")
+    told, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 128 + signal.SIGABRT and "Fatal Python error: Aborted" in told
+    assert RunFolder(tmp_path).ended()["why"] == "finished"
+    assert last_words.told(RunFolder(tmp_path), "7") is None
+
+
+def test_a_signal_reaches_the_rank_until_it_ends_and_does_not_kill_it_then(supervise, tmp_path):
+    """Python's own end gives signals back what they do by default, while a library may take its time."""
+    slow = "class Slow:\\n def __del__(self): time.sleep(1)"
+    process = supervise(
+        f'exec("{slow}", globals()); sys.slow = Slow(); heard = []; '
+        "signal.signal(signal.SIGTERM, lambda *_: heard.append(1)); Path(sys.argv[1], 'ready').touch()\n"
+        "    while not heard: time.sleep(0.01)\n"
+        "    sys.exit(143)"
+    )
+    wait_until(lambda: (tmp_path / "ready").exists(), "a handler", 10)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert process.returncode == 143 and not (tmp_path / "jobs").exists()
+
+
+def test_a_rank_does_not_outlive_the_process_that_waits_for_it(supervise, tmp_path):
+    process = supervise("time.sleep(600)")
+    process.kill()
+    process.wait()
+    wait_until(lambda: not process_runs(pid_of(tmp_path)), "the rank is gone", 10)
+
+
+# --- jobs ---------------------------------------------------------------------------------------------------------
+
+RANK = """
+import os as _os, pathlib as _pathlib, signal as _signal, time as _time
+_RANK = int(_os.environ.get("SLURM_PROCID") or _os.environ.get("SUBMITIT_LOCAL_GLOBALID") or -1)
+def _die(rank, how):
+    if _RANK == rank:
+        _pathlib.Path({stamp!r}).write_text(str(_time.time()))
+        exec(how)
+"""
+IN_A_STEP = """
+_take_step, _taken = take_step, []
+def take_step(*given):
+    _taken.append(1)
+    if len(_taken) == 5:
+        {what}
+    return _take_step(*given)
+"""
+IN_EVALUATION = """
+_top1 = top1
+def top1(*given, **named):
+    _die(1, "raise MemoryError('planted')")
+    return _top1(*given, **named)
+"""
+WHILE_IT_WRITES = """
+_real = _write_hashed
+def _write_hashed(*given):
+    _time.sleep(600)
+"""
+QUICK = {"launch__last_words": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
+KILL = "_os.kill(_os.getpid(), _signal.SIGKILL)"
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory) -> Path:
+    return made.make_materials(tmp_path_factory.mktemp("materials"))
+
+
+@pytest.fixture
+def plant(tmp_path) -> Callable[..., Path]:
+    """A working copy in which ranks die: ends of modules by file. ``stamp`` in it says when."""
+
+    def planted(**ends: str) -> Path:
+        for folder in ("cfmask", "launch"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(made.REPO / folder, tmp_path / "clone" / folder, ignore=ignored)
+        for module, end in ends.items():
+            with open(tmp_path / "clone" / f"{module.replace('__', '/')}.py", "a") as file:
+                file.write(RANK.format(stamp=str(tmp_path / "stamp")) + end)
+        return tmp_path / "clone"
+
+    return planted
+
+
+def died_at(clone: Path) -> float:
+    return float((clone.parent / "stamp").read_text())
+
+
+def submit(clone: Path, materials: Path, *flags: object) -> subprocess.CompletedProcess:
+    recipe = [*made.recipe_flags(materials, clone.parent / "run"), "--epochs", 40, "--eval-sets", "val", *flags]
+    command = [sys.executable, clone / "launch/submit.py", *recipe]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
+    return subprocess.run([str(w) for w in command], capture_output=True, text=True, env=environment, timeout=200)
+
+
+def processes_of(run: Path) -> list[int]:
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit() and process_runs(int(process.name)):
+            try:
+                found += [int(process.name)] * (str(run) in (process / "cmdline").read_text(errors="replace"))
+            except OSError:
+                continue
+    return found
+
+
+def log_of_rank_0(run: Path) -> str:
+    [log] = (run / "jobs").glob("*_0_log.out")
+    return log.read_text(errors="replace")
+
+
+def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
+    assert json.loads((run / "ended.json").read_text())["why"] == f"failed: {why}"
+    assert re.search(last_line, log_of_rank_0(run).splitlines()[-1]), log_of_rank_0(run)
+    facts, slurm = status.look_at([RunFolder(run)])
+    told = status.status_of(facts[0], slurm)
+    assert (told.state, told.last_end) == ("failed", f"failed: {why}")
+
+
+LOCAL = {
+    "raises at import": (
+        {"launch__job": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
+        ("rank 1: ValueError: planted", "^ValueError: planted$"),
+    ),
+    "raises while rank 0 hangs": (
+        {"cfmask__worker": IN_A_STEP.format(what="_die(1, \"raise ValueError('planted')\"); _time.sleep(600)")},
+        ("rank 1: ValueError: planted", "^ValueError: planted$"),
+    ),
+    "killed in a step": (
+        {"cfmask__worker": IN_A_STEP.format(what=f"_die(1, {KILL!r})")},
+        (
+            "rank 1 was killed by signal 9 (SIGKILL: out of memory?)",
+            r"^rank 1 on \S+ was killed by signal 9 .* first to end\. Its log: \S+_1_log\.out$",
+        ),
+    ),
+    "raises while it writes a checkpoint": (
+        {
+            "cfmask__worker": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
+            "cfmask__checkpoint": WHILE_IT_WRITES,
+            **QUICK,
+        },
+        ("ValueError: planted", "^ValueError: planted$"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("ends", "expected"), LOCAL.values(), ids=LOCAL)
+def test_on_this_machine(plant, materials, tmp_path, ends, expected):
+    clone, run = plant(**ends), tmp_path / "run"
+    done = submit(clone, materials, "--executor", "local", "--tasks-per-node", 2, "--checkpoint-steps", 3)
+    assert time.time() - died_at(clone) < WITHIN_S
+    assert done.returncode == 1
+    assert processes_of(run) == []
+    assert_the_story_is_told(run, *expected)
+    assert "The run did not finish. rank " in done.stdout and log_of_rank_0(run).splitlines()[-1] in done.stdout
+
+
+SLURM = {
+    "raises in the evaluation": (
+        {"cfmask__worker": IN_EVALUATION},
+        ("rank 1: MemoryError: planted", "^MemoryError: planted$"),
+    ),
+    "rank 0 is killed": (
+        {"cfmask__worker": IN_A_STEP.format(what=f"_die(0, {KILL!r})")},
+        ("rank 0 was killed by signal 9 (SIGKILL: out of memory?)", r"^rank 0 on n1 was killed by signal 9"),
+    ),
+}
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(("ends", "expected"), SLURM.values(), ids=SLURM)
+def test_on_slurm(slurm_cluster: Cluster, plant, materials, tmp_path, ends, expected):
+    clone, run = plant(**ends), tmp_path / "run"
+    ranks = ("--nodes", 2, "--tasks-per-node", 1, "--cpus-per-task", 1, "--gpus-per-node", 0, "--time", 30)
+    done = submit(clone, materials, *ranks)
+    name = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("job "))
+    wait_until(lambda: (tmp_path / "stamp").exists(), "a rank dies", 100)
+    slurm_cluster.wait_for_state(name, "FAILED", WITHIN_S)
+    assert time.time() - died_at(clone) < WITHIN_S
+    assert slurm_cluster.job(name)["ExitCode"] not in ("0:0", "144:0")
+    assert processes_of(run) == []
+    assert_the_story_is_told(run, *expected)
+    assert read_lines(run / "attempts.jsonl")[-1]["job"] == f"{name}-0"
