@@ -410,11 +410,14 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "setup": [*a.setup, *(f"export {name}={_in_shell(value)}" for name, value in a.environment.items())],
         "teardown": [
             "status=$?",
-            f'if [ "$status" -eq {REQUEUE_ME} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             # After all that srun has said: why, as the rank that died first has it (last_words.py).
             "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
             "-${SLURM_RESTART_COUNT:-0}",
-            f'if [ "$status" -ne 0 ]; then cat {jobs}/last_words/"$attempt".txt 2>/dev/null; fi',
+            f'words={jobs}/last_words/"$attempt"',
+            'if [ "$status" -ne 0 ]; then cat "$words.txt" 2>/dev/null; fi',
+            f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$words.lost" ]; then',
+            '    scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
             'exit "$status"',
         ],
         **{key: value for key, value in given.items() if value is not None},

@@ -246,15 +246,15 @@ def _resized(stage: Stage, scene: Scene) -> Act:
         raise Trouble(f"attempts.jsonl says that it had {had} nodes")
 
 
-def _node_lost(stage: Stage, scene: Scene) -> Act:
+def _node_lost(stage: Stage, scene: Scene, which: int = -1) -> Act:
     assert scene.box is not None
     stage.submit()
     yield from stage.reach(HALF)
-    node = stage.nodes()[-1]
+    node = stage.nodes()[which]
     stage.disturb("node lost")
     scene.box.kill_node(node)
     try:
-        for _ in stage.until(f"Slurm notices that {node} is gone"):
+        for _ in stage.until(f"the job is requeued after {node} has gone"):
             if stage.job_field("Restarts") == "1":
                 break
             yield
@@ -262,6 +262,11 @@ def _node_lost(stage: Stage, scene: Scene) -> Act:
         scene.box.revive()
     yield from stage.restart()
     yield from stage.finish()
+
+
+def _first_node_lost(stage: Stage, scene: Scene) -> Act:
+    """The one on which the batch script runs: Slurm alone is left to requeue the job."""
+    yield from _node_lost(stage, scene, which=0)
 
 
 def _controller_restarted(stage: Stage, scene: Scene) -> Act:
@@ -297,6 +302,7 @@ def _full_disk(stage: Stage, scene: Scene) -> Act:
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
 _STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
 _KILLED = "killed without notice"
+_LOST = rf"lost a rank without a word.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
     Drill("warned", "USR2, as before a preemption or the time limit", _warned, _CAME_BACK),
@@ -344,7 +350,8 @@ DRILLS = (
         needs="box",
         flags=("--partition", "abrupt"),
     ),
-    Drill("node-lost", "a node's daemon and ranks killed", _node_lost, _KILLED, "box"),
+    Drill("node-lost", "a node's daemon and ranks killed", _node_lost, _LOST, "box", nodes=2),
+    Drill("first-node-lost", "those of the job's first node", _first_node_lost, _LOST, "box", nodes=2),
     Drill(
         name="controller-restarted",
         what="slurmctld killed; started after 3 s",

@@ -7,6 +7,7 @@ in a driver that lets no Python run, cannot leave by itself.
     RUN/jobs/last_words/
       123-0_1.json   rank 1's, of the first start of job 123: what it raised, or which signal killed it
       123-0.txt      those of the rank that died first, as the log ends with them
+      123-0.lost     all who spoke were cut off from one that did not: its node is lost, and the batch script requeues
 
     a rank dies   its words are there at once; 2 s later, when others had time for theirs, it is decided who was first,
                   RUN/ended.json says so, and the process ends with an exit code that is not 0
@@ -282,8 +283,14 @@ def _conclude(here: _Here, *, spoken: bool) -> None:
     if words is None or (ended is not None and ended["why"].startswith(("finished", "stopped"))):
         return  # the run had come to an end by then, and rank 0 has said to which
     text = words.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{words.rank}_log.out")
+    mark = _folder(here.run) / f"{here.attempt}.lost"
+    if lost := words.broken_off and not here.local and here.nodes > 1:
+        text += "No rank has said why, as when a node is lost: the job goes back into the queue.\n"
+        mark.touch()
+    else:
+        mark.unlink(missing_ok=True)  # of a rank that had not heard yet
     write_atomically(_folder(here.run) / f"{here.attempt}.txt", text)
-    _record(here, words)
+    _record(here, words, f"lost a rank without a word: rank {words.rank} was cut off" if lost else words.why)
     # On Slurm the batch script does it, after srun's own.
     if here.local and here.rank == 0 and not (words.rank == 0 and spoken):
         print(text, end="", flush=True)
@@ -299,20 +306,20 @@ def _first(left: list[Words]) -> Words | None:
     return min(alike, key=lambda words: words.rank, default=first)
 
 
-def _record(here: _Here, words: Words) -> None:
+def _record(here: _Here, words: Words, why: str) -> None:
     """Say it in ended.json, unless rank 0 has said as much; a start that had not begun to train is one all the same."""
     run = here.run
     if not (run.root / "recipe.json").exists():
         return  # launch/doctor.py's folder
     if run.begun_by(here.attempt):
-        if run.ended() is None or words.rank != 0:
-            run.end_attempt(words.why)
+        if run.ended() is None or words.rank != 0 or why != words.why:
+            run.end_attempt(why)
         return
     facts: dict[str, Any] = {"job": here.attempt, "nodes": here.nodes, "world_size": here.world_size}
     owner = run.owner()
     if owner is None or owner.why_dead():
         with contextlib.suppress(UserError), run.locked(here.attempt, patience_s=0):
-            run.end_failed(words.why, **facts)
+            run.end_failed(why, **facts)
     elif owner.job == here.attempt and words.rank == here.rank:
-        run.end_failed(words.why, **facts)  # rank 0 holds the folder, and waits for this rank to come
+        run.end_failed(why, **facts)  # rank 0 holds the folder, and waits for this rank to come
     # Else another job does, and this one was refused.

@@ -42,8 +42,8 @@ def allocate(*flags: object, file: str = "", last: dict | None = None) -> Alloca
     return resolve_allocation(parser().parse_args(list(map(str, flags))), read(file), last)
 
 
-def sbatch_file(allocation: Allocation) -> str:
-    parameters = slurm_parameters(allocation, "cfmask-x", "/runs/x/jobs")
+def sbatch_file(allocation: Allocation, jobs: Path = Path("/runs/x/jobs")) -> str:
+    parameters = slurm_parameters(allocation, "cfmask-x", shlex.quote(str(jobs)))
     return _make_sbatch_string(command="TASK", folder="/runs/x/jobs", **parameters)
 
 
@@ -237,7 +237,7 @@ def test_the_sbatch_file_says_all_that_was_asked_for():
         'export GLOO_SOCKET_IFNAME="ib0"',
     ):
         assert line in text.splitlines(), text
-    assert re.search(r"^srun .* --cpus-per-task=12 --kill-on-bad-exit=1 TASK$", text, re.MULTILINE)
+    assert re.search(r"^srun .* --cpus-per-task=12 --kill-on-bad-exit=1 --wait=0 TASK$", text, re.MULTILINE)
 
 
 def test_gpus_are_not_asked_for_where_there_are_none():
@@ -289,6 +289,21 @@ def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
         environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
         done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stdout) == (code, said)
+
+
+def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues_what_has_lost_its_node(tmp_path):
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").chmod(0o755)
+    jobs = tmp_path / "run folder" / "jobs"
+    (jobs / "last_words").mkdir(parents=True)
+    (jobs / "last_words/77-1.txt").write_text("rank 1 failed first\n")
+    text = re.sub(r"^srun .*$", "(exit 1)", sbatch_file(allocate(), jobs=jobs), flags=re.MULTILINE)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
+    for lost, said in ((False, "rank 1 failed first\n"), (True, "rank 1 failed first\nrequeue 77\n")):
+        if lost:
+            (jobs / "last_words/77-1.lost").touch()
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
+        assert (done.returncode, done.stdout) == (1, said)
 
 
 def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):

@@ -98,7 +98,8 @@ STORIES = {
     "preempted-at-once": ([STOPPED], ["PREEMPTED", "COMPLETED"]),
     "preempted-unwarned": ([STOPPED], ["PREEMPTED", "COMPLETED"]),
     "preempted-while-writing": ([KILLED], ["PREEMPTED", "COMPLETED"]),
-    "node-lost": ([KILLED], ["NODE_FAIL", "COMPLETED"]),
+    "node-lost": ([r"lost a rank without a word: rank 0 was cut off"], ["REQUEUED", "COMPLETED"]),
+    "first-node-lost": ([r"lost a rank without a word: rank 1 was cut off"], ["NODE_FAIL", "COMPLETED"]),
     "controller-restarted": ([], ["COMPLETED"]),
     "full-disk": (["failed: CheckpointNotWritten: .*No space left on device.*"], ["FAILED", "COMPLETED"]),
 }
@@ -123,9 +124,9 @@ def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done):
 @pytest.mark.slurm
 def test_who_hears_of_it_loses_no_step_and_who_does_not_goes_on_from_the_last_checkpoint(done):
     lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in drill.DRILLS}
-    unheard = ("rank-killed", "preempted-while-writing", "node-lost", "full-disk")
+    unheard = ("rank-killed", "preempted-while-writing", "node-lost", "first-node-lost", "full-disk")
     assert {name: steps for name, steps in lost.items() if name not in unheard and steps} == {}
-    assert lost["rank-killed"] <= 20 and lost["node-lost"] <= 20, "--checkpoint-steps is 20"
+    assert all(lost[name] <= 20 for name in ("rank-killed", "node-lost", "first-node-lost")), "--checkpoint-steps is 20"
     assert 0 < lost["preempted-while-writing"] <= 40, "to the one before the torn one"
     assert not list((done / "preempted-while-writing/checkpoints").glob(".step-*")), "the torn one is gone"
 
