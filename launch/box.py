@@ -51,10 +51,13 @@ class Box:
         os.kill(self._record()["daemons"][daemon]["pid"], signal.SIGKILL)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the daemon of a node, and to all that runs there."""
+        """SIGKILL to the daemon of a node and to all that runs there; first to what would still tell the controller how
+        a job has ended, because a node that is lost does not."""
         self.kill(f"slurmd-{node}")
         for _ in range(2):  # what was being started
-            for pid in self.processes(f"SLURMD_NODENAME={node}"):
+            mine = self.processes(f"SLURMD_NODENAME={node}")
+            parents = {parent for pid in mine if (parent := _parent(pid)) and _command(parent).startswith("slurmstepd")}
+            for pid in [*parents, *mine]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -93,6 +96,20 @@ class Box:
             subprocess.run(["umount", "-l", folder], check=True)
             folder.rmdir()
             kept.rename(folder)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def fill_disk(path: Path, *, leave: int) -> None:

@@ -260,6 +260,7 @@ def _node_lost(stage: Stage, scene: Scene, which: int = -1) -> Act:
             yield
     finally:
         scene.box.revive()
+    yield from stage.wait(5)  # until the node has heard that the job's first life is over
     yield from stage.restart()
     yield from stage.finish()
 
@@ -286,10 +287,10 @@ def _full_disk(stage: Stage, scene: Scene) -> Act:
     assert scene.box is not None
     with scene.box.small_disk(stage.run.root):
         stage.submit()
-        yield from stage.reach(EARLY)
+        yield from stage.reach(HALF)
         stage.disturb("disk full")
         filler = stage.run.root / ".filler"
-        fill_disk(filler, leave=1 << 16)  # enough for logs
+        fill_disk(filler, leave=3 << 15)  # 96 kB: enough for logs, and not for a checkpoint
         yield from _gone(stage, scene, "FAILED")
         logs = "".join(path.read_text(errors="replace") for path in (stage.run.root / "jobs").glob("*_0_log.out"))
         if "No space left on device" not in logs or "Earlier checkpoints are intact" not in logs:

@@ -25,6 +25,7 @@ Act = Iterator[None]
 
 SLURM_AWAY = ("Unable to contact", "Connection refused", "Socket timed out")
 _ASK_EVERY_S = 0.5
+_SETTLES_S = 5.0
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 """States of a job that does not come back."""
 
@@ -75,7 +76,7 @@ class Stage:
         self._asked = 0.0
         self._known: dict[str, str] = {}
         self._restarts = 0
-        self._hurried = 0.0
+        self._pending_since: float | None = None
 
     # --- acting ---------------------------------------------------------------------------------------------------
 
@@ -135,11 +136,16 @@ class Stage:
             yield
 
     def hurry(self) -> None:
-        """Skip the two minutes that Slurm holds a requeued job for, if it does."""
-        if self.job_field("JobState") == "PENDING" and time.monotonic() - self._hurried > 2:
-            self._hurried = time.monotonic()
-            with contextlib.suppress(Trouble):  # its life before may not be over
-                slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
+        """Skip most of the two minutes that Slurm holds a requeued job for. Some seconds are needed for its life before
+        to end everywhere: what of that is late would end the new one."""
+        now = time.monotonic()
+        if self.job_field("JobState") != "PENDING":
+            self._pending_since = None
+        elif self._pending_since is None:
+            self._pending_since = now
+        elif now - self._pending_since > _SETTLES_S:
+            self._pending_since = now
+            slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
 
     def gone(self, *states: str, within_s: float | None = None) -> Act:
         """Wait until the job has ended for good.

@@ -126,7 +126,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, undisturbed, tmp_p
     executor.update_parameters(tasks_per_node=2, timeout_min=60, stderr_to_stdout=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = executor.submit(Job(run.root, 0, time_limit_min=1 / 4, pace_s=1.0))  # 13.5 s, in which it makes no 18 steps
-    assert job.result() == "finished"
+    assert job.results() == ["finished"] * 2
     whys = [attempt["why_last_ended"] for attempt in read_lines(run.attempts)[1:]]
     assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\)", why) for why in whys)
     assert_same_end(run.root, undisturbed)
