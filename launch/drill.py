@@ -306,10 +306,19 @@ _KILLED = "killed without notice"
 _LOST = rf"lost a rank without a word.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
+    # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.
+    Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_CAME_BACK}(; {_CAME_BACK})*", lasts_s=120),
+    Drill("first-node-lost", "the job's first node dies", _first_node_lost, _LOST, "box", nodes=2),
+    Drill(
+        name="preempted-5-times",
+        what="preempted five times",
+        act=_preempted_five_times,
+        story="; ".join([_STOPPED] * 5),
+        needs="preempt",
+    ),
     Drill("warned", "USR2, as before a preemption or the time limit", _warned, _CAME_BACK),
     Drill("requeued", "scontrol requeue", _requeued, _STOPPED),
-    Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_CAME_BACK}(; {_CAME_BACK})*", lasts_s=120),
-    Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*|killed.*"),
+    Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*"),
     Drill("cancelled", "scancel; it has to stay away; --resume", _cancelled, _STOPPED),
     Drill(
         name="resized",
@@ -321,27 +330,12 @@ DRILLS = (
     ),
     Drill("preempted", "preempted by a job that matters more", _preempted, _STOPPED, "preempt"),
     Drill(
-        name="preempted-5-times",
-        what="preempted five times",
-        act=_preempted_five_times,
-        story="; ".join([_STOPPED] * 5),
-        needs="preempt",
-    ),
-    Drill(
         name="preempted-at-once",
         what="preempted without a grace time",
         act=_preempted,
         story=_STOPPED,
         needs="box",
         flags=("--partition", "abrupt"),
-    ),
-    Drill(
-        name="preempted-unwarned",
-        what="preempted by TERM, and KILL at the end of the grace time",
-        act=_preempted_unwarned,
-        story=_STOPPED,
-        needs="box",
-        alone=True,
     ),
     Drill(
         name="preempted-while-writing",
@@ -351,16 +345,23 @@ DRILLS = (
         needs="box",
         flags=("--partition", "abrupt"),
     ),
-    Drill("node-lost", "a node's daemon and ranks killed", _node_lost, _LOST, "box", nodes=2),
-    Drill("first-node-lost", "those of the job's first node", _first_node_lost, _LOST, "box", nodes=2),
+    Drill("node-lost", "another of its nodes dies", _node_lost, _LOST, "box", nodes=2),
+    Drill("full-disk", "no space for checkpoints; space again; --resume", _full_disk, "failed.*No space left.*", "box"),
+    Drill(
+        name="preempted-unwarned",
+        what="preempted by TERM, and KILL at the end of the grace time",
+        act=_preempted_unwarned,
+        story=_STOPPED,
+        needs="box",
+        alone=True,
+    ),
     Drill(
         name="controller-restarted",
-        what="slurmctld killed; started after 3 s",
+        what="slurmctld dies, and is back after 3 s",
         act=_controller_restarted,
         needs="box",
         alone=True,
     ),
-    Drill("full-disk", "no space for checkpoints; space again; --resume", _full_disk, "failed.*No space left.*", "box"),
 )
 
 
