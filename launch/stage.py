@@ -145,7 +145,8 @@ class Stage:
             self._pending_since = now
         elif now - self._pending_since > _SETTLES_S:
             self._pending_since = now
-            slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
+            with contextlib.suppress(Trouble):  # a site that does not let its users: then it takes two minutes
+                slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
 
     def gone(self, *states: str, within_s: float | None = None) -> Act:
         """Wait until the job has ended for good.

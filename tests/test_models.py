@@ -16,7 +16,7 @@ from torch import nn
 
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
-from cfmask.models import tower
+from cfmask.models import head, tower
 from cfmask.models.head import (
     build_tower,
     check_head,
@@ -239,3 +239,8 @@ def test_pixels_enter_the_tower_as_in_open_clips_own_preprocessing():
     # Up to the rounding of the resize: two levels in less than one value of a hundred.
     off = (ours - expected).abs()
     assert off.max() < 2.01 / 255 / min(open_clip.OPENAI_DATASET_STD) and (off > 2e-6).float().mean() < 0.01
+
+
+def test_the_mean_and_deviation_of_a_model_that_says_nothing_are_open_clips():
+    assert head.OPENAI_MEAN == open_clip.OPENAI_DATASET_MEAN
+    assert head.OPENAI_STD == open_clip.OPENAI_DATASET_STD

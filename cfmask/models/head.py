@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of i
 
     from cfmask.models.tower import Classifier
 
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""open_clip.OPENAI_DATASET_MEAN and _STD, without the seconds that open_clip takes to import."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -77,21 +81,29 @@ def model_info(name: str, pretrained: str = "", classes: Sequence[str] = (), pro
     Raises:
         UserError: open_clip knows no such model, or the file is no configuration.
     """
-    import open_clip
+    if name.endswith(".json"):
+        config = _read_config(Path(name))
+        preprocess: dict[str, Any] = {}
+    else:
+        # Not above: it takes seconds, and submit.py needs it for a name only.
+        import open_clip
 
-    config = _read_config(Path(name)) if name.endswith(".json") else open_clip.get_model_config(name)
+        config = open_clip.get_model_config(name)
+        preprocess = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
     if config is None or "vision_cfg" not in config:
+        import open_clip
+
         near = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
         raise UserError(
             f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
             f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
         )
-    preprocess = open_clip.pretrained.get_pretrained_cfg(name, pretrained) or config.get("preprocess_cfg") or {}
+    preprocess = preprocess or config.get("preprocess_cfg") or {}
     return ModelInfo(
         name=name,
         config=config,
-        mean=tuple(preprocess.get("mean") or open_clip.OPENAI_DATASET_MEAN),
-        std=tuple(preprocess.get("std") or open_clip.OPENAI_DATASET_STD),
+        mean=tuple(preprocess.get("mean") or OPENAI_MEAN),
+        std=tuple(preprocess.get("std") or OPENAI_STD),
         classes=tuple(classes),
         provenance=provenance,
     )
