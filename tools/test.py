@@ -18,10 +18,9 @@ WORKERS = str(min(4, len(os.sched_getaffinity(0))))
 
 
 def main(arguments: list) -> int:
-    pytest_options = ["-m", "not slow"]
-    if "--slow" in arguments:
-        arguments = [argument for argument in arguments if argument != "--slow"]
-        pytest_options = []
+    slow = "--slow" in arguments
+    arguments = [argument for argument in arguments if argument != "--slow"]
+    pytest_options = [] if slow else ["-m", "not slow"]
     checks = {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
@@ -30,6 +29,8 @@ def main(arguments: list) -> int:
         # do is wait for processes that they have started, so several files are worked on at once.
         "pytest": ["pytest", "--numprocesses", WORKERS, "--dist", "loadfile", *pytest_options, *arguments],
     }
+    if not slow:
+        print("Left out: the sweeps marked slow; python3 tools/test.py --slow runs them too.", flush=True)
     failed = []
     for name, command in checks.items():
         print(f"== {name}", flush=True)
