@@ -69,9 +69,10 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
         gone.rename(gone.with_suffix(".away"))
         try:
             if run == stopped:
+                ranks = made.ranks_of(process)  # before: it takes longer than the steps that are left then
                 while not (run / "checkpoints/step-00000002").exists() and time.monotonic() < deadline:
-                    time.sleep(0.01)
-                for pid in made.ranks_of(process):
+                    time.sleep(0.001)
+                for pid in ranks:
                     os.kill(pid, signal.SIGUSR2)
             assert process.wait(120) == 0
         finally:
