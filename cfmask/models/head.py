@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.files import save_tensors
+from cfmask.models.torchscript import read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
     from torch import Tensor, nn
@@ -351,7 +352,7 @@ def _image_and_text_state(name: str, pretrained: str) -> dict[str, Tensor]:
         elif _is_torchscript(path):  # OpenAI's own archives
             if not name.endswith("-quickgelu"):
                 _refuse_activation(name, pretrained, quick_weights=True)
-            state = torch.jit.load(path, map_location="cpu").state_dict()
+            state = read_torchscript(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:

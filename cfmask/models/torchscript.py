@@ -1,0 +1,126 @@
+"""TorchScript archives, which OpenAI's weights come in, read without loading what they are: code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_torchscript(path: Path) -> dict[str, Tensor]:
+    """Tensors of the module in a TorchScript archive by their names in it, without loading its code.
+
+    ``torch.jit.load`` would compile the archive's code, and with it whatever its pickle names. Here data.pkl alone is
+    read, where a module is an object of a class ``__torch__.…`` whose state is a dict of its attributes:
+
+        NAME/data.pkl      the module, protocol 2; its tensors name their storages
+        NAME/data/0 …      the storages' bytes
+        NAME/code/, NAME/constants.pkl      not read
+
+    Raises:
+        pickle.UnpicklingError: the pickle names anything else than modules, tensors and plain containers.
+        ValueError: an entry is missing, or too short for its tensor.
+    """
+    with zipfile.ZipFile(path) as archive:
+        [main] = [entry for entry in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", entry)] or [""]
+        if not main:
+            raise ValueError("the archive has no data.pkl")
+        root = main.removesuffix("data.pkl")
+        with archive.open(main) as file:
+            module = _ArchiveUnpickler(file, archive, f"{root}data/").load()
+    if not isinstance(module, _Inert):
+        raise pickle.UnpicklingError(f"the archive holds a {type(module).__name__} where a module was expected")
+    return dict(_tensors_of(module))
+
+
+def _tensors_of(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    from torch import Tensor
+
+    for name, value in (module.state if isinstance(module.state, dict) else {}).items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{name}", value
+        elif isinstance(value, _Inert):
+            yield from _tensors_of(value, f"{prefix}{name}.")
+
+
+class _Inert:
+    """Stands for an object of any TorchScript class: keeps its state, does nothing."""
+
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Tensors, plain containers, and inert objects in place of TorchScript's; everything else is refused.
+
+    What a pickle can do is call what ``find_class`` gives it, and set the state of what that returned.
+    """
+
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+        super().__init__(file)
+        self._archive, self._folder = archive, folder
+        self._storages: dict[tuple[Any, str], Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Inert
+        if module == "torch" and (dtype := _dtype_of(name)) is not None:
+            return dtype
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        raise pickle.UnpicklingError(f"the archive's pickle names {module}.{name}, which no TorchScript module needs")
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """A storage, ("storage", its type, its name, its device, its length) → (length,)."""
+        import torch
+
+        kind, dtype, name, _, length = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(name, str):
+            raise pickle.UnpicklingError(f"the archive's pickle refers to {kind!r}, which is no storage")
+        if (dtype, name) not in self._storages:
+            data = bytearray(self._archive.read(self._folder + name))
+            # An empty buffer is none to torch.
+            read = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            if len(read) < length:
+                raise ValueError(f"the archive's data/{name} has {len(read)} elements, its tensors need {length}")
+            self._storages[dtype, name] = read
+        return self._storages[dtype, name]
+
+
+def _dtype_of(storage: str) -> Any:
+    """FloatStorage → torch.float32; None for what is no storage's name."""
+    import torch
+
+    kinds = ("double", "float", "half", "bfloat16", "long", "int", "short", "uint8", "int8", "bool")
+    names = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Byte", "Char", "Bool")
+    return {f"{name}Storage": getattr(torch, kind) for name, kind in zip(names, kinds, strict=True)}.get(storage)
+
+
+def _rebuilt(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    """torch._utils._rebuild_tensor_v2; torch itself refuses what lies outside the storage."""
+    return storage.as_strided(size, stride, offset)
+
+
+def _same(value: Any, *_: Any) -> Any:
+    return value
+
+
+_KNOWN: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
+    ("collections", "OrderedDict"): OrderedDict,  # a tensor's hooks: always empty
+    ("torch", "device"): str,
+    **{("torch.jit._pickle", f"build_{kind}list"): _same for kind in ("int", "double", "bool", "tensor")},
+    ("torch.jit._pickle", "restore_type_tag"): _same,  # of a typed list or dict
+}
