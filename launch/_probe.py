@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.files import write_atomically
 from launch.allocation import REQUEUE_ME
+from launch.last_words import attempt_name
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +174,7 @@ class Probe:
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
             nodes=environment.num_nodes,
-            attempt=f"{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}",
+            attempt=attempt_name(environment),
             cpus=max(1, len(report.usable)),
             gpu=self.gpus_per_node > 0,
         )

@@ -25,7 +25,8 @@ NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
 earlier: Slurm looks that often."""
 REQUEUE_ME = 144
-"""The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol)."""
+"""The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
+batch script on Slurm, of submitit's local executor here, whose own number it is."""
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

@@ -191,16 +191,8 @@ def run_here(planned: Sequence[Planned], allocation: Allocation, *, follow: bool
         if allocation.executor == "debug":
             executor = submitit.DebugExecutor(run.root / "jobs")
         else:
-            executor = submitit.LocalExecutor(
-                run.root / "jobs", python=allocations.rank_command(allocation.python, shlex.quote(str(code.path)))
-            )
-            executor.update_parameters(
-                tasks_per_node=allocation.tasks_per_node,
-                gpus_per_node=allocation.gpus_per_node,
-                # The local controller counts this down and kills: there is no queue to give the machine back to.
-                timeout_min=_NO_LIMIT_MIN,
-                stderr_to_stdout=True,
-            )
+            # The local controller counts the time down and kills: there is no queue to give the machine back to.
+            executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN)
         job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))  # noqa: B023
         _record(run, job.job_id, allocation, code)
         print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
@@ -215,6 +207,21 @@ def run_here(planned: Sequence[Planned], allocation: Allocation, *, follow: bool
     if failed and len(planned) > 1:
         print(f"{len(failed)} of {len(planned)} runs did not finish: {', '.join(str(run.root) for run in failed)}")
     return 1 if failed else 0
+
+
+def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_min: int) -> submitit.LocalExecutor:
+    """submitit's, with its files in a folder, which runs a snapshot of the code on this machine."""
+    import submitit
+
+    python = allocations.rank_command(allocation.python, shlex.quote(str(code)))
+    executor = submitit.LocalExecutor(folder, python=python)
+    executor.update_parameters(
+        tasks_per_node=allocation.tasks_per_node,
+        gpus_per_node=allocation.gpus_per_node,
+        timeout_min=timeout_min,
+        stderr_to_stdout=True,
+    )
+    return executor
 
 
 def keep_code(run: RunFolder) -> snapshot.Snapshot:

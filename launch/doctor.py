@@ -47,7 +47,7 @@ from launch import snapshot  # noqa: E402
 from launch._probe import Probe, Report, read_reports, write_and_look  # noqa: E402
 from launch._slurm_checks import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # noqa: E402
 from launch.allocation import Allocation, add_allocation_arguments, resolve_allocation, uncovered  # noqa: E402
-from launch.batch import Batch, Planned, ask_sbatch, send  # noqa: E402
+from launch.batch import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
 from launch.cluster_file import ClusterFile  # noqa: E402
 from launch.submit import cluster_file  # noqa: E402
 
@@ -383,17 +383,9 @@ def _has_ended(record: Mapping[str, str]) -> bool:
 
 def _run_here(probe: Probe, allocation: Allocation) -> tuple[str, dict[str, str]]:
     """The ranks as processes of this machine."""
-    import submitit
-
     allocations.set_environment(allocation)
-    code = shlex.quote(str(probe.folder / "code" / snapshot.digest_of(REPO)))
-    executor = submitit.LocalExecutor(probe.folder / "jobs", python=allocations.rank_command(allocation.python, code))
-    executor.update_parameters(
-        tasks_per_node=allocation.tasks_per_node,
-        gpus_per_node=allocation.gpus_per_node,
-        timeout_min=PROBE_MIN,
-        stderr_to_stdout=True,
-    )
+    code = probe.folder / "code" / snapshot.digest_of(REPO)
+    executor = local_executor(probe.folder / "jobs", code, allocation, timeout_min=PROBE_MIN)
     job = executor.submit(probe)
     try:
         while not job.done():

@@ -106,22 +106,18 @@ def _undisturbed(stage: Stage, scene: Scene) -> Act:
     yield from stage.finish()
 
 
-def _warned(stage: Stage, scene: Scene) -> Act:
-    stage.submit()
-    yield from stage.reach(HALF)
-    stage.disturb("USR2")
-    slurm("scancel", "--signal=USR2", stage.job)
-    yield from stage.restart()
-    yield from stage.finish()
+def _comes_back_after(what: str, *command: str) -> Callable[[Stage, Scene], Act]:
+    """The act in which one of Slurm's commands is given for the job, half way."""
 
+    def act(stage: Stage, scene: Scene) -> Act:
+        stage.submit()
+        yield from stage.reach(HALF)
+        stage.disturb(what)
+        slurm(*command, stage.job)
+        yield from stage.restart()
+        yield from stage.finish()
 
-def _requeued(stage: Stage, scene: Scene) -> Act:
-    stage.submit()
-    yield from stage.reach(HALF)
-    stage.disturb("requeue")
-    slurm("scontrol", "requeue", stage.job)
-    yield from stage.restart()
-    yield from stage.finish()
+    return act
 
 
 def _time_limit(stage: Stage, scene: Scene) -> Act:
@@ -220,12 +216,17 @@ def _rank_killed(stage: Stage, scene: Scene) -> Act:
     yield from stage.finish()
 
 
-def _cancelled(stage: Stage, scene: Scene) -> Act:
-    stage.submit()
-    yield from stage.reach(HALF)
+def _scancel(stage: Stage, scene: Scene) -> Act:
+    """Once, until the job is gone."""
     stage.disturb("scancel")
     slurm("scancel", stage.job)
     yield from _gone(stage, scene, "CANCELLED")
+
+
+def _cancelled(stage: Stage, scene: Scene) -> Act:
+    stage.submit()
+    yield from stage.reach(HALF)
+    yield from _scancel(stage, scene)
     yield from stage.wait(5)
     yield from stage.gone("CANCELLED")  # and stays so
     stage.resume()
@@ -236,9 +237,7 @@ def _resized(stage: Stage, scene: Scene) -> Act:
     stage.submit()
     for step, nodes in ((EARLY, 1), (HALF, scene.nodes)):
         yield from stage.reach(step)
-        stage.disturb("scancel")
-        slurm("scancel", stage.job)
-        yield from _gone(stage, scene, "CANCELLED")
+        yield from _scancel(stage, scene)
         stage.resume("--nodes", str(nodes))
     yield from stage.finish()
     had = [line["nodes"] for line in read_lines(stage.run.attempts)]
@@ -316,8 +315,13 @@ DRILLS = (
         story="; ".join([_STOPPED] * 5),
         needs="preempt",
     ),
-    Drill("warned", "USR2, as before a preemption or the time limit", _warned, _CAME_BACK),
-    Drill("requeued", "scontrol requeue", _requeued, _STOPPED),
+    Drill(
+        name="warned",
+        what="USR2, as before a preemption or the time limit",
+        act=_comes_back_after("USR2", "scancel", "--signal=USR2"),
+        story=_CAME_BACK,
+    ),
+    Drill("requeued", "scontrol requeue", _comes_back_after("requeue", "scontrol", "requeue"), _STOPPED),
     Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*"),
     Drill("cancelled", "scancel; it has to stay away; --resume", _cancelled, _STOPPED),
     Drill(

@@ -31,12 +31,11 @@ from cfmask.errors import UserError
 from cfmask.recipe import load_recipe
 from cfmask.runs import RunFolder
 from launch import last_words
+from launch.allocation import REQUEUE_ME
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place
 
-# submitit's local executor starts the tasks again when one ends with this; on Slurm, the batch script requeues the job.
-_REQUEUE_EXIT = 144
 _LOOK_S = 5
 """Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
 _CONTROLLER_BACK_S = 120
@@ -116,10 +115,10 @@ class Job:
     def _requeue(self, rank: int, job_id: str, slurm: bool) -> None:
         """Come back. It stopped with a checkpoint of a step that it took: it gets on, and may do so for ever."""
         if not slurm:
-            sys.exit(_REQUEUE_EXIT)
+            sys.exit(REQUEUE_ME)
         # A container may have no scontrol.
         if rank == 0 and not (shutil.which("scontrol") and _requeued(job_id)):
-            sys.exit(_REQUEUE_EXIT)
+            sys.exit(REQUEUE_ME)
         sys.exit(0)
 
 
@@ -171,7 +170,8 @@ class _Listener:
     def request(self) -> str | None:
         from cfmask.worker import QUIT, REQUEUE
 
-        time.sleep(self._pace_s)
+        if self._pace_s:
+            time.sleep(self._pace_s)
         if self._watched and time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + _LOOK_S
             self._quit = self._quit or self._watched.cancelled() is not None

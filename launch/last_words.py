@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfmask.data.process import JOB_SIGNALS, ignore_job_signals
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, read_object
@@ -48,8 +49,6 @@ _AGREED_ENDS = (0, REQUEUE_ME, 128 + signal.SIGTERM)
 """Exit codes of a rank that ends as all have agreed to (launch/job.py)."""
 _RAISED = 1
 """Exit code of a rank that has raised, and printed it."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
-"""Those that a job is sent."""
 _LOOK_S = 2.0
 """Between two looks for the words of others: a listing of one small folder."""
 _LISTEN_S = 2.0
@@ -196,12 +195,7 @@ def _be_the_rank(rank: Callable[[], object], run: Path) -> None:
             # Not through Python's own end: there threads are waited for, and a communicator that others hang in.
             os._exit(_RAISED)
     finally:
-        _ignore_signals()  # Python's own end would restore what they do by default
-
-
-def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        ignore_job_signals()  # Python's own end would restore what they do by default
 
 
 # --- the process that waits for it --------------------------------------------------------------------------------
@@ -225,7 +219,7 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
 
-    for number in _SIGNALS:
+    for number in JOB_SIGNALS:
         signal.signal(number, pass_on)
     here = _Here.found(run)
     here.file.unlink(missing_ok=True)  # the local executor's second start has the first one's name
@@ -257,7 +251,7 @@ def _wait(child: int, here: _Here) -> int:
             told = bool(here.words())
             kill_at = now + _GRACE_S if told else kill_at
         time.sleep(0.1)
-    _ignore_signals()
+    ignore_job_signals()
     code = os.waitstatus_to_exitcode(status)
     if code not in _AGREED_ENDS and give_up_at == float("inf"):  # not killed from here
         here.leave(_how_it_ended(code))

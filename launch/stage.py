@@ -19,12 +19,15 @@ from pathlib import Path
 
 from cfmask.runs import RunFolder, read_lines
 from launch import submit
+from launch._slurm_checks import parse_records
 from launch.batch import last_submission
 
 Act = Iterator[None]
 
 SLURM_AWAY = ("Unable to contact", "Connection refused", "Socket timed out")
 _ASK_EVERY_S = 0.5
+_ANSWER_S = 60.0
+"""How long one of Slurm's commands may take, and a controller that is away be asked again."""
 _SETTLES_S = 5.0
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 """States of a job that does not come back."""
@@ -148,18 +151,18 @@ class Stage:
             with contextlib.suppress(Trouble):  # a site that does not let its users: then it takes two minutes
                 slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
 
-    def gone(self, *states: str, within_s: float | None = None) -> Act:
+    def gone(self, state: str, *, within_s: float | None = None) -> Act:
         """Wait until the job has ended for good.
 
         Raises:
-            Trouble: in another state than one of these, or not ``within_s``.
+            Trouble: in another state than this, or not ``within_s``.
         """
-        for _ in self.until(f"job {self.job} is {' or '.join(states)}", within_s):
-            state = self.job_field("JobState")
-            if state in states:
+        for _ in self.until(f"job {self.job} is {state}", within_s):
+            found = self.job_field("JobState")
+            if found == state:
                 return
-            if state in _OVER:
-                raise Trouble(f"job {self.job} is {state}, and should be {' or '.join(states)}")
+            if found in _OVER:
+                raise Trouble(f"job {self.job} is {found}, and should be {state}")
             yield
 
     def finish(self, *, restarts: bool = False) -> Act:
@@ -232,8 +235,7 @@ class Stage:
     def job_field(self, name: str, otherwise: str = "") -> str:
         """What the controller knows of the job, as `scontrol show job` names it; asked at most twice a second."""
         if time.monotonic() - self._asked > _ASK_EVERY_S:
-            words = slurm("scontrol", "--oneliner", "show", "job", self.job).split()
-            self._known = dict(word.split("=", 1) for word in words if "=" in word)
+            [self._known] = parse_records(slurm("scontrol", "--oneliner", "show", "job", self.job), first="JobId")
             self._asked = time.monotonic()
         return self._known.get(name, otherwise)
 
@@ -270,16 +272,16 @@ def steps_lost(attempts: Sequence[dict]) -> int:
     )
 
 
-def slurm(*command: str, patience_s: float = 60) -> str:
+def slurm(*command: str) -> str:
     """One of Slurm's commands; a controller that does not answer is asked again.
 
     Raises:
         Trouble: it fails, with its words.
     """
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + _ANSWER_S
     while True:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Trouble(f"`{shlex.join(command)}` failed: {error}") from error
         if done.returncode == 0:

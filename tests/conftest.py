@@ -17,4 +17,16 @@ for folder in (REPO, REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import pytest  # noqa: E402
+
 from slurm_fixture import slurm_cluster  # noqa: E402,F401
+
+
+@pytest.fixture
+def no_group_left():
+    """For runs in this process. One that fails leaves its process group, as a process does that is about to die."""
+    import torch.distributed as dist
+
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cfmask.models.head import save_model
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, read_lines
 from launch.rehearsal import CLASSES, REPO, convert, draw_images
+from slurm_fixture import wait_until
 from towers import TINY, Geometry
 
 
@@ -41,6 +45,19 @@ def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, .
     return path
 
 
+def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
+    """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
+    from cfmask.distributed import Place
+    from cfmask.worker import FINISHED, REQUEUE, run_worker
+
+    run = RunFolder(folder)
+    run.claim(recipe)
+    asked = iter(range(10**6))
+    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
+    assert outcome == (FINISHED if stop_at is None else REQUEUE)
+    return run
+
+
 def submit(*flags: object, check: bool = True, **popen) -> subprocess.CompletedProcess:
     """`python launch/submit.py …` with one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
@@ -61,6 +78,24 @@ def start(*command: object) -> subprocess.Popen:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+
+
+def logs(run: Path) -> str:
+    """The end of every rank's."""
+    return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))
+
+
+def wait_for(run: Path, holds: Callable[[], bool], what: str, timeout: float = 150) -> None:
+    """``wait_until``, with the run's logs if it is in vain."""
+    try:
+        wait_until(holds, what, timeout)
+    except BaseException:
+        print(logs(run))
+        raise
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    wait_for(run, lambda: any(line["step"] >= step for line in read_lines(run / "log.jsonl")), f"step {step} of {run}")
 
 
 def kill_all(process: subprocess.Popen) -> None:

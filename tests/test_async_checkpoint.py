@@ -24,11 +24,10 @@ import cfmask.worker
 import made
 from cfmask import checkpoint
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
-from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
-from cfmask.worker import FINISHED, REQUEUE, run_worker
+from made import train
 from test_checkpoint import LATEST_TWO, state, steps_in, train_on, trained
 from towers import TINY
 
@@ -334,18 +333,12 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
 
 STEPS = 12  # 2 epochs of 6
 
+pytestmark = pytest.mark.usefixtures("no_group_left")
+
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     return made.make_materials(tmp_path_factory.mktemp("materials"))
-
-
-@pytest.fixture(autouse=True)
-def no_group_left():
-    """A run that fails leaves its process group, as a process does that is about to die."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def recipe_of(materials: Path, eval_sets: tuple[str, ...] = (), epochs: int = 2, **run) -> Recipe:
@@ -357,15 +350,6 @@ def recipe_of(materials: Path, eval_sets: tuple[str, ...] = (), epochs: int = 2,
         optim=dataclasses.replace(base.optim, epochs=epochs, batch_size=16, lanes=4, lr=1e-3, warmup_steps=2),
         run=Run(precision="fp32", log_steps=1, **{"checkpoint_steps": 4, "keep_checkpoints": 99, **run}),
     ).resolved()
-
-
-def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
-    run = RunFolder(folder)
-    run.claim(recipe)
-    asked = iter(range(10**6))
-    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
-    assert outcome == (FINISHED if stop_at is None else REQUEUE)
-    return run
 
 
 def logged_steps(run: RunFolder) -> list[int]:

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 
 import made
 from cfmask.data import plan, receipts
-from cfmask.distributed import Place
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
-from cfmask.worker import FINISHED, REQUEUE, run_worker
+from cfmask.runs import read_lines
 from tools import audit
 
 STEPS = 6  # an epoch of 96 samples in batches of 16
@@ -35,12 +33,7 @@ def train(materials, folder, stop_at=None):
         optim=Optim(epochs=2, batch_size=16, lanes=4, warmup_steps=2, lr=1e-3, micro_batches=2),
         run=Run(precision="fp32", checkpoint_steps=4, keep_checkpoints=9, log_steps=2),
     ).resolved()
-    run = RunFolder(folder)
-    run.claim(recipe)
-    asked = iter(range(10**6))
-    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
-    assert outcome == (FINISHED if stop_at is None else REQUEUE)
-    return run
+    return made.train(recipe, folder, stop_at)
 
 
 def said(run, capsys):

@@ -17,6 +17,7 @@ import made
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, process_runs, read_lines
 from launch import cancel, status
+from made import wait_for_step
 from slurm_fixture import Cluster, wait_until
 
 REPO = Path(__file__).resolve().parents[1]
@@ -38,14 +39,6 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
 def state_of(run: Path) -> str:
     [line] = run_tool("status", run, "--json").stdout.splitlines()
     return json.loads(line)["state"]
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    try:
-        wait_until(lambda: any(x["step"] >= step for x in read_lines(run / "log.jsonl")), f"step {step}", 150)
-    except BaseException:
-        print(*(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out")), sep="\n")
-        raise
 
 
 def assert_left_a_checkpoint_of_where_it_stopped(run: Path, told: str) -> int:

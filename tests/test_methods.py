@@ -7,16 +7,13 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cfmask.worker
 import made
-from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
-from cfmask.worker import FINISHED, REQUEUE, run_worker
 from tools import wise_ft
 
 STEPS = 6  # an epoch of 96 samples in batches of 16
@@ -27,12 +24,7 @@ def materials(tmp_path_factory):
     return made.make_materials(tmp_path_factory.mktemp("materials"))
 
 
-@pytest.fixture(autouse=True)
-def no_group_left():
-    """A run that fails leaves its process group, as a process does that is about to die."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("no_group_left")
 
 
 def recipe_of(materials, preset: str, **optim) -> Recipe:
@@ -50,14 +42,7 @@ def recipe_of(materials, preset: str, **optim) -> Recipe:
 
 
 def train(recipe: Recipe, folder, stop_at: int | None = None) -> RunFolder:
-    """``stop_at`` asks for a stop at that step, as a preemption does."""
-    recipe = recipe.resolved()
-    run = RunFolder(folder)
-    run.claim(recipe)
-    asked = iter(range(10**6))
-    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
-    assert outcome == (FINISHED if stop_at is None else REQUEUE)
-    return run
+    return made.train(recipe.resolved(), folder, stop_at)
 
 
 def steps_of(run: RunFolder) -> list[dict]:

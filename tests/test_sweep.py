@@ -19,6 +19,7 @@ import made
 from cfmask.runs import read_lines
 from launch import batch
 from launch.snapshot import differing_files, take
+from made import logs, wait_for, wait_for_step
 from slurm_fixture import wait_until
 
 # --- the code that was submitted --------------------------------------------------------------------------------------
@@ -227,23 +228,6 @@ ON_ONE_NODE = ("--nodes", 1, *ON_TWO_NODES[2:])
 def jobs_of(done: subprocess.CompletedProcess) -> dict[str, Path]:
     """Job ids with their run folders, as they were printed."""
     return {job: Path(run) for job, run in re.findall(r"^job (\S+) on .*\nrun  (.*)$", done.stdout, re.MULTILINE)}
-
-
-def logs(run: Path) -> str:
-    return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))
-
-
-def wait_for(run: Path, holds, what: str, timeout: float = 150) -> None:
-    try:
-        wait_until(holds, what, timeout)
-    except BaseException:
-        print(logs(run))
-        raise
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    reached = lambda: any(line["step"] >= step for line in read_lines(run / "log.jsonl"))  # noqa: E731
-    wait_for(run, reached, f"step {step} of {run.name}")
 
 
 def wait_for_end(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a conversion or a check do with signals, and when their parent ends."""
+"""What the processes of a job do with signals, and those of a conversion or a check when their parent ends."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import signal
 import threading
 from multiprocessing import connection
 
-# What a cluster, or a terminal, sends to every process of a job. The main process answers them.
+# What a cluster, or a terminal, sends to every process of a job. One of them answers.
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
 def ignore_job_signals() -> None:
-    """Called in a child. (Children would otherwise inherit the main process's Python handlers.)"""
+    """Called in a child, which would otherwise inherit the main process's Python handlers; or when all is over."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
