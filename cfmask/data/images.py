@@ -14,7 +14,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
@@ -106,6 +106,28 @@ def crop(image: Tensor, size: int) -> Tensor:
     Raises:
         UserError: the sides differ by more than MAX_ASPECT.
     """
+    return _crop(image, size, mode="bicubic", antialias=True)
+
+
+def crop_mask(mask: Tensor, size: int) -> Tensor:
+    """What ``crop`` does to an image, to a mask of it: each pixel takes the value of the nearest one.
+
+    Args:
+        mask: bool or uint8 (H, W).
+
+    Returns:
+        (size, size) of the same dtype, not contiguous.
+
+    Raises:
+        UserError: as ``crop``.
+    """
+    import torch
+
+    # nearest-exact: like the bicubic kernel, and unlike "nearest", it takes a pixel's place to be its centre.
+    return _crop(mask[None].to(torch.uint8), size, mode="nearest-exact")[0].to(mask.dtype)
+
+
+def _crop(image: Tensor, size: int, **interpolation: Any) -> Tensor:
     from torch.nn.functional import interpolate
 
     height, width = image.shape[1:]
@@ -114,7 +136,7 @@ def crop(image: Tensor, size: int) -> Tensor:
     # torchvision's arithmetic, truncation of the long side and banker's rounding of the offsets included.
     height, width = (size if side == short else int(size * side / short) for side in (height, width))
     if (height, width) != image.shape[1:]:
-        image = interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
+        image = interpolate(image[None], size=(height, width), **interpolation)[0]
     top, left = round((height - size) / 2.0), round((width - size) / 2.0)
     return image[:, top : top + size, left : left + size]
 
