@@ -30,9 +30,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add_compute_arguments(parser)
 
 
-def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
+def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 256) -> None:
     """How images are read and put through a model: changes speed, and no result."""
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images at a time (default: {batch_size})"
+    )
     parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads that read (default: 2)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"

@@ -102,7 +102,7 @@ class Validation:
         batch_size: int,
         loader_workers: int,
     ) -> None:
-        self.models = [model.to(device).eval() for model in models]
+        self.models = [model.to(device).eval().requires_grad_(False) for model in models]
         self.methods, self.manifest, self.groups, self.thresholds = methods, manifest, groups, thresholds
         self._normalise = Normalise(info.mean, info.std).to(device)
         self._masks, self._categories = open_masks(masks), categories(manifest.classes)
@@ -131,7 +131,8 @@ class Validation:
         assert camera is not None
         images = torch.stack([sample.image for sample in samples]).to(self._device)
         labels = torch.tensor([sample.label for sample in samples], device=self._device)
-        logits = model.classify(model.encode(self._normalise(images), cam=camera))
+        # The pixels ask for a gradient and the weights do not, so nothing is kept for theirs.
+        logits = model.classify(model.encode(self._normalise(images).requires_grad_(), cam=camera))
         return camera.of(logits.gather(1, labels[:, None]).squeeze(1))
 
     def part(self, shard: Shard, ids: Sequence[int], bar: tqdm) -> Part:
@@ -223,7 +224,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of these images (default: 0)")
-    add_compute_arguments(p)
+    add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
     p.add_argument("--out", type=Path, default=Path("mask-validation"), metavar="DIR", help="default: mask-validation")
     return p
 
