@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
 
 import made
 from cfmask.data import imagenet
 from cfmask.data.images import crop, decode
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.masks import normalised
-from cfmask.models.head import load_model, save_model
-from cfmask.models.tower import Normalise
+from cfmask.models.head import build_tower, load_model, model_info, save_model
+from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from tools import make_shards, validate_masks
 from tools._demo_images import CLASSES, draw_image
@@ -245,3 +249,61 @@ def test_the_demos_exact_masks_are_found_by_their_keys(tmp_path, monkeypatch):
     assert validate_masks.main([*asked, *masks]) == 0
     groups = results(tmp_path / "out")["models"][0]["groups"]
     assert groups["star"]["images"] == 1 and groups["all"]["images"] == 10 and groups["all"]["without_object"] == 0
+
+
+DATA = made.REPO.parent / "shared/data"
+REAL = [DATA / name for name in ("coco-panoptic.tar", "imagenet-sample.tar", "vit-s14-dinov2.safetensors")]
+
+
+@pytest.mark.skipif(not all(path.exists() for path in REAL), reason=f"needs {', '.join(path.name for path in REAL)}")
+def test_masks_of_a_trained_tower_fall_on_real_dogs_cats_and_birds(tmp_path, capsys):
+    """COCO's photographs with their panoptic annotations; the head is made of class means of ImageNet's."""
+    coco, photos, weights = REAL
+    with tarfile.open(coco) as tar:
+        tar.extractall(tmp_path, filter="data")
+    annotations = tmp_path / "coco-panoptic/panoptic_segmentation/annotations/panoptic_train2017.json"
+    raw = json.loads(annotations.read_text())
+    names = {c["id"]: c["name"] for c in raw["categories"] if c["name"] in ("dog", "cat", "bird")}
+    for annotation in raw["annotations"]:
+        for name in {names[s["category_id"]] for s in annotation["segments_info"] if s["category_id"] in names}:
+            (tmp_path / "images/val" / name).mkdir(parents=True, exist_ok=True)
+            file = annotation["file_name"].replace(".png", ".jpg")
+            (tmp_path / "coco-panoptic/images/train2017" / file).rename(tmp_path / "images/val" / name / file)
+
+    known: dict[str, list[torch.Tensor]] = {"dog": [], "cat": [], "bird": []}
+    with tarfile.open(photos) as tar:
+        for number, member in enumerate(m for m in tar.getmembers() if m.name.endswith(".JPEG")):
+            wnid = member.name.split("/")[-2]
+            super_class = imagenet.super_class_of().get(wnid)
+            if (super_class and len(known[super_class]) < 5) or (not super_class and number % 50 == 0):
+                photo = crop(decode(tar.extractfile(member).read()), 224)
+                known.setdefault(super_class or wnid, []).append(photo)
+    config = {
+        "embed_dim": 384,
+        "vision_cfg": dict(
+            image_size=224, patch_size=14, width=384, layers=12, head_width=64, ls_init_value=1e-5, no_ln_pre=True
+        ),
+        "preprocess_cfg": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+    }
+    (tmp_path / "vit.json").write_text(json.dumps(config))
+    info = model_info(str(tmp_path / "vit.json"), classes=tuple(known))
+    tower = build_tower(info)
+    tower.load_state_dict({key.removeprefix("visual."): v.float() for key, v in load_file(weights).items()})
+    model, normalise = Classifier(tower, nn.Linear(384, len(known))), Normalise(info.mean, info.std)
+    with torch.no_grad():
+        for row, of_class in zip(model.head.weight, known.values(), strict=True):
+            features = model.encode(normalise(torch.stack(of_class)))
+            row.copy_(100 * F.normalize(F.normalize(features, dim=-1).mean(0), dim=0))
+        model.head.bias.zero_()
+    save_model(tmp_path / "model.safetensors", model, info)
+
+    (tmp_path / "classes.txt").write_text("".join(f"{name}\t{name}\n" for name in known))
+    made.convert(tmp_path / "images", tmp_path / "shards", "--classes", str(tmp_path / "classes.txt"))
+    asked = [str(tmp_path / "model.safetensors"), "--shards", str(tmp_path / "shards"), "--masks", str(annotations)]
+    out = ["--out", str(tmp_path / "out"), "--groups", "dog", "cat", "bird", "all"]
+    assert validate_masks.main([*asked, *out]) == 0
+    groups = results(tmp_path / "out")["models"][0]["groups"]
+    assert {name: group["images"] for name, group in groups.items()} == {"dog": 8, "cat": 1, "bird": 2, "all": 11}
+    on_object, by_chance = (groups["all"][name][2] for name in ("object_masking_rate", "image_masking_rate"))
+    print(f"at 0.3, {100 * on_object:.0f} % of the object is masked and {100 * by_chance:.0f} % of the image")
+    assert on_object > by_chance + 0.15

@@ -23,7 +23,6 @@ class Segmenter:
 
     def __init__(self, name: str, device: str) -> None:
         transformers = _transformers()
-        # Pillow's preprocessing: torchvision's differs by a level here and there, and by version.
         self._processor = _load(transformers.Mask2FormerImageProcessor, name)
         self._model = _load(transformers.Mask2FormerForUniversalSegmentation, name).to(device).eval()
         self._labels = category_labels(self._model.config)

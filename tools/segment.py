@@ -81,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
                 run_array(segment_shard, missing, array, name="segment", resumes=True, progress=bar.update)
             elif missing:
                 workers = arguments.workers or max(1, torch.cuda.device_count() if arguments.device == "cuda" else 1)
-                run_here(segment_shard, missing, workers=workers, preload=("tools.segment",), progress=bar.update)
+                preload = ("tools.segment", "transformers.models.mask2former.modeling_mask2former")
+                run_here(segment_shard, missing, workers=workers, preload=preload, progress=bar.update)
         made = commit(folder, manifest, tasks, facts)
     empty = made.made["without_object"]
     print(f"{arguments.set}: {made.num_samples} masks, {empty} of them without a pixel of the object, in {folder}")

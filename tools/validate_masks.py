@@ -432,7 +432,8 @@ def draw_curves(
                 axis.set_title(f"{rate}, %", fontsize=9)
             if group == groups[-1]:
                 axis.set_xlabel("threshold", fontsize=8)
-        row[0].set_ylabel(f"{group} ({int(totals[0][group].images)} images)", fontsize=9)
+        count = int(totals[0][group].images)
+        row[0].set_ylabel(f"{group} ({count} image{'s' * (count != 1)})", fontsize=9)
     handles, labels = axes[0][1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
     figure.savefig(out, dpi=110)
@@ -472,7 +473,6 @@ def draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented]) 
     found = rates(mask.cpu(), coverage(segmentation, model.patch_size))
 
     size, patch = model.image_size, model.patch_size
-    columns = ["image", "M_seg: the object", f"M_CAM: {method.mask} mask", "overlap"]
     figure, axes = plt.subplots(
         len(samples), 4, figsize=(8, 2.15 * len(samples) + 0.5), squeeze=False, layout="constrained"
     )
@@ -488,18 +488,21 @@ def draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented]) 
         row[2].imshow(_lit(picture, masked))
         row[3].imshow(_overlap(picture, there, masked))
         row[0].set_title(names[sample.label][1], fontsize=8)
-        row[3].set_title(f"object {100 * found.object[i, 0]:.0f} %, IoU {100 * found.iou[i, 0]:.0f} %", fontsize=8)
-        row[2].set_title(f"{100 * found.image[i, 0]:.0f} % of the image", fontsize=8)
-        row[1].set_title(f"{100 * there.mean():.0f} % of the image", fontsize=8)
-        for axis, title in zip(row, columns, strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.spines[:].set_visible(False)
-            if i == len(samples) - 1:
-                axis.set_xlabel(title, fontsize=8)
-    figure.suptitle(f"threshold {method.threshold:g}; overlap: green both, red object only, blue mask only", fontsize=9)
+        row[1].set_title(f"object: {_percent(there.mean())} of the image", fontsize=8)
+        row[2].set_title(f"{method.mask} mask: {_percent(found.image[i, 0])} of the image", fontsize=8)
+        row[3].set_title(f"{_percent(found.object[i, 0])} of the object, IoU {_percent(found.iou[i, 0])}", fontsize=8)
+        for axis in row:
+            axis.set_axis_off()
+    figure.suptitle(
+        f"threshold {method.threshold:g}; right: green is both, orange object alone, blue mask alone", fontsize=9
+    )
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _percent(share: float | Tensor) -> str:
+    value = 100 * float(share)
+    return f"{value:.1f} %" if 0 < value < 1 else f"{value:.0f} %"
 
 
 def _lit(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
