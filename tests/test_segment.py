@@ -112,7 +112,7 @@ def test_masks_of_shards_are_validated_on(scene, segmenter, tmp_path):
     assert segment.main(command(scene, segmenter, tmp_path / "masks", "--groups", "bird", "dog")) == 0
     made.save_tiny_model(tmp_path / "tiny.safetensors", TINY, WNIDS)
     asked = [str(tmp_path / "tiny.safetensors"), "--shards", str(scene / "shards"), "--count", "2"]
-    masks = ["--masks", str(tmp_path / "masks/val"), "--out", str(tmp_path / "out")]
+    masks = ["--segmentation", str(tmp_path / "masks/val"), "--out", str(tmp_path / "out")]
     assert validate_masks.main([*asked, *masks]) == 0
     groups = json.loads((tmp_path / "out/results.json").read_text())["models"][0]["groups"]
     assert groups["dog"]["images"] == groups["bird"]["images"] == 4

@@ -59,7 +59,7 @@ def scene(tmp_path_factory):
 
 def command(root: Path, out: Path, *flags: object, models: tuple[str, ...] = ("a",)) -> list[str]:
     named = [str(root / f"{model}.safetensors") for model in models]
-    sets = ["--shards", str(root / "shards"), "--masks", str(root / "masks"), "--loader-workers", "0"]
+    sets = ["--shards", str(root / "shards"), "--segmentation", str(root / "masks"), "--loader-workers", "0"]
     return [*named, *sets, "--out", str(out), *map(str, flags)]
 
 
@@ -195,7 +195,7 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
     for path in sorted((scene / "masks/val" / WNIDS[2]).iterdir())[1:]:
         some.mkdir(exist_ok=True)
         (some / path.name).write_bytes(path.read_bytes())
-    asked = command(scene, tmp_path / "out", "--masks", some)
+    asked = command(scene, tmp_path / "out", "--segmentation", some)
     assert validate_masks.main(asked) == 2
     assert "have no mask" in capsys.readouterr().err
     assert validate_masks.main([*asked, "--allow-missing-masks"]) == 0
@@ -212,7 +212,7 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
         (("--groups", "dog", "dog"), "twice"),
         (("--thresholds", "1.0"), "--thresholds must lie in 0…1"),
         (("--thresholds", "0.2", "0.2"), "twice"),
-        (("--masks", "nowhere"), "There are no masks at nowhere"),
+        (("--segmentation", "nowhere"), "There are no masks at nowhere"),
         (("--set", "train"), "no folder of shards"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--cam", "grad-cam", "--first-block", "1"), "--first-block would do nothing"),
@@ -230,7 +230,7 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
     assert "labels and answers would not mean the same" in capsys.readouterr().err
     for path in (scene / "masks/val").rglob("*.png"):
         Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / path.name)
-    assert validate_masks.main([*asked, "--masks", str(tmp_path)]) == 2
+    assert validate_masks.main([*asked, "--segmentation", str(tmp_path)]) == 2
     assert "it is the mask of another image" in capsys.readouterr().err
 
 
@@ -245,7 +245,7 @@ def test_the_demos_exact_masks_are_found_by_their_keys(tmp_path, monkeypatch):
     wnids = tuple(_demo_images.class_folder(label) for label in range(len(CLASSES)))
     made.save_tiny_model(tmp_path / "model.safetensors", ODD, wnids)
     asked = [str(tmp_path / "model.safetensors"), "--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
-    masks = ["--masks", str(tmp_path / "images-masks/val"), "--groups", "star", "all", "--count", "2"]
+    masks = ["--segmentation", str(tmp_path / "images-masks/val"), "--groups", "star", "all", "--count", "2"]
     assert validate_masks.main([*asked, *masks]) == 0
     groups = results(tmp_path / "out")["models"][0]["groups"]
     assert groups["star"]["images"] == 1 and groups["all"]["images"] == 10 and groups["all"]["without_object"] == 0
@@ -299,7 +299,13 @@ def test_masks_of_a_trained_tower_fall_on_real_dogs_cats_and_birds(tmp_path, cap
 
     (tmp_path / "classes.txt").write_text("".join(f"{name}\t{name}\n" for name in known))
     made.convert(tmp_path / "images", tmp_path / "shards", "--classes", str(tmp_path / "classes.txt"))
-    asked = [str(tmp_path / "model.safetensors"), "--shards", str(tmp_path / "shards"), "--masks", str(annotations)]
+    asked = [
+        str(tmp_path / "model.safetensors"),
+        "--shards",
+        str(tmp_path / "shards"),
+        "--segmentation",
+        str(annotations),
+    ]
     out = ["--out", str(tmp_path / "out"), "--groups", "dog", "cat", "bird", "all"]
     assert validate_masks.main([*asked, *out]) == 0
     groups = results(tmp_path / "out")["models"][0]["groups"]

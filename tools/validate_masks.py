@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Do masks fall on the object? What models' CAMs mask, beside segmentation masks (appendix A.2 of the paper).
 
-    python tools/validate_masks.py RUN --shards DIR --set train --masks MASKS --out mask-validation
-    python tools/validate_masks.py RUN/checkpoints/step-* RUN --shards DIR --set val --masks MASKS
+    python tools/validate_masks.py RUN --shards DIR --set train --segmentation MASKS --out mask-validation
+    python tools/validate_masks.py RUN/checkpoints/step-* RUN --shards DIR --set val --segmentation MASKS
 
 For each threshold and group of classes, averaged over images, in percent of pixels:
 
@@ -43,7 +43,7 @@ from cfmask.data.stream import check_image_size  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.masking.fills import OBJECT  # noqa: E402
-from cfmask.masking.validation import Tally, coverage, masks_at, rates, tally  # noqa: E402
+from cfmask.masking.validation import THRESHOLDS, Tally, add_up, coverage, masks_at, rates, tally  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
@@ -61,7 +61,6 @@ from tools._shared import (  # noqa: E402
 )
 
 RATES = ("image masking rate", "object masking rate", "IoU")
-THRESHOLDS = tuple(n / 10 for n in range(1, 10))
 
 Tallies = list[dict[str, Tally]]
 """By model, by group."""
@@ -69,7 +68,7 @@ Tallies = list[dict[str, Tally]]
 
 @dataclass(frozen=True)
 class Part:
-    """What one shard gave. missing: keys of samples without a mask."""
+    """What one shard gave; no tallies if it has no mask. missing: keys of samples without one."""
 
     shard: str
     tallies: Tallies
@@ -137,22 +136,25 @@ class Validation:
 
     def part(self, shard: Shard, ids: Sequence[int], bar: tqdm) -> Part:
         """Go through one shard's samples."""
-        tallies: Tallies = [{} for _ in self.models]
+        batches: list[Tallies] = []
         missing: list[str] = []
         batch: list[Segmented] = []
 
         def settle() -> None:
             segmentation = torch.stack([s.mask for s in batch if s.mask is not None]).to(self._device)
             labels = np.array([sample.label for sample in batch])
-            for sums, model, method in zip(tallies, self.models, self.methods, strict=True):
+            of_batch: Tallies = []
+            for model, method in zip(self.models, self.methods, strict=True):
                 cam = self.relevance(model, method, batch)
                 found = rates(
                     masks_at(cam, self.thresholds, method.mask or OBJECT), coverage(segmentation, model.patch_size)
                 )
-                for group, classes in self.groups.items():
-                    chosen = torch.from_numpy(np.isin(labels, list(classes))).to(self._device)
-                    of_batch = tally(found, chosen)
-                    sums[group] = sums[group] + of_batch if group in sums else of_batch
+                chosen = {
+                    group: torch.from_numpy(np.isin(labels, list(classes))).to(self._device)
+                    for group, classes in self.groups.items()
+                }
+                of_batch.append({group: tally(found, rows) for group, rows in chosen.items()})
+            batches.append(of_batch)
             batch.clear()
 
         for sample in self.samples(ids):
@@ -165,7 +167,7 @@ class Validation:
             bar.update()
         if batch:
             settle()
-        return Part(shard.name, tallies, missing)
+        return Part(shard.name, [add_up(of_model) for of_model in zip(*batches, strict=True)], missing)
 
 
 @exits_cleanly
@@ -182,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         methods,
         info,
         manifest,
-        arguments.masks,
+        arguments.segmentation,
         class_groups(manifest.classes, arguments.groups),
         arguments.thresholds,
         device=arguments.device,
@@ -203,7 +205,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
     p.add_argument("--set", default="val", help="folder under --shards (default: val)")
-    p.add_argument("--masks", required=True, metavar="PATH", help="segmentation masks of the set; see above")
+    p.add_argument("--segmentation", required=True, metavar="PATH", help="segmentation masks of the set; see above")
     p.add_argument(
         "--groups",
         nargs="+",
@@ -263,7 +265,7 @@ def identity(arguments: argparse.Namespace, validation: Validation) -> dict[str,
         "models": [_sha256(find_model(path)) for path in arguments.models],
         "cams": [[m.mask, m.cam, m.first_block] for m in validation.methods],
         "set": validation.manifest.digest,
-        "masks": str(Path(arguments.masks).absolute()),
+        "segmentation": str(Path(arguments.segmentation).absolute()),
         "groups": {name: sorted(ids) for name, ids in validation.groups.items()},
         "thresholds": list(arguments.thresholds),
     }
@@ -321,7 +323,7 @@ def go_through(validation: Validation, done: Sequence[Part], record: Path, allow
                     )
                 append_lines(record, [part.to_line()])
                 parts[shard.name] = part
-    if all(not part.tallies[0] for part in parts.values()):
+    if not any(part.tallies for part in parts.values()):
         raise UserError(f"None of the {sum(map(len, ids))} samples has a mask.")
     return [parts[shard.name] for shard in shards if shard.name in parts]
 
@@ -332,18 +334,14 @@ def go_through(validation: Validation, done: Sequence[Part], record: Path, allow
 def report(validation: Validation, parts: Sequence[Part], arguments: argparse.Namespace) -> None:
     """Write and print what the parts make together."""
     out, paths, thresholds = arguments.out, arguments.models, validation.thresholds
-    totals: Tallies = [{} for _ in paths]
-    for part in parts:
-        for sums, of_model in zip(totals, part.tallies, strict=True):
-            for group, found in of_model.items():
-                sums[group] = sums[group] + found if group in sums else found
+    totals: Tallies = [add_up(of_model) for of_model in zip(*(p.tallies for p in parts if p.tallies), strict=True)]
     missing = [key for part in parts for key in part.missing]
 
     text = as_text(paths, validation.methods, totals, thresholds, missing)
     write_atomically(out / "table.md", text + "\n")
     results = {
         "set": str(validation.manifest.root),
-        "masks": arguments.masks,
+        "segmentation": arguments.segmentation,
         "thresholds": list(thresholds),
         "without_mask": len(missing),
         "models": [
@@ -352,7 +350,7 @@ def report(validation: Validation, parts: Sequence[Part], arguments: argparse.Na
                 "mask": method.mask,
                 "cam": method.cam,
                 "first_block": method.first_block,
-                "groups": {group: _as_result(sums) for group, sums in of_model.items()},
+                "groups": {group: sums.to_result() for group, sums in of_model.items()},
             }
             for path, method, of_model in zip(paths, validation.methods, totals, strict=True)
         ],
@@ -366,13 +364,6 @@ def report(validation: Validation, parts: Sequence[Part], arguments: argparse.Na
         pictures.append(out / "sheet.png")
     print(text)
     print("\nwritten:", *(out / "table.md", out / "results.json", *pictures))
-
-
-def _as_result(sums: Tally) -> dict[str, Any]:
-    """Rates as shares of 1; null where there is nothing to average."""
-    values = ([None if x != x else x for x in of_rate] for of_rate in sums.means())
-    named = dict(zip(("image_masking_rate", "object_masking_rate", "iou"), values, strict=True))
-    return {"images": int(sums.images), "without_object": int(sums.images - sums.with_object), **named}
 
 
 def as_text(

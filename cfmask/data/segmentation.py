@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from torch import Tensor
 from cfmask.data import imagenet, images
 from cfmask.data.shards import MANIFEST, Manifest, ShardReader, load_manifest
 from cfmask.errors import UserError
+from cfmask.masking.validation import Coverage, coverage
 
 Mask = NDArray[np.bool_]
 
@@ -455,3 +457,33 @@ def _check_size(
 def _shown(shape: Sequence[int]) -> str:
     height, width = shape
     return f"{width} × {height}"
+
+
+# --- in training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ObjectReader:
+    """Reads where the objects of training samples are, as far as patch masks can tell; by key alone.
+
+    classes: COCO's name of what a class's samples show, by class id, for those classes that masks are validated on.
+    size, patch_size: of the model.
+    """
+
+    masks: Masks
+    classes: Mapping[int, str]
+    size: int
+    patch_size: int
+
+    def read(self, key: str, label: int) -> Coverage | None:
+        """Of one sample, N = 1; None if it is of another class, or there is no mask for it. A mask that cannot be used
+        is none, with a warning: what is only measured ends no training."""
+        if label not in self.classes:
+            return None
+        try:
+            mask = self.masks.read(key, "", self.classes[label])
+            cropped = None if mask is None else images.crop_mask(torch.from_numpy(mask.copy()), self.size)
+        except UserError as error:
+            warnings.warn(f"{key} takes no part in the validation of masks: {error}", stacklevel=2)
+            return None
+        return None if cropped is None else coverage(cropped[None], self.patch_size)

@@ -12,8 +12,9 @@ object masking rate of about its image masking rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +22,46 @@ from torch import Tensor
 from cfmask.masking.fills import CONTEXT, OBJECT
 from cfmask.masking.masks import context_mask, object_mask
 
+THRESHOLDS = tuple(n / 10 for n in range(1, 10))
+"""At which masks are validated, unless others are asked for."""
+
 
 @dataclass(frozen=True)
 class Coverage:
     """Where the objects of N images are, as far as patch masks can tell.
 
     patches: (N, P) int32, pixels of the object in each patch. total: (N,) int64, in the whole image; more than the sum
-    of ``patches`` where the image is not a multiple of the patch and the object reaches into what is left over.
-    patch_pixels, image_pixels: pixels of a patch, of an image.
+    of ``patches`` where the image is not a multiple of the patch and the object reaches into what is left over;
+    UNKNOWN where nobody knows. patch_pixels, image_pixels: pixels of a patch, of an image.
     """
 
     patches: Tensor
     total: Tensor
     patch_pixels: int
     image_pixels: int
+
+    @property
+    def known(self) -> Tensor:
+        """(N,) bool, of which images there is a segmentation."""
+        return self.total != UNKNOWN
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Coverage:
+        """``function`` applied to each tensor (moving to a device, pinning)."""
+        return replace(self, patches=function(self.patches), total=function(self.total))
+
+
+UNKNOWN = -1
+
+
+def nothing_known(n: int, size: int, patch_size: int) -> Coverage:
+    """The coverage of n images of ``size`` × ``size`` pixels without a segmentation."""
+    patches = (size // patch_size) ** 2
+    return Coverage(
+        patches=torch.zeros(n, patches, dtype=torch.int32),
+        total=torch.full((n,), UNKNOWN),
+        patch_pixels=patch_size**2,
+        image_pixels=size**2,
+    )
 
 
 def coverage(segmentation: Tensor, patch_size: int) -> Coverage:
@@ -112,10 +139,26 @@ class Tally:
     def _parts(self) -> tuple[Tensor, ...]:
         return self.image, self.object, self.iou, self.images, self.with_object
 
+    def to_vector(self) -> Tensor:
+        """(3 T + 2,) float32, to be added up over ranks; ``from_vector`` takes it back."""
+        return torch.cat([part.reshape(-1).float() for part in self._parts])
+
+    @classmethod
+    def from_vector(cls, values: Sequence[float]) -> Tally:
+        *sums, images, with_object = values
+        n = len(sums) // 3
+        return cls.from_lists([sums[:n], sums[n : 2 * n], sums[2 * n :], int(images), int(with_object)])
+
     def means(self) -> tuple[list[float], list[float], list[float]]:
         """Image masking rate, object masking rate, IoU, each by threshold; NaN where there is no image to average."""
         image, found, iou = (self.image / self.images, self.object / self.with_object, self.iou / self.with_object)
         return image.tolist(), found.tolist(), iou.tolist()
+
+    def to_result(self) -> dict[str, Any]:
+        """For a reader: numbers of images and mean rates as shares of 1, None where there is nothing to average."""
+        means = ([None if x != x else x for x in of_rate] for of_rate in self.means())
+        named = dict(zip(("image_masking_rate", "object_masking_rate", "iou"), means, strict=True))
+        return {"images": int(self.images), "without_object": int(self.images - self.with_object), **named}
 
     def to_lists(self) -> list[list[float] | int]:
         """For a JSON file, exactly; ``from_lists`` takes it back."""
@@ -149,3 +192,12 @@ def tally(of: Rates, chosen: Tensor | None = None) -> Tally:
         images=chosen.sum(),
         with_object=known.sum(),
     )
+
+
+def add_up(tallies: Sequence[Mapping[str, Tally]]) -> dict[str, Tally]:
+    """Tallies by name, each added up."""
+    total: dict[str, Tally] = {}
+    for of_part in tallies:
+        for name, part in of_part.items():
+            total[name] = total[name] + part if name in total else part
+    return total
