@@ -752,6 +752,11 @@ class _Recorder:
         }
         if curves:
             self._draw(curves, step)
+        for name, of_group in result.items():
+            best = max(range(len(THRESHOLDS)), key=lambda i: of_group["iou"][i] or 0.0)
+            iou = of_group["iou"][best]
+            found = f"IoU up to {100 * iou:.1f} % at {THRESHOLDS[best]:g}" if iou is not None else "no object seen"
+            print(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}", flush=True)
         self._since = time.monotonic()
 
     def flush(self) -> None:

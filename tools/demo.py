@@ -188,7 +188,7 @@ def draw(out: Path, names: list[str], seed: int) -> list[Path]:
     plot_runs.main([*(str(run_folder(out, row, seed)) for row in names), "--out", str(curves)])
     models = [out / "tower.safetensors", *(run_folder(out, row, seed) for row in names)]
     where = ("--shards", out / "shards", "--set", "val", "--segmentation", out / "images-masks/val")
-    validation = out / f"mask-validation-s{seed}"
+    validation = out / f"mask-validation-{len(names)}-runs-s{seed}"
     validate_masks.main([str(part) for part in (*models, *where, "--mask", "object", "--out", validation)])
     return [sheet, curves, validation / "curves.png", validation / "sheet.png"]
 

@@ -74,7 +74,7 @@ def open_masks(where: str | Path) -> Masks:
     path = Path(where)
     if path.is_file() and path.suffix == ".json":
         return _Coco(path)
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}")):  # of a folder of sets, its error says which
         return _Shards(load_manifest(path))
     if path.is_dir():
         return _Files(path)
