@@ -288,14 +288,14 @@ def _read_png(shown: object, data: bytes) -> NDArray[Any]:
 
 
 def _two_values(pixels: NDArray[Any], shown: object) -> Mask:
-    values = np.unique(pixels)
-    if pixels.ndim != 2 or len(values[values != 0]) > 1:
-        what = f"{len(values)} values" if pixels.ndim == 2 else f"{pixels.shape[2]} channels"
-        raise UserError(
-            f"{shown} is no mask of one object: it has {what}, where a mask has one channel, 0 for what is not the "
-            f"object and one other value for what is."
-        )
-    return pixels != 0
+    there = pixels != 0
+    if pixels.ndim == 2 and (pixels.dtype == bool or ((pixels == pixels.max()) == there).all() or not there.any()):
+        return there
+    what = f"{len(np.unique(pixels))} values" if pixels.ndim == 2 else f"{pixels.shape[2]} channels"
+    raise UserError(
+        f"{shown} is no mask of one object: it has {what}, where a mask has one channel, 0 for what is not the object "
+        f"and one other value for what is."
+    )
 
 
 # --- run-length encoding ----------------------------------------------------------------------------------------------
