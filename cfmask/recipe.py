@@ -143,6 +143,11 @@ class Data:
     eval_sets: tuple[str, ...] = setting(
         (), "folders under --shards to evaluate at each epoch's end; training is the same without"
     )
+    segmentation: str | None = setting(
+        None,
+        "segmentation masks of training images, as tools/validate_masks.py takes them: how far the CAM's masks fall on "
+        "objects is then measured in every step and logged at each epoch's end; training is the same without",
+    )
     loader_workers: int | None = setting(
         None,
         "data-loader threads per rank; changes speed only, never a sample (one less than the rank has cores, 16 at "
@@ -298,6 +303,11 @@ class Recipe:
             )
         if not 0 <= d.max_bad_share < 1:
             raise UserError(f"--max-bad-share is {d.max_bad_share}; it must lie in [0, 1).")
+        if d.segmentation is not None and not self.method.by_cam:
+            raise UserError(
+                f"--segmentation would do nothing: it is compared with the masks of a CAM, and {self.method.row} has "
+                "none. Leave it out, or choose --mask object or context."
+            )
         if not is_remote(d.shards) and (d.cache_dir is not None or d.cache_gb is not None):
             raise UserError("--cache-dir and --cache-gb would do nothing: --shards is a folder, and read in place.")
         if d.cache_gb is not None and not 0 < d.cache_gb < math.inf:

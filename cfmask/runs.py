@@ -6,9 +6,10 @@ RUN/
   ensemble.safetensors   wise-kd's other teacher
   log.jsonl              metrics by step
   receipts.jsonl         receipt of the samples that each step consumed (tools/audit.py)
+  overlaps.jsonl         how far CAM masks fell on objects, summed from checkpoint to checkpoint (--segmentation)
   bad_samples.jsonl      samples that could not be read, and what stood in for them
   skipped_steps.jsonl    steps left out because a loss or gradient was not finite, and their samples
-                         these four are the history of the weights: cut back to the checkpoint on a resume
+                         these five are the history of the weights: cut back to the checkpoint on a resume
   tensorboard/           the same as curves
   checkpoints/step-00012345/   model.safetensors, optimizer.safetensors, state.json
   checkpoints/best.json  which epoch's end is best on the held-out set
@@ -141,6 +142,10 @@ class RunFolder:
     @property
     def receipts(self) -> Path:
         return self.root / "receipts.jsonl"
+
+    @property
+    def overlaps(self) -> Path:
+        return self.root / "overlaps.jsonl"
 
     @property
     def bad_samples(self) -> Path:
@@ -325,7 +330,7 @@ class RunFolder:
 
     def cut_history(self, step: int) -> None:
         """Drop what was logged after ``step``: those steps are about to be taken again."""
-        for path in (self.log, self.receipts, self.bad_samples, self.skipped_steps):
+        for path in (self.log, self.receipts, self.overlaps, self.bad_samples, self.skipped_steps):
             if path.exists():  # written anew even if nothing goes: the last line may be torn
                 kept = [line for line in read_lines(path) if line["step"] <= step]
                 write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

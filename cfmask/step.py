@@ -13,7 +13,7 @@ Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-t
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from cfmask.losses import classification, feature_distillation, knowledge_distil
 from cfmask.masking.cam import GRAD_CAM, Cam, GradCam, Relevance
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
+from cfmask.masking.validation import THRESHOLDS, Coverage, Rates, masks_at, rates
 from cfmask.models.tower import Classifier, Normalise, Seen
 from cfmask.recipe import Method
 
@@ -42,7 +43,7 @@ class Metrics:
 
     loss = ce + γ · kd + β · mse; kd, mse and masked (share of patches masked) are 0 where the method has no such part.
     correct counts right answers on clean images, among ``samples``. finite: (N,) bool, which samples' features and
-    logits are numbers.
+    logits are numbers. overlap: how far CAM masks fall on objects, at validation.THRESHOLDS, where that was asked for.
     """
 
     loss: Tensor
@@ -53,6 +54,7 @@ class Metrics:
     masked: Tensor
     samples: int
     finite: Tensor
+    overlap: Rates | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def training_step(
     *,
     weight: float = 1.0,
     synchronise: bool = True,
+    objects: Coverage | None = None,
 ) -> Metrics:
     """Add one micro-batch's gradients to the parameters' ``grad``.
 
@@ -113,6 +116,7 @@ def training_step(
         method: resolved.
         weight: of this micro-batch in its step: 1 / micro-batches. (DDP averages over ranks.)
         synchronise: False for all but the last micro-batch of a step.
+        objects: where the images' objects are, to be compared with the CAM's masks.
     """
     model = student.module if isinstance(student, DistributedDataParallel) else student
     assert isinstance(model, Classifier)
@@ -147,6 +151,9 @@ def training_step(
     # The head's share comes with the second pass; see Classifier.forward.
     (weight * of_labels(logits).total(method)).backward(inputs=list(model.visual.parameters()))
 
+    overlap = None
+    if objects is not None and cam is not None:
+        overlap = rates(masks_at(cam, THRESHOLDS, method.mask or OBJECT), objects)
     cf = counterfactual(images, cam, draws, method, model.patch_size)
     pixels = normalise(cf.images)
     wanted = _look(teachers.start, pixels, keep=cf.keep, hidden=cf.hidden)
@@ -154,7 +161,8 @@ def training_step(
         seen = student(pixels, keep=cf.keep, hidden=cf.hidden, clean_features=features.detach())
         loss = of_labels(seen.clean_logits) + _distillation(method, seen, wanted)
         _backward(weight * loss.total(method), seen.clean_logits)
-    return loss.metrics(method, labels, logits, finite=_finite(features, logits, seen.features), mask=cf.mask)
+    metrics = loss.metrics(method, labels, logits, finite=_finite(features, logits, seen.features), mask=cf.mask)
+    return replace(metrics, overlap=overlap)
 
 
 @dataclass(frozen=True)

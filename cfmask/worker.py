@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import math
+import operator
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from cfmask.data import receipts
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import Consumed
 from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.data.stream import BadSample, Batch, eval_batches, train_batches
 from cfmask.distributed import TIMEOUT, Place, call_off, process_group
@@ -35,11 +38,12 @@ from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
 from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
+from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, adamw, phases, rates, take_step
 from cfmask.recipe import Data, Optim, Recipe
-from cfmask.runs import RunFolder, append_lines, find_model
+from cfmask.runs import RunFolder, append_lines, find_model, read_lines
 from cfmask.step import Metrics, Teachers, training_step
 
 FINISHED = "finished"
@@ -134,7 +138,8 @@ def _train(
             )
         if step > total_steps:
             raise UserError(f"{run.root} has a checkpoint of step {step}, beyond the recipe's {total_steps} steps.")
-    recorder = _Recorder(recipe, run, step, schedule) if chief else None
+    study = _mask_study(recipe, manifest, model, device)
+    recorder = _Recorder(recipe, run, step, schedule, study) if chief else None
     writer = leaving.enter_context(_checkpoint_writer(recipe, run, epoch_steps, info, found)) if chief else None
     if chief:
         run.begin_attempt(
@@ -148,7 +153,7 @@ def _train(
     exchange = _Exchange(device, place.world_size)
     scores: dict[str, Score] = {}
     current: Phase | None = None
-    for batches, epoch in _epochs(recipe, manifest, model, place, step, epoch_steps):
+    for batches, epoch in _epochs(recipe, manifest, model, place, step, epoch_steps, study):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
             student, optimizer = _begin_phase(phase, model, normalise, settings, found)
@@ -161,7 +166,9 @@ def _train(
                 batch = next(batches)
                 last = part == settings.micro_batches - 1
                 metrics = _micro_batch(student, teachers, normalise, batch, recipe, last=last)
-                parts.append(_Done(metrics, batch.receipt.to(device, non_blocking=True), batch.bad, batch.keys))
+                overlap = None if study is None else study.sums(metrics, batch)
+                receipt = batch.receipt.to(device, non_blocking=True)
+                parts.append(_Done(metrics, receipt, batch.bad, batch.keys, overlap))
             norm = take_step(optimizer, rates(step, phase, settings), settings.clip_norm)
             step += 1
 
@@ -202,6 +209,8 @@ def _train(
                 scores = _evaluate(model, normalise, eval_sets, recipe, place)
                 if recorder is not None:
                     recorder.add_scores(step, epoch + 1, scores)
+            if epoch_end and recorder is not None:
+                recorder.add_overlap(step, epoch + 1, since=step - epoch_steps)
             if recorder is not None and writer is not None and (due or stop or spoilt):
                 recorder.flush()
                 top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
@@ -243,12 +252,56 @@ def _train(
 
 @dataclass(frozen=True)
 class _Done:
-    """What a micro-batch leaves on its rank: metrics and receipt on the device; which samples were bad; all keys."""
+    """What a micro-batch leaves on its rank: metrics, receipt and overlap (_MaskStudy.sums) on the device; which
+    samples were bad; all keys."""
 
     metrics: Metrics
     receipt: Tensor
     bad: tuple[BadSample, ...]
     keys: list[str]
+    overlap: Tensor | None
+
+
+@dataclass(frozen=True)
+class _MaskStudy:
+    """How far masks fall on objects, measured in passing (appendix A.2).
+
+    members: (classes, groups) bool, on the device: which class belongs to which of the groups.
+    """
+
+    reader: ObjectReader
+    groups: tuple[str, ...]
+    members: Tensor
+
+    def sums(self, metrics: Metrics, batch: Batch) -> Tensor:
+        """(groups, 3 T + 2) of a micro-batch: each group's Tally, to be added up over ranks. Waits for no device."""
+        assert metrics.overlap is not None and batch.objects is not None
+        device = self.members.device
+        chosen = self.members[batch.labels.to(device, non_blocking=True)]
+        chosen = chosen & batch.objects.known.to(device, non_blocking=True)[:, None]
+        return torch.stack([tally(metrics.overlap, rows).to_vector() for rows in chosen.T])
+
+    def tallies(self, sums: Sequence[float]) -> dict[str, Tally]:
+        """Of ``sums``, flattened."""
+        size = len(sums) // len(self.groups)
+        return {name: Tally.from_vector(sums[i * size : (i + 1) * size]) for i, name in enumerate(self.groups)}
+
+
+def _mask_study(recipe: Recipe, manifest: Manifest, model: Classifier, device: torch.device) -> _MaskStudy | None:
+    if recipe.data.segmentation is None:
+        return None
+    groups = class_groups(manifest.classes)
+    if len(groups) > 1:
+        del groups[ALL]  # the others' sum
+    shown = categories(manifest.classes)
+    reader = ObjectReader(
+        masks=open_masks(recipe.data.segmentation),
+        classes={i: shown[i] for i in frozenset().union(*groups.values())},
+        size=model.image_size,
+        patch_size=model.patch_size,
+    )
+    members = torch.tensor([[i in ids for ids in groups.values()] for i in range(manifest.num_classes)])
+    return _MaskStudy(reader, tuple(groups), members.to(device))
 
 
 def _load_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
@@ -263,7 +316,13 @@ def _load_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
 
 
 def _epochs(
-    recipe: Recipe, manifest: Manifest, model: Classifier, place: Place, step: int, epoch_steps: int
+    recipe: Recipe,
+    manifest: Manifest,
+    model: Classifier,
+    place: Place,
+    step: int,
+    epoch_steps: int,
+    study: _MaskStudy | None,
 ) -> Iterator[tuple[Iterator[Batch], int]]:
     """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
     method, settings = recipe.method, recipe.optim
@@ -286,6 +345,7 @@ def _epochs(
             loader_workers=_loader_workers(recipe.data, place),
             draw_spec=draw_spec,
             micro_batches=settings.micro_batches,
+            objects=None if study is None else study.reader,
             pin_memory=place.device.type == "cuda",
         )
         yield batches, epoch
@@ -330,6 +390,9 @@ def _micro_batch(
             recipe.method,
             weight=1 / recipe.optim.micro_batches,
             synchronise=last,
+            objects=None
+            if batch.objects is None
+            else batch.objects.map(lambda tensor: tensor.to(device, non_blocking=True)),
         )
 
 
@@ -451,7 +514,8 @@ def _settle_buckets(student: DistributedDataParallel, normalise: Normalise) -> N
 @dataclass(frozen=True)
 class Summary:
     """Metrics of one step over all ranks. samples, receipt: of the whole batch; bad: samples of it that others stand in
-    for; time: when it was taken, monotonic seconds; stop, overdue: what ranks asked for: to stop, a checkpoint."""
+    for; time: when it was taken, monotonic seconds; stop, overdue: what ranks asked for: to stop, a checkpoint;
+    overlap: _MaskStudy.sums, flattened."""
 
     step: int
     samples: int
@@ -467,6 +531,7 @@ class Summary:
     grad_norm: float
     stop: str | None
     overdue: bool
+    overlap: tuple[float, ...]
 
     @property
     def skipped(self) -> bool:
@@ -508,7 +573,9 @@ class _Exchange:
                 norm.new_full((), overdue),
             ]
         )
-        values = torch.cat([scalars, torch.stack([part.receipt for part in parts]).sum(0)])
+        overlaps = [part.overlap for part in parts if part.overlap is not None]
+        overlap = [torch.stack(overlaps).sum(0).flatten()] if overlaps else []
+        values = torch.cat([scalars, torch.stack([part.receipt for part in parts]).sum(0), *overlap])
         self._parts[step] = parts
         self._under_way.append((step, time.monotonic(), dist.all_reduce(values, async_op=True), values))
         return arrived
@@ -519,7 +586,8 @@ class _Exchange:
         for step, sent, work, values in self._under_way:
             work.wait()
             loss, ce, kd, mse, masked, correct, norm, samples, bad, *rest = values.tolist()
-            requeue, leave, overdue, *digits = rest
+            requeue, leave, overdue, *rest = rest
+            digits, overlap = rest[: receipts.DIGITS], rest[receipts.DIGITS :]
             summaries.append(
                 Summary(
                     step=step,
@@ -536,6 +604,7 @@ class _Exchange:
                     grad_norm=norm,
                     stop=QUIT if leave else REQUEUE if requeue else None,
                     overdue=bool(overdue),
+                    overlap=tuple(overlap),
                 )
             )
             parts = self._parts.pop(step)
@@ -600,17 +669,26 @@ class _Recorder:
     """Rank 0's log.jsonl, receipts.jsonl, TensorBoard curves and printed lines. None of them can end a run: what cannot
     be written is tried again, curves end with a warning."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...]) -> None:
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...], study: _MaskStudy | None
+    ) -> None:
         self._run, self._every, self._total = run, recipe.run.log_steps, schedule[-1].end
         self._optim, self._schedule = recipe.optim, schedule
         self._board: SummaryWriter | None = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
         self._window: list[Summary] = []
         self._log: list[dict[str, Any]] = []
         self._receipts: list[dict[str, Any]] = []
+        self._study, self._step = study, step
+        # Of the steps since the last checkpoint; then a line, so that no run that is resumed has it twice or half.
+        self._overlap: dict[str, Tally] = {}
+        self._overlaps: list[dict[str, Any]] = []
         self._since = time.monotonic()
 
     def add(self, summary: Summary, skips: Skips) -> None:
         self._window.append(summary)
+        self._step = summary.step
+        if self._study is not None and not summary.skipped:
+            self._overlap = add_up([self._overlap, self._study.tallies(summary.overlap)])
         self._receipts.append(
             {"step": summary.step, "samples": summary.samples, "receipt": receipts.as_hex(summary.receipt)}
         )
@@ -653,11 +731,45 @@ class _Recorder:
         print(f"epoch {epoch}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
         self._since = time.monotonic()
 
+    def add_overlap(self, step: int, epoch: int, *, since: int) -> None:
+        """Log how far the masks of an epoch, the steps after ``since``, fell on objects."""
+        if self._study is None:
+            return
+        lines = [line for line in [*read_lines(self._run.overlaps), *self._overlaps] if since < line["step"]]
+        of_lines = [{name: Tally.from_lists(t) for name, t in line["tallies"].items()} for line in lines]
+        total = add_up([*of_lines, self._overlap])
+        if len(total) > 1:
+            total[ALL] = functools.reduce(operator.add, total.values())
+        result = {name: sums.to_result() for name, sums in total.items()}
+        self._log.append({"step": step, "epoch": epoch, "thresholds": THRESHOLDS, "overlap": result})
+        self._append(self._run.log, self._log)
+        curves = {
+            f"overlap_{name}/{rate}_at_{threshold:g}": value
+            for name, of_group in result.items()
+            for rate in ("image_masking_rate", "object_masking_rate", "iou")
+            for threshold, value in zip(THRESHOLDS, of_group[rate], strict=True)
+            if value is not None
+        }
+        if curves:
+            self._draw(curves, step)
+        for name, of_group in result.items():
+            best = max(range(len(THRESHOLDS)), key=lambda i: of_group["iou"][i] or 0.0)
+            iou = of_group["iou"][best]
+            found = f"IoU up to {100 * iou:.1f} % at {THRESHOLDS[best]:g}" if iou is not None else "no object seen"
+            print(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}", flush=True)
+        self._since = time.monotonic()
+
     def flush(self) -> None:
         """Curves and receipts reach the disk before the checkpoint does: what comes after it is done again if it has to
         be, what comes before it never is."""
         self._draw({}, 0)
         self._append(self._run.receipts, self._receipts)
+        if self._overlap:
+            tallies = {name: sums.to_lists() for name, sums in self._overlap.items()}
+            self._overlaps.append({"step": self._step, "tallies": tallies})
+            self._overlap = {}
+        if self._overlaps:
+            self._append(self._run.overlaps, self._overlaps)
         if self._log:
             self._append(self._run.log, self._log)
 

@@ -271,6 +271,7 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
         pretrained=_absolute(recipe.model.pretrained),
         head=_absolute(recipe.model.head) if recipe.model.head else None,
     )
+    segmentation = None if recipe.data.segmentation is None else _absolute(recipe.data.segmentation)
     method = recipe.method
     if method.ensemble is not None:
         method = replace(method, ensemble=_absolute(method.ensemble))
@@ -278,7 +279,7 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
         recipe,
         model=model,
         method=method,
-        data=replace(recipe.data, shards=shards),
+        data=replace(recipe.data, shards=shards, segmentation=segmentation),
         run=replace(recipe.run, precision=precision),
     ).resolved()
 
@@ -307,6 +308,11 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
         raise UserError(
             f"--micro-batches {recipe.optim.micro_batches} does not divide the {own_lanes} lanes that each of "
             f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
+        )
+    if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
+        raise UserError(
+            f"--segmentation {recipe.data.segmentation}: there is nothing. Give what tools/validate_masks.py takes: a "
+            "folder of PNGs, COCO annotations, or masks that tools/segment.py made."
         )
     for name in recipe.data.eval_sets:
         _check_same_classes(_load_set(shards, name), train)

@@ -104,7 +104,8 @@ def run_here(
 
 @dataclass(frozen=True)
 class Array:
-    """tasks: at most. time_min: limit of a task. logs: gets logs and results; nodes must see it."""
+    """tasks: at most. time_min: limit of a task. logs: gets logs and results; nodes must see it. gpus_per_task: 0 for
+    work that needs none; else a task has a process a GPU, not a core."""
 
     tasks: int
     cpus_per_task: int
@@ -112,12 +113,14 @@ class Array:
     partition: str | None
     account: str | None
     logs: Path
+    gpus_per_task: int = 0
 
 
 _DEFAULTS = {"array": 16, "cpus_per_task": 8, "time": 240, "partition": None, "account": None, "logs": Path("jobs")}
 
 
-def add_array_arguments(parser: argparse.ArgumentParser) -> None:
+def add_array_arguments(parser: argparse.ArgumentParser, *, gpus: bool = False) -> None:
+    """gpus: the work is done on GPUs."""
     g = parser.add_argument_group("as a Slurm array")
     g.add_argument(
         "--executor",
@@ -126,7 +129,10 @@ def add_array_arguments(parser: argparse.ArgumentParser) -> None:
         help="local: processes of this machine; slurm: a job array, whose end this command waits for (default: local)",
     )
     g.add_argument("--array", type=int, metavar="N", help="tasks; they share the shards out (default: 16)")
-    g.add_argument("--cpus-per-task", type=int, metavar="N", help="cores and processes of a task (default: 8)")
+    of_task = "cores of a task" if gpus else "cores and processes of a task"
+    g.add_argument("--cpus-per-task", type=int, metavar="N", help=f"{of_task} (default: 8)")
+    if gpus:
+        g.add_argument("--gpus-per-task", type=int, metavar="N", help="GPUs and processes of a task (default: 1)")
     g.add_argument("--time", type=int, metavar="MIN", help="time limit of a task (default: 240)")
     g.add_argument("--partition", help="Slurm partition")
     g.add_argument("--account", help="Slurm account")
@@ -139,7 +145,8 @@ def resolve_array(arguments: argparse.Namespace) -> Array | None:
     Raises:
         UserError: there is no Slurm here, a number is too small, or a flag would do nothing.
     """
-    given = {name: getattr(arguments, name) for name in _DEFAULTS if getattr(arguments, name) is not None}
+    defaults = _DEFAULTS | ({"gpus_per_task": 1} if hasattr(arguments, "gpus_per_task") else {})
+    given = {name: getattr(arguments, name) for name in defaults if getattr(arguments, name) is not None}
     if arguments.executor == "local":
         if given:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -147,9 +154,9 @@ def resolve_array(arguments: argparse.Namespace) -> Array | None:
         return None
     if not shutil.which("sbatch"):
         raise UserError("There is no sbatch on this machine. Run this on a login node, or leave --executor slurm out.")
-    value: dict[str, Any] = {**_DEFAULTS, **given}
-    for name in ("array", "cpus_per_task", "time"):
-        if value[name] < 1:
+    value: dict[str, Any] = {**defaults, **given}
+    for name in ("array", "cpus_per_task", "gpus_per_task", "time"):
+        if name in value and value[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1.")
     return Array(
         tasks=value["array"],
@@ -158,6 +165,7 @@ def resolve_array(arguments: argparse.Namespace) -> Array | None:
         partition=value["partition"],
         account=value["account"],
         logs=value["logs"].absolute(),
+        gpus_per_task=value.get("gpus_per_task", 0),
     )
 
 
@@ -235,9 +243,11 @@ def run_array(
         srun_args=[f"--cpus-per-task={array.cpus_per_task}"],  # srun does not inherit sbatch's
         additional_parameters={"requeue": True},
         setup=[f"export PYTHONPATH={shlex.quote(path)}"],
+        **({"gpus_per_node": array.gpus_per_task} if array.gpus_per_task else {}),  # a task is alone on its node
         **{key: value for key in ("partition", "account") if (value := getattr(array, key))},
     )
-    work = [_Task(function, list(items[i::tasks]), array.cpus_per_task, array.time_min, resumes) for i in range(tasks)]
+    workers = array.gpus_per_task or array.cpus_per_task
+    work = [_Task(function, list(items[i::tasks]), workers, array.time_min, resumes) for i in range(tasks)]
     # Ctrl-C is for this process, not for sbatch on the way.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

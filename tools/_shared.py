@@ -17,17 +17,24 @@ from cfmask.errors import UserError
 from cfmask.evaluate import Score, top1
 from cfmask.models.head import ModelInfo, load_model
 from cfmask.models.tower import Classifier, Normalise
+from cfmask.recipe import Method, load_recipe
 from cfmask.runs import find_model
 
 MODEL_HELP = "model file, run folder (its trained model, or its latest checkpoint's) or checkpoint folder"
+DATA_HELP = "folder with a folder of shards a set, or its URL"
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shards", required=True, metavar="DIR_OR_URL", help="folder with a folder of shards a set, or its URL"
-    )
+    parser.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="folders under --shards to evaluate on")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
+    add_compute_arguments(parser)
+
+
+def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 256) -> None:
+    """How images are read and put through a model: changes speed, and no result."""
+    parser.add_argument(
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images at a time (default: {batch_size})"
+    )
     parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads that read (default: 2)")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
@@ -56,6 +63,23 @@ def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInf
         models.append(model)
     assert first is not None
     return models, first
+
+
+def recorded_method(path: str | Path) -> Method | None:
+    """The method of the run that a model is of, by the recipe.json in a folder above it; None for a model of no run."""
+    whole = Path(path).resolve()
+    recipes = (folder / "recipe.json" for folder in (whole, *whole.parents))
+    return next((load_recipe(file).method for file in recipes if file.exists()), None)
+
+
+def check_classes(manifest: Manifest, info: ModelInfo) -> None:
+    """Raises UserError if a set has another class list than a model."""
+    if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
+        raise UserError(
+            f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(info.classes)}, or they "
+            "are in another order: labels and answers would not mean the same. Convert the set with the class "
+            "list that the model was trained on."
+        )
 
 
 def load_sets(shards: str | Path, sets: Sequence[str], *, check_files: bool = True) -> dict[str, Manifest]:
@@ -88,12 +112,7 @@ def evaluate_sets(
     normalise = Normalise(info.mean, info.std).to(device)
     manifests = load_sets(shards, sets)
     for manifest in manifests.values():
-        if tuple(wnid for wnid, _ in manifest.classes) != info.classes:
-            raise UserError(
-                f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(info.classes)}, or they "
-                "are in another order: labels and answers would not mean the same. Convert the set with the class "
-                "list that the model was trained on."
-            )
+        check_classes(manifest, info)
     scores = {}
     with tqdm(total=sum(m.num_samples for m in manifests.values()), unit="image", dynamic_ncols=True) as bar:
         for name, manifest in manifests.items():

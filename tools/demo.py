@@ -180,13 +180,17 @@ def spread(values: list[float]) -> str:
 
 
 def draw(out: Path, names: list[str], seed: int) -> list[Path]:
-    from tools import plot_runs, show_masks
+    from tools import plot_runs, show_masks, validate_masks
 
     say("Drawing pictures")
     sheet, curves = out / "masks.png", out / "curves.png"
     show_masks.main([str(run_folder(out, "object-mask", seed)), "--shards", str(out / "shards"), "--out", str(sheet)])
     plot_runs.main([*(str(run_folder(out, row, seed)) for row in names), "--out", str(curves)])
-    return [sheet, curves]
+    models = [out / "tower.safetensors", *(run_folder(out, row, seed) for row in names)]
+    where = ("--shards", out / "shards", "--set", "val", "--segmentation", out / "images-masks/val")
+    validation = out / f"mask-validation-{len(names)}-runs-s{seed}"
+    validate_masks.main([str(part) for part in (*models, *where, "--mask", "object", "--out", validation)])
+    return [sheet, curves, validation / "curves.png", validation / "sheet.png"]
 
 
 if __name__ == "__main__":

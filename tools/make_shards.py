@@ -253,7 +253,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def claim(folder: Path, tasks: list[Task], facts: dict[str, Any]) -> None:
+def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
     """Write the plan's identity into the folder, or see that it is there already.
 
     Raises:
@@ -267,17 +267,17 @@ def claim(folder: Path, tasks: list[Task], facts: dict[str, Any]) -> None:
             digest = there["plan"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error!r}). {remedy}.") from None
-        if digest != tasks[0].plan:
+        if digest != identity:
             before = ", ".join(f"{name} {there.get(name)}" for name in facts)
             now = ", ".join(f"{name} {value}" for name, value in facts.items())
             raise UserError(
                 f"{folder} holds shards of another plan: it was begun with {before}; now it is {now}. (A plan also "
-                f"changes with the names and sizes of the source's images and with the class list.) {remedy}."
+                f"changes with the names and sizes of what it is made from, and with the class list.) {remedy}."
             )
     elif any(folder.glob("*.tar")):
         raise UserError(f"{folder} holds tars that this program did not begin there. {remedy}.")
     else:
-        write_atomically(path, json.dumps({"plan": tasks[0].plan, **facts}, indent=1).encode())
+        write_atomically(path, json.dumps({"plan": identity, **facts}, indent=1).encode())
 
 
 def _size(n: int) -> str:
@@ -311,7 +311,7 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
     begun = time.monotonic()
     folder, name, tasks = split.folder, split.name, split.tasks
     with sole_writer(folder):
-        claim(folder, tasks, split.made)
+        claim(folder, tasks[0].plan, split.made)
         missing = [task for task in tasks if not is_made(task)]
         total = sum(len(task.samples) for task in tasks)
         to_do = sum(len(task.samples) for task in missing)

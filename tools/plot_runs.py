@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw_curves(out: Path, roots: Sequence[Path]) -> None:
-    """Write the picture: cross entropy, feature distillation, training accuracy, and accuracy on each set.
+    """Write the picture: cross entropy, feature distillation, training accuracy, accuracy on each set, and how far
+    masks fall on objects where that was measured.
 
     Raises:
         UserError: a run without a log.
@@ -43,8 +45,10 @@ def draw_curves(out: Path, roots: Sequence[Path]) -> None:
         if not lines:
             raise UserError(f"{root} has no log yet: it is no run folder, or its run has taken no step.")
     sets = sorted({name for lines in logs.values() for line in lines for name in line.get("eval", {})})
+    rates = {"image_masking_rate": "image", "object_masking_rate": "object", "iou": "IoU"}
+    overlapping = any("overlap" in line for lines in logs.values() for line in lines)
     panels = [("ce", "cross entropy"), ("mse", "feature distillation (MSE)"), ("accuracy", "training accuracy, %")]
-    count = len(panels) + len(sets)
+    count = len(panels) + len(sets) + overlapping * len(rates)
     columns = min(3, count)
     figure, axes = plt.subplots(
         -(-count // columns),
@@ -66,6 +70,12 @@ def draw_curves(out: Path, roots: Sequence[Path]) -> None:
                 [x["step"] for x in scored], [x["eval"][name] for x in scored], "o-", label=root.name, markersize=3
             )
         axis.set(title=f"{name}, top-1 %", xlabel="step")
+    for (rate, name), axis in zip(rates.items(), spare[len(panels) + len(sets) : count], strict=False):
+        for root, lines in logs.items():
+            points = [(x["step"], _at(x, rate, RunFolder(root))) for x in lines if "overlap" in x]
+            axis.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=root.name, markersize=3)
+        title = {"IoU": "IoU of mask and object, %"}.get(name, f"{name} masking rate, %")
+        axis.set(title=title, xlabel="step")
     for axis in spare[count:]:
         axis.set_axis_off()
     for axis in spare[:count]:
@@ -75,6 +85,14 @@ def draw_curves(out: Path, roots: Sequence[Path]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     plt.close(figure)
+
+
+def _at(line: dict[str, Any], rate: str, run: RunFolder) -> float:
+    """A rate over all groups, in percent, at the threshold that is nearest to what the run masks at."""
+    threshold = run.recipe().method.threshold or 0.0
+    values = zip(line["thresholds"], line["overlap"]["all"][rate], strict=True)
+    found = min(values, key=lambda pair: abs(pair[0] - threshold))[1]
+    return float("nan") if found is None else 100 * found
 
 
 if __name__ == "__main__":

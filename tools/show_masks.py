@@ -30,9 +30,9 @@ from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
 from cfmask.masking.masks import normalised  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
-from cfmask.recipe import Method, Recipe, load_recipe  # noqa: E402
+from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.step import camera_of, counterfactual  # noqa: E402
-from tools._shared import MODEL_HELP, load_models, load_sets  # noqa: E402
+from tools._shared import MODEL_HELP, load_models, load_sets, recorded_method  # noqa: E402
 
 
 @exits_cleanly
@@ -64,10 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _method(arguments: argparse.Namespace) -> Method:
-    recorded = next(
-        (load_recipe(p / "recipe.json").method for p in _ancestors(arguments.model) if (p / "recipe.json").exists()),
-        Method(),
-    )
+    recorded = recorded_method(arguments.model) or Method()
     if not recorded.masked or arguments.mask or arguments.fill:
         method = Method(mask=arguments.mask, fill=arguments.fill, threshold=arguments.threshold)
     elif arguments.threshold is not None:
@@ -75,11 +72,6 @@ def _method(arguments: argparse.Namespace) -> Method:
     else:
         method = recorded
     return Recipe(method=method).resolved().method
-
-
-def _ancestors(path: str) -> list[Path]:
-    whole = Path(path).resolve()
-    return [whole, *whole.parents]
 
 
 def _from_files(paths: list[Path], count: int, size: int, info: ModelInfo) -> tuple[Tensor, list[int | None]]:

@@ -54,3 +54,16 @@ def class_names() -> tuple[str, ...]:
 def classes() -> tuple[tuple[str, str], ...]:
     """(wnid, name) by class id."""
     return tuple(zip(wnids(), class_names(), strict=True))
+
+
+SUPER_CLASSES = {"dog": range(151, 269), "cat": range(281, 286), "bird": range(80, 101)}
+"""Class ids of three of Restricted ImageNet's super-classes: 144 classes, each with a category of its name in COCO.
+
+Source: Tsipras et al., "Robustness May Be at Odds with Accuracy", ICLR 2019, appendix A. (Other birds are not in it.)
+"""
+
+
+@functools.cache
+def super_class_of() -> dict[str, str]:
+    """The super-class of each of these 144 wnids."""
+    return {wnids()[i]: name for name, ids in SUPER_CLASSES.items() for i in ids}

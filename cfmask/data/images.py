@@ -108,15 +108,42 @@ def crop(image: Tensor, size: int) -> Tensor:
     """
     from torch.nn.functional import interpolate
 
-    height, width = image.shape[1:]
+    scaled, (top, left) = _scaled_and_corner(image.shape[1], image.shape[2], size)
+    if scaled != image.shape[1:]:
+        image = interpolate(image[None], size=scaled, mode="bicubic", antialias=True)[0]
+    return image[:, top : top + size, left : left + size]
+
+
+def crop_mask(mask: Tensor, size: int) -> Tensor:
+    """What ``crop`` does to an image, to a mask of it: each pixel takes the value of the nearest one.
+
+    Args:
+        mask: (H, W).
+
+    Returns:
+        (size, size) of the same dtype.
+
+    Raises:
+        UserError: as ``crop``.
+    """
+    import torch
+
+    scaled, corner = _scaled_and_corner(mask.shape[0], mask.shape[1], size)
+    # Pixel i of n, its centre at i + ½, lies at (i + ½) · side / n of the source. In integers: the same everywhere.
+    rows, columns = (
+        (2 * torch.arange(first, first + size) + 1) * side // (2 * n)
+        for first, side, n in zip(corner, mask.shape, scaled, strict=True)
+    )
+    return mask[rows[:, None], columns]
+
+
+def _scaled_and_corner(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width after the resize; top and left of the crop in it."""
     _check_aspect(width, height)
     short = min(height, width)
     # torchvision's arithmetic, truncation of the long side and banker's rounding of the offsets included.
     height, width = (size if side == short else int(size * side / short) for side in (height, width))
-    if (height, width) != image.shape[1:]:
-        image = interpolate(image[None], size=(height, width), mode="bicubic", antialias=True)[0]
-    top, left = round((height - size) / 2.0), round((width - size) / 2.0)
-    return image[:, top : top + size, left : left + size]
+    return (height, width), (round((height - size) / 2.0), round((width - size) / 2.0))
 
 
 def _check_aspect(width: int, height: int) -> None:

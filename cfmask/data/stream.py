@@ -29,9 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfmask.data import images, plan, receipts
+from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, SampleError, ShardReader, Target
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
+from cfmask.masking.validation import Coverage, nothing_known
 
 WINDOW_SHARDS = 4
 """Length of a lane's shuffle window in shards (see ``plan.lane_order``)."""
@@ -65,7 +67,8 @@ class Batch:
     """A micro-batch of n samples: whole lanes in training, up to batch_size samples in evaluation.
 
     step: within the epoch. images: uint8 (n, 3, S, S). labels: int64 (n,). draws: donors point into these n samples.
-    receipt: float32 (receipts.DIGITS,), of the keys. bad: samples that others stand in for.
+    receipt: float32 (receipts.DIGITS,), of the keys. bad: samples that others stand in for. objects: where the objects
+    of the samples are, if that was asked for.
     """
 
     epoch: int
@@ -76,6 +79,7 @@ class Batch:
     draws: Draws
     receipt: Tensor
     bad: tuple[BadSample, ...] = ()
+    objects: Coverage | None = None
 
 
 def train_batches(
@@ -92,6 +96,7 @@ def train_batches(
     loader_workers: int,
     draw_spec: DrawSpec | None,
     micro_batches: int = 1,
+    objects: ObjectReader | None = None,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """What a rank trains on in one epoch, from ``start_step`` on.
@@ -102,6 +107,7 @@ def train_batches(
         loader_workers: threads that read and decode; 0 does it in this one, when a batch is asked for.
         draw_spec: what is drawn for each lane; None draws nothing.
         micro_batches: batches yielded a step, each of whole lanes, in lane order.
+        objects: reads where the samples' objects are, beside their images.
         pin_memory: batches lie in page-locked memory, from which copies to a GPU run asynchronously.
 
     Yields:
@@ -143,6 +149,7 @@ def train_batches(
         steps=range(start_step, steps),
         micro_batches=micro_batches,
         draw_spec=draw_spec,
+        objects=objects,
     )
     return _run(source, image_size, loader_workers, pin_memory)
 
@@ -231,6 +238,7 @@ class _TrainSource:
     steps: range
     micro_batches: int
     draw_spec: DrawSpec | None
+    objects: ObjectReader | None
 
     def units(self) -> Iterator[_Unit]:
         per_lane = self.batch_size // self.lanes
@@ -289,6 +297,7 @@ class _EvalSource:
         return Draws()
 
     open_shards = 4
+    objects = None
 
 
 # --- the pipeline's stages ------------------------------------------------------------------------------------------
@@ -321,6 +330,8 @@ class _Filler:
         self._labels = torch.empty(n, dtype=torch.int64, pin_memory=pin_memory)
         self._keys = [""] * n
         self._pin = pin_memory
+        reader = source.objects
+        self._objects = None if reader is None else nothing_known(n, reader.size, reader.patch_size)
         # Through numpy: torch copies with as many threads as it has for computing.
         self._pixels, self._classes = self._images.numpy(), self._labels.numpy()
 
@@ -353,6 +364,10 @@ class _Filler:
                 np.copyto(self._pixels[place], sample["image"].numpy())
             self._classes[place] = sample["__label__"]
             self._keys[place] = sample["__key__"]
+            if self._objects is not None and self._source.objects is not None:
+                found = self._source.objects.read(sample["__key__"], sample["__label__"])
+                if found is not None:
+                    self._objects.patches[place], self._objects.total[place] = found.patches[0], found.total[0]
         return bad
 
     def _samples(self, reader: ShardReader, ids: NDArray[np.int64], rows: Sequence[int]) -> wds.DataPipeline:
@@ -384,7 +399,10 @@ class _Filler:
         receipt, draws = torch.tensor(digits, dtype=torch.float32), self._source.draws(unit)
         if self._pin:
             receipt, draws = receipt.pin_memory(), draws.map(torch.Tensor.pin_memory)
-        return Batch(unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad))
+        objects = self._objects
+        if objects is not None and self._pin:
+            objects = objects.map(torch.Tensor.pin_memory)
+        return Batch(unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad), objects)
 
 
 def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:

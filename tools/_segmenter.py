@@ -1,0 +1,98 @@
+"""Mask2Former, by Hugging Face's transformers: the pixels of an image that show something of a COCO category."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cfmask.errors import UserError
+
+DEFAULT = "facebook/mask2former-swin-base-IN21k-coco-panoptic"
+"""The paper's: COCO panoptic, Swin-B pre-trained on ImageNet-21k (48558700_7 in Mask2Former's model zoo)."""
+
+_FILES = "config.json, preprocessor_config.json and model.safetensors"
+
+
+class Segmenter:
+    """A panoptic segmentation model with its preprocessing."""
+
+    def __init__(self, name: str, device: str) -> None:
+        transformers = _transformers()
+        self._processor = _load(transformers.Mask2FormerImageProcessor, name)
+        self._model = _load(transformers.Mask2FormerForUniversalSegmentation, name).to(device).eval()
+        self._labels = category_labels(self._model.config)
+        self._device = device
+
+    @torch.inference_mode()
+    def masks(self, images: Sequence[NDArray[np.uint8]], categories: Sequence[str]) -> list[NDArray[np.bool_]]:
+        """Where each image shows something of its category.
+
+        Args:
+            images: (H, W, 3) each, of any sizes.
+            categories: one an image, each in ``category_labels``.
+
+        Returns:
+            (H, W) each: the union of the category's segments in the panoptic segmentation.
+        """
+        inputs = self._processor(images=[np.ascontiguousarray(i) for i in images], return_tensors="pt")
+        inputs = {name: value.to(self._device) for name, value in inputs.items() if torch.is_tensor(value)}
+        segmented = self._processor.post_process_panoptic_segmentation(
+            self._model(**inputs), label_ids_to_fuse=set(), target_sizes=[i.shape[:2] for i in images]
+        )
+        found = []
+        for of_image, category in zip(segmented, categories, strict=True):
+            wanted = [s["id"] for s in of_image["segments_info"] if s["label_id"] == self._labels[category]]
+            found.append(np.isin(of_image["segmentation"].cpu().numpy(), wanted))
+        return found
+
+
+def read_config(name: str) -> Any:
+    """The model's configuration, without its weights.
+
+    Raises:
+        UserError: transformers is not installed, the model cannot be had, or is no Mask2Former.
+    """
+    config = _load(_transformers().AutoConfig, name)
+    if config.model_type != "mask2former":
+        raise UserError(
+            f"--segmenter {name} is a model of type {config.model_type}, not mask2former. The paper's is {DEFAULT}."
+        )
+    return config
+
+
+def category_labels(config: Any) -> dict[str, int]:
+    """The model's label of each category, by name."""
+    return {str(name): int(label) for label, name in config.id2label.items()}
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(
+            "Mask2Former comes with the package transformers, which is not installed: pip install -r "
+            "tools/segment-requirements.txt. Masks that are there already need it not: give them to "
+            "tools/validate_masks.py as they are."
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _load(kind: Any, name: str) -> Any:
+    folder = Path(name)
+    try:
+        return kind.from_pretrained(folder if folder.is_dir() else name)
+    except Exception as error:  # whatever transformers and the hub's client raise, the remedy is the same
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        repository = DEFAULT if folder.is_dir() or folder.is_absolute() else name
+        raise UserError(
+            f"The segmentation model {name} cannot be loaded ({reason}). On a machine with network access get the "
+            f"files {_FILES} of https://huggingface.co/{repository}, copy them into one folder here, and give that "
+            "folder: --segmenter DIR."
+        ) from None
