@@ -29,6 +29,10 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sets", nargs="+", required=True, metavar="SET", help="folders under --shards to evaluate on")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
     parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads that read (default: 2)")
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
     )
