@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from cfmask.data.receipts import Consumed
 from cfmask.errors import UserError
-from cfmask.files import sync, write_atomically
+from cfmask.files import sha256_of, sync, write_atomically
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import Skips
@@ -443,16 +443,8 @@ def _trouble(path: Path) -> str | None:
         return "state.json is missing or unreadable"
     for name, digest in expected.items():
         try:
-            if _sha256(path / name) != digest:
+            if sha256_of(path / name) != digest:
                 return f"{name} is not what was written"
         except OSError as error:
             return f"{name}: {error.strerror}"
     return None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_PIECE):
-            digest.update(block)
-    return digest.hexdigest()

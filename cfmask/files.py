@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -36,6 +37,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
     path.chmod(0o666 & ~_UMASK)
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes. It lets other threads run."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -34,10 +34,10 @@ from cfmask.models.head import (  # noqa: E402
     check_architecture,
     check_head,
     check_same_kind,
-    find_weights,
     model_info,
     read_info,
 )
+from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import PRESETS, Recipe  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_lines  # noqa: E402
 from launch.allocation import (  # noqa: E402

@@ -10,17 +10,16 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from open_clip.model import CLIP
 from PIL import Image
 from torch import nn
 
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
+from cfmask.files import save_tensors
 from cfmask.models import head, tower
 from cfmask.models.head import (
     build_tower,
     check_head,
-    find_weights,
     initial_model,
     load_model,
     model_info,
@@ -28,16 +27,11 @@ from cfmask.models.head import (
     save_model,
 )
 from cfmask.models.tower import Classifier, Compiled, Normalise, adopt, encode
+from cfmask.models.weights import find_weights
 from made import CLASSES, save_tiny_model
-from towers import B32, ODD, TINY
+from towers import B32, ODD, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(CLASSES)]
-
-
-def tiny_clip(geometry=TINY, seed: int = 0) -> CLIP:
-    torch.manual_seed(seed)
-    config = geometry.info().config
-    return CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=config["quick_gelu"])
 
 
 @pytest.mark.parametrize("geometry", [B32, ODD], ids=["B/32-like", "odd"])
@@ -125,6 +119,23 @@ def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing is left aside"
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "as readable as any other file"
+
+
+def test_a_model_file_that_is_not_what_its_header_says_is_refused(tmp_path):
+    path = save_tiny_model(tmp_path / "m.safetensors")
+    model, info = load_model(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(UserError, match="m.safetensors is not a whole safetensors file"):
+        load_model(path)
+    for other in (
+        dataclasses.replace(info, classes=CLASSES[:2]),
+        dataclasses.replace(info, config=B32.info().config),
+        dataclasses.replace(info, config={**info.config, "vision_cfg": {**info.config["vision_cfg"], "layers": 1}}),
+    ):
+        save_tensors(path, model.state_dict(), other.to_metadata())
+        with pytest.raises(UserError, match="m.safetensors is not what its header says"):
+            load_model(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from open_clip.model import CLIP
 from torch import nn
 
 from cfmask.models.head import ModelInfo, build_tower
@@ -40,7 +41,7 @@ class Geometry:
             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
         }
         names = tuple(f"n{i:08d}" for i in range(classes))
-        return ModelInfo("tiny", config, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), names, "random weights")
+        return ModelInfo("tiny", config, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), names, provenance="random weights")
 
     def classifier(self, seed: int = 0, classes: int = 5, dtype: torch.dtype = torch.float32) -> Classifier:
         """Weights wide enough that attention is uneven and relevance has structure."""
@@ -63,3 +64,9 @@ B32 = Geometry(image=56, patch=8)
 B16 = Geometry(image=56, patch=4, layers=2)
 ODD = Geometry(image=53, patch=7, width=36, layers=4, heads=3, embed=20, quick=False)
 TINY = Geometry(image=16, patch=4, width=16, layers=2, heads=2, embed=8)
+
+
+def tiny_clip(geometry: Geometry = TINY, seed: int = 0) -> CLIP:
+    """A whole CLIP with random weights, text tower included."""
+    torch.manual_seed(seed)
+    return CLIP(**geometry.info().config)

@@ -36,6 +36,10 @@ def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 
         "--batch-size", type=int, default=batch_size, metavar="N", help=f"images at a time (default: {batch_size})"
     )
     parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads that read (default: 2)")
+    add_device_argument(parser)
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
     )

@@ -7,18 +7,19 @@ writes it. The header can be read without torch, so a launcher can refuse a wron
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import struct
-import zipfile
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import save_tensors
-from cfmask.models.torchscript import read_torchscript
+from cfmask.files import save_tensors, sha256_of
+from cfmask.models.weights import check_activation, find_weights, read_config, read_safetensors, read_weights
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
     from torch import Tensor, nn
@@ -82,24 +83,15 @@ def model_info(name: str, pretrained: str = "", classes: Sequence[str] = (), pro
     Raises:
         UserError: open_clip knows no such model, or the file is no configuration.
     """
-    if name.endswith(".json"):
-        config = _read_config(Path(name))
-        preprocess: dict[str, Any] = {}
-    else:
+    preprocess: dict[str, Any] = {}
+    if not name.endswith(".json"):
         # Not above: it takes seconds, and submit.py needs it for a name only.
         import open_clip
 
-        config = open_clip.get_model_config(name)
         preprocess = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
-    if config is None or "vision_cfg" not in config:
-        import open_clip
-
-        near = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
-        raise UserError(
-            f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
-            f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
-        )
-    preprocess = preprocess or config.get("preprocess_cfg") or {}
+    config = read_config(name)
+    own = config.pop("preprocess_cfg", None)
+    preprocess = preprocess or own or {}
     return ModelInfo(
         name=name,
         config=config,
@@ -108,15 +100,6 @@ def model_info(name: str, pretrained: str = "", classes: Sequence[str] = (), pro
         classes=tuple(classes),
         provenance=provenance,
     )
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"No model configuration can be read from {path}: {error.strerror}.") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not a model configuration: it is not valid JSON ({error}).") from error
 
 
 def build_tower(info: ModelInfo) -> nn.Module:
@@ -147,7 +130,6 @@ def load_model(path: str | Path) -> tuple[Classifier, ModelInfo]:
     Raises:
         UserError: no such file, not a model file, or one without a head.
     """
-    from safetensors.torch import load_file
     from torch import nn
 
     from cfmask.models.tower import Classifier
@@ -158,10 +140,15 @@ def load_model(path: str | Path) -> tuple[Classifier, ModelInfo]:
             f"{path} is not a cfmask model file with a head. cfmask writes one to RUN/model.safetensors and in "
             "every checkpoint folder."
         )
-    state = load_file(path)
-    classes, width = state["head.weight"].shape
-    model = Classifier(build_tower(info), nn.Linear(width, classes))
-    model.load_state_dict(state)
+    state = read_safetensors(path)
+    try:
+        model = Classifier(build_tower(info), nn.Linear(info.config["embed_dim"], len(info.classes)))
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} is not what its header says, a {info.name} with {len(info.classes)} classes: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from error
     return model, info
 
 
@@ -171,13 +158,20 @@ def initial_model(
     head: str | None,
     classes: Sequence[tuple[str, str]],
     device: str = "cpu",
+    *,
+    templates: Sequence[str] = (),
+    keep_head: bool = False,
+    kept_rows: Path | None = None,
 ) -> tuple[Classifier, ModelInfo]:
-    """The model that a run starts from: pre-trained tower, and a head for these classes.
+    """The model that a run starts from: pre-trained tower, and a head for these classes. One with a zero-shot head is
+    described by ``zero_shot_info``, before it is made.
 
     Args:
         name, pretrained, head: as the fields of recipe.Model say.
         classes: (wnid, display name) in the order of class ids.
         device: where a zero-shot head is computed; the model comes back on the CPU.
+        templates, kept_rows: of a zero-shot head, as in ``zero_shot_weight``; no templates: the 80 of OpenAI.
+        keep_head: take the head in a checkpoint that does not say of which classes it is: of these, in this order.
 
     Raises:
         UserError: weights that cannot be had (it says which file to put where), that belong to another model,
@@ -188,16 +182,20 @@ def initial_model(
 
     from cfmask.models.tower import Classifier
 
-    wnids = tuple(wnid for wnid, _ in classes)
     own = read_info(pretrained) if os.path.exists(pretrained) else None
-    info = own if own is not None else model_info(name, pretrained)
+    info = replace(
+        own if own is not None else model_info(name, pretrained),
+        name=name,
+        classes=tuple(wnid for wnid, _ in classes),
+        class_names=tuple(display for _, display in classes),
+    )
+    foreign_head = None
     if own is not None:
         check_architecture(own, model_info(name), pretrained)
-        from safetensors.torch import load_file
-
-        state = load_file(pretrained)
+        state = read_safetensors(pretrained)
     else:
-        state = _image_and_text_state(name, pretrained)
+        state, foreign_head, quick_gelu = read_weights(find_weights(name, pretrained))
+        check_activation(name, info.config, pretrained, quick_gelu)
 
     tower = build_tower(info)
     visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
@@ -206,26 +204,65 @@ def initial_model(
     except RuntimeError as error:
         raise UserError(
             f"The weights in {pretrained} are not those of the image tower of {name}: {str(error).splitlines()[-1]}. "
-            "Choose the --model that they were made with."
+            f"Choose the --model that they were made with{_models_like(visual)}."
         ) from error
 
     if head is not None or "head.weight" in state:
-        weight, bias, origin = _head_from_file(head or pretrained, wnids)
+        weight, bias = _head_from_file(head or pretrained, info.classes)
+        if head is not None:
+            tower_from = info.provenance or Path(pretrained).name
+            info = replace(info, provenance=f"{tower_from}; head of {Path(head).name}")
+    elif keep_head:
+        weight, bias = _foreign_head(foreign_head, pretrained, len(classes))
+        info = replace(info, provenance=f"{_origin(name, pretrained)}; its own head")
+    elif foreign_head is not None:
+        raise UserError(
+            f"{pretrained} has a head of {len(foreign_head[0])} classes and does not say which they are. Say so: "
+            f"python tools/build_head.py --model {name} --pretrained {pretrained} --keep-head --classes LIST --out FILE"
+            " makes a model file to start from. Or give another head with --head."
+        )
     else:
-        weight = zero_shot_weight(info, state, [display for _, display in classes], device)
-        bias, origin = torch.zeros(len(classes)), "zero-shot head from the model's text tower"
+        templates = templates or openai_templates()
+        info = replace(info, provenance=_zero_shot_provenance(name, pretrained, templates))
+        weight = zero_shot_weight(info, state, templates, device, kept_rows=kept_rows)
+        bias = torch.zeros(len(classes))
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
-    model = Classifier(tower, linear)
-    return model, replace(
-        info,
-        name=name,
-        classes=wnids,
-        class_names=tuple(display for _, display in classes),
-        provenance=f"{pretrained}; {origin}",
-    )
+    return Classifier(tower, linear), info
+
+
+def _foreign_head(head: tuple[Tensor, Tensor] | None, path: str, classes: int) -> tuple[Tensor, Tensor]:
+    if head is None:
+        raise UserError(f"{path} has no head that could be kept: neither classification_head.weight nor head.weight.")
+    weight, bias = head
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(weight) != classes:
+        raise UserError(
+            f"The head in {path} has weights of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}, "
+            f"the class list has {classes} classes. Give the list that the head was trained on, in its order."
+        )
+    return weight.float(), bias.float()
+
+
+def _models_like(visual: Mapping[str, Tensor]) -> str:
+    """Which of open_clip's models have a tower of these shapes, in words that end a sentence."""
+    import open_clip
+
+    if "conv1.weight" not in visual or "positional_embedding" not in visual:
+        return ""
+    width, _, patch, _ = visual["conv1.weight"].shape
+    blocks = len({key.split(".")[2] for key in visual if key.startswith("transformer.resblocks.")})
+    shape = (width, blocks, patch, len(visual["positional_embedding"]))
+    near = []
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)["vision_cfg"]
+        if "timm_model_name" not in config and isinstance(size := config.get("image_size", 224), int):
+            size_of_patch = config.get("patch_size") or 16
+            tokens = (size // size_of_patch) ** 2 + 1
+            if (config.get("width", 768), config.get("layers", 12), size_of_patch, tokens) == shape:
+                near.append(name)
+    return f": its shapes are those of {', '.join(near)}" if near else ""
 
 
 def check_head(path: str | Path, wnids: Sequence[str]) -> None:
@@ -283,141 +320,218 @@ def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str) -
     check_head(path, own.classes)
 
 
-def _head_from_file(path: str, wnids: Sequence[str]) -> tuple[Tensor, Tensor, str]:
-    from safetensors.torch import load_file
-
+def _head_from_file(path: str, wnids: Sequence[str]) -> tuple[Tensor, Tensor]:
     check_head(path, wnids)
-    state = load_file(path)
-    return state["head.weight"].float(), state["head.bias"].float(), f"head of {path}"
+    state = read_safetensors(path)
+    return state["head.weight"].float(), state["head.bias"].float()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# open_clip's weights
+# The zero-shot head
 
 
-def find_weights(name: str, pretrained: str) -> Path:
-    """The checkpoint file of a tag (downloaded into open_clip's cache, where there is a network) or a path.
+def build_clip(info: ModelInfo, state: Mapping[str, Tensor]) -> nn.Module:
+    """An open_clip CLIP of this kind with these weights, in fp32; what else is in ``state`` is left out.
 
     Raises:
-        UserError: no such file or tag, QuickGELU weights for a GELU model, or no way to get the file; it says
-            which file to put where.
+        UserError: no text tower, or another model's.
+    """
+    from open_clip.model import CLIP, CustomTextCLIP, convert_to_custom_text_state_dict
+
+    config = {key: value for key, value in info.config.items() if key != "custom_text"}
+    if "text_cfg" not in config or "multimodal_cfg" in config:
+        raise UserError(
+            f"{info.name} is no CLIP with an image and a text tower: no zero-shot head can be built from it."
+        )
+    custom = info.config.get("custom_text") or "hf_model_name" in config["text_cfg"]
+    try:
+        model = (CustomTextCLIP if custom else CLIP)(**config)
+    except Exception as error:  # a text tower of another package, which may be missing, or want the network
+        raise UserError(
+            f"The text tower of {info.name} cannot be built ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:160]})."
+        ) from error
+    given: dict[str, Tensor] = convert_to_custom_text_state_dict(dict(state)) if custom else dict(state)
+    parts = model.state_dict()
+    if missing := [key for key in parts if key not in given]:
+        raise UserError(
+            f"The weights lack {missing[0]} ({len(missing)} of {len(parts)} tensors) of the CLIP {info.name}: "
+            + ("they are another model's." if _has_text_tower(given) else "they hold no text tower.")
+        )
+    try:
+        # () or (1,), between versions of open_clip
+        given["logit_scale"] = given["logit_scale"].reshape(parts["logit_scale"].shape)
+        model.load_state_dict({key: given[key].float() for key in parts})
+    except RuntimeError as error:
+        raise UserError(
+            f"The weights are not those of the CLIP {info.name}: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return model.eval()
+
+
+def _has_text_tower(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(("transformer.", "text.")) for key in state)
+
+
+def build_tokenizer(info: ModelInfo) -> Any:
+    """open_clip's tokenizer for this model's text tower.
+
+    Raises:
+        UserError: one of Hugging Face's, which cannot be had here.
     """
     import open_clip
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
 
-    if os.path.isfile(pretrained):
-        return Path(pretrained)
-    if os.sep in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
-        raise UserError(f"--pretrained {pretrained}: there is no such file. Check the path.")
-    tag = get_pretrained_cfg(name, pretrained)
-    if not tag:
-        known = list_pretrained_tags_by_model(name)
-        raise UserError(
-            f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. "
-            + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
-        )
-    asked_quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
-    if bool(tag.get("quick_gelu", False)) != asked_quick:
-        _refuse_activation(name, pretrained, quick_weights=not asked_quick)
+    text = info.config["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    if not text.get("hf_tokenizer_name"):
+        return open_clip.SimpleTokenizer(**options)
     try:
-        return Path(download_pretrained(tag))
-    except Exception as error:  # whatever the hub's client raises, the user's remedy is the same
-        source = tag.get("hf_hub") or tag.get("url")
+        return open_clip.HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except Exception as error:  # no transformers, no network
         raise UserError(
-            f"The weights {pretrained!r} of {name} are not in the cache and could not be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no details'}). On a "
-            f"machine with network access get {source} (for a Hugging Face repository its file "
-            "open_clip_model.safetensors), copy it here, and give its path: --pretrained PATH."
+            f"{info.name} needs the tokenizer {text['hf_tokenizer_name']} of Hugging Face, which cannot be had "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}). It takes "
+            "`pip install transformers` and, the first time, the network."
         ) from error
 
 
-def _refuse_activation(name: str, pretrained: str, *, quick_weights: bool) -> None:
-    right = f"{name}-quickgelu" if quick_weights else name.removesuffix("-quickgelu")
-    raise UserError(
-        f"The weights {pretrained!r} were trained with {'QuickGELU' if quick_weights else 'GELU'} and --model {name} "
-        f"computes {'GELU' if quick_weights else 'QuickGELU'}: every number would be wrong. Use --model {right}."
+def openai_templates() -> tuple[str, ...]:
+    """The 80 templates that OpenAI chose on ImageNet, with {} for the class's name."""
+    import open_clip
+
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Templates from a file: a sentence a line, with {} where the class's name goes.
+
+    Raises:
+        UserError: no such file, none in it, or a line without {} or with two.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The templates {path} cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and line.count("{}") != 1:
+            raise UserError(
+                f"{path}, line {number}: a template has one {{}} where the class's name goes, not {line!r}."
+            )
+    templates = tuple(line.strip() for line in lines if line.strip())
+    if not templates:
+        raise UserError(f"{path} holds no templates: a sentence a line, with {{}} where the class's name goes.")
+    return templates
+
+
+def zero_shot_info(
+    name: str, pretrained: str, classes: Sequence[tuple[str, str]], templates: Sequence[str]
+) -> ModelInfo:
+    """What ``initial_model`` says of a model whose head is zero-shot: two that say the same are the same.
+
+    Raises:
+        UserError: as ``model_info`` and ``find_weights``.
+    """
+    return replace(
+        model_info(name, pretrained),
+        classes=tuple(wnid for wnid, _ in classes),
+        class_names=tuple(display for _, display in classes),
+        provenance=_zero_shot_provenance(name, pretrained, templates),
     )
 
 
-def _image_and_text_state(name: str, pretrained: str) -> dict[str, Tensor]:
-    """State dict of a whole CLIP, or of an image tower, in open_clip's names."""
-    import torch
-
-    path = find_weights(name, pretrained)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        elif _is_torchscript(path):  # OpenAI's own archives
-            if not name.endswith("-quickgelu"):
-                _refuse_activation(name, pretrained, quick_weights=True)
-            state = read_torchscript(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:160]}). "
-            "It must be a safetensors file, a state dict saved by torch.save, or one of OpenAI's archives."
-        ) from error
-    state = state.get("state_dict", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    if "conv1.weight" in state:  # an image tower on its own
-        state = {f"visual.{key}": value for key, value in state.items()}
-    if "visual.conv1.weight" not in state:
-        raise UserError(
-            f"{path} holds no open_clip image tower: there is no visual.conv1.weight among its {len(state)} tensors."
-        )
-    return state
+def _origin(name: str, pretrained: str) -> str:
+    return f"{Path(pretrained).name} (sha256 {sha256_of(find_weights(name, pretrained))[:16]})"
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+def _zero_shot_provenance(name: str, pretrained: str, templates: Sequence[str]) -> str:
+    import open_clip
+
+    digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]
+    return (
+        f"{_origin(name, pretrained)}; zero-shot head, {len(templates)} templates (sha256 {digest}), by open_clip "
+        f"{open_clip.__version__}"
+    )
+
+
+# How many go through the text tower together; a head is the same to the bit wherever it was interrupted.
+_CLASSES_AT_A_TIME = 10
+_KEEP_EVERY_S = 5
 
 
 def zero_shot_weight(
-    info: ModelInfo, state: dict[str, Tensor], display_names: Sequence[str], device: str = "cpu"
+    info: ModelInfo,
+    state: Mapping[str, Tensor],
+    templates: Sequence[str],
+    device: str = "cpu",
+    *,
+    kept_rows: Path | None = None,
 ) -> Tensor:
-    """Rows of the zero-shot head (classes, D): the 80 OpenAI ImageNet templates of each class through the text
-    tower, each normalised, averaged, normalised again, times exp(logit_scale).
+    """Rows of the zero-shot head (classes, D), fp32: each class's name in every template through the text tower, each
+    text normalised, averaged, normalised again, times exp(logit_scale). The computation is open_clip's own.
+
+    Args:
+        info: with the classes' names, and a provenance that tells these weights and templates from others.
+        state: of the whole CLIP.
+        templates: sentences with a {} for the name.
+        kept_rows: a file in which finished rows are kept, so that the same call goes on after being stopped. It is
+            left there, to be removed when the head is safe.
 
     Raises:
-        UserError: the checkpoint has no text tower.
+        UserError: the checkpoint has no text tower, or another model's.
     """
     import open_clip
     import torch
-    from open_clip.model import CLIP
+    from tqdm import tqdm
 
-    if not any(key.startswith("transformer.") for key in state):
+    if not _has_text_tower(state):
         raise UserError(
             "The checkpoint has an image tower only, so no zero-shot head can be built from it. Give a head with "
             "--head, or a whole CLIP checkpoint with --pretrained."
         )
-    config = {key: info.config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
-    model = CLIP(**config, quick_gelu=info.config.get("quick_gelu", False))
-    kept = {key: value.float() for key, value in state.items() if key in model.state_dict()}
-    missing = model.load_state_dict(kept, strict=False).missing_keys
-    if [key for key in missing if not key.endswith("attn_mask")]:
-        raise UserError(f"The checkpoint lacks {missing[0]} of the text tower of {info.name}: it is another model's.")
-    model = model.eval().to(device)
-    tokenizer = (
-        open_clip.get_tokenizer(info.name)
-        if not info.name.endswith(".json")
-        else open_clip.SimpleTokenizer(context_length=info.config["text_cfg"].get("context_length", 77))
-    )
-    weight = open_clip.build_zero_shot_classifier(
-        model,
-        tokenizer,
-        classnames=list(display_names),
-        templates=open_clip.OPENAI_IMAGENET_TEMPLATES,
-        num_classes_per_batch=10,
-        device=device,
-        use_tqdm=True,
-    )
-    with torch.no_grad():
-        return (weight.T * model.logit_scale.exp()).float().cpu().contiguous()
+    clip: Any = build_clip(info, state).to(device)
+    tokenizer = build_tokenizer(info)
+    # Not str.format, which open_clip would use: a template is data, and {0.__class__} is code.
+    sentences = [lambda name, template=template: template.replace("{}", name) for template in templates]
+    rows = _read_rows(kept_rows, info)
+    saved = time.monotonic()
+    with tqdm(
+        total=len(info.classes), initial=len(rows), desc="zero-shot head", unit="class", dynamic_ncols=True
+    ) as bar:
+        try:
+            while len(rows) < len(info.classes):
+                names = info.class_names[len(rows) : len(rows) + _CLASSES_AT_A_TIME]
+                with torch.no_grad():
+                    weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, sentences, None, device)
+                    rows = torch.cat([rows, (weight.T * clip.logit_scale.exp()).float().cpu()])
+                bar.update(len(names))
+                if kept_rows is not None and time.monotonic() - saved > _KEEP_EVERY_S:
+                    _write_rows(kept_rows, rows, info)
+                    saved = time.monotonic()
+        finally:
+            if kept_rows is not None and len(rows):
+                _write_rows(kept_rows, rows, info)
+    return rows
+
+
+def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:
+    """The rows of this very head that are in a file; none if there is no such file, or it is another head's."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    none = torch.empty(0, info.config["embed_dim"])
+    if path is None or not path.exists() or read_info(path) != info:
+        return none
+    try:
+        return load_file(path)["rows"]
+    except (SafetensorError, KeyError):
+        return none
+
+
+def _write_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        save_tensors(aside, {"rows": rows}, info.to_metadata())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

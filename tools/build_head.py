@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""A model file from an open_clip checkpoint: its image tower, and a zero-shot head from its text tower.
+
+    python tools/build_head.py --out vit-b32.safetensors                     # OpenAI's ViT-B/32, ImageNet, 80 templates
+    python tools/build_head.py --model ViT-L-14 --pretrained laion2b_s32b_b82k --out vit-l14.safetensors
+    python tools/build_head.py --classes shards/train --templates templates.txt --out pets.safetensors
+    python tools/build_head.py --pretrained soup.pt --keep-head --out soup.safetensors                    # its own head
+
+Every tool takes the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
+alone. --pretrained takes OpenAI's archives, open_clip's checkpoints, and state dicts of WiSE-FT, FLYP and model soups.
+
+Stopped at any moment, the same command goes on from the classes that are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cfmask import recipe  # noqa: E402
+from cfmask.data import imagenet  # noqa: E402
+from cfmask.data.shards import load_manifest  # noqa: E402
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.models.head import (  # noqa: E402
+    initial_model,
+    openai_templates,
+    read_info,
+    read_templates,
+    save_model,
+    zero_shot_info,
+)
+from tools._shared import add_device_argument  # noqa: E402
+from tools.make_shards import read_classes  # noqa: E402
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
+    parser.add_argument(
+        "--model",
+        default=settings["name"].default,
+        metavar="NAME",
+        help=f"{settings['name'].metadata['help']} (default: {settings['name'].default})",
+    )
+    parser.add_argument(
+        "--pretrained",
+        default=settings["pretrained"].default,
+        metavar="TAG_OR_PATH",
+        help=f"open_clip tag, or the path of a checkpoint (default: {settings['pretrained'].default})",
+    )
+    parser.add_argument(
+        "--classes",
+        default="imagenet",
+        metavar="LIST",
+        help="the head's classes, in order: `imagenet` (default), a file with a line `folder<TAB>display name` a "
+        "class, or a folder of shards, whose classes it takes",
+    )
+    parser.add_argument(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="a sentence a line, with {} for the class's name (default: the 80 that OpenAI chose for ImageNet)",
+    )
+    parser.add_argument(
+        "--keep-head",
+        action="store_true",
+        help="build no head: take the one in the checkpoint (classification_head.weight), whose rows are --classes",
+    )
+    add_device_argument(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the model file to write (.safetensors)"
+    )
+    arguments = parser.parse_args(argv)
+    out, name, pretrained = arguments.out, arguments.model, arguments.pretrained
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: a model file's name ends in .safetensors.")
+    if arguments.keep_head and arguments.templates:
+        raise UserError("--templates would do nothing with --keep-head: no head is built.")
+    if os.path.isfile(pretrained) and read_info(pretrained) is not None:
+        raise UserError(
+            f"{pretrained} is a cfmask model file: it has its head, and no text tower to build another from. Give the "
+            "checkpoint of the whole CLIP that it was made from."
+        )
+
+    classes = class_list(arguments.classes)
+    templates = read_templates(arguments.templates) if arguments.templates else openai_templates()
+    kept_rows = out.with_name(f".{out.name}.rows")
+    if (
+        not arguments.keep_head
+        and out.exists()
+        and read_info(out) == zero_shot_info(name, pretrained, classes, templates)
+    ):
+        print(f"there already: {out}")
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model, info = initial_model(
+        name,
+        pretrained,
+        None,
+        classes,
+        arguments.device,
+        templates=templates,
+        keep_head=arguments.keep_head,
+        kept_rows=kept_rows,
+    )
+    save_model(out, model, info)
+    kept_rows.unlink(missing_ok=True)
+    print(f"written: {out} ({len(classes)} classes; {info.provenance})")
+
+
+def class_list(where: str) -> Sequence[tuple[str, str]]:
+    """(folder, display name) by class id.
+
+    Raises:
+        UserError: neither ``imagenet`` nor a class list nor a folder of shards.
+    """
+    if where == "imagenet":
+        return imagenet.classes()
+    path = Path(where).expanduser()
+    return load_manifest(path, check_files=False).classes if path.is_dir() else read_classes(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
