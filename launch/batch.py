@@ -1,6 +1,7 @@
-"""How planned runs go out: by one sbatch, as a job or an array of jobs; or one after the other on this machine.
+"""How planned jobs go out: by one sbatch, as a job or an array of jobs; or one after the other on this machine.
 
-Every job runs a copy of the code that lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl.
+A job trains by a Recipe or does an Evaluation; nothing here depends on which. Every job runs a copy of the code that
+lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from cfmask.errors import UserError
+from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
 from launch import allocation as allocations
@@ -29,18 +31,22 @@ if TYPE_CHECKING:
     import submitit
 
 T = TypeVar("T")
+Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
 
 REPO = Path(__file__).resolve().parents[1]
 _NO_LIMIT_MIN = 525_600
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A run that is to be submitted. new: this command makes its folder."""
+class Planned(Generic[Work]):
+    """A job that is to be submitted, and its run folder. new: this command makes the folder."""
 
     run: RunFolder
-    recipe: Recipe
+    work: Work
     new: bool
+
+
+AnyPlanned = Planned[Recipe | Evaluation]
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,11 @@ class Batch:
           123_submission.sh 123_0_submitted.pkl  what submitit writes; RUN/jobs/ has links to it
     """
 
-    planned: Sequence[Planned]
+    planned: Sequence[AnyPlanned]
     sweep: Path | None
 
     @classmethod
-    def of(cls, planned: Sequence[Planned]) -> Batch:
+    def of(cls, planned: Sequence[AnyPlanned]) -> Batch:
         runs = planned[0].run.root.parent
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         return cls(planned, runs / ".sweeps" / name if len(planned) > 1 else None)
@@ -104,7 +110,60 @@ class Batch:
                 (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
 
 
-def dry_run(planned: Sequence[Planned], allocation: Allocation) -> int:
+# --- before a job goes out --------------------------------------------------------------------------------------------
+
+
+def left_out(run: RunFolder, *, sweep: bool) -> bool:
+    """Whether a run needs no job; says why.
+
+    Raises:
+        UserError: it is the only one, and has one already.
+    """
+    if run.results.exists():
+        print(f"{run.root} is finished" + (": left out" if sweep else f":\n{run.results.read_text()}"))
+        return True
+    if queued := queued_job(run):
+        what = f"Job {queued} is there for {run.root} already"
+        if not sweep:
+            raise UserError(
+                f"{what}, and goes on by itself. To change something about it, end it first: python launch/cancel.py "
+                f"{shlex.quote(str(run.root))}"
+            )
+        print(f"{what}: left out")
+        return True
+    if sweep and (told := run.cancelled()):
+        print(f"{run.root} was cancelled by {told['by']}: left out. To go on with it: submit.py --resume {run.root}")
+        return True
+    return False
+
+
+def take_up(planned: AnyPlanned) -> None:
+    """Make the folder, or see that it is for this work and nobody is at it.
+
+    Raises:
+        UserError: it is another's.
+    """
+    run = planned.run
+    run.claim(planned.work)
+    with run.locked():
+        pass  # another job on this folder is refused here rather than in the queue
+    if told := run.clear_cancelled():
+        print(f"{run.root} was cancelled by {told['by']}; it goes on now")
+
+
+def after(allocation: Allocation, jobs: Sequence[str]) -> Allocation:
+    """The same for a job that starts when these have ended well, beside what it is to wait for anyway.
+
+    A job that is preempted or requeued keeps its number, and has not ended. Of one that has failed, Slurm takes those
+    that wait for it out of the queue: without --kill-on-invalid-dep they would wait for ever.
+    """
+    if not jobs:
+        return allocation
+    waits = ",".join(filter(None, [allocation.dependency, "afterok:" + ":".join(jobs)]))
+    return replace(allocation, dependency=waits, sbatch={**allocation.sbatch, "kill-on-invalid-dep": "yes"})
+
+
+def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
     """Print what would be submitted, and what Slurm says to it."""
     where = ", ".join(str(each.run.root) for each in planned)
     if allocation.on_slurm:
@@ -118,9 +177,27 @@ def dry_run(planned: Sequence[Planned], allocation: Allocation) -> int:
     return 0
 
 
-def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
-    """One sbatch for all of them. pace_s: see ``Job``."""
+# --- on Slurm ---------------------------------------------------------------------------------------------------------
+
+
+def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
+    """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
     from launch.follow import follow_job
+
+    jobs = enqueue(planned, allocation, pace_s=pace_s)
+    for each, job in zip(planned, jobs, strict=True):
+        print(f"job {job.job_id} on {allocation}\nrun  {each.run.root}\nlogs {each.run.root / 'jobs'}")
+    if not follow:
+        return 0
+    return follow_job(jobs[0], planned[0].run, local=False)
+
+
+def enqueue(planned: Sequence[AnyPlanned], allocation: Allocation, *, pace_s: float = 0.0) -> list[submitit.Job[Any]]:
+    """One sbatch for all of them, whose folders have been taken up; their jobs, noted in the run folders.
+
+    Raises:
+        UserError: Slurm does not take it. Folders that this command has made are gone again.
+    """
     from launch.job import Job
 
     batch = Batch.of(planned)
@@ -140,10 +217,7 @@ def submit_to_slurm(planned: Sequence[Planned], allocation: Allocation, *, follo
     batch.link_jobs(jobs)
     for each, job, code in zip(planned, jobs, snapshots, strict=True):
         _record(each.run, job.job_id, allocation, code)
-        print(f"job {job.job_id} on {allocation}\nrun  {each.run.root}\nlogs {each.run.root / 'jobs'}")
-    if not follow:
-        return 0
-    return follow_job(jobs[0], planned[0].run, local=False)
+    return jobs
 
 
 def ask_sbatch(text: str) -> str:
@@ -175,38 +249,53 @@ def send(executor: submitit.SlurmExecutor, work: Sequence[Callable[[], Any]]) ->
         raise _refusal(str(error)) from None
 
 
-def run_here(planned: Sequence[Planned], allocation: Allocation, *, follow: bool) -> int:
-    """One after the other, on this machine."""
+# --- on this machine --------------------------------------------------------------------------------------------------
+
+
+def run_here(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool) -> int:
+    """One after the other, on this machine; one that fails does not keep the others."""
+    failed = []
+    for each in planned:
+        code = run_one_here(each, allocation, follow=follow)
+        if code == 130:
+            return 130
+        if code:
+            failed.append(each.run)
+    if failed and len(planned) > 1:
+        print(f"{len(failed)} of {len(planned)} runs did not finish: {', '.join(str(run.root) for run in failed)}")
+    return 1 if failed else 0
+
+
+def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -> int:
+    """One, on this machine.
+
+    Args:
+        follow: show its progress until it has ended; else it is left to itself.
+
+    Returns:
+        0 if it is finished (or left to itself), 1 if it failed or was cancelled, 130 if it was interrupted.
+    """
     import submitit
 
     from launch.follow import follow_job
     from launch.job import Job
 
     allocations.set_environment(allocation)
-    failed = []
-    for each in planned:
-        run = each.run
-        code = keep_code(run)
-        executor: submitit.Executor
-        if allocation.executor == "debug":
-            executor = submitit.DebugExecutor(run.root / "jobs")
-        else:
-            # The local controller counts the time down and kills: there is no queue to give the machine back to.
-            executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN)
-        job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))  # noqa: B023
-        _record(run, job.job_id, allocation, code)
-        print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
-        if allocation.executor == "debug":
-            job.result()
-        elif follow:
-            code_of_end = follow_job(job, run, local=True)
-            if code_of_end == 130:
-                return 130
-            if code_of_end:
-                failed.append(run)
-    if failed and len(planned) > 1:
-        print(f"{len(failed)} of {len(planned)} runs did not finish: {', '.join(str(run.root) for run in failed)}")
-    return 1 if failed else 0
+    run = planned.run
+    code = keep_code(run)
+    executor: submitit.Executor
+    if allocation.executor == "debug":
+        executor = submitit.DebugExecutor(run.root / "jobs")
+    else:
+        # The local controller counts the time down and kills: there is no queue to give the machine back to.
+        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN)
+    job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))
+    _record(run, job.job_id, allocation, code)
+    print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
+    if allocation.executor == "debug":
+        job.result()
+        return 0
+    return follow_job(job, run, local=True) if follow else 0
 
 
 def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_min: int) -> submitit.LocalExecutor:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,7 +48,15 @@ from launch.allocation import (  # noqa: E402
     uncovered,
 )
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
-from launch.batch import Planned, dry_run, last_submission, queued_job, run_here, submit_to_slurm  # noqa: E402
+from launch.batch import (  # noqa: E402
+    Planned,
+    dry_run,
+    last_submission,
+    left_out,
+    run_here,
+    submit_to_slurm,
+    take_up,
+)
 from launch.cluster_file import TEXT, TEXTS, ClusterFile, find_cluster_file, read_cluster_file  # noqa: E402
 
 RECIPE_KEYS = {"shards": TEXT, "eval_sets": TEXTS}
@@ -94,11 +101,11 @@ def main(argv: list[str] | None = None, *, pace_s: float = 0.0) -> int:
     else:
         allocation = resolve_allocation(arguments, file)
         planned = plan(arguments, file, allocation)
-    print(planned[0].recipe.to_json())
+    print(planned[0].work.to_json())
     for each in planned[1:]:
-        print(f"{each.run.root.name}: {', '.join(planned[0].recipe.differences(each.recipe))}")
+        print(f"{each.run.root.name}: {', '.join(planned[0].work.differences(each.work))}")
     for each in planned:
-        check(each.recipe, each.run, allocation)
+        check(each.work, each.run, allocation)
     _warn_of_paths_outside(allocation, planned)
     sweep = len(planned) > 1
     if sweep and arguments.follow is not None:
@@ -108,16 +115,16 @@ def main(argv: list[str] | None = None, *, pace_s: float = 0.0) -> int:
         )
     for each in planned:
         if not each.new:
-            each.run.claim(each.recipe)
+            each.run.claim(each.work)
     if not sweep and arguments.array_parallelism:
         raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
-    wanted = [each for each in planned if not _left_out(each.run, sweep=sweep)]
+    wanted = [each for each in planned if not left_out(each.run, sweep=sweep)]
     if not wanted:
         return 0
     if arguments.dry_run:
         return dry_run(wanted, allocation)
     for each in wanted:
-        _take_up(each)
+        take_up(each)
     if allocation.on_slurm:
         return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
@@ -139,7 +146,7 @@ def cluster_file(arguments: argparse.Namespace) -> ClusterFile:
 # --- which runs ---------------------------------------------------------------------------------------------------
 
 
-def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned]:
+def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned[Recipe]]:
     """The runs that the flags ask for: one, or one for each of --presets and --seeds.
 
     Raises:
@@ -185,7 +192,7 @@ def _with(arguments: argparse.Namespace, preset: str | None, seed: int | None) -
     return member
 
 
-def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned]]:
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned[Recipe]]]:
     """The run to go on with, and what it gets: what it got last, unless flags say otherwise.
 
     Raises:
@@ -211,44 +218,6 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
             file=sys.stderr,
         )
     return allocation, [Planned(run, recipe, new=False)]
-
-
-def _left_out(run: RunFolder, *, sweep: bool) -> bool:
-    """Whether a run needs no job; says why.
-
-    Raises:
-        UserError: it is the only one, and has one already.
-    """
-    if run.results.exists():
-        print(f"{run.root} is finished" + (": left out" if sweep else f":\n{run.results.read_text()}"))
-        return True
-    if queued := queued_job(run):
-        what = f"Job {queued} is there for {run.root} already"
-        if not sweep:
-            raise UserError(
-                f"{what}, and goes on by itself. To change something about it, end it first: python launch/cancel.py "
-                f"{shlex.quote(str(run.root))}"
-            )
-        print(f"{what}: left out")
-        return True
-    if sweep and (told := run.cancelled()):
-        print(f"{run.root} was cancelled by {told['by']}: left out. To go on with it: submit.py --resume {run.root}")
-        return True
-    return False
-
-
-def _take_up(planned: Planned) -> None:
-    """Make the folder, or see that it is this recipe's and nobody trains there.
-
-    Raises:
-        UserError: it is another's.
-    """
-    run = planned.run
-    run.claim(planned.recipe)
-    with run.locked():
-        pass  # another job on this folder is refused here rather than in the queue
-    if told := run.clear_cancelled():
-        print(f"{run.root} was cancelled by {told['by']}; it goes on now")
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
@@ -355,9 +324,9 @@ def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
         )
 
 
-def _warn_of_paths_outside(allocation: Allocation, planned: Sequence[Planned]) -> None:
+def _warn_of_paths_outside(allocation: Allocation, planned: Sequence[Planned[Recipe]]) -> None:
     first = planned[0]
-    paths = [first.run.root, *([] if is_remote(first.recipe.data.shards) else [Path(first.recipe.data.shards)])]
+    paths = [first.run.root, *([] if is_remote(first.work.data.shards) else [Path(first.work.data.shards)])]
     for path in uncovered(allocation, paths):
         print(
             f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
