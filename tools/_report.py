@@ -239,13 +239,19 @@ class Split:
     @property
     def columns(self) -> dict[str, str | None]:
         """Label by label the set it is of, in a table's order; None for the average, which takes two sets."""
-        home = () if self.in_distribution is None else (self.in_distribution,)
         average: dict[str, str | None] = {AVERAGE: None} if len(self.shifted) > 1 else {}
+        home = () if self.in_distribution is None else (self.in_distribution,)
         return {
-            **{LABELS.get(name, name): name for name in (*home, *self.shifted)},
+            **{self._label(name): name for name in (*home, *self.shifted)},
             **average,
-            **{LABELS[n] if n in LABELS and n not in IMAGENET else n: n for n in self.others},
+            **{self._label(name): name for name in self.others},
         }
+
+    def _label(self, name: str) -> str:
+        # A set called val is ImageNet's only in ImageNet's company: other data has one as well.
+        if name in IMAGENET and (name != self.in_distribution or not set(self.shifted) & set(LABELS)):
+            return name
+        return LABELS.get(name, name)
 
     @property
     def is_benchmark(self) -> bool:
@@ -765,7 +771,8 @@ def bar_chart(rows: Sequence[Row], path: Path, split: Split | None = None) -> No
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
     _despine(axis)
-    _legend(figure, *axis.get_legend_handles_labels(), title=_whiskers(rows))
+    handles, texts = axis.get_legend_handles_labels()
+    _legend(figure, handles, texts, title=_whiskers(rows))
     _save(figure, path)
 
 
@@ -854,7 +861,8 @@ def sweep_chart(results: Results, path: Path, split: Split | None = None) -> Non
     _checked(rows, split)
     alphas = [model.alpha or 0.0 for model in models]
     estimates = [row.estimates(split) for row in rows]
-    chosen = models.index(results.models[results.chosen]) if results.chosen is not None else None
+    best = None if results.chosen is None else results.models[results.chosen]
+    chosen = models.index(best) if best in models else None
     columns = [label for label in split.columns if all(label in e for e in estimates)]
     series = {label: [e[label].value for e in estimates] for label in columns}
     home = next((label for label in columns if split.columns[label] == split.in_distribution), None)
@@ -1061,7 +1069,10 @@ def _percent_ticks(axis: Any, limits: Sequence[float]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     low, high = (100 * float(expit(limit)) for limit in limits)
-    ticks = [t for t in MaxNLocator(5).tick_values(low, high) if low <= t <= high and 0 < t < 100]
+    steps: Sequence[float] = MaxNLocator(5).tick_values(low, high)
+    if limits[1] - limits[0] > 4:  # equal steps in percent would crowd where percents are close together
+        steps = (0.001, 0.01, 0.1, 1, 5, 20, 50, 80, 95, 99, 99.9, 99.99, 99.999)
+    ticks = [t for t in steps if low <= t <= high and 0 < t < 100]
     axis.set_ticks([float(logit(t / 100)) for t in ticks], [f"{t:g}" for t in ticks], fontsize=7)
 
 
