@@ -9,6 +9,10 @@
 Every tool takes the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
 alone. --pretrained takes OpenAI's archives, open_clip's checkpoints, and state dicts of WiSE-FT, FLYP and model soups.
 
+Weights on a --model with the other activation are refused where they can be told apart: by open_clip's tag, by OpenAI's
+archives, by a Hugging Face repository's configuration beside the file. A bare state dict, OpenAI's as .safetensors say,
+has the same tensors either way: nothing but --model decides, and what comes from OpenAI needs a -quickgelu one.
+
 Stopped at any moment, the same command goes on from the classes that are done.
 """
 
@@ -27,6 +31,7 @@ from cfmask import recipe  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.data.shards import load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.files import written_aside  # noqa: E402
 from cfmask.models.head import (  # noqa: E402
     initial_model,
     openai_templates,
@@ -99,19 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     ):
         print(f"there already: {out}")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    model, info = initial_model(
-        name,
-        pretrained,
-        None,
-        classes,
-        arguments.device,
-        templates=templates,
-        keep_head=arguments.keep_head,
-        kept_rows=kept_rows,
-    )
-    save_model(out, model, info)
-    kept_rows.unlink(missing_ok=True)
+    with written_aside(out) as aside:
+        model, info = initial_model(
+            name,
+            pretrained,
+            None,
+            classes,
+            arguments.device,
+            templates=templates,
+            keep_head=arguments.keep_head,
+            kept_rows=kept_rows,
+        )
+        save_model(aside, model, info)
+    for leftover in (kept_rows, kept_rows.with_name(f"{kept_rows.name}.part")):
+        leftover.unlink(missing_ok=True)
     print(f"written: {out} ({len(classes)} classes; {info.provenance})")
 
 

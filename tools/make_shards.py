@@ -32,15 +32,12 @@ with its policy; the manifest's bad_samples counts the images that were left out
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +48,7 @@ from tqdm import tqdm  # noqa: E402
 
 from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import write_atomically  # noqa: E402
+from cfmask.files import sole_writer, write_atomically  # noqa: E402
 from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
 from tools._conversion import (  # noqa: E402
     LEFT_OUT,
@@ -233,26 +230,6 @@ def plan_all(found: Collection, args: argparse.Namespace) -> list[Split]:
     return splits
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Two conversions must not write into one folder. The lock goes with the process, however it ends.
-
-    (Jobs of a Slurm array do not take it. Two that make one shard write the same bytes aside, under names of their own,
-    and rename: that does no harm.)
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"Another conversion is writing to {folder}. Wait for it, or stop it first.") from None
-        yield
-
-
 def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
     """Write the plan's identity into the folder, or see that it is there already.
 
@@ -310,6 +287,8 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
     """Make what is missing of one split, then its manifest."""
     begun = time.monotonic()
     folder, name, tasks = split.folder, split.name, split.tasks
+    # Jobs of a Slurm array do not take the lock. Two that make one shard write the same bytes aside, under names of
+    # their own, and rename: that does no harm.
     with sole_writer(folder):
         claim(folder, tasks[0].plan, split.made)
         missing = [task for task in tasks if not is_made(task)]
