@@ -46,7 +46,9 @@ from tools.make_shards import read_classes  # noqa: E402
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
     parser.add_argument(
         "--model",
@@ -64,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         "--classes",
         default="imagenet",
         metavar="LIST",
-        help="the head's classes, in order: `imagenet` (default), a file with a line `folder<TAB>display name` a "
-        "class, or a folder of shards, whose classes it takes",
+        help="the head's: `imagenet`, a file with a line `folder<TAB>display name` a class, class 0 first, or a folder "
+        "of shards, whose classes it takes (default: imagenet)",
     )
     parser.add_argument(
         "--templates",
@@ -79,9 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         help="build no head: take the one in the checkpoint (classification_head.weight), whose rows are --classes",
     )
     add_device_argument(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the model file to write (.safetensors)"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write (.safetensors)")
     arguments = parser.parse_args(argv)
     out, name, pretrained = arguments.out, arguments.model, arguments.pretrained
     if out.suffix != ".safetensors":

@@ -19,17 +19,15 @@ from the model's by more than a ten-thousandth of the largest are an error, and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +36,7 @@ from cfmask.files import save_tensors, write_atomically, written_aside  # noqa: 
 from cfmask.models.head import ModelInfo, build_clip, read_info  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.models.weights import HUB_CONFIG, HUB_WEIGHTS, check_activation, find_weights, read_weights  # noqa: E402
+from tools._progress import stages  # noqa: E402
 from tools._shared import MODEL_HELP, load_models  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -49,15 +48,19 @@ _ONNX_BYTES = 2**31 - 2**26
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--format", required=True, choices=("open-clip", "hub", "onnx"), help="see above")
+    parser.add_argument(
+        "--format", required=True, choices=("open-clip", "hub", "onnx"), help="what to write; see above"
+    )
     parser.add_argument(
         "--pretrained",
         metavar="TAG_OR_PATH",
-        help="open_clip tag, or the path of the checkpoint that the model was fine-tuned from, for its text tower",
+        help="open_clip tag, or the path of a checkpoint: what the model was fine-tuned from, for its text tower",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the file or folder to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file or folder to write")
     arguments = parser.parse_args(argv)
     out, kind, pretrained = arguments.out, arguments.format, arguments.pretrained
     endings = {"open-clip": (".safetensors", ".pt"), "onnx": (".onnx",), "hub": ("",)}[kind]
@@ -73,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             "loads none without. Give the checkpoint that the model was fine-tuned from; --format onnx needs none."
         )
 
-    with written_aside(out) as aside, _stages(4) as begin:
+    with written_aside(out) as aside, stages(4) as begin:
         begin("reading the model")
         [model], info = load_models([arguments.model])
         model.eval()
@@ -289,20 +292,6 @@ def _check_onnx(graph: Path, deployed: Deployed, model: Classifier) -> None:
             "onnxruntime",
             {"features": (torch.from_numpy(theirs[0]), features), "logits": (torch.from_numpy(theirs[1]), logits)},
         )
-
-
-@contextlib.contextmanager
-def _stages(total: int) -> Iterator[Callable[[str], object]]:
-    """A progress bar, and what is called at the beginning of each of its ``total`` stages."""
-    begun = iter(range(total))
-    with tqdm(total=total, unit="stage", dynamic_ncols=True) as bar:
-
-        def begin(what: str) -> None:
-            bar.update(next(begun) - bar.n)
-            bar.set_description(what)
-
-        yield begin
-        bar.update(total - bar.n)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Convert images to shards: plain WebDataset tars, an index beside each, one manifest a set.
 
-    make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
-    make_shards.py imagenet-v2 | imagenet-r | imagenet-a | imagenet-sketch | objectnet --source … --out DIR
-    make_shards.py folder   --source DIR_OR_TAR --out DIR    any tree of [split/]class/image
+    python tools/make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
+    python tools/make_shards.py imagenet-v2 --source … --out DIR          also -r, -a, -sketch, and objectnet
+    python tools/make_shards.py folder --source DIR_OR_TAR --out DIR      any tree of [split/]class/image
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
@@ -384,7 +384,9 @@ def commit(split: Split, args: argparse.Namespace) -> tuple[shards.Manifest, int
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="SET")
 
     def verb(name: str, about: str) -> argparse.ArgumentParser:
@@ -442,15 +444,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_common_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--source", type=Path, required=True, metavar="DIR_OR_TAR", help="a tar is read in place")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder of shards a set")
-    p.add_argument("--seed", type=int, default=0, help="of the order of samples, and of --holdout (default: 0)")
+    p.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_TAR",
+        help="folder of images, or a tar, which is read in place",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of shards a set")
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order of samples, and of --holdout (default: 0)"
+    )
     p.add_argument(
         "--samples-per-shard",
         type=int,
         default=1000,
         metavar="N",
-        help="at most (default: 1000, about 110 MB of ImageNet)",
+        help="at most so many (default: 1000, about 110 MB of ImageNet)",
     )
     p.add_argument(
         "--store",
