@@ -41,6 +41,7 @@ from cfmask.data import plan  # noqa: E402
 from cfmask.data.images import STORES  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import PRESETS, Recipe  # noqa: E402
+from tools._shared import add_device_argument  # noqa: E402
 
 if TYPE_CHECKING:
     from tools._bench_step import Case, Forward, Measured, Parts
@@ -602,11 +603,10 @@ def _cells(mixing: Mixing) -> list[str]:
 
 def step(arguments: argparse.Namespace) -> str:
     """For each model and batch, a table of contenders and one of what our step's time goes to."""
-    import torch
 
     from tools._bench_step import Case
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
     precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
     if precision == "tf32" and device == "cpu":
         raise UserError("TF32 is a GPU's arithmetic. Choose --precision fp32 or bf16 on a CPU.")
@@ -771,7 +771,7 @@ def checkpoint(arguments: argparse.Namespace) -> str:
 
     from tools._bench_checkpoint import HEADER, NOTE, checkpoint_stall
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
     rows = checkpoint_stall(arguments.model, arguments.folder, device=device, rounds=arguments.rounds)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     return report("checkpoint", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
@@ -881,7 +881,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), help="of our steps (default: fp32, on a GPU bf16)"
     )
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
+    add_device_argument(verb)
     verb.add_argument("--compiled", action="store_true", help="a row with torch.compile too (a minute a round)")
     verb.add_argument(
         "--presets",
@@ -900,7 +900,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="open_clip model, or a configuration's path (default: ViT-B-16-quickgelu)",
     )
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="where to compute (default: a GPU if there is one)")
+    add_device_argument(verb)
     verb.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write to (default: a temporary one)")
     verb.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
     for name in ("loader", "convert", "resume"):
