@@ -17,9 +17,20 @@ for folder in (REPO, REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+# In what tests start, open_clip does not find transformers: that is two seconds of every rank (lean/transformers.py).
+LEAN = REPO / "tests/lean"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
+
 import pytest  # noqa: E402
 
 from slurm_fixture import slurm_cluster  # noqa: E402,F401
+
+
+@pytest.fixture
+def with_transformers(monkeypatch):
+    """What the test starts finds transformers."""
+    paths = os.environ["PYTHONPATH"].split(os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != str(LEAN)))
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from cfmask.errors import UserError
 from tools import _segmenter, segment, validate_masks, verify_shards
 from towers import TINY
 
+pytestmark = pytest.mark.usefixtures("with_transformers")
+
 WNIDS = tuple(imagenet.wnids()[i] for i in (1, 80, 151))  # goldfish; a bird, a dog
 CATEGORIES = ("person", "bird", "cat", "dog", "grass")
 
