@@ -121,7 +121,12 @@ def test_a_run_starts_from_it_and_evaluate_takes_it(tmp_path, tiny, capsys):
     out = tmp_path / "head.safetensors"
     assert build(tiny, out, "--classes", str(tmp_path / "shards/train")) == 0
     shards = ["--shards", str(tmp_path / "shards")]
-    assert evaluate.main([str(out), *shards, "--sets", "val", "--device", "cpu", "--loader-workers", "0"]) == 0
+    assert (
+        evaluate.main(
+            [str(out), *shards, "--sets", "val", "--loader-workers", "0", "--out", str(tmp_path / "evaluated")]
+        )
+        == 0
+    )
 
     start = ["--model", tiny[1], "--pretrained", out, "--head", out, "--batch-size", 16, "--lanes", 4]
     start += ["--executor", "local", "--tasks-per-node", 1]

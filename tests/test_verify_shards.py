@@ -74,7 +74,7 @@ def verify(tmp_path, capsys):
     def run(*flags):
         report = tmp_path / "report.json"
         report.unlink(missing_ok=True)
-        status = verify_shards.main(["--workers", "1", "--json", str(report), *map(str, flags)])
+        status = verify_shards.main(["--workers", "1", "--out", str(report), *map(str, flags)])
         return status, json.loads(report.read_text()) if report.exists() else None, capsys.readouterr()
 
     return run

@@ -54,15 +54,10 @@ def draw_curves(out: Path, roots: Sequence[Path]) -> None:
     rates = {"image_masking_rate": "image", "object_masking_rate": "object", "iou": "IoU"}
     overlapping = any("overlap" in line for lines in logs.values() for line in lines)
     panels = [("ce", "cross entropy"), ("mse", "feature distillation (MSE)"), ("accuracy", "training accuracy, %")]
-    count = len(panels) + len(sets) + overlapping * len(rates)
-    columns = min(3, count)
-    figure, axes = plt.subplots(
-        -(-count // columns),
-        columns,
-        figsize=(4.2 * columns, 3 * -(-count // columns)),
-        squeeze=False,
-        layout="constrained",
-    )
+    columns = len(panels)
+    masks_from = columns * (1 + -(-len(sets) // columns))  # a row of their own
+    rows = masks_from // columns + overlapping
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3 * rows), squeeze=False, layout="constrained")
     spare = list(axes.flat)
     for (key, title), axis in zip(panels, spare, strict=False):
         for root, lines in logs.items():
@@ -76,16 +71,14 @@ def draw_curves(out: Path, roots: Sequence[Path]) -> None:
                 [x["step"] for x in scored], [x["eval"][name] for x in scored], "o-", label=root.name, markersize=3
             )
         axis.set(title=f"{name}, top-1 %", xlabel="step")
-    for (rate, name), axis in zip(rates.items(), spare[len(panels) + len(sets) : count], strict=False):
+    for (rate, name), axis in zip(rates.items(), spare[masks_from:], strict=False):
         for root, lines in logs.items():
             points = [(x["step"], _at(x, rate, RunFolder(root))) for x in lines if "overlap" in x]
             axis.plot(*zip(*points, strict=True) if points else ([], []), "o-", label=root.name, markersize=3)
         title = {"IoU": "IoU of mask and object, %"}.get(name, f"{name} masking rate, %")
-        axis.set(title=title, xlabel="step")
-    for axis in spare[count:]:
-        axis.set_axis_off()
-    for axis in spare[:count]:
-        axis.grid(alpha=0.3)
+        axis.set(title=title, xlabel="step; masks at the run's threshold")
+    for axis in spare:
+        axis.set_axis_off() if not axis.has_data() and not axis.get_title() else axis.grid(alpha=0.3)
     handles, labels = spare[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)

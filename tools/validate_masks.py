@@ -435,7 +435,7 @@ def draw_curves(
                 by_chance = 100 * np.array(totals[0][group].means()[0])[order]
                 axis.plot(x, by_chance, ":", color="grey", linewidth=1, label="by chance")
             axis.grid(alpha=0.3)
-            axis.set_ylim(0, 100)
+            axis.set_ylim(-3, 103)  # a line at 0 or 100 is seen whole
             if group == groups[0]:
                 axis.set_title(f"{rate}, %", fontsize=9)
             if group == groups[-1]:
@@ -443,7 +443,9 @@ def draw_curves(
         count = int(totals[0][group].images)
         row[0].set_ylabel(f"{group} ({count} image{'s' * (count != 1)})", fontsize=9)
     handles, labels = axes[0][1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)), fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=max(1, min(3, 120 // max(map(len, labels)))), fontsize=8
+    )
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
@@ -467,7 +469,7 @@ def choose(validation: Validation, count: int, seed: int) -> list[Segmented]:
 
 
 def draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented]) -> None:
-    """Contact sheet of the last model: image, M_seg, CAM, M_CAM and their overlap at the threshold of its method."""
+    """Contact sheet of the last model: image, M_seg, M_CAM and their overlap at the threshold of its method."""
     plt = _pyplot()
     model, method = validation.models[-1], validation.methods[-1]
     assert method.threshold is not None and method.mask is not None
