@@ -108,11 +108,15 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
             backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
         )
         yield store
+    except BaseException:
+        # Not otherwise: with collectives under way it could wait for ranks that are waiting for this one.
+        if place.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()
+        raise
     finally:
         if door is not None:
             door.close()
             meeting.unlink(missing_ok=True)
-    # Not after an exception: with collectives under way it could wait for ranks that are waiting for this one.
     dist.destroy_process_group()
 
 

@@ -27,6 +27,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cfmask.errors import UserError
 
@@ -110,8 +111,8 @@ class Evaluation:
             UserError: not an evaluation, or one with settings that this version does not know.
         """
         try:
-            values = json.loads(text)
-            return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
+            return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"This is not an evaluation as cfmask writes it ({error}).") from error
 

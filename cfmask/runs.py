@@ -1,7 +1,7 @@
 """The run folder: everything about a run, and all that a resume needs.
 
 RUN/
-  recipe.json            what is trained, and how; a folder belongs to one recipe
+  recipe.json            what is trained, and how; a folder belongs to one recipe (or evaluation: evaluation.py)
   initial.safetensors    the pre-trained tower and its head: start, teacher, and WiSE-FT's other end
   ensemble.safetensors   wise-kd's other teacher
   log.jsonl              metrics by step
@@ -41,8 +41,11 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
+from cfmask.evaluation import Evaluation, load_evaluation
 from cfmask.files import write_atomically
 from cfmask.recipe import Recipe, load_recipe
+
+_RECIPE, _EVALUATION = "recipe.json", "evaluation.json"
 
 # A requeue that resumes where the one before it did has got nowhere; after so many there is no point.
 REQUEUES_WITHOUT_PROGRESS = 3
@@ -132,6 +135,10 @@ class RunFolder:
         return self.root / "results.json"
 
     @property
+    def progress(self) -> Path:
+        return self.root / "progress.safetensors"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -168,35 +175,45 @@ class RunFolder:
         return self.root / "cancelled.json"
 
     def recipe(self) -> Recipe:
-        """Raises UserError if this is no run folder."""
-        if not (self.root / "recipe.json").exists():
-            raise UserError(f"{self.root} is not a run folder: it has no recipe.json. Check the path.")
-        return load_recipe(self.root / "recipe.json")
+        """Raises UserError if this is no run folder of a training run."""
+        if not (self.root / _RECIPE).exists():
+            raise UserError(f"{self.root} is not the run folder of a training: it has no {_RECIPE}. Check the path.")
+        return load_recipe(self.root / _RECIPE)
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the folder, or see that it is this recipe's.
+    def work(self) -> Recipe | Evaluation:
+        """What is done here. Raises UserError if this is no run folder."""
+        if (self.root / _EVALUATION).exists():
+            return load_evaluation(self.root / _EVALUATION)
+        if not (self.root / _RECIPE).exists():
+            raise UserError(f"{self.root} is not a run folder: it has no {_RECIPE}. Check the path.")
+        return load_recipe(self.root / _RECIPE)
+
+    def claim(self, work: Recipe | Evaluation) -> None:
+        """Make the folder, or see that it is this recipe's, or this evaluation's.
 
         Raises:
-            UserError: it belongs to another recipe, holds something else, or cannot be written.
+            UserError: it belongs to another one, holds something else, or cannot be written.
         """
-        existing = self.root / "recipe.json"
+        kind, flag = ("recipe", "--run") if isinstance(work, Recipe) else ("evaluation", "--out")
+        existing = self.root / (_RECIPE if isinstance(work, Recipe) else _EVALUATION)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             if not existing.exists():
                 foreign = [p.name for p in self.root.iterdir() if not p.name.startswith(".")]
                 if foreign:
                     raise UserError(
-                        f"{self.root} is neither empty nor a run folder (it holds {', '.join(sorted(foreign)[:4])}). "
-                        "Give another folder with --run."
+                        f"{self.root} is neither empty nor the folder of this {kind} (it holds "
+                        f"{', '.join(sorted(foreign)[:4])}). Give another folder with {flag}."
                     )
-                write_atomically(existing, recipe.to_json())
+                write_atomically(existing, work.to_json())
         except OSError as error:
-            raise UserError(f"The run folder {self.root} cannot be written: {error.strerror}. Check --run.") from error
-        differences = load_recipe(existing).differences(recipe)
+            raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
+        found = self.work()
+        differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]  # type: ignore[arg-type]
         if differences:
             raise UserError(
-                f"{self.root} belongs to another recipe: {'; '.join(differences)} (there → here). Give this run a "
-                f"folder of its own with --run, or repeat the settings of {existing}."
+                f"{self.root} belongs to another {kind}: {'; '.join(differences)} (there → here). Give this one a "
+                f"folder of its own with {flag}, or repeat the settings of {existing}."
             )
 
     @contextmanager

@@ -12,9 +12,8 @@ import functools
 import json
 import math
 import operator
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.data.stream import BadSample, Batch, eval_batches, train_batches
-from cfmask.distributed import TIMEOUT, Place, call_off, process_group
+from cfmask.distributed import Place
 from cfmask.errors import UserError
-from cfmask.evaluate import Score, top1
+from cfmask.evaluate import Score, answers_of, top1
 from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
@@ -44,14 +43,17 @@ from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, adamw, phases, rates, take_step
 from cfmask.recipe import Data, Optim, Recipe
 from cfmask.runs import RunFolder, append_lines, find_model, read_lines
+from cfmask.session import (
+    FINISHED,
+    QUIT,
+    REQUEUE,
+    Report,
+    StopRequest,
+    choose_arithmetic,
+    rank_0_first,
+    session,
+)
 from cfmask.step import Metrics, Teachers, training_step
-
-FINISHED = "finished"
-REQUEUE, QUIT = "requeue", "quit"
-"""What a launcher may ask of a worker: to stop at the next step boundary, and whether the job is to come back."""
-
-StopRequest = Callable[[], str | None]
-Report = Callable[[Exception], None]
 
 
 def run_worker(
@@ -77,24 +79,9 @@ def run_worker(
         FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
             all ranks). The last checkpoint stays.
     """
-    torch.set_num_threads(place.cpus)
-    _choose_arithmetic(recipe)
-    with contextlib.ExitStack() as stack:
-        if place.rank == 0:
-            try:
-                stack.enter_context(run.locked(place.attempt))
-            except UserError as error:
-                call_off(place, run.root / "meeting", str(error))
-                raise
-        store = stack.enter_context(process_group(place, run.root / "meeting"))
-        try:
-            return _train(recipe, run, place, store, stop_request, stack)
-        except Exception as error:
-            failing(error)
-            if place.rank == 0:
-                why = f"failed: {type(error).__name__}: {str(error)[:500]}"
-                run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
-            raise
+    choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
+    with session(run, place, failing) as (store, stack):
+        return _train(recipe, run, place, store, stop_request, stack)
 
 
 def _train(
@@ -115,7 +102,7 @@ def _train(
     total_steps = schedule[-1].end
 
     # --- model and teachers ---------------------------------------------------------------------------------
-    _write_initial_models(recipe, run, manifest, place, store)
+    rank_0_first(store, place, "the initial model", lambda: _write_initial_models(recipe, run, manifest, place))
     model, info = load_model(run.initial)
     model = model.to(device)
     model.recompute, model.compiled = recipe.run.activation_checkpointing, recipe.run.compile
@@ -405,12 +392,13 @@ def _evaluate(
         batches = eval_batches(
             manifest,
             image_size=model.image_size,
-            batch_size=max(1, 2 * recipe.optim.batch_size // place.world_size // recipe.optim.micro_batches),
+            # Of any rank, twice the least that it trains on at a time: there are no gradients to keep.
+            batch_size=2 * recipe.optim.batch_size // recipe.optim.lanes,
             rank=place.rank,
             world_size=place.world_size,
             loader_workers=_loader_workers(recipe.data, place),
         )
-        [scores[name]] = top1([model], normalise, batches, place.device)
+        [scores[name]] = top1([model], normalise, batches, place.device, answers_of(manifest))
     return scores
 
 
@@ -441,48 +429,21 @@ def _checkpoint_writer(
     return checkpoint.Writer(run.checkpoints, keep, info, resumed=found, minutes=settings.checkpoint_minutes)
 
 
-def _choose_arithmetic(recipe: Recipe) -> None:
-    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for."""
-    tf32 = recipe.run.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cudnn.benchmark = not recipe.run.deterministic
-    if recipe.run.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place, store: dist.Store) -> None:
-    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, written by rank 0 at the first start; the
-    other ranks wait for them."""
-    if place.rank == 0:
-        answer = "ready"
-        try:
-            if not run.initial.exists():
-                model, info = initial_model(
-                    recipe.model.name,
-                    recipe.model.pretrained,
-                    recipe.model.head,
-                    manifest.classes,
-                    device=str(place.device),
-                )
-                save_model(run.initial, model, info)
-            if recipe.method.ensemble is not None and not run.ensemble.exists():
-                model, info = load_model(find_model(recipe.method.ensemble))
-                check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
-                save_model(run.ensemble, model, info)
-        except BaseException as error:
-            answer = f"rank 0 could not make the initial model: {error}"
-            raise
-        finally:
-            store.set("initial", answer)
-    else:
-        store.wait(["initial"], TIMEOUT)
-        answer = store.get("initial").decode()
-        if answer != "ready":
-            raise UserError(answer)
+def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place) -> None:
+    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, if they are not there yet."""
+    if not run.initial.exists():
+        model, info = initial_model(
+            recipe.model.name,
+            recipe.model.pretrained,
+            recipe.model.head,
+            manifest.classes,
+            device=str(place.device),
+        )
+        save_model(run.initial, model, info)
+    if recipe.method.ensemble is not None and not run.ensemble.exists():
+        model, info = load_model(find_model(recipe.method.ensemble))
+        check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
+        save_model(run.ensemble, model, info)
 
 
 def _agree_on_checkpoint(run: RunFolder, chief: bool) -> checkpoint.Checkpoint | None:

@@ -28,13 +28,14 @@ from typing import TYPE_CHECKING
 import submitit
 
 from cfmask.errors import UserError
-from cfmask.recipe import load_recipe
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch import last_words
 from launch.allocation import REQUEUE_ME
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place
+    from cfmask.session import StopRequest
 
 _LOOK_S = 5
 """Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
@@ -70,7 +71,7 @@ class Job:
 
         # Imported late: handlers first, then the seconds that torch takes.
         from cfmask.distributed import Place
-        from cfmask.worker import FINISHED, QUIT, REQUEUE, run_worker
+        from cfmask.session import FINISHED, QUIT, REQUEUE
 
         place = Place(
             rank=environment.global_rank,
@@ -84,8 +85,7 @@ class Job:
         try:
             if chief:  # the others may come to another view, a moment before or after: they hear it from rank 0
                 _check_start(run, place, environment.job_id if slurm else None)
-            recipe = load_recipe(self.run / "recipe.json")
-            outcome = run_worker(recipe, run, place, listener.request, lambda error: last_words.leave(self.run, error))
+            outcome = _work(run, place, listener.request)
         except UserError as error:
             if not run.cancelled():
                 raise
@@ -120,6 +120,22 @@ class Job:
         if rank == 0 and not (shutil.which("scontrol") and _requeued(job_id)):
             sys.exit(REQUEUE_ME)
         sys.exit(0)
+
+
+def _work(run: RunFolder, place: Place, stop_request: StopRequest) -> str:
+    """Train or evaluate: the folder says which."""
+
+    def failing(error: Exception) -> None:
+        last_words.leave(run.root, error)
+
+    work = run.work()
+    if isinstance(work, Recipe):
+        from cfmask.worker import run_worker
+
+        return run_worker(work, run, place, stop_request, failing)
+    from cfmask.evaluator import run_evaluation
+
+    return run_evaluation(work, run, place, stop_request, failing)
 
 
 def _check_start(run: RunFolder, place: Place, slurm_job: str | None) -> None:
@@ -168,7 +184,7 @@ class _Listener:
             self._quit = True
 
     def request(self) -> str | None:
-        from cfmask.worker import QUIT, REQUEUE
+        from cfmask.session import QUIT, REQUEUE
 
         if self._pace_s:
             time.sleep(self._pace_s)

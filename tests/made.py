@@ -48,7 +48,8 @@ def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, .
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
     from cfmask.distributed import Place
-    from cfmask.worker import FINISHED, REQUEUE, run_worker
+    from cfmask.session import FINISHED, REQUEUE
+    from cfmask.worker import run_worker
 
     run = RunFolder(folder)
     run.claim(recipe)

@@ -20,7 +20,8 @@ from cfmask.errors import UserError
 from cfmask.masking.validation import THRESHOLDS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
-from cfmask.worker import FINISHED, REQUEUE, run_worker
+from cfmask.session import FINISHED, REQUEUE
+from cfmask.worker import run_worker
 from tools import plot_runs, validate_masks
 from towers import TINY
 

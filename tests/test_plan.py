@@ -1,5 +1,6 @@
 """The order is a pure function of (seed, epoch, sample counts), and a partition."""
 
+import itertools
 import time
 import tracemalloc
 
@@ -215,11 +216,15 @@ def test_planning_all_of_imagenet_takes_well_below_a_second():
 
 
 @settings(max_examples=100, deadline=None)
-@given(n=st.integers(0, 500), world_size=st.integers(1, 40))
-def test_evaluation_gives_each_sample_to_exactly_one_rank(n, world_size):
-    slices = [plan.eval_slice(n, rank, world_size) for rank in range(world_size)]
-    assert [i for part in slices for i in part] == list(range(n))
-    assert max(map(len, slices)) - min(map(len, slices)) <= 1
+@given(n=st.integers(0, 500), size=st.integers(1, 60), world_size=st.integers(1, 40), start=st.integers(0, 9))
+def test_evaluation_deals_the_same_batches_to_any_number_of_ranks(n, size, world_size, start):
+    dealt = [plan.eval_batches(n, size, rank, world_size, start) for rank in range(world_size)]
+    alone = plan.eval_batches(n, size, 0, 1, start)
+    rounds = [batch for turn in itertools.zip_longest(*dealt) for batch in turn if batch is not None]
+    assert rounds == alone, "in turn, so that what is done after any round is a beginning of the set"
+    assert [i for batch in alone for i in batch] == list(range(min(n, start * size), n))
+    assert all(len(batch) == size for batch in alone[:-1])
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
 
 def test_errors_name_the_sizes_that_work():

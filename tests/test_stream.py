@@ -11,7 +11,7 @@ import sys
 import textwrap
 import threading
 import time
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -240,12 +240,19 @@ def test_evaluation_sees_each_sample_once_in_order_without_padding(manifest, wor
         )
         for r in range(world_size)
     ]
-    assert [key for rank in ranks for batch in rank for key in batch.keys] == [f"s{i}" for i in range(65)]
-    labels = torch.cat([batch.labels for rank in ranks for batch in rank])
-    assert torch.equal(labels, torch.arange(65) % 10)
-    for rank in ranks:
-        assert all(len(batch.images) == 6 for batch in rank[:-1]) and 1 <= len(rank[-1].images) <= 6
-        assert all(batch.draws.donors is None for batch in rank)
+    batches = [batch for turn in zip_longest(*ranks) for batch in turn if batch is not None]
+    assert [key for batch in batches for key in batch.keys] == [f"s{i}" for i in range(65)]
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), torch.arange(65) % 10)
+    assert [len(batch.images) for batch in batches] == [6] * 10 + [5], "the same batches on any number of ranks"
+    assert all(batch.draws.donors is None for batch in batches)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_goes_on_from_any_batch_on_any_number_of_ranks(manifest, world_size):
+    common = {"image_size": SIZE, "batch_size": 6, "world_size": world_size, "loader_workers": 0}
+    ranks = [list(eval_batches(manifest, rank=r, start=4, **common)) for r in range(world_size)]
+    keys = {key for rank in ranks for batch in rank for key in batch.keys}
+    assert keys == {f"s{i}" for i in range(24, 65)}
 
 
 def test_a_rank_may_have_nothing_to_evaluate(manifest):
@@ -253,7 +260,7 @@ def test_a_rank_may_have_nothing_to_evaluate(manifest):
         len(list(eval_batches(manifest, image_size=SIZE, batch_size=6, rank=r, world_size=80, loader_workers=0)))
         for r in range(80)
     ]
-    assert sum(seen) == 65 and 0 in seen
+    assert sum(seen) == 11 and 0 in seen
 
 
 def test_a_sample_that_cannot_be_used_is_named_when_its_batch_is_due(tmp_path):

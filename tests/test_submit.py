@@ -49,7 +49,7 @@ def test_a_shards_folder_without_a_manifest(materials, tmp_path):
 def test_a_head_for_another_number_of_classes(materials, tmp_path):
     head = made.save_tiny_model(tmp_path / "two.safetensors", classes=made.CLASSES[:2])
     error = refused(*flags(materials, tmp_path / "run", "--head", head))
-    assert "has 2 classes, the shards have 3" in error
+    assert "has 2 classes, the shards 3" in error
 
 
 def test_weights_of_another_architecture(materials, tmp_path):

@@ -35,9 +35,9 @@ from cfmask.masking.fills import Draws, DrawSpec, draw
 from cfmask.models.head import build_tower, model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Rates, adamw, take_step
-from cfmask.recipe import Method, Recipe, Run
+from cfmask.recipe import Method, Recipe
+from cfmask.session import choose_arithmetic
 from cfmask.step import Teachers, camera_of, counterfactual, training_step
-from cfmask.worker import _choose_arithmetic
 from tools._authors_step import authors_step
 
 CLASSES = 1000
@@ -266,11 +266,6 @@ def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
 
 def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """As a training worker does."""
-    _choose_arithmetic(Recipe(run=Run(precision=precision, deterministic=deterministic)))
 
 
 # --- measurements ---------------------------------------------------------------------------------------------------

@@ -162,11 +162,14 @@ def _shuffle_in_windows(n: int, *, window: float, bits: np.random.Philox) -> NDA
     return order
 
 
-def eval_slice(num_samples: int, rank: int, world_size: int) -> range:
-    """The ids that a rank evaluates: contiguous, uneven by at most one, each id with exactly one rank, no padding."""
+def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int, start: int = 0) -> list[range]:
+    """The ids of each batch that a rank evaluates. Batch b is samples b·batch_size … of the set, the last one what is
+    left: the same batches for any number of ranks, so that a result is the same to the bit. From ``start`` on they are
+    dealt to the ranks in turn; each is dealt once, and some rank may have one less than others, or none."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}")
-    return range(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
+    firsts = range(start * batch_size, num_samples, batch_size)[rank::world_size]
+    return [range(first, min(first + batch_size, num_samples)) for first in firsts]
 
 
 def divisors(n: int) -> list[int]:

@@ -162,12 +162,14 @@ def eval_batches(
     rank: int,
     world_size: int,
     loader_workers: int,
+    start: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """What a rank evaluates: over all ranks every sample exactly once, in manifest order, nothing padded.
+    """What a rank evaluates: over all ranks every sample exactly once, nothing padded; ``plan.eval_batches`` says in
+    which batches.
 
     Args:
-        batch_size: of this rank; its last batch may be smaller, and a rank may have no batch at all.
+        start: number of batches of the set that have been evaluated already.
         loader_workers, pin_memory: as for training.
 
     Raises:
@@ -177,8 +179,8 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"the batch size of an evaluation must be at least 1, got {batch_size}.")
     check_image_size(manifest, image_size)
-    ids = plan.eval_slice(manifest.num_samples, rank, world_size)
-    return _run(_EvalSource(manifest, ids, batch_size), image_size, loader_workers, pin_memory)
+    ids = plan.eval_batches(manifest.num_samples, batch_size, rank, world_size, start)
+    return _run(_EvalSource(manifest, ids), image_size, loader_workers, pin_memory)
 
 
 def check_image_size(manifest: Manifest, image_size: int) -> None:
@@ -284,12 +286,11 @@ class _TrainSource:
 @dataclass(frozen=True)
 class _EvalSource:
     manifest: Manifest
-    ids: range
-    batch_size: int
+    batches: list[range]
 
     def units(self) -> Iterator[_Unit]:
-        for number, start in enumerate(range(self.ids.start, self.ids.stop, self.batch_size)):
-            ids = np.arange(start, min(start + self.batch_size, self.ids.stop))
+        for number, samples in enumerate(self.batches):
+            ids = np.arange(samples.start, samples.stop)
             parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
             yield _Unit(0, number, parts)
 

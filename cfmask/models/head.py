@@ -265,8 +265,11 @@ def _models_like(visual: Mapping[str, Tensor]) -> str:
     return f": its shapes are those of {', '.join(near)}" if near else ""
 
 
-def check_head(path: str | Path, wnids: Sequence[str]) -> None:
-    """Refuse a head for other classes than the data's. Reads the file's header only.
+def check_head(path: str | Path, wnids: Sequence[str], *, than: str = "the shards") -> None:
+    """Refuse a head for other classes than the data's, or another model's. Reads the file's header only.
+
+    Args:
+        than: whose classes ``wnids`` are.
 
     Raises:
         UserError: another number of classes, or the same in another order.
@@ -276,14 +279,14 @@ def check_head(path: str | Path, wnids: Sequence[str]) -> None:
         raise UserError(f"{path} holds no head: it is not a cfmask model file. Leave --head out to build one.")
     if len(info.classes) != len(wnids):
         raise UserError(
-            f"The head in {path} has {len(info.classes)} classes, the shards have {len(wnids)}. Use the head that "
-            "was built for this class list, or leave --head out to build one."
+            f"The head in {path} has {len(info.classes)} classes, {than} {len(wnids)}. Use the head that was built for "
+            "this class list, or leave --head out to build one."
         )
     for row, (ours, theirs) in enumerate(zip(info.classes, wnids, strict=True)):
         if ours != theirs:
             raise UserError(
-                f"The head in {path} has another class order than the shards: row {row} is {ours}, class {row} of "
-                f"the shards is {theirs}. Use the head that was built for this class list."
+                f"The head in {path} has another class order than {than}: row {row} is {ours}, class {row} of {than} "
+                f"is {theirs}. Use the head that was built for this class list."
             )
 
 
@@ -302,8 +305,11 @@ def check_architecture(own: ModelInfo, asked: ModelInfo, path: str) -> None:
             )
 
 
-def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str) -> None:
-    """Refuse a model whose features, logits or input would not mean what the run's own do.
+def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str, *, than: str = "the shards") -> None:
+    """Refuse a model whose features, logits or input would not mean what another one's do (``own``: a run's).
+
+    Args:
+        than: as in ``check_head``.
 
     Raises:
         UserError: no model file with a head, another architecture, preprocessing or class list.
@@ -317,7 +323,7 @@ def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str) -
             f"The model in {path} takes pixels with mean {other.mean} and standard deviation {other.std}, {own.name} "
             f"with {own.mean} and {own.std}: the same images would not be the same to both."
         )
-    check_head(path, own.classes)
+    check_head(path, own.classes, than=than)
 
 
 def _head_from_file(path: str, wnids: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,86 @@
+"""One start of a job on a run folder: who holds the folder, how its ranks come together, and word of how it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from cfmask.distributed import TIMEOUT, Place, call_off, process_group
+from cfmask.errors import UserError
+from cfmask.runs import RunFolder
+
+FINISHED = "finished"
+REQUEUE, QUIT = "requeue", "quit"
+"""What a launcher may ask of ranks: to stop at the next step boundary, and whether the job is to come back."""
+
+StopRequest = Callable[[], str | None]
+Report = Callable[[Exception], None]
+
+
+@contextlib.contextmanager
+def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dist.Store, contextlib.ExitStack]]:
+    """The folder held by rank 0, and the process group. Yields its store, and a stack for what else has to be closed,
+    before the two. An error inside is told to ``failing`` before anything is closed, and kept in the run folder.
+
+    Raises:
+        UserError: another job holds the folder: on all ranks.
+    """
+    torch.set_num_threads(place.cpus)
+    with contextlib.ExitStack() as stack:
+        if place.rank == 0:
+            try:
+                stack.enter_context(run.locked(place.attempt))
+            except UserError as error:
+                call_off(place, run.root / "meeting", str(error))
+                raise
+        store = stack.enter_context(process_group(place, run.root / "meeting"))
+        try:
+            yield store, stack
+        except Exception as error:
+            failing(error)
+            if place.rank == 0:
+                why = f"failed: {type(error).__name__}: {str(error)[:500]}"
+                run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
+            raise
+
+
+def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
+    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for."""
+    tf32 = precision == "tf32"
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def rank_0_first(store: dist.Store, place: Place, what: str, make: Callable[[], object]) -> None:
+    """Let rank 0 make something that all ranks need, while the others wait for it.
+
+    Args:
+        what: is made, in words; also the key in the store.
+
+    Raises:
+        UserError: on the others, with rank 0's words, if it failed.
+    """
+    if place.rank == 0:
+        answer = "ready"
+        try:
+            make()
+        except BaseException as error:
+            answer = f"rank 0 could not make {what}: {error}"
+            raise
+        finally:
+            store.set(what, answer)
+    else:
+        store.wait([what], TIMEOUT)
+        answer = store.get(what).decode()
+        if answer != "ready":
+            raise UserError(answer)
