@@ -17,9 +17,10 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ from cfmask.data.remote import is_remote  # noqa: E402
 from cfmask.data.shards import Manifest, find_set, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.models.head import (  # noqa: E402
+    ModelInfo,
     check_architecture,
     check_head,
     check_same_kind,
@@ -158,22 +160,30 @@ def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocatio
             raise UserError(f"--{one} and --{many} contradict each other: give one of them.")
         if given and len(set(given)) != len(given):
             raise UserError(f"--{many} names one of them twice: {' '.join(map(str, given))}.")
-    members = [
-        _with(arguments, preset, seed)
+    recipes = [
+        resolve_recipe(recipe_of(arguments, file, preset, seed), allocation)
         for preset in arguments.presets or [arguments.preset]
         for seed in arguments.seeds or [None]
     ]
-    if len(members) > 1 and arguments.run:
-        raise UserError(f"--run names one folder, and this is a sweep of {len(members)} runs. Leave it out.")
+    if len(recipes) > 1 and arguments.run:
+        raise UserError(f"--run names one folder, and this is a sweep of {len(recipes)} runs. Leave it out.")
     planned = []
-    for member in members:
-        for key, value in _recipe_values(file).items():
-            if not hasattr(member, f"data.{key}"):
-                setattr(member, f"data.{key}", value)
-        recipe = resolve_recipe(recipe_from(member), allocation)
+    for recipe in recipes:
         run = RunFolder((arguments.run or default_folder(recipe)).resolve())
         planned.append(Planned(run, recipe, new=not (run.root / "recipe.json").exists()))
     return planned
+
+
+def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | None, seed: int | None = None) -> Recipe:
+    """What flags, a row, a seed and the cluster file say of a recipe, not yet resolved; flags win."""
+    member = argparse.Namespace(**vars(arguments))
+    member.preset = preset
+    if seed is not None:
+        setattr(member, "run.seed", seed)
+    for key, value in _recipe_values(file).items():
+        if not hasattr(member, f"data.{key}"):
+            setattr(member, f"data.{key}", value)
+    return recipe_from(member)
 
 
 def _recipe_values(file: ClusterFile) -> dict[str, Any]:
@@ -182,14 +192,6 @@ def _recipe_values(file: ClusterFile) -> dict[str, Any]:
     if file.path is not None and "shards" in values and not is_remote(values["shards"]):
         values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
     return values
-
-
-def _with(arguments: argparse.Namespace, preset: str | None, seed: int | None) -> argparse.Namespace:
-    member = argparse.Namespace(**vars(arguments))
-    member.preset = preset
-    if seed is not None:
-        setattr(member, "run.seed", seed)
-    return member
 
 
 def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned[Recipe]]]:
@@ -263,14 +265,19 @@ def default_folder(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
 
 
-def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
+def check(
+    recipe: Recipe, run: RunFolder, allocation: Allocation, coming: Mapping[str, ModelInfo] = MappingProxyType({})
+) -> None:
     """All that can be known before a job is queued.
+
+    Args:
+        coming: what model files will be that are not there yet: another job makes them before this one starts.
 
     Raises:
         UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
     """
     shards = recipe.data.shards
-    train = _load_set(shards, recipe.data.train_split)
+    train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
     own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
     if own_lanes % recipe.optim.micro_batches:
@@ -284,25 +291,33 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
             "folder of PNGs, COCO annotations, or masks that tools/segment.py made."
         )
     for name in recipe.data.eval_sets:
-        _check_same_classes(_load_set(shards, name), train)
+        check_same_classes(load_set(shards, name), train)
     if run.initial.exists():
         return  # the run has its weights and head
+    classes = tuple(wnid for wnid, _ in train.classes)
     pretrained = recipe.model.pretrained
-    own = read_info(pretrained) if os.path.isfile(pretrained) else None
+    own = read_info(pretrained) if os.path.isfile(pretrained) else coming.get(pretrained)
     if recipe.model.head:
-        check_head(recipe.model.head, [wnid for wnid, _ in train.classes])
+        check_head(recipe.model.head, classes)
+    elif own is not None and not os.path.isfile(pretrained):
+        if own.classes != classes:
+            raise UserError(
+                f"{pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated first; "
+                f"{train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+            )
     elif own is not None and own.classes:
-        check_head(pretrained, [wnid for wnid, _ in train.classes])
+        check_head(pretrained, classes)
     asked = model_info(recipe.model.name, pretrained)
     depth = asked.config["vision_cfg"].get("layers", 12)
     if recipe.method.first_block is not None and isinstance(depth, int) and recipe.method.first_block >= depth:
         raise UserError(
             f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
         )
-    if recipe.method.ensemble is not None:
-        path = find_model(recipe.method.ensemble)
+    ensemble = recipe.method.ensemble
+    if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
+        path = find_model(ensemble)
         start = own if own is not None else asked
-        check_same_kind(read_info(path), replace(start, classes=tuple(w for w, _ in train.classes)), str(path))
+        check_same_kind(read_info(path), replace(start, classes=classes), str(path))
     if own is not None:
         check_architecture(own, asked, pretrained)
     else:
@@ -311,11 +326,11 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
 
 
 @functools.cache
-def _load_set(shards: str, name: str) -> Manifest:
+def load_set(shards: str, name: str) -> Manifest:
     return load_manifest(find_set(shards, name))
 
 
-def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
+def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
     ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
     if ours != theirs:
         raise UserError(
