@@ -97,14 +97,13 @@ def _watch(run: RunFolder, states: Iterator[str]) -> None:
 
 
 def _show(bar: tqdm, run: RunFolder, state: str) -> None:
-    lines = [line for line in read_lines(run.log, tail=1 << 16) if "loss" in line]
+    lines = [line for line in read_lines(run.log, tail=1 << 16) if "samples_per_s" in line]
     if lines:
         last = lines[-1]
         bar.total = last["total_steps"]
         bar.n = last["step"]
-        bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, {last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False
-        )
+        what = f"loss {last['loss']:.3f}, " if "loss" in last else f"{last['set']}, " if "set" in last else ""
+        bar.set_postfix_str(f"{what}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
     if lines or state:
         bar.set_description(f"{run.root.name} ({state})" if state else run.root.name, refresh=False)
     bar.update(0)  # the clock runs on
@@ -112,9 +111,12 @@ def _show(bar: tqdm, run: RunFolder, state: str) -> None:
 
 def _tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
     if run.results.exists():
-        for name, score in json.loads(run.results.read_text())["sets"].items():
-            print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
-        print(f"finished: {run.final}")
+        results = json.loads(run.results.read_text())
+        for model in results.get("models", [results]):  # of an evaluation, or the one that was trained
+            for name, score in model["sets"].items():
+                of = f"{model['name']} on " if "name" in model else ""
+                print(f"{of}{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
+        print(f"finished: {run.final if run.final.exists() else run.results}")
         return 0
     if told := run.cancelled():
         print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """The paper's tables by one command: every row's runs and evaluations as jobs that wait for each other.
 
-    python launch/reproduce.py --arch ViT-B-32 --seeds 0 1 2 --shards DIR --nodes 2      all rows, 60 jobs
+    python launch/reproduce.py --arch ViT-B-32 --seeds 0 1 2 --shards DIR --nodes 2      all rows, 83 jobs
     python launch/reproduce.py --arch ViT-B-32 --shards DIR --rows wise-kd               one, and what it needs
-    python launch/reproduce.py … --dry-run                                               what would be done, and its cost
+    python launch/reproduce.py … --dry-run                                               what would be done, its cost
     python launch/reproduce.py … --follow                                                stay and watch
 
-The same command again submits what is missing, failed or was cancelled, and nothing else, and draws the table of what is
-there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder. Without
-Slurm the same jobs are done one after the other.
+The same command again submits what is missing, failed or was cancelled, and nothing else, and draws the table of what
+is there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder.
+Without Slurm the same jobs are done one after the other.
 
 Flags of submit.py apply to all training runs, but for those that a row decides.
 """
@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
+    """The command; 0 if all is done or under way, 1 if something failed, 130 if it was interrupted."""
     arguments = parser().parse_args(argv)
     _refuse(arguments)
     file = submit.cluster_file(arguments)
@@ -288,11 +289,10 @@ class Scene:
         if kept is None:
             return
         ours = json.loads(json.dumps(self.identity))  # lists for tuples, as in the file
-        differences = [f"{name}: {kept.get(name)} → {ours[name]}" for name in ours if name != "recipe"]
         differences = [
-            each
-            for each, name in zip(differences, [n for n in ours if n != "recipe"], strict=True)
-            if kept.get(name) != ours[name]
+            f"{name}: {kept.get(name)} → {value}"
+            for name, value in ours.items()
+            if name != "recipe" and kept.get(name) != value
         ]
         differences += Recipe.from_json(json.dumps(kept.get("recipe", {}))).differences(self.base)
         if differences:
@@ -375,8 +375,8 @@ def judge(status: Status, job: SlurmJob | None) -> str:
 
 
 def overview(scene: Scene, seen: Mapping[str, Seen]) -> str:
-    """The plan as a tree, a line a kind of job, with what becomes of them. A job hangs where it waits longest; what
-    else it takes stands beside it."""
+    """The plan as a tree, a line a kind of job, with what becomes of them. A job hangs under the last that it waits
+    for; what else it takes is above that."""
     kinds: dict[str, list[Node]] = {}
     for node in scene.plan.nodes.values():
         kinds.setdefault(node.kind, []).append(node)
@@ -392,8 +392,7 @@ def overview(scene: Scene, seen: Mapping[str, Seen]) -> str:
 
     def add(kind: str, first: str, rest: str) -> None:
         nodes = kinds[kind]
-        others = [each for each in needs[kind] if each != parent[kind]]
-        title = kind + (f" × {len(nodes)}" if len(nodes) > 1 else "") + "".join(f"  + {each}" for each in others)
+        title = kind + (f" × {len(nodes)}" if len(nodes) > 1 else "")
         lines.append((first + title, _what(nodes[0]), _becomes([seen[node.name] for node in nodes])))
         children = [each for each in kinds if parent[each] == kind]
         for each in children:
@@ -460,9 +459,7 @@ def estimate(scene: Scene, seen: Mapping[str, Seen], assumed: float | None) -> s
         rests = f"{rate:.3g} TFLOP/s of each {each}, measured in {names}"
     else:
         rate = GPU_TFLOPS if gpu else CPU_TFLOPS
-        rests = (
-            f"an assumed {rate:g} TFLOP/s of each {each} (no run of this plan has trained yet; --tflops says otherwise)"
-        )
+        rests = f"an assumed {rate:g} TFLOP/s of each {each} (no run of this plan has trained yet; --tflops sets it)"
     spent = {
         name: cost.hours(cost.image_forwards(node, images) * flops, rate) for name, node in scene.plan.nodes.items()
     }
@@ -481,7 +478,7 @@ def estimate(scene: Scene, seen: Mapping[str, Seen], assumed: float | None) -> s
         f"About {_hours(sum(spent.values()))} {unit}, of which {_hours(sum(left.values()))} are left "
         f"({_hours(training)} of them training); at least {_hours(chain)} hours from now, if no job has to wait for "
         f"{'GPUs' if gpu else 'cores'}. This rests on {flops / 1e9:.4g} GFLOP for a forward of one image, the forwards "
-        f"of each method's step as tools/bench.py counts them, and {rests}. Starts, stalls of the data and what is done "
+        f"of each method's step as tools/bench.py counts them, and {rests}. Starts, stalls of the data and work done "
         "twice after an interruption are not in it."
     )
 
@@ -549,7 +546,7 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
             [job] = enqueue([planned], allocation, tell=lambda line: None)
         except UserError as error:
             raise UserError(
-                f"{error} {number} of {_jobs(len(chosen))} have been submitted; the same command goes on with the others."
+                f"{error} {number} of {_jobs(len(chosen))} have been submitted; the same command goes on with the rest."
             ) from None
         jobs[node.name] = job.job_id
         states[node.name] = QUEUED
