@@ -180,6 +180,10 @@ class RunFolder:
             raise UserError(f"{self.root} is not the run folder of a training: it has no {_RECIPE}. Check the path.")
         return load_recipe(self.root / _RECIPE)
 
+    def has_work(self) -> bool:
+        """Whether this is a run folder: of a training or an evaluation."""
+        return (self.root / _RECIPE).exists() or (self.root / _EVALUATION).exists()
+
     def work(self) -> Recipe | Evaluation:
         """What is done here. Raises UserError if this is no run folder."""
         if (self.root / _EVALUATION).exists():

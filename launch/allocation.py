@@ -154,14 +154,17 @@ DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
 FILE_KEYS = {setting.name: setting.kind for setting in SETTINGS if setting.kind is not None}
 
 
-def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what is trained.")
-    g.add_argument(
-        "--executor",
-        choices=("auto", "slurm", "local", "debug"),
-        default="auto",
-        help="auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)",
-    )
+def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
+    """here: the work may be done in this process, and is, unless one of these flags is given."""
+    g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what comes of it.")
+    if here:
+        executors: tuple[str, ...] = ("here", "auto", "slurm", "local")
+        said = "here: this process; auto: slurm if srun is there, else local (default: here, and auto with --nodes or "
+        said += "any other of these flags)"
+    else:
+        executors = ("auto", "slurm", "local", "debug")
+        said = "auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)"
+    g.add_argument("--executor", choices=executors, default=executors[0], help=said)
     g.add_argument(
         "--cluster",
         type=Path,
@@ -180,6 +183,12 @@ def add_allocation_arguments(parser: argparse.ArgumentParser) -> None:
     g.add_argument(
         "--after", nargs="+", type=_job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
     )
+
+
+def given_flags(arguments: argparse.Namespace) -> list[str]:
+    """Flags of an allocation that the command line has."""
+    given = [setting.flag for setting in SETTINGS if getattr(arguments, setting.name) is not None]
+    return given + [f"--{name}" for name in ("after", "cluster") if getattr(arguments, name)]
 
 
 def _argument(setting: Setting) -> Callable[[str], Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
 from launch import last_words
 from launch.status import ENDED, latest_checkpoint, look_at, status_of
@@ -89,7 +90,8 @@ def _states(run: RunFolder) -> Iterator[str]:
 def _watch(run: RunFolder, states: Iterator[str]) -> None:
     # In a file a bar is a line each time: there, a few of them.
     pace = 0.5 if sys.stderr.isatty() else 15
-    with tqdm(unit="step", dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
+    unit = "step" if isinstance(run.work(), Recipe) else "image"
+    with tqdm(unit=unit, dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
         for state in states:
             time.sleep(0.5)
             _show(bar, run, state)
@@ -97,13 +99,13 @@ def _watch(run: RunFolder, states: Iterator[str]) -> None:
 
 
 def _show(bar: tqdm, run: RunFolder, state: str) -> None:
-    lines = [line for line in read_lines(run.log, tail=1 << 16) if "samples_per_s" in line]
+    lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
     if lines:
         last = lines[-1]
         bar.total = last["total_steps"]
         bar.n = last["step"]
-        what = f"loss {last['loss']:.3f}, " if "loss" in last else f"{last['set']}, " if "set" in last else ""
-        bar.set_postfix_str(f"{what}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
+        loss = f"loss {last['loss']:.3f}, " if "loss" in last else ""  # not of an evaluation, or a step left out
+        bar.set_postfix_str(f"{loss}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
     if lines or state:
         bar.set_description(f"{run.root.name} ({state})" if state else run.root.name, refresh=False)
     bar.update(0)  # the clock runs on
@@ -111,11 +113,9 @@ def _show(bar: tqdm, run: RunFolder, state: str) -> None:
 
 def _tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
     if run.results.exists():
-        results = json.loads(run.results.read_text())
-        for model in results.get("models", [results]):  # of an evaluation, or the one that was trained
-            for name, score in model["sets"].items():
-                of = f"{model['name']} on " if "name" in model else ""
-                print(f"{of}{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
+        if isinstance(run.work(), Recipe):
+            for name, score in json.loads(run.results.read_text())["sets"].items():
+                print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
         print(f"finished: {run.final if run.final.exists() else run.results}")
         return 0
     if told := run.cancelled():

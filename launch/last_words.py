@@ -303,7 +303,7 @@ def _first(left: list[Words]) -> Words | None:
 def _record(here: _Here, words: Words, why: str) -> None:
     """Say it in ended.json, unless rank 0 has said as much; a start that had not begun to train is one all the same."""
     run = here.run
-    if not (run.root / "recipe.json").exists():
+    if not run.has_work():
         return  # launch/doctor.py's folder
     if run.begun_by(here.attempt):
         if run.ended() is None or words.rank != 0 or why != words.why:

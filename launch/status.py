@@ -54,7 +54,13 @@ ENDED = ("never started", "finished", "cancelled", "stopped", "failed", "dead")
 """States in which nothing happens any more by itself."""
 
 _ANSWER_S = 20  # how long one of Slurm's commands may take
-_MARKS = ("recipe.json", "attempts.jsonl", "log.jsonl", "checkpoints")  # one of these makes a run folder
+_MARKS = (
+    "recipe.json",
+    "evaluation.json",
+    "attempts.jsonl",
+    "log.jsonl",
+    "checkpoints",
+)  # one of these makes a run folder
 _KILLED = "killed without notice"
 _LIFE_ENDS = {
     "BOOT_FAIL": "node failed",
@@ -249,8 +255,8 @@ def read(run: RunFolder) -> Facts:
             notes.append(" ".join(str(error).split()))
             return otherwise
 
-    def recipe() -> None:
-        run.recipe()
+    def work() -> None:
+        run.work()
 
     def attempts() -> list[dict[str, Any]]:
         lines = read_lines(run.attempts)
@@ -265,7 +271,7 @@ def read(run: RunFolder) -> Facts:
         found = run.owner()
         return None if found is None or found.why_dead() else found
 
-    tried(recipe, None)
+    tried(work, None)
     starts: list[dict[str, Any]] = tried(attempts, [])
     jobs = tried(lambda: _jobs(run.root / "jobs", starts), Jobs())
     return Facts(

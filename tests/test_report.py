@@ -1,4 +1,4 @@
-"""tools/_report.py: results.json read and refused, tables counted again, and pictures that show something."""
+"""cfmask/report.py: results.json read and refused, tables counted again, and pictures that show something."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
+from cfmask import report
 from cfmask.data.benchmarks import BENCHMARKS, SHIFTED
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
-from tools import _report as report
-from tools._report import PUBLISHED, Row, Split
+from cfmask.report import PUBLISHED, Row, Split
 
 PAPER = ("val", *(benchmark.name for benchmark in SHIFTED))
 COLUMNS = ("IN", "V2", "R", "Sketch", "ObjectNet", "A", "Avg.")

@@ -1,4 +1,5 @@
-"""Training on a real Slurm of two nodes is what it is on one machine. What interrupts it there: test_drill.py."""
+"""On a real Slurm of two nodes, training and evaluation are what they are here. What interrupts training there:
+test_drill.py."""
 
 from __future__ import annotations
 
@@ -9,7 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.runs import read_lines
+from cfmask.distributed import Place
+from cfmask.evaluation import Evaluation
+from cfmask.evaluator import run_evaluation
+from cfmask.report import read_results
+from cfmask.runs import RunFolder, read_lines
+from launch.batch import Planned, enqueue, take_up
+from launch.cluster_file import ClusterFile
+from launch.submit import parser, resolve_allocation
 from slurm_fixture import wait_until
 
 pytestmark = pytest.mark.slurm
@@ -33,3 +41,33 @@ def test_auto_means_slurm_where_srun_is_and_two_nodes_train_what_one_machine_doe
             assert torch.equal(ours[name], theirs[name]), f"{name} of {file} differs"
     [attempt] = read_lines(there / "attempts.jsonl")
     assert (attempt["nodes"], attempt["world_size"]) == (2, 2)
+
+
+def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, tmp_path):
+    materials = made.make_materials(tmp_path / "materials")
+    evaluation = Evaluation(
+        models=(str(materials / "tiny.safetensors"),),
+        shards=str(materials / "shards"),
+        sets=("val", "train"),
+        batch_size=2,
+        loader_workers=0,
+    )
+    alone = RunFolder(tmp_path / "alone")
+    alone.claim(evaluation)
+    run_evaluation(evaluation, alone, Place())
+
+    flags = ["--executor", "slurm", "--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "30"]
+    planned = Planned(RunFolder(tmp_path / "there"), evaluation, new=True)
+    take_up(planned)
+    [job] = enqueue([planned], resolve_allocation(parser().parse_args(flags), ClusterFile()), pace_s=0.25)
+    run = planned.run
+    made.wait_for(run.root, lambda: len(read_lines(run.log)) > 0, "a line of progress")
+    urgent = ("--partition=high", "--nodes=2", "--ntasks-per-node=4", "--wrap=sleep 2")
+    slurm_cluster.sbatch(*urgent, cwd=tmp_path)
+    made.wait_for(run.root, lambda: slurm_cluster.job(job.job_id).get("Restarts") == "1", "the preemption")
+    slurm_cluster.start_again_now(job.job_id)
+    made.wait_for(run.root, run.results.exists, "the results", 120)
+    assert read_results(run.root).models == read_results(alone.root).models
+    first, second = read_lines(run.attempts)
+    assert first["from_step"] == 0 < second["from_step"] < 192 and "requeue" in second["why_last_ended"]
+    wait_until(lambda: slurm_cluster.call("squeue", "--noheader") == "", "the job has gone")

@@ -1,8 +1,6 @@
-"""The tools that show what a run gave: evaluate, wise_ft, show_masks, plot_runs."""
+"""The tools that show what a run gave: show_masks, plot_runs."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import made
 from cfmask.errors import UserError
 from cfmask.models.head import load_model, save_model
 from cfmask.runs import RunFolder, append_lines, find_model
-from tools import evaluate, plot_runs, show_masks, wise_ft
+from tools import plot_runs, show_masks
 from towers import TINY
 
 
@@ -29,37 +27,6 @@ def shown(tmp_path_factory):
             parameter += 0.1
     save_model(root / "fine.safetensors", model, info)
     return root
-
-
-def test_evaluate_prints_and_writes_what_each_model_got_right(shown, capsys, tmp_path):
-    out = tmp_path / "counts.json"
-    models = [str(shown / "zero.safetensors"), str(shown / "fine.safetensors")]
-    command = [*models, "--shards", str(shown / "shards"), "--sets", "val", "train", "--loader-workers", "0"]
-    assert evaluate.main([*command, "--out", str(out)]) == 0
-    counts = json.loads(out.read_text())
-    assert {c["val"]["total"] for c in counts.values()} == {15}
-    printed = capsys.readouterr().out
-    assert all(f"{counts[m]['val']['top1']:.2f}" in printed for m in models)
-
-
-def test_wise_ft_is_each_model_at_its_end_and_the_mean_in_the_middle(shown, tmp_path):
-    zero, fine = (load_model(shown / f"{n}.safetensors")[0].state_dict() for n in ("zero", "fine"))
-    for alpha in (0, 0.5, 1):
-        out = tmp_path / f"{alpha}.safetensors"
-        ends = [str(shown / "zero.safetensors"), str(shown / "fine.safetensors")]
-        assert wise_ft.main([*ends, "--alphas", str(alpha), "--out", str(out)]) == 0
-        mixed = load_model(out)[0].state_dict()
-        for name in zero:
-            torch.testing.assert_close(mixed[name], (1 - alpha) * zero[name] + alpha * fine[name])
-
-
-def test_models_with_other_classes_are_not_compared(shown, tmp_path, capsys):
-    other = made.save_tiny_model(tmp_path / "two.safetensors", classes=made.CLASSES[:2])
-    sets = ["--shards", str(shown / "shards"), "--sets", "val"]
-    assert evaluate.main([str(shown / "zero.safetensors"), str(other), *sets]) == 2
-    assert "differ in classes" in capsys.readouterr().err
-    assert evaluate.main([str(other), *sets]) == 2
-    assert "labels and answers would not mean the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fill", ["single-fill", "multi-fill", "no-fill"])

@@ -740,8 +740,8 @@ def step_notes(case: Case, rounds: int, plain: Forward, peaks: dict[str, list[fl
 
 
 def parts_of_step(parts: list[Parts], plain: Forward) -> list[str]:
+    from cfmask.report import table
     from tools._bench_step import PARTS
-    from tools._shared import table
 
     if not parts:
         return []
@@ -829,7 +829,7 @@ def say(what: str) -> None:
 
 
 def report(name: str, bench: Bench | None, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
-    from tools._shared import table
+    from cfmask.report import table
 
     of = ""
     if bench is not None:

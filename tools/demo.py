@@ -23,20 +23,15 @@ import argparse
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-
-if TYPE_CHECKING:
-    from cfmask.models.tower import Classifier
 
 EVAL_SETS = ("val", "shift-random", "shift-swapped", "shift-style")
 
@@ -146,37 +141,27 @@ def run(*command: object) -> None:
 
 def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
     """Evaluate every model on every set, write results.json and table.md; the table."""
-    from tools._shared import evaluate_sets, load_models, table
-    from tools.wise_ft import between
+    from cfmask.report import ModelResult, Row, Split, bar_chart, markdown_table, read_results
 
     say("Evaluating")
-    runs = [(row, seed) for seed in seeds for row in names]
-    (zero, *tuned), info = load_models([out / "tower.safetensors", *(run_folder(out, *r) for r in runs)])
-    models: dict[tuple[str, int | None], Classifier] = {("zero-shot", None): zero}
-    models.update(zip(runs, tuned, strict=True))
+    zero = out / "tower.safetensors"
+    models: dict[Path, str] = {zero: "zero-shot"}
     for seed in seeds:
-        models["WiSE-FT, α = 0.5", seed] = between(zero, models["FT", seed], 0.5)
-    scores = evaluate_sets(list(models.values()), info, out / "shards", EVAL_SETS)
-    found = {key: {name: scores[name][i].top1 for name in EVAL_SETS} for i, key in enumerate(models)}
+        mixed = out / f"runs/wise-ft-s{seed}"
+        run("tools/wise_ft.py", zero, run_folder(out, "FT", seed), "--alphas", "0.5", "--out", mixed)
+        models |= {run_folder(out, "FT", seed): "FT", mixed: "WiSE-FT, α = 0.5"}
+        models |= {run_folder(out, row, seed): row for row in names[1:]}
+    folder = out / f"evaluation-{len(names)}-rows-s{'-'.join(map(str, seeds))}"
+    run("tools/evaluate.py", *models, "--shards", out / "shards", "--sets", *EVAL_SETS, "--out", folder)
 
-    rows = []
-    for name in ("zero-shot", "FT", "WiSE-FT, α = 0.5", *names[1:]):
-        per_seed = [sets for (row, _), sets in found.items() if row == name]
-        shifted = [statistics.mean(s[n] for n in EVAL_SETS[1:]) for s in per_seed]
-        rows.append([name, *(spread([s[n] for s in per_seed]) for n in EVAL_SETS), spread(shifted)])
-    text = table(["top-1 %", "val (in-distribution)", *EVAL_SETS[1:], "mean of shifted"], rows)
-    text += f"\n\nFine-tuning seeds: {', '.join(map(str, seeds))}"
-    text += "; mean ± standard deviation." if len(seeds) > 1 else "; --seeds 0 1 2 gives means and spreads."
+    found: dict[str, list[ModelResult]] = {}
+    for name, model in zip(models.values(), read_results(folder).models, strict=True):
+        found.setdefault(name, []).append(model)
+    rows, split = [Row(name, per_seed) for name, per_seed in found.items()], Split(EVAL_SETS[0], EVAL_SETS[1:])
+    text = markdown_table(rows, split)
     (out / "table.md").write_text(text + "\n")
-    plain = [{"row": row, "seed": seed, **sets} for (row, seed), sets in found.items()]
-    (out / "results.json").write_text(json.dumps(plain, indent=2))
+    bar_chart(rows, out / "bars.png", split)
     return text
-
-
-def spread(values: list[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
 def draw(out: Path, names: list[str], seed: int) -> list[Path]:
@@ -190,7 +175,7 @@ def draw(out: Path, names: list[str], seed: int) -> list[Path]:
     where = ("--shards", out / "shards", "--set", "val", "--segmentation", out / "images-masks/val")
     validation = out / f"mask-validation-{len(names)}-runs-s{seed}"
     validate_masks.main([str(part) for part in (*models, *where, "--mask", "object", "--out", validation)])
-    return [sheet, curves, validation / "curves.png", validation / "sheet.png"]
+    return [out / "bars.png", sheet, curves, validation / "curves.png", validation / "sheet.png"]
 
 
 if __name__ == "__main__":

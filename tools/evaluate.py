@@ -1,43 +1,71 @@
 #!/usr/bin/env python3
-"""Top-1 accuracy of models on sets of shards, each sample counted once.
+"""Top-1 accuracy of models on sets of shards: each sample once, on any number of ranks the same.
 
-python tools/evaluate.py RUN RUN/initial.safetensors --shards DIR --sets val sketch
+    python tools/evaluate.py RUN RUN/initial.safetensors --shards DIR --sets val sketch
+    python tools/evaluate.py RUN … --shards DIR --sets imagenet v2 r sketch objectnet a      the paper's table
+    python tools/evaluate.py RUN … --shards DIR --sets … --nodes 2                           as a job on Slurm
+    python tools/evaluate.py B32 B16 RUN --shards DIR --sets … --fit-on B32 B16              effective robustness
+
+ImageNet-R and -A are answered among their 200 classes, ObjectNet among its 125 ids, whose several are all right; a copy
+of a known set that is not whole is refused. Stopped at any moment, the same command goes on behind what was counted.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import exits_cleanly  # noqa: E402
-from cfmask.files import write_atomically  # noqa: E402
-from tools._shared import MODEL_HELP, add_data_arguments, data_arguments, evaluate_sets, load_models, table  # noqa: E402
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.runs import find_model  # noqa: E402
+from tools._evaluation import add_arguments, carry_out, evaluation_of, named_rows, short_names, show  # noqa: E402
+from tools._shared import MODEL_HELP  # noqa: E402
 
 
 @exits_cleanly
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts here as JSON")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what tables call the models (default: their paths)")
+    parser.add_argument(
+        "--fit-on",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="draw effective robustness too: above the line through these of the models (zero-shot ones)",
+    )
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
+    names = arguments.names or short_names(arguments.models)
+    if len(names) != len(arguments.models):
+        raise UserError(f"--names gives {len(names)} names to {len(arguments.models)} models.")
+    fit_on = [_number(path, arguments.models) for path in arguments.fit_on]
 
-    models, info = load_models(arguments.models)
-    scores = evaluate_sets(models, info, **data_arguments(arguments))
-    rows = [[path, *(f"{scores[name][i].top1:.2f}" for name in scores)] for i, path in enumerate(arguments.models)]
-    print(table(["top-1 %", *(f"{name} ({scores[name][0].total})" for name in scores)], rows))
-    if arguments.out:
-        counts = {
-            path: {
-                name: {"correct": s[i].correct, "total": s[i].total, "top1": s[i].top1} for name, s in scores.items()
-            }
-            for i, path in enumerate(arguments.models)
-        }
-        write_atomically(arguments.out, json.dumps(counts, indent=2))
+    evaluation = evaluation_of(arguments, models=arguments.models)
+    code, run = carry_out("evaluate", evaluation, arguments)
+    if code or not run.results.exists():
+        return code
+    show(run, "Evaluation", names)
+    if fit_on:
+        from cfmask import report
+
+        results = report.read_results(run.root)
+        rows = named_rows(results, names)
+        picture = run.root / "effective-robustness.png"
+        values = report.effective_robustness(rows, [names[i] for i in fit_on], picture, results.split)
+        print(f"\n{report.robustness_table(values)}\n\n{picture}")
+    return 0
+
+
+def _number(path: str, models: list[str]) -> int:
+    for i, model in enumerate(models):
+        if path == model or find_model(path).resolve() == find_model(model).resolve():
+            return i
+    raise UserError(f"--fit-on {path} is none of the models that are evaluated: name it among them as well.")
 
 
 if __name__ == "__main__":

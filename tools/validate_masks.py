@@ -41,23 +41,23 @@ from cfmask.data.segmentation import Segmented, categories, class_groups, open_m
 from cfmask.data.shards import Manifest, Shard  # noqa: E402
 from cfmask.data.stream import check_image_size  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.evaluate import check_classes  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.masking.fills import OBJECT  # noqa: E402
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, coverage, masks_at, rates, tally  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
+from cfmask.report import table  # noqa: E402
 from cfmask.runs import append_lines, find_model, read_lines  # noqa: E402
 from cfmask.step import camera_of  # noqa: E402
 from tools._shared import (  # noqa: E402
     DATA_HELP,
     MODEL_HELP,
     add_compute_arguments,
-    check_classes,
     load_models,
     load_sets,
     recorded_method,
-    table,
 )
 
 RATES = ("image masking rate", "object masking rate", "IoU")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     models, info = load_models(arguments.models)
     methods = [method_of(path, arguments) for path in arguments.models]
     [manifest] = load_sets(arguments.shards, [arguments.set]).values()
-    check_classes(manifest, info)
+    check_classes(manifest, info.classes)
     check_image_size(manifest, models[0].image_size)
     validation = Validation(
         models,

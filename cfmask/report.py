@@ -21,7 +21,6 @@ from scipy.special import expit, logit, stdtrit
 from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, SHIFTED, VAL
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
-from tools._shared import table
 
 IMAGENET = (VAL.name, "imagenet")
 """Names that ImageNet's validation set goes by."""
@@ -71,6 +70,14 @@ later papers; None where no number was available."""
 _ROUNDING = 0.05
 """Numbers are published with one decimal."""
 _Z = 1.959963984540054
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, padded so that it reads well in a terminal."""
+    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in rows]
+    head = "| " + " | ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)) + " |"
+    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])
 
 
 # --- what is in a results.json ----------------------------------------------------------------------------------------

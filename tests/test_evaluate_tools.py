@@ -1,0 +1,202 @@
+"""evaluate, wise_ft, soup: what a user types and gets, here and as a job; tests/test_evaluator.py has the numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import made
+from cfmask.models.head import load_model, save_model
+from cfmask.report import read_results
+from cfmask.runs import RunFolder, read_lines
+from slurm_fixture import wait_until
+from tools import evaluate, soup, wise_ft
+
+TOOLS = made.REPO / "tools"
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """root/shards with train and val, zero.safetensors, and two models a little away from it."""
+    root = tmp_path_factory.mktemp("shown")
+    made.draw_images(root / "images", per_class=5)
+    made.convert(root / "images", root / "shards")
+    made.save_tiny_model(root / "zero.safetensors")
+    torch.manual_seed(1)
+    for name in ("fine", "other"):
+        model, info = load_model(root / "zero.safetensors")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        save_model(root / f"{name}.safetensors", model, info)
+    return root
+
+
+def models(root: Path, *names: str) -> list[str]:
+    return [str(root / f"{name}.safetensors") for name in names]
+
+
+def sets(root: Path, *names: str) -> list[str]:
+    return ["--shards", str(root / "shards"), "--sets", *(names or ("val",)), "--loader-workers", "0"]
+
+
+def picture(path: Path) -> bool:
+    return min(Image.open(path).size) > 300
+
+
+def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path):
+    out = tmp_path / "out"
+    command = [*models(shown, "zero", "fine", "other"), *sets(shown, "val", "train"), "--out", str(out)]
+    assert (
+        evaluate.main([*command, "--names", "start", "A_1 & B", "C", "--fit-on", *models(shown, "zero", "fine")]) == 0
+    )
+    printed = capsys.readouterr().out
+    for model in read_results(out).models:
+        assert f"{model.sets['val'].top1:.1f}" in printed and model.sets["val"].total == 15
+    assert "A_1 & B" in (out / "table.md").read_text() and r"A\_1 \& B" in (out / "table.tex").read_text()
+    assert all(picture(out / f"{name}.png") for name in ("bars", "reliability", "effective-robustness"))
+    # Again: nothing is counted, everything is shown
+    before = (out / "results.json").stat().st_mtime_ns
+    assert evaluate.main([*command, "--names", "X", "Y", "Z"]) == 0
+    assert "| X " in capsys.readouterr().out and (out / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_model_that_was_trained_on_since_is_evaluated_anew(shown, capsys, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((shown / "zero.safetensors").read_bytes())
+    command = [str(path), *sets(shown), "--out", str(tmp_path / "out")]
+    assert evaluate.main(command) == 0
+    first = read_results(tmp_path / "out").models[0].sets["val"].calibration
+    path.write_bytes((shown / "fine.safetensors").read_bytes())
+    assert evaluate.main(command) == 0
+    assert "evaluated anew" in capsys.readouterr().err
+    assert read_results(tmp_path / "out").models[0].sets["val"].calibration != first
+
+
+def test_wise_ft_sweeps_chooses_on_the_holdout_and_draws(shown, capsys, tmp_path):
+    out = tmp_path / "out"
+    alphas = ["--alphas", "0", "0.5", "1"]
+    command = [*models(shown, "zero", "fine"), *alphas, *sets(shown), "--out", str(out), "--holdout", "train"]
+    assert wise_ft.main(command) == 0
+    chosen = json.loads((out / "results.json").read_text())["chosen"]
+    assert f"α = {(0, 0.5, 1)[chosen]:g}, the best on train: {out / 'model.safetensors'}" in capsys.readouterr().out
+    assert picture(out / "sweep.png")
+    assert wise_ft.main([*models(shown, "zero", "fine"), *alphas, *sets(shown), "--out", str(tmp_path / "none")]) == 0
+    assert "No model was saved" in capsys.readouterr().out and not (tmp_path / "none/model.safetensors").exists()
+
+
+def test_wise_ft_is_each_model_at_its_end_and_the_mean_in_the_middle(shown, tmp_path):
+    zero, fine = (load_model(path)[0].state_dict() for path in models(shown, "zero", "fine"))
+    for alpha in (0, 0.5, 1):
+        out = tmp_path / f"{alpha}"
+        assert wise_ft.main([*models(shown, "zero", "fine"), "--alphas", str(alpha), "--out", str(out)]) == 0
+        mixed = load_model(out / "model.safetensors")[0].state_dict()
+        for name in zero:
+            torch.testing.assert_close(mixed[name], (1 - alpha) * zero[name] + alpha * fine[name])
+
+
+def test_soups_are_stirred_and_said_what_went_in(shown, capsys, tmp_path):
+    ingredients = models(shown, "zero", "fine", "other")
+    assert soup.main([*ingredients, "--out", str(tmp_path / "uniform")]) == 0
+    assert "3 of 3 models" in capsys.readouterr().out
+    command = [*ingredients, "--greedy", "--holdout", "train", *sets(shown), "--out", str(tmp_path / "greedy")]
+    assert soup.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "no. 1" in printed and "greedy-soup" in printed and (tmp_path / "greedy/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "command", "reason"),
+    [
+        (evaluate, ["zero", "--sets", "nowhere"], "There is no folder of shards"),
+        (evaluate, ["zero", "--sets", "imagenet-r"], "There is no folder of shards at .*imagenet-r"),
+        (evaluate, ["zero", "two", "--sets", "val"], "differ in classes"),
+        (evaluate, ["two", "--sets", "val"], "labels and answers would not mean the same"),
+        (evaluate, ["zero", "--sets", "val", "--names", "a", "b"], "2 names to 1 models"),
+        (evaluate, ["zero", "--sets", "val", "--fit-on", "fine"], "none of the models"),
+        (evaluate, ["zero", "--sets", "val", "--partition", "x", "--executor", "local"], "would do nothing"),
+        (wise_ft, ["zero", "two"], "has 2 classes"),
+        (wise_ft, ["zero", "fine", "--alphas", "2"], "must lie in 0…1"),
+        (wise_ft, ["zero", "fine", "--alphas", "0", "1", "--holdout", "val", "--sets", "val"], "cannot test it"),
+        (soup, ["zero"], "two models or more"),
+        (soup, ["zero", "fine", "--holdout", "val"], "would do nothing"),
+        (soup, ["zero", "fine", "--greedy", "--sets", "val"], "name it with --holdout"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(shown, tmp_path, capsys, tool, command, reason):
+    if not (shown / "two.safetensors").exists():
+        made.save_tiny_model(shown / "two.safetensors", classes=made.CLASSES[:2])
+    words = [
+        str(shown / f"{word}.safetensors") if (shown / f"{word}.safetensors").exists() else word for word in command
+    ]
+    words += ["--shards", str(shown / "shards"), "--out", str(tmp_path / "out")]
+    assert tool.main(words) == 2
+    assert re.search(reason, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_checks_and_says_and_makes_nothing(shown, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert evaluate.main([*models(shown, "zero"), *sets(shown), "--dry-run", "--out", str(out)]) == 0
+    assert "nothing was run" in capsys.readouterr().out and not out.exists()
+
+
+def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, str(TOOLS / "evaluate.py"), *models(shown, "zero", "fine"), *sets(shown, "val", "train")]
+    command += ["--batch-size", "1", "--out", str(out)]
+    # A slow disk, for the sake of the signal
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(
+        "import sys, time, importlib.abc\n"
+        "class Find(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'cfmask.evaluator':\n"
+        "            import cfmask.data.stream as s\n"
+        "            real = s.eval_batches\n"
+        "            def slowly(*a, **k):\n"
+        "                for batch in real(*a, **k):\n"
+        "                    time.sleep(0.2)\n"
+        "                    yield batch\n"
+        "            s.eval_batches = slowly\n"
+        "sys.meta_path.insert(0, Find())\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{made.REPO}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: (out / "attempts.jsonl").exists(), "the evaluation to begin", 60)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Interrupted. The same command goes on" in error
+    assert "Traceback" not in error and (out / "progress.safetensors").exists()
+    assert evaluate.main([*command[2:]]) == 0
+    assert read_lines(out / "attempts.jsonl")[1]["from_step"] > 0
+    assert read_results(out).models[0].sets["train"].total == 15
+
+
+def test_as_a_job_of_two_ranks_it_gives_the_same(shown, tmp_path, capfd):
+    command = [*models(shown, "zero", "fine"), *sets(shown, "val", "train"), "--batch-size", "4", "--out"]
+    assert evaluate.main([*command, str(tmp_path / "here")]) == 0
+    capfd.readouterr()
+    job = [*command, str(tmp_path / "job"), "--executor", "local", "--tasks-per-node", "2"]
+    assert evaluate.main(job) == 0, made.logs(tmp_path / "job")
+    assert "top-1 %" in capfd.readouterr().out
+    here, there = (read_results(tmp_path / name) for name in ("here", "job"))
+    for one, other in zip(here.models, there.models, strict=True):
+        for name in ("val", "train"):
+            a, b = one.sets[name], other.sets[name]
+            assert (a.correct, a.total, a.per_class) == (b.correct, b.total, b.per_class)
+            assert a.ece == pytest.approx(b.ece, abs=1e-4)  # a rank has one thread here, and adds in another order
+    run = RunFolder(tmp_path / "job")
+    assert read_lines(run.attempts)[0]["world_size"] == 2 and (run.root / "code").is_dir()

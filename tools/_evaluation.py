@@ -1,0 +1,277 @@
+"""What evaluate, wise_ft and soup share: flags, how an evaluation is carried out, and how its results are shown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, VAL  # noqa: E402
+from cfmask.data.remote import is_remote  # noqa: E402
+from cfmask.data.shards import find_set, load_manifest  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
+from cfmask.evaluation import Evaluation  # noqa: E402
+from cfmask.files import write_atomically  # noqa: E402
+from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
+from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
+from launch.allocation import Allocation, add_allocation_arguments, given_flags, resolve_allocation  # noqa: E402
+from launch.batch import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
+from launch.submit import cluster_file  # noqa: E402
+from tools._shared import DATA_HELP  # noqa: E402
+
+if TYPE_CHECKING:
+    from cfmask.report import Results, Row
+
+ALIASES = {
+    "imagenet": VAL.name,
+    "v2": IMAGENET_V2.name,
+    "r": IMAGENET_R.name,
+    "sketch": IMAGENET_SKETCH.name,
+    "objectnet": OBJECTNET.name,
+    "a": IMAGENET_A.name,
+}
+"""Short names of the paper's six sets."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True) -> None:
+    parser.add_argument("--shards", required=sets_required, metavar="DIR_OR_URL", help=DATA_HELP)
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        required=sets_required,
+        default=[],
+        metavar="SET",
+        help=f"folders under --shards to evaluate on; {', '.join(ALIASES)} are the paper's six",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results.json, table.md, table.tex and pictures; the same command goes on in it "
+        "(default: evaluations/<tool>-<hash>)",
+    )
+    parser.add_argument(
+        "--allow-count-mismatch", action="store_true", help="take a known set that has other counts than it should"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images that go through a model together (default: 256)",
+    )
+    parser.add_argument(
+        "--loader-workers", type=int, metavar="N", help="threads that read (default: one less than there are cores)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "tf32", "bf16"),
+        default="auto",
+        help="arithmetic of the forward pass; auto: bf16 on GPUs, fp32 without (default: auto)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be run, run nothing")
+    parser.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stay until the job ends, and show what came of it (default: yes)",
+    )
+    add_allocation_arguments(parser, here=True)
+
+
+def evaluation_of(arguments: argparse.Namespace, **making: Any) -> Evaluation:
+    """The evaluation that flags ask for, checked against what is there.
+
+    Args:
+        making: fields of Evaluation that say what is made, and of what.
+
+    Raises:
+        UserError: what contradicts itself, or models and sets that do not belong together.
+    """
+    gpu = arguments.gpus_per_node[1] > 0 if arguments.gpus_per_node else arguments.tasks_per_node is None and _gpus()
+    precision = arguments.precision if arguments.precision != "auto" else "bf16" if gpu else "fp32"
+    shards = arguments.shards or ""
+    if shards and not is_remote(shards):
+        shards = str(Path(shards).resolve())
+    holdout = making.pop("holdout", None)
+    evaluation = Evaluation(
+        models=tuple(str(find_model(path).resolve()) for path in making.pop("models")),
+        shards=shards,
+        sets=tuple(_folder(shards, name) for name in arguments.sets),
+        holdout=None if holdout is None else _folder(shards, holdout),
+        batch_size=arguments.batch_size,
+        precision=precision,
+        loader_workers=arguments.loader_workers,
+        allow_count_mismatch=arguments.allow_count_mismatch,
+        **making,
+    ).checked()
+    _check(evaluation)
+    return evaluation
+
+
+def _folder(shards: str, name: str) -> str:
+    """The set that a name means: a folder's own, or one of the six's short ones."""
+    if name in ALIASES and (is_remote(shards) or not (Path(shards) / name).is_dir()):
+        return ALIASES[name]
+    return name
+
+
+def _gpus() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check(evaluation: Evaluation) -> None:
+    """All that can be known of models and sets before a job is queued."""
+    from cfmask.evaluate import check_classes, check_set
+
+    infos: list[ModelInfo] = []
+    for path in evaluation.models:
+        info = read_info(path)
+        if info is None or not info.classes:
+            raise UserError(
+                f"{path} is not a cfmask model file with a head. cfmask writes one to RUN/model.safetensors; "
+                "tools/build_head.py makes one of other programs' checkpoints."
+            )
+        if infos and evaluation.make != "nothing":
+            check_same_kind(info, infos[0], path, than=evaluation.models[0])
+        elif infos and info.classes != infos[0].classes:
+            raise UserError(
+                f"{path} and {evaluation.models[0]} differ in classes: they cannot be evaluated side by side."
+            )
+        infos.append(info)
+    names = [*evaluation.sets, *([evaluation.holdout] if evaluation.holdout else [])]
+    if is_remote(evaluation.shards):
+        return  # read when they are needed, through the nodes' cache
+    for name in names:
+        manifest = load_manifest(find_set(evaluation.shards, name))
+        check_set(manifest, allow_count_mismatch=evaluation.allow_count_mismatch)
+        if infos:
+            check_classes(manifest, infos[0].classes)
+
+
+def carry_out(tool: str, evaluation: Evaluation, arguments: argparse.Namespace) -> tuple[int, RunFolder]:
+    """Evaluate, in this process or where flags say; 0 when the results are there.
+
+    Returns:
+        Exit code, and the evaluation's folder.
+    """
+    folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
+    run = RunFolder(folder.absolute())
+    _drop_results_of_other_models(evaluation, run)
+    planned = Planned(run, evaluation, new=not run.has_work())
+    if run.results.exists():
+        run.claim(evaluation)
+        print(f"{run.root} has the results already", file=sys.stderr)
+        return 0, run
+    allocation = _allocation(arguments)
+    if arguments.dry_run:
+        print(evaluation.to_json())
+        if allocation is None:
+            print(f"Would run in this process, into {run.root}. Everything checked; nothing was run.")
+            return 0, run
+        return dry_run([planned], allocation), run
+    if allocation is None:
+        return _in_this_process(evaluation, run), run
+    if left_out(run, sweep=False):
+        return 0, run
+    take_up(planned)
+    if allocation.on_slurm:
+        return submit_to_slurm([planned], allocation, follow=arguments.follow), run
+    return run_here([planned], allocation, follow=arguments.follow), run
+
+
+def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
+    """A model file that was written anew since is another model."""
+    from cfmask.evaluator import files_of
+
+    results = read_object(run.results)
+    if results is not None and results.get("of", {}) != files_of(evaluation) and run.has_work():
+        run.claim(evaluation)
+        print(f"Models changed since {run.results} was written: they are evaluated anew.", file=sys.stderr)
+        run.results.unlink()
+        run.final.unlink(missing_ok=True)
+
+
+def _allocation(arguments: argparse.Namespace) -> Allocation | None:
+    """None: in this process."""
+    if arguments.executor == "here" and not given_flags(arguments):
+        return None
+    if arguments.executor == "here":
+        arguments.executor = "auto"
+    return resolve_allocation(arguments, cluster_file(arguments))
+
+
+def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
+    import torch
+
+    from cfmask.distributed import Place
+    from cfmask.evaluator import run_evaluation
+    from cfmask.session import FINISHED, QUIT
+
+    asked: list[str] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: asked.append(QUIT)) for number in numbers}
+    try:
+        run.claim(evaluation)
+        run.clear_cancelled()
+        cores = len(os.sched_getaffinity(0))
+        place = Place(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())
+        outcome = run_evaluation(evaluation, run, place, lambda: asked[-1] if asked else None)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if outcome == FINISHED:
+        return 0
+    print("Interrupted. The same command goes on behind what has been counted.", file=sys.stderr)
+    return 130
+
+
+def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
+    """Print the table of an evaluation, and write it beside its results with pictures.
+
+    Args:
+        names: of the models, in a table; by default as the results call them.
+    """
+    from cfmask import report
+
+    results = report.read_results(run.root)
+    if not results.sets:
+        return
+    rows = named_rows(results, names)
+    text = report.markdown_table(rows, results.split)
+    print(text)
+    write_atomically(run.root / "table.md", f"# {title}\n\n{text}\n")
+    write_atomically(run.root / "table.tex", report.latex_table(rows, results.split) + "\n")
+    report.bar_chart(rows, run.root / "bars.png", results.split)
+    report.reliability_chart(results.models, run.root / "reliability.png", results.split)
+    written = ["results.json", "table.md", "table.tex", "bars.png", "reliability.png"]
+    print(f"\n{run.root}: {', '.join(written)}")
+
+
+def named_rows(results: Results, names: Sequence[str]) -> list[Row]:
+    from cfmask import report
+
+    rows = report.rows_of(results)
+    return [replace(row, name=name) for row, name in zip(rows, names, strict=True)] if names else rows
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """What tells models apart: their paths without what all have in common at the ends."""
+    parts = [list(Path(path).absolute().parts) for path in paths]
+    if len(parts) < 2:
+        return [str(path) for path in paths]
+    while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[1:] for each in parts]
+    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    return ["/".join(each) for each in parts]

@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Model soups: average the weights of models that were fine-tuned from one start.
+
+    python tools/soup.py RUN RUN RUN --shards DIR --sets imagenet v2 r                        uniform: all of them
+    python tools/soup.py RUN RUN RUN --greedy --holdout holdout --shards DIR --sets imagenet  best first, if they help
+    python tools/soup.py RUN RUN --out DIR                                                    DIR/model.safetensors
+
+Wortsman et al., "Model soups", ICML 2022. A soup is a model as any other: evaluate it, or start from it with
+submit.py --pretrained. A released soup's state dict becomes one by tools/build_head.py --keep-head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.report import table  # noqa: E402
+from cfmask.runs import read_object  # noqa: E402
+from tools._evaluation import add_arguments, carry_out, evaluation_of, short_names, show  # noqa: E402
+from tools._shared import MODEL_HELP  # noqa: E402
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--greedy", action="store_true", help="put in each model, best first, that does not make --holdout worse"
+    )
+    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses: never a test set")
+    add_arguments(parser, sets_required=False)
+    arguments = parser.parse_args(argv)
+    if arguments.holdout and not arguments.greedy:
+        raise UserError("--holdout would do nothing: a uniform soup takes all models. Add --greedy, or leave it out.")
+    if len(arguments.models) < 2:
+        raise UserError("A soup is of two models or more.")
+
+    evaluation = evaluation_of(
+        arguments,
+        make="greedy-soup" if arguments.greedy else "uniform-soup",
+        models=arguments.models,
+        holdout=arguments.holdout,
+    )
+    code, run = carry_out("soup", evaluation, arguments)
+    if code or not run.results.exists():
+        return code
+    results = read_object(run.results) or {}
+    names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
+    if arguments.greedy:
+        chosen = results["ingredients"]
+        rows = [
+            [names[path], f"{top1:.2f}", f"no. {chosen.index(path) + 1}" if path in chosen else "left out"]
+            for path, top1 in zip(evaluation.models, results["holdout"], strict=True)
+        ]
+        print(table(["model", f"{evaluation.holdout}, alone", "in the soup"], rows) + "\n")
+    show(run, "Soup")
+    print(f"{len(results['ingredients'])} of {len(names)} models: {run.final}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
