@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -78,7 +79,11 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--arch", choices=ARCHITECTURES, help="OpenAI's CLIP of this size (--model …-quickgelu)")
+    p.add_argument(
+        "--arch",
+        choices=ARCHITECTURES,
+        help="OpenAI's CLIP of this size; where there is no network, with --pretrained and its weights",
+    )
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2, the paper's")
     p.add_argument("--rows", nargs="+", choices=list(LABELS), metavar="ROW", help=f"default: all. {', '.join(LABELS)}")
     p.add_argument(
@@ -137,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             code = send(scene, seen) if allocation.on_slurm else do_here(scene, seen)
     if arguments.follow and not code:
         code = follow(scene)
-    report(scene)
+    show_table(scene)
     return code
 
 
@@ -153,8 +158,8 @@ def _refuse(arguments: argparse.Namespace) -> None:
             "model. A variant of a row is a run of its own: launch/submit.py."
         )
     if arguments.arch:
-        if hasattr(arguments, "model.name") or hasattr(arguments, "model.pretrained"):
-            raise UserError("--arch names a model with OpenAI's weights; for others give --model and --pretrained.")
+        if hasattr(arguments, "model.name"):
+            raise UserError("--arch and --model both name a model: give one of them.")
         setattr(arguments, "model.name", f"{arguments.arch}-quickgelu")
     elif not hasattr(arguments, "model.name"):
         raise UserError(f"--arch is missing: {', '.join(ARCHITECTURES)}; or --model and --pretrained.")
@@ -174,13 +179,15 @@ def _refuse(arguments: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class Scene:
     """A plan and where it is done. base: what all training runs have in common. start: what the zero-shot model is, and
-    with it all that come of it. foreign_soup: the file that Setup.soup is to be made of."""
+    with it all that come of it. arch: of ARCHITECTURES, if it is OpenAI's. foreign_soup: the file that Setup.soup is to
+    be made of."""
 
     plan: Plan
     setup: Setup
     base: Recipe
     start: ModelInfo
     allocation: Allocation
+    arch: str | None = None
     foreign_soup: Path | None = None
 
     @classmethod
@@ -219,7 +226,8 @@ class Scene:
             classes=tuple(wnid for wnid, _ in classes),
             class_names=tuple(display for _, display in classes),
         )
-        return cls(paper_plan(choose_rows(arguments.rows, setup), setup), setup, base, start, allocation, foreign)
+        plan = paper_plan(choose_rows(arguments.rows, setup), setup)
+        return cls(plan, setup, base, start, allocation, arguments.arch, foreign)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.setup.folder / name)
@@ -246,6 +254,8 @@ class Scene:
         Raises:
             UserError: another plan in the folder; sets, models, recipes or ranks that do not go together.
         """
+        from cfmask.evaluate import check_set
+
         self._check_folder()
         sets = self.sets
         coming = {
@@ -265,6 +275,7 @@ class Scene:
             node.work.checked()
             for name in node.work.sets:
                 submit.check_same_classes(sets[name], sets[self.base.data.train_split])
+                check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
             if node.work.make == "zero-shot":
                 self._check_start()
         if self.setup.soup is not None and self.foreign_soup is None:
@@ -359,7 +370,26 @@ def look(scene: Scene) -> dict[str, Seen]:
     for name, facts in zip(scene.plan.nodes, found, strict=True):
         status, job = status_of(facts, slurm), in_queue(facts, slurm)
         seen[name] = Seen(judge(status, job), status, job)
+        if seen[name].state == DONE and _is_of_other_models(facts.run):
+            seen[name] = Seen(MISSING, status)
     return seen
+
+
+def _is_of_other_models(run: RunFolder) -> bool:
+    """Whether models that were evaluated have been written anew since. One that is gone is as it was."""
+    evaluated = (read_object(run.results) or {}).get("of", {})
+    there = {path: os.stat(path) for path in evaluated if os.path.isfile(path)}
+    return any([stat.st_size, stat.st_mtime_ns] != evaluated[path] for path, stat in there.items())
+
+
+def _take_up(run: RunFolder, node: Node, before: Seen) -> Planned[Recipe | Evaluation]:
+    """Make the folder, or see that it is this node's and nobody is at it; of other models' results it is rid."""
+    planned = Planned(run, node.work, new=not run.root.exists())
+    take_up(planned)
+    if before.status.state == "finished":
+        run.results.unlink(missing_ok=True)
+        run.final.unlink(missing_ok=True)
+    return planned
 
 
 def judge(status: Status, job: SlurmJob | None) -> str:
@@ -424,7 +454,8 @@ def _becomes(seen: Sequence[Seen]) -> str:
         status = each.status
         word = "done" if each.state == DONE else "waits" if each.state == WAITING else status.state
         if each.state == MISSING:
-            word = "–" if status.state == "never started" else status.state if each.job is None else "cannot start"
+            others = {"never started": "–", "finished": "of other models"}
+            word = "cannot start" if each.job is not None else others.get(status.state, status.state)
         if status.state == "running" and status.step and len(seen) == 1:
             left = f", ETA {duration(status.eta_s)}" if status.eta_s is not None else ""
             word += f" {status.step}/{status.total_steps}{left}"
@@ -533,10 +564,9 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
         if before.job is not None:
             print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
             subprocess.run(["scancel", before.job.id], capture_output=True)
-        elif before.status.state != "never started":
-            print(f"{node.name} is {before.status.state} ({before.status.last_end}): submitted again")
-        planned = Planned(run, node.work, new=not run.root.exists())
-        take_up(planned)
+        elif why := _why_again(before):
+            print(f"{node.name} {why}: submitted again")
+        planned = _take_up(run, node, before)
         allocation = scene.allocation
         if isinstance(node.work, Evaluation):
             allocation = on_one_node(allocation)
@@ -558,6 +588,15 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
     return 0
 
 
+def _why_again(before: Seen) -> str | None:
+    """Why a node that is missing is no new one, in words."""
+    if before.status.state == "never started":
+        return None
+    if before.status.state == "finished":
+        return "was of models that have been written anew"
+    return f"is {before.status.state}" + (f" ({before.status.last_end})" if before.status.last_end else "")
+
+
 def on_one_node(allocation: Allocation) -> Allocation:
     """For an evaluation: minutes on one node, and no result depends on how many there are."""
     return replace(allocation, nodes=1, again={**allocation.again, "nodes": 1})
@@ -577,13 +616,10 @@ def do_here(scene: Scene, seen: Mapping[str, Seen]) -> int:
             print(f"{node.name} is left out: it needs {', '.join(lacking)}")
             failed.append(node.name)
             continue
-        before = seen[node.name].status
-        if before.state != "never started":
-            print(f"{node.name} is {before.state} ({before.last_end}): it goes on")
-        print(f"\n{number} of {len(chosen)}: {node.name}", flush=True)
-        run = scene.folder(node.name)
-        planned = Planned(run, node.work, new=not run.root.exists())
-        take_up(planned)
+        before = seen[node.name]
+        why = _why_again(before)
+        print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: it goes on)" if why else ""), flush=True)
+        planned = _take_up(scene.folder(node.name), node, before)
         code = run_one_here(planned, scene.allocation, follow=True)
         if code == 130:
             return 130
@@ -633,10 +669,10 @@ def follow(scene: Scene) -> int:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def report(scene: Scene) -> None:
+def show_table(scene: Scene) -> None:
     """What rows there are, beside the published numbers: table.md, table.tex, results.json and pictures."""
     # Here, because a command that only submits needs neither scipy nor matplotlib.
-    from tools import _report
+    from cfmask import report as reports
 
     folder = scene.setup.folder
     rows, found, missing = [], {}, []
@@ -644,27 +680,27 @@ def report(scene: Scene) -> None:
         done = [name for name in row.found_in if scene.folder(name).results.exists()]
         models = []
         for name in done:
-            results = _report.read_results(folder / name)
+            results = reports.read_results(folder / name)
             models.append(results.models[results.chosen or 0])
         if len(done) < len(row.found_in):
             missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds there)" if done else ""))
         # One without models is a line of dashes.
-        rows.append(_report.Row(row.label, tuple(models) or (_report.ModelResult(row.label, {}),)))
+        rows.append(reports.Row(row.label, tuple(models) or (reports.ModelResult(row.label, {}),)))
         found[row.word] = len(done)
     if not any(found.values()):
         print("No row of the table is there yet.")
         return
     home, *shifted = scene.setup.evaluation.sets
-    split = _report.Split(home, tuple(shifted))
-    published = _published(scene.base, _report.PUBLISHED)
-    table = _report.comparison(rows, published, split) if published else _report.markdown_table(rows, split)
+    split = reports.Split(home, tuple(shifted))
+    published = _published(reports.PUBLISHED.get(scene.arch or "", {}))
+    table = reports.comparison(rows, published, split) if published else reports.markdown_table(rows, split)
     if missing:
         table += f"\n\nNot there yet: {'; '.join(missing)}."
     write_atomically(folder / "table.md", table + "\n")
-    write_atomically(folder / "table.tex", _report.latex_table(rows, split) + "\n")
+    write_atomically(folder / "table.tex", reports.latex_table(rows, split) + "\n")
     numbers = []
     for row, shown in zip(scene.plan.rows, rows, strict=True):
-        different = _report.differences(shown, published.get(row.label, {}), split)
+        different = reports.differences(shown, published.get(row.label, {}), split)
         numbers.append(
             {
                 "row": row.word,
@@ -684,23 +720,20 @@ def report(scene: Scene) -> None:
         )
     write_atomically(folder / "results.json", json.dumps({"plan": scene.identity, "rows": numbers}, indent=2))
     there = [row for row in rows if row.sets]
-    _report.bar_chart(there, folder / "bars.png", split)
+    reports.bar_chart(there, folder / "bars.png", split)
     written = ["table.md", "table.tex", "results.json", "bars.png"]
     line = [LABELS[word] for word in ("zero-shot", "ft") if found.get(word)]
     if len(line) == 2 and shifted:
         with contextlib.suppress(UserError):  # the two may be equal in distribution: no line goes through them
-            _report.effective_robustness(there, line, folder / "effective_robustness.png", split)
+            reports.effective_robustness(there, line, folder / "effective_robustness.png", split)
             written.append("effective_robustness.png")
     print(f"\n{table}\n\n{folder}: {', '.join(written)}")
 
 
-def _published(base: Recipe, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """By row's label, for OpenAI's models; nothing for others."""
-    arch = base.model.name.removesuffix("-quickgelu")
-    if base.model.pretrained != "openai" or arch not in known:
-        return {}
+def _published(known: Mapping[str, Any]) -> dict[str, Any]:
+    """By row's label, what is known of an architecture by the names of report.PUBLISHED."""
     names = {"zero-shot": "zero-shot", "ft": "FT", "wise-ft": "WiSE-FT", HEADLINE: "this method"}
-    return {LABELS[word]: known[arch][name] for word, name in names.items() if name in known[arch]}
+    return {LABELS[word]: known[name] for word, name in names.items() if name in known}
 
 
 if __name__ == "__main__":
