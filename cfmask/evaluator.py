@@ -462,7 +462,9 @@ class _Exchange:
     def send(self, asked: str | None, keep: bool) -> tuple[str | None, bool]:
         """This rank's wishes; returns what all ranks together wished a batch ago: to stop, to keep what is counted."""
         told = self.drain()
-        wishes = torch.tensor([asked == QUIT, asked == REQUEUE, keep], dtype=torch.int32).to(self._device)
+        # full is a kernel; a tensor made from a list would be a copy that waits
+        given = (asked == QUIT, asked == REQUEUE, keep)
+        wishes = torch.stack([torch.full((), wish, dtype=torch.int32, device=self._device) for wish in given])
         self._under_way = dist.all_reduce(wishes, async_op=True), wishes
         return told
 

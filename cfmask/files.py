@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from cfmask.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,6 +20,8 @@ if TYPE_CHECKING:
 # It can be read only by setting it: once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+_LOCK = ".lock"
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
@@ -28,6 +36,52 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+@contextmanager
+def sole_writer(folder: Path) -> Iterator[None]:
+    """Two processes must not write into one folder. The lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another process writes there, or none can.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "w")
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"Another process is writing to {folder}. Wait for it, or stop it first.") from None
+        yield
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A path of the same name and ending in the hidden folder ``.NAME.part`` beside ``path``, for who writes slowly, or
+    through a library: what is there in the end takes ``path``'s place, with all else that lies in the folder, unless an
+    error is raised. A writer that is killed leaves the folder; the next one of ``path`` empties it.
+
+    Raises:
+        UserError: another process is writing ``path``, or none can.
+    """
+    folder = path.with_name(f".{path.name}.part")
+    with sole_writer(folder):
+        try:
+            for leftover in _but_lock(folder):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield folder / path.name
+            # NAME.data, say, before NAME, which is of no use without it.
+            for made in sorted(_but_lock(folder), reverse=True):
+                os.replace(made, path.with_name(made.name))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _but_lock(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != _LOCK]
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

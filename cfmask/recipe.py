@@ -141,7 +141,7 @@ class Data:
     )
     train_split: str = setting("train", "folder under --shards to train on")
     eval_sets: tuple[str, ...] = setting(
-        (), "folders under --shards to evaluate at each epoch's end; training is the same without"
+        (), "folders under --shards to evaluate on at each epoch's end; training is the same without"
     )
     segmentation: str | None = setting(
         None,
@@ -226,6 +226,11 @@ class Run:
     checkpoint_minutes: float = setting(15.0, "minutes after which there is one in any case; 0: steps alone decide")
     keep_checkpoints: int = setting(2, "how many of the latest checkpoints stay")
     keep_epochs: bool = setting(True, "and those of epochs' ends, all of them")
+    eval_steps: int | None = setting(
+        None,
+        "optimizer steps between evaluations on the --eval-sets, beside those at epochs' ends; training is the same "
+        "without (none)",
+    )
     best_on: str | None = setting(
         None,
         "and of epochs' ends the one with the best top-1 on this of the --eval-sets, which checkpoints/best.json names "
@@ -272,6 +277,7 @@ class Recipe:
             ("--checkpoint-steps", r.checkpoint_steps, 1),
             ("--keep-checkpoints", r.keep_checkpoints, 1),
             ("--log-steps", r.log_steps, 1),
+            ("--eval-steps", r.eval_steps, 1),
             ("--loader-workers", d.loader_workers, 0),
             ("--seed", r.seed, 0),
         ):
@@ -314,6 +320,10 @@ class Recipe:
             raise UserError(f"--cache-gb is {d.cache_gb}; it must be a finite number above 0.")
         if not 0 <= r.checkpoint_minutes < math.inf:
             raise UserError(f"--checkpoint-minutes is {r.checkpoint_minutes}; it must be a finite number, 0 or more.")
+        if r.eval_steps is not None and not d.eval_sets:
+            raise UserError(
+                f"--eval-steps {r.eval_steps} would do nothing without --eval-sets: say what to evaluate on."
+            )
         if r.best_on is not None and r.best_on not in d.eval_sets:
             raise UserError(f"--best-on {r.best_on} would do nothing: it is not one of the --eval-sets.")
         if len(set(d.eval_sets)) != len(d.eval_sets):

@@ -164,7 +164,8 @@ def _train(
             seen = exchange.send(step, parts, norm, stop_request(), overdue)
             epoch_end = step % epoch_steps == 0
             due = epoch_end or step % recipe.run.checkpoint_steps == 0
-            if due or any(s.stop or s.overdue or s.bad for s in seen):
+            evaluates = bool(eval_sets) and (epoch_end or step % (recipe.run.eval_steps or epoch_steps) == 0)
+            if due or evaluates or any(s.stop or s.overdue or s.bad for s in seen):
                 seen += exchange.drain()
             due = due or any(s.overdue for s in seen)
             for summary in seen:
@@ -192,10 +193,12 @@ def _train(
             # Asked when there are new ones: a set that was mended goes on, whatever its epoch has seen.
             spoilt = any(s.bad for s in seen) and consumed.bad_in_epoch > bad_limit
             stop = next((s.stop for s in seen if s.stop), None)
-            if epoch_end and eval_sets:
+            if evaluates:
+                began = time.monotonic()
                 scores = _evaluate(model, normalise, eval_sets, recipe, place)
                 if recorder is not None:
-                    recorder.add_scores(step, epoch + 1, scores)
+                    # Before a checkpoint of this step: a resume from it does not evaluate again.
+                    recorder.add_scores(step, step / epoch_steps, scores, seconds=time.monotonic() - began)
             if epoch_end and recorder is not None:
                 recorder.add_overlap(step, epoch + 1, since=step - epoch_steps)
             if recorder is not None and writer is not None and (due or stop or spoilt):
@@ -685,12 +688,15 @@ class _Recorder:
         self._window.clear()
         self._since = summary.time
 
-    def add_scores(self, step: int, epoch: int, scores: dict[str, Score]) -> None:
+    def add_scores(self, step: int, epoch: float, scores: dict[str, Score], *, seconds: float) -> None:
+        """Log an evaluation. ``epoch``: passes over the training set until then; ``seconds``: what it took, which is no
+        part of the training's rate."""
         self._draw({f"eval/{name}": score.top1 for name, score in scores.items()}, step)
-        self._log.append({"step": step, "epoch": epoch, "eval": {n: s.top1 for n, s in scores.items()}})
+        passes = int(epoch) if epoch == int(epoch) else epoch
+        self._log.append({"step": step, "epoch": passes, "eval": {n: s.top1 for n, s in scores.items()}})
         self._append(self._run.log, self._log)
-        print(f"epoch {epoch}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
-        self._since = time.monotonic()
+        print(f"epoch {epoch:.4g}: " + ", ".join(f"{n} {s.top1:.2f} %" for n, s in scores.items()), flush=True)
+        self._since += seconds
 
     def add_overlap(self, step: int, epoch: int, *, since: int) -> None:
         """Log how far the masks of an epoch, the steps after ``since``, fell on objects."""
@@ -718,7 +724,6 @@ class _Recorder:
             iou = of_group["iou"][best]
             found = f"IoU up to {100 * iou:.1f} % at {THRESHOLDS[best]:g}" if iou is not None else "no object seen"
             print(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}", flush=True)
-        self._since = time.monotonic()
 
     def flush(self) -> None:
         """Curves and receipts reach the disk before the checkpoint does: what comes after it is done again if it has to

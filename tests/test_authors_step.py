@@ -82,7 +82,7 @@ def test_the_step_that_is_timed_part_by_part_is_our_step():
 def test_the_table_has_every_contender_and_every_part(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.info().config))
     command = [sys.executable, REPO / "tools/bench.py", "step", "--model", tmp_path / "tiny.json", "--device", "cpu"]
-    command += ["--batch", "4", "--rounds", "1", "--steps", "1", "--precision", "bf16"]
+    command += ["--batch-size", "4", "--rounds", "1", "--steps", "1", "--precision", "bf16"]
     # Threads would only wait for each other where other tests run too.
     one_core = {min(os.sched_getaffinity(0))}
     done = subprocess.run(

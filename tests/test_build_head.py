@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 
 import open_clip
 import pytest
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 import made
 from cfmask.data import imagenet
-from cfmask.models.head import initial_model, load_model, openai_templates, read_info
+from cfmask.models.head import initial_model, load_model, openai_templates, read_info, warn_of_preprocessing
 from cfmask.models.tower import Normalise
 from tools import build_head, evaluate
 from towers import ODD, TINY, tiny_clip
@@ -253,3 +255,57 @@ def test_weights_of_another_architecture_are_refused_with_the_ones_that_they_fit
     assert "its shapes are those of ViT-S-32, ViT-S-32-alt" in capsys.readouterr().err
     assert build_head.main(["--model", "ViT-S-32", *flags]) == 2
     assert "image tower only" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "told"),
+    [
+        ({}, ()),
+        ({"resize_mode": "shortest", "interpolation": "bicubic"}, ()),
+        ({"resize_mode": "squash"}, ("'squash', not of the short side",)),
+        ({"resize_mode": "squash", "interpolation": "bilinear"}, ("'squash'", "bilinear interpolation, not bicubic")),
+    ],
+)
+def test_weights_for_images_made_ready_in_another_way_come_with_a_warning(tmp_path, tiny, preprocess, told):
+    """SigLIP's and DFN's are squashed, MobileCLIP's and CLIPA's resized bilinearly."""
+    config = json.loads(open(tiny[1]).read())
+    config["preprocess_cfg"] |= preprocess
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    given = (None, str(tmp_path / "open_clip_config.json"), tiny[2])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert build(given, tmp_path / "head.safetensors", "--classes", str(class_file(tmp_path))) == 0
+    said = [str(warning.message) for warning in caught if "made ready in another way" in str(warning.message)]
+    assert len(said) == bool(told) and all(words in said[0] for words in told)
+
+
+def test_a_tag_of_open_clip_says_how_its_images_are_made_ready():
+    with pytest.warns(UserWarning, match="zero-shot accuracies will differ"):
+        warn_of_preprocessing("ViT-B-16-SigLIP", "webli")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_preprocessing("ViT-B-32-quickgelu", "openai")
+
+
+def with_tokenizer(tmp_path, tiny):
+    """The same CLIP, with a tokenizer of Hugging Face's that nobody has."""
+    config = json.loads(open(tiny[1]).read())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/none"
+    (tmp_path / "hf.json").write_text(json.dumps(config))
+    return None, str(tmp_path / "hf.json"), tiny[2]
+
+
+def test_a_tokenizer_that_cannot_be_downloaded_is_named(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
+    given = with_tokenizer(tmp_path, tiny)
+    assert build(given, tmp_path / "head.safetensors", "--classes", str(class_file(tmp_path))) == 2
+    said = capsys.readouterr().err
+    assert "needs the tokenizer nobody/none of Hugging Face, which cannot be had" in said and "the network" in said
+    assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_tokenizer_without_transformers_says_what_to_install(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails
+    given = with_tokenizer(tmp_path, tiny)
+    assert build(given, tmp_path / "head.safetensors", "--classes", str(class_file(tmp_path))) == 2
+    assert "`pip install transformers`" in capsys.readouterr().err

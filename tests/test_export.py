@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import open_clip
@@ -14,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from cfmask.files import written_aside
 from cfmask.models.head import build_tower, load_model, read_info, save_model
 from cfmask.models.tower import Normalise
-from made import CLASSES
+from made import CLASSES, REPO
 from tools import build_head, export
 from towers import ODD, TINY, tiny_clip
 
@@ -158,6 +162,36 @@ def test_a_checkpoint_that_computes_something_else_is_not_left_there(tuned, tmp_
         with pytest.raises(RuntimeError, match="open_clip computes other features"):
             run(tuned[1], kind, tmp_path / "new" / name, *of(tuned[1]))
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_a_killed_export_left_is_gone_after_the_next(tuned, tmp_path):
+    """Nothing can be cleared up by a process that SIGKILL ends while it writes."""
+    out = tmp_path / "new/robust.pt"
+    code = f"""
+import os, signal, sys, torch
+from tools import export
+def save(state, path):
+    open(path, "wb").write(b"torn")
+    os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+export.main({["tuned.safetensors", "--format", "open-clip", *map(str, of(tuned[1])), "--out", str(out)]!r})
+"""
+    command = [sys.executable, "-c", code.replace("'tuned.", f"'{tmp_path}/tuned.")]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    [left] = out.parent.iterdir()
+    assert (left / out.name).read_bytes() == b"torn"
+    assert run(tuned[1], "open-clip", out, *of(tuned[1])) == 0
+    assert [entry.name for entry in out.parent.iterdir()] == [out.name]
+    open_clip.load_checkpoint(tiny_clip(), str(out))
+
+
+def test_two_exports_do_not_write_one_file(tuned, tmp_path, capsys):
+    out = tmp_path / "new/robust.pt"
+    with written_aside(out):
+        assert run(tuned[1], "open-clip", out, *of(tuned[1])) == 2
+    assert "Another process is writing" in capsys.readouterr().err
+    assert not list(out.parent.iterdir())
 
 
 def test_missing_packages_are_named(tuned, tmp_path, monkeypatch, capsys):

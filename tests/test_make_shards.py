@@ -22,6 +22,7 @@ from PIL import Image
 from cfmask.data import imagenet, images, sources
 from cfmask.data.shards import ShardReader, load_index, load_manifest, write_shard
 from cfmask.data.stream import eval_batches
+from cfmask.files import sole_writer
 from tools import _conversion, make_shards
 
 REPO = Path(__file__).resolve().parents[1]
@@ -451,8 +452,8 @@ def test_a_folder_of_another_plan_is_left_alone(tmp_path, capsys):
 def test_two_conversions_do_not_write_into_one_folder(tmp_path, capsys):
     write_tree(tmp_path / "tree", imagenet_files("train"))
     (tmp_path / "out" / "train").mkdir(parents=True)
-    with make_shards.sole_writer(tmp_path / "out" / "train"):
-        assert "Another conversion is writing" in refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out")
+    with sole_writer(tmp_path / "out" / "train"):
+        assert "Another process is writing" in refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out")
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

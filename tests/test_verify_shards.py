@@ -373,7 +373,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
     flip(lambda index: int(index.offset[6]) + 40)(made)
     tar_of(made, 0).unlink()
     report = tmp_path / "report.json"
-    command = [sys.executable, REPO / "tools/verify_shards.py", made.root, "--full", "--json", report]
+    command = [sys.executable, REPO / "tools/verify_shards.py", made.root, "--full", "--out", report]
     allocation = ["--executor", "slurm", "--array", 2, "--cpus-per-task", 1, "--time", 30, "--partition", "low"]
     process = subprocess.Popen(
         [str(part) for part in [*command, *allocation, "--logs", tmp_path / "jobs"]],

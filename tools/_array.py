@@ -134,8 +134,8 @@ def add_array_arguments(parser: argparse.ArgumentParser, *, gpus: bool = False) 
     if gpus:
         g.add_argument("--gpus-per-task", type=int, metavar="N", help="GPUs and processes of a task (default: 1)")
     g.add_argument("--time", type=int, metavar="MIN", help="time limit of a task (default: 240)")
-    g.add_argument("--partition", help="Slurm partition")
-    g.add_argument("--account", help="Slurm account")
+    g.add_argument("--partition", metavar="NAME", help="Slurm partition")
+    g.add_argument("--account", metavar="NAME", help="Slurm account")
     g.add_argument("--logs", type=Path, metavar="DIR", help="gets logs and results, seen by all nodes (default: jobs)")
 
 

@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
         type=int,
         default=256,
         metavar="N",
-        help="images that go through a model together (default: 256)",
+        help="images at a time (default: 256)",
     )
     parser.add_argument(
         "--loader-workers", type=int, metavar="N", help="threads that read (default: one less than there are cores)"

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from cfmask.errors import UserError
 
-DEFAULT = "facebook/mask2former-swin-base-IN21k-coco-panoptic"
-"""The paper's: COCO panoptic, Swin-B pre-trained on ImageNet-21k (48558700_7 in Mask2Former's model zoo)."""
+DEFAULT = "facebook/mask2former-swin-base-coco-panoptic"
+"""The nearest to the paper's that the hub is known to have: Mask2Former, COCO panoptic, Swin-B. The paper's (48558700_7
+in Mask2Former's model zoo) has a Swin-B pre-trained on ImageNet-21k; with that one the hub has COCO instances, ADE20K
+and Cityscapes. Converted to Hugging Face's format, the paper's goes in as a folder: --segmenter DIR."""
 
 _FILES = "config.json, preprocessor_config.json and model.safetensors"
 
@@ -60,7 +62,7 @@ def read_config(name: str) -> Any:
     config = _load(_transformers().AutoConfig, name)
     if config.model_type != "mask2former":
         raise UserError(
-            f"--segmenter {name} is a model of type {config.model_type}, not mask2former. The paper's is {DEFAULT}."
+            f"--segmenter {name} is a model of type {config.model_type}, not mask2former, such as {DEFAULT}."
         )
     return config
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.models.head import ModelInfo, load_model
-from cfmask.models.tower import Classifier
 from cfmask.recipe import Method, load_recipe
 from cfmask.runs import find_model
+
+if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
+    from cfmask.models.tower import Classifier
 
 MODEL_HELP = "model file, run folder (its trained model, or its latest checkpoint's) or checkpoint folder"
 DATA_HELP = "folder with a folder of shards a set, or its URL"
@@ -31,8 +32,21 @@ def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any"
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="where to compute: cuda, cpu, or auto, a GPU if there is one (default: auto)",
     )
+
+
+def _device(name: str) -> str:
+    """Called when the flags are parsed, and not to print --help: torch takes seconds to import."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInfo]:

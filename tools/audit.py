@@ -185,7 +185,9 @@ def _attempts(run: RunFolder) -> Iterator[str]:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     run = RunFolder(parser.parse_args(argv).run)
     rows, problems = audit(run)

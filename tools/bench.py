@@ -41,6 +41,7 @@ from cfmask.data import plan  # noqa: E402
 from cfmask.data.images import STORES  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import PRESETS, Recipe  # noqa: E402
+from tools._shared import add_device_argument  # noqa: E402
 
 if TYPE_CHECKING:
     from tools._bench_step import Case, Forward, Measured, Parts
@@ -602,19 +603,18 @@ def _cells(mixing: Mixing) -> list[str]:
 
 def step(arguments: argparse.Namespace) -> str:
     """For each model and batch, a table of contenders and one of what our step's time goes to."""
-    import torch
 
     from tools._bench_step import Case
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
     precision = arguments.precision or ("bf16" if device == "cuda" else "fp32")
     if precision == "tf32" and device == "cpu":
         raise UserError("TF32 is a GPU's arithmetic. Choose --precision fp32 or bf16 on a CPU.")
     cases = STEPS[device]
     if arguments.model:
         cases = ((arguments.model, cases[0][1]),)
-    if arguments.batch:
-        cases = tuple((model, arguments.batch) for model in dict.fromkeys(model for model, _ in cases))
+    if arguments.batch_size:
+        cases = tuple((model, arguments.batch_size) for model in dict.fromkeys(model for model, _ in cases))
     steps = arguments.steps or (20 if device == "cuda" else 3)
     return "\n\n".join(step_of(Case(model, batch, device, steps), precision, arguments) for model, batch in cases)
 
@@ -702,7 +702,7 @@ def step_of(case: Case, precision: str, arguments: argparse.Namespace) -> str:
                 *(f"{100 * memory / max(m.peak for m in them):.0f}" if them else "" for them in beside),
             ]
         )
-    command = f"step --model {case.model} --batch {case.batch} --precision {precision} --device {case.device}"
+    command = f"step --model {case.model} --batch-size {case.batch} --precision {precision} --device {case.device}"
     command += f" --presets {' '.join(presets)}" if presets else ""
     notes = [*step_notes(case, rounds, plain, peaks), *parts_of_step(parts, plain)]
     return report(command, None, header, rows, notes)
@@ -771,7 +771,7 @@ def checkpoint(arguments: argparse.Namespace) -> str:
 
     from tools._bench_checkpoint import HEADER, NOTE, checkpoint_stall
 
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = arguments.device
     rows = checkpoint_stall(arguments.model, arguments.folder, device=device, rounds=arguments.rounds)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     return report("checkpoint", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
@@ -849,29 +849,39 @@ def cpu_name() -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="loader|convert|resume|parts|order|step|checkpoint")
     for name, what in (("loader", "training streams"), ("convert", "conversions")):
-        verb = verbs.add_parser(name, help=what)
-        verb.add_argument("--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)")
-        verb.add_argument("--peers", type=Path, default=REPO / ".venv-peers/bin/python", metavar="PYTHON")
+        verb = verbs.add_parser(name, help=what, allow_abbrev=False)
+        verb.add_argument("--source", type=Path, metavar="TREE", help="folder of class/image.JPEG (default: drawn)")
+        verb.add_argument(
+            "--peers",
+            type=Path,
+            default=REPO / ".venv-peers/bin/python",
+            metavar="PYTHON",
+            help="interpreter with the peers (default: that of .venv-peers)",
+        )
         verb.add_argument("--images", type=int, metavar="N", help="repeat the source's images up to so many")
         verb.add_argument("--seconds", type=float, default=8, metavar="S", help="of a warm measurement (default: 8)")
-        verb.add_argument("--batch", type=int, default=64, metavar="N", help="images in a batch (default: 64)")
+        verb.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
         verb.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these contenders alone")
-    verbs.choices["convert"].add_argument("--stores", nargs="+", choices=STORES, default=STORES, help="default: all")
-    verbs.add_parser("resume", help="time to the first batch")
-    verbs.add_parser("order", help="how well the order mixes")
-    verbs.add_parser("parts", help="what the time of an image goes to").add_argument(
-        "--source", type=Path, metavar="TREE", help="class/image.JPEG (default: drawn)"
+    verbs.choices["convert"].add_argument(
+        "--stores", nargs="+", choices=STORES, default=STORES, help="what shards hold (default: all of them)"
     )
-    verb = verbs.add_parser("step", help="training steps")
+    verbs.add_parser("resume", help="time to the first batch", allow_abbrev=False)
+    verbs.add_parser("order", help="how well the order mixes", allow_abbrev=False)
+    verbs.add_parser("parts", help="what the time of an image goes to", allow_abbrev=False).add_argument(
+        "--source", type=Path, metavar="TREE", help="folder of class/image.JPEG (default: drawn)"
+    )
+    verb = verbs.add_parser("step", help="training steps", allow_abbrev=False)
     verb.add_argument("--model", metavar="NAME", help="open_clip model, or a configuration's path (default: several)")
-    verb.add_argument("--batch", type=int, metavar="N", help="images in a batch (default: 32, on a GPU several)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: 32, on a GPU several)")
     verb.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), help="of our steps (default: fp32, on a GPU bf16)"
     )
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
+    add_device_argument(verb)
     verb.add_argument("--compiled", action="store_true", help="a row with torch.compile too (a minute a round)")
     verb.add_argument(
         "--presets",
@@ -882,17 +892,26 @@ def parser() -> argparse.ArgumentParser:
         help="these methods beside the authors', in place of the headline's variants",
     )
     verb.add_argument("--steps", type=int, metavar="N", help="timed in a round (default: 3, on a GPU 20)")
-    verb.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    verb = verbs.add_parser("checkpoint", help="what a checkpoint costs training")
-    verb.add_argument("--model", default="ViT-B-16-quickgelu", metavar="NAME", help="default: ViT-B-16-quickgelu")
-    verb.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if any")
+    verb.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is measured (default: 3)")
+    verb = verbs.add_parser("checkpoint", help="what a checkpoint costs training", allow_abbrev=False)
+    verb.add_argument(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        metavar="NAME",
+        help="open_clip model, or a configuration's path (default: ViT-B-16-quickgelu)",
+    )
+    add_device_argument(verb)
     verb.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write to (default: a temporary one)")
-    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="checkpoints (default: 5)")
+    verb.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
     for name in ("loader", "convert", "resume"):
         verb = verbs.choices[name]
-        verb.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+        verb.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is measured (default: 5)")
         verb.add_argument(
-            "--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: all cores"
+            "--workers",
+            type=int,
+            default=len(os.sched_getaffinity(0)),
+            metavar="N",
+            help="processes on this machine (default: all cores)",
         )
         verb.add_argument("--work", type=Path, metavar="DIR", help="where sets are made (default: a temporary folder)")
     return top
@@ -925,7 +944,7 @@ def main(argv: list[str] | None = None) -> int:
             work=work,
             peers=arguments.peers.absolute(),
             workers=arguments.workers,
-            batch=arguments.batch,
+            batch=arguments.batch_size,
             rounds=arguments.rounds,
             seconds=arguments.seconds,
         )

@@ -9,6 +9,10 @@
 Every tool takes the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
 alone. --pretrained takes OpenAI's archives, open_clip's checkpoints, and state dicts of WiSE-FT, FLYP and model soups.
 
+Weights on a --model with the other activation are refused where they can be told apart: by open_clip's tag, by OpenAI's
+archives, by a Hugging Face repository's configuration beside the file. A bare state dict, OpenAI's as .safetensors say,
+has the same tensors either way: nothing but --model decides, and what comes from OpenAI needs a -quickgelu one.
+
 Stopped at any moment, the same command goes on from the classes that are done.
 """
 
@@ -27,6 +31,7 @@ from cfmask import recipe  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.data.shards import load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.files import written_aside  # noqa: E402
 from cfmask.models.head import (  # noqa: E402
     initial_model,
     openai_templates,
@@ -41,7 +46,9 @@ from tools.make_shards import read_classes  # noqa: E402
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
     parser.add_argument(
         "--model",
@@ -59,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
         "--classes",
         default="imagenet",
         metavar="LIST",
-        help="the head's classes, in order: `imagenet` (default), a file with a line `folder<TAB>display name` a "
-        "class, or a folder of shards, whose classes it takes",
+        help="the head's: `imagenet`, a file with a line `folder<TAB>display name` a class, class 0 first, or a folder "
+        "of shards, whose classes it takes (default: imagenet)",
     )
     parser.add_argument(
         "--templates",
@@ -74,9 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         help="build no head: take the one in the checkpoint (classification_head.weight), whose rows are --classes",
     )
     add_device_argument(parser)
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="the model file to write (.safetensors)"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write (.safetensors)")
     arguments = parser.parse_args(argv)
     out, name, pretrained = arguments.out, arguments.model, arguments.pretrained
     if out.suffix != ".safetensors":
@@ -99,19 +104,20 @@ def main(argv: list[str] | None = None) -> None:
     ):
         print(f"there already: {out}")
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    model, info = initial_model(
-        name,
-        pretrained,
-        None,
-        classes,
-        arguments.device,
-        templates=templates,
-        keep_head=arguments.keep_head,
-        kept_rows=kept_rows,
-    )
-    save_model(out, model, info)
-    kept_rows.unlink(missing_ok=True)
+    with written_aside(out) as aside:
+        model, info = initial_model(
+            name,
+            pretrained,
+            None,
+            classes,
+            arguments.device,
+            templates=templates,
+            keep_head=arguments.keep_head,
+            kept_rows=kept_rows,
+        )
+        save_model(aside, model, info)
+    for leftover in (kept_rows, kept_rows.with_name(f"{kept_rows.name}.part")):
+        leftover.unlink(missing_ok=True)
     print(f"written: {out} ({len(classes)} classes; {info.provenance})")
 
 

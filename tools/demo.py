@@ -50,14 +50,22 @@ SEED = 0  # of the images and the pre-training; fine-tuning has --seeds
 
 
 @exits_cleanly
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=REPO / "demo", metavar="DIR", help="default: demo/ in the repository"
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=REPO / "demo",
+        metavar="DIR",
+        help="folder for all that is made (default: demo/ in the repository)",
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each (default: 0)"
+    )
     parser.add_argument("--control", action="store_true", help="fine-tune with random masks as well")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     rows = ROWS | CONTROL if arguments.control else ROWS
     started = time.monotonic()
     out = claim(arguments.out.resolve())

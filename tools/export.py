@@ -19,13 +19,11 @@ from the model's by more than a ten-thousandth of the largest are an error, and 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,10 +32,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import save_tensors, write_atomically  # noqa: E402
+from cfmask.files import save_tensors, write_atomically, written_aside  # noqa: E402
 from cfmask.models.head import ModelInfo, build_clip, read_info  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.models.weights import HUB_CONFIG, HUB_WEIGHTS, check_activation, find_weights, read_weights  # noqa: E402
+from tools._progress import stages  # noqa: E402
 from tools._shared import MODEL_HELP, load_models  # noqa: E402
 
 TOLERANCE = 1e-4
@@ -49,15 +48,19 @@ _ONNX_BYTES = 2**31 - 2**26
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--format", required=True, choices=("open-clip", "hub", "onnx"), help="see above")
+    parser.add_argument(
+        "--format", required=True, choices=("open-clip", "hub", "onnx"), help="what to write; see above"
+    )
     parser.add_argument(
         "--pretrained",
         metavar="TAG_OR_PATH",
-        help="open_clip tag, or the path of the checkpoint that the model was fine-tuned from, for its text tower",
+        help="open_clip tag, or the path of a checkpoint: what the model was fine-tuned from, for its text tower",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="the file or folder to write")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="file or folder to write")
     arguments = parser.parse_args(argv)
     out, kind, pretrained = arguments.out, arguments.format, arguments.pretrained
     endings = {"open-clip": (".safetensors", ".pt"), "onnx": (".onnx",), "hub": ("",)}[kind]
@@ -73,18 +76,22 @@ def main(argv: list[str] | None = None) -> None:
             "loads none without. Give the checkpoint that the model was fine-tuned from; --format onnx needs none."
         )
 
-    [model], info = load_models([arguments.model])
-    model.eval()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "onnx":
-        export_onnx(model, info, out)
-        print(f"written: {out}")
-    elif kind == "hub":
-        export_hub(model, info, pretrained, out)
-        print(f'written: {out}, for open_clip.create_model_and_transforms("local-dir:{out}")')
-    else:
-        export_open_clip(model, info, pretrained, out)
-        print(f"written: {out}, for {_how_to_create(info, out)}")
+    with written_aside(out) as aside, stages(4) as begin:
+        begin("reading the model")
+        [model], info = load_models([arguments.model])
+        model.eval()
+        if kind == "onnx":
+            export_onnx(model, info, aside, begin)
+        elif kind == "hub":
+            export_hub(model, info, pretrained, aside, begin)
+        else:
+            export_open_clip(model, info, pretrained, aside, begin)
+    how = {
+        "open-clip": f", for {_how_to_create(info, out)}",
+        "hub": f', for open_clip.create_model_and_transforms("local-dir:{out}")',
+        "onnx": "",
+    }[kind]
+    print(f"written: {out}{how}")
 
 
 # --- open_clip ------------------------------------------------------------------------------------------------------
@@ -112,23 +119,30 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
     return {**state, **{f"visual.{name}": value for name, value in model.visual.state_dict().items()}}
 
 
-def export_open_clip(model: Classifier, info: ModelInfo, pretrained: str, out: Path) -> None:
+def export_open_clip(
+    model: Classifier, info: ModelInfo, pretrained: str, out: Path, begin: Callable[[str], object]
+) -> None:
     """Write a checkpoint that open_clip.create_model loads.
+
+    Args:
+        begin: told what comes next.
 
     Raises:
         UserError: as ``whole_clip``.
     """
     import open_clip
 
+    begin("reading the text tower")
     state = whole_clip(model, info, pretrained)
-    with _aside(out) as aside:
-        if out.suffix == ".pt":
-            torch.save(state, aside)
-        else:
-            save_tensors(aside, state, {"format": "pt"})
-        loaded = build_clip(info, {name: torch.zeros_like(value) for name, value in state.items()})
-        open_clip.load_checkpoint(loaded, str(aside))
-        _check_features(loaded, model)
+    begin("writing")
+    if out.suffix == ".pt":
+        torch.save(state, out)
+    else:
+        save_tensors(out, state, {"format": "pt"})
+    begin("checking")
+    loaded = build_clip(info, {name: torch.zeros_like(value) for name, value in state.items()})
+    open_clip.load_checkpoint(loaded, str(out))
+    _check_features(loaded, model)
 
 
 def _how_to_create(info: ModelInfo, out: Path) -> str:
@@ -140,13 +154,16 @@ def _how_to_create(info: ModelInfo, out: Path) -> str:
     return f'open_clip.add_model_config("{info.name}"); open_clip.create_model("{name}", pretrained="{out}")'
 
 
-def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path) -> None:
+def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path, begin: Callable[[str], object]) -> None:
     """Write the folder of a Hugging Face repository for open_clip:
 
         open_clip_config.json        model and preprocessing
         open_clip_model.safetensors  the whole CLIP
         classifier.safetensors       the fine-tuned head: weight (classes, D), bias (classes,); metadata: its classes
         README.md                    the model card
+
+    Args:
+        begin: told what comes next.
 
     Raises:
         UserError: as ``whole_clip``; or a model whose tokenizer would have to be in the folder.
@@ -158,20 +175,22 @@ def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path) -
             f"{info.name} takes Hugging Face's tokenizer {tokenizer}, which open_clip looks for in the folder, and "
             "cfmask does not copy it there. Use --format open-clip."
         )
+    begin("reading the text tower")
     state = whole_clip(model, info, pretrained)
     preprocess = {"mean": info.mean, "std": info.std, "interpolation": "bicubic", "resize_mode": "shortest"}
-    with _aside(out) as aside:
-        aside.mkdir()
-        config = json.dumps({"model_cfg": info.config, "preprocess_cfg": preprocess}, indent=2)
-        write_atomically(aside / HUB_CONFIG, config)
-        save_tensors(aside / HUB_WEIGHTS, state, {"format": "pt"})
-        names = {"classes": json.dumps(info.classes), "class_names": json.dumps(info.class_names)}
-        save_tensors(aside / HEAD, model.head.state_dict(), {"format": "pt", **names})
-        write_atomically(aside / "README.md", _card(info))
-        loaded = open_clip.create_model(f"local-dir:{aside}")
-        if (tuple(loaded.visual.image_mean), tuple(loaded.visual.image_std)) != (info.mean, info.std):
-            raise RuntimeError("open_clip reads another preprocessing out of the folder than was written into it")
-        _check_features(loaded.eval(), model)
+    begin("writing")
+    out.mkdir()
+    config = json.dumps({"model_cfg": info.config, "preprocess_cfg": preprocess}, indent=2)
+    write_atomically(out / HUB_CONFIG, config)
+    save_tensors(out / HUB_WEIGHTS, state, {"format": "pt"})
+    names = {"classes": json.dumps(info.classes), "class_names": json.dumps(info.class_names)}
+    save_tensors(out / HEAD, model.head.state_dict(), {"format": "pt", **names})
+    write_atomically(out / "README.md", _card(info))
+    begin("checking")
+    loaded = open_clip.create_model(f"local-dir:{out}")
+    if (tuple(loaded.visual.image_mean), tuple(loaded.visual.image_std)) != (info.mean, info.std):
+        raise RuntimeError("open_clip reads another preprocessing out of the folder than was written into it")
+    _check_features(loaded.eval(), model)
 
 
 def _card(info: ModelInfo) -> str:
@@ -224,8 +243,11 @@ class Deployed(nn.Module):
 
 
 @torch.no_grad()
-def export_onnx(model: Classifier, info: ModelInfo, out: Path) -> None:
+def export_onnx(model: Classifier, info: ModelInfo, out: Path, begin: Callable[[str], object]) -> None:
     """Write an ONNX graph with weights; those of a model of 2 GB and more in OUT.data beside it.
+
+    Args:
+        begin: told what comes next.
 
     Raises:
         UserError: the packages that write and check ONNX are missing.
@@ -237,27 +259,25 @@ def export_onnx(model: Classifier, info: ModelInfo, out: Path) -> None:
 
     deployed = Deployed(model, info).eval()
     size = sum(value.numel() * value.element_size() for value in deployed.state_dict().values())
-    with _aside(out) as aside:
-        aside.mkdir()
-        graph = aside / out.name
-        torch.onnx.export(
-            deployed,
-            (torch.rand(2, 3, *model.visual.image_size),),
-            str(graph),
-            input_names=["pixels"],
-            output_names=["features", "logits"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
-            dynamo=True,
-            external_data=size > _ONNX_BYTES,
-            verbose=False,
-        )
-        proto = onnx.load(graph, load_external_data=False)
-        onnx.helper.set_model_props(proto, {"cfmask": info.to_metadata()["cfmask"]})
-        onnx.save(proto, graph)
-        onnx.checker.check_model(graph)
-        _check_onnx(graph, deployed, model)
-        for file in sorted(aside.iterdir(), reverse=True):  # OUT.data before OUT, which is of no use without it
-            os.replace(file, out.with_name(file.name))
+    begin("writing the graph")
+    torch.onnx.export(
+        deployed,
+        (torch.rand(2, 3, *model.visual.image_size),),
+        str(out),
+        input_names=["pixels"],
+        output_names=["features", "logits"],
+        dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        external_data=size > _ONNX_BYTES,
+        verbose=False,
+    )
+    begin("naming its classes")
+    proto = onnx.load(out, load_external_data=False)
+    onnx.helper.set_model_props(proto, {"cfmask": info.to_metadata()["cfmask"]})
+    onnx.save(proto, out)
+    begin("checking")
+    onnx.checker.check_model(out)
+    _check_onnx(out, deployed, model)
 
 
 def _check_onnx(graph: Path, deployed: Deployed, model: Classifier) -> None:
@@ -272,22 +292,6 @@ def _check_onnx(graph: Path, deployed: Deployed, model: Classifier) -> None:
             "onnxruntime",
             {"features": (torch.from_numpy(theirs[0]), features), "logits": (torch.from_numpy(theirs[1]), logits)},
         )
-
-
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """A name beside ``out`` with its ending; what is there in the end becomes ``out``, unless an error is raised. A
-    folder that was emptied meanwhile is removed."""
-    aside = out.with_name(f".{os.getpid()}.{out.name}")
-    try:
-        yield aside
-        if not aside.is_dir() or any(aside.iterdir()):
-            os.replace(aside, out)
-    finally:
-        if aside.is_dir():
-            shutil.rmtree(aside)
-        else:
-            aside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -477,7 +477,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--checksums", action="store_true", help="read everything, and record CRC and sha256 for verify_shards --full"
     )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
     return p
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Convert images to shards: plain WebDataset tars, an index beside each, one manifest a set.
 
-    make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
-    make_shards.py imagenet-v2 | imagenet-r | imagenet-a | imagenet-sketch | objectnet --source … --out DIR
-    make_shards.py folder   --source DIR_OR_TAR --out DIR    any tree of [split/]class/image
+    python tools/make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
+    python tools/make_shards.py imagenet-v2 --source … --out DIR          also -r, -a, -sketch, and objectnet
+    python tools/make_shards.py folder --source DIR_OR_TAR --out DIR      any tree of [split/]class/image
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
@@ -32,15 +32,12 @@ with its policy; the manifest's bad_samples counts the images that were left out
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,7 +48,7 @@ from tqdm import tqdm  # noqa: E402
 
 from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import write_atomically  # noqa: E402
+from cfmask.files import sole_writer, write_atomically  # noqa: E402
 from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
 from tools._conversion import (  # noqa: E402
     LEFT_OUT,
@@ -233,26 +230,6 @@ def plan_all(found: Collection, args: argparse.Namespace) -> list[Split]:
     return splits
 
 
-@contextmanager
-def sole_writer(folder: Path) -> Iterator[None]:
-    """Two conversions must not write into one folder. The lock goes with the process, however it ends.
-
-    (Jobs of a Slurm array do not take it. Two that make one shard write the same bytes aside, under names of their own,
-    and rename: that does no harm.)
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be written to ({error.strerror}).") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"Another conversion is writing to {folder}. Wait for it, or stop it first.") from None
-        yield
-
-
 def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
     """Write the plan's identity into the folder, or see that it is there already.
 
@@ -310,6 +287,8 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
     """Make what is missing of one split, then its manifest."""
     begun = time.monotonic()
     folder, name, tasks = split.folder, split.name, split.tasks
+    # Jobs of a Slurm array do not take the lock. Two that make one shard write the same bytes aside, under names of
+    # their own, and rename: that does no harm.
     with sole_writer(folder):
         claim(folder, tasks[0].plan, split.made)
         missing = [task for task in tasks if not is_made(task)]
@@ -405,7 +384,9 @@ def commit(split: Split, args: argparse.Namespace) -> tuple[shards.Manifest, int
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="SET")
 
     def verb(name: str, about: str) -> argparse.ArgumentParser:
@@ -463,15 +444,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_common_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--source", type=Path, required=True, metavar="DIR_OR_TAR", help="a tar is read in place")
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets one folder of shards a set")
-    p.add_argument("--seed", type=int, default=0, help="of the order of samples, and of --holdout (default: 0)")
+    p.add_argument(
+        "--source",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_TAR",
+        help="folder of images, or a tar, which is read in place",
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of shards a set")
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order of samples, and of --holdout (default: 0)"
+    )
     p.add_argument(
         "--samples-per-shard",
         type=int,
         default=1000,
         metavar="N",
-        help="at most (default: 1000, about 110 MB of ImageNet)",
+        help="at most so many (default: 1000, about 110 MB of ImageNet)",
     )
     p.add_argument(
         "--store",

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Loss and accuracy curves of runs as one picture. (The same values are in RUN/tensorboard.)
+"""Loss and accuracy curves of runs as one picture.
 
-python tools/plot_runs.py RUN RUN … --out curves.png
+    python tools/plot_runs.py RUN RUN … --out curves.png
+
+The same values are in RUN/tensorboard and, a line a step, in RUN/log.jsonl.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ from cfmask.runs import RunFolder, read_lines  # noqa: E402
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), metavar="FILE", help="default: curves.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("curves.png"), metavar="FILE", help="picture to write (default: curves.png)"
+    )
     arguments = parser.parse_args(argv)
     draw_curves(arguments.out, arguments.runs)
     print(f"written: {arguments.out}")

@@ -34,10 +34,11 @@ from cfmask.data import images, shards  # noqa: E402
 from cfmask.data.segmentation import MADE_BY, categories, class_groups, facts_of  # noqa: E402
 from cfmask.data.shards import Manifest, ShardReader  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.files import sole_writer  # noqa: E402
 from tools._array import add_array_arguments, resolve_array, run_array, run_here  # noqa: E402
 from tools._segmenter import DEFAULT, Segmenter, category_labels, read_config  # noqa: E402
-from tools._shared import DATA_HELP, load_sets  # noqa: E402
-from tools.make_shards import claim, progress, sole_writer  # noqa: E402
+from tools._shared import DATA_HELP, add_device_argument, load_sets  # noqa: E402
+from tools.make_shards import claim, progress  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
-    p.add_argument("--set", default="train", help="folder under --shards (default: train)")
+    p.add_argument("--set", default="train", metavar="SET", help="folder under --shards (default: train)")
     p.add_argument(
         "--groups",
         nargs="+",
@@ -106,10 +109,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"a Mask2Former of Hugging Face's, or a folder with its files (default: {DEFAULT})",
     )
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if any")
+    add_device_argument(p)
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
     add_array_arguments(p, gpus=True)
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets a folder of masks, named as the set")
+    p.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of masks, named as the set"
+    )
     return p
 
 

@@ -32,34 +32,51 @@ from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.step import camera_of, counterfactual  # noqa: E402
-from tools._shared import MODEL_HELP, load_models, load_sets, recorded_method  # noqa: E402
+from tools._progress import stages  # noqa: E402
+from tools._shared import DATA_HELP, MODEL_HELP, load_models, load_sets, recorded_method  # noqa: E402
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
-    parser.add_argument("--shards", metavar="DIR_OR_URL", help="folder with a folder of shards a set, or its URL")
-    parser.add_argument("--set", default="val", help="folder under --shards (default: val)")
-    parser.add_argument("--count", type=int, default=8, metavar="N", help="images to show (default: 8)")
-    parser.add_argument("--mask", choices=("object", "context", "random"), help="default: the run's, or object")
-    parser.add_argument("--fill", choices=("single-fill", "multi-fill", "no-fill"), help="default: the run's")
-    parser.add_argument("--threshold", type=float, metavar="X", help="default: the run's, or the paper's")
+    parser.add_argument("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
+    parser.add_argument("--set", default="val", metavar="SET", help="folder under --shards (default: val)")
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
+    parser.add_argument(
+        "--mask", choices=("object", "context", "random"), help="what is masked (default: the run's, or object)"
+    )
+    parser.add_argument(
+        "--fill",
+        choices=("single-fill", "multi-fill", "no-fill"),
+        help="what comes in its place (default: the run's, or single-fill)",
+    )
+    parser.add_argument(
+        "--threshold", type=float, metavar="X", help="CAM threshold, in 0…1 (default: the run's, or the paper's)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of images and donors (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("masks.png"), metavar="FILE", help="default: masks.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("masks.png"), metavar="FILE", help="picture to write (default: masks.png)"
+    )
     arguments = parser.parse_args(argv)
     if bool(arguments.images) == bool(arguments.shards):
         raise UserError("Give either --images or --shards: what to show the masks of.")
 
-    [model], info = load_models([arguments.model])
-    method = _method(arguments)
-    if arguments.images:
-        images, labels = _from_files(arguments.images, arguments.count, model.image_size, info)
-    else:
-        [manifest] = load_sets(arguments.shards, [arguments.set]).values()
-        images, labels = _from_shards(manifest, arguments.count, model.image_size, arguments.seed)
-    draw_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
+    with stages(3) as begin:
+        begin("reading the model")
+        [model], info = load_models([arguments.model])
+        method = _method(arguments)
+        begin("reading images")
+        if arguments.images:
+            images, labels = _from_files(arguments.images, arguments.count, model.image_size, info)
+        else:
+            [manifest] = load_sets(arguments.shards, [arguments.set]).values()
+            images, labels = _from_shards(manifest, arguments.count, model.image_size, arguments.seed)
+        begin("masking and drawing")
+        draw_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
     print(f"written: {arguments.out}")
 
 

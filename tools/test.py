@@ -47,4 +47,8 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(0)
     _bootstrap.ensure(("requirements.txt", "tests/requirements.txt"))
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

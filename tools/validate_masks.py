@@ -201,10 +201,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     p.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
-    p.add_argument("--set", default="val", help="folder under --shards (default: val)")
+    p.add_argument("--set", default="val", metavar="SET", help="folder under --shards (default: val)")
     p.add_argument("--segmentation", required=True, metavar="PATH", help="segmentation masks of the set; see above")
     p.add_argument(
         "--groups",
@@ -214,11 +216,20 @@ def parser() -> argparse.ArgumentParser:
         "or display name (default: those of the first four that the set has; all is then these three together)",
     )
     p.add_argument(
-        "--thresholds", nargs="+", type=float, default=THRESHOLDS, metavar="X", help="in 0…1 (default: 0.1 0.2 … 0.9)"
+        "--thresholds",
+        nargs="+",
+        type=float,
+        default=THRESHOLDS,
+        metavar="X",
+        help="CAM thresholds, in 0…1 (default: 0.1 0.2 … 0.9)",
     )
-    p.add_argument("--mask", choices=("object", "context"), help="default: the run's, or object")
-    p.add_argument("--cam", choices=("relevance", "grad-cam"), help="default: the run's, or relevance")
-    p.add_argument("--first-block", type=int, metavar="N", help="first block of relevance; default: the run's, or 0")
+    p.add_argument("--mask", choices=("object", "context"), help="what is masked (default: the run's, or object)")
+    p.add_argument(
+        "--cam", choices=("relevance", "grad-cam"), help="class activation map (default: the run's, or relevance)"
+    )
+    p.add_argument(
+        "--first-block", type=int, metavar="N", help="first block that relevance uses (default: the run's, or 0)"
+    )
     p.add_argument(
         "--allow-missing-masks",
         action="store_true",
@@ -227,7 +238,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of these images (default: 0)")
     add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
-    p.add_argument("--out", type=Path, default=Path("mask-validation"), metavar="DIR", help="default: mask-validation")
+    p.add_argument(
+        "--out",
+        type=Path,
+        default=Path("mask-validation"),
+        metavar="DIR",
+        help="folder for the numbers and pictures above (default: mask-validation)",
+    )
     return p
 
 

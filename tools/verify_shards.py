@@ -142,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="read headers and indexes (default)")
     mode.add_argument("--full", action="store_true", help="read and decode everything")
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: all cores)")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well")
+    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the findings to as well")
     add_array_arguments(p)
     return p
 
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     good = not any(found.problems for found in results)
     seconds = time.monotonic() - begun
     print(f"{'full' if args.full else 'quick'} check: {'all good' if good else 'BAD'} ({seconds:.0f} s)")
-    if args.json:
+    if args.out:
         report = {
             "good": good,
             "mode": "full" if args.full else "quick",
@@ -174,9 +174,9 @@ def main(argv: list[str] | None = None) -> int:
             "sets": [as_json(found) for found in results],
         }
         try:
-            write_atomically(args.json, json.dumps(report, indent=1).encode())
+            write_atomically(args.out, json.dumps(report, indent=1).encode())
         except OSError as error:
-            raise UserError(f"{args.json} cannot be written ({error.strerror}).") from None
+            raise UserError(f"{args.out} cannot be written ({error.strerror}).") from None
     return 0 if good else 1
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import struct
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,15 +84,7 @@ def model_info(name: str, pretrained: str = "", classes: Sequence[str] = (), pro
     Raises:
         UserError: open_clip knows no such model, or the file is no configuration.
     """
-    preprocess: dict[str, Any] = {}
-    if not name.endswith(".json"):
-        # Not above: it takes seconds, and submit.py needs it for a name only.
-        import open_clip
-
-        preprocess = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
-    config = read_config(name)
-    own = config.pop("preprocess_cfg", None)
-    preprocess = preprocess or own or {}
+    config, preprocess = _config_and_preprocessing(name, pretrained)
     return ModelInfo(
         name=name,
         config=config,
@@ -100,6 +93,45 @@ def model_info(name: str, pretrained: str = "", classes: Sequence[str] = (), pro
         classes=tuple(classes),
         provenance=provenance,
     )
+
+
+def _config_and_preprocessing(name: str, pretrained: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A model's configuration, and how its images are made ready (``mean``, ``std``, ``interpolation``,
+    ``resize_mode``), as far as its tag or its file says."""
+    preprocess: dict[str, Any] = {}
+    if not name.endswith(".json"):
+        # Not above: it takes seconds, and submit.py needs it for a name only.
+        import open_clip
+
+        preprocess = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
+    config = read_config(name)
+    own = config.pop("preprocess_cfg", None)
+    return config, preprocess or own or {}
+
+
+def warn_of_preprocessing(name: str, pretrained: str) -> None:
+    """Warn of weights that were trained on images made ready in another way than cfmask's, which is the paper's: the
+    short side resized bicubically, the centre cropped. Not refused: a model that is fine-tuned gets used to it."""
+    _, preprocess = _config_and_preprocessing(name, pretrained)
+    how = [
+        words
+        for key, ours, words in (
+            (
+                "resize_mode",
+                "shortest",
+                f"their size changed by {preprocess.get('resize_mode')!r}, not of the short side",
+            ),
+            ("interpolation", "bicubic", f"{preprocess.get('interpolation')} interpolation, not bicubic"),
+        )
+        if preprocess.get(key, ours) != ours
+    ]
+    if how:
+        warnings.warn(
+            f"The weights {pretrained!r} of {name} were trained on images made ready in another way than cfmask's: "
+            f"{'; '.join(how)}. cfmask resizes the short side bicubically and crops the centre, so zero-shot "
+            "accuracies will differ from published ones.",
+            stacklevel=3,
+        )
 
 
 def build_tower(info: ModelInfo) -> nn.Module:
@@ -194,6 +226,7 @@ def initial_model(
         check_architecture(own, model_info(name), pretrained)
         state = read_safetensors(pretrained)
     else:
+        warn_of_preprocessing(name, pretrained)
         state, foreign_head, quick_gelu = read_weights(find_weights(name, pretrained))
         check_activation(name, info.config, pretrained, quick_gelu)
 
@@ -480,7 +513,7 @@ def zero_shot_weight(
         state: of the whole CLIP.
         templates: sentences with a {} for the name.
         kept_rows: a file in which finished rows are kept, so that the same call goes on after being stopped. It is
-            left there, to be removed when the head is safe.
+            left there, to be removed when the head is safe. Nobody else may write to it.
 
     Raises:
         UserError: the checkpoint has no text tower, or another model's.
@@ -535,9 +568,6 @@ def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:
 
 
 def _write_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        save_tensors(aside, {"rows": rows}, info.to_metadata())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    aside = path.with_name(f"{path.name}.part")  # of one name: what a kill leaves there, the next one writes over
+    save_tensors(aside, {"rows": rows}, info.to_metadata())
+    os.replace(aside, path)
