@@ -594,8 +594,6 @@ def test_a_plan_of_dependent_jobs_survives_a_requeue_and_the_loss_of_who_submitt
     assert f"afterok:{jobs['ft-s0']}(" in slurm_cluster.job(jobs["wise-ft-s0"])["Dependency"]
     assert submits(words, capsys)[0] == {}, "nothing twice"
     # A job that comes back keeps its number: those that wait for it go on waiting.
-    os.kill(slurm_cluster.pid("slurmctld"), 9)
-    slurm_cluster.revive()
     made.wait_for_step(out / "ft-s0", 25)
     slurm_cluster.call("scontrol", "requeue", jobs["ft-s0"])
     slurm_cluster.start_again_now(jobs["ft-s0"])
