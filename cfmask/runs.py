@@ -175,10 +175,13 @@ class RunFolder:
         return self.root / "cancelled.json"
 
     def recipe(self) -> Recipe:
-        """Raises UserError if this is no run folder of a training run."""
-        if not (self.root / _RECIPE).exists():
-            raise UserError(f"{self.root} is not the run folder of a training: it has no {_RECIPE}. Check the path.")
-        return load_recipe(self.root / _RECIPE)
+        """Raises UserError if this is no run folder, or an evaluation's."""
+        work = self.work()
+        if isinstance(work, Evaluation):
+            raise UserError(
+                f"{self.root} is the folder of an evaluation, and a training run is needed. Check the path."
+            )
+        return work
 
     def has_work(self) -> bool:
         """Whether this is a run folder: of a training or an evaluation."""

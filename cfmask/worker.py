@@ -401,7 +401,8 @@ def _evaluate(
             world_size=place.world_size,
             loader_workers=_loader_workers(recipe.data, place),
         )
-        [scores[name]] = top1([model], normalise, batches, place.device, answers_of(manifest))
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            [scores[name]] = top1([model], normalise, batches, place.device, answers_of(manifest))
     return scores
 
 

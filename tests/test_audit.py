@@ -128,7 +128,7 @@ def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
 
 def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys):
     assert audit.main([str(tmp_path)]) == 2
-    assert "is not the run folder of a training" in capsys.readouterr().err
+    assert "is not a run folder" in capsys.readouterr().err
     run = train(materials, tmp_path / "run", stop_at=2)
     moved = dataclasses.replace(run.recipe(), data=dataclasses.replace(run.recipe().data, shards="/nowhere"))
     (run.root / "recipe.json").write_text(moved.to_json())

@@ -253,7 +253,8 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
     write_atomically(run.root / "table.md", f"# {title}\n\n{text}\n")
     write_atomically(run.root / "table.tex", report.latex_table(rows, results.split) + "\n")
     report.bar_chart(rows, run.root / "bars.png", results.split)
-    report.reliability_chart(results.models, run.root / "reliability.png", results.split)
+    called = [replace(model, name=row.name) for model, row in zip(results.models, rows, strict=True)]
+    report.reliability_chart(called, run.root / "reliability.png", results.split)
     written = ["results.json", "table.md", "table.tex", "bars.png", "reliability.png"]
     print(f"\n{run.root}: {', '.join(written)}")
 

@@ -95,7 +95,7 @@ def reliability_chart(models: Sequence[ModelResult], path: Path, split: Split | 
     from matplotlib.lines import Line2D
 
     sets = {label: n for label, n in split.columns.items() if n is not None and any(n in m.sets for m in models)}
-    columns = min(3, len(sets))
+    columns = 2 if len(sets) == 4 else min(3, len(sets))
     lines = -(-len(sets) // columns)
     errors_height = 0.55 + 0.15 * len(models)
     names = [model.name for model in models]
@@ -266,7 +266,7 @@ def effective_robustness(
     plt = _pyplot()
     from matplotlib.lines import Line2D
 
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     right, room = _number_columns(values)
     names = {name: _wrapped(name, room) for name in values}
