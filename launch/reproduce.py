@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     scene = Scene.of(arguments, file, allocation)
     seen = look(scene)
     scene.check(seen)
+    submit.warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
     print(overview(scene, seen))
     print(estimate(scene, seen, arguments.tflops))
     chosen = to_submit(scene.plan, {name: each.state for name, each in seen.items()})

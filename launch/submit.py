@@ -51,6 +51,7 @@ from launch.allocation import (  # noqa: E402
 )
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
 from launch.batch import (  # noqa: E402
+    AnyPlanned,
     Planned,
     dry_run,
     last_submission,
@@ -98,17 +99,23 @@ def main(argv: list[str] | None = None, *, pace_s: float = 0.0) -> int:
     """pace_s: how long its runs stay at each step (``Job``): launch/drill.py's word."""
     arguments = parser().parse_args(argv)
     file = cluster_file(arguments)
+    planned: Sequence[AnyPlanned]
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
+        print(planned[0].work.to_json())
     else:
         allocation = resolve_allocation(arguments, file)
-        planned = plan(arguments, file, allocation)
-    print(planned[0].work.to_json())
-    for each in planned[1:]:
-        print(f"{each.run.root.name}: {', '.join(planned[0].work.differences(each.work))}")
+        first, *others = planned = plan(arguments, file, allocation)
+        print(first.work.to_json())
+        for other in others:
+            print(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}")
     for each in planned:
-        check(each.work, each.run, allocation)
-    _warn_of_paths_outside(allocation, planned)
+        if isinstance(each.work, Recipe):
+            check(each.work, each.run, allocation)
+    work = planned[0].work
+    warn_of_paths_outside(
+        allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
+    )
     sweep = len(planned) > 1
     if sweep and arguments.follow is not None:
         raise UserError(
@@ -194,8 +201,8 @@ def _recipe_values(file: ClusterFile) -> dict[str, Any]:
     return values
 
 
-def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned[Recipe]]]:
-    """The run to go on with, and what it gets: what it got last, unless flags say otherwise.
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[AnyPlanned]]:
+    """The run (or evaluation) to go on with, and what it gets: what it got last, unless flags say otherwise.
 
     Raises:
         UserError: it is no run folder, or a flag would do nothing.
@@ -208,18 +215,18 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
             f"{', '.join(flags)}. Leave them out, or start another run without --resume."
         )
     run = RunFolder(arguments.resume.resolve())
-    recipe = run.recipe()
+    work = run.work()
     last = last_submission(run)
     same = last is not None and last["executor"] == choose_executor(arguments)
     allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)
     had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
-    if had not in (None, allocation.world_size):
+    if isinstance(work, Recipe) and had not in (None, allocation.world_size):
         print(
             f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
             "to rounding.",
             file=sys.stderr,
         )
-    return allocation, [Planned(run, recipe, new=False)]
+    return allocation, [Planned(run, work, new=False)]
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
@@ -339,10 +346,9 @@ def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
         )
 
 
-def _warn_of_paths_outside(allocation: Allocation, planned: Sequence[Planned[Recipe]]) -> None:
-    first = planned[0]
-    paths = [first.run.root, *([] if is_remote(first.work.data.shards) else [Path(first.work.data.shards)])]
-    for path in uncovered(allocation, paths):
+def warn_of_paths_outside(allocation: Allocation, folder: Path, shards: str) -> None:
+    """Of a job's folder and its shards, say which the container will not have."""
+    for path in uncovered(allocation, [folder, *([] if is_remote(shards) else [Path(shards)])]):
         print(
             f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
             "by itself, the job will not find it.",

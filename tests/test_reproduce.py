@@ -548,6 +548,10 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
         assert rows[word]["val"]["value"] == model["sets"]["val"]["top1"]
         assert rows[word]["shifted"]["value"] == model["sets"]["shifted"]["top1"]
     assert (out / "bars.png").stat().st_size > 5000
+    # An evaluation goes on like any run.
+    (out / "ft-eval-s0/results.json").unlink()
+    made.submit("--resume", out / "ft-eval-s0", "--executor", "local")
+    assert (out / "ft-eval-s0/results.json").exists()
 
 
 def test_published_numbers_stand_beside_ours():
