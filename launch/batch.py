@@ -192,8 +192,17 @@ def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, fo
     return follow_job(jobs[0], planned[0].run, local=False)
 
 
-def enqueue(planned: Sequence[AnyPlanned], allocation: Allocation, *, pace_s: float = 0.0) -> list[submitit.Job[Any]]:
+def enqueue(
+    planned: Sequence[AnyPlanned],
+    allocation: Allocation,
+    *,
+    pace_s: float = 0.0,
+    tell: Callable[[str], object] = print,
+) -> list[submitit.Job[Any]]:
     """One sbatch for all of them, whose folders have been taken up; their jobs, noted in the run folders.
+
+    Args:
+        tell: hears of the code that they run.
 
     Raises:
         UserError: Slurm does not take it. Folders that this command has made are gone again.
@@ -201,7 +210,7 @@ def enqueue(planned: Sequence[AnyPlanned], allocation: Allocation, *, pace_s: fl
     from launch.job import Job
 
     batch = Batch.of(planned)
-    snapshots = [keep_code(each.run) for each in planned]
+    snapshots = [keep_code(each.run, tell) for each in planned]
     for each in planned:
         (each.run.root / "jobs").mkdir(exist_ok=True)
     batch.link_runs()
@@ -313,15 +322,15 @@ def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_
     return executor
 
 
-def keep_code(run: RunFolder) -> snapshot.Snapshot:
-    """The present code, in the run folder; says what is different from what the run had last."""
+def keep_code(run: RunFolder, tell: Callable[[str], object] = print) -> snapshot.Snapshot:
+    """The present code, in the run folder; tells what is different from what the run had last."""
     kept = snapshot.take(REPO, run.root / "code")
-    print(f"code {kept}")
+    tell(f"code {kept}")
     last = last_submission(run)
     before = run.root / "code" / last["code"] if last else None
     if before is not None and before.exists() and before != kept.path:
         changed = snapshot.differing_files(before, kept.path)
-        print(
+        tell(
             f"The code is not what this run had last: {', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}. To "
             f"go on with that one: python {shlex.quote(str(before / 'launch/submit.py'))} --resume "
             f"{shlex.quote(str(run.root))}"

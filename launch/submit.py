@@ -17,9 +17,10 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
@@ -30,6 +31,7 @@ from cfmask.data.remote import is_remote  # noqa: E402
 from cfmask.data.shards import Manifest, find_set, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.models.head import (  # noqa: E402
+    ModelInfo,
     check_architecture,
     check_head,
     check_same_kind,
@@ -49,6 +51,7 @@ from launch.allocation import (  # noqa: E402
 )
 from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
 from launch.batch import (  # noqa: E402
+    AnyPlanned,
     Planned,
     dry_run,
     last_submission,
@@ -96,17 +99,23 @@ def main(argv: list[str] | None = None, *, pace_s: float = 0.0) -> int:
     """pace_s: how long its runs stay at each step (``Job``): launch/drill.py's word."""
     arguments = parser().parse_args(argv)
     file = cluster_file(arguments)
+    planned: Sequence[AnyPlanned]
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
+        print(planned[0].work.to_json())
     else:
         allocation = resolve_allocation(arguments, file)
-        planned = plan(arguments, file, allocation)
-    print(planned[0].work.to_json())
-    for each in planned[1:]:
-        print(f"{each.run.root.name}: {', '.join(planned[0].work.differences(each.work))}")
+        first, *others = planned = plan(arguments, file, allocation)
+        print(first.work.to_json())
+        for other in others:
+            print(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}")
     for each in planned:
-        check(each.work, each.run, allocation)
-    _warn_of_paths_outside(allocation, planned)
+        if isinstance(each.work, Recipe):
+            check(each.work, each.run, allocation)
+    work = planned[0].work
+    warn_of_paths_outside(
+        allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
+    )
     sweep = len(planned) > 1
     if sweep and arguments.follow is not None:
         raise UserError(
@@ -158,22 +167,30 @@ def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocatio
             raise UserError(f"--{one} and --{many} contradict each other: give one of them.")
         if given and len(set(given)) != len(given):
             raise UserError(f"--{many} names one of them twice: {' '.join(map(str, given))}.")
-    members = [
-        _with(arguments, preset, seed)
+    recipes = [
+        resolve_recipe(recipe_of(arguments, file, preset, seed), allocation)
         for preset in arguments.presets or [arguments.preset]
         for seed in arguments.seeds or [None]
     ]
-    if len(members) > 1 and arguments.run:
-        raise UserError(f"--run names one folder, and this is a sweep of {len(members)} runs. Leave it out.")
+    if len(recipes) > 1 and arguments.run:
+        raise UserError(f"--run names one folder, and this is a sweep of {len(recipes)} runs. Leave it out.")
     planned = []
-    for member in members:
-        for key, value in _recipe_values(file).items():
-            if not hasattr(member, f"data.{key}"):
-                setattr(member, f"data.{key}", value)
-        recipe = resolve_recipe(recipe_from(member), allocation)
+    for recipe in recipes:
         run = RunFolder((arguments.run or default_folder(recipe)).resolve())
         planned.append(Planned(run, recipe, new=not (run.root / "recipe.json").exists()))
     return planned
+
+
+def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | None, seed: int | None = None) -> Recipe:
+    """What flags, a row, a seed and the cluster file say of a recipe, not yet resolved; flags win."""
+    member = argparse.Namespace(**vars(arguments))
+    member.preset = preset
+    if seed is not None:
+        setattr(member, "run.seed", seed)
+    for key, value in _recipe_values(file).items():
+        if not hasattr(member, f"data.{key}"):
+            setattr(member, f"data.{key}", value)
+    return recipe_from(member)
 
 
 def _recipe_values(file: ClusterFile) -> dict[str, Any]:
@@ -184,16 +201,8 @@ def _recipe_values(file: ClusterFile) -> dict[str, Any]:
     return values
 
 
-def _with(arguments: argparse.Namespace, preset: str | None, seed: int | None) -> argparse.Namespace:
-    member = argparse.Namespace(**vars(arguments))
-    member.preset = preset
-    if seed is not None:
-        setattr(member, "run.seed", seed)
-    return member
-
-
-def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[Planned[Recipe]]]:
-    """The run to go on with, and what it gets: what it got last, unless flags say otherwise.
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[AnyPlanned]]:
+    """The run (or evaluation) to go on with, and what it gets: what it got last, unless flags say otherwise.
 
     Raises:
         UserError: it is no run folder, or a flag would do nothing.
@@ -206,18 +215,18 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
             f"{', '.join(flags)}. Leave them out, or start another run without --resume."
         )
     run = RunFolder(arguments.resume.resolve())
-    recipe = run.recipe()
+    work = run.work()
     last = last_submission(run)
     same = last is not None and last["executor"] == choose_executor(arguments)
     allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)
     had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
-    if had not in (None, allocation.world_size):
+    if isinstance(work, Recipe) and had not in (None, allocation.world_size):
         print(
             f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
             "to rounding.",
             file=sys.stderr,
         )
-    return allocation, [Planned(run, recipe, new=False)]
+    return allocation, [Planned(run, work, new=False)]
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
@@ -263,14 +272,19 @@ def default_folder(recipe: Recipe) -> Path:
     return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
 
 
-def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
+def check(
+    recipe: Recipe, run: RunFolder, allocation: Allocation, coming: Mapping[str, ModelInfo] = MappingProxyType({})
+) -> None:
     """All that can be known before a job is queued.
+
+    Args:
+        coming: what model files will be that are not there yet: another job makes them before this one starts.
 
     Raises:
         UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
     """
     shards = recipe.data.shards
-    train = _load_set(shards, recipe.data.train_split)
+    train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
     own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
     if own_lanes % recipe.optim.micro_batches:
@@ -284,25 +298,33 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
             "folder of PNGs, COCO annotations, or masks that tools/segment.py made."
         )
     for name in recipe.data.eval_sets:
-        _check_same_classes(_load_set(shards, name), train)
+        check_same_classes(load_set(shards, name), train)
     if run.initial.exists():
         return  # the run has its weights and head
+    classes = tuple(wnid for wnid, _ in train.classes)
     pretrained = recipe.model.pretrained
-    own = read_info(pretrained) if os.path.isfile(pretrained) else None
+    own = read_info(pretrained) if os.path.isfile(pretrained) else coming.get(pretrained)
     if recipe.model.head:
-        check_head(recipe.model.head, [wnid for wnid, _ in train.classes])
+        check_head(recipe.model.head, classes)
+    elif own is not None and not os.path.isfile(pretrained):
+        if own.classes != classes:
+            raise UserError(
+                f"{pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated first; "
+                f"{train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+            )
     elif own is not None and own.classes:
-        check_head(pretrained, [wnid for wnid, _ in train.classes])
+        check_head(pretrained, classes)
     asked = model_info(recipe.model.name, pretrained)
     depth = asked.config["vision_cfg"].get("layers", 12)
     if recipe.method.first_block is not None and isinstance(depth, int) and recipe.method.first_block >= depth:
         raise UserError(
             f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
         )
-    if recipe.method.ensemble is not None:
-        path = find_model(recipe.method.ensemble)
+    ensemble = recipe.method.ensemble
+    if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
+        path = find_model(ensemble)
         start = own if own is not None else asked
-        check_same_kind(read_info(path), replace(start, classes=tuple(w for w, _ in train.classes)), str(path))
+        check_same_kind(read_info(path), replace(start, classes=classes), str(path))
     if own is not None:
         check_architecture(own, asked, pretrained)
     else:
@@ -311,11 +333,11 @@ def check(recipe: Recipe, run: RunFolder, allocation: Allocation) -> None:
 
 
 @functools.cache
-def _load_set(shards: str, name: str) -> Manifest:
+def load_set(shards: str, name: str) -> Manifest:
     return load_manifest(find_set(shards, name))
 
 
-def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
+def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
     ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
     if ours != theirs:
         raise UserError(
@@ -324,10 +346,9 @@ def _check_same_classes(evaluated: Manifest, train: Manifest) -> None:
         )
 
 
-def _warn_of_paths_outside(allocation: Allocation, planned: Sequence[Planned[Recipe]]) -> None:
-    first = planned[0]
-    paths = [first.run.root, *([] if is_remote(first.work.data.shards) else [Path(first.work.data.shards)])]
-    for path in uncovered(allocation, paths):
+def warn_of_paths_outside(allocation: Allocation, folder: Path, shards: str) -> None:
+    """Of a job's folder and its shards, say which the container will not have."""
+    for path in uncovered(allocation, [folder, *([] if is_remote(shards) else [Path(shards)])]):
         print(
             f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
             "by itself, the job will not find it.",

@@ -1,0 +1,90 @@
+"""What a plan costs: FLOPs of steps and evaluations, and the GPU-hours that they take at some rate. Pure.
+
+F is one forward of the image tower. What is counted is matrix products, as tools/bench.py counts them; starts of jobs,
+reading, checkpoints, and the text tower of the zero-shot head are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cfmask.data.plan import steps_per_epoch
+from cfmask.evaluation import Evaluation
+from cfmask.recipe import Method, Recipe
+from launch.plan import Node
+
+# In F, as counted on ViT-B/16. In the last block of what the head looks at, the class token alone goes on.
+_FORWARD = 0.93
+_TRAINED = 2.80
+_CAM = {"relevance": 0.99, "grad-cam": 0.06}
+
+
+def step_forwards(method: Method) -> float:
+    """F per image of a training step by a resolved method. A CAM mask without fill lets patches be dropped, how many
+    the images say: there this is the most that it can be."""
+    if method.name == "linear-probe":
+        return _FORWARD
+    kept = 1 - (method.rate or 0.0) if method.mask == "random" and method.fill == "no-fill" else 1.0
+    total = _TRAINED
+    if method.name == "wise-kd":
+        total += _FORWARD  # the ensemble's, of the clean images
+    if method.by_cam and method.distils:
+        total += _CAM[method.cam or "relevance"]
+    if method.masked:
+        total += kept * (_FORWARD + _TRAINED)
+    elif method.distils:
+        total += _FORWARD
+    return total
+
+
+def forward_flops(config: Mapping[str, Any]) -> float:
+    """F of an open_clip ViT configuration: FLOPs per image, two for a multiplication and addition."""
+    vision = config["vision_cfg"]
+    width, patch = vision.get("width", 768), vision.get("patch_size") or 16
+    layers = vision.get("layers", 12)
+    size = vision.get("image_size", 224)
+    patches = (size // patch) ** 2
+    tokens = patches + 1
+    block = tokens * (4 + 2 * vision.get("mlp_ratio", 4.0)) * width**2 + 2 * tokens**2 * width
+    return 2 * (patches * 3 * patch**2 * width + layers * block + width * config["embed_dim"])
+
+
+def image_forwards(node: Node, images: Mapping[str, int]) -> float:
+    """F of all of a node's images.
+
+    Args:
+        images: number of images by set.
+    """
+    work = node.work
+    if isinstance(work, Evaluation):
+        models = max(len(work.alphas) if work.make == "wise-ft" else 1, len(work.models) * (work.make == "nothing"))
+        return models * sum(images[name] for name in work.sets)
+    optim = work.optim
+    an_epoch = optim.batch_size * steps_per_epoch(images[work.data.train_split], optim.batch_size)
+    trained = an_epoch * optim.epochs * step_forwards(work.method)
+    trained += an_epoch * (optim.probe_epochs or 0) * _FORWARD
+    return trained + optim.total_epochs * sum(images[name] for name in work.data.eval_sets)
+
+
+def hours(flops: float, tflops: float) -> float:
+    """GPU-hours at so many TFLOP/s of each GPU."""
+    return flops / (tflops * 1e12) / 3600
+
+
+def rate_of(recipe: Recipe, samples_per_s: float, world_size: int, flops: float) -> float:
+    """TFLOP/s of each rank, of a run that takes so many samples a second. flops: F."""
+    return samples_per_s * step_forwards(recipe.method) * flops / world_size / 1e12
+
+
+def longest_chain(nodes: Mapping[str, Node], cost: Mapping[str, float]) -> float:
+    """The dearest of the chains of nodes that come one after the other: what it takes if all else is done beside it.
+
+    Args:
+        nodes: in order. cost: of the nodes that are to be done; others cost nothing.
+    """
+    ends: dict[str, float] = {}
+    for node in nodes.values():
+        before = max((ends[name] for name in node.after if name in ends), default=0.0)
+        ends[node.name] = before + cost.get(node.name, 0.0)
+    return max(ends.values(), default=0.0)
