@@ -199,6 +199,7 @@ class Scene:
         evaluation = Evaluation(
             shards=base.data.shards,
             sets=tuple(arguments.sets),
+            precision=base.run.precision,
             allow_count_mismatch=arguments.allow_count_mismatch,
         )
         given = arguments.soup.resolve() if arguments.soup else None
