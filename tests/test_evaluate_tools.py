@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -69,6 +70,14 @@ def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path)
     before = (out / "results.json").stat().st_mtime_ns
     assert evaluate.main([*command, "--names", "X", "Y", "Z"]) == 0
     assert "| X " in capsys.readouterr().out and (out / "results.json").stat().st_mtime_ns == before
+
+
+def test_models_of_one_name_are_seeds_of_one_row(shown, capsys, tmp_path):
+    command = [*models(shown, "zero", "fine", "other"), *sets(shown, "val", "train"), "--out", str(tmp_path / "out")]
+    assert evaluate.main([*command, "--names", "start", "tuned", "tuned"]) == 0
+    found = [model.sets["val"].top1 for model in read_results(tmp_path / "out").models[1:]]
+    expected = f"{statistics.mean(found):.1f} ± {statistics.stdev(found):.1f}"
+    assert expected in capsys.readouterr().out and expected in (tmp_path / "out/table.md").read_text()
 
 
 def test_a_model_that_was_trained_on_since_is_evaluated_anew(shown, capsys, tmp_path):

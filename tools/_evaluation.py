@@ -28,7 +28,7 @@ from launch.submit import cluster_file  # noqa: E402
 from tools._shared import DATA_HELP  # noqa: E402
 
 if TYPE_CHECKING:
-    from cfmask.report import Results, Row
+    from cfmask.report import ModelResult, Results, Row
 
 ALIASES = {
     "imagenet": VAL.name,
@@ -253,17 +253,24 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
     write_atomically(run.root / "table.md", f"# {title}\n\n{text}\n")
     write_atomically(run.root / "table.tex", report.latex_table(rows, results.split) + "\n")
     report.bar_chart(rows, run.root / "bars.png", results.split)
-    called = [replace(model, name=row.name) for model, row in zip(results.models, rows, strict=True)]
+    called = results.models
+    if names:
+        called = tuple(replace(model, name=name) for model, name in zip(called, names, strict=True))
     report.reliability_chart(called, run.root / "reliability.png", results.split)
     written = ["results.json", "table.md", "table.tex", "bars.png", "reliability.png"]
     print(f"\n{run.root}: {', '.join(written)}")
 
 
 def named_rows(results: Results, names: Sequence[str]) -> list[Row]:
+    """A row for each name; models of one name are seeds of it. No names: a row for each model."""
     from cfmask import report
 
-    rows = report.rows_of(results)
-    return [replace(row, name=name) for row, name in zip(rows, names, strict=True)] if names else rows
+    if not names:
+        return report.rows_of(results)
+    found: dict[str, list[ModelResult]] = {}
+    for name, model in zip(names, results.models, strict=True):
+        found.setdefault(name, []).append(model)
+    return [report.Row(name, per_seed) for name, per_seed in found.items()]
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

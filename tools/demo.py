@@ -23,6 +23,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -149,27 +150,30 @@ def run(*command: object) -> None:
 
 def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
     """Evaluate every model on every set, write results.json and table.md; the table."""
-    from cfmask.report import ModelResult, Row, Split, bar_chart, markdown_table, read_results
+    from cfmask.report import read_results
 
     say("Evaluating")
     zero = out / "tower.safetensors"
-    models: dict[Path, str] = {zero: "zero-shot"}
+    models: dict[Path, tuple[str, int | None]] = {zero: ("zero-shot", None)}
     for seed in seeds:
-        mixed = out / f"runs/wise-ft-s{seed}"
-        run("tools/wise_ft.py", zero, run_folder(out, "FT", seed), "--alphas", "0.5", "--out", mixed)
-        models |= {run_folder(out, "FT", seed): "FT", mixed: "WiSE-FT, α = 0.5"}
-        models |= {run_folder(out, row, seed): row for row in names[1:]}
+        fine, mixed = run_folder(out, "FT", seed), out / f"runs/wise-ft-s{seed}"
+        run("tools/wise_ft.py", zero, fine, "--alphas", "0.5", "--out", mixed)
+        models |= {fine: ("FT", seed), mixed: ("WiSE-FT, α = 0.5", seed)}
+        models |= {run_folder(out, row, seed): (row, seed) for row in names[1:]}
     folder = out / f"evaluation-{len(names)}-rows-s{'-'.join(map(str, seeds))}"
-    run("tools/evaluate.py", *models, "--shards", out / "shards", "--sets", *EVAL_SETS, "--out", folder)
+    called = [name for name, _ in models.values()]
+    where = ("--shards", out / "shards", "--sets", *EVAL_SETS, "--out", folder)
+    run("tools/evaluate.py", *models, "--names", *called, *where)
 
-    found: dict[str, list[ModelResult]] = {}
-    for name, model in zip(models.values(), read_results(folder).models, strict=True):
-        found.setdefault(name, []).append(model)
-    rows, split = [Row(name, per_seed) for name, per_seed in found.items()], Split(EVAL_SETS[0], EVAL_SETS[1:])
-    text = markdown_table(rows, split)
-    (out / "table.md").write_text(text + "\n")
-    bar_chart(rows, out / "bars.png", split)
-    return text
+    found = zip(models.values(), read_results(folder).models, strict=True)
+    plain = [
+        {"row": row, "seed": seed, **{name: model.sets[name].top1 for name in EVAL_SETS}}
+        for (row, seed), model in found
+    ]
+    (out / "results.json").write_text(json.dumps(plain, indent=2))
+    for name in ("table.md", "bars.png"):
+        shutil.copyfile(folder / name, out / name)
+    return (out / "table.md").read_text()
 
 
 def draw(out: Path, names: list[str], seed: int) -> list[Path]:

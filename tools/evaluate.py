@@ -30,7 +30,12 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="what tables call the models (default: their paths)")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        metavar="NAME",
+        help="what tables call the models (default: their paths); models of one name are seeds of one row: mean ± sd",
+    )
     parser.add_argument(
         "--fit-on",
         nargs="+",
