@@ -26,6 +26,24 @@ import pytest  # noqa: E402
 from slurm_fixture import slurm_cluster  # noqa: E402,F401
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A tool or a rank in this process takes as many threads as there are cores, and a test that forks after that has a
+    child that waits for ever for threads that it does not have."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+LONGEST = ("drill", "rank_death", "reproduce", "async_checkpoint", "sweep", "methods", "cancel", "doctor", "resume")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first: several are worked on at once, and none of these should be left for the end."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture
 def with_transformers(monkeypatch):
     """What the test starts finds transformers."""

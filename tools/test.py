@@ -27,7 +27,11 @@ def main(arguments: list) -> int:
         "mypy": ["mypy"],
         # Threads of many small test processes on few cores only get into each other's way; but most of what these tests
         # do is wait for processes that they have started, so several files are worked on at once.
-        "pytest": ["pytest", "--numprocesses", WORKERS, "--dist", "loadfile", *pytest_options, *arguments],
+        "pytest": [
+            *("pytest", "--numprocesses", WORKERS, "--dist", "loadfile", "--no-loadscope-reorder"),
+            *pytest_options,
+            *arguments,
+        ],
     }
     if not slow:
         print("Left out: the sweeps marked slow; python3 tools/test.py --slow runs them too.", flush=True)
