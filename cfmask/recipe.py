@@ -424,7 +424,7 @@ def _resolved_method(method: Method) -> Method:
     if method.name == "wise-kd" and method.ensemble is None:
         raise UserError(
             "--method wise-kd learns from a WiSE-FT ensemble: give it with --ensemble FILE. python tools/wise_ft.py "
-            "ZERO FINE --alphas 0.5 --out FILE makes one of a zero-shot and a fine-tuned model."
+            "ZERO FINE --alphas 0.5 --out DIR makes one of a zero-shot and a fine-tuned model, DIR/model.safetensors."
         )
     return resolved
 

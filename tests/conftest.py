@@ -49,13 +49,3 @@ def with_transformers(monkeypatch):
     """What the test starts finds transformers."""
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != str(LEAN)))
-
-
-@pytest.fixture
-def no_group_left():
-    """For runs in this process. One that fails leaves its process group, as a process does that is about to die."""
-    import torch.distributed as dist
-
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()

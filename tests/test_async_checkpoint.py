@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import cfmask.worker
@@ -333,8 +332,6 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
 
 STEPS = 12  # 2 epochs of 6
 
-pytestmark = pytest.mark.usefixtures("no_group_left")
-
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
@@ -443,7 +440,6 @@ def test_the_last_one_missing_is_an_error_at_the_end_and_the_same_command_mends_
         fail_at(patch, {8, 12})
         with pytest.raises(CheckpointNotWritten, match="step 12 .*No space left on device"):
             train(recipe, tmp_path / "run")
-    dist.destroy_process_group()
     run = RunFolder(tmp_path / "run")
     assert logged_steps(run) == list(range(1, 13)) and not run.results.exists()
     assert steps_in(run.checkpoints) == [4, 6]

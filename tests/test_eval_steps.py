@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 
 import made
@@ -22,13 +21,6 @@ SCHEDULE = [(3, 0.5), (6, 1), (9, 1.5), (12, 2)]  # every 3 of 6 steps an epoch:
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     return made.make_materials(tmp_path_factory.mktemp("materials"))
-
-
-@pytest.fixture(autouse=True)
-def no_group_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def recipe_of(materials: Path, eval_steps: int | None = 3, **run) -> Recipe:
@@ -56,7 +48,6 @@ def curve(run: RunFolder) -> list[tuple[int, float]]:
 @pytest.fixture(scope="module")
 def evaluated(materials, tmp_path_factory) -> RunFolder:
     run = made.train(recipe_of(materials), tmp_path_factory.mktemp("evaluated") / "run")
-    dist.destroy_process_group() if dist.is_initialized() else None
     return run
 
 
@@ -86,7 +77,6 @@ def test_each_evaluation_is_logged_by_step_and_epoch_and_drawn(evaluated):
 @pytest.mark.parametrize("stop_at", [2, 3, 5, 9], ids="step {}".format)
 def test_a_run_that_was_stopped_logs_each_evaluation_once(materials, evaluated, tmp_path, stop_at):
     made.train(recipe_of(materials), tmp_path / "run", stop_at=stop_at)
-    dist.destroy_process_group() if dist.is_initialized() else None
     run = made.train(recipe_of(materials), tmp_path / "run")
     assert evaluations(run) == evaluations(evaluated)
     assert curve(run) == curve(evaluated)
@@ -99,7 +89,6 @@ def test_a_run_that_was_killed_past_its_checkpoint_logs_each_evaluation_once(mat
     assert sum("eval" in line for line in lines) == 1
     with open(run.log, "a") as file:
         file.write("".join(f"{line}\n".replace("'", '"') for line in lines))
-    dist.destroy_process_group() if dist.is_initialized() else None
     made.train(recipe_of(materials), tmp_path / "run")
     assert evaluations(run) == evaluations(evaluated)
 

@@ -24,9 +24,6 @@ def materials(tmp_path_factory):
     return made.make_materials(tmp_path_factory.mktemp("materials"))
 
 
-pytestmark = pytest.mark.usefixtures("no_group_left")
-
-
 def recipe_of(materials, preset: str, **optim) -> Recipe:
     base = PRESETS[preset]
     settings = {"epochs": 2, "batch_size": 16, "lanes": 4, "micro_batches": 2, "lr": 1e-3, **optim}
@@ -114,8 +111,8 @@ def assert_same_end(run: RunFolder, other: RunFolder, step: int) -> None:
 
 def test_wise_kd_learns_from_an_ensemble_that_wise_ft_made_and_keeps_a_copy_of_it(materials, tmp_path):
     fine = train(recipe_of(materials, "ft", lr=1e-2), tmp_path / "ft")
-    ensemble = tmp_path / "wise.safetensors"
-    wise_ft.main([str(fine.initial), str(fine.root), "--alphas", "0.5", "--out", str(ensemble)])
+    ensemble = tmp_path / "wise/model.safetensors"
+    wise_ft.main([str(fine.initial), str(fine.root), "--alphas", "0.5", "--out", str(ensemble.parent)])
     recipe = recipe_of(materials, "wise-kd")
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(recipe.method, ensemble=str(ensemble)))
     train(recipe, tmp_path / "run", stop_at=4)

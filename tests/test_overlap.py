@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -47,13 +46,6 @@ def materials(tmp_path_factory) -> Path:
     made.convert(root / "images", root / "shards", "--samples-per-shard", "10")
     made.save_tiny_model(root / "tiny.safetensors", TINY, WNIDS)
     return root
-
-
-@pytest.fixture(autouse=True)
-def no_group_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def recipe_of(materials: Path, *, segmentation: bool = True, lr: float = 1e-3) -> Recipe:
@@ -120,7 +112,6 @@ def test_it_changes_no_weight(materials, measured, tmp_path):
 @pytest.mark.parametrize("stop_at", [1, 2, 4])
 def test_a_run_that_was_stopped_logs_each_image_once(materials, measured, tmp_path, stop_at):
     train(recipe_of(materials), tmp_path / "run", stop_at=stop_at)
-    dist.destroy_process_group() if dist.is_initialized() else None
     run = train(recipe_of(materials), tmp_path / "run")
     for ours, theirs in zip(overlaps(run), overlaps(measured), strict=True):
         assert ours["step"] == theirs["step"]
@@ -137,7 +128,6 @@ def test_what_was_summed_past_the_checkpoint_is_summed_again(materials, measured
         line = read_lines(run.overlaps)[-1]
         file.write(json.dumps({**line, "step": 3}) + "\n")
         file.write('{"step": 4, "tall')
-    dist.destroy_process_group() if dist.is_initialized() else None
     run = train(recipe_of(materials), tmp_path / "run")
     assert [line["overlap"]["all"]["images"] for line in overlaps(run)] == [30, 30]
     assert overlaps(run)[0]["overlap"]["all"]["iou"] == pytest.approx(

@@ -306,7 +306,7 @@ def test_processes_and_threads_share_one_download(server, cache):
     ]
     for child in children:
         child.start()
-    assert {results.get(timeout=15) for _ in range(16)} == {sha(data)}
+    assert {results.get(timeout=60) for _ in range(16)} == {sha(data)}
     for child in children:
         child.join(10)
         assert child.exitcode == 0

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -24,13 +23,6 @@ def materials(tmp_path_factory) -> Path:
     root = made.make_materials(tmp_path_factory.mktemp("materials"))
     (root / "names.tsv").write_text("".join(f"{wnid}\tthing {i}\n" for i, wnid in enumerate(made.CLASSES)))
     return root
-
-
-@pytest.fixture(autouse=True)
-def no_group_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

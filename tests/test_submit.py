@@ -121,7 +121,7 @@ def test_a_dry_run_prints_the_whole_recipe_and_starts_nothing(materials, tmp_pat
 
 def test_resume_takes_no_settings(materials, tmp_path):
     assert "would do nothing" in refused("--resume", tmp_path, "--lr", 1)
-    assert "not the run folder of a training" in refused("--resume", tmp_path)
+    assert "not a run folder" in refused("--resume", tmp_path)
 
 
 def test_the_worker_counts_each_evaluation_sample_once_and_right(materials, tmp_path):
