@@ -12,20 +12,9 @@ from cfmask.errors import UserError
 State = Mapping[str, Tensor]
 
 
-def interpolate(zero_shot: State, fine_tuned: State, alpha: float) -> dict[str, Tensor]:
-    """WiSE-FT (Wortsman et al., CVPR 2022): (1-α)·θ_zeroshot + α·θ_finetuned over tower and head.
-
-    Raises:
-        UserError: the two are not of one architecture.
-    """
-    _check_alike(zero_shot, fine_tuned)
-    mixed = {key: torch.empty_like(value) for key, value in zero_shot.items()}
-    interpolate_into(mixed, zero_shot, fine_tuned, alpha)
-    return mixed
-
-
 def interpolate_into(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> None:
-    """``interpolate`` into tensors that are there, of the same names: a sweep of α needs the memory of one model."""
+    """WiSE-FT (Wortsman et al., CVPR 2022): (1-α)·θ_zeroshot + α·θ_finetuned over tower and head, of one architecture,
+    into tensors that are there: a sweep of α needs the memory of one model."""
     for key, out in mixed.items():
         torch.mul(zero_shot[key], 1 - alpha, out=out)
         out.add_(alpha * fine_tuned[key])

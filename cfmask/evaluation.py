@@ -22,20 +22,21 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
+from cfmask.record import Record
 
 MAKES = ("nothing", "zero-shot", "wise-ft", "uniform-soup", "greedy-soup")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record):
     """What an evaluation does. All paths are absolute.
 
     make: nothing: ``models`` are evaluated as they are. zero-shot: ``architecture`` with the weights ``pretrained``
@@ -96,13 +97,6 @@ class Evaluation:
             raise UserError(f"--batch-size is {self.batch_size}; it must be at least 1.")
         return self
 
-    def digest(self) -> str:
-        """8 hexadecimal digits that two evaluations share only if they do the same thing."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
     @classmethod
     def from_json(cls, text: str) -> Evaluation:
         """The inverse of ``to_json``.
@@ -116,10 +110,25 @@ class Evaluation:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"This is not an evaluation as cfmask writes it ({error}).") from error
 
-    def differences(self, other: Evaluation) -> list[str]:
-        """Settings in which two evaluations differ, as "field: ours → theirs"."""
-        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [f"{name}: {ours[name]} → {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+def files_of(evaluation: Evaluation) -> dict[str, list[int]]:
+    """Size and time of the model files that an evaluation reads: others, and its counts are of other models."""
+    return _stamps((*evaluation.models, evaluation.pretrained))
+
+
+def is_of_other_models(results: Mapping[str, Any]) -> bool:
+    """Whether models that were evaluated have been written anew since. One that is gone is as it was.
+
+    Args:
+        results: a results.json.
+    """
+    evaluated = results.get("of", {})
+    return any(stamp != evaluated[path] for path, stamp in _stamps(evaluated).items())
+
+
+def _stamps(paths: Iterable[str]) -> dict[str, list[int]]:
+    found = {path: os.stat(path) for path in paths if os.path.isfile(path)}
+    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
 
 
 def load_evaluation(path: Path) -> Evaluation:

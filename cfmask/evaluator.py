@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,15 +22,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from cfmask.data.remote import is_remote, node_cache
-from cfmask.data.shards import Manifest, find_set, load_manifest
+from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
 from cfmask.ensemble import average, greedy_soup, interpolate_into
 from cfmask.errors import UserError
 from cfmask.evaluate import Counts, answers_of, check_classes, check_set
-from cfmask.evaluation import Evaluation
-from cfmask.files import save_tensors, write_atomically
+from cfmask.evaluation import Evaluation, files_of
+from cfmask.files import replace_tensors, write_atomically
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder, append_lines
@@ -64,7 +62,7 @@ def run_evaluation(
     choose_arithmetic(evaluation.precision, deterministic=True)
     with session(run, place, failing) as (store, leaving):
         chief = place.rank == 0
-        sets = _load_sets(evaluation, check_files=chief)
+        sets = load_sets_of(evaluation, check_files=chief)
         if evaluation.make == "zero-shot":
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)
@@ -95,18 +93,10 @@ def run_evaluation(
     return FINISHED
 
 
-def files_of(evaluation: Evaluation) -> dict[str, list[int]]:
-    """Size and time of the model files that an evaluation reads: others, and its counts are of other models."""
-    files = [path for path in (*evaluation.models, evaluation.pretrained) if os.path.isfile(path)]
-    return {path: [os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in files}
-
-
-def _load_sets(evaluation: Evaluation, *, check_files: bool) -> dict[str, Manifest]:
-    cache = node_cache() if is_remote(evaluation.shards) else None
+def load_sets_of(evaluation: Evaluation, *, check_files: bool = True) -> dict[str, Manifest]:
+    """What an evaluation reads, by name. Raises UserError if a set is not what it should be."""
     names = [*evaluation.sets, *([evaluation.holdout] if evaluation.holdout else [])]
-    sets = {
-        name: load_manifest(find_set(evaluation.shards, name), cache=cache, check_files=check_files) for name in names
-    }
+    sets = load_sets(evaluation.shards, names, check_files=check_files)
     for manifest in sets.values():
         check_set(manifest, allow_count_mismatch=evaluation.allow_count_mismatch)
     return sets
@@ -428,10 +418,8 @@ class _Counter:
             return
         tensors = {f"{key}|{n}": t for key, (_, kept) in self._kept.items() for n, t in kept.items()}
         batches = json.dumps({key: done for key, (done, _) in self._kept.items()})
-        aside = self._run.progress.with_suffix(".part")
         try:
-            save_tensors(aside, tensors, {"batches": batches, "facts": self._facts})
-            os.replace(aside, self._run.progress)
+            replace_tensors(self._run.progress, tensors, {"batches": batches, "facts": self._facts})
         except (OSError, SafetensorError) as error:
             print(f"warning: {self._run.progress} cannot be written ({error}); counting goes on", flush=True)
 

@@ -93,6 +93,17 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
     path.chmod(0o666 & ~_UMASK)
 
 
+def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """``save_tensors`` aside first, then renamed: a reader finds a whole file, or what was there before. For a sole
+    writer: the file aside has one name, so that what a kill leaves there the next one writes over."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        save_tensors(aside, tensors, metadata)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal digest of a file's bytes. It lets other threads run."""
     digest = hashlib.sha256()

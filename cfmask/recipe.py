@@ -8,7 +8,6 @@ the documentation of both is the ``help`` beside the default.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields
@@ -17,6 +16,7 @@ from typing import Any
 
 from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
+from cfmask.record import Record
 
 # Values that the authors give: threshold for object and context masks, masking rate for random ones.
 PAPER_VALUES = {
@@ -240,7 +240,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Record):
     """Everything that decides a run's result. ``resolved`` fills in what depends on other settings."""
 
     model: Model = Model()
@@ -330,13 +330,6 @@ class Recipe:
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self
 
-    def digest(self) -> str:
-        """8 hexadecimal digits that two recipes share only if they train the same thing in the same way."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """The inverse of ``to_json``.
@@ -357,16 +350,6 @@ class Recipe:
             return cls(**built)
         except (json.JSONDecodeError, TypeError, AttributeError) as error:
             raise UserError(f"This is not a recipe as cfmask writes it ({error}).") from error
-
-    def differences(self, other: Recipe) -> list[str]:
-        """Settings in which two recipes differ, as "group.field: ours → theirs"."""
-        ours, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [
-            f"{group}.{name}: {ours[group][name]} → {theirs[group][name]}"
-            for group in ours
-            for name in ours[group]
-            if ours[group][name] != theirs[group][name]
-        ]
 
 
 def _resolved_method(method: Method) -> Method:

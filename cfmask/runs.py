@@ -216,7 +216,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
         found = self.work()
-        differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]  # type: ignore[arg-type]
+        differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]
         if differences:
             raise UserError(
                 f"{self.root} belongs to another {kind}: {'; '.join(differences)} (there → here). Give this one a "
@@ -326,6 +326,11 @@ class RunFolder:
         """The last step in log.jsonl; None before the first."""
         steps = [line["step"] for line in read_lines(self.log, tail=1 << 16) if isinstance(line.get("step"), int)]
         return steps[-1] if steps else None
+
+    def drop_results(self) -> None:
+        """Let what is finished be done anew."""
+        self.results.unlink(missing_ok=True)
+        self.final.unlink(missing_ok=True)
 
     def cancel(self) -> None:
         """Leave the mark that ends the run for good: whoever trains here stops at the next step and does not come back.

@@ -30,7 +30,7 @@ from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import Consumed
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
-from cfmask.data.shards import Manifest, find_set, load_manifest
+from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import BadSample, Batch, eval_batches, train_batches
 from cfmask.distributed import Place
 from cfmask.errors import UserError
@@ -299,10 +299,8 @@ def _load_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
     ranks, and a shard that has gone missing since is a matter of its samples."""
     cache = node_cache(data.cache_dir, data.cache_gb) if is_remote(data.shards) else None
 
-    def load(name: str) -> Manifest:
-        return load_manifest(find_set(data.shards, name), cache=cache, check_files=False)
-
-    return load(data.train_split), {name: load(name) for name in data.eval_sets}
+    sets = load_sets(data.shards, [data.train_split, *data.eval_sets], cache=cache, check_files=False)
+    return sets[data.train_split], {name: sets[name] for name in data.eval_sets}
 
 
 def _epochs(

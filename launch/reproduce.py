@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ sys.path.insert(0, str(REPO))
 
 from cfmask.data.benchmarks import SHIFTED, VAL  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.evaluation import Evaluation  # noqa: E402
+from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_architecture, check_head, model_info, read_info  # noqa: E402
 from cfmask.models.weights import find_weights  # noqa: E402
@@ -372,16 +371,9 @@ def look(scene: Scene) -> dict[str, Seen]:
     for name, facts in zip(scene.plan.nodes, found, strict=True):
         status, job = status_of(facts, slurm), in_queue(facts, slurm)
         seen[name] = Seen(judge(status, job), status, job)
-        if seen[name].state == DONE and _is_of_other_models(facts.run):
+        if seen[name].state == DONE and is_of_other_models(read_object(facts.run.results) or {}):
             seen[name] = Seen(MISSING, status)
     return seen
-
-
-def _is_of_other_models(run: RunFolder) -> bool:
-    """Whether models that were evaluated have been written anew since. One that is gone is as it was."""
-    evaluated = (read_object(run.results) or {}).get("of", {})
-    there = {path: os.stat(path) for path in evaluated if os.path.isfile(path)}
-    return any([stat.st_size, stat.st_mtime_ns] != evaluated[path] for path, stat in there.items())
 
 
 def _take_up(run: RunFolder, node: Node, before: Seen) -> Planned[Recipe | Evaluation]:
@@ -389,8 +381,7 @@ def _take_up(run: RunFolder, node: Node, before: Seen) -> Planned[Recipe | Evalu
     planned = Planned(run, node.work, new=not run.root.exists())
     take_up(planned)
     if before.status.state == "finished":
-        run.results.unlink(missing_ok=True)
-        run.final.unlink(missing_ok=True)
+        run.drop_results()
     return planned
 
 

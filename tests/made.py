@@ -45,6 +45,19 @@ def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, .
     return path
 
 
+def save_moved_model(source: Path, path: Path, by: float) -> None:
+    """A model file with each weight a random step away from another's."""
+    import torch
+
+    from cfmask.models.head import load_model
+
+    model, info = load_model(source)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn_like(parameter)
+    save_model(path, model, info)
+
+
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
     from cfmask.distributed import Place

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import made
-from cfmask.models.head import load_model, save_model
+from cfmask.models.head import load_model
 from cfmask.report import read_results
 from cfmask.runs import RunFolder, read_lines
 from slurm_fixture import wait_until
@@ -35,11 +35,7 @@ def shown(tmp_path_factory):
     made.save_tiny_model(root / "zero.safetensors")
     torch.manual_seed(1)
     for name in ("fine", "other"):
-        model, info = load_model(root / "zero.safetensors")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-        save_model(root / f"{name}.safetensors", model, info)
+        made.save_moved_model(root / "zero.safetensors", root / f"{name}.safetensors", 0.1)
     return root
 
 

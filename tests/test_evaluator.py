@@ -22,7 +22,7 @@ from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
-from cfmask.ensemble import average, greedy_soup, interpolate
+from cfmask.ensemble import average, greedy_soup
 from cfmask.errors import UserError
 from cfmask.evaluate import Answers, Counts, Score, answers_of, calibration_error, check_set
 from cfmask.evaluation import Evaluation
@@ -40,11 +40,7 @@ def materials(tmp_path_factory):
     root = made.make_materials(tmp_path_factory.mktemp("evaluated"))
     torch.manual_seed(0)
     for name in "abc":
-        model, info = load_model(root / "tiny.safetensors")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.05 * torch.randn_like(parameter)
-        save_model(root / f"{name}.safetensors", model, info)
+        made.save_moved_model(root / "tiny.safetensors", root / f"{name}.safetensors", 0.05)
     return root
 
 
@@ -298,7 +294,11 @@ def test_a_model_that_changed_meanwhile_is_counted_anew(materials, tmp_path, cap
 # --- models that are made -------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_of_alphas_evaluates_and_saves_the_weights_that_interpolate_gives(materials, tmp_path):
+def mixed(zero: dict, fine: dict, alpha: float) -> dict:
+    return {name: (1 - alpha) * zero[name] + alpha * fine[name] for name in zero}
+
+
+def test_a_sweep_of_alphas_evaluates_and_saves_the_weights_that_interpolation_gives(materials, tmp_path):
     alphas = (0.0, 0.3, 1.0)
     what = evaluation(materials, make="wise-ft", models="ab", alphas=alphas, holdout="train")
     found = evaluate(what, tmp_path / "out")
@@ -306,11 +306,11 @@ def test_a_sweep_of_alphas_evaluates_and_saves_the_weights_that_interpolate_give
     best = max(range(3), key=lambda i: found["holdout"][i])
     assert (found["chosen"], found["chosen_on"]) == (best, "train")
     saved = load_model(tmp_path / "out/model.safetensors")[0].state_dict()
-    expected = interpolate(zero, fine, alphas[best])
+    expected = mixed(zero, fine, alphas[best])
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
     model, info = load_model(materials / "a.safetensors")
     for alpha, row in zip(alphas, found["models"], strict=True):
-        model.load_state_dict(interpolate(zero, fine, alpha))
+        model.load_state_dict(mixed(zero, fine, alpha))
         logits, labels = logits_of(model, info, materials / "shards/val")
         assert row["alpha"] == alpha and row["sets"]["val"]["correct"] == (logits.argmax(1) == labels).sum()
     ends = [found["models"][i]["sets"] for i in (0, 2)]

@@ -14,13 +14,10 @@ from safetensors.torch import load_file
 
 import made
 from cfmask.data import imagenet
-from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.masking.validation import THRESHOLDS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
-from cfmask.session import FINISHED, REQUEUE
-from cfmask.worker import run_worker
 from tools import plot_runs, validate_masks
 from towers import TINY
 
@@ -63,13 +60,7 @@ def recipe_of(materials: Path, *, segmentation: bool = True, lr: float = 1e-3) -
 
 
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
-    recipe = recipe.resolved()
-    run = RunFolder(folder)
-    run.claim(recipe)
-    asked = iter(range(10**6))
-    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
-    assert outcome == (FINISHED if stop_at is None else REQUEUE)
-    return run
+    return made.train(recipe.resolved(), folder, stop_at)
 
 
 def overlaps(run: RunFolder) -> list[dict]:

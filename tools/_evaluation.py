@@ -16,9 +16,8 @@ sys.path.insert(0, str(REPO))
 
 from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, VAL  # noqa: E402
 from cfmask.data.remote import is_remote  # noqa: E402
-from cfmask.data.shards import find_set, load_manifest  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.evaluation import Evaluation  # noqa: E402
+from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
@@ -132,7 +131,8 @@ def _gpus() -> bool:
 
 def _check(evaluation: Evaluation) -> None:
     """All that can be known of models and sets before a job is queued."""
-    from cfmask.evaluate import check_classes, check_set
+    from cfmask.evaluate import check_classes
+    from cfmask.evaluator import load_sets_of
 
     infos: list[ModelInfo] = []
     for path in evaluation.models:
@@ -149,12 +149,9 @@ def _check(evaluation: Evaluation) -> None:
                 f"{path} and {evaluation.models[0]} differ in classes: they cannot be evaluated side by side."
             )
         infos.append(info)
-    names = [*evaluation.sets, *([evaluation.holdout] if evaluation.holdout else [])]
     if is_remote(evaluation.shards):
         return  # read when they are needed, through the nodes' cache
-    for name in names:
-        manifest = load_manifest(find_set(evaluation.shards, name))
-        check_set(manifest, allow_count_mismatch=evaluation.allow_count_mismatch)
+    for manifest in load_sets_of(evaluation).values():
         if infos:
             check_classes(manifest, infos[0].classes)
 
@@ -192,14 +189,10 @@ def carry_out(tool: str, evaluation: Evaluation, arguments: argparse.Namespace) 
 
 def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
     """A model file that was written anew since is another model."""
-    from cfmask.evaluator import files_of
-
-    results = read_object(run.results)
-    if results is not None and results.get("of", {}) != files_of(evaluation) and run.has_work():
+    if run.has_work() and is_of_other_models(read_object(run.results) or {}):
         run.claim(evaluation)
         print(f"Models changed since {run.results} was written: they are evaluated anew.", file=sys.stderr)
-        run.results.unlink()
-        run.final.unlink(missing_ok=True)
+        run.drop_results()
 
 
 def _allocation(arguments: argparse.Namespace) -> Allocation | None:

@@ -1,4 +1,4 @@
-"""What the tools share: how a model and a data set are named, and how they are read."""
+"""What the tools share: how a model and a data set are named, and how models are read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfmask.data.remote import is_remote, node_cache
-from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.models.head import ModelInfo, load_model
 from cfmask.recipe import Method, load_recipe
@@ -73,13 +71,3 @@ def recorded_method(path: str | Path) -> Method | None:
     whole = Path(path).resolve()
     recipes = (folder / "recipe.json" for folder in (whole, *whole.parents))
     return next((load_recipe(file).method for file in recipes if file.exists()), None)
-
-
-def load_sets(shards: str | Path, sets: Sequence[str], *, check_files: bool = True) -> dict[str, Manifest]:
-    """Manifests by name, of sets in a folder or behind a URL.
-
-    Raises:
-        UserError: no such set, or (``check_files``) one that is not whole.
-    """
-    cache = node_cache() if is_remote(shards) else None
-    return {name: load_manifest(find_set(shards, name), cache=cache, check_files=check_files) for name in sets}

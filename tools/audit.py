@@ -26,13 +26,12 @@ from tqdm import tqdm  # noqa: E402
 from cfmask import checkpoint  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.receipts import MODULUS, Consumed, receipt, sample_hash  # noqa: E402
-from cfmask.data.shards import Manifest  # noqa: E402
+from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.report import table  # noqa: E402
 from cfmask.runs import RunFolder, read_lines  # noqa: E402
-from tools._shared import load_sets  # noqa: E402
 
 _EXPLAINED = 20
 """Wrong steps that are looked into: each takes as long as an epoch's receipts."""

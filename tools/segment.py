@@ -32,12 +32,12 @@ from PIL import Image  # noqa: E402
 
 from cfmask.data import images, shards  # noqa: E402
 from cfmask.data.segmentation import MADE_BY, categories, class_groups, facts_of  # noqa: E402
-from cfmask.data.shards import Manifest, ShardReader  # noqa: E402
+from cfmask.data.shards import Manifest, ShardReader, load_sets  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import sole_writer  # noqa: E402
 from tools._array import add_array_arguments, resolve_array, run_array, run_here  # noqa: E402
 from tools._segmenter import DEFAULT, Segmenter, category_labels, read_config  # noqa: E402
-from tools._shared import DATA_HELP, add_device_argument, load_sets  # noqa: E402
+from tools._shared import DATA_HELP, add_device_argument  # noqa: E402
 from tools.make_shards import claim, progress  # noqa: E402
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.data.images import crop, decode  # noqa: E402
-from cfmask.data.shards import Manifest  # noqa: E402
+from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import eval_batches  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.masking.cam import Relevance  # noqa: E402
@@ -33,7 +33,7 @@ from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.step import camera_of, counterfactual  # noqa: E402
 from tools._progress import stages  # noqa: E402
-from tools._shared import DATA_HELP, MODEL_HELP, load_models, load_sets, recorded_method  # noqa: E402
+from tools._shared import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
 
 
 @exits_cleanly

@@ -22,7 +22,6 @@ encoded instances), or shards that tools/segment.py makes with Mask2Former.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -38,11 +37,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.data.segmentation import Segmented, categories, class_groups, open_masks, segmented_samples  # noqa: E402
-from cfmask.data.shards import Manifest, Shard  # noqa: E402
+from cfmask.data.shards import Manifest, Shard, load_sets  # noqa: E402
 from cfmask.data.stream import check_image_size  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.evaluate import check_classes  # noqa: E402
-from cfmask.files import write_atomically  # noqa: E402
+from cfmask.files import sha256_of, write_atomically  # noqa: E402
 from cfmask.masking.fills import OBJECT  # noqa: E402
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, coverage, masks_at, rates, tally  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
@@ -56,7 +55,6 @@ from tools._shared import (  # noqa: E402
     MODEL_HELP,
     add_compute_arguments,
     load_models,
-    load_sets,
     recorded_method,
 )
 
@@ -279,21 +277,13 @@ def method_of(path: str, arguments: argparse.Namespace) -> Method:
 def identity(arguments: argparse.Namespace, validation: Validation) -> dict[str, Any]:
     """What decides the numbers: parts of two validations can be put together only if all of it is the same."""
     return {
-        "models": [_sha256(find_model(path)) for path in arguments.models],
+        "models": [sha256_of(find_model(path)) for path in arguments.models],
         "cams": [[m.mask, m.cam, m.first_block] for m in validation.methods],
         "set": validation.manifest.digest,
         "segmentation": str(Path(arguments.segmentation).absolute()),
         "groups": {name: sorted(ids) for name, ids in validation.groups.items()},
         "thresholds": list(arguments.thresholds),
     }
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def claim(path: Path, asked: dict[str, Any], out: Path) -> list[Part]:

@@ -173,6 +173,20 @@ def find_set(where: str | Path, name: str) -> Path | str:
     return remote.join(str(where), name) if remote.is_remote(where) else Path(where) / name
 
 
+def load_sets(
+    where: str | Path, names: Iterable[str], *, cache: remote.Cache | None = None, check_files: bool = True
+) -> dict[str, Manifest]:
+    """Manifests by name, of sets in a folder or behind a URL. Arguments are those of ``load_manifest``; behind a URL
+    the cache is by default the node's own.
+
+    Raises:
+        UserError: no such set, or (``check_files``) one that is not whole.
+    """
+    if cache is None and remote.is_remote(where):
+        cache = remote.node_cache()
+    return {name: load_manifest(find_set(where, name), cache=cache, check_files=check_files) for name in names}
+
+
 def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check_files: bool = True) -> Manifest:
     """Read SET/manifest.json and check that every shard and index is there, at its size.
 

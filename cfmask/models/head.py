@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import save_tensors, sha256_of
+from cfmask.files import replace_tensors, save_tensors, sha256_of
 from cfmask.models.weights import check_activation, find_weights, read_config, read_safetensors, read_weights
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
@@ -544,11 +544,11 @@ def zero_shot_weight(
                     rows = torch.cat([rows, (weight.T * clip.logit_scale.exp()).float().cpu()])
                 bar.update(len(names))
                 if kept_rows is not None and time.monotonic() - saved > _KEEP_EVERY_S:
-                    _write_rows(kept_rows, rows, info)
+                    replace_tensors(kept_rows, {"rows": rows}, info.to_metadata())
                     saved = time.monotonic()
         finally:
             if kept_rows is not None and len(rows):
-                _write_rows(kept_rows, rows, info)
+                replace_tensors(kept_rows, {"rows": rows}, info.to_metadata())
     return rows
 
 
@@ -565,9 +565,3 @@ def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:
         return load_file(path)["rows"]
     except (SafetensorError, KeyError):
         return none
-
-
-def _write_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
-    aside = path.with_name(f"{path.name}.part")  # of one name: what a kill leaves there, the next one writes over
-    save_tensors(aside, {"rows": rows}, info.to_metadata())
-    os.replace(aside, path)

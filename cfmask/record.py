@@ -1,0 +1,34 @@
+"""What a run folder belongs to, written down: its JSON, its digest, and how it differs from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+
+class Record:
+    """Of a frozen dataclass, whose fields may be dataclasses themselves."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)  # type: ignore[call-overload]
+
+    def digest(self) -> str:
+        """8 hexadecimal digits that two share only if they are the same."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+    def differences(self, other: Any) -> list[str]:
+        """Fields in which two of a kind differ, as "field: ours → theirs", or "group.field: …" of a group of them."""
+        ours, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))  # type: ignore[call-overload]
+        return [f"{name}: {ours[name]} → {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= {f"{name}.{inner}": each for inner, each in value.items()}
+        else:
+            found[name] = value
+    return found
