@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cfmask.worker
+import cfmask.train
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
@@ -137,7 +137,7 @@ def spoil(monkeypatch):
 
     def arrange(steps: set[int], first_step: int = 1) -> list[str]:
         keys: list[str] = []
-        real = cfmask.worker._micro_batch
+        real = cfmask.train.run_micro_batch
         count = iter(range(2 * (first_step - 1), 10**6))
 
         def spoiling(student, teachers, normalise, batch, recipe, *, last):
@@ -149,7 +149,7 @@ def spoil(monkeypatch):
                 keys.append(batch.keys[3])
             return real(student, teachers, normalise, batch, recipe, last=last)
 
-        monkeypatch.setattr(cfmask.worker, "_micro_batch", spoiling)
+        monkeypatch.setattr(cfmask.train, "run_micro_batch", spoiling)
         return keys
 
     yield arrange
