@@ -219,6 +219,12 @@ class Run:
     compile: bool = setting(
         False, "run the teacher's and the masked passes through torch.compile (a minute at the start)"
     )
+    cuda_graphs: str = setting(
+        "auto",
+        "launch a micro-batch's passes as one CUDA graph: the same bits, and no time lost to launching kernels where a "
+        "GPU has few images; auto: up to 128 images a micro-batch on a GPU",
+        choices=("auto", "on", "off"),
+    )
     deterministic: bool = setting(
         True, "kernels that give the same bits every time; without them a resumed run is the same up to rounding only"
     )
@@ -306,6 +312,10 @@ class Recipe(Record):
             raise UserError(
                 f"multi-fill takes patches from other images of a lane, and --batch-size {o.batch_size} with "
                 f"--lanes {o.lanes} puts a single image in each. Use at most {o.batch_size // 2} lanes."
+            )
+        if r.cuda_graphs == "on" and r.compile:
+            raise UserError(
+                "--cuda-graphs on and --compile exclude each other: a compiled pass is not captured. Leave one out."
             )
         if not 0 <= d.max_bad_share < 1:
             raise UserError(f"--max-bad-share is {d.max_bad_share}; it must lie in [0, 1).")
