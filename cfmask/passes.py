@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cfmask.data.stream import Batch
 from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Normalise
@@ -48,6 +49,10 @@ class Inputs:
         found: list[Tensor] = []
         self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
         return found
+
+
+def inputs_of(batch: Batch) -> Inputs:
+    return Inputs(batch.images, batch.labels, batch.draws, batch.objects)
 
 
 class Passes:

@@ -13,13 +13,12 @@ from dataclasses import asdict
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from cfmask import checkpoint
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import Consumed
 from cfmask.data.shards import Manifest
-from cfmask.data.stream import Batch, eval_batches
+from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
 from cfmask.evaluate import Answers, Score, answers_of, top1
 from cfmask.files import write_atomically
@@ -29,11 +28,11 @@ from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, 
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, phases, rates, take_step
+from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
 from cfmask.session import FINISHED, Report, StopRequest, choose_arithmetic, session
-from cfmask.step import Metrics, Teachers, training_step
 from cfmask.train_setup import (
     agree_on_checkpoint,
     begin_phase,
@@ -119,10 +118,17 @@ def _train(
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
+    images_of_a_pass = settings.batch_size // place.world_size // settings.micro_batches
+
+    def report(line: str) -> None:
+        if is_main_process:
+            print(line, flush=True)
+
     for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
             student, optimizer = begin_phase(phase, model, settings, device, found)
+            passes = make_passes(student, teachers, normalise, recipe, images=images_of_a_pass, report=report)
             if writer is not None:
                 writer.reserve(model)
             current = phase
@@ -131,7 +137,7 @@ def _train(
             for part in range(settings.micro_batches):
                 batch = next(batches)
                 last = part == settings.micro_batches - 1
-                metrics = run_micro_batch(student, teachers, normalise, batch, recipe, last=last)
+                metrics = passes(inputs_of(batch), last=last)
                 reducer.add(micro_batch_metrics(metrics, batch))
                 if study is not None:
                     reducer.add(study.metrics(metrics, batch))
@@ -219,34 +225,6 @@ def _train(
         run.end_attempt(FINISHED)
         print(f"finished at step {step}: {run.final}", flush=True)
     return FINISHED
-
-
-def run_micro_batch(
-    student: nn.Module, teachers: Teachers, normalise: Normalise, batch: Batch, recipe: Recipe, *, last: bool
-) -> Metrics:
-    """Move a micro-batch to the device and add its gradients to the parameters'. Waits for no device.
-
-    Args:
-        last: of its step: gradients are averaged over the ranks.
-    """
-    device = normalise.mean.device
-
-    def move(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
-        return training_step(
-            student,
-            teachers,
-            normalise,
-            move(batch.images),
-            move(batch.labels),
-            batch.draws.map(move),
-            recipe.method,
-            weight=1 / recipe.optim.micro_batches,
-            synchronise=last,
-            objects=None if batch.objects is None else batch.objects.map(move),
-        )
 
 
 def _evaluate(

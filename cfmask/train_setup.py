@@ -22,7 +22,7 @@ from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
-from cfmask.models.tower import Classifier, Normalise
+from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
@@ -73,6 +73,10 @@ def load_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place
     ensemble = None
     if recipe.method.ensemble:
         ensemble = load_model(run.ensemble)[0].to(place.device).requires_grad_(False)
+    if recipe.run.precision == "bf16":
+        for teacher in (start, ensemble):
+            if teacher is not None:
+                store_products_in(teacher, torch.bfloat16)
     normalise = Normalise(info.mean, info.std).to(place.device)
     return Models(model, info, normalise, Teachers(start=start, ensemble=ensemble))
 

@@ -292,8 +292,8 @@ def test_operator_calls_of_a_step_do_not_grow(interpreted):
     a chain of operators of its own; without Triton it still is. How large a block is does not matter."""
     by_kernels, plain = interpreted["steps"]["bf16"], step_of(DEEP, F32, autocast=True)
     print(by_kernels["calls"], "by kernels,", plain["calls"], "without;", by_kernels["by name"])
-    assert by_kernels["calls"] <= 3300
-    assert plain["calls"] <= 4550
+    assert by_kernels["calls"] <= 3850
+    assert plain["calls"] <= 4100
 
 
 @has_triton
@@ -317,14 +317,6 @@ def test_the_plain_path_is_the_formula_in_low_precision_too(name):
     with torch.autocast("cpu", BF16):
         results = FUNCTIONS[name](tensors(case))
     assert_close(results, case)
-
-
-def test_a_norm_in_bf16_keeps_the_streams_dtype_and_statistics_in_fp32():
-    x = (1000 + torch.randn(4, 8, 64)).to(BF16)
-    norm = nn.LayerNorm(64)
-    _, normed = fused.add_norm(x, None, norm.to(F32)) if fused.fused_path(x) else (x, F.layer_norm(x.float(), (64,)))
-    right = F.layer_norm(x.double(), (64,))
-    torch.testing.assert_close(normed.double(), right, rtol=1e-2, atol=1e-2)
 
 
 def test_activation_gradients_only_ends_with_its_scope():
