@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,36 @@ def measure_matmul(device: str, precision: str) -> float:
         size *= 2
         a = torch.randn(size, size).to(dtype)
     return 2 * size**3 / statistics.median(seconds(a) for _ in range(7))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Median seconds of a call: device, until its work is done; host, until it returns."""
+
+    device: float
+    host: float
+
+
+def time_calls(call: Callable[[], object], device: str, *, times: int = 10, warm_up: int = 3) -> Timed:
+    """Time a call again and again; between two calls the device is waited for."""
+    for _ in range(warm_up):
+        call()
+    wait(device)
+    on_device, on_host = [], []
+    for _ in range(times):
+        if device == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+        begun = time.perf_counter()
+        call()
+        on_host.append(time.perf_counter() - begun)
+        if device == "cuda":
+            last.record()
+            torch.cuda.synchronize()
+            on_device.append(first.elapsed_time(last) / 1e3)
+        else:
+            on_device.append(on_host[-1])
+    return Timed(statistics.median(on_device), statistics.median(on_host))
 
 
 def wait(device: str) -> None:

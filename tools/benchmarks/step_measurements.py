@@ -22,11 +22,12 @@ from tools.benchmarks.training import (
     Case,
     Contender,
     Materials,
+    OurStep,
     autocast,
     materials,
-    our_step,
-    our_update,
+    our_optimizer,
     their_step,
+    update,
 )
 
 WARM_UP = {"cpu": 1, "cuda": 3}
@@ -74,7 +75,7 @@ def measure_step(case: Case, contender: Contender, count: bool) -> Measured:
     """Time and memory of a contender's steps, and what one more step computes."""
     choose_arithmetic(contender.precision, deterministic=contender.deterministic)
     m = materials(case)
-    step = their_step(m, contender) if contender.method is None else our_step(m, contender)
+    step = their_step(m, contender) if contender.method is None else OurStep(m, contender)
     before = start_of_memory(case.device)
     for _ in range(WARM_UP[case.device]):
         step()
@@ -92,7 +93,7 @@ def measure_parts(case: Case, precision: str, count: bool) -> Parts:
     choose_arithmetic(precision, deterministic=False)
     m = materials(case)
     model, teacher = Classifier(m.student, m.head), Classifier(m.teacher, copy.deepcopy(m.head))
-    update = our_update(model)
+    optimizer = our_optimizer(model)
 
     def clock() -> float:
         wait(case.device)
@@ -100,7 +101,9 @@ def measure_parts(case: Case, precision: str, count: bool) -> Parts:
 
     def take(meter: Callable[[], float]) -> dict[str, float]:
         scope = autocast(case.device, precision)
-        return step_in_parts(model, teacher, m.normalise, m.images, m.labels, m.draws, scope, update, meter)
+        return step_in_parts(
+            model, teacher, m.normalise, m.images, m.labels, m.draws, scope, lambda: update(optimizer), meter
+        )
 
     for _ in range(WARM_UP[case.device]):
         take(clock)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from cfmask.step import Teachers, training_step
 from tools.benchmarks.authors_step import authors_step
 
 CLASSES = 1000
+OPTIM = Recipe().resolved().optim
 LR, WEIGHT_DECAY, CLIP_NORM = 3e-5, 0.1, 1.0
 VANILLA = Recipe(method=Method(name="vanilla")).resolved().method
 HEADLINE = Recipe(method=Method(mask="object", fill="single-fill")).resolved().method
@@ -97,39 +98,59 @@ def drawn(spec: DrawSpec, images: Tensor) -> Draws:
     return draw(spec, len(images), np.random.default_rng(0)).map(lambda tensor: tensor.to(images.device))
 
 
-def our_step(m: Materials, contender: Contender) -> Callable[[], None]:
-    """A step as cfmask/worker.py takes it."""
-    assert contender.method is not None
-    method = contender.method
-    model = Classifier(m.student, m.head)
-    model.recompute, model.compiled = contender.recompute, contender.compiled
-    model.visual.requires_grad_(method.name != "linear-probe")
-
-    def teacher() -> Classifier:
-        return Classifier(copy.deepcopy(m.teacher), copy.deepcopy(m.head)).requires_grad_(False)
-
-    teachers = Teachers(teacher() if method.distils else None, teacher() if method.ensemble else None)
-    draws = m.draws
-    if method.masked:
-        assert method.mask is not None and method.fill is not None
-        draws = drawn(DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches), m.images)
-    update = our_update(model)
-
-    def step() -> None:
-        with autocast(m.images.device.type, contender.precision):
-            training_step(model, teachers, m.normalise, m.images, m.labels, draws, method)
-        update()
-
-    return step
+def copied(m: Materials, device: str) -> Materials:
+    """The same on a device: what a contender may train while ``m`` keeps the state that all of them start from."""
+    parts = {field.name: copy.deepcopy(getattr(m, field.name)) for field in fields(m)}
+    draws = parts.pop("draws").map(lambda tensor: tensor.to(device))
+    return Materials(draws=draws, **{name: part.to(device) for name, part in parts.items()})
 
 
-def our_update(model: Classifier) -> Callable[[], Tensor]:
+class OurStep:
+    """A step as the worker takes it. Calling it takes one.
+
+    model: what is trained, a Classifier around the materials' student; optimizer: its AdamW.
+    """
+
+    def __init__(self, m: Materials, contender: Contender) -> None:
+        assert contender.method is not None
+        self._m, self._precision, self._method = m, contender.precision, contender.method
+        self.model = Classifier(m.student, m.head)
+        self.model.recompute, self.model.compiled = contender.recompute, contender.compiled
+        self.model.visual.requires_grad_(self._method.name != "linear-probe")
+
+        def teacher() -> Classifier:
+            return Classifier(copy.deepcopy(m.teacher), copy.deepcopy(m.head)).requires_grad_(False)
+
+        self._teachers = Teachers(
+            teacher() if self._method.distils else None, teacher() if self._method.ensemble else None
+        )
+        self._draws = m.draws
+        if self._method.masked:
+            assert self._method.mask is not None and self._method.fill is not None
+            spec = DrawSpec(self._method.mask, self._method.fill, self._method.rate or 0.0, self.model.patches)
+            self._draws = drawn(spec, m.images)
+        self.optimizer = our_optimizer(self.model)
+
+    def __call__(self) -> None:
+        self.add_gradients()
+        update(self.optimizer)
+
+    def add_gradients(self, *, cache_casts: bool = True) -> None:
+        """The forward and backward passes alone. cache_casts: whether autocast keeps the weights that it has cast,
+        which a CUDA graph must not rely on."""
+        m = self._m
+        with autocast(m.images.device.type, self._precision, cache_enabled=cache_casts):
+            training_step(self.model, self._teachers, m.normalise, m.images, m.labels, self._draws, self._method)
+
+
+def our_optimizer(model: Classifier) -> torch.optim.AdamW:
     phase = Phase(0, 10, tower=True, lr=LR, weight_decay=WEIGHT_DECAY)
-    optim = Recipe().resolved().optim
-    optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, optim)
-    assert optim.beta1 is not None
-    now = Rates(LR, optim.beta1)
-    return lambda: take_step(optimizer, now, CLIP_NORM)
+    return adamw([p for p in model.parameters() if p.requires_grad], phase, OPTIM)
+
+
+def update(optimizer: torch.optim.AdamW) -> None:
+    assert OPTIM.beta1 is not None
+    take_step(optimizer, Rates(LR, OPTIM.beta1), CLIP_NORM)
 
 
 def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
@@ -149,5 +170,5 @@ def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
     return step
 
 
-def autocast(device: str, precision: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+def autocast(device: str, precision: str, *, cache_enabled: bool = True) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_enabled)
