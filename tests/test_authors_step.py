@@ -22,8 +22,8 @@ from cfmask.models.tower import Classifier
 from cfmask.recipe import Method
 from cfmask.step import Teachers, counterfactual, training_step
 from test_step import assert_same_gradients, make_batch, resolved, student_and_teachers
-from tools import _bench_step
-from tools._authors_step import authors_step
+from tools.benchmarks import fresh_process, metering, step_measurements, training
+from tools.benchmarks.authors_step import authors_step
 from towers import B16, B32, TINY
 
 REPO = Path(__file__).resolve().parents[1]
@@ -62,19 +62,19 @@ def test_the_step_that_is_timed_part_by_part_is_our_step():
     parted = copy.deepcopy(student)
     meter = iter(range(100))
 
-    parts = _bench_step.step_in_parts(
+    parts = step_measurements.step_in_parts(
         parted,
         teachers.start,
         normalise,
         images,
         labels,
         draws,
-        _bench_step.autocast("cpu", "fp32"),
+        training.autocast("cpu", "fp32"),
         lambda: None,
         lambda: float(next(meter)),
     )
 
-    assert parts == dict.fromkeys(_bench_step.PARTS, 1.0)
+    assert parts == dict.fromkeys(step_measurements.PARTS, 1.0)
     training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
     assert_same_gradients(parted, dict(student.named_parameters()))
 
@@ -103,7 +103,7 @@ def test_the_table_has_every_contender_and_every_part(tmp_path):
         ["as the authors compute it", "fp32"],
         ["as the authors compute it", "bf16"],
     ]
-    assert [row[0] for row in rows if len(row) == 4][2:] == [*_bench_step.PARTS, "all"]
+    assert [row[0] for row in rows if len(row) == 4][2:] == [*step_measurements.PARTS, "all"]
     assert all(cell for row in rows for cell in row)
 
 
@@ -117,8 +117,8 @@ def get_killed() -> None:
 
 def test_a_measurement_that_needs_too_much_memory_does_not_fit():
     for measure in (run_out_of_memory, get_killed):
-        with pytest.raises(_bench_step.DoesNotFit, match="memory"):
-            _bench_step.fresh(measure)
+        with pytest.raises(fresh_process.DoesNotFit, match="memory"):
+            fresh_process.fresh(measure)
 
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
@@ -139,9 +139,9 @@ COSTS = {
 @pytest.fixture(scope="module")
 def b16():
     """A plain tower and all else on B/16, and F."""
-    materials = _bench_step.materials(_bench_step.Case("ViT-B-16-quickgelu", 1, "cpu", 1))
+    materials = training.materials(training.Case("ViT-B-16-quickgelu", 1, "cpu", 1))
     with torch.no_grad():
-        forward = _bench_step.count_flops(lambda: materials.student(materials.normalise(materials.images)))
+        forward = metering.count_flops(lambda: materials.student(materials.normalise(materials.images)))
     return materials, forward
 
 
@@ -151,7 +151,7 @@ def test_the_authors_step_costs_nine_forwards(b16):
     def step():
         return authors_step(m.student, m.head, m.teacher, m.normalise, m.images, m.labels, m.draws.donors)
 
-    assert 8.9 <= _bench_step.count_flops(step) / forward <= 9.1
+    assert 8.9 <= metering.count_flops(step) / forward <= 9.1
 
 
 @pytest.mark.parametrize("row", COSTS)
@@ -167,6 +167,6 @@ def test_a_step_costs_no_more_forwards_than_its_method_needs(b16, row):
     def step():
         return training_step(model, teachers, m.normalise, m.images, m.labels, draws, method)
 
-    cost = _bench_step.count_flops(step) / forward
+    cost = metering.count_flops(step) / forward
     print(f"{row}: {cost:.3f} F")
     assert 0.8 * most <= cost <= most

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cfmask.data import plan
 from cfmask.errors import UserError
-from tools.bench import order_quality
+from tools.benchmarks.order import order_quality
 
 counts_of_shards = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from cfmask.models.head import build_tower, model_info
 from cfmask.models.tower import Classifier, Normalise
 from made import REPO
 
-DATA = REPO.parent / "shared/data"
+DATA = Path(os.environ.get("CFMASK_TEST_DATA", REPO.parent / "shared/data"))
 TOWER, PHOTOS = DATA / "vit-s14-dinov2.safetensors", DATA / "tiny-imagenet.tar"
 
 pytestmark = pytest.mark.skipif(

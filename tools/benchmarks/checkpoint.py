@@ -7,6 +7,7 @@ or the processor, from it. On a busy machine a loop has gaps without any write: 
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from cfmask.models.head import build_tower, model_info
 from cfmask.models.tower import Classifier
 from cfmask.optim import Phase, Rates, adamw, take_step
 from cfmask.recipe import Recipe
+from tools.benchmarks.tables import report
 
 CLASSES = 1000
 BATCH = 8
@@ -31,6 +33,13 @@ NOTE = (
     "Weights and both moments of all of them. A loop in Python looks at the clock all the time: its longest gap is how "
     "long a write kept the interpreter, or the processor, from training."
 )
+
+
+def run(arguments: argparse.Namespace) -> str:
+    device = arguments.device
+    rows = checkpoint_stall(arguments.model, arguments.folder, device=device, rounds=arguments.rounds)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    return report("checkpoint", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
 
 
 def checkpoint_stall(

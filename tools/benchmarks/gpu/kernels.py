@@ -1,0 +1,140 @@
+"""The project's own kernels, compiled for this card, beside their formulas in fp64; and what they cost.
+
+A kernel is added by a function that yields its checks, and an entry in KERNELS.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfmask.masking.cam import extend_row_with_maps
+from cfmask.masking.relevance_kernel import extend_row, usable
+from tools.benchmarks.gpu.runner import Section
+from tools.benchmarks.gpu.setting import Setting, free_memory
+from tools.benchmarks.metering import time_calls, wait
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of a kernel.
+
+    shape: in words. dtype: of its inputs. runs: whether the kernel takes this call here; else ``call`` is what the
+    project computes in its place.
+    call: the result. right: the same in fp64. change: the largest that the result may differ by from what it would be
+    if the kernel did nothing; errors are shares of it. tolerance: the largest such share that is right.
+    timed: a call of a real size, timed beside ``plain``, the same in plain PyTorch; flops and bytes: what it computes
+    and the least that it moves, 0 where that says nothing.
+    """
+
+    shape: str
+    dtype: torch.dtype
+    runs: bool
+    call: Callable[[], Tensor]
+    right: Tensor
+    change: float
+    tolerance: float
+    timed: Callable[[], object] | None = None
+    plain: Callable[[], object] | None = None
+    flops: float = 0.0
+    bytes: float = 0.0
+
+
+def relevance(setting: Setting) -> Iterator[Check]:
+    """``extend_row`` for all queries of a block, and for the class token's alone, as in the last block."""
+    shapes = [(64, 10)] if setting.dry else [(64, 50), (64, 197), (64, 257), (64, 577)]
+    for size, length in shapes:
+        for dtype in (torch.bfloat16, torch.float32):
+            for queries in (length, 1):
+                inputs = relevance_inputs(setting.device, 3, 5, length, queries, size, dtype)
+                wide = tuple(tensor.double() for tensor in inputs)
+                right = extend_row_with_maps(*wide)
+                timed: dict[str, Any] = {}
+                if setting.device == "cuda" and queries > 1 and dtype == torch.bfloat16:
+                    n, heads = (512, 12) if length < 250 else (128, 16)
+                    big = relevance_inputs(setting.device, n, heads, length, queries, size, dtype)
+                    timed = {
+                        "timed": partial(extend_row, *big),
+                        "plain": partial(extend_row_with_maps, *big),
+                        "flops": 3 * 2 * n * heads * length * length * size,
+                    }
+                runs = usable(inputs[0], inputs[1])
+                yield Check(
+                    f"d{size} L{length} q{queries}",
+                    dtype,
+                    runs,
+                    partial(extend_row if runs else extend_row_with_maps, *inputs),
+                    right,
+                    change=(right - wide[0]).abs().max().item(),
+                    # In plain PyTorch, too, a bf16 input is exact: rows are fp32, and so is all that is computed.
+                    tolerance=1e-4,
+                    **timed,
+                )
+
+
+def relevance_inputs(
+    device: str, n: int, heads: int, length: int, queries: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """row (N, L) fp32; q, k, v and d_out (N, heads, L, d), views as attention has them."""
+    generator = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(n, length, 3, heads, size, device=device, generator=generator).to(dtype)
+    d_out = torch.randn(n, queries, heads, size, device=device, generator=generator).to(dtype)
+    row = torch.rand(n, length, device=device, generator=generator)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return row, q[:, :, :queries], k, v, d_out.transpose(1, 2)
+
+
+KERNELS: dict[str, Callable[[Setting], Iterator[Check]]] = {"relevance": relevance}
+
+
+def kernels(setting: Setting, section: Section) -> dict[str, Any]:
+    """Every check of every kernel: is it right, does it give the same bits twice, what does it cost?
+
+    Raises:
+        AssertionError: a kernel is wrong, or gives other bits the second time; after the table is in the report.
+    """
+    torch.set_float32_matmul_precision("highest")
+    rows, result, wrong = [], {}, []
+    for name, checks in KERNELS.items():
+        for check in checks(setting):
+            found = examine(check, setting)
+            of = f"{name} {check.shape} {str(check.dtype)[6:]}"
+            result[of] = found
+            if found["worst"] > check.tolerance or not found["same bits"]:
+                wrong.append(of)
+            rows.append([of, "kernel" if check.runs else "plain PyTorch", f"{found['worst']:.1e}", *_cells(found)])
+            free_memory(setting.device)
+    section.table(
+        ["kernel", "ran", "error / largest change", "same bits", "first s", "ms", "in plain PyTorch ms", "rate"], rows
+    )
+    if setting.dry:
+        section.note("Kernels need a GPU: what ran is what the project computes without them.")
+    assert not wrong, f"wrong, or other bits the second time: {', '.join(wrong)}"
+    return result
+
+
+def examine(check: Check, setting: Setting) -> dict[str, Any]:
+    begun = time.perf_counter()
+    new = check.call()
+    wait(setting.device)
+    found: dict[str, Any] = {"first call s": time.perf_counter() - begun}
+    found["worst"] = ((new.double() - check.right).abs().max() / check.change).item()
+    found["same bits"] = torch.equal(new, check.call())
+    if check.timed is not None:
+        seconds = time_calls(check.timed, setting.device).device
+        found |= {"ms": 1e3 * seconds, "TFLOP/s": check.flops / seconds / 1e12, "TB/s": check.bytes / seconds / 1e12}
+        if check.plain is not None:
+            found["plain ms"] = 1e3 * time_calls(check.plain, setting.device, times=3, warm_up=1).device
+    return found
+
+
+def _cells(found: dict[str, Any]) -> list[str]:
+    rates = [f"{found[unit]:.3g} {unit}" for unit in ("TFLOP/s", "TB/s") if found.get(unit)]
+    cells = [f"{found[name]:.3f}" if name in found else "" for name in ("ms", "plain ms")]
+    return [str(found["same bits"]), f"{found['first call s']:.2f}", *cells, ", ".join(rates)]

@@ -1,0 +1,123 @@
+"""Training steps of cfmask beside vanilla fine-tuning and the authors' algorithm: time, share of the peak, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from tools.benchmarks.gpu.runner import Section
+from tools.benchmarks.gpu.setting import B16, B32, L14, Setting, free_memory, out_of_memory, set_arithmetic
+from tools.benchmarks.metering import count_flops, measure_matmul, peak_memory, start_of_memory, time_calls
+from tools.benchmarks.training import HEADLINE, VANILLA, Contender, Materials, OurStep, copied, their_step
+
+VANILLA_FT = Contender("vanilla FT", "bf16", VANILLA)
+OURS = Contender("cfmask", "bf16", HEADLINE)
+DETERMINISTIC = Contender("cfmask, deterministic", "bf16", HEADLINE, deterministic=True)
+RECOMPUTED = Contender("cfmask, activations recomputed", "bf16", HEADLINE, recompute=True)
+IN_TF32 = Contender("cfmask", "tf32", HEADLINE)
+AUTHORS = (Contender("authors", "tf32", None), Contender("authors", "bf16", None))
+HEADER = [
+    *("step", "precision", "images/s", "ms", "host ms", "TFLOP/s", "% of peak", "F", "memory GB", "× vanilla's time"),
+    *(f"× authors, {a.precision}" for a in AUTHORS),
+    *(f"% of authors' memory, {a.precision}" for a in AUTHORS),
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A contender's step. seconds: on the device; host: until it is queued; flops and peak (bytes): of one step."""
+
+    seconds: float
+    host: float
+    flops: int
+    peak: int
+
+
+def step_table(model: str, batch: int, contenders: Sequence[Contender], setting: Setting, section: Section) -> dict:
+    """Measure contenders, all from one state, and add their table to the report as soon as they are measured."""
+    peaks = {p: measure_matmul(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
+    # On the host, so that it is in nobody's memory.
+    m = copied(setting.materials(model, batch), "cpu")
+    found: dict[Contender, Found | str] = {}
+    for contender in contenders:
+        found[contender] = measure(m, contender, setting)
+        print(model, batch, contender, found[contender], flush=True)
+    one = copied(replace(m, images=m.images[:1], labels=m.labels[:1]), setting.device)
+    with torch.no_grad():
+        forward = count_flops(lambda: one.student(one.normalise(one.images))) * len(m.images)
+    rows = [row_of(contender, found, len(m.images), forward, peaks) for contender in contenders]
+    section.note(
+        f"{model}, batch {len(m.images)}. A big square product reaches "
+        f"{', '.join(f'{peak / 1e12:.3g} TFLOP/s in {p}' for p, peak in peaks.items())}; F, a forward of the plain "
+        f"tower, is {forward / len(m.images) / 1e9:.4g} GFLOP an image."
+    )
+    section.table(HEADER, rows)
+    return {
+        f"{model} {batch} {c.name}, {c.precision}": vars(f) if isinstance(f, Found) else f for c, f in found.items()
+    }
+
+
+def measure(m: Materials, contender: Contender, setting: Setting) -> Found | str:
+    """What its step takes; or in words why it was not measured."""
+    free_memory(setting.device)
+    set_arithmetic(contender.precision, deterministic=contender.deterministic)
+    try:
+        on_device = copied(m, setting.device)
+        step = their_step(on_device, contender) if contender.method is None else OurStep(on_device, contender)
+        before = start_of_memory(setting.device)
+        timed = time_calls(step, setting.device, times=setting.times(8), warm_up=setting.times(3))
+        peak = peak_memory(setting.device, before)
+        return Found(timed.device, timed.host, count_flops(step), peak)
+    except (RuntimeError, MemoryError) as error:
+        print(f"{contender}: {error}", flush=True)
+        return "does not fit" if out_of_memory(error) else f"failed: {str(error).splitlines()[0][:120]}"
+
+
+def row_of(
+    contender: Contender, found: dict[Contender, Found | str], batch: int, forward: int, peaks: dict[str, float]
+) -> list[str]:
+    of = found[contender]
+    if isinstance(of, str):
+        return [contender.name, contender.precision, of, *[""] * (len(HEADER) - 3)]
+    rate = of.flops / of.seconds
+
+    def beside(other: Contender, form: str, value: Any) -> str:
+        them = found.get(other)
+        return form.format(value(them)) if isinstance(them, Found) and them.peak > 0 else ""
+
+    return [
+        contender.name,
+        contender.precision,
+        f"{batch / of.seconds:.0f}",
+        f"{1e3 * of.seconds:.1f}",
+        f"{1e3 * of.host:.1f}",
+        f"{rate / 1e12:.3g}",
+        f"{100 * rate / peaks[contender.precision]:.1f}",
+        f"{of.flops / forward:.2f}",
+        f"{of.peak / 1e9:.2f}",
+        beside(VANILLA_FT, "{:.2f}", lambda them: of.seconds / them.seconds),
+        *(beside(a, "{:.2f}", lambda them: them.seconds / of.seconds) for a in AUTHORS),
+        *(beside(a, "{:.0f}", lambda them: 100 * of.peak / them.peak) for a in AUTHORS),
+    ]
+
+
+def steps(setting: Setting, section: Section, *, tables: Sequence[tuple[str, int, Sequence[Contender]]]) -> dict:
+    result: dict[str, Any] = {}
+    for model, batch, contenders in tables:
+        result |= step_table(model, batch, contenders, setting, section)
+    return result
+
+
+SMALL = partial(
+    steps,
+    tables=[
+        (B16, 128, (OURS, DETERMINISTIC, VANILLA_FT, *AUTHORS, RECOMPUTED, IN_TF32)),
+        (B32, 32, (OURS, DETERMINISTIC, VANILLA_FT, *AUTHORS)),
+    ],
+)
+LARGE = partial(steps, tables=[(B16, 512, (OURS, DETERMINISTIC, VANILLA_FT, *AUTHORS))])
+L14_STEPS = partial(steps, tables=[(L14, 128, (OURS, DETERMINISTIC, VANILLA_FT))])
