@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -307,16 +306,6 @@ def test_a_block_keeps_what_was_counted_by_hand(interpreted):
 
 
 # --- without Triton ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name", ["norm", "norm-kept", "add-norm", "add-bias-norm", "last-add-bias-norm", "class-token"]
-)
-def test_the_plain_path_is_the_formula_in_low_precision_too(name):
-    case = Case(name, (2, 50, 64), BF16)
-    with torch.autocast("cpu", BF16):
-        results = FUNCTIONS[name](tensors(case))
-    assert_close(results, case)
 
 
 def test_activation_gradients_only_ends_with_its_scope():

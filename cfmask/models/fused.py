@@ -71,7 +71,7 @@ def add_norm(x: Tensor, branch: Branch | None, norm: nn.Module) -> tuple[Tensor,
         return _AddNorm.apply(x, value, bias, norm.weight, norm.bias, norm.eps)  # type: ignore[no-any-return]
     if branch is not None:
         x = x + branch.complete()
-    return x, norm(x)
+    return x, norm(x).to(x.dtype)
 
 
 class _AddNorm(torch.autograd.Function):
