@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -95,7 +96,8 @@ class Passes:
 class GraphedPasses(Passes):
     """A micro-batch's passes as a CUDA graph, captured at the first call; all micro-batches have its shapes.
 
-    Where the capture fails on any rank, all of them run operator by operator, and rank 0 says why in one line.
+    Where the capture fails on any rank, all of them run operator by operator, and ``report`` is told why in one line.
+    DDP has to have been made for it: ``data_parallel(…, captured=True)``.
     """
 
     _WARM_UP = 3  # passes before the capture: libraries are loaded, workspaces allocated and Triton kernels compiled
@@ -107,7 +109,7 @@ class GraphedPasses(Passes):
         normalise: Normalise,
         recipe: Recipe,
         *,
-        report: Callable[[str], None] = lambda text: None,
+        report: Callable[[str], None],
     ) -> None:
         super().__init__(student, teachers, normalise, recipe)
         self._report = report
@@ -202,29 +204,24 @@ def flat_gradients(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]
     return flat, views
 
 
-def make_passes(
-    student: nn.Module,
-    teachers: Teachers,
-    normalise: Normalise,
-    recipe: Recipe,
-    *,
-    images: int,
-    report: Callable[[str], None] = lambda text: None,
-) -> Passes:
-    """The passes as a recipe wants them.
+def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
+    """Whether a recipe's passes are to be captured, on a device of this many."""
+    if device.type != "cuda" or recipe.run.compile or recipe.run.cuda_graphs == "off":
+        return False
+    images = recipe.optim.batch_size // world_size // recipe.optim.micro_batches
+    return recipe.run.cuda_graphs == "on" or images <= GRAPHED_IMAGES
 
-    Args:
-        images: of a micro-batch on this rank.
-        report: told in one line where graphs are asked for and cannot be used.
-    """
-    wanted = recipe.run.cuda_graphs
-    why = None
-    if normalise.mean.device.type != "cuda":
-        why = "there is no GPU"
-    elif recipe.run.compile:
-        why = "--compile makes graphs of its own"
-    if wanted == "on" and why is not None:
-        report(f"CUDA graphs: not used, {why}")
-    if wanted == "off" or why is not None or (wanted == "auto" and images > GRAPHED_IMAGES):
+
+def make_passes(
+    student: nn.Module, teachers: Teachers, normalise: Normalise, recipe: Recipe, *, captured: bool
+) -> Passes:
+    """The passes of a phase. captured: see ``uses_graphs``; rank 0 prints why where the capture fails."""
+    if not captured:
         return Passes(student, teachers, normalise, recipe)
+    rank_0 = not dist.is_initialized() or dist.get_rank() == 0
+    report = partial(print, flush=True) if rank_0 else _say_nothing
     return GraphedPasses(student, teachers, normalise, recipe, report=report)
+
+
+def _say_nothing(line: str) -> None:
+    pass

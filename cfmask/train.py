@@ -28,7 +28,7 @@ from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, 
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, phases, rates, take_step
-from cfmask.passes import inputs_of, make_passes
+from cfmask.passes import inputs_of, make_passes, uses_graphs
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
@@ -118,17 +118,12 @@ def _train(
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
-    images_of_a_pass = settings.batch_size // place.world_size // settings.micro_batches
-
-    def report(line: str) -> None:
-        if is_main_process:
-            print(line, flush=True)
-
+    captured = uses_graphs(recipe, device, place.world_size)
     for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
-            student, optimizer = begin_phase(phase, model, settings, device, found)
-            passes = make_passes(student, teachers, normalise, recipe, images=images_of_a_pass, report=report)
+            student, optimizer = begin_phase(phase, model, settings, device, found, captured=captured)
+            passes = make_passes(student, teachers, normalise, recipe, captured=captured)
             if writer is not None:
                 writer.reserve(model)
             current = phase

@@ -143,12 +143,18 @@ def checkpoint_writer(
 
 
 def begin_phase(
-    phase: Phase, model: Classifier, settings: Optim, device: torch.device, found: checkpoint.Checkpoint | None
+    phase: Phase,
+    model: Classifier,
+    settings: Optim,
+    device: torch.device,
+    found: checkpoint.Checkpoint | None,
+    *,
+    captured: bool,
 ) -> tuple[DistributedDataParallel, torch.optim.AdamW]:
     """The student and the optimizer for what a phase trains, with the moments of ``found`` if that is a checkpoint from
-    within the phase. Every rank has to call it."""
+    within the phase. Every rank has to call it. captured: see ``data_parallel``."""
     model.visual.requires_grad_(phase.tower)
-    student = data_parallel(model, device)
+    student = data_parallel(model, device, captured=captured)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
     if found is not None and found.step > phase.start:
         checkpoint.restore_optimizer(found, model, optimizer)
