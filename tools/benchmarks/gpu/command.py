@@ -37,7 +37,7 @@ STAGES: tuple[tuple[Part, ...], ...] = (
     (
         Part("kernels", kernels, 15),
         Part("bits", bits, 40),
-        Part("tests", gpu_tests, 60),
+        Part("tests", gpu_tests, 75),
         Part("run", whole_run, 60),
     ),
     (Part("steps", steps.SMALL, 45),),
