@@ -150,7 +150,7 @@ def make_materials(setting: Setting) -> list[str]:
         *("--shards", shards, "--model", root / "model.json", "--pretrained", root / "model.safetensors"),
         *("--batch-size", BATCH, "--lanes", 4, "--epochs", 2, "--warmup-steps", 2, "--lr", "1e-4", "--log-steps", 1),
         *("--no-keep-epochs", "--loader-workers", 4, "--eval-sets", "val", "--executor", "local"),
-        *(("--gpus-per-node", 0) if setting.dry else ()),
+        *("--gpus-per-node", 0 if setting.dry else 1),
     ]
     return [str(flag) for flag in flags]
 
