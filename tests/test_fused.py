@@ -336,6 +336,33 @@ def launches_of_all(dtype: torch.dtype, width: int, heads: int):
 
 @has_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
+def test_kernels_are_handed_the_bytes_that_were_counted_by_hand():
+    """fused_kernels' docstring counts what a block moves a token and channel of its stream; a kernel that is handed one
+    activation more moves more."""
+    tokens, width = 100, 64
+
+    def bytes_of(call) -> float:
+        moved = 0
+        for _, arguments, _ in launches_of(call):
+            activations = {t.data_ptr(): t.nbytes for t in arguments if isinstance(t, Tensor) and t.dtype == BF16}
+            moved += sum(activations.values())
+        return moved / (tokens * width)
+
+    def stream(channels: int = width) -> Tensor:
+        return torch.empty(2, 50, channels, dtype=BF16)
+
+    w, wide_bias = torch.empty(width), torch.empty(4 * width)
+    heads = tuple(torch.empty(2, 2, 50, width // 2, dtype=BF16) for _ in range(3))
+    assert 2 * bytes_of(lambda: fused_kernels.add_norm(stream(), stream(), w, w, w, 1e-5)) == 16
+    assert 2 * bytes_of(lambda: fused_kernels.add_norm_backward(stream(), stream(), stream(), w, 1e-5, sums=True)) == 16
+    assert bytes_of(lambda: fused_kernels.bias_quick_gelu(stream(4 * width), wide_bias)) == 16
+    wide = stream(4 * width), wide_bias, stream(4 * width)
+    assert bytes_of(lambda: fused_kernels.bias_quick_gelu_backward(*wide, sums=True)) == 24
+    assert bytes_of(lambda: fused_kernels.join(heads, sums=True)) == 12
+
+
+@has_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
 @pytest.mark.parametrize("dtype, width, heads", [(BF16, 768, 12), (BF16, 1280, 16), (F32, 1024, 16)])
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dtype, width, heads, tmp_path):

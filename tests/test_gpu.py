@@ -67,19 +67,27 @@ def test_fp64_gradients_are_the_cpus(method, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
-def test_fp32_gradients_by_kernels_are_the_cpus_in_fp64(recompute):
-    here = student_and_teachers(KEYS_257, HEADLINE)
-    student, teachers, normalise = (model.float() if isinstance(model, nn.Module) else model for model in there(*here))
-    teachers.start.float()
-    student.recompute = recompute
-    images, labels, draws = make_batch(KEYS_257, HEADLINE, 4)
-    batch = images.float().cuda(), labels.cuda(), draws.map(torch.Tensor.cuda)
-    training_step(*here, images, labels, draws, HEADLINE)
-    training_step(student, teachers, normalise, *batch, HEADLINE)
-    right = dict(here[0].named_parameters())
-    for name, parameter in student.named_parameters():
-        error = (parameter.grad.cpu().double() - right[name].grad).abs().max() / right[name].grad.abs().max()
-        assert error < 1e-4, f"{name} is off by {error:.1e}"
+def test_fp32_gradients_by_kernels_are_as_exact_as_without(recompute):
+    """Beside the CPU's in fp64; in fp32 the CPU's own are off by a few 1e-4 of a tensor's largest."""
+
+    def gradients(dtype: torch.dtype, device: str):
+        student, teachers, normalise = student_and_teachers(KEYS_257, HEADLINE)
+        for model in (student, teachers.start, normalise):
+            model.to(device, dtype)
+        student.recompute = recompute
+        images, labels, draws = make_batch(KEYS_257, HEADLINE, 4)
+        batch = Inputs(images.to(dtype), labels, draws).map(lambda tensor: tensor.to(device))
+        training_step(student, teachers, normalise, batch.images, batch.labels, batch.draws, HEADLINE)
+        return {name: p.grad.cpu().double() for name, p in student.named_parameters()}
+
+    right = gradients(torch.float64, "cpu")
+
+    def worst(found) -> float:
+        return max(((found[name] - g).abs().max() / g.abs().max()).item() for name, g in right.items())
+
+    by_kernels, plain = worst(gradients(torch.float32, "cuda")), worst(gradients(torch.float32, "cpu"))
+    print(f"off by {by_kernels:.1e}, without kernels by {plain:.1e}")
+    assert by_kernels < 3 * plain < 3e-3
 
 
 # --- training some steps ----------------------------------------------------------------------------------------------
