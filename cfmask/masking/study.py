@@ -61,7 +61,8 @@ class MaskStudy:
         assert metrics.overlap is not None and batch.objects is not None
         device = self.members.device
         chosen = self.members[batch.labels.to(device, non_blocking=True)]
-        chosen = chosen & batch.objects.known.to(device, non_blocking=True)[:, None]
+        # Asked on the device: the batch's tensors are page-locked, and moving them does not wait. A new one is not.
+        chosen = chosen & batch.objects.map(lambda tensor: tensor.to(device, non_blocking=True)).known[:, None]
         return {_NAME: Sum(torch.stack([tally(metrics.overlap, rows).to_vector() for rows in chosen.T]))}
 
     def tallies(self, values: Sequence[float]) -> dict[str, Tally]:
