@@ -38,6 +38,7 @@ from cfmask.evaluate import Score, answers_of, top1
 from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
+from cfmask.memory import explained_out_of_memory, settle_micro_batches
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, adamw, phases, rates, take_step
@@ -75,12 +76,12 @@ def run_worker(
 
     Raises:
         UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
-            another job on the folder, a final checkpoint that cannot be written.
+            another job on the folder, a final checkpoint that cannot be written, a GPU's memory that does not suffice.
         FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
             all ranks). The last checkpoint stays.
     """
     choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
-    with session(run, place, failing) as (store, stack):
+    with session(run, place, failing) as (store, stack), explained_out_of_memory(place):
         return _train(recipe, run, place, store, stop_request, stack)
 
 
@@ -111,6 +112,9 @@ def _train(
         start=copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None,
         ensemble=load_model(run.ensemble)[0].to(device).requires_grad_(False) if recipe.method.ensemble else None,
     )
+    tower = any(phase.tower for phase in schedule)
+    recipe = settle_micro_batches(recipe, run, place, model, teachers, normalise, tower=tower)
+    settings = recipe.optim
 
     # --- resume -------------------------------------------------------------------------------------------
     found = _agree_on_checkpoint(run, chief)
@@ -149,9 +153,9 @@ def _train(
             current = phase
         while step < (epoch + 1) * epoch_steps:
             parts = []
-            for part in range(settings.micro_batches):
+            for part in range(settings.parts):
                 batch = next(batches)
-                last = part == settings.micro_batches - 1
+                last = part == settings.parts - 1
                 metrics = _micro_batch(student, teachers, normalise, batch, recipe, last=last)
                 overlap = None if study is None else study.sums(metrics, batch)
                 receipt = batch.receipt.to(device, non_blocking=True)
@@ -332,7 +336,7 @@ def _epochs(
             start_step=start if epoch == first else 0,
             loader_workers=_loader_workers(recipe.data, place),
             draw_spec=draw_spec,
-            micro_batches=settings.micro_batches,
+            micro_batches=settings.parts,
             objects=None if study is None else study.reader,
             pin_memory=place.device.type == "cuda",
         )
@@ -376,7 +380,7 @@ def _micro_batch(
             batch.labels.to(device, non_blocking=True),
             batch.draws.map(lambda tensor: tensor.to(device, non_blocking=True)),
             recipe.method,
-            weight=1 / recipe.optim.micro_batches,
+            weight=1 / recipe.optim.parts,
             synchronise=last,
             objects=None
             if batch.objects is None
