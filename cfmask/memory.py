@@ -1,6 +1,6 @@
 """How many micro-batches a step needs: as few as the GPU with the least free memory of the job has room for.
 
-`--micro-batches auto` is settled before the first step, by passes over made-up images that are the step's own (CAM,
+`--micro-batches auto` is chosen before the first step, by passes over made-up images that are the step's own (CAM,
 masks, teachers, both backward passes):
 
     1. A pass over one lane and one over two: their peaks give the bytes of an image, and those of a pass besides.
@@ -75,7 +75,7 @@ def fewest_micro_batches(need: Footprint, lanes: int, lane_size: int) -> int:
     return lanes
 
 
-def settle_micro_batches(
+def choose_micro_batches(
     recipe: Recipe,
     run: RunFolder,
     place: Place,
@@ -99,8 +99,12 @@ def settle_micro_batches(
     if not recipe.optim.is_open_for(place.world_size):
         return recipe
     lanes = len(plan.lanes_of_rank(place.rank, place.world_size, recipe.optim.lanes))
-    trial = trial_on(place.device, recipe, model, teachers, normalise, tower=tower)
-    count = 1 if lanes == 1 or trial is None else _measured(trial, lanes, place)
+    trial = None if lanes == 1 else trial_on(place.device, recipe, model, teachers, normalise, tower=tower)
+    if trial is None:
+        count = 1
+    else:
+        count = _measured(trial, lanes, place)
+        trial.forget()
     optim = replace(recipe.optim, micro_batches=count, micro_batches_for=place.world_size)
     chosen = replace(recipe, optim=optim)
     failure: list[str | None] = [None]
@@ -132,7 +136,7 @@ def explained_out_of_memory(place: Place) -> Iterator[None]:
         raise UserError(
             f"Rank {place.rank} of {place.world_size} ran out of memory on {place.device}. Use more --micro-batches "
             "(auto chooses as many as are needed) or --activation-checkpointing, in a run folder of its own: both "
-            "belong to a run's recipe. Or go on with this run on more GPUs: submit.py --resume RUN --gpus-per-node N. "
+            "belong to a run's recipe. Or resume this run on more GPUs: submit.py --resume RUN --gpus-per-node N. "
             f"PyTorch says: {said}"
         ) from error
 
@@ -274,6 +278,10 @@ class Trial:
 
     def _give_back(self) -> None:
         torch.cuda.empty_cache()
+
+    def forget(self) -> None:
+        """Leave no trace in the statistics of the GPU's memory either."""
+        torch.cuda.reset_peak_memory_stats(self._device)
 
 
 def _measured(trial: Trial, lanes: int, place: Place) -> int:

@@ -194,10 +194,10 @@ class Optim:
     micro_batches: int | Literal["auto"] = setting(
         1,
         "parts that a rank's share of a batch is split into, to need less memory; auto: as few as fit the GPU with the "
-        "least free memory, measured before the first step and kept in the run's recipe (1 on CPUs)",
+        "least free memory, measured before the first step and kept in the run's recipe for as many ranks (1 on CPUs)",
     )
     micro_batches_for: int | None = setting(
-        None, "number of ranks that --micro-batches auto was settled for; none if a number was given", recorded=True
+        None, "number of ranks that --micro-batches auto was resolved for; none if a number was given", recorded=True
     )
     lr: float | None = setting(None, "peak learning rate (3e-5; 1e-3 where only the head is trained)")
     schedule: str = setting(
@@ -225,9 +225,9 @@ class Optim:
         return self.epochs + (self.probe_epochs or 0)
 
     @property
-    def parts(self) -> int:
-        """Micro-batches of a step, once it is settled how many."""
-        assert not isinstance(self.micro_batches, str), "--micro-batches auto is settled before the first step"
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step, once their number is known."""
+        assert not isinstance(self.micro_batches, str), "--micro-batches auto is resolved before the first step"
         return self.micro_batches
 
     def is_open_for(self, world_size: int) -> bool:
@@ -365,12 +365,12 @@ class Recipe(Record):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self
 
-    def as_settled_in(self, recorded: Recipe) -> Recipe:
-        """This recipe with the number of micro-batches that ``recorded`` has, where auto has made that number of it."""
+    def with_choice_of(self, recorded: Recipe) -> Recipe:
+        """This recipe with the number of micro-batches that ``recorded`` has, where auto has led to that number."""
         if self.optim.micro_batches != AUTO or recorded.optim.micro_batches_for is None:
             return self
-        settled = {name: getattr(recorded.optim, name) for name in ("micro_batches", "micro_batches_for")}
-        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, **settled))
+        choice = {name: getattr(recorded.optim, name) for name in ("micro_batches", "micro_batches_for")}
+        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, **choice))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

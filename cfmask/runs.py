@@ -217,7 +217,7 @@ class RunFolder:
             raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
         found = self.work()
         if isinstance(work, Recipe) and isinstance(found, Recipe):
-            work = work.as_settled_in(found)
+            work = work.with_choice_of(found)
         differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]
         if differences:
             raise UserError(
@@ -226,7 +226,7 @@ class RunFolder:
             )
 
     def record_recipe(self, recipe: Recipe) -> None:
-        """Replace the recipe by one in which a start has settled what was left to it. Raises OSError."""
+        """Replace the recipe by one in which a start has chosen what was left open. Raises OSError."""
         write_atomically(self.root / _RECIPE, recipe.to_json())
 
     @contextmanager

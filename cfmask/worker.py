@@ -38,7 +38,7 @@ from cfmask.evaluate import Score, answers_of, top1
 from cfmask.files import write_atomically
 from cfmask.masking.fills import DrawSpec
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
-from cfmask.memory import explained_out_of_memory, settle_micro_batches
+from cfmask.memory import choose_micro_batches, explained_out_of_memory
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, adamw, phases, rates, take_step
@@ -113,7 +113,7 @@ def _train(
         ensemble=load_model(run.ensemble)[0].to(device).requires_grad_(False) if recipe.method.ensemble else None,
     )
     tower = any(phase.tower for phase in schedule)
-    recipe = settle_micro_batches(recipe, run, place, model, teachers, normalise, tower=tower)
+    recipe = choose_micro_batches(recipe, run, place, model, teachers, normalise, tower=tower)
     settings = recipe.optim
 
     # --- resume -------------------------------------------------------------------------------------------
@@ -153,9 +153,9 @@ def _train(
             current = phase
         while step < (epoch + 1) * epoch_steps:
             parts = []
-            for part in range(settings.parts):
+            for part in range(settings.num_micro_batches):
                 batch = next(batches)
-                last = part == settings.parts - 1
+                last = part == settings.num_micro_batches - 1
                 metrics = _micro_batch(student, teachers, normalise, batch, recipe, last=last)
                 overlap = None if study is None else study.sums(metrics, batch)
                 receipt = batch.receipt.to(device, non_blocking=True)
@@ -336,7 +336,7 @@ def _epochs(
             start_step=start if epoch == first else 0,
             loader_workers=_loader_workers(recipe.data, place),
             draw_spec=draw_spec,
-            micro_batches=settings.parts,
+            micro_batches=settings.num_micro_batches,
             objects=None if study is None else study.reader,
             pin_memory=place.device.type == "cuda",
         )
@@ -380,7 +380,7 @@ def _micro_batch(
             batch.labels.to(device, non_blocking=True),
             batch.draws.map(lambda tensor: tensor.to(device, non_blocking=True)),
             recipe.method,
-            weight=1 / recipe.optim.parts,
+            weight=1 / recipe.optim.num_micro_batches,
             synchronise=last,
             objects=None
             if batch.objects is None

@@ -59,12 +59,12 @@ def flag_of(setting: dataclasses.Field) -> str:
     return setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
 
 
-def _number_or(words: Sequence[str]) -> Callable[[str], int | str]:
+def _number_or(names: Sequence[str]) -> Callable[[str], int | str]:
     def read(text: str) -> int | str:
         try:
-            return text if text in words else int(text)
+            return text if text in names else int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {' or '.join(words)}") from None
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {' or '.join(names)}") from None
 
     return read
 
@@ -76,12 +76,12 @@ def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
 
 
 def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
-    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[word]``, ``tuple[str, ...]``."""
+    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint, *others = [part for part in typing.get_args(hint) if part is not type(None)]
-        words = [word for part in others for word in typing.get_args(part)]
-        if words:
-            return {"type": _number_or(words), "metavar": "|".join(["N", *words])}
+        names = [name for part in others for name in typing.get_args(part)]
+        if names:
+            return {"type": _number_or(names), "metavar": "|".join(["N", *names])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:

@@ -83,7 +83,7 @@ def visible_gpus(value: str | None, installed: Sequence[Gpu] | None) -> tuple[st
 
 
 def for_ranks(entries: Sequence[str]) -> list[str]:
-    """The words of a shell that start a rank's command with ``entries``, one for each rank of this machine."""
+    """The prefix of a rank's command that passes on ``entries``, one for each rank of this machine."""
     return ["env", f"{_RANKS}={','.join(entries)}"] if entries else []
 
 

@@ -84,18 +84,18 @@ def test_the_flag_takes_a_number_or_auto():
 def test_a_recipe_with_auto_survives_json_and_says_when_it_is_open():
     recipe = Recipe(optim=Optim(micro_batches=AUTO)).resolved()
     assert Recipe.from_json(recipe.to_json()) == recipe
-    settled = dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2)
-    assert recipe.optim.is_open_for(2) and settled.is_open_for(1) and not settled.is_open_for(2)
+    chosen = dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2)
+    assert recipe.optim.is_open_for(2) and chosen.is_open_for(1) and not chosen.is_open_for(2)
     assert not Optim(micro_batches=4).is_open_for(1)
 
 
-def test_a_folder_keeps_what_was_settled_and_takes_the_same_command_again(tmp_path):
+def test_a_folder_keeps_what_was_chosen_and_takes_the_same_command_again(tmp_path):
     run, recipe = RunFolder(tmp_path / "run"), Recipe(optim=Optim(micro_batches=AUTO)).resolved()
     run.claim(recipe)
-    settled = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2))
-    run.record_recipe(settled)
+    chosen = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2))
+    run.record_recipe(chosen)
     run.claim(recipe)
-    assert run.recipe() == settled
+    assert run.recipe() == chosen
     with pytest.raises(UserError, match="optim.epochs"):
         run.claim(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=3)))
     with pytest.raises(UserError, match="optim.micro_batches"):
@@ -127,12 +127,15 @@ class Pretended(Trial):
         self.tried.append((lanes, with_step))
         return lanes * self.lane_size <= self._really_fits
 
+    def forget(self) -> None:
+        pass
+
 
 def recipe_of_lanes(lanes: int = 16, **optim) -> Recipe:
     return Recipe(optim=Optim(batch_size=2 * lanes, lanes=lanes, micro_batches=AUTO, **optim)).resolved()
 
 
-def settled_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple], recipe: Recipe) -> None:
+def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple], recipe: Recipe) -> None:
     torch.set_num_threads(1)
     place = Place(rank=rank, world_size=world_size)
     trial = Pretended(2, *trials[rank])
@@ -140,7 +143,7 @@ def settled_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple
     found: object
     with process_group(place, folder / "meeting"):
         try:
-            found = memory.settle_micro_batches(recipe, RunFolder(folder), place, None, None, None, tower=True).optim
+            found = memory.choose_micro_batches(recipe, RunFolder(folder), place, None, None, None, tower=True).optim
         except UserError as error:
             found = str(error)
     torch.save((found, trial.tried), folder / f"{rank}.pt")
@@ -151,7 +154,7 @@ def on_ranks(folder: Path, trials: dict[int, tuple], recipe: Recipe | None = Non
     recipe = recipe or recipe_of_lanes()
     RunFolder(folder).claim(recipe)
     arguments = (folder, len(trials), trials, recipe)
-    mp.start_processes(settled_by, args=arguments, nprocs=len(trials), start_method="spawn")
+    mp.start_processes(chosen_by, args=arguments, nprocs=len(trials), start_method="spawn")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(trials))]
 
 
@@ -177,7 +180,7 @@ def test_a_lane_that_does_not_fit_is_an_error_on_all_ranks_that_names_the_flags(
     assert RunFolder(tmp_path).recipe().optim.micro_batches == AUTO
 
 
-def test_a_start_on_another_number_of_ranks_settles_anew(tmp_path):
+def test_a_start_on_another_number_of_ranks_chooses_again(tmp_path):
     recipe = recipe_of_lanes()
     before = dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2)
     [(found, _)] = on_ranks(tmp_path / "one", {0: (10, 1)}, dataclasses.replace(recipe, optim=before))
@@ -241,6 +244,9 @@ class OnThisMachine(Trial):
     def _give_back(self) -> None:
         pass
 
+    def forget(self) -> None:
+        pass
+
 
 def test_auto_is_one_on_cpus_and_stands_in_the_recipe(materials, tmp_path):
     run = made.train(recipe_of(materials, micro_batches=AUTO), tmp_path / "run")
@@ -263,7 +269,7 @@ def test_the_trial_leaves_no_trace_in_the_weights(materials, tmp_path, monkeypat
     assert_equal(run, given)
 
 
-def test_a_run_that_is_killed_before_it_has_settled_settles_at_the_next_start(materials, tmp_path, monkeypatch):
+def test_a_run_whose_choice_was_not_recorded_chooses_at_the_next_start(materials, tmp_path, monkeypatch):
     run, recipe = RunFolder(tmp_path / "run"), recipe_of(materials, micro_batches=AUTO)
     run.claim(recipe)
 
@@ -299,6 +305,91 @@ def test_a_pass_leaves_the_model_as_it_was(method):
     assert model.compiled and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+# --- what is asked of CUDA --------------------------------------------------------------------------------------------
+
+
+class Gpu:
+    """torch.cuda's functions about memory, for one GPU of 80 GB, 1 GB of which is somebody else's.
+
+    A pass takes 100 bytes, and 7 an image; what is held besides by torch.empty is counted too.
+    """
+
+    TOTAL = 80_000
+
+    def __init__(self, monkeypatch, *, limit: float = 1.0, resident: int = 1_000, cached: int = 500) -> None:
+        self.limit, self.resident, self.cached, self.held, self.peak = limit, resident, cached, 0, 0
+        self.passes: list[int] = []
+        answers = {
+            "mem_get_info": lambda device: (self.TOTAL - 1_000 - self.reserved, self.TOTAL),
+            "memory_reserved": lambda device: self.reserved,
+            "memory_allocated": lambda device: self.resident + self.held,
+            "max_memory_allocated": lambda device: self.peak,
+            "reset_peak_memory_stats": lambda device: setattr(self, "peak", self.resident),
+            "empty_cache": lambda: setattr(self, "cached", 0),
+            "get_per_process_memory_fraction": lambda device: self.limit,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(torch.cuda, name, answer, raising=False)
+        gpu, empty = self, torch.empty
+
+        def counted(*size, **options):
+            if options.get("dtype") is torch.uint8:
+                gpu.held = size[0]
+            return empty(*size, **options)
+
+        monkeypatch.setattr(memory.torch, "empty", counted)
+
+    @property
+    def reserved(self) -> int:
+        return self.resident + self.held + self.cached
+
+    def run(self, images: int) -> None:
+        self.passes.append(images)
+        at_worst = self.resident + self.held + 100 + 7 * images
+        self.held, self.peak = 0, max(self.peak, at_worst)
+        if at_worst > min(self.TOTAL - 1_000, self.limit * self.TOTAL):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def trial_on_gpu(gpu: Gpu, monkeypatch, *, tower: bool = True) -> Trial:
+    model, teachers, normalise = student_and_teachers(TINY, resolved(METHODS[0]))
+    recipe = Recipe(optim=Optim(batch_size=40, lanes=4))
+    trial = Trial(recipe, model.float(), teachers, normalise, tower=tower)
+    monkeypatch.setattr(trial, "run", lambda lanes: gpu.run(10 * lanes))
+    return trial
+
+
+@pytest.mark.parametrize("tower", [True, False])
+def test_the_footprint_is_the_line_through_two_passes_and_what_the_optimizer_and_ddp_will_hold(monkeypatch, tower):
+    gpu = Gpu(monkeypatch)
+    trial = trial_on_gpu(gpu, monkeypatch, tower=tower)
+    need = trial.footprint()
+    trained = trial._model.parameters() if tower else trial._model.head.parameters()
+    unseen = 3 * 4 * sum(parameter.numel() for parameter in trained)
+    assert need == Footprint(free=78_000, fixed=100 + unseen, per_image=7)
+    assert gpu.passes == [10, 10, 20] and gpu.cached == 0  # the first one is for workspaces
+
+
+def test_free_memory_is_what_this_process_may_use_of_it(monkeypatch):
+    assert trial_on_gpu(Gpu(monkeypatch, limit=0.5), monkeypatch)._free() == 39_000
+    assert trial_on_gpu(Gpu(monkeypatch, limit=0.0), monkeypatch)._free() == 0
+
+
+def test_lanes_that_run_out_of_memory_are_no_error_but_infinitely_large(monkeypatch):
+    trial = trial_on_gpu(Gpu(monkeypatch, limit=0.0153), monkeypatch)  # 1,224 bytes: 17 images
+    monkeypatch.setattr(trial, "_unseen_bytes", lambda: 30)
+    assert trial.footprint() == Footprint(free=224, fixed=170 + 30, per_image=math.inf)
+    assert trial.fits(1) and not trial.fits(2)
+
+
+def test_what_a_step_holds_besides_and_the_margin_are_held_while_a_number_is_confirmed(monkeypatch):
+    trial = trial_on_gpu(Gpu(monkeypatch, limit=0.0153), monkeypatch)
+    monkeypatch.setattr(trial, "_unseen_bytes", lambda: 30)
+    assert trial.fits(1, with_step=True)  # 1,000 + 170 + 30 + 17 of 1,224
+    monkeypatch.setattr(trial, "_unseen_bytes", lambda: 40)
+    assert not trial.fits(1, with_step=True)
+
+
 # --- when it does not suffice -----------------------------------------------------------------------------------------
 
 
@@ -326,7 +417,7 @@ def test_other_errors_are_left_alone():
         _ = 1 / 0
 
 
-def test_auto_goes_through_submit_and_is_settled_anew_when_resumed_on_another_number_of_ranks(materials, tmp_path):
+def test_auto_goes_through_submit_and_chooses_again_when_resumed_on_another_number_of_ranks(materials, tmp_path):
     run = tmp_path / "run"
     flags = [*made.recipe_flags(materials, run), "--executor", "local", "--epochs", 1, "--micro-batches", "auto"]
     shown = made.submit(*flags, "--tasks-per-node", 2, "--dry-run").stdout
@@ -391,13 +482,13 @@ def test_auto_is_more_where_there_is_little_and_the_run_passes_with_the_bits_of_
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
     run = trained(large, tmp_path / "little")
-    settled = run.recipe()
-    assert settled.optim.micro_batches > 1
+    chosen = run.recipe()
+    assert chosen.optim.micro_batches > 1
     # The number is what counts, not how it was found: given by hand, and with all of the memory.
     torch.cuda.set_per_process_memory_fraction(1.0)
-    by_hand = dataclasses.replace(settled.optim, micro_batches_for=None)
-    assert_equal(run, trained(dataclasses.replace(settled, optim=by_hand), tmp_path / "by hand"))
-    assert_equal(run, trained(settled, tmp_path / "recorded"))
+    by_hand = dataclasses.replace(chosen.optim, micro_batches_for=None)
+    assert_equal(run, trained(dataclasses.replace(chosen, optim=by_hand), tmp_path / "by hand"))
+    assert_equal(run, trained(chosen, tmp_path / "recorded"))
 
 
 def peak_of(recipe: Recipe, folder: Path) -> int:
