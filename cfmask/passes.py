@@ -87,7 +87,7 @@ class Passes:
                 inputs.labels,
                 inputs.draws,
                 self._recipe.method,
-                weight=1 / self._recipe.optim.micro_batches,
+                weight=1 / self._recipe.optim.num_micro_batches,
                 synchronise=synchronise,
                 objects=inputs.objects,
             )
@@ -208,7 +208,7 @@ def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
     """Whether a recipe's passes are to be captured, on a device of this many."""
     if device.type != "cuda" or recipe.run.compile or recipe.run.cuda_graphs == "off":
         return False
-    images = recipe.optim.batch_size // world_size // recipe.optim.micro_batches
+    images = recipe.optim.batch_size // world_size // recipe.optim.num_micro_batches
     return recipe.run.cuda_graphs == "on" or images <= GRAPHED_IMAGES
 
 

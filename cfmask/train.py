@@ -24,6 +24,7 @@ from cfmask.evaluate import Answers, Score, answers_of, top1
 from cfmask.files import write_atomically
 from cfmask.logs import MetricLogger
 from cfmask.masking.study import MaskStudy, MaskStudyLog
+from cfmask.memory import choose_micro_batches, explained_out_of_memory
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
@@ -63,12 +64,12 @@ def train(
 
     Raises:
         UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
-            another job on the folder, a final checkpoint that cannot be written.
+            another job on the folder, a final checkpoint that cannot be written, a GPU's memory that does not suffice.
         FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
             all ranks). The last checkpoint stays.
     """
     choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
-    with session(run, place, failing) as (store, stack):
+    with session(run, place, failing) as (store, stack), explained_out_of_memory(place):
         return _train(recipe, run, place, store, stop_request, stack)
 
 
@@ -91,6 +92,9 @@ def _train(
     total_steps = schedule[-1].end
     models = load_models(recipe, run, manifest, place, store)
     model, normalise, teachers = models.model, models.normalise, models.teachers
+    trains_tower = any(phase.tower for phase in schedule)
+    recipe = choose_micro_batches(recipe, run, place, model, teachers, normalise, tower=trains_tower)
+    settings = recipe.optim
     study = None
     if recipe.data.segmentation is not None:
         study = MaskStudy.of(recipe.data.segmentation, manifest, model, device)
@@ -129,9 +133,9 @@ def _train(
             current = phase
         while step < (epoch + 1) * epoch_steps:
             step += 1
-            for part in range(settings.micro_batches):
+            for part in range(settings.num_micro_batches):
                 batch = next(batches)
-                last = part == settings.micro_batches - 1
+                last = part == settings.num_micro_batches - 1
                 metrics = passes(inputs_of(batch), last=last)
                 reducer.add(micro_batch_metrics(metrics, batch))
                 if study is not None:

@@ -190,7 +190,7 @@ def epochs(
             start_step=start if epoch == first else 0,
             loader_workers=loader_workers(recipe.data, place),
             draw_spec=draw_spec,
-            micro_batches=settings.micro_batches,
+            micro_batches=settings.num_micro_batches,
             objects=objects,
             pin_memory=place.device.type == "cuda",
         )
