@@ -212,7 +212,7 @@ class Writer:
             # Not begun if it cannot end: a disk that is full to the last byte would cost others a line of their logs.
             if 0 < shutil.disk_usage(self._folder).free < _size(images):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            told = {
+            contents = {
                 "step": state.step,
                 "dataset": state.dataset,
                 "consumed": state.consumed.to_json(),
@@ -221,7 +221,7 @@ class Writer:
                 "updates": updates,
                 "sha256": {name: _write_hashed(aside / name, image.pieces()) for name, image in images.items()},
             }
-            _write_hashed(aside / "state.json", [json.dumps(told, indent=2).encode()])
+            _write_hashed(aside / "state.json", [json.dumps(contents, indent=2).encode()])
             sync(aside)
             if final.exists():  # a torn one that a resume has passed over
                 _remove(final)
@@ -237,10 +237,10 @@ class Writer:
         if best is None:
             return
         pointer = self._folder / "best.json"
-        told = json.dumps({"step": best[0], "set": self._keep.best_on, "top1": best[1]}) + "\n"
+        contents = json.dumps({"step": best[0], "set": self._keep.best_on, "top1": best[1]}) + "\n"
         try:
-            if not pointer.exists() or pointer.read_text() != told:
-                write_atomically(pointer, told)
+            if not pointer.exists() or pointer.read_text() != contents:
+                write_atomically(pointer, contents)
         except OSError as error:
             print(
                 f"warning: {pointer} cannot be written ({error.strerror}); the next checkpoint tries again", flush=True
@@ -362,13 +362,13 @@ def _remove_leftovers(folder: Path) -> None:
 def latest(folder: Path, report=print) -> Checkpoint | None:
     """The newest checkpoint that is whole: every file there, with the sha256 that state.json gives.
 
-    Each torn one passed over is told to ``report`` in a sentence.
+    ``report`` is called with a sentence for each torn one that is passed over.
     """
     for path in found(folder):
-        trouble = _trouble(path)
-        if trouble is None:
+        damage = _damage(path)
+        if damage is None:
             return read_state(path)
-        report(f"Checkpoint {path} is torn ({trouble}); falling back to the one before it.")
+        report(f"Checkpoint {path} is torn ({damage}); falling back to the one before it.")
     return None
 
 
@@ -441,7 +441,8 @@ def _whole(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
     return whole
 
 
-def _trouble(path: Path) -> str | None:
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
     try:
         expected = json.loads((path / "state.json").read_text())["sha256"]
         read_state(path)

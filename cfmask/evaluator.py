@@ -1,8 +1,8 @@
 """The evaluating worker: one process of a job. Makes the models that an Evaluation asks for, and counts on its sets.
 
 A set is read once for all models. Ranks take batches in turn; counts are whole numbers, so the result is the same for
-any number of ranks. What has been counted is kept as it goes, as a number of batches: a job that comes back, on as many
-ranks as it may be then, goes on behind the last one.
+any number of ranks. Counts are kept from time to time, with the number of batches that they are of: a job that is
+requeued, on any number of ranks, resumes behind the last of them.
 """
 
 from __future__ import annotations

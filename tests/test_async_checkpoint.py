@@ -25,10 +25,11 @@ import made
 from cfmask import checkpoint
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
+from cfmask.optim import adamw
+from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
 from made import train
-from test_checkpoint import LATEST_TWO, state, steps_in, train_on, trained
+from test_checkpoint import LATEST_TWO, PHASE, state, steps_in, train_on, trained
 from towers import TINY
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
@@ -90,6 +91,50 @@ def test_it_holds_the_weights_and_moments_of_its_step_though_training_goes_on(tm
         assert torch.equal(stored[f"exp_avg.{name}"], of["exp_avg"])
         assert torch.equal(stored[f"exp_avg_sq.{name}"], of["exp_avg_sq"])
     assert checkpoint.read_state(saved).updates == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_copies_are_queued_behind_what_is_queued_and_before_what_follows(tmp_path, writer):
+    model = TINY.classifier().cuda()
+    optimizer = adamw(model.parameters(), PHASE, Optim())
+
+    def step(seed: int) -> None:
+        pixels = torch.randn(2, 3, TINY.image, TINY.image, generator=torch.Generator().manual_seed(seed)).pin_memory()
+        model(pixels.to("cuda", non_blocking=True))[1].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for seed in range(3):
+        step(seed)
+    writer.reserve(model)
+    busy = torch.randn(8192, 8192, device="cuda")
+    busy @ busy
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):  # a second's work, so that the host is ahead of the device
+            busy @ busy
+        step(3)
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+        queued = torch.cuda.Event()
+        queued.record()
+        writer.start(state(4), model, optimizer)
+        assert not queued.query(), "it waited for the device"
+        for seed in range(4, 8):
+            step(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert writer.wait() is None
+    saved = tmp_path / "checkpoints/step-00000004"
+    assert all(torch.equal(value, expected[name].cpu()) for name, value in load_file(saved / MODEL).items())
+    stored = load_file(saved / OPTIMIZER)
+    assert all(torch.equal(stored[f"exp_avg.{name}"], value.cpu()) for name, value in moments.items())
+    assert checkpoint.read_state(saved).updates == 4
 
 
 def test_one_is_under_way_at_most_and_both_are_right(tmp_path, writer, gate):

@@ -26,6 +26,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import cfmask.train
+from cfmask import checkpoint
 from cfmask.checkpoint import Writer
 from cfmask.distributed import Place
 from cfmask.evaluate import Counts
@@ -101,7 +102,8 @@ def train_watched(monkeypatch, recipe: Recipe, folder: Path, place: Place, set_m
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS
     assert len([line for line in read_lines(run.log) if "overlap" in line]) == 4
-    assert len(list(run.checkpoints.glob("step-*"))) == 8  # every second step, and epochs' ends
+    saved = [checkpoint.read_state(path) for path in checkpoint.found(run.checkpoints)]
+    assert [(one.step, one.updates) for one in saved] == [(n, n) for n in (12, 10, 9, 8, 6, 4, 3, 2)]
     return happened
 
 
