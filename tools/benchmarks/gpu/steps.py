@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ HEADER = [
 ]
 
 
+peak = cache(measure_matmul)
+
+
 @dataclass(frozen=True)
 class Found:
     """A contender's step. seconds: on the device; host: until it is queued; flops and peak (bytes): of one step."""
@@ -39,7 +42,7 @@ class Found:
 
 def step_table(model: str, batch: int, contenders: Sequence[Contender], setting: Setting, section: Section) -> dict:
     """Measure contenders, all from one state, and add their table to the report as soon as they are measured."""
-    peaks = {p: measure_matmul(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
+    peaks = {p: peak(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
     # On the host, so that it is in nobody's memory.
     m = copied(setting.materials(model, batch), "cpu")
     found: dict[Contender, Found | str] = {}
@@ -52,7 +55,7 @@ def step_table(model: str, batch: int, contenders: Sequence[Contender], setting:
     rows = [row_of(contender, found, len(m.images), forward, peaks) for contender in contenders]
     section.note(
         f"{model}, batch {len(m.images)}. A big square product reaches "
-        f"{', '.join(f'{peak / 1e12:.3g} TFLOP/s in {p}' for p, peak in peaks.items())}; F, a forward of the plain "
+        f"{', '.join(f'{rate / 1e12:.3g} TFLOP/s in {p}' for p, rate in peaks.items())}; F, a forward of the plain "
         f"tower, is {forward / len(m.images) / 1e9:.4g} GFLOP an image."
     )
     section.table(HEADER, rows)
@@ -70,8 +73,8 @@ def measure(m: Materials, contender: Contender, setting: Setting) -> Found | str
         step = their_step(on_device, contender) if contender.method is None else OurStep(on_device, contender)
         before = start_of_memory(setting.device)
         timed = time_calls(step, setting.device, times=setting.times(8), warm_up=setting.times(3))
-        peak = peak_memory(setting.device, before)
-        return Found(timed.device, timed.host, count_flops(step), peak)
+        memory = peak_memory(setting.device, before)
+        return Found(timed.device, timed.host, count_flops(step), memory)
     except (RuntimeError, MemoryError) as error:
         print(f"{contender}: {error}", flush=True)
         return "does not fit" if out_of_memory(error) else f"failed: {str(error).splitlines()[0][:120]}"
