@@ -39,6 +39,7 @@ from cfmask.files import sha256_of, sync, write_atomically
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import Skips
+from cfmask.pinned import pinned_bytes
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 # Written and hashed in pieces, during which other threads run.
@@ -110,6 +111,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._images: dict[str, _Image] = {}
+        self._updates = torch.zeros(())
         self._begun = time.monotonic()
         _remove_leftovers(folder)
         self._whole = _whole(folder, resumed.step) if resumed is not None else {}
@@ -129,13 +131,16 @@ class Writer:
             "model.safetensors": _Image(model.state_dict(), self._info.to_metadata()),
             "optimizer.safetensors": _Image(moments, {}),
         }
+        self._updates = torch.zeros((), pin_memory=next(model.parameters()).is_cuda)
 
     @torch.no_grad()
     def start(self, state: State, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
         """Begin the checkpoint of ``state.step``; the model may be changed as soon as this returns.
 
         Waits for the one before it, if that is still being written: memory for one is all there is. On a GPU nothing
-        else is waited for: the copies stand in the same stream as the steps before and after them.
+        else is waited for, not even by the host for the copies: they are queued on the current stream, behind the steps
+        that were taken and before those that follow, which cannot overwrite what is copied. There they take their
+        bytes' time on the link to the host.
         """
         self.wait()
         self._failure = None
@@ -143,12 +148,13 @@ class Writer:
         moments, updates = _optimizer_state(model, optimizer)
         self._images["model.safetensors"].fill(model.state_dict())
         self._images["optimizer.safetensors"].fill(moments)
+        self._updates.copy_(updates, non_blocking=True)
         copied = None
         if next(model.parameters()).is_cuda:
             copied = torch.cuda.Event(blocking=True)
             copied.record()
         self._thread = threading.Thread(
-            target=self._write, args=(state, updates, self._images, copied), name=f"checkpoint {state.step}"
+            target=self._write, args=(state, self._updates, self._images, copied), name=f"checkpoint {state.step}"
         )
         self._thread.start()
 
@@ -177,11 +183,11 @@ class Writer:
 
     # What follows is done by the thread.
 
-    def _write(self, state: State, updates: int, images: dict[str, _Image], copied: torch.cuda.Event | None) -> None:
+    def _write(self, state: State, updates: Tensor, images: dict[str, _Image], copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
                 copied.synchronize()
-            self._commit(state, updates, images)
+            self._commit(state, int(updates), images)
             self._whole[state.step] = state.top1
             self._point_at_best()
             self._remove_old(state.step)
@@ -275,8 +281,8 @@ class _Image:
     The same tensors and metadata make the same bytes, which safetensors' own writer does not promise.
 
     Args:
-        like: names, shapes, types and device of what will be copied. Memory is pinned for a GPU's, so that copies are
-            no business of the CPU.
+        like: names, shapes, types and device of what will be copied. For a GPU's the memory is page-locked, so that
+            ``fill`` does not wait.
     """
 
     def __init__(self, like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -294,8 +300,8 @@ class _Image:
         text += b" " * (-len(text) % 8)
         self._header = struct.pack("<Q", len(text)) + text
         pinned = any(tensor.is_cuda for tensor in like.values())
-        # Zeroed, so that the memory is there before it is needed.
-        self._data = torch.empty(end, dtype=torch.uint8, pin_memory=pinned).zero_()
+        # Zeroed, so that the memory is there before it is needed: torch.zeros would leave that to the first copy.
+        self._data = pinned_bytes(end) if pinned else torch.empty(end, dtype=torch.uint8).zero_()
         self._tensors = {
             name: self._data[slice(*header[name]["data_offsets"])].view(tensor.dtype).view(tensor.shape)
             for name, tensor in like.items()
@@ -307,7 +313,7 @@ class _Image:
         return len(self._header) + len(self._data)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy them in; a GPU's in the order of its stream, not waited for."""
+        """Copy tensors in. Copies from a GPU are queued on the current stream and not waited for."""
         for name, there in self._tensors.items():
             there.copy_(tensors[name], non_blocking=True)
 
@@ -404,11 +410,11 @@ def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torc
         }
 
 
-def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], int]:
-    """Moments by name, and the number of updates, which is the same for all parameters."""
+def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Tensor]:
+    """Moments by name, and the number of updates, (), which is the same for all parameters; on the device."""
     states = {name: optimizer.state[parameter] for name, parameter in _trained(model)}
     moments = {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in _MOMENTS}
-    return moments, int(next(iter(states.values()))["step"])
+    return moments, next(iter(states.values()))["step"]
 
 
 def _trained(model: Classifier) -> list[tuple[str, nn.Parameter]]:

@@ -30,10 +30,11 @@ from cfmask.errors import UserError
 from cfmask.evaluate import Counts, answers_of, check_classes, check_set
 from cfmask.evaluation import Evaluation, files_of
 from cfmask.files import replace_tensors, write_atomically
+from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder, append_lines
-from cfmask.session import FINISHED, QUIT, REQUEUE, Report, StopRequest, choose_arithmetic, rank_0_first, session
+from cfmask.session import FINISHED, Report, StopRequest, choose_arithmetic, rank_0_first, session
 
 KEEP_S, LOG_S = 30.0, 5.0
 """How often counts are kept, and a line of progress is written."""
@@ -53,7 +54,7 @@ def run_evaluation(
     stop_request: StopRequest = lambda: None,
     failing: Report = lambda error: None,
 ) -> str:
-    """Evaluate until all is counted or a stop is asked for. Arguments and what is returned are those of ``run_worker``.
+    """Evaluate until all is counted or a stop is asked for. Takes and returns what ``train.train`` does.
 
     Raises:
         UserError: models that do not belong together or to the sets, a set that is not what it should be, a sample
@@ -61,12 +62,12 @@ def run_evaluation(
     """
     choose_arithmetic(evaluation.precision, deterministic=True)
     with session(run, place, failing) as (store, leaving):
-        chief = place.rank == 0
-        sets = load_sets_of(evaluation, check_files=chief)
+        is_main_process = place.rank == 0
+        sets = load_sets_of(evaluation, check_files=is_main_process)
         if evaluation.make == "zero-shot":
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)
-        if chief:
+        if is_main_process:
             run.begin_attempt(
                 job=place.attempt,
                 nodes=place.nodes,
@@ -80,11 +81,11 @@ def run_evaluation(
             results = _evaluate(evaluation, run, counter, place.device)
         except _Stopped as stopped:
             [asked] = stopped.args
-            if chief:
+            if is_main_process:
                 print(f"asked to stop ({asked}) after {counter.images} images", flush=True)
                 run.end_attempt(f"stopped after {counter.images} images ({asked})")
             return asked
-        if chief:
+        if is_main_process:
             facts = {"evaluation": json.loads(evaluation.to_json()), "of": files_of(evaluation)}
             write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
             run.progress.unlink(missing_ok=True)
@@ -128,7 +129,7 @@ def _evaluate(evaluation: Evaluation, run: RunFolder, counter: _Counter, device:
             more = {"chosen_on": holdout, "holdout": [score.top1 for score in scores]}
         if chosen is not None:
             more["chosen"] = chosen
-            if counter.chief:
+            if counter.is_main_process:
                 mixture.save(evaluation.alphas[chosen], run.final)
     else:
         ingredients = list(evaluation.models)
@@ -140,7 +141,7 @@ def _evaluate(evaluation: Evaluation, run: RunFolder, counter: _Counter, device:
             counter.announce(sets)
         model, info = _soup(ingredients)
         counter.check(info.classes)
-        if counter.chief:
+        if counter.is_main_process:
             save_model(run.final, model, replace(info, provenance=f"{make} of {', '.join(ingredients)}"))
         models, rows = [(model.to(device), Normalise(info.mean, info.std).to(device))], [{"name": make}]
         more |= {"ingredients": ingredients, "chosen": 0}
@@ -288,16 +289,16 @@ class _Counter:
         self._evaluation, self._run, self._place, self._stop_request = evaluation, run, place, stop_request
         self.sets = sets
         self.answers = {name: answers_of(manifest).to(place.device) for name, manifest in sets.items()}
-        self.chief = place.rank == 0
+        self.is_main_process = place.rank == 0
         self._facts = json.dumps([files_of(evaluation), {name: m.digest for name, m in sets.items()}])
-        told = [self._read() if self.chief else {}]
-        dist.broadcast_object_list(told)
-        self._kept: dict[str, tuple[int, dict[str, Tensor]]] = told[0]
+        progress = [self._read() if self.is_main_process else {}]
+        dist.broadcast_object_list(progress)
+        self._kept: dict[str, tuple[int, dict[str, Tensor]]] = progress[0]
         self.images = sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
         self._kept_at = self._logged_at = time.monotonic()
         self._logged_images = self.images
         self._bar: tqdm | None = None
-        if self.chief:
+        if self.is_main_process:
             pace = 0.2 if sys.stderr.isatty() else 30
             self._bar = tqdm(unit="image", initial=self.images, dynamic_ncols=True, mininterval=pace)
 
@@ -339,7 +340,7 @@ class _Counter:
             total.load(sofar)
         if done < batches_in_all:
             fresh = Counts(number, manifest.num_classes, device)
-            exchange = _Exchange(device)
+            reducer = AsyncMetricReducer(device)
             if self._bar is not None:
                 self._bar.set_description(name)
             for batch in self._rounds(manifest, next(iter(models))[0], done):
@@ -350,15 +351,20 @@ class _Counter:
                         fresh.add(i, self._logits(model, normalise(images)), labels, answers)
                 before, done = done, min(batches_in_all, done + world)
                 self._advance(min(done * size, manifest.num_samples) - before * size, name)
-                keep = self.chief and time.monotonic() - self._kept_at > KEEP_S
-                asked, keep = exchange.send(self._stop_request(), keep)
+                overdue = self.is_main_process and time.monotonic() - self._kept_at > KEEP_S
+                reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
+                reducer.send(done)
+                # What the ranks asked for a batch ago: nobody waits for the slowest, and all of them read the same.
+                asked, keep = None, False
+                for reduced in reducer.receive(before=done):
+                    asked, keep = stop_of(reduced), bool(reduced.scalar("overdue"))
                 if asked or keep or done == batches_in_all:
                     fresh.sum_over_ranks()
                     total.take(fresh)
                     self._keep(key, done, total)
                 if asked and done < batches_in_all:
                     raise _Stopped(asked)
-            exchange.drain()
+            reducer.receive()
         for i, bad in enumerate(total.not_finite.tolist()):
             if bad:
                 raise UserError(
@@ -414,7 +420,7 @@ class _Counter:
         """Keep what was counted; on a full disk that is a warning, and counted again if it has to be."""
         self._kept[key] = done, {n: t.cpu() for n, t in counts.tensors().items()}
         self._kept_at = time.monotonic()
-        if not self.chief:
+        if not self.is_main_process:
             return
         tensors = {f"{key}|{n}": t for key, (_, kept) in self._kept.items() for n, t in kept.items()}
         batches = json.dumps({key: done for key, (done, _) in self._kept.items()})
@@ -437,30 +443,3 @@ class _Counter:
                 }
         except (FileNotFoundError, SafetensorError):
             return {}
-
-
-class _Exchange:
-    """What ranks tell each other after a batch, read after the next one: nobody waits for the slowest, and all of them
-    read the same."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._under_way: tuple[Any, Tensor] | None = None
-
-    def send(self, asked: str | None, keep: bool) -> tuple[str | None, bool]:
-        """This rank's wishes; returns what all ranks together wished a batch ago: to stop, to keep what is counted."""
-        told = self.drain()
-        # full is a kernel; a tensor made from a list would be a copy that waits
-        given = (asked == QUIT, asked == REQUEUE, keep)
-        wishes = torch.stack([torch.full((), wish, dtype=torch.int32, device=self._device) for wish in given])
-        self._under_way = dist.all_reduce(wishes, async_op=True), wishes
-        return told
-
-    def drain(self) -> tuple[str | None, bool]:
-        if self._under_way is None:
-            return None, False
-        work, wishes = self._under_way
-        self._under_way = None
-        work.wait()
-        leave, requeue, keep = wishes.tolist()
-        return QUIT if leave else REQUEUE if requeue else None, bool(keep)

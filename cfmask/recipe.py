@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
@@ -32,9 +32,25 @@ PAPER_VALUES = {
 }
 
 
-def setting(default: Any, help: str, *, flag: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its documentation; ``flag`` where the command line's name differs from the field's."""
-    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices})
+AUTO: Literal["auto"] = "auto"
+"""Of --micro-batches: to be chosen by the first start (cfmask/memory.py)."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    recorded: bool = False,
+) -> Any:
+    """A field with its documentation.
+
+    Args:
+        flag: where the command line's name differs from the field's.
+        recorded: it has no flag; a run's start writes it.
+    """
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices, "recorded": recorded})
 
 
 @dataclass(frozen=True)
@@ -175,7 +191,14 @@ class Optim:
         16,
         "lanes a batch is made of; donors come from a sample's own lane; the number of ranks must divide it",
     )
-    micro_batches: int = setting(1, "parts that a rank's share of a batch is split into, to need less memory")
+    micro_batches: int | Literal["auto"] = setting(
+        1,
+        "parts that a rank's share of a batch is split into, to need less memory; auto: as few as fit the GPU with the "
+        "least free memory, measured before the first step and kept in the run's recipe for as many ranks (1 on CPUs)",
+    )
+    micro_batches_for: int | None = setting(
+        None, "number of ranks that --micro-batches auto was resolved for; none if a number was given", recorded=True
+    )
     lr: float | None = setting(None, "peak learning rate (3e-5; 1e-3 where only the head is trained)")
     schedule: str = setting(
         "cosine",
@@ -201,6 +224,16 @@ class Optim:
     def total_epochs(self) -> int:
         return self.epochs + (self.probe_epochs or 0)
 
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches of a step, once their number is known."""
+        assert not isinstance(self.micro_batches, str), "--micro-batches auto is resolved before the first step"
+        return self.micro_batches
+
+    def is_open_for(self, world_size: int) -> bool:
+        """Whether a start on so many ranks has to choose the number of micro-batches."""
+        return self.micro_batches == AUTO or self.micro_batches_for not in (None, world_size)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -218,6 +251,12 @@ class Run:
     )
     compile: bool = setting(
         False, "run the teacher's and the masked passes through torch.compile (a minute at the start)"
+    )
+    cuda_graphs: str = setting(
+        "auto",
+        "launch a micro-batch's passes as one CUDA graph: the same bits, and no time lost to launching kernels where a "
+        "GPU has few images; auto: up to 128 images a micro-batch on a GPU",
+        choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(
         True, "kernels that give the same bits every time; without them a resumed run is the same up to rounding only"
@@ -270,7 +309,7 @@ class Recipe(Record):
             ("--epochs", o.epochs, 1),
             ("--batch-size", o.batch_size, 1),
             ("--lanes", o.lanes, 1),
-            ("--micro-batches", o.micro_batches, 1),
+            ("--micro-batches", None if isinstance(o.micro_batches, str) else o.micro_batches, 1),
             ("--warmup-steps", o.warmup_steps, 0),
             ("--probe-epochs", o.probe_epochs, 1),
             ("--max-skipped-steps", o.max_skipped_steps, 0),
@@ -283,6 +322,8 @@ class Recipe(Record):
         ):
             if value is not None and value < low:
                 raise UserError(f"{name} is {value}; it must be at least {low}.")
+        if isinstance(o.micro_batches, str) and o.micro_batches != AUTO:
+            raise UserError(f"--micro-batches is {o.micro_batches!r}; it must be a number or {AUTO}.")
         for name, number in (
             ("--lr", o.lr),
             ("--probe-lr", o.probe_lr),
@@ -307,6 +348,10 @@ class Recipe(Record):
                 f"multi-fill takes patches from other images of a lane, and --batch-size {o.batch_size} with "
                 f"--lanes {o.lanes} puts a single image in each. Use at most {o.batch_size // 2} lanes."
             )
+        if r.cuda_graphs == "on" and r.compile:
+            raise UserError(
+                "--cuda-graphs on and --compile exclude each other: a compiled pass is not captured. Leave one out."
+            )
         if not 0 <= d.max_bad_share < 1:
             raise UserError(f"--max-bad-share is {d.max_bad_share}; it must lie in [0, 1).")
         if d.segmentation is not None and not self.method.by_cam:
@@ -329,6 +374,13 @@ class Recipe(Record):
         if len(set(d.eval_sets)) != len(d.eval_sets):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self
+
+    def with_choice_of(self, recorded: Recipe) -> Recipe:
+        """This recipe with the number of micro-batches that ``recorded`` has, where auto has led to that number."""
+        if self.optim.micro_batches != AUTO or recorded.optim.micro_batches_for is None:
+            return self
+        choice = {name: getattr(recorded.optim, name) for name in ("micro_batches", "micro_batches_for")}
+        return dataclasses.replace(self, optim=dataclasses.replace(self.optim, **choice))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

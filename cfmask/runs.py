@@ -216,12 +216,18 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
         found = self.work()
+        if isinstance(work, Recipe) and isinstance(found, Recipe):
+            work = work.with_choice_of(found)
         differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]
         if differences:
             raise UserError(
                 f"{self.root} belongs to another {kind}: {'; '.join(differences)} (there → here). Give this one a "
                 f"folder of its own with {flag}, or repeat the settings of {existing}."
             )
+
+    def record_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe by one in which a start has chosen what was left open. Raises OSError."""
+        write_atomically(self.root / _RECIPE, recipe.to_json())
 
     @contextmanager
     def locked(

@@ -49,14 +49,18 @@ def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dis
 
 
 def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for."""
+    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for.
+
+    Deterministic mode is strict: an operator without a deterministic kernel raises. With warn_only, attention would
+    take the backward kernels that add in any order.
+    """
     tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
         # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -13,7 +13,9 @@ Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-t
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,13 @@ class Metrics:
     samples: int
     finite: Tensor
     overlap: Rates | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Metrics:
+        """``function`` applied to each tensor."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+        overlap = None if self.overlap is None else self.overlap.map(function)
+        return Metrics(**{**values, **mapped, "overlap": overlap})
 
 
 @dataclass(frozen=True)

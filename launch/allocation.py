@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 from cfmask.errors import UserError
 from launch.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
+from launch.gpus import VISIBLE, installed_gpus, visible_gpus
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -102,7 +102,8 @@ SETTINGS = (
         "gpus_per_node",
         gpus,
         None,
-        "GPUs of a machine, one task each (default: 8 on Slurm, else those of this machine)",
+        "GPUs of a machine, one task each (default: 8 on Slurm, else those of this machine that CUDA_VISIBLE_DEVICES "
+        "shows)",
         "[TYPE:]N",
         TEXT_OR_COUNT,
         slurm=False,
@@ -221,7 +222,8 @@ def _job_id(word: str) -> str:
 class Allocation:
     """What a job is given, nothing left open. tasks_per_node: one per GPU; on machines without GPUs as many as asked
     for. mounts: of the container, if there is an image. again: values of settings that the run gets again when it is
-    resumed, unless flags say otherwise: what flags said, and how many ranks there were."""
+    resumed, unless flags say otherwise: what flags said, and how many ranks there were. visible_gpus: of this machine,
+    one for each local rank, as entries for CUDA_VISIBLE_DEVICES."""
 
     executor: str
     nodes: int
@@ -231,6 +233,7 @@ class Allocation:
     cpus_per_task: int
     time_min: int
     again: Mapping[str, Any] = field(default_factory=dict)
+    visible_gpus: tuple[str, ...] = ()
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -282,7 +285,16 @@ def resolve_allocation(
     def value(name: str) -> Any:
         return next((layer[name] for layer in layers if name in layer), DEFAULTS[name])
 
-    gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, executor)
+    if executor == "slurm":
+        # It says which GPUs of a node a job sees; those that are visible here are another matter.
+        shown: tuple[str, ...] = ()
+        gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, default_gpus=8)
+    else:
+        installed = installed_gpus()
+        visible = visible_gpus(os.environ.get(VISIBLE), installed)
+        default_gpus = 0 if installed is None or visible is None else len(visible)
+        gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, default_gpus)
+        shown = _first_visible(gpus_per_node, visible)
     ranks = {"nodes": value("nodes"), "gpus_per_node": (gpu_type, gpus_per_node), "tasks_per_node": tasks_per_node}
     again = {k: v for k, v in {**(last or {}), **flags}.items() if k not in ("dependency", "array_parallelism")}
     if executor == "debug" and tasks_per_node > 1:
@@ -304,6 +316,7 @@ def resolve_allocation(
         gpus_per_node=gpus_per_node,
         gpu_type=gpu_type,
         tasks_per_node=tasks_per_node,
+        visible_gpus=shown,
         cpus_per_task=value("cpus_per_task"),
         time_min=value("time"),
         again={**again, **ranks},
@@ -362,11 +375,11 @@ def _read_file(file: ClusterFile) -> dict[str, Any]:
     return values
 
 
-def _ranks(layers: Sequence[Mapping[str, Any]], executor: str) -> tuple[str, int, int]:
+def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> tuple[str, int, int]:
     """Type and number of a node's GPUs, and its ranks: who says either says both."""
     says = next((s for s in layers if "gpus_per_node" in s or "tasks_per_node" in s), {})
     tasks = says.get("tasks_per_node")
-    default = ("", 0 if tasks is not None else 8 if executor == "slurm" else _visible_gpus())
+    default = ("", 0 if tasks is not None else default_gpus)
     gpu_type, number = says.get("gpus_per_node", default)
     if tasks is not None and number and tasks != number:
         raise UserError(
@@ -376,11 +389,28 @@ def _ranks(layers: Sequence[Mapping[str, Any]], executor: str) -> tuple[str, int
     return gpu_type, number, number or tasks or 1
 
 
-def _visible_gpus() -> int:
-    if not shutil.which("nvidia-smi"):
-        return 0
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+def _first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]:
+    """The first ``wanted`` of this machine's visible GPUs; where nobody knows them (None), the ranks will see.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if visible is None:
+        return tuple(str(number) for number in range(wanted))
+    if wanted <= len(visible):
+        return tuple(visible[:wanted])
+    value = os.environ.get(VISIBLE)
+    there = f"{len(visible)} GPU{'' if len(visible) == 1 else 's'}"
+    if value is None:
+        found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
+    else:
+        found = f'{VISIBLE} is "{value}", which shows {there}: the first entry that names no GPU here ends the list'
+        found += ", and NCCL takes one MIG device of a GPU" * value.startswith("MIG-")
+    fewer = f"--gpus-per-node {len(visible)}" if visible else "--gpus-per-node 0, to train on CPUs"
+    raise UserError(
+        f"--gpus-per-node {wanted} asks for more GPUs than this machine has for it. {found}. Ask for {fewer}, or "
+        f"change {VISIBLE}."
+    )
 
 
 # --- for submitit -----------------------------------------------------------------------------------------------------

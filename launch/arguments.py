@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import types
 import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cfmask import recipe as recipes
@@ -58,15 +59,29 @@ def flag_of(setting: dataclasses.Field) -> str:
     return setting.metadata["flag"] or "--" + setting.name.replace("_", "-")
 
 
+def _number_or(names: Sequence[str]) -> Callable[[str], int | str]:
+    def read(text: str) -> int | str:
+        try:
+            return text if text in names else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {' or '.join(names)}") from None
+
+    return read
+
+
 def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
     hints = typing.get_type_hints(kind, vars(recipes))
-    return [(setting, hints[setting.name]) for setting in dataclasses.fields(kind)]
+    given = [setting for setting in dataclasses.fields(kind) if not setting.metadata["recorded"]]
+    return [(setting, hints[setting.name]) for setting in given]
 
 
 def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
-    """argparse's keywords for a type: str, int, float, ``X | None``, ``tuple[str, ...]``."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        hint, *others = [part for part in typing.get_args(hint) if part is not type(None)]
+        names = [name for part in others for name in typing.get_args(part)]
+        if names:
+            return {"type": _number_or(names), "metavar": "|".join(["N", *names])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(hint) is tuple:

@@ -24,7 +24,7 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
 from launch import allocation as allocations
-from launch import snapshot
+from launch import gpus, snapshot
 from launch.allocation import Allocation
 
 if TYPE_CHECKING:
@@ -312,7 +312,9 @@ def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_
     import submitit
 
     python = allocations.rank_command(allocation.python, shlex.quote(str(code)))
-    executor = submitit.LocalExecutor(folder, python=python)
+    # submitit's own choice is the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES is here.
+    shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
+    executor = submitit.LocalExecutor(folder, python=f"{shown} {python}" if shown else python)
     executor.update_parameters(
         tasks_per_node=allocation.tasks_per_node,
         gpus_per_node=allocation.gpus_per_node,

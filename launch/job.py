@@ -130,9 +130,9 @@ def _work(run: RunFolder, place: Place, stop_request: StopRequest) -> str:
 
     work = run.work()
     if isinstance(work, Recipe):
-        from cfmask.worker import run_worker
+        from cfmask.train import train
 
-        return run_worker(work, run, place, stop_request, failing)
+        return train(work, run, place, stop_request, failing)
     from cfmask.evaluator import run_evaluation
 
     return run_evaluation(work, run, place, stop_request, failing)

@@ -23,8 +23,10 @@ def main() -> None:
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
+    from launch.gpus import show_to_rank
     from launch.last_words import supervise
 
+    show_to_rank()
     sys.exit(supervise(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True), run=CODE.parents[1]))
 
 

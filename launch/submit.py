@@ -287,9 +287,10 @@ def check(
     train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
     own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
-    if own_lanes % recipe.optim.micro_batches:
+    optim = recipe.optim
+    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
         raise UserError(
-            f"--micro-batches {recipe.optim.micro_batches} does not divide the {own_lanes} lanes that each of "
+            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
             f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
         )
     if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):

@@ -60,14 +60,14 @@ def save_moved_model(source: Path, path: Path, by: float) -> None:
 
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
+    import cfmask.train
     from cfmask.distributed import Place
     from cfmask.session import FINISHED, REQUEUE
-    from cfmask.worker import run_worker
 
     run = RunFolder(folder)
     run.claim(recipe)
     asked = iter(range(10**6))
-    outcome = run_worker(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
+    outcome = cfmask.train.train(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
     assert outcome == (FINISHED if stop_at is None else REQUEUE)
     return run
 

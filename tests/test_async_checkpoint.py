@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cfmask.worker
+import cfmask.logs
+import cfmask.train
 import made
 from cfmask import checkpoint
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
@@ -477,7 +478,7 @@ def test_nobody_hears_of_an_end_before_the_checkpoint_is_whole(materials, tmp_pa
 
 def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(materials, tmp_path, monkeypatch):
     slow_down(monkeypatch, lambda image, number: time.sleep(0.02))
-    real = cfmask.worker.take_step
+    real = cfmask.train.take_step
     calls = iter(range(1, 99))
 
     def take_step(*arguments):
@@ -485,14 +486,14 @@ def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(mater
             raise MemoryError("made up")
         return real(*arguments)
 
-    monkeypatch.setattr(cfmask.worker, "take_step", take_step)
+    monkeypatch.setattr(cfmask.train, "take_step", take_step)
     with pytest.raises(MemoryError):
         train(recipe_of(materials), tmp_path / "run")
     assert steps_in(tmp_path / "run/checkpoints") == [4]
 
 
 def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materials, tmp_path, monkeypatch, capsys):
-    real = cfmask.worker.append_lines
+    real = cfmask.logs.append_lines
     calls = iter(range(1, 999))
 
     def append_lines(path: Path, lines: list[dict]) -> None:
@@ -500,7 +501,7 @@ def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materia
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(path, lines)
 
-    monkeypatch.setattr(cfmask.worker, "append_lines", append_lines)
+    monkeypatch.setattr(cfmask.logs, "append_lines", append_lines)
     run = train(recipe_of(materials), tmp_path / "run")
     assert logged_steps(run) == [line["step"] for line in read_lines(run.receipts)] == list(range(1, 13))
     assert "Disk quota exceeded" in capsys.readouterr().out
@@ -528,7 +529,7 @@ sys.path.insert(0, repo)
 from cfmask import checkpoint
 from cfmask.distributed import Place
 from cfmask.runs import RunFolder
-from cfmask.worker import run_worker
+from cfmask.train import train
 
 real = checkpoint._Image.pieces
 
@@ -540,7 +541,7 @@ def pieces(image):
 checkpoint._PIECE = 2048
 checkpoint._Image.pieces = pieces
 run = RunFolder(Path(run))
-run_worker(run.recipe(), run, Place(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
+train(run.recipe(), run, Place(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
 """
 
 

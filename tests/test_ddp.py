@@ -21,13 +21,14 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask import distributed
+from cfmask.ddp import data_parallel
 from cfmask.distributed import Place, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
 from cfmask.step import training_step
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
-from towers import TINY
+from towers import B32, TINY
 
 LANES, RANKS, PER_LANE = 4, 2, 3
 
@@ -109,6 +110,44 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
         metrics = training_step(DistributedDataParallel(student), teachers, normalise, images, labels, draws, method)
         norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
         torch.save((metrics.loss, norm), folder / f"{rank}.pt")
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def gradients_of_two_steps(rank: int, folder: Path) -> None:
+    """What warming up leaves, and the gradients of one batch as a first step and as a second."""
+    torch.set_num_threads(1)
+    with process_group(Place(rank=rank, world_size=3), folder / "meeting"):
+        method = resolved(Method(mask="random"))
+        model, teachers, normalise = student_and_teachers(B32, method)
+        for each in (model, teachers.start, normalise):
+            each.float()
+        passes = []
+        model.visual.conv1.register_forward_hook(lambda *_: passes.append(1))
+        wrapped = data_parallel(model, torch.device("cpu"))
+        found = {
+            "passes": len(passes),
+            "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+            "forward": "forward" in vars(model),
+            "rebuilt": wrapped._has_rebuilt_buckets,
+        }
+        images, labels, draws = make_batch(B32, method, PER_LANE, seed=rank)
+        for step in (1, 2):
+            training_step(wrapped, teachers, normalise, images.float(), labels, draws, method)
+            found[step] = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+            wrapped.zero_grad()
+        torch.save(found, folder / f"{rank}.pt")
+
+
+def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_before_it(tmp_path):
+    """With three ranks the order in which an all-reduce adds depends on where in a bucket a gradient lies."""
+    mp.start_processes(gradients_of_two_steps, args=(tmp_path,), nprocs=3, start_method="spawn")
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert (found["passes"], found["gradients"], found["forward"], found["rebuilt"]) == (0, [], False, True)
+        for name, gradient in found[1].items():
+            assert torch.equal(gradient, found[2][name]), name
 
 
 def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cfmask.worker
+import cfmask.train
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
@@ -137,19 +137,19 @@ def spoil(monkeypatch):
 
     def arrange(steps: set[int], first_step: int = 1) -> list[str]:
         keys: list[str] = []
-        real = cfmask.worker._micro_batch
+        real = cfmask.train.inputs_of
         count = iter(range(2 * (first_step - 1), 10**6))
 
-        def spoiling(student, teachers, normalise, batch, recipe, *, last):
+        def spoiling(batch):
             step, part = divmod(next(count), 2)
             if step + 1 in steps and part == 1:
                 images = batch.images.float() / 255
                 images[3] = torch.inf
                 batch = dataclasses.replace(batch, images=images)
                 keys.append(batch.keys[3])
-            return real(student, teachers, normalise, batch, recipe, last=last)
+            return real(batch)
 
-        monkeypatch.setattr(cfmask.worker, "_micro_batch", spoiling)
+        monkeypatch.setattr(cfmask.train, "inputs_of", spoiling)
         return keys
 
     yield arrange

@@ -20,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfmask.masking import relevance_kernel
+from cfmask import triton_support
 from cfmask.masking.relevance_kernel import MAX_HEAD_SIZE, extend_row, usable
 from made import REPO
+from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -225,7 +226,7 @@ def test_a_triton_that_cannot_launch_is_warned_of_and_not_used(monkeypatch):
 
     monkeypatch.setattr(triton.runtime, "driver", Driver())
     with pytest.warns(UserWarning, match="C compiler"):
-        assert not relevance_kernel._launches.__wrapped__()
+        assert not triton_support.can_launch.__wrapped__()
 
 
 @pytest.mark.parametrize(
@@ -246,45 +247,22 @@ def test_tensors_that_do_not_fit_together_are_refused(wrong):
         extend_row(**{**right, **wrong})
 
 
-def compile_for(kernel, q: Tensor, capability: int):
-    """What Triton makes of the kernel for a GPU of this compute capability, launched as for this ``q``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    options = relevance_kernel.launch_options(q)
-    constants = {name: options[name] for name in kernel.arg_names if name in options}
-    ones = {"row_l": 1, "heads": q.shape[1], "queries": q.shape[2]}
-    # A launch makes a constant of an integer that is 1.
-    constants |= {name: 1 for name, value in ones.items() if value == 1 and name in kernel.arg_names}
-    types = {name: "*fp32" for name in ("row", "lse", "sums")} | {"scale": "fp32"}
-    types |= {name: {F32: "*fp32", BF16: "*bf16", F16: "*fp16"}[q.dtype] for name in ("q", "k", "v", "d_out")}
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    # Pointers and strides are multiples of 16 in practice, on which hangs how tiles are loaded.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name] != "constexpr" and name not in ("heads", "queries", "keys", "scale")
-    }
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    launch = {name: options[name] for name in ("num_warps", "num_stages")}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch)
-
-
 @has_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
 @pytest.mark.parametrize(
     "heads, queries, size, dtype",
     [(12, 197, 64, BF16), (12, 197, MAX_HEAD_SIZE, BF16), (1, 1, 64, BF16), (12, 197, MAX_HEAD_SIZE, F32)],
 )
-@pytest.mark.parametrize("capability, shared_memory", [(89, 99), (90, 227)], ids=str)
-def test_kernels_compile_for_gpus_and_fit_their_shared_memory(
-    capability, shared_memory, heads, queries, size, dtype, tmp_path, monkeypatch
-):
-    """The interpreter takes what the compiler or the chip refuses. ``shared_memory``: KiB that one block may have."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    q = torch.empty(1, heads, queries, size, dtype=dtype, device="meta")
-    for kernel in (relevance_kernel._log_sum_exp, relevance_kernel._column_sums):
-        assert compile_for(kernel, q, capability).metadata.shared <= shared_memory * 1024
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads, queries, size, dtype, tmp_path):
+    """The interpreter takes what the compiler or the chip refuses."""
+    row, keys = torch.empty(2, 197), torch.empty(2, heads, 197, size, dtype=dtype)
+    q = keys[:, :, :queries]
+    with no_cache(tmp_path):
+        launches = launches_of(lambda: extend_row(row, q, keys, keys, q))
+        assert len(launches) == 2
+        for launch in launches:
+            assert compile_for(launch, capability).metadata.shared <= SHARED_MEMORY[capability] * 1024
 
 
 @pytest.fixture

@@ -63,6 +63,10 @@ class Geometry:
 B32 = Geometry(image=56, patch=8)
 B16 = Geometry(image=56, patch=4, layers=2)
 ODD = Geometry(image=53, patch=7, width=36, layers=4, heads=3, embed=20, quick=False)
+# Heads of 64 channels, as CLIP's, with the keys of B/16 and L/14: 257 are more than two tiles of any attention kernel,
+# whose backward pass then adds in an order that only strict determinism fixes.
+KEYS_197 = Geometry(image=56, patch=4, width=128, layers=3, heads=2, embed=64)
+KEYS_257 = Geometry(image=64, patch=4, width=128, layers=3, heads=2, embed=64)
 TINY = Geometry(image=16, patch=4, width=16, layers=2, heads=2, embed=8)
 
 

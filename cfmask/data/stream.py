@@ -28,6 +28,7 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cfmask import pinned
 from cfmask.data import images, plan, receipts
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, SampleError, ShardReader, Target
@@ -408,6 +409,12 @@ class _Filler:
 
 def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:
     """The source's batches, in order."""
+    if pin_memory:
+        pinned.allocate_exact_sizes()
+    return _batches(source, image_size, threads, pin_memory)
+
+
+def _batches(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:
     with ShardReader(source.manifest, max_open=source.open_shards) as reader:
         fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units())
         if threads == 0:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cfmask.masking import relevance_kernel
+from cfmask.models.fused import activation_gradients_only
 
 RELEVANCE, GRAD_CAM = "relevance", "grad-cam"
 
@@ -75,8 +76,8 @@ class Relevance(Cam):
         self._row = torch.zeros(len(end), self._tokens, device=end.device, dtype=dtype)
         self._row[:, 0] = 1
         try:
-            # No parameter is asked for, so none of their gradients is computed.
-            torch.autograd.grad(target.sum(), end, retain_graph=True)
+            with activation_gradients_only():
+                torch.autograd.grad(target.sum(), end, retain_graph=True)
             return self._row[:, 1:]
         finally:
             self._row = None
@@ -101,7 +102,8 @@ class GradCam(Cam):
     def of(self, target: Tensor) -> Tensor:
         assert self._x is not None, "no pass was watched"
         self._asked, x, self._x = True, self._x, None
-        (gradient,) = torch.autograd.grad(target.sum(), x, retain_graph=True)
+        with activation_gradients_only():
+            (gradient,) = torch.autograd.grad(target.sum(), x, retain_graph=True)
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             weight = gradient.to(wide).sum(1)

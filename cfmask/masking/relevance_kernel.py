@@ -15,30 +15,24 @@ bit, from run to run.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cfmask import triton_support
+from cfmask.triton_support import DTYPES, jit
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, and builds of torch for the CPU alone
-    triton = None
+except ImportError:
+    triton = tl = None
 
 MAX_HEAD_SIZE = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _jit(kernel: Callable) -> Any:
-    return kernel if triton is None else triton.jit(kernel)
-
-
-@_jit
+@jit
 def _tile(
     base, stride, first, length, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, WIDEN: tl.constexpr
 ):
@@ -51,7 +45,7 @@ def _tile(
     return tile
 
 
-@_jit
+@jit
 def _log_sum_exp(
     q,
     k,
@@ -93,7 +87,7 @@ def _log_sum_exp(
     tl.store(lse + pair * queries + rows, peak + tl.log2(total), mask=rows < queries)
 
 
-@_jit
+@jit
 def _column_sums(
     row,
     q,
@@ -157,37 +151,12 @@ def _column_sums(
     tl.store(sums + pair * keys + columns, tl.sum(weighted, 0), mask=columns < keys)
 
 
-# What the decorator made of the kernels says for certain whether Triton's interpreter runs them (TRITON_INTERPRET=1).
-_INTERPRETED = triton is not None and not isinstance(_column_sums, triton.JITFunction)
-
-
-@functools.cache
-def _launches() -> bool:
-    """Whether Triton can launch anything: it builds its launcher at run time, by a C compiler and Python's headers."""
-    try:
-        triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever the compiler, the linker or the driver has to say
-        warnings.warn(
-            f"Triton cannot launch kernels here; relevance is computed without it, in more time and memory: {error}. "
-            "It needs a C compiler (gcc, or what CC names) and Python's development headers.",
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
 def usable(row: Tensor, q: Tensor) -> bool:
     """Whether ``extend_row`` can take these: else the caller computes in plain PyTorch.
 
-    True for fp32 rows and a q of one of DTYPES with heads of at most MAX_HEAD_SIZE channels, on a GPU that Triton
-    supports (compute capability 8.0 and up), or on any device under Triton's interpreter (TRITON_INTERPRET=1 before
-    Triton is imported). Where Triton is there and cannot launch, which takes a C compiler, it warns once and is False.
+    True for fp32 rows and a q with heads of at most MAX_HEAD_SIZE channels that ``triton_support.usable`` allows.
     """
-    if triton is None or row.dtype != torch.float32 or q.dtype not in DTYPES or q.shape[-1] > MAX_HEAD_SIZE:
-        return False
-    if _INTERPRETED:
-        return True
-    return row.is_cuda and torch.cuda.get_device_capability(row.device) >= (8, 0) and _launches()
+    return row.dtype == torch.float32 and q.shape[-1] <= MAX_HEAD_SIZE and triton_support.usable(q)
 
 
 def launch_options(q: Tensor) -> dict[str, int]:
@@ -201,7 +170,7 @@ def launch_options(q: Tensor) -> dict[str, int]:
         "QUERIES": 16 if queries == 1 else block,
         "KEYS": block,
         # The interpreter multiplies bf16 matrices as the integers that numpy keeps them as.
-        "WIDEN": _INTERPRETED,
+        "WIDEN": triton_support.INTERPRETED,
         "num_warps": 4,
         "num_stages": 2,
     }

@@ -104,6 +104,10 @@ class Rates:
     object: Tensor
     iou: Tensor
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Rates:
+        """``function`` applied to each tensor."""
+        return Rates(function(self.image), function(self.object), function(self.iou))
+
 
 def rates(masks: Tensor, where: Coverage) -> Rates:
     """The three rates of each image under each of its masks. masks: (N, T, P) bool. Waits for no device."""

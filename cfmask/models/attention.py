@@ -8,31 +8,15 @@ the same names, so a checkpoint goes in and out of plain open_clip without a key
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfmask.models.fused import split_heads
+
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Sees (out, q, k, v), each (N, heads, tokens, d); what it returns goes on in place of out."""
-
-
-class _Apart(torch.autograd.Function):
-    """(N, L, parts, heads, d) → its parts, each (N, heads, L, d), as views. Their gradients are put together where the
-    projection's backward pass wants them; autograd would stack them, and then copy all of it once more."""
-
-    @staticmethod
-    def forward(ctx: Any, joined: Tensor) -> tuple[Tensor, ...]:
-        return joined.permute(2, 0, 3, 1, 4).unbind(0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        n, heads, length, size = gradients[0].shape
-        joined = gradients[0].new_empty(n, length, len(gradients), heads, size)
-        for part, gradient in enumerate(gradients):
-            joined[:, :, part].copy_(gradient.transpose(1, 2))
-        return joined
 
 
 class Attention(nn.Module):
@@ -64,31 +48,29 @@ class Attention(nn.Module):
     def attend(
         self, x: Tensor, hidden: Tensor | None = None, *, class_token_only: bool = False, tap: Tap | None = None
     ) -> Tensor:
-        """Self-attention.
+        """Self-attention, up to its output projection.
 
         Args:
             x: (N, L, width).
             hidden: (N, L) bool, True for tokens that no query may see; token 0 must be visible.
-            class_token_only: token 0 alone asks. Its row is the same; the others are not computed.
+            class_token_only: token 0 is the only query. Its row is the same; the others are not computed.
             tap: shown each call's out, q, k and v.
 
         Returns:
-            (N, L, width), or (N, 1, width).
+            The heads' outputs side by side, for ``out_proj``: (N · L, width), or (N, width).
         """
-        n, length, width = x.shape
+        n, _, width = x.shape
         if class_token_only:
-            queries = F.linear(x[:, :1], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            queries = F.linear(x[:, 0], self.in_proj_weight[:width], self.in_proj_bias[:width])
             q = queries.view(n, 1, self.heads, -1).transpose(1, 2)
-            seen = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:])
-            k, v = _Apart.apply(seen.view(n, length, 2, self.heads, -1))
+            k, v = split_heads(x, self.in_proj_weight[width:], self.in_proj_bias[width:], self.heads)
         else:
-            qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-            q, k, v = _Apart.apply(qkv.view(n, length, 3, self.heads, -1))
+            q, k, v = split_heads(x, self.in_proj_weight, self.in_proj_bias, self.heads)
         visible = None if hidden is None else ~hidden[:, None, None, :]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         if tap is not None:
             out = tap(out, q, k, v)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).reshape(-1, width)
 
     def forward(
         self,
@@ -101,4 +83,4 @@ class Attention(nn.Module):
         """The call that open_clip's own block makes, so that a tower still runs as plain open_clip."""
         if need_weights or attn_mask is not None or key is not query or value is not query:
             raise NotImplementedError("an image tower's blocks call this for unmasked self-attention only")
-        return self.attend(query), None
+        return self.out_proj(self.attend(query)).view(query.shape), None

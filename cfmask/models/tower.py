@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cfmask.errors import UserError
 from cfmask.masking.cam import Cam
+from cfmask.models import fused
 from cfmask.models.attention import Attention
+from cfmask.models.fused import Branch, add_norm, linear_before
 
 
 def adopt(visual: nn.Module) -> VisionTransformer:
@@ -45,30 +47,9 @@ def adopt(visual: nn.Module) -> VisionTransformer:
         if isinstance(block.attn, nn.MultiheadAttention):
             block.attn = Attention.sharing(block.attn)
         if isinstance(block.mlp.gelu, QuickGELU):
-            block.mlp.gelu = LeanQuickGELU()
+            block.mlp.gelu = fused.QuickGELU()
     visual.output_tokens = False
     return visual
-
-
-class LeanQuickGELU(nn.Module):
-    """QuickGELU, x · σ(1.702 x), as SiLU(1.702 x) / 1.702: it keeps one tensor for its backward pass where open_clip's
-    keeps two, and the widest of a block; and the two factors cancel in its derivative, which is one kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _QuickGELU.apply(x)  # type: ignore[no-any-return]
-
-
-class _QuickGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        scaled = 1.702 * x
-        ctx.save_for_backward(scaled)
-        return F.silu(scaled).mul_(1 / 1.702)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (scaled,) = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradients[0], scaled)
 
 
 def encode(
@@ -93,60 +74,130 @@ def encode(
         compiled: run blocks through torch.compile. Not where a CAM watches: a compiled block's backward pass computes
             its weights' gradients whoever asks.
     """
-    x = visual._embeds(pixels)
+    x = embed(visual, pixels)
     if hidden is not None and not x.is_cuda:
         # Hidden or dropped, patches are the same to the class token; dropping costs less, but how many are left in the
         # fullest image is a question that a GPU would have to be waited for.
         keep, hidden = visible_first(hidden)
     if keep is not None:
         tokens = F.pad(keep + 1, (1, 0))  # the class token, index 0, always stays
-        x = x.gather(1, tokens[..., None].expand(-1, -1, x.shape[-1]))
+        # Whole rows by their number: a deterministic gather would sort every channel in its backward pass.
+        x = x[torch.arange(len(x), device=x.device)[:, None], tokens]
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
+    # All tokens below each other from here on: a matrix product needs no view of them.
+    n, x = len(x), x.flatten(0, 1)
     blocks = visual.transformer.resblocks
+    branch: Branch | None = None
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1
         if compiled and cam is None:
-            run = partial(_run_compiled, block, hidden=hidden_tokens, last=last)
+            run = partial(_run_compiled, block, n=n, hidden=hidden_tokens, last=last)
         else:
-            run = partial(_run_block, block, hidden=hidden_tokens, last=last, cam=cam, number=number)
+            run = partial(_run_block, block, n=n, hidden=hidden_tokens, last=last, cam=cam, number=number)
         if recompute and torch.is_grad_enabled():
-            x = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+            # One tensor is kept a block: the stream with the block's own branch added.
+            x = checkpoint(partial(_run_whole_block, run), x, use_reentrant=False, preserve_rng_state=False)
         else:
-            x = run(x)
-    x = visual.ln_post(x[:, 0])
+            x, branch = run(x, branch)
+    _, normed = add_norm(x, branch, visual.ln_post)
     # Tiny, and what is compared from here on are small differences: nothing is rounded to a low precision.
     with torch.autocast(x.device.type, enabled=False):
-        return x.to(torch.promote_types(x.dtype, torch.float32)) @ visual.proj
+        return normed.to(torch.promote_types(normed.dtype, torch.float32)) @ visual.proj
+
+
+def embed(visual: VisionTransformer, pixels: Tensor) -> Tensor:
+    """(N, L, width) tokens after ln_pre, of (N, 3, H, W) pixels.
+
+    The patches' convolution is a product with one row a patch: the same sums, in cuBLAS's hands. cuDNN may only choose
+    among its convolutions by measuring them, which deterministic mode rules out, and picks a slow one for B/16.
+    """
+    patch, (rows, columns) = visual.patch_size, visual.grid_size
+    # Pixels beyond the last whole patch are not seen.
+    whole = pixels[:, :, : rows * patch[0], : columns * patch[1]]
+    cells = whole.unflatten(3, (columns, patch[1])).unflatten(2, (rows, patch[0])).permute(0, 2, 4, 1, 3, 5)
+    low = torch.get_autocast_dtype(pixels.device.type) if torch.is_autocast_enabled(pixels.device.type) else None
+    patches = torch.empty(cells.shape, dtype=low or pixels.dtype, device=pixels.device).copy_(cells)
+    x = F.linear(patches.flatten(3).flatten(1, 2), visual.conv1.weight.flatten(1), visual.conv1.bias)
+    class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([class_token, x], 1) + visual.positional_embedding.to(x.dtype)
+    return add_norm(visual.patch_dropout(x), None, visual.ln_pre)[1]
 
 
 def _run_block(
     block: ResidualAttentionBlock,
     x: Tensor,
+    branch: Branch | None,
     *,
+    n: int,
     hidden: Tensor | None,
     last: bool,
     cam: Cam | None = None,
     number: int = 0,
-) -> Tensor:
-    """(N, L, width) → the same; of the last block, the class token alone: nobody asks for the rest."""
-    normed = block.ln_1(x)
+) -> tuple[Tensor, Branch]:
+    """One block, as a stream and a branch to be added to it: the next block does so in the pass of its first norm.
+
+    Args:
+        x, branch: (N · L, width), the stream, and the branch that the block before has left.
+        n: N, the images.
+
+    Returns:
+        The stream without this block's MLP, and the MLP's branch, (N · L, width). Of the last block those of the class
+        tokens alone, (N, width): nobody asks for the rest.
+    """
+    x, normed = add_norm(x, branch, block.ln_1)
+    tokens = normed.view(n, -1, normed.shape[-1])
+    tap = None
     if cam is not None:
-        cam.normed(normed)
-    tap = None if cam is None else partial(cam.attended, number)
-    attended = block.attn.attend(normed, hidden, class_token_only=last, tap=tap)
-    x = (x[:, :1] if last else x) + block.ls_1(attended)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+        cam.normed(tokens)
+        tap = partial(cam.attended, number)
+    attended = linear_before(block.attn.out_proj, block.attn.attend(tokens, hidden, class_token_only=last, tap=tap))
+    if last:
+        x = x.view(n, -1, x.shape[-1])[:, 0]
+    x, normed = add_norm(x, _scaled(block.ls_1, attended), block.ln_2)
+    inner = linear_before(block.mlp.c_fc, normed)
+    if isinstance(block.mlp.gelu, fused.QuickGELU):
+        activated = fused.bias_quick_gelu(inner)
+    else:
+        activated = block.mlp.gelu(inner.complete())
+    return x, _scaled(block.ls_2, linear_before(block.mlp.c_proj, activated))
+
+
+def _scaled(scale: nn.Module, branch: Branch) -> Branch:
+    """A branch through its LayerScale, if there is one."""
+    return branch if isinstance(scale, nn.Identity) else Branch(scale(branch.complete()))
+
+
+def _run_whole_block(run: Callable[..., tuple[Tensor, Branch]], x: Tensor) -> Tensor:
+    x, branch = run(x, None)
+    return x + branch.complete()
+
+
+def store_products_in(model: Classifier, dtype: torch.dtype) -> None:
+    """Keep a frozen Classifier's matrices in the dtype that autocast would cast them to in every pass, in place.
+
+    The numbers are the same, without the casts and in half the memory. Norms, biases, embeddings and the head stay.
+    """
+    visual = model.visual
+    layers: list[tuple[nn.Module, str]] = [(visual.conv1, "weight")]
+    for block in visual.transformer.resblocks:
+        layers += [(block.attn, "in_proj_weight"), (block.attn.out_proj, "weight")]
+        layers += [(block.mlp.c_fc, "weight"), (block.mlp.c_proj, "weight")]
+    for layer, name in layers:
+        parameter = getattr(layer, name)
+        if parameter.requires_grad:
+            raise ValueError("weights that are trained stay in fp32")
+        parameter.data = parameter.data.to(dtype)
 
 
 class Compiled:
     """A function through torch.compile; plainly from the first failure on, with one warning."""
 
-    def __init__(self, function: Callable[..., Tensor], backend: str | Callable = "inductor") -> None:
+    def __init__(self, function: Callable, backend: str | Callable = "inductor") -> None:
         self._plain, self._backend = function, backend
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: Callable | None = None
         self._failed = False
 
-    def __call__(self, *arguments: Any, **options: Any) -> Tensor:
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not self._failed:
             try:
                 if self._compiled is None:  # not before it is wanted: the compiler takes seconds to import

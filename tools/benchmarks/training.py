@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, draw
 from cfmask.models.head import build_tower, model_info
-from cfmask.models.tower import Classifier, Normalise
+from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, Rates, adamw, take_step
-from cfmask.recipe import Method, Recipe
-from cfmask.step import Teachers, training_step
+from cfmask.passes import GraphedPasses, Inputs, Passes
+from cfmask.recipe import Method, Recipe, Run
+from cfmask.step import Teachers
 from tools.benchmarks.authors_step import authors_step
 
 CLASSES = 1000
@@ -45,7 +46,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to take the step. method: None for the authors' way."""
+    """One way to take the step. method: None for the authors' way; graphs: the passes as a CUDA graph."""
 
     name: str
     precision: str
@@ -53,6 +54,7 @@ class Contender:
     recompute: bool = False
     compiled: bool = False
     deterministic: bool = False
+    graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,34 +115,46 @@ class OurStep:
 
     def __init__(self, m: Materials, contender: Contender) -> None:
         assert contender.method is not None
-        self._m, self._precision, self._method = m, contender.precision, contender.method
+        method = contender.method
         self.model = Classifier(m.student, m.head)
         self.model.recompute, self.model.compiled = contender.recompute, contender.compiled
-        self.model.visual.requires_grad_(self._method.name != "linear-probe")
+        self.model.visual.requires_grad_(method.name != "linear-probe")
 
         def teacher() -> Classifier:
-            return Classifier(copy.deepcopy(m.teacher), copy.deepcopy(m.head)).requires_grad_(False)
+            frozen = Classifier(copy.deepcopy(m.teacher), copy.deepcopy(m.head)).requires_grad_(False)
+            if contender.precision == "bf16":
+                store_products_in(frozen, torch.bfloat16)
+            return frozen
 
-        self._teachers = Teachers(
-            teacher() if self._method.distils else None, teacher() if self._method.ensemble else None
-        )
-        self._draws = m.draws
-        if self._method.masked:
-            assert self._method.mask is not None and self._method.fill is not None
-            spec = DrawSpec(self._method.mask, self._method.fill, self._method.rate or 0.0, self.model.patches)
-            self._draws = drawn(spec, m.images)
+        teachers = Teachers(teacher() if method.distils else None, teacher() if method.ensemble else None)
+        draws = m.draws
+        if method.masked:
+            assert method.mask is not None and method.fill is not None
+            spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, self.model.patches)
+            draws = drawn(spec, m.images)
+        recipe = Recipe(method=method, run=Run(precision=contender.precision))
+        self._inputs = Inputs(m.images, m.labels, draws)
+        self._passes = Passes(self.model, teachers, m.normalise, recipe)
+        if contender.graphs:
+            self._passes = GraphedPasses(self.model, teachers, m.normalise, recipe, report=_refuse)
         self.optimizer = our_optimizer(self.model)
 
     def __call__(self) -> None:
         self.add_gradients()
         update(self.optimizer)
 
-    def add_gradients(self, *, cache_casts: bool = True) -> None:
-        """The forward and backward passes alone. cache_casts: whether autocast keeps the weights that it has cast,
-        which a CUDA graph must not rely on."""
-        m = self._m
-        with autocast(m.images.device.type, self._precision, cache_enabled=cache_casts):
-            training_step(self.model, self._teachers, m.normalise, m.images, m.labels, self._draws, self._method)
+    def add_gradients(self) -> None:
+        """The forward and backward passes alone."""
+        self._passes(self._inputs, last=True)
+
+    def operators(self) -> None:
+        """A step launched operator by operator, even if it has been captured as a graph: what counters see."""
+        Passes.__call__(self._passes, self._inputs, last=True)
+        update(self.optimizer)
+
+
+def _refuse(line: str) -> None:
+    raise RuntimeError(line)
 
 
 def our_optimizer(model: Classifier) -> torch.optim.AdamW:
@@ -170,5 +184,5 @@ def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
     return step
 
 
-def autocast(device: str, precision: str, *, cache_enabled: bool = True) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=cache_enabled)
+def autocast(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")

@@ -1,61 +1,46 @@
-"""A step's passes replayed as one CUDA graph, beside the same passes launched one by one.
+"""A whole step with its passes as a CUDA graph, beside the same step launched operator by operator.
 
 32 images a GPU is what a batch of 512 leaves each of 16: there the host's launches, not the device, bound the step.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
-
-import torch
 
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import B16, B32, Setting, free_memory, set_arithmetic
 from tools.benchmarks.metering import time_calls
-from tools.benchmarks.training import HEADLINE, Contender, OurStep
+from tools.benchmarks.training import HEADLINE, VANILLA, Contender, OurStep
 
-CASES = [(B32, 32), (B16, 32)]
+CASES = [(B32, 32), (B16, 32), (B16, 64), (B16, 128), (B16, 256)]
+METHODS = {"object-mask-single-fill": HEADLINE, "ft": VANILLA}
 
 
 def graphs(setting: Setting, section: Section) -> dict[str, Any]:
-    set_arithmetic("bf16", deterministic=False)
+    set_arithmetic("bf16", deterministic=True)
     rows, result = [], {}
-    for model, batch in CASES:
-        found = measure(model, batch, setting)
-        cells = [f"{value:.2f}" for value in found.values()]
-        rows.append([model, batch, *(cells if "graph ms" in found else [*cells, "needs a GPU", ""])])
-        result[f"{model} {batch}"] = found
-        free_memory(setting.device)
-    section.table(["model", "batch", "eager ms", "host ms", "CUDA graph ms", "× faster"], rows)
+    for name, method in METHODS.items():
+        for model, batch in CASES:
+            found = measure(model, batch, Contender("x", "bf16", method), setting)
+            cells = [f"{value:.2f}" for value in found.values()]
+            rows.append([name, model, batch, *(cells if "graph ms" in found else [*cells, *["needs a GPU"] * 3])])
+            result[f"{name} {model} {batch}"] = found
+    header = ["step", "model", "batch", "ms", "host ms", "with a CUDA graph ms", "host ms", "× faster"]
+    section.table(header, rows)
     return result
 
 
-def measure(model: str, batch: int, setting: Setting) -> dict[str, float]:
-    step = OurStep(setting.materials(model, batch), Contender("x", "bf16", HEADLINE))
-
-    def eager() -> None:
-        step.add_gradients()
-        step.model.zero_grad(set_to_none=True)
-
-    timed = time_calls(eager, setting.device, times=setting.times(10))
-    found = {"eager ms": 1e3 * timed.device, "host ms": 1e3 * timed.host}
-    if setting.device == "cuda":
-        found["graph ms"] = 1e3 * time_calls(capture(step).replay, setting.device).device
+def measure(model: str, batch: int, contender: Contender, setting: Setting) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for kind, graphed in (("eager", False), ("graph", True)):
+        if graphed and setting.device != "cuda":
+            continue
+        step = OurStep(setting.materials(model, batch), replace(contender, graphs=graphed))
+        timed = time_calls(step, setting.device, times=setting.times(10))
+        found |= {f"{kind} ms": 1e3 * timed.device, f"{kind} host ms": 1e3 * timed.host}
+        del step
+        free_memory(setting.device)
+    if "graph ms" in found:
         found["× faster"] = found["eager ms"] / found["graph ms"]
     return found
-
-
-def capture(step: OurStep) -> torch.cuda.CUDAGraph:
-    """The passes of a step as a graph that adds its gradients to the same memory at every replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step.add_gradients(cache_casts=False)
-            step.model.zero_grad(set_to_none=True)
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step.add_gradients(cache_casts=False)
-    return graph

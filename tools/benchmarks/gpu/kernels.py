@@ -12,10 +12,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from open_clip.transformer import LayerNorm
+from torch import Tensor, nn
 
 from cfmask.masking.cam import extend_row_with_maps
 from cfmask.masking.relevance_kernel import extend_row, usable
+from cfmask.models import fused
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import Setting, free_memory
 from tools.benchmarks.metering import time_calls, wait
@@ -90,7 +92,71 @@ def relevance_inputs(
     return row, q[:, :, :queries], k, v, d_out.transpose(1, 2)
 
 
-KERNELS: dict[str, Callable[[Setting], Iterator[Check]]] = {"relevance": relevance}
+def elementwise(setting: Setting) -> Iterator[Check]:
+    """What lies between a block's matrix products: each kernel alone, beside plain PyTorch."""
+    small = (2, 10, 64) if setting.dry else (4, 197, 768)
+    for name, function in BETWEEN_PRODUCTS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = elementwise_inputs(setting.device, *small, dtype)
+            right = function(*(tensor.double() for tensor in inputs))
+            runs = fused.fused_path(inputs[0])
+            timed: dict[str, Any] = {}
+            if setting.device == "cuda" and dtype == torch.bfloat16:
+                big = elementwise_inputs(setting.device, 256, 197, 768, dtype)
+                timed = {"timed": partial(function, *big), "plain": partial(in_plain_pytorch, function, *big)}
+                # Forward and backward: each activation, and each cotangent, read or written once.
+                timed["bytes"] = BYTES[name] * big[0].numel()
+                del big
+            yield Check(
+                f"{name}, {small[2]} channels",
+                dtype,
+                runs,
+                partial(function, *inputs),
+                right,
+                change=right.abs().max().item(),
+                tolerance=1e-2 if dtype == torch.bfloat16 else 1e-5,
+                **timed,
+            )
+
+
+def elementwise_inputs(device: str, n: int, length: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Stream, branch and cotangent (N, L, C), and two parameters (C,) in fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    wide = [torch.randn(n, length, width, device=device, generator=generator).to(dtype) for _ in range(3)]
+    return *wide, *(torch.randn(width, device=device, generator=generator) for _ in range(2))
+
+
+def _add_norm(x: Tensor, branch: Tensor, cotangent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x, branch, weight, bias = (t.detach().requires_grad_() for t in (x, branch, weight, bias))
+    norm = LayerNorm(x.shape[-1], device=x.device)
+    norm.weight, norm.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    total, normed = fused.add_norm(x, fused.Branch(branch, bias), norm)
+    torch.autograd.backward((total, normed), (cotangent, cotangent))
+    return torch.cat([normed.detach().flatten(), x.grad.flatten()])  # type: ignore[union-attr]
+
+
+def _quick_gelu(x: Tensor, branch: Tensor, cotangent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x, bias = (t.detach().requires_grad_() for t in (x, bias))
+    out = fused.bias_quick_gelu(fused.Branch(x, bias) if fused.fused_path(x) else fused.Branch(x + bias.to(x.dtype)))
+    out.backward(cotangent)
+    return torch.cat([out.detach().flatten(), x.grad.flatten()])  # type: ignore[union-attr]
+
+
+BETWEEN_PRODUCTS: dict[str, Callable[..., Tensor]] = {"add + LayerNorm": _add_norm, "QuickGELU": _quick_gelu}
+BYTES = {"add + LayerNorm": 16 + 6, "QuickGELU": 10 + 6}
+"""An element of the stream, in bf16, with the concatenation of the results that is timed too."""
+
+
+def in_plain_pytorch(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    usable_before, fused.usable = fused.usable, lambda tensor: False
+    try:
+        with torch.autocast(inputs[0].device.type, torch.bfloat16):
+            return function(*inputs)
+    finally:
+        fused.usable = usable_before
+
+
+KERNELS: dict[str, Callable[[Setting], Iterator[Check]]] = {"relevance": relevance, "between products:": elementwise}
 
 
 def kernels(setting: Setting, section: Section) -> dict[str, Any]:

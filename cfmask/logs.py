@@ -1,0 +1,144 @@
+"""What a training run logs: log.jsonl, receipts.jsonl, TensorBoard curves and printed lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from cfmask.data import receipts
+from cfmask.evaluate import Score
+from cfmask.metrics import StepResult
+from cfmask.optim import Phase, Skips, rates
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, append_lines
+
+
+class JsonLines:
+    """A .jsonl file that is appended to. Lines that cannot be written are kept, and written with the next ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[dict[str, Any]] = []
+
+    @property
+    def pending(self) -> tuple[dict[str, Any], ...]:
+        """Lines that are not in the file yet."""
+        return tuple(self._pending)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Remember a line for the next ``write``."""
+        self._pending.append(line)
+
+    def write(self) -> None:
+        """Append what is pending. A failure is a warning."""
+        if not self._pending:
+            return
+        try:
+            append_lines(self.path, self._pending)
+            self._pending.clear()
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait for the next", flush=True)
+
+
+class MetricLogger:
+    """Rank 0's log of a run. A file that cannot be written does not end the run: lines are written later, and curves
+    end with a warning.
+
+    Args:
+        step: that training resumes from, or 0. Curves beyond it are cut.
+        schedule: the phases of the run.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...]) -> None:
+        self._every, self._total = recipe.run.log_steps, schedule[-1].end
+        self._optim, self._schedule = recipe.optim, schedule
+        self._board: SummaryWriter | None = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
+        self._log, self._receipts = JsonLines(run.log), JsonLines(run.receipts)
+        self._window: list[StepResult] = []
+        self._since = time.monotonic()
+
+    def add_step(self, result: StepResult, skips: Skips) -> None:
+        """Take in a step; every ``log_steps`` of them, log their averages.
+
+        Args:
+            skips: steps left out, up to this one.
+        """
+        self._window.append(result)
+        self._receipts.add({"step": result.step, "samples": result.samples, "receipt": receipts.as_hex(result.receipt)})
+        if result.step % self._every and result.step != self._total:
+            return
+        samples_per_s = sum(r.samples for r in self._window) / (result.time - self._since)
+        taken = [r.means for r in self._window if not r.skipped]
+        means = {name: sum(m[name] for m in taken) / len(taken) for name in result.means} if taken else {}
+        eta = (self._total - result.step) * result.samples / samples_per_s
+        phase = next(p for p in self._schedule if result.step <= p.end)
+        line = {
+            "step": result.step,
+            "total_steps": self._total,
+            **means,
+            "lr": rates(result.step - 1, phase, self._optim).lr,
+            "skipped_steps": skips.total,
+            "samples_per_s": samples_per_s,
+            "eta_s": eta,
+        }
+        names = (*means, "lr", "skipped_steps", "samples_per_s")
+        self.add_line(line, {f"train/{name}": line[name] for name in names})
+        losses = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
+        print(
+            f"step {result.step}/{self._total} "
+            + (f"{losses} accuracy {means['accuracy']:.1f} % " if means else "no step taken ")
+            + (f"skipped {skips.total} " if skips.total else "")
+            + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s",
+            flush=True,
+        )
+        self._window.clear()
+        self._since = result.time
+
+    def add_scores(self, step: int, epoch: float, scores: Mapping[str, Score], *, seconds: float) -> None:
+        """Log an evaluation.
+
+        Args:
+            epoch: passes over the training set until then.
+            seconds: that the evaluation took; they do not count in the rate of training.
+        """
+        top1 = {name: score.top1 for name, score in scores.items()}
+        passes = int(epoch) if epoch == int(epoch) else epoch
+        self.add_line(
+            {"step": step, "epoch": passes, "eval": top1}, {f"eval/{name}": value for name, value in top1.items()}
+        )
+        print(f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.2f} %" for name, value in top1.items()), flush=True)
+        self._since += seconds
+
+    def add_line(self, line: dict[str, Any], curves: Mapping[str, float]) -> None:
+        """Write a line of log.jsonl, and points of curves at its ``step``."""
+        self._log.add(line)
+        self._log.write()
+        self._draw(curves, line["step"])
+
+    def flush(self) -> None:
+        """Write what is pending. Called before a checkpoint: what is logged after it is logged again by a resumed run,
+        what is logged before it never is."""
+        self._receipts.write()
+        self._log.write()
+        if self._board is not None:
+            try:
+                self._board.flush()
+            except OSError as error:
+                self._end_curves(error)
+
+    def _draw(self, curves: Mapping[str, float], step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in curves.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._end_curves(error)
+
+    def _end_curves(self, error: OSError) -> None:
+        self._board = None
+        print(f"warning: TensorBoard's curves end here: they cannot be written ({error.strerror})", flush=True)

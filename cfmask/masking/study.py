@@ -1,0 +1,128 @@
+"""The mask study: how far masks fall on objects, measured while a run trains (appendix A.2 of the paper).
+
+``MaskStudy`` adds a metric to each micro-batch; ``MaskStudyLog`` keeps its sums on rank 0 and logs them by epoch.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
+from cfmask.data.shards import Manifest
+from cfmask.data.stream import Batch
+from cfmask.logs import JsonLines, MetricLogger
+from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
+from cfmask.metrics import Metric, StepResult, Sum
+from cfmask.models.tower import Classifier
+from cfmask.runs import RunFolder, read_lines
+from cfmask.step import Metrics
+
+_NAME = "overlap"
+
+
+@dataclass(frozen=True)
+class MaskStudy:
+    """What is measured, and of which groups of classes.
+
+    reader: of where the objects are.
+    groups: names.
+    members: (classes, groups) bool, on the device: which class belongs to which of the groups.
+    """
+
+    reader: ObjectReader
+    groups: tuple[str, ...]
+    members: Tensor
+
+    @classmethod
+    def of(cls, segmentation: str, manifest: Manifest, model: Classifier, device: torch.device) -> MaskStudy:
+        """A study of a training set with the masks in ``segmentation``, a folder or shards."""
+        groups = class_groups(manifest.classes)
+        if len(groups) > 1:
+            del groups[ALL]  # the others' sum
+        shown = categories(manifest.classes)
+        reader = ObjectReader(
+            masks=open_masks(segmentation),
+            classes={i: shown[i] for i in frozenset().union(*groups.values())},
+            size=model.image_size,
+            patch_size=model.patch_size,
+        )
+        members = torch.tensor([[i in ids for ids in groups.values()] for i in range(manifest.num_classes)])
+        return cls(reader, tuple(groups), members.to(device))
+
+    def metrics(self, metrics: Metrics, batch: Batch) -> dict[str, Metric]:
+        """Of a micro-batch: each group's Tally, (groups, 3 T + 2). Waits for no device."""
+        assert metrics.overlap is not None and batch.objects is not None
+        device = self.members.device
+        chosen = self.members[batch.labels.to(device, non_blocking=True)]
+        # Asked on the device: the batch's tensors are page-locked, and moving them does not wait. A new one is not.
+        chosen = chosen & batch.objects.map(lambda tensor: tensor.to(device, non_blocking=True)).known[:, None]
+        return {_NAME: Sum(torch.stack([tally(metrics.overlap, rows).to_vector() for rows in chosen.T]))}
+
+    def tallies(self, values: Sequence[float]) -> dict[str, Tally]:
+        """The tallies by group whose vectors are ``values``, one after the other."""
+        size = len(values) // len(self.groups)
+        return {name: Tally.from_vector(values[i * size : (i + 1) * size]) for i, name in enumerate(self.groups)}
+
+
+class MaskStudyLog:
+    """Rank 0's sums of a study: overlaps.jsonl, a line a checkpoint, and by epoch a line and curves in the log.
+
+    Lines are written with checkpoints only, so that a resumed run has none twice and none by half.
+
+    Args:
+        step: that training resumes from, or 0.
+    """
+
+    def __init__(self, study: MaskStudy, run: RunFolder, logger: MetricLogger, step: int) -> None:
+        self._study, self._logger, self._step = study, logger, step
+        self._lines = JsonLines(run.overlaps)
+        self._since_checkpoint: dict[str, Tally] = {}
+
+    def add_step(self, result: StepResult) -> None:
+        """Take in a step. One that was left out counts for nothing."""
+        self._step = result.step
+        if not result.skipped:
+            tallies = self._study.tallies(result.reduced.values[_NAME])
+            self._since_checkpoint = add_up([self._since_checkpoint, tallies])
+
+    def end_epoch(self, step: int, epoch: int, *, since: int) -> None:
+        """Log an epoch: the steps after ``since``, up to ``step``."""
+        lines = [line for line in [*read_lines(self._lines.path), *self._lines.pending] if since < line["step"]]
+        of_lines = [{name: Tally.from_lists(t) for name, t in line["tallies"].items()} for line in lines]
+        total = add_up([*of_lines, self._since_checkpoint])
+        if len(total) > 1:
+            total[ALL] = functools.reduce(operator.add, total.values())
+        result = {name: sums.to_result() for name, sums in total.items()}
+        self._logger.add_line(
+            {"step": step, "epoch": epoch, "thresholds": THRESHOLDS, _NAME: result}, _curves_of(result)
+        )
+        for name, of_group in result.items():
+            best = max(range(len(THRESHOLDS)), key=lambda i: of_group["iou"][i] or 0.0)
+            iou = of_group["iou"][best]
+            found = f"IoU up to {100 * iou:.1f} % at {THRESHOLDS[best]:g}" if iou is not None else "no object seen"
+            print(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}", flush=True)
+
+    def flush(self) -> None:
+        """Write the sums since the last call. Called before a checkpoint."""
+        if self._since_checkpoint:
+            tallies = {name: sums.to_lists() for name, sums in self._since_checkpoint.items()}
+            self._lines.add({"step": self._step, "tallies": tallies})
+            self._since_checkpoint = {}
+        self._lines.write()
+
+
+def _curves_of(result: dict[str, dict[str, Any]]) -> dict[str, float]:
+    return {
+        f"{_NAME}_{name}/{rate}_at_{threshold:g}": value
+        for name, of_group in result.items()
+        for rate in ("image_masking_rate", "object_masking_rate", "iou")
+        for threshold, value in zip(THRESHOLDS, of_group[rate], strict=True)
+        if value is not None
+    }

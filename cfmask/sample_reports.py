@@ -1,0 +1,131 @@
+"""Samples to blame: those that could not be read, and those of steps that were left out, collected from all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cfmask.data.receipts import Consumed
+from cfmask.data.shards import Manifest
+from cfmask.data.stream import BadSample, Batch
+from cfmask.errors import UserError
+from cfmask.metrics import StepResult
+from cfmask.optim import Skips
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, append_lines
+from cfmask.step import Metrics
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """keys: of the samples. finite: (N,) bool, on the device: which of their outputs are finite."""
+
+    keys: list[str]
+    finite: Tensor
+
+
+class SampleReports:
+    """Keeps this rank's bad samples and skipped steps until all ranks write them into the run folder."""
+
+    def __init__(self, run: RunFolder, epoch_steps: int) -> None:
+        self._run, self._epoch_steps = run, epoch_steps
+        self._bad: list[BadSample] = []
+        self._pending: dict[int, list[_MicroBatch]] = {}
+        self._skipped: list[dict[str, Any]] = []
+
+    def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
+        """Remember a micro-batch of ``step`` until the step's result is known."""
+        self._bad += batch.bad
+        self._pending.setdefault(step, []).append(_MicroBatch(batch.keys, metrics.finite))
+
+    def close(self, result: StepResult) -> None:
+        """Forget a step's micro-batches. If the step was left out, this rank's account of it is kept to be written;
+        that waits for the device."""
+        parts = self._pending.pop(result.step)
+        if not result.skipped:
+            return
+        keys = [key for part in parts for key in part.keys]
+        finite = torch.cat([part.finite for part in parts]).tolist()
+        self._skipped.append(
+            {
+                "step": result.step,
+                # As text: JSON has no nan.
+                "loss": str(result.means["loss"]),
+                "grad_norm": str(result.means["grad_norm"]),
+                "not_finite": [key for key, good in zip(keys, finite, strict=True) if not good],
+                "keys": keys,
+            }
+        )
+
+    def write_bad_samples(self) -> None:
+        """Append all ranks' bad samples since the last call to bad_samples.jsonl. Every rank has to call it."""
+        found = _gather(self._bad)
+        self._bad = []
+        if found is None:
+            return
+        lines = [
+            {"rank": rank, **asdict(bad), "step": bad.epoch * self._epoch_steps + bad.step + 1}
+            for rank, of_rank in enumerate(found)
+            for bad in of_rank
+        ]
+        append_lines(self._run.bad_samples, lines)
+        for line in lines:
+            print(
+                f"warning: step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
+                f"({line['reason']}); {line['substitute']} stands in for it",
+                flush=True,
+            )
+
+    def write_skipped_steps(self) -> None:
+        """Append the steps left out since the last call to skipped_steps.jsonl, each with the samples whose outputs are
+        not finite, or if there are none, with all of its batch. Every rank has to call it."""
+        found = _gather(self._skipped)
+        self._skipped = []
+        if found is None:
+            return
+        lines = []
+        for of_ranks in zip(*found, strict=True):
+            blamed = [key for of_rank in of_ranks for key in of_rank["not_finite"]]
+            batch = [key for of_rank in of_ranks for key in of_rank["keys"]]
+            first = of_ranks[0]
+            why = "outputs not finite" if blamed else "gradients not finite, all outputs finite"
+            line = {"step": first["step"], "loss": first["loss"], "grad_norm": first["grad_norm"]}
+            lines.append({**line, "why": why, "keys": blamed or batch})
+            print(
+                f"warning: step {first['step']} is left out: loss {first['loss']}, gradient norm {first['grad_norm']}; "
+                f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}",
+                flush=True,
+            )
+        append_lines(self._run.skipped_steps, lines)
+
+
+def too_many_skipped_steps(skips: Skips, step: int, recipe: Recipe, run: RunFolder) -> FloatingPointError:
+    """The error of a run whose latest steps, up to ``step``, were all left out."""
+    return FloatingPointError(
+        f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step {step}; "
+        f"--max-skipped-steps allows {recipe.optim.max_skipped_steps}. {run.skipped_steps} names the samples. None of "
+        f"these steps changed a weight, and the last checkpoint in {run.checkpoints} stays. A lower --lr, or "
+        "--precision fp32, may help."
+    )
+
+
+def too_many_bad_samples(
+    consumed: Consumed, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
+) -> UserError:
+    """The error of a run that has a checkpoint of ``step``, where more than ``limit`` samples of an epoch are bad."""
+    return UserError(
+        f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the {limit} that "
+        f"--max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists them with the reasons. Mend "
+        f"the set ({manifest.root}); the run goes on from step {step}."
+    )
+
+
+def _gather(own: list[Any]) -> list[Any] | None:
+    """Each rank's list, on rank 0; None on the others."""
+    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, found)
+    return found

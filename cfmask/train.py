@@ -1,0 +1,265 @@
+"""The training loop: one process of a job. Builds everything from a Recipe and a run folder, and trains.
+
+After an interruption the next start of the same job resumes from the last checkpoint, and ends with weights that are
+bitwise identical to those of a run that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from cfmask import checkpoint
+from cfmask.data.plan import steps_per_epoch
+from cfmask.data.receipts import Consumed
+from cfmask.data.shards import Manifest
+from cfmask.data.stream import eval_batches
+from cfmask.distributed import Place
+from cfmask.evaluate import Answers, Score, answers_of, top1
+from cfmask.files import write_atomically
+from cfmask.logs import MetricLogger
+from cfmask.masking.study import MaskStudy, MaskStudyLog
+from cfmask.memory import choose_micro_batches, explained_out_of_memory
+from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, step_metrics
+from cfmask.models.head import save_model
+from cfmask.models.tower import Classifier, Normalise
+from cfmask.optim import Phase, Skips, phases, rates, take_step
+from cfmask.passes import inputs_of, make_passes, uses_graphs
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder
+from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
+from cfmask.session import FINISHED, Report, StopRequest, choose_arithmetic, session
+from cfmask.train_setup import (
+    agree_on_checkpoint,
+    begin_phase,
+    checkpoint_writer,
+    epochs,
+    load_models,
+    load_training_sets,
+    loader_workers,
+)
+
+
+def train(
+    recipe: Recipe,
+    run: RunFolder,
+    place: Place,
+    stop_request: StopRequest = lambda: None,
+    failing: Report = lambda error: None,
+) -> str:
+    """Train until the recipe is fulfilled or a stop is asked for.
+
+    Args:
+        stop_request: called at every step on every rank; returns REQUEUE, QUIT or None. One rank's request
+            stops them all, at the same step boundary, after a checkpoint.
+        failing: told of an error before anything is closed: a checkpoint that is being written is waited for then.
+
+    Returns:
+        FINISHED, REQUEUE or QUIT.
+
+    Raises:
+        UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
+            another job on the folder, a final checkpoint that cannot be written, a GPU's memory that does not suffice.
+        FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
+            all ranks). The last checkpoint stays.
+    """
+    choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
+    with session(run, place, failing) as (store, stack), explained_out_of_memory(place):
+        return _train(recipe, run, place, store, stop_request, stack)
+
+
+def _train(
+    recipe: Recipe,
+    run: RunFolder,
+    place: Place,
+    store: dist.Store,
+    stop_request: StopRequest,
+    leaving: contextlib.ExitStack,
+) -> str:
+    device, settings = place.device, recipe.optim
+    is_main_process = place.rank == 0
+
+    # --- data and models ------------------------------------------------------------------------------------
+    manifest, eval_sets = load_training_sets(recipe.data)
+    label_spaces = {name: answers_of(of_set).to(device) for name, of_set in eval_sets.items()}
+    epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
+    schedule = phases(recipe, epoch_steps)
+    total_steps = schedule[-1].end
+    models = load_models(recipe, run, manifest, place, store)
+    model, normalise, teachers = models.model, models.normalise, models.teachers
+    trains_tower = any(phase.tower for phase in schedule)
+    recipe = choose_micro_batches(recipe, run, place, model, teachers, normalise, tower=trains_tower)
+    settings = recipe.optim
+    study = None
+    if recipe.data.segmentation is not None:
+        study = MaskStudy.of(recipe.data.segmentation, manifest, model, device)
+
+    # --- resume -----------------------------------------------------------------------------------------------
+    found = agree_on_checkpoint(run, manifest, total_steps, is_main_process=is_main_process)
+    step, consumed, skips = 0, Consumed(), Skips()
+    if found is not None:
+        checkpoint.restore_weights(found, model)
+        step, consumed, skips = found.step, found.consumed, found.skips
+    logger, study_log, writer = None, None, None
+    if is_main_process:
+        logger = MetricLogger(recipe, run, step, schedule)
+        study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
+        writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
+        run.begin_attempt(
+            job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
+        )
+        run.cut_history(step)
+        print(f"step {step} of {total_steps} ({epoch_steps} an epoch), {place.world_size} ranks, {device}", flush=True)
+
+    # --- train --------------------------------------------------------------------------------------------------
+    bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
+    reducer, reports = AsyncMetricReducer(device), SampleReports(run, epoch_steps)
+    scores: dict[str, Score] = {}
+    current: Phase | None = None
+    objects = None if study is None else study.reader
+    captured = uses_graphs(recipe, device, place.world_size)
+    for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
+        phase = next(p for p in schedule if step < p.end)
+        if phase != current:
+            student, optimizer = begin_phase(phase, model, settings, device, found, captured=captured)
+            passes = make_passes(student, teachers, normalise, recipe, captured=captured)
+            if writer is not None:
+                writer.reserve(model)
+            current = phase
+        while step < (epoch + 1) * epoch_steps:
+            step += 1
+            for part in range(settings.num_micro_batches):
+                batch = next(batches)
+                last = part == settings.num_micro_batches - 1
+                metrics = passes(inputs_of(batch), last=last)
+                reducer.add(micro_batch_metrics(metrics, batch))
+                if study is not None:
+                    reducer.add(study.metrics(metrics, batch))
+                reports.add(step, metrics, batch)
+            grad_norm = take_step(optimizer, rates(step - 1, phase, settings), settings.clip_norm)
+            overdue = writer is not None and writer.overdue
+            reducer.add(step_metrics(grad_norm, stop=stop_request(), overdue=overdue))
+            reducer.send(step)
+
+            # The step before this one: it is over, or nearly, while the device has this one to do. All ranks read the
+            # same. The steps up to here are waited for where a checkpoint or an evaluation needs them.
+            results = [StepResult.of(reduced) for reduced in reducer.receive(before=step)]
+            epoch_end = step % epoch_steps == 0
+            due = epoch_end or step % recipe.run.checkpoint_steps == 0
+            evaluates = bool(eval_sets) and (epoch_end or step % (recipe.run.eval_steps or epoch_steps) == 0)
+            if due or evaluates or any(r.stop or r.overdue or r.bad for r in results):
+                results += [StepResult.of(reduced) for reduced in reducer.receive()]
+            due = due or any(r.overdue for r in results)
+            stop = next((r.stop for r in results if r.stop), None)
+
+            for result in results:
+                skips = skips.plus(result.skipped)
+                consumed = consumed.plus(
+                    samples=result.samples,
+                    receipt=result.receipt,
+                    bad=result.bad,
+                    epoch_begins=(result.step - 1) % epoch_steps == 0,
+                )
+                reports.close(result)
+                if logger is not None:
+                    logger.add_step(result, skips)
+                if study_log is not None:
+                    study_log.add_step(result)
+            if any(r.skipped for r in results):
+                reports.write_skipped_steps()
+                if skips.in_a_row > settings.max_skipped_steps:
+                    wait_for_checkpoint(writer)
+                    raise too_many_skipped_steps(skips, results[-1].step, recipe, run)
+            # Judged only when there are new ones: a set that was repaired is trained on, whatever its epoch has seen.
+            too_many_bad = False
+            if any(r.bad for r in results):
+                reports.write_bad_samples()
+                too_many_bad = consumed.bad_in_epoch > bad_limit
+
+            if evaluates:
+                began = time.monotonic()
+                scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, place)
+                if logger is not None:
+                    # Before a checkpoint of this step: a resume from it does not evaluate again.
+                    logger.add_scores(step, step / epoch_steps, scores, seconds=time.monotonic() - began)
+            if study_log is not None and epoch_end:
+                study_log.end_epoch(step, epoch + 1, since=step - epoch_steps)
+            if logger is not None and writer is not None and (due or stop or too_many_bad):
+                logger.flush()
+                if study_log is not None:
+                    study_log.flush()
+                top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
+                writer.start(checkpoint.State(step, manifest.digest, consumed, skips, top1s), model, optimizer)
+            if too_many_bad:
+                not_written = wait_for_checkpoint(writer)
+                raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written
+            if stop and step < total_steps:
+                if is_main_process:
+                    print(f"asked to stop ({stop}) at step {step}", flush=True)
+                not_written = wait_for_checkpoint(writer)
+                if not_written is not None:
+                    raise not_written
+                if is_main_process:
+                    run.end_attempt(f"stopped at step {step} ({stop})")
+                return stop
+
+    # --- finish -------------------------------------------------------------------------------------------------
+    if not scores:
+        scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, place)
+    not_written = wait_for_checkpoint(writer)
+    if not_written is not None:
+        raise not_written
+    if logger is not None:
+        logger.flush()
+        if study_log is not None:
+            study_log.flush()
+        save_model(run.final, model, models.info)
+        sets = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
+        write_atomically(run.results, json.dumps({"step": step, "skipped_steps": skips.total, "sets": sets}, indent=2))
+        run.end_attempt(FINISHED)
+        print(f"finished at step {step}: {run.final}", flush=True)
+    return FINISHED
+
+
+def _evaluate(
+    model: Classifier,
+    normalise: Normalise,
+    sets: dict[str, Manifest],
+    label_spaces: dict[str, Answers],
+    recipe: Recipe,
+    place: Place,
+) -> dict[str, Score]:
+    """Top-1 on each set, over all ranks. Draws no random number, so training is not changed by it. Waits for the device
+    once a set, where its counts are read."""
+    scores = {}
+    for name, manifest in sets.items():
+        batches = eval_batches(
+            manifest,
+            image_size=model.image_size,
+            # Of any rank, twice the least that it trains on at a time: there are no gradients to keep.
+            batch_size=2 * recipe.optim.batch_size // recipe.optim.lanes,
+            rank=place.rank,
+            world_size=place.world_size,
+            loader_workers=loader_workers(recipe.data, place),
+            pin_memory=place.device.type == "cuda",
+        )
+        with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            [scores[name]] = top1([model], normalise, batches, place.device, label_spaces[name])
+    return scores
+
+
+def wait_for_checkpoint(writer: checkpoint.Writer | None) -> checkpoint.CheckpointNotWritten | None:
+    """Wait on all ranks until the checkpoint that is being written is whole: until then none of them ends or asks for a
+    requeue, and a launcher that ends a job with its first rank does not cut the checkpoint off.
+
+    Returns:
+        Why the latest checkpoint was not written, on every rank; None if it was.
+    """
+    outcome = [writer.wait() if writer is not None else None]
+    dist.broadcast_object_list(outcome)
+    return outcome[0]

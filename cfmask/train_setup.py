@@ -1,0 +1,197 @@
+"""What a training run builds before its first step: data, models, the checkpoint that it resumes from, and the student
+and optimizer of each phase."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from cfmask import checkpoint
+from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.segmentation import ObjectReader
+from cfmask.data.shards import Manifest, load_sets
+from cfmask.data.stream import Batch, train_batches
+from cfmask.ddp import data_parallel
+from cfmask.distributed import Place
+from cfmask.errors import UserError
+from cfmask.masking.fills import DrawSpec
+from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
+from cfmask.models.tower import Classifier, Normalise, store_products_in
+from cfmask.optim import Phase, adamw
+from cfmask.recipe import Data, Optim, Recipe
+from cfmask.runs import RunFolder, find_model
+from cfmask.session import rank_0_first
+from cfmask.step import Teachers
+
+
+def load_training_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
+    """The training set, and the sets to evaluate on by name.
+
+    Shards are not looked at: the launcher has done it once for all ranks, and a shard that is missing since then is
+    handled where its samples are read.
+    """
+    cache = node_cache(data.cache_dir, data.cache_gb) if is_remote(data.shards) else None
+    sets = load_sets(data.shards, [data.train_split, *data.eval_sets], cache=cache, check_files=False)
+    return sets[data.train_split], {name: sets[name] for name in data.eval_sets}
+
+
+def loader_workers(data: Data, place: Place) -> int:
+    """Threads that read and decode, as the recipe says or else by the cores of this rank."""
+    return place.loader_workers if data.loader_workers is None else data.loader_workers
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models of a run, on the device. model: the student; normalise: for the pixels of all of them."""
+
+    model: Classifier
+    info: ModelInfo
+    normalise: Normalise
+    teachers: Teachers
+
+
+def load_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place, store: dist.Store) -> Models:
+    """The student as it is before step 0, and its teachers. Rank 0 makes their files at the run's first start.
+
+    Raises:
+        UserError: there are no such weights, or a model does not fit the training set or the others.
+    """
+    rank_0_first(store, place, "the initial model", lambda: _write_initial_models(recipe, run, manifest, place))
+    model, info = load_model(run.initial)
+    model = model.to(place.device)
+    model.recompute, model.compiled = recipe.run.activation_checkpointing, recipe.run.compile
+    start = copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None
+    ensemble = None
+    if recipe.method.ensemble:
+        ensemble = load_model(run.ensemble)[0].to(place.device).requires_grad_(False)
+    if recipe.run.precision == "bf16":
+        for teacher in (start, ensemble):
+            if teacher is not None:
+                store_products_in(teacher, torch.bfloat16)
+    normalise = Normalise(info.mean, info.std).to(place.device)
+    return Models(model, info, normalise, Teachers(start=start, ensemble=ensemble))
+
+
+def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place) -> None:
+    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, unless they exist."""
+    if not run.initial.exists():
+        model, info = initial_model(
+            recipe.model.name,
+            recipe.model.pretrained,
+            recipe.model.head,
+            manifest.classes,
+            device=str(place.device),
+        )
+        save_model(run.initial, model, info)
+    if recipe.method.ensemble is not None and not run.ensemble.exists():
+        model, info = load_model(find_model(recipe.method.ensemble))
+        check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
+        save_model(run.ensemble, model, info)
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def agree_on_checkpoint(
+    run: RunFolder, manifest: Manifest, total_steps: int, *, is_main_process: bool
+) -> checkpoint.Checkpoint | None:
+    """The checkpoint to resume from, chosen and verified by rank 0, the same on every rank; None to begin at step 0.
+
+    Raises:
+        UserError: it is of another training set, or beyond ``total_steps``.
+    """
+    choice: list[Any] = [None]
+    if is_main_process:
+        choice[0] = checkpoint.latest(run.checkpoints, report=lambda text: print(f"warning: {text}", flush=True))
+    dist.broadcast_object_list(choice)
+    found: checkpoint.Checkpoint | None = choice[0]
+    if found is None:
+        return None
+    if found.dataset != manifest.digest:
+        raise UserError(
+            f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, "
+            f"now {manifest.digest}): its order would not be the same. Bring the set back, or begin a new run."
+        )
+    if found.step > total_steps:
+        raise UserError(f"{run.root} has a checkpoint of step {found.step}, beyond the recipe's {total_steps} steps.")
+    return found
+
+
+def checkpoint_writer(
+    recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: checkpoint.Checkpoint | None
+) -> checkpoint.Writer:
+    """Writes the checkpoints of a run that resumes from ``found``; keeps those that the recipe says."""
+    settings = recipe.run
+    keep = checkpoint.Keep(
+        last=settings.keep_checkpoints,
+        epoch_steps=epoch_steps if settings.keep_epochs else None,
+        best_on=settings.best_on,
+    )
+    return checkpoint.Writer(run.checkpoints, keep, info, resumed=found, minutes=settings.checkpoint_minutes)
+
+
+# --- phases and epochs ------------------------------------------------------------------------------------------------
+
+
+def begin_phase(
+    phase: Phase,
+    model: Classifier,
+    settings: Optim,
+    device: torch.device,
+    found: checkpoint.Checkpoint | None,
+    *,
+    captured: bool,
+) -> tuple[DistributedDataParallel, torch.optim.AdamW]:
+    """The student and the optimizer for what a phase trains, with the moments of ``found`` if that is a checkpoint from
+    within the phase. Every rank has to call it. captured: see ``data_parallel``."""
+    model.visual.requires_grad_(phase.tower)
+    student = data_parallel(model, device, captured=captured)
+    optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
+    if found is not None and found.step > phase.start:
+        checkpoint.restore_optimizer(found, model, optimizer)
+    return student, optimizer
+
+
+def epochs(
+    recipe: Recipe,
+    manifest: Manifest,
+    model: Classifier,
+    place: Place,
+    step: int,
+    epoch_steps: int,
+    objects: ObjectReader | None,
+) -> Iterator[tuple[Iterator[Batch], int]]:
+    """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
+    method, settings = recipe.method, recipe.optim
+    draw_spec = None
+    if method.masked:
+        assert method.mask is not None and method.fill is not None
+        draw_spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
+    first, start = divmod(step, epoch_steps)
+    for epoch in range(first, settings.total_epochs):
+        batches = train_batches(
+            manifest,
+            image_size=model.image_size,
+            batch_size=settings.batch_size,
+            lanes=settings.lanes,
+            rank=place.rank,
+            world_size=place.world_size,
+            seed=recipe.run.seed,
+            epoch=epoch,
+            start_step=start if epoch == first else 0,
+            loader_workers=loader_workers(recipe.data, place),
+            draw_spec=draw_spec,
+            micro_batches=settings.num_micro_batches,
+            objects=objects,
+            pin_memory=place.device.type == "cuda",
+        )
+        yield batches, epoch

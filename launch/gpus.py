@@ -1,0 +1,159 @@
+"""The GPUs of this machine that CUDA_VISIBLE_DEVICES shows, counted without starting CUDA.
+
+A launcher that asked CUDA would hold a context on every GPU for as long as it lives. `nvidia-smi -L` lists what is
+installed, and the rules by which CUDA reads the variable are few:
+
+    not set            all GPUs
+    "", "-1"           none
+    "0,2", "1abc"      numbers, each up to its first character that is no digit
+    "GPU-8932f937,…"   UUIDs, or prefixes that fit one GPU only
+    "MIG-…,…"          MIG devices, by UUID or by the older MIG-GPU-UUID/INSTANCE/INSTANCE
+
+The first entry that is of another kind than the first of all, or that names nothing here, ends the list. A list that
+names a GPU twice is empty.
+
+A process sees a single MIG device however many its list names, and NCCL refuses two ranks on one GPU. So each rank is
+given one MIG device, and MIG devices of a GPU that has a rank already are left out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_RANKS = "CFMASK_LOCAL_GPUS"
+_LOCAL_RANK = "SUBMITIT_LOCAL_LOCALID"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU of this machine.
+
+    uuid: "GPU-…".
+    mig: ids of the MIG devices that it is partitioned into, "MIG-…"; empty if it is not.
+    """
+
+    uuid: str
+    mig: tuple[str, ...] = ()
+
+
+def installed_gpus() -> tuple[Gpu, ...] | None:
+    """This machine's GPUs, in nvidia-smi's order; None if there is no nvidia-smi to ask."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    return parse_listing(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout)
+
+
+def parse_listing(text: str) -> tuple[Gpu, ...]:
+    """The GPUs in the output of `nvidia-smi -L`."""
+    found: list[Gpu] = []
+    for line in text.splitlines():
+        if whole := re.match(r"GPU \d+: .*\(UUID: (GPU-[^)]+)\)", line):
+            found.append(Gpu(whole[1]))
+        elif found and (part := re.match(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)", line)):
+            found[-1] = Gpu(found[-1].uuid, (*found[-1].mig, part[1]))
+    return tuple(found)
+
+
+def visible_gpus(value: str | None, installed: Sequence[Gpu] | None) -> tuple[str, ...] | None:
+    """The GPUs that ranks may be started on, as entries for CUDA_VISIBLE_DEVICES.
+
+    Args:
+        value: of CUDA_VISIBLE_DEVICES; None: not set.
+        installed: this machine's GPUs; None: not known, and entries are believed.
+
+    Returns:
+        One entry a rank, in the order of the list; None if neither the list nor the machine says how many there are.
+    """
+    if value is None:
+        return None if installed is None else tuple(str(number) for number in range(len(installed)))
+    if value.startswith("GPU-"):
+        return _entries(value, lambda entry: _gpu_of_uuid(entry, installed))
+    if value.startswith("MIG-"):
+        entries = _entries(value, lambda entry: _mig_device(entry, installed))
+        first_of_gpu = {_gpu_of_mig_device(entry, installed): entry for entry in reversed(entries)}
+        return tuple(entry for entry in entries if entry in first_of_gpu.values())
+    numbers = _entries(value, lambda entry: _number(entry, installed))
+    return tuple(_digits(entry) for entry in numbers)
+
+
+def for_ranks(entries: Sequence[str]) -> list[str]:
+    """The prefix of a rank's command that passes on ``entries``, one for each rank of this machine."""
+    return ["env", f"{_RANKS}={','.join(entries)}"] if entries else []
+
+
+def show_to_rank(environment: MutableMapping[str, str] = os.environ) -> None:
+    """In a rank that ``for_ranks`` has started: show CUDA this rank's devices, before anything asks CUDA.
+
+    Whole GPUs are shown to every rank, which takes the one of its local rank: NCCL then sees the machine's topology.
+    """
+    listed = environment.pop(_RANKS, None)
+    if listed is None:
+        return
+    entries = listed.split(",")
+    environment[VISIBLE] = entries[int(environment[_LOCAL_RANK])] if listed.startswith("MIG-") else listed
+
+
+def _entries(value: str, identify: Callable[[str], str | None]) -> tuple[str, ...]:
+    """The entries up to the first that names nothing; none if two name the same."""
+    entries: dict[str, str] = {}
+    for entry in value.split(","):
+        named = identify(entry)
+        if named is None:
+            break
+        if named in entries:
+            return ()
+        entries[named] = entry
+    return tuple(entries.values())
+
+
+def _digits(entry: str) -> str:
+    """The number that an entry begins with, as C's strtol reads it; "" if it does not begin with one."""
+    match = re.match(r"\s*\+?([0-9]+)", entry)
+    return str(int(match[1])) if match else ""
+
+
+def _number(entry: str, installed: Sequence[Gpu] | None) -> str | None:
+    digits = _digits(entry)
+    known = bool(digits) and (installed is None or int(digits) < len(installed))
+    return digits if known else None
+
+
+def _gpu_of_uuid(entry: str, installed: Sequence[Gpu] | None) -> str | None:
+    if not entry.startswith("GPU-"):
+        return None
+    return entry if installed is None else _only(entry, [gpu.uuid for gpu in installed])
+
+
+def _mig_device(entry: str, installed: Sequence[Gpu] | None) -> str | None:
+    if not entry.startswith("MIG-"):
+        return None
+    if installed is None:
+        return entry
+    older = _uuid_in(entry)
+    if older is not None:  # recent drivers take this form, and list the other
+        return entry if any(gpu.uuid == older for gpu in installed) else None
+    return _only(entry, [device for gpu in installed for device in gpu.mig])
+
+
+def _gpu_of_mig_device(entry: str, installed: Sequence[Gpu] | None) -> str:
+    """The GPU that a MIG device is part of; the device itself where that is not known."""
+    if older := _uuid_in(entry):
+        return older
+    return next((g.uuid for g in installed or () for device in g.mig if device.startswith(entry)), entry)
+
+
+def _uuid_in(mig_device: str) -> str | None:
+    match = re.match(r"MIG-(GPU-[^/]+)/\d+/\d+$", mig_device)
+    return match[1] if match else None
+
+
+def _only(prefix: str, ids: Sequence[str]) -> str | None:
+    """The one id that begins so; None if there is none, or more than one."""
+    found = [each for each in ids if each.startswith(prefix)]
+    return found[0] if len(found) == 1 else None
