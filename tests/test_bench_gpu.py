@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import save_file
 
 from cfmask.errors import UserError
+from cfmask.masking import relevance_kernel
+from cfmask.models import fused_kernels
 from made import REPO
 from tools.benchmarks.gpu import bits, kernels, profile, runner, steps, whole_run
 from tools.benchmarks.gpu.command import STAGES, chosen
 from tools.benchmarks.gpu.runner import CannotRun, Part, Runner, Section
-from tools.benchmarks.gpu.setting import Setting
+from tools.benchmarks.gpu.setting import TINY_CONFIG, Setting
 
 PARTS = [part.name for stage in STAGES for part in stage]
 
@@ -85,16 +87,20 @@ def test_the_report_has_what_it_is_for(dry):
     assert run["steps"] // 2 < run["killed at"] < run["steps"] and run["tensors"] > 100
     assert all(found["differing"] == [] and found["tensors"] > 100 for found in results["bits"].values())
     assert sum("with recomputation" in name for name in results["bits"]) == 2
-    b16 = {"cfmask", "cfmask, deterministic", "vanilla FT", "authors"}
+    eager = {"cfmask", "cfmask, deterministic", "vanilla FT", "authors"}
+    graphed = {f"{name}, CUDA graph" for name in ("cfmask", "cfmask, deterministic", "vanilla FT")}
+    graphed |= {"vanilla FT, deterministic, CUDA graph"}
     for part, model, batch, names in [
-        ("steps", "ViT-B-16-quickgelu", 128, b16 | {"cfmask, activations recomputed"}),
-        ("steps", "ViT-B-32-quickgelu", 32, b16),
-        ("steps-512", "ViT-B-16-quickgelu", 512, b16),
-        ("steps-L14", "ViT-L-14-quickgelu", 128, b16 - {"authors"}),
+        ("steps", "ViT-B-16-quickgelu", 128, eager | graphed | {"cfmask, activations recomputed"}),
+        ("steps", "ViT-B-32-quickgelu", 32, eager | graphed),
+        ("steps-512", "ViT-B-16-quickgelu", 512, eager | {"vanilla FT, deterministic"}),
+        ("steps-L14", "ViT-L-14-quickgelu", 128, eager - {"authors"}),
     ]:
-        found = {key.rpartition(", ")[0]: of for key, of in results[part].items() if f"{model} {batch} " in key}
-        assert set(found) == {f"{model} {batch} {name}" for name in names}
-        assert all(of["seconds"] > 0 and of["flops"] > 0 for of in found.values())
+        head = f"{model} {batch} "
+        found = {key.rpartition(", ")[0]: of for key, of in results[part].items() if head in key}
+        assert set(found) == {head + name for name in names}
+        for name, of in found.items():
+            assert of == "needs a GPU" if name.endswith("CUDA graph") else of["seconds"] > 0 and of["flops"] > 0
     assert {"ViT-B-16-quickgelu 128 authors, tf32", "ViT-B-16-quickgelu 128 authors, bf16"} <= set(results["steps"])
     assert results["compile"]["compiled"]["graphs"] and not results["compile"]["eager"]["graphs"]
     assert set(results["loader-threads"]) == {"crop-raw", "crop-jpeg"}
@@ -264,9 +270,47 @@ def test_checkpoints_that_differ_are_found(tmp_path):
     assert whole_run.compare(tmp_path / "a", tmp_path / "a") == ([], 3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    {
+        "relevance kernel": ["_log_sum_exp", "_column_sums"],
+        "fused add and norm": ["_add_norm", "_add_norm_backward"],
+        "fused QuickGELU": ["_bias_quick_gelu", "_bias_quick_gelu_backward"],
+        "join of q, k, v gradients": ["_join"],
+        "layer norm": ["void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<float, float, false>("],
+        "matrix product": ["nvjet_sm90_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNN"],
+        "attention": ["cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x64_1x4x1_cga1x1x1"],
+        "other": ["something_else"],
+    }.items(),
+    ids=str,
+)
+def test_a_kernel_is_of_its_kind(kind, names):
+    assert {profile.kind_of(name) for name in names} == {kind}
+
+
+def test_every_kernel_of_the_project_has_a_kind():
+    names = {
+        name
+        for module in (fused_kernels, relevance_kernel)
+        for name in re.findall(r"^@.*jit\ndef (\w+)\(", Path(module.__file__).read_text(), re.MULTILINE)
+    }
+    called = {"_tile"}  # by other kernels
+    assert len(names) >= 8 and {name for name in names - called if profile.kind_of(name) == "other"} == set()
+
+
 def test_the_share_of_idle_time_counts_side_by_side_kernels_once():
     events = [{"ts": 0, "dur": 10}, {"ts": 5, "dur": 10}, {"ts": 6, "dur": 2}, {"ts": 20, "dur": 5}]
     assert profile.busy(events) == 20
+
+
+def test_a_step_that_fails_fails_its_part(setting, section, monkeypatch, tmp_path):
+    """One that does not fit into the memory does not."""
+    found = iter([steps.Found(1.0, 1.0, 1, 1), "does not fit", "failed: no such kernel"])
+    monkeypatch.setattr(steps, "measure", lambda *_: next(found))
+    setting.tiny.write_text(json.dumps(TINY_CONFIG))
+    with pytest.raises(AssertionError, match="failed: ViT-B-16-quickgelu 4 authors, bf16$"):
+        steps.steps(setting, section, tables=[("ViT-B-16-quickgelu", 4, (steps.OURS, *steps.AUTHORS))])
+    assert "failed: no such kernel" in (tmp_path / "section.md").read_text()
 
 
 def test_a_row_of_the_step_table_by_hand():

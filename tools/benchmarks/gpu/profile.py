@@ -19,7 +19,10 @@ CASES = [(B16, 512), (B32, 32)]
 STEPS, WARM_UP, SHOWN = 2, 3, 18
 
 KINDS = (
-    ("relevance kernel", r"_log_sum_exp|_column_sums"),
+    ("relevance kernel", r"\b(_log_sum_exp|_column_sums)"),
+    ("fused add and norm", r"\b_add_norm"),
+    ("fused QuickGELU", r"\b_bias_quick_gelu"),
+    ("join of q, k, v gradients", r"\b_join"),
     ("attention", r"flash|fmha|sdpa|attention"),
     ("optimizer", r"[Aa]dam|multi_tensor"),
     ("NCCL", r"nccl"),
@@ -77,9 +80,8 @@ def describe(name: str, events: list[dict[str, Any]], setting: Setting, section:
     by_operator: dict[str, list[float]] = {}
     by_kernel: dict[str, list[float]] = {}
     for e in work:
-        kind = next((kind for kind, pattern in KINDS if re.search(pattern, e["name"])), "other")
         operator = operators.get(e.get("args", {}).get("External id"), "?")
-        for found, key in ((by_kind, kind), (by_operator, operator), (by_kernel, e["name"][:110])):
+        for found, key in ((by_kind, kind_of(e["name"])), (by_operator, operator), (by_kernel, e["name"][:110])):
             found.setdefault(key, []).append(e["dur"] / STEPS / 1e3)
     total = sum(map(sum, by_kind.values()))
     section.note(
@@ -96,6 +98,11 @@ def describe(name: str, events: list[dict[str, Any]], setting: Setting, section:
         "idle": idle,
         "kinds": {kind: sum(of) for kind, of in by_kind.items()},
     }
+
+
+def kind_of(kernel: str) -> str:
+    """The kind of KINDS that a kernel is of, by its name."""
+    return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
 
 
 def busy(work: list[dict[str, Any]]) -> float:

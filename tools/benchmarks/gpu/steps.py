@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ HEADER = [
     *(f"× authors, {a.precision}" for a in AUTHORS),
     *(f"% of authors' memory, {a.precision}" for a in AUTHORS),
 ]
+NEEDS_GPU, FAILED = "needs a GPU", "failed"
+peak = cache(measure_matmul)
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Found:
 
 def step_table(model: str, batch: int, contenders: Sequence[Contender], setting: Setting, section: Section) -> dict:
     """Measure contenders, all from one state, and add their table to the report as soon as they are measured."""
-    peaks = {p: measure_matmul(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
+    peaks = {p: peak(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
     # On the host, so that it is in nobody's memory.
     m = copied(setting.materials(model, batch), "cpu")
     found: dict[Contender, Found | str] = {}
@@ -58,7 +61,7 @@ def step_table(model: str, batch: int, contenders: Sequence[Contender], setting:
     rows = [row_of(contender, found, len(m.images), forward, peaks) for contender in contenders]
     section.note(
         f"{model}, batch {len(m.images)}. A big square product reaches "
-        f"{', '.join(f'{peak / 1e12:.3g} TFLOP/s in {p}' for p, peak in peaks.items())}; F, a forward of the plain "
+        f"{', '.join(f'{rate / 1e12:.3g} TFLOP/s in {p}' for p, rate in peaks.items())}; F, a forward of the plain "
         f"tower, is {forward / len(m.images) / 1e9:.4g} GFLOP an image."
     )
     section.table(HEADER, rows)
@@ -69,6 +72,8 @@ def step_table(model: str, batch: int, contenders: Sequence[Contender], setting:
 
 def measure(m: Materials, contender: Contender, setting: Setting) -> Found | str:
     """What its step takes; or in words why it was not measured."""
+    if contender.graphs and setting.device != "cuda":
+        return NEEDS_GPU
     free_memory(setting.device)
     set_arithmetic(contender.precision, deterministic=contender.deterministic)
     try:
@@ -76,12 +81,12 @@ def measure(m: Materials, contender: Contender, setting: Setting) -> Found | str
         step = their_step(on_device, contender) if contender.method is None else OurStep(on_device, contender)
         before = start_of_memory(setting.device)
         timed = time_calls(step, setting.device, times=setting.times(8), warm_up=setting.times(3))
-        peak = peak_memory(setting.device, before)
+        memory = peak_memory(setting.device, before)
         flops = count_flops(step.operators if isinstance(step, OurStep) else step)
-        return Found(timed.device, timed.host, flops, peak)
+        return Found(timed.device, timed.host, flops, memory)
     except (RuntimeError, MemoryError) as error:
         print(f"{contender}: {error}", flush=True)
-        return "does not fit" if out_of_memory(error) else f"failed: {str(error).splitlines()[0][:120]}"
+        return "does not fit" if out_of_memory(error) else f"{FAILED}: {str(error).splitlines()[0][:120]}"
 
 
 def row_of(
@@ -94,7 +99,7 @@ def row_of(
 
     def beside(other: Contender, form: str, value: Any) -> str:
         them = found.get(other)
-        return form.format(value(them)) if isinstance(them, Found) and them.peak > 0 else ""
+        return form.format(value(them)) if isinstance(them, Found) else ""
 
     # The fastest that is as deterministic as this one, if there is any.
     vanillas = [(v, f) for v in VANILLAS if isinstance(f := found.get(v), Found)]
@@ -113,14 +118,21 @@ def row_of(
         f"{of.peak / 1e9:.2f}",
         beside(vanilla, "{:.2f}", lambda them: of.seconds / them.seconds),
         *(beside(a, "{:.2f}", lambda them: them.seconds / of.seconds) for a in AUTHORS),
-        *(beside(a, "{:.0f}", lambda them: 100 * of.peak / them.peak) for a in AUTHORS),
+        *(beside(a, "{:.0f}", lambda them: 100 * of.peak / them.peak if them.peak else math.nan) for a in AUTHORS),
     ]
 
 
 def steps(setting: Setting, section: Section, *, tables: Sequence[tuple[str, int, Sequence[Contender]]]) -> dict:
+    """A table for each model and batch.
+
+    Raises:
+        AssertionError: a step failed, other than for lack of memory; after all tables are in the report.
+    """
     result: dict[str, Any] = {}
     for model, batch, contenders in tables:
         result |= step_table(model, batch, contenders, setting, section)
+    failed = [name for name, of in result.items() if isinstance(of, str) and of.startswith(FAILED)]
+    assert not failed, f"failed: {'; '.join(failed)}"
     return result
 
 

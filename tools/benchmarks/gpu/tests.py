@@ -28,7 +28,7 @@ def gpu_tests(setting: Setting, section: Section) -> dict[str, Any]:
         raise CannotRun(f"{', '.join(missing)} not installed (tests/requirements.txt)")
     junit = setting.work / "gpu-tests.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
-    command += ["--numprocesses", "2" if setting.dry else "8", f"--junitxml={junit}", "--durations=8"]
+    command += ["--numprocesses", "1" if setting.dry else "8", f"--junitxml={junit}", "--durations=8"]
     if setting.dry:
         command.append("tests/test_gpu.py")  # the others are found in the same way
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
