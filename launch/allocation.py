@@ -19,7 +19,7 @@ from typing import Any
 
 from cfmask.errors import UserError
 from launch.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
-from launch.gpus import VISIBLE, installed_gpus, visible_gpus
+from launch.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -294,7 +294,7 @@ def resolve_allocation(
         visible = visible_gpus(os.environ.get(VISIBLE), installed)
         default_gpus = 0 if installed is None or visible is None else len(visible)
         gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, default_gpus)
-        shown = _first_visible(gpus_per_node, visible)
+        shown = first_visible(gpus_per_node, visible)
     ranks = {"nodes": value("nodes"), "gpus_per_node": (gpu_type, gpus_per_node), "tasks_per_node": tasks_per_node}
     again = {k: v for k, v in {**(last or {}), **flags}.items() if k not in ("dependency", "array_parallelism")}
     if executor == "debug" and tasks_per_node > 1:
@@ -387,30 +387,6 @@ def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> tuple[str,
             "--tasks-per-node out, or give --gpus-per-node 0 to train on CPUs."
         )
     return gpu_type, number, number or tasks or 1
-
-
-def _first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]:
-    """The first ``wanted`` of this machine's visible GPUs; where nobody knows them (None), the ranks will see.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    if visible is None:
-        return tuple(str(number) for number in range(wanted))
-    if wanted <= len(visible):
-        return tuple(visible[:wanted])
-    value = os.environ.get(VISIBLE)
-    there = f"{len(visible)} GPU{'' if len(visible) == 1 else 's'}"
-    if value is None:
-        found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
-    else:
-        found = f'{VISIBLE} is "{value}", which shows {there}: the first entry that names no GPU here ends the list'
-        found += ", and NCCL takes one MIG device of a GPU" * value.startswith("MIG-")
-    fewer = f"--gpus-per-node {len(visible)}" if visible else "--gpus-per-node 0, to train on CPUs"
-    raise UserError(
-        f"--gpus-per-node {wanted} asks for more GPUs than this machine has for it. {found}. Ask for {fewer}, or "
-        f"change {VISIBLE}."
-    )
 
 
 # --- for submitit -----------------------------------------------------------------------------------------------------

@@ -25,6 +25,8 @@ import subprocess
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 
+from cfmask.errors import UserError
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 _RANKS = "CFMASK_LOCAL_GPUS"
 _LOCAL_RANK = "SUBMITIT_LOCAL_LOCALID"
@@ -80,6 +82,30 @@ def visible_gpus(value: str | None, installed: Sequence[Gpu] | None) -> tuple[st
         return tuple(entry for entry in entries if entry in first_of_gpu.values())
     numbers = _entries(value, lambda entry: _number(entry, installed))
     return tuple(_digits(entry) for entry in numbers)
+
+
+def first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]:
+    """The first ``wanted`` of this machine's visible GPUs; where nobody knows them (None), the ranks will see.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    if visible is None:
+        return tuple(str(number) for number in range(wanted))
+    if wanted <= len(visible):
+        return tuple(visible[:wanted])
+    value = os.environ.get(VISIBLE)
+    there = f"{len(visible)} GPU{'' if len(visible) == 1 else 's'}"
+    if value is None:
+        found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
+    else:
+        found = f'{VISIBLE} is "{value}", which shows {there}: the first entry that names no GPU here ends the list'
+        found += ", and NCCL takes one MIG device of a GPU" * value.startswith("MIG-")
+    fewer = f"--gpus-per-node {len(visible)}" if visible else "--gpus-per-node 0, to train on CPUs"
+    raise UserError(
+        f"--gpus-per-node {wanted} asks for more GPUs than this machine has for it. {found}. Ask for {fewer}, or "
+        f"change {VISIBLE}."
+    )
 
 
 def for_ranks(entries: Sequence[str]) -> list[str]:
