@@ -244,11 +244,7 @@ class Trial:
                 teacher.compiled = was_compiled
 
     def _draws(self, lanes: int) -> Draws:
-        method, patches = self._recipe.method, self._model.patches
-        if not method.masked:
-            return Draws()
-        assert method.mask is not None and method.fill is not None
-        spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, patches)
+        spec = DrawSpec.of(self._recipe.method, self._model.patches)
         return concat([draw(spec, self.lane_size, plan.lane_generator(0, 0, 0, lane)) for lane in range(lanes)])
 
     def _unseen_bytes(self) -> int:

@@ -171,11 +171,7 @@ def epochs(
     objects: ObjectReader | None,
 ) -> Iterator[tuple[Iterator[Batch], int]]:
     """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
-    method, settings = recipe.method, recipe.optim
-    draw_spec = None
-    if method.masked:
-        assert method.mask is not None and method.fill is not None
-        draw_spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
+    settings, draw_spec = recipe.optim, DrawSpec.of(recipe.method, model.patches)
     first, start = divmod(step, epoch_steps)
     for epoch in range(first, settings.total_epochs):
         batches = train_batches(

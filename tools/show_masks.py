@@ -136,15 +136,13 @@ def draw_sheet(
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    assert method.mask is not None and method.fill is not None
     normalise = Normalise(info.mean, info.std)
     camera = camera_of(method) or Relevance()  # a random mask is shown beside relevance too
     logits = model.classify(model.encode(normalise(images), cam=camera))
     answers = logits.argmax(1)
     known = torch.tensor([int(answers[i]) if label is None else label for i, label in enumerate(labels)])
     cam = camera.of(logits.gather(1, known[:, None]).squeeze(1))
-    spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches)
-    draws = draw(spec, len(images), np.random.default_rng(seed))
+    draws = draw(DrawSpec.of(method, model.patches), len(images), np.random.default_rng(seed))
     cf = counterfactual(images, cam, draws, method, model.patch_size)
 
     size, patch = model.image_size, model.patch_size

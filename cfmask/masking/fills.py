@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfmask.recipe import Method
+
 RANDOM, OBJECT, CONTEXT = "random", "object", "context"
 NO_FILL, SINGLE_FILL, MULTI_FILL = "no-fill", "single-fill", "multi-fill"
 
@@ -30,6 +32,14 @@ class DrawSpec:
     fill: str
     rate: float
     patches: int
+
+    @classmethod
+    def of(cls, method: Method, patches: int) -> DrawSpec | None:
+        """Of a resolved method on images of so many patches; None where no image is masked."""
+        if not method.masked:
+            return None
+        assert method.mask is not None and method.fill is not None
+        return cls(method.mask, method.fill, method.rate or 0.0, patches)
 
 
 @dataclass(frozen=True)

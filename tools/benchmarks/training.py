@@ -96,7 +96,7 @@ def materials(case: Case) -> Materials:
     )
 
 
-def drawn(spec: DrawSpec, images: Tensor) -> Draws:
+def drawn(spec: DrawSpec | None, images: Tensor) -> Draws:
     return draw(spec, len(images), np.random.default_rng(0)).map(lambda tensor: tensor.to(images.device))
 
 
@@ -127,11 +127,7 @@ class OurStep:
             return frozen
 
         teachers = Teachers(teacher() if method.distils else None, teacher() if method.ensemble else None)
-        draws = m.draws
-        if method.masked:
-            assert method.mask is not None and method.fill is not None
-            spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, self.model.patches)
-            draws = drawn(spec, m.images)
+        draws = drawn(DrawSpec.of(method, self.model.patches), m.images)
         recipe = Recipe(method=method, run=Run(precision=contender.precision))
         self._inputs = Inputs(m.images, m.labels, draws)
         self._passes = Passes(self.model, teachers, m.normalise, recipe)
