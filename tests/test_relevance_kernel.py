@@ -260,7 +260,7 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads,
     q = keys[:, :, :queries]
     with no_cache(tmp_path):
         launches = launches_of(lambda: extend_row(row, q, keys, keys, q))
-        assert len(launches) == 2
+        assert len(launches) == (1 if size == 64 and dtype == BF16 else 2)
         for launch in launches:
             assert compile_for(launch, capability).metadata.shared <= SHARED_MEMORY[capability] * 1024
 

@@ -7,7 +7,8 @@ gradient G and the row r of the blocks after it:
     r[m] ← r[m] + mean over heads of Σ_l r[l] · relu(P ⊙ G)[l, m]
 
 In plain PyTorch P, G and their product are (N, heads, L, L) each, written and read several times: the step's
-largest tensors, and its time is memory traffic. Here a first kernel leaves the log-sum-exp of every query's
+largest tensors, and its time is memory traffic. Here they live tile by tile in registers. Where a head's keys are few
+enough one kernel does it all; else a first kernel leaves the log-sum-exp of every query's
 scores, (N, heads, L), and a second one rebuilds P and G tile by tile in registers and adds up each key's column.
 It goes over the queries in order and shares no sum with another program, so that the result is the same, bit for
 bit, from run to run.
@@ -30,6 +31,13 @@ except ImportError:
     triton = tl = None
 
 MAX_HEAD_SIZE = 128
+
+ONE_PASS_ELEMENTS = 256 * 64
+"""Up to so many elements, padded, a head's keys stay in shared memory as a whole, beside as many values: the 50 and 197
+keys of B/32 and B/16. Beyond, two kernels take them tile by tile."""
+
+# Chosen among others by their time on an H100.
+ONE_PASS_QUERIES, ONE_PASS_WARPS = 64, 8
 
 
 @jit
@@ -151,6 +159,42 @@ def _column_sums(
     tl.store(sums + pair * keys + columns, tl.sum(weighted, 0), mask=columns < keys)
 
 
+@jit
+def _column_sums_in_one_pass(
+    row, q, k, v, d_out, sums,
+    row_n, row_l, q_n, q_h, q_l, k_n, k_h, k_l, v_n, v_h, v_l, d_n, d_h, d_l,
+    heads, queries, keys, scale,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """``_column_sums`` where KEYS holds all keys: a query's scores are seen at once, and its sum of exponentials is no
+    kernel of its own. One program takes a head."""
+    pair = tl.program_id(0).to(tl.int64)
+    n = pair // heads
+    h = pair % heads
+    k_tile = _tile(k + n * k_n + h * k_h, k_l, 0, keys, SIZE, PADDED, KEYS, WIDEN)
+    v_tile = _tile(v + n * v_n + h * v_h, v_l, 0, keys, SIZE, PADDED, KEYS, WIDEN)
+    row += n * row_n
+    q += n * q_n + h * q_h
+    d_out += n * d_n + h * d_h
+    columns = tl.arange(0, KEYS)
+    total = tl.zeros((KEYS,), tl.float32)
+    for first_query in range(0, queries, QUERIES):
+        q_tile = _tile(q, q_l, first_query, queries, SIZE, PADDED, QUERIES, WIDEN)
+        d_tile = _tile(d_out, d_l, first_query, queries, SIZE, PADDED, QUERIES, WIDEN)
+        rows = first_query + tl.arange(0, QUERIES)
+        # Queries past the last have weight 0 and G = 0: they add nothing.
+        weight = tl.load(row + rows.to(tl.int64) * row_l, mask=rows < queries, other=0.0)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee") * scale
+        scores = tl.where(columns[None, :] < keys, scores, float("-inf"))
+        powers = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        weight = weight / tl.sum(powers, 1)
+        product = powers * tl.dot(d_tile, tl.trans(v_tile), input_precision="ieee")
+        # A network that has diverged must show: relu passes NaN on, as torch's does.
+        positive = tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        total += tl.sum(weight[:, None] * positive, 0)
+    tl.store(sums + pair * keys + columns, total, mask=columns < keys)
+
+
 def usable(row: Tensor, q: Tensor) -> bool:
     """Whether ``extend_row`` can take these: else the caller computes in plain PyTorch.
 
@@ -159,14 +203,26 @@ def usable(row: Tensor, q: Tensor) -> bool:
     return row.dtype == torch.float32 and q.shape[-1] <= MAX_HEAD_SIZE and triton_support.usable(q)
 
 
-def launch_options(q: Tensor) -> dict[str, int]:
-    """The kernels' constants for such a q: fixed, because the order of sums hangs on them, and so do the bits."""
+def launch_options(q: Tensor, keys: int) -> dict[str, int]:
+    """The kernels' constants for such a q and so many keys: fixed, because the order of sums depends on them, and so do
+    the bits."""
     _, _, queries, size = q.shape
+    padded, all_keys = max(16, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(keys))
+    if q.element_size() == 2 and all_keys * padded <= ONE_PASS_ELEMENTS:
+        return {
+            "SIZE": size,
+            "PADDED": padded,
+            "QUERIES": 16 if queries == 1 else ONE_PASS_QUERIES,
+            "KEYS": all_keys,
+            "WIDEN": triton_support.INTERPRETED,
+            "num_warps": ONE_PASS_WARPS if all_keys > 128 else 4,
+            "num_stages": 1,
+        }
     # A tile of fp32 takes twice the shared memory, and its products go without tensor cores.
     block = 64 if q.element_size() == 2 else 32
     return {
         "SIZE": size,
-        "PADDED": max(16, triton.next_power_of_2(size)),
+        "PADDED": padded,
         "QUERIES": 16 if queries == 1 else block,
         "KEYS": block,
         # The interpreter multiplies bf16 matrices as the integers that numpy keeps them as.
@@ -213,29 +269,20 @@ def extend_row(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> T
         raise ValueError(f"row must be fp32, and q, k, v, d_out of one dtype out of {DTYPES}: {dtypes}")
 
     q, k, v, d_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, d_out))
-    options = launch_options(q)
+    options = launch_options(q, keys)
     scale = size**-0.5 * math.log2(math.e)  # the kernels' exponentials are powers of two
-    lse = torch.empty(n, heads, queries, dtype=torch.float32, device=row.device)
     sums = torch.empty(n, heads, keys, dtype=torch.float32, device=row.device)
     lengths = (heads, queries, keys, scale)
+    strides = (*row.stride(), *(stride for t in (q, k, v, d_out) for stride in t.stride()[:3]))
     with torch.cuda.device_of(row):  # Triton launches on the current device, whatever the tensors'
+        if options["KEYS"] >= keys:
+            _column_sums_in_one_pass[(n * heads,)](row, q, k, v, d_out, sums, *strides, *lengths, **options)
+            return row + sums.mean(1)
+        lse = torch.empty(n, heads, queries, dtype=torch.float32, device=row.device)
         _log_sum_exp[(n * heads * triton.cdiv(queries, options["QUERIES"]),)](
             q, k, lse, *q.stride()[:3], *k.stride()[:3], *lengths, **options
         )
         _column_sums[(n * heads * triton.cdiv(keys, options["KEYS"]),)](
-            row,
-            q,
-            k,
-            v,
-            d_out,
-            lse,
-            sums,
-            *row.stride(),
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *d_out.stride()[:3],
-            *lengths,
-            **options,
+            row, q, k, v, d_out, lse, sums, *strides, *lengths, **options
         )
     return row + sums.mean(1)

@@ -31,6 +31,8 @@ _TILE = 4096
 # Columns of a tile where columns are independent of each other.
 _COLUMNS = 256
 _WARPS = 4
+# Of the norm's backward pass, which holds three sums for each element of its tile besides.
+_NORM_BACKWARD_TILE, _NORM_BACKWARD_WARPS = 4096, 4
 
 
 @jit
@@ -187,10 +189,10 @@ def _join(
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 
-def row_options(width: int) -> dict[str, int]:
+def row_options(width: int, tile: int = _TILE, warps: int = _WARPS) -> dict[str, int]:
     """Constants of a kernel whose tiles hold whole rows of ``width`` channels."""
     padded = triton.next_power_of_2(width)
-    return {"WIDTH": width, "PADDED": padded, "ROWS": max(1, _TILE // padded), "num_warps": _WARPS}
+    return {"WIDTH": width, "PADDED": padded, "ROWS": max(1, tile // padded), "num_warps": warps}
 
 
 def column_options(width: int) -> dict[str, int]:
@@ -245,7 +247,7 @@ def add_norm_backward(
     residual = gradient if d_total is None else d_total.contiguous()
     d_x = torch.empty(total.shape, dtype=total.dtype, device=total.device)
     rows, width = flat.shape
-    options = row_options(width)
+    options = row_options(width, _NORM_BACKWARD_TILE, _NORM_BACKWARD_WARPS)
     number = programs(rows, options["ROWS"], 1024)
     partial = torch.empty(number if sums else 0, 3, width, dtype=torch.float32, device=total.device)
     with torch.cuda.device_of(total):
