@@ -152,6 +152,10 @@ class GraphedPasses(Passes):
 
     def _try_to_capture(self, inputs: Inputs) -> str | None:
         """Why the step cannot be captured; None if it has been."""
+        # Gradients are accumulated on DDP's stream and made on another, which costs nothing in a graph.
+        set_warning = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+        if set_warning is not None:  # versions that do not have it do not warn
+            set_warning(False)
         try:
             self._inputs = inputs.map(lambda tensor: tensor.to(self.device, copy=True))
             self._trained = [p for p in self._model.parameters() if p.requires_grad]
