@@ -219,11 +219,13 @@ def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
 def make_passes(
     student: nn.Module, teachers: Teachers, normalise: Normalise, recipe: Recipe, *, captured: bool
 ) -> Passes:
-    """The passes of a phase. captured: see ``uses_graphs``; rank 0 prints why where the capture fails."""
-    if not captured:
-        return Passes(student, teachers, normalise, recipe)
+    """The passes of a phase. captured: see ``uses_graphs``. Where graphs are asked for in vain, rank 0 prints why."""
     rank_0 = not dist.is_initialized() or dist.get_rank() == 0
     report = partial(print, flush=True) if rank_0 else _say_nothing
+    if not captured:
+        if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
+            report("CUDA graphs: not used, because there is no GPU")
+        return Passes(student, teachers, normalise, recipe)
     return GraphedPasses(student, teachers, normalise, recipe, report=report)
 
 

@@ -64,7 +64,8 @@ def tensors(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in made.items()}
 
 
-def add_norm(t: dict[str, Tensor], with_branch: bool, with_bias: bool, only_normed: bool, strided: bool):
+def add_norm(t: dict[str, Tensor], with_branch: bool, with_bias: bool, used: str = "both", strided: bool = False):
+    """used: which of the results the loss depends on."""
     leaves = {name: t[name].clone().requires_grad_() for name in ("x", "branch", "branch_bias", "weight", "bias")}
     norm = nn.LayerNorm(t["x"].shape[-1], eps=1e-5, device=t["x"].device)
     norm.weight, norm.bias = nn.Parameter(leaves["weight"].detach()), nn.Parameter(leaves["bias"].detach())
@@ -74,11 +75,11 @@ def add_norm(t: dict[str, Tensor], with_branch: bool, with_bias: bool, only_norm
         x = x[:, :1]
         branch = branch and Branch(branch.value[:, :1], branch.bias)
     total, normed = fused.add_norm(x, branch, norm.to(leaves["weight"].dtype))
-    loss = (normed * t["d_a"][:, : x.shape[1]]).sum()
-    if not only_normed:
-        loss = loss + (total * t["d_b"][:, : x.shape[1]]).sum()
-    loss.backward()
-    wanted = [leaves["x"].grad, norm.weight.grad, norm.bias.grad]
+    losses = {"normed": (normed * t["d_a"][:, : x.shape[1]]).sum(), "total": (total * t["d_b"][:, : x.shape[1]]).sum()}
+    sum(losses.values() if used == "both" else [losses[used]]).backward()
+    wanted = [leaves["x"].grad]
+    if used != "total":
+        wanted += [norm.weight.grad, norm.bias.grad]
     if with_branch:
         wanted += [total, leaves["branch"].grad]
     if with_bias:
@@ -113,12 +114,13 @@ def split(t: dict[str, Tensor], parts: int):
 
 
 FUNCTIONS = {
-    "norm": lambda t: add_norm(t, False, False, True, False),
-    "norm-kept": lambda t: add_norm(t, False, False, False, False),
-    "add-norm": lambda t: add_norm(t, True, False, False, False),
-    "add-bias-norm": lambda t: add_norm(t, True, True, False, False),
-    "last-add-bias-norm": lambda t: add_norm(t, True, True, True, False),
-    "class-token": lambda t: add_norm(t, True, True, False, True),
+    "norm": lambda t: add_norm(t, False, False, "normed"),
+    "norm-kept": lambda t: add_norm(t, False, False),
+    "add-norm": lambda t: add_norm(t, True, False),
+    "add-bias-norm": lambda t: add_norm(t, True, True),
+    "last-add-bias-norm": lambda t: add_norm(t, True, True, "normed"),
+    "add-bias": lambda t: add_norm(t, True, True, "total"),
+    "class-token": lambda t: add_norm(t, True, True, strided=True),
     "gelu": quick_gelu,
     "split-3": lambda t: split(t, 3),
     "split-2": lambda t: split(t, 2),

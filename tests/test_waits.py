@@ -152,15 +152,18 @@ def test_a_run_s_steps_checkpoints_and_evaluations_read_nothing_out_of_a_tensor(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("graphs", ["on", "off"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_run_s_steps_checkpoints_and_evaluations_never_wait_for_the_device(
     materials,  # noqa: F811
     tmp_path,
     monkeypatch,
     precision,
+    graphs,
 ):
     def set_mode(to: bool) -> None:
         torch.cuda.set_sync_debug_mode("error" if to else "default")
 
     recipe = recipe_for(materials, precision)
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, cuda_graphs=graphs))
     assert train_watched(monkeypatch, recipe, tmp_path / "run", Place(gpu=True), set_mode) == EXPECTED
