@@ -103,13 +103,13 @@ def recipe_of(method: Method, micro_batches: int = 1) -> Recipe:
     )
 
 
-def batches_of(geometry: Geometry, method: Method, number: int, spoilt: int | None = None) -> list[Inputs]:
-    """Micro-batches of 4 images in pinned memory; the one numbered ``spoilt`` has a pixel that is infinite."""
+def batches_of(geometry: Geometry, method: Method, number: int, not_finite: int | None = None) -> list[Inputs]:
+    """Micro-batches of 4 images in pinned memory; the one numbered ``not_finite`` has a pixel that is infinite."""
     made_of = []
     for seed in range(number):
         images, labels, draws = make_batch(geometry, method, 4, seed=seed)
         images = images.float()
-        if seed == spoilt:
+        if seed == not_finite:
             images[2, 0, 5, 5] = torch.inf
         made_of.append(Inputs(images, labels, draws).map(torch.Tensor.pin_memory))
     return made_of
@@ -195,7 +195,7 @@ def test_two_runs_of_clips_own_towers_end_bitwise_equal(name, images, recompute,
 def test_a_graph_gives_the_bits_of_the_operators_one_by_one(method, recompute, strict):
     """With micro-batches, and a step that is left out because a loss is not finite."""
     method = resolved(method)
-    batches = batches_of(B32, method, 8, spoilt=5)
+    batches = batches_of(B32, method, 8, not_finite=5)
     ends = [train(kind, B32, method, batches, recompute=recompute, micro_batches=2) for kind in (Passes, GraphedPasses)]
     assert_bitwise_equal(*ends)
 

@@ -265,14 +265,6 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads,
             assert compile_for(launch, capability).metadata.shared <= SHARED_MEMORY[capability] * 1024
 
 
-@pytest.fixture
-def poisoned():
-    """New tensors are full of NaN: an element left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)

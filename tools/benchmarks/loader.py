@@ -12,7 +12,7 @@ from tools.benchmarks.tables import report, say, spread
 
 BASELINE = "webdataset_pil"
 
-# Whose pixels are the recipe's: Pillow's to the bit, or (ours, litdata_tensor) within two levels of them.
+# Whose pixels are the recipe's: bitwise Pillow's, or (ours, litdata_tensor) within two levels of them.
 LOADERS = {
     "original": {
         "cfmask": "±2",
