@@ -45,7 +45,10 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-LONGEST = ("drill", "rank_death", "reproduce", "async_checkpoint", "sweep", "methods", "cancel", "doctor", "resume")
+LONGEST = (
+    *("drill", "rank_death", "reproduce", "async_checkpoint", "sweep", "methods", "cancel", "doctor", "resume"),
+    *("memory", "metrics", "relevance_kernel", "bench_gpu", "fused"),
+)
 
 
 def pytest_collection_modifyitems(items):

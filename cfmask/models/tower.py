@@ -82,10 +82,10 @@ def encode(
     if keep is not None:
         tokens = F.pad(keep + 1, (1, 0))  # the class token, index 0, always stays
         # Whole rows by their number: a deterministic gather would sort every channel in its backward pass.
-        x = x[torch.arange(len(x), device=x.device)[:, None], tokens]
+        x = x[torch.arange(x.shape[0], device=x.device)[:, None], tokens]
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
     # All tokens below each other from here on: a matrix product needs no view of them.
-    n, x = len(x), x.flatten(0, 1)
+    n, x = x.shape[0], x.flatten(0, 1)
     blocks = visual.transformer.resblocks
     branch: Branch | None = None
     for number, block in enumerate(blocks):
@@ -118,7 +118,7 @@ def embed(visual: VisionTransformer, pixels: Tensor) -> Tensor:
     low = torch.get_autocast_dtype(pixels.device.type) if torch.is_autocast_enabled(pixels.device.type) else None
     patches = torch.empty(cells.shape, dtype=low or pixels.dtype, device=pixels.device).copy_(cells)
     x = F.linear(patches.flatten(3).flatten(1, 2), visual.conv1.weight.flatten(1), visual.conv1.bias)
-    class_token = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    class_token = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
     x = torch.cat([class_token, x], 1) + visual.positional_embedding.to(x.dtype)
     return add_norm(visual.patch_dropout(x), None, visual.ln_pre)[1]
 
