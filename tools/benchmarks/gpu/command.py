@@ -37,8 +37,8 @@ STAGES: tuple[tuple[Part, ...], ...] = (
     (
         Part("kernels", kernels, 15),
         Part("bits", bits, 40),
-        Part("tests", gpu_tests, 75),
-        Part("run", whole_run, 60),
+        Part("tests", gpu_tests, 120),
+        Part("run", whole_run, 65),
     ),
     (Part("steps", steps.SMALL, 55),),
     (Part("profile", profile, 12),),
