@@ -9,24 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 _NEVER = 2**31 - 1
 
 
-def data_parallel(model: nn.Module, device: torch.device, *, captured: bool = False) -> DistributedDataParallel:
+def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
     """A model on ``device`` whose gradients are averaged over the ranks; parameters without ``requires_grad`` take no
-    part. Every rank has to call it.
-
-    Args:
-        captured: the model's passes are going to be captured as a CUDA graph. A gradient is accumulated on the stream
-            on which DDP first asked for it, and the default stream cannot be captured.
-    """
-    aside = torch.cuda.Stream(device) if captured else None
-    if aside is not None:
-        aside.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(aside):
-        student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        # DDP's own statistics wait for the device, in each 100th step by default.
-        student._set_ddp_runtime_logging_sample_rate(_NEVER)
-        warm_up_ddp(student)
-    if aside is not None:
-        torch.cuda.current_stream(device).wait_stream(aside)
+    part. Every rank has to call it."""
+    student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    # DDP's own statistics wait for the device, in each 100th step by default.
+    student._set_ddp_runtime_logging_sample_rate(_NEVER)
+    warm_up_ddp(student)
     return student
 
 

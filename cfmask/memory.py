@@ -96,6 +96,7 @@ def choose_micro_batches(
     Raises:
         UserError: on all ranks: one lane is too much for a GPU, or the run folder cannot be written.
     """
+    recipe = _recipe_of_rank_0(recipe)
     if not recipe.optim.is_open_for(place.world_size):
         return recipe
     lanes = len(plan.lanes_of_rank(place.rank, place.world_size, recipe.optim.lanes))
@@ -120,6 +121,15 @@ def choose_micro_batches(
     if failure[0] is not None:
         raise UserError(failure[0])
     return chosen
+
+
+def _recipe_of_rank_0(recipe: Recipe) -> Recipe:
+    """Each rank has read the run folder's recipe for itself, and on NFS one may have read it as it was before an
+    earlier start recorded its choice."""
+    choice = [(recipe.optim.micro_batches, recipe.optim.micro_batches_for)]
+    dist.broadcast_object_list(choice)
+    [(count, ranks)] = choice
+    return replace(recipe, optim=replace(recipe.optim, micro_batches=count, micro_batches_for=ranks))
 
 
 @contextlib.contextmanager

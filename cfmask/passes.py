@@ -2,11 +2,12 @@
 
 A step launches some two thousand kernels. Where a GPU has few images each kernel is over before the host has launched
 the next, and most of the GPU's time is waiting. A CUDA graph is captured once and launched as a whole: the same kernels
-on the same shapes in the same order, and so the same bits.
+on the same shapes in the same order, and so the same bits on a rank.
 
 In the graph: everything of ``step.training_step``, with gradients added to one flat buffer. Outside: copying the batch
-into the graph's inputs, the average of gradients over ranks (one all-reduce of the flat buffer after the last
-micro-batch, in place of DDP's, which overlaps the backward pass), clipping and AdamW.
+into the graph's inputs, the average of gradients over ranks, clipping and AdamW. The average is one all-reduce of the
+buffer after the last micro-batch. DDP's would overlap the backward pass, in buckets; so over three ranks or more its
+sums may differ in the last bit.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.data.stream import Batch
+from cfmask.ddp import data_parallel
 from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
-from cfmask.models.tower import Normalise
+from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
 from cfmask.step import Metrics, Teachers, training_step
 
@@ -74,8 +75,10 @@ class Passes:
             inputs: on the device or in pinned memory, from which they are copied without waiting.
             last: of the step's micro-batches: gradients are averaged over ranks.
         """
-        there = inputs.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-        return self._run(self._student, there, synchronise=last)
+        return self._run(self._student, self._on_device(inputs), synchronise=last)
+
+    def _on_device(self, inputs: Inputs) -> Inputs:
+        return inputs.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _run(self, student: nn.Module, inputs: Inputs, *, synchronise: bool) -> Metrics:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._recipe.run.precision == "bf16"):
@@ -96,102 +99,100 @@ class Passes:
 class GraphedPasses(Passes):
     """A micro-batch's passes as a CUDA graph, captured at the first call; all micro-batches have its shapes.
 
-    Where the capture fails on any rank, all of them run operator by operator, and ``report`` is told why in one line.
-    DDP has to have been made for it: ``data_parallel(…, captured=True)``.
+    Gradients lie in one buffer, and one all-reduce averages it over the ranks; there is no DDP. Where the capture fails
+    on any rank, all of them launch the same passes operator by operator, with the same bits, and ``report`` is told why
+    in one line.
     """
 
     _WARM_UP = 3  # passes before the capture: libraries are loaded, workspaces allocated and Triton kernels compiled
 
     def __init__(
         self,
-        student: nn.Module,
+        model: Classifier,
         teachers: Teachers,
         normalise: Normalise,
         recipe: Recipe,
         *,
         report: Callable[[str], None],
     ) -> None:
-        super().__init__(student, teachers, normalise, recipe)
+        super().__init__(model, teachers, normalise, recipe)
         self._report = report
-        self._model = student.module if isinstance(student, DistributedDataParallel) else student
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._failed = False
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._flat, self._gradients = flat_gradients(self._trained)
+        self._captured: _Captured | None = None
+        self._tried = False
         self._between_steps = True  # whether the next micro-batch is a step's first
 
     def __call__(self, inputs: Inputs, *, last: bool) -> Metrics:
-        if self._graph is None and not self._failed:
-            self._failed = not self._prepare(inputs)
-        if self._failed:
-            return super().__call__(inputs, last=last)
-        assert self._graph is not None
+        if not self._tried:
+            self._captured, self._tried = self._capture_on_all_ranks(inputs), True
         if self._between_steps:
             self._flat.zero_()
-        for there, here in zip(self._inputs.tensors(), inputs.tensors(), strict=True):
-            there.copy_(here, non_blocking=True)
-        self._graph.replay()
-        # The graph's own results are overwritten by the next replay.
-        metrics = self._metrics.map(torch.clone)
+            self._attach_gradients()
+        if self._captured is None:
+            metrics = self._run(self._student, self._on_device(inputs), synchronise=False)
+        else:
+            metrics = self._captured.replay(inputs)
         self._between_steps = last
-        if last:
-            self._average_over_ranks()
-            self._attach_gradients()
+        if last and dist.is_initialized() and dist.get_world_size() > 1:
+            self._flat /= dist.get_world_size()  # before the sum, as DDP does
+            dist.all_reduce(self._flat)
         return metrics
-
-    def _prepare(self, inputs: Inputs) -> bool:
-        """Capture the graph; False, on all ranks alike, if that fails on one."""
-        why = self._try_to_capture(inputs)
-        failures: list[str | None] = [why]
-        if dist.is_initialized():
-            failures = [None] * dist.get_world_size()
-            dist.all_gather_object(failures, why)
-        if any(failures):
-            self._release()
-            first = next(reason for reason in failures if reason)
-            self._report(f"CUDA graphs: the step cannot be captured ({first}); it is launched operator by operator")
-        return not any(failures)
-
-    def _try_to_capture(self, inputs: Inputs) -> str | None:
-        """Why the step cannot be captured; None if it has been."""
-        # Gradients are accumulated on DDP's stream and made on another, which costs nothing in a graph.
-        set_warning = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
-        if set_warning is not None:  # versions that do not have it do not warn
-            set_warning(False)
-        try:
-            self._inputs = inputs.map(lambda tensor: tensor.to(self.device, copy=True))
-            self._trained = [p for p in self._model.parameters() if p.requires_grad]
-            self._flat, self._gradients = flat_gradients(self._trained)
-            self._attach_gradients()
-            aside = torch.cuda.Stream(self.device)
-            aside.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(aside):
-                for _ in range(self._WARM_UP):
-                    self._run(self._model, self._inputs, synchronise=False)
-            torch.cuda.current_stream(self.device).wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Loader threads go on pinning memory meanwhile, which the stricter mode would not allow.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._metrics = self._run(self._model, self._inputs, synchronise=False)
-            self._graph = graph
-        except Exception as error:  # whatever the driver, a library or the compiler has to say
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        finally:
-            self._model.zero_grad(set_to_none=True)
-        return None
-
-    def _release(self) -> None:
-        for name in ("_graph", "_metrics", "_inputs", "_flat", "_gradients"):
-            setattr(self, name, None)
-        self._model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
 
     def _attach_gradients(self) -> None:
         for parameter, gradient in zip(self._trained, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def _average_over_ranks(self) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            self._flat /= dist.get_world_size()  # before the sum, as DDP does
-            dist.all_reduce(self._flat)
+    def _capture_on_all_ranks(self, inputs: Inputs) -> _Captured | None:
+        """The graph; None, on all ranks alike, if the capture fails on one."""
+        why, captured = None, None
+        try:
+            captured = self._capture(inputs)
+        except Exception as error:  # whatever the driver, a library or the compiler has to say
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        failures: list[str | None] = [why]
+        if dist.is_initialized():
+            failures = [None] * dist.get_world_size()
+            dist.all_gather_object(failures, why)
+        if any(failures):
+            captured = None
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            first = next(reason for reason in failures if reason)
+            self._report(f"CUDA graphs: the step cannot be captured ({first}); it is launched operator by operator")
+        return captured
+
+    def _capture(self, inputs: Inputs) -> _Captured:
+        """Gradients of the passes before the capture are left in the buffer."""
+        static = inputs.map(lambda tensor: tensor.to(self.device, copy=True))
+        self._attach_gradients()
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(aside):
+            for _ in range(self._WARM_UP):
+                self._run(self._student, static, synchronise=False)
+        torch.cuda.current_stream(self.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # A capture that fails does not give the stream back by itself; the outer scope does. Loader threads go on
+        # pinning memory meanwhile, which the stricter error mode would not allow.
+        with torch.cuda.stream(aside), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            metrics = self._run(self._student, static, synchronise=False)
+        return _Captured(graph, static, metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Captured:
+    """A graph, the inputs that it reads, and the metrics that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    metrics: Metrics
+
+    def replay(self, inputs: Inputs) -> Metrics:
+        for there, here in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
+            there.copy_(here, non_blocking=True)
+        self.graph.replay()
+        return self.metrics.map(torch.clone)  # the next replay writes into the graph's own
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
@@ -217,16 +218,21 @@ def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
 
 
 def make_passes(
-    student: nn.Module, teachers: Teachers, normalise: Normalise, recipe: Recipe, *, captured: bool
+    model: Classifier, teachers: Teachers, normalise: Normalise, recipe: Recipe, *, captured: bool
 ) -> Passes:
-    """The passes of a phase. captured: see ``uses_graphs``. Where graphs are asked for in vain, rank 0 prints why."""
+    """The passes of a phase, whose parameters to train are those that require a gradient. Every rank has to call it.
+
+    Args:
+        captured: see ``uses_graphs``. Where graphs are asked for in vain, rank 0 prints why.
+    """
     rank_0 = not dist.is_initialized() or dist.get_rank() == 0
     report = partial(print, flush=True) if rank_0 else _say_nothing
-    if not captured:
-        if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
-            report("CUDA graphs: not used, because there is no GPU")
-        return Passes(student, teachers, normalise, recipe)
-    return GraphedPasses(student, teachers, normalise, recipe, report=report)
+    if captured:
+        return GraphedPasses(model, teachers, normalise, recipe, report=report)
+    if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
+        report("CUDA graphs: not used, because there is no GPU")
+    student = data_parallel(model, normalise.mean.device) if dist.is_initialized() else model
+    return Passes(student, teachers, normalise, recipe)
 
 
 def _say_nothing(line: str) -> None:

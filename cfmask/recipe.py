@@ -254,8 +254,9 @@ class Run:
     )
     cuda_graphs: str = setting(
         "auto",
-        "launch a micro-batch's passes as one CUDA graph: the same bits, and no time lost to launching kernels where a "
-        "GPU has few images; auto: up to 128 images a micro-batch on a GPU",
+        "launch a micro-batch's passes as one CUDA graph: no time is lost to launching kernels where a GPU has few "
+        "images, but gradients are averaged after the backward pass and not during it; auto: up to 128 images a "
+        "micro-batch on a GPU",
         choices=("auto", "on", "off"),
     )
     deterministic: bool = setting(

@@ -126,8 +126,8 @@ def _train(
     for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
-            student, optimizer = begin_phase(phase, model, settings, device, found, captured=captured)
-            passes = make_passes(student, teachers, normalise, recipe, captured=captured)
+            optimizer = begin_phase(phase, model, settings, found)
+            passes = make_passes(model, teachers, normalise, recipe, captured=captured)
             if writer is not None:
                 writer.reserve(model)
             current = phase

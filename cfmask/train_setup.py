@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from cfmask import checkpoint
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import Batch, train_batches
-from cfmask.ddp import data_parallel
 from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.masking.fills import DrawSpec
@@ -143,22 +141,15 @@ def checkpoint_writer(
 
 
 def begin_phase(
-    phase: Phase,
-    model: Classifier,
-    settings: Optim,
-    device: torch.device,
-    found: checkpoint.Checkpoint | None,
-    *,
-    captured: bool,
-) -> tuple[DistributedDataParallel, torch.optim.AdamW]:
-    """The student and the optimizer for what a phase trains, with the moments of ``found`` if that is a checkpoint from
-    within the phase. Every rank has to call it. captured: see ``data_parallel``."""
+    phase: Phase, model: Classifier, settings: Optim, found: checkpoint.Checkpoint | None
+) -> torch.optim.AdamW:
+    """The optimizer of what a phase trains, with the moments of ``found`` if that is a checkpoint from within the
+    phase. From here on the model's other parameters require no gradient."""
     model.visual.requires_grad_(phase.tower)
-    student = data_parallel(model, device, captured=captured)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
     if found is not None and found.step > phase.start:
         checkpoint.restore_optimizer(found, model, optimizer)
-    return student, optimizer
+    return optimizer
 
 
 def epochs(

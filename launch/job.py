@@ -1,6 +1,6 @@
-"""What submitit runs on every rank: tells the worker its place, turns signals into requests, requeues.
+"""What submitit runs on every rank: tells training its place, turns signals into requests, requeues.
 
-Signal handlers set a flag and do nothing else; the worker asks for it at every step, and the ranks agree.
+Signal handlers set a flag and do nothing else; training asks for it at every step, and the ranks agree.
 
     USR2                preemption with a warning, or the scheduler's notice before the time limit → checkpoint, requeue
     time nearly up      watched without any signal, the same

@@ -40,9 +40,13 @@ def poisoned():
     """New tensors are full of NaN: an element left unwritten shows."""
     import torch
 
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # a run in this process has switched it off
+    assert torch.empty(4).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 LONGEST = (

@@ -221,6 +221,31 @@ def test_where_nothing_can_be_captured_operators_run_one_by_one_and_one_line_say
     assert len(lines) == 1 and "this driver captures nothing" in lines[0]
 
 
+def test_a_capture_that_fails_midway_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, strict):
+    real, lines = passes_module.training_step, []
+
+    def waits(*arguments, **options):
+        metrics = real(*arguments, **options)
+        if torch.cuda.is_current_stream_capturing():
+            metrics.loss.item()
+        return metrics
+
+    batches = batches_of(B32, HEADLINE, 12)
+    expected = train(Passes, B32, HEADLINE, batches)
+    monkeypatch.setattr(passes_module, "training_step", waits)
+    before = torch.cuda.current_stream()
+    levels: list[int] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        levels.append(torch.cuda.memory_allocated())
+
+    assert_bitwise_equal(train(GraphedPasses, B32, HEADLINE, batches, report=report), expected)
+    assert torch.cuda.current_stream() == before
+    assert len(lines) == 1 and "the step cannot be captured" in lines[0]
+    assert torch.cuda.memory_allocated() < levels[0] + 1e6, "memory of steps is given back"
+
+
 def _rank(rank: int, folder: str) -> None:
     """Two ranks that share a GPU, over gloo (NCCL refuses two ranks on one GPU)."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -230,8 +255,8 @@ def _rank(rank: int, folder: str) -> None:
         student, teachers, normalise = there(*student_and_teachers(B32, HEADLINE))
         for model in (student, normalise, teachers.start):
             model.float()
-        wrapped = data_parallel(student, torch.device("cuda", 0), captured=kind is GraphedPasses)
-        run = kind(wrapped, teachers, normalise, recipe_of(HEADLINE), **options_of(kind))
+        trained = data_parallel(student, torch.device("cuda", 0)) if kind is Passes else student
+        run = kind(trained, teachers, normalise, recipe_of(HEADLINE), **options_of(kind))
         for number in range(3):
             [inputs] = batches_of(B32, HEADLINE, 2 * number + rank + 1)[-1:]
             run(inputs, last=True)

@@ -163,8 +163,10 @@ def _run_block(
 
 
 def _scaled(scale: nn.Module, branch: Branch) -> Branch:
-    """A branch through its LayerScale, if there is one."""
-    return branch if isinstance(scale, nn.Identity) else Branch(scale(branch.complete()))
+    """A branch through its LayerScale, if there is one; in the branch's dtype, as the stream is."""
+    if isinstance(scale, nn.Identity):
+        return branch
+    return Branch(scale(branch.complete()).to(branch.value.dtype))
 
 
 def _run_whole_block(run: Callable[..., tuple[Tensor, Branch]], x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cfmask.errors import UserError, exits_cleanly
 
 
 def our_loader(folder: Path, *, batch: int, workers: int, seconds: float, processes: bool) -> dict[str, Any]:
-    """cfmask's training stream, as the worker runs it; timed as peers/__main__.py times its loaders."""
+    """cfmask's training stream, as training runs it; timed as peers/__main__.py times its loaders."""
     import torch
 
     from cfmask.data.shards import load_manifest

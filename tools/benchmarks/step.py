@@ -146,7 +146,7 @@ def step_notes(case: Case, rounds: int, plain: Forward, peaks: dict[str, list[fl
         f"torch {torch.__version__}{f', {plain.gpu}' if on_gpu else ''}. {rounds} rounds of {case.steps} steps "
         f"after {WARM_UP[case.device]} untimed, each in a fresh process; median (lowest–highest). A step goes from "
         "uint8 images on the device to updated weights; the device is waited for at the ends of a round only. ×: "
-        "images/s beside the authors' way, round by round. Deterministic: as the worker trains unless told otherwise.",
+        "images/s beside the authors' way, round by round. Deterministic: as a run trains unless told otherwise.",
         f"F: a forward of open_clip's plain tower, {plain.flops / case.batch / 1e9:.4g} GFLOP an image. FLOPs: of "
         "matrix products, convolutions and fused attention in a whole step, counted by torch; sums, activations and "
         f"AdamW are not. Peak: a big square matrix product, in its turn in every round; TFLOP/s: {matmul}.",

@@ -108,7 +108,7 @@ def copied(m: Materials, device: str) -> Materials:
 
 
 class OurStep:
-    """A step as the worker takes it. Calling it takes one.
+    """A step as a run takes it. Calling it takes one.
 
     model: what is trained, a Classifier around the materials' student; optimizer: its AdamW.
     """
