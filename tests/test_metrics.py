@@ -20,16 +20,20 @@ RANKS = 3
 CPU = torch.device("cpu")
 
 
-def on_ranks(function, folder: Path) -> list:
-    """What ``function(rank)`` returns on each rank of a group."""
-    mp.start_processes(_on_a_rank, args=(function, folder), nprocs=RANKS, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+@pytest.fixture(scope="module")
+def on_ranks(tmp_path_factory) -> dict[str, list]:
+    """What the functions below return on each rank of a group, by their names."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.start_processes(_on_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return {name: [of_rank[name] for of_rank in by_rank] for name in by_rank[0]}
 
 
-def _on_a_rank(rank: int, function, folder: Path) -> None:
+def _on_a_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    functions = (sums_and_means, sent_by_ranks_of_different_speed, requests)
     with process_group(Place(rank=rank, world_size=RANKS), folder / "meeting"):
-        torch.save(function(rank), folder / f"{rank}.pt")
+        torch.save({function.__name__: function(rank, folder) for function in functions}, folder / f"{rank}.pt")
 
 
 class Copied:
@@ -59,7 +63,7 @@ def reducer(request, tmp_path, monkeypatch) -> Iterator[AsyncMetricReducer]:
         yield made
 
 
-def sums_and_means(rank: int):
+def sums_and_means(rank: int, folder: Path):
     reducer = AsyncMetricReducer(CPU)
     for step in (1, 2):
         for part in range(2):
@@ -77,8 +81,8 @@ def sums_and_means(rank: int):
     return reducer.receive()
 
 
-def test_every_rank_receives_the_same_sums_and_means_by_name(tmp_path):
-    by_rank = on_ranks(sums_and_means, tmp_path)
+def test_every_rank_receives_the_same_sums_and_means_by_name(on_ranks):
+    by_rank = on_ranks["sums_and_means"]
     for received in by_rank:
         assert [r.step for r in received] == [1, 2]
         for reduced in received:
@@ -94,28 +98,32 @@ def test_every_rank_receives_the_same_sums_and_means_by_name(tmp_path):
     assert [[r.values for r in of_rank] for of_rank in by_rank] == [[r.values for r in by_rank[0]]] * RANKS
 
 
-def sent_by_ranks_of_different_speed(rank: int):
-    """How long each send took, and what was read before the last step was sent."""
-    reducer, took, early = AsyncMetricReducer(CPU), [], []
+def sent_by_ranks_of_different_speed(rank: int, folder: Path):
+    """Whether the others had sent their last step before rank 2 sent its; what was read before it and afterwards."""
+    reducer, early, in_time = AsyncMetricReducer(CPU), [], True
     for step in range(1, 5):
-        time.sleep(1.0 if rank == 2 and step == 4 else 0.0)
         reducer.add({"step": Sum(step)})
-        began = time.monotonic()
+        if rank == 2 and step == 4:
+            deadline = time.monotonic() + 60
+            while len(list(folder.glob("*.sent"))) < 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            in_time = time.monotonic() < deadline
         reducer.send(step)
-        took.append(time.monotonic() - began)
+        if step == 4:
+            (folder / f"{rank}.sent").touch()
         early += reducer.receive(before=step)
-    return max(took), early, reducer.receive(), reducer.receive()
+    return in_time, early, reducer.receive(), reducer.receive()
 
 
-def test_sending_waits_for_no_rank_and_steps_are_read_once_in_their_order(tmp_path):
-    for longest, early, rest, nothing in on_ranks(sent_by_ranks_of_different_speed, tmp_path):
-        assert longest < 0.5, "it waited for the slowest rank"
+def test_sending_waits_for_no_rank_and_steps_are_read_once_in_their_order(on_ranks):
+    for in_time, early, rest, nothing in on_ranks["sent_by_ranks_of_different_speed"]:
+        assert in_time, "sending waited for the slowest rank"
         assert [(r.step, r.scalar("step")) for r in early] == [(1, 3), (2, 6), (3, 9)]
         assert [(r.step, r.scalar("step")) for r in rest] == [(4, 12)]
         assert nothing == []
 
 
-def requests(rank: int):
+def requests(rank: int, folder: Path):
     reducer = AsyncMetricReducer(CPU)
     asked = [(None, None, None), (None, REQUEUE, None), (REQUEUE, None, QUIT)]
     for step, of_ranks in enumerate(asked):
@@ -124,8 +132,8 @@ def requests(rank: int):
     return [stop_of(reduced) for reduced in reducer.receive()]
 
 
-def test_one_rank_s_request_is_everybody_s_and_to_quit_weighs_more_than_to_come_back(tmp_path):
-    assert on_ranks(requests, tmp_path) == [[None, REQUEUE, QUIT]] * RANKS
+def test_one_rank_s_request_is_everybody_s_and_to_quit_weighs_more_than_to_come_back(on_ranks):
+    assert on_ranks["requests"] == [[None, REQUEUE, QUIT]] * RANKS
 
 
 def test_what_was_sent_is_what_the_tensors_held_then(reducer):
