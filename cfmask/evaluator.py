@@ -34,7 +34,7 @@ from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder, append_lines
-from cfmask.session import FINISHED, Report, StopRequest, choose_arithmetic, rank_0_first, session
+from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, rank_0_first, session
 
 KEEP_S, LOG_S = 30.0, 5.0
 """How often counts are kept, and a line of progress is written."""
@@ -393,7 +393,7 @@ class _Counter:
 
     @torch.no_grad()
     def _logits(self, model: Classifier, pixels: Tensor) -> Tensor:
-        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._evaluation.precision == "bf16"):
+        with autocast(pixels.device, self._evaluation.precision):
             return model(pixels)[1]
 
     def _advance(self, images: int, name: str) -> None:

@@ -1,13 +1,14 @@
 """How many micro-batches a step needs: as few as the GPU with the least free memory of the job has room for.
 
-`--micro-batches auto` is chosen before the first step, by passes over made-up images that are the step's own (CAM,
-masks, teachers, both backward passes):
+`--micro-batches auto` is chosen before the first step, by the step's own passes (CAM, masks, teachers, both
+backward passes) over synthetic images:
 
-    1. A pass over one lane and one over two: their peaks give the bytes of an image, and those of a pass besides.
+    1. A pass over one lane and one over two: their peaks give the bytes of an image, and the fixed bytes of a pass.
     2. count = the smallest divisor of a rank's lanes for which
            fixed + per_image · images of a micro-batch ≤ (1 - MARGIN) · free
        where fixed includes gradients, and what a pass does not allocate: AdamW's two moments and DDP's buckets, three
-       times the trained parameters. Of all ranks: the least free memory, the largest fixed and per_image.
+       times the trained parameters (ranks that replay a CUDA graph have no buckets, and need less). Of all ranks: the
+       least free memory, the largest fixed and per_image.
     3. A pass over a micro-batch of that size, with moments, buckets and the margin held, confirms it on every rank; if
        it fails on one, the next divisor is tried.
 
@@ -36,9 +37,10 @@ from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
 from cfmask.models.tower import Classifier, Normalise
+from cfmask.passes import Inputs, Passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.step import Teachers, training_step
+from cfmask.step import Teachers
 
 MARGIN = 0.08
 """Share of the free memory that is left alone: the caching allocator's fragments, kernels that are loaded later, and
@@ -168,7 +170,7 @@ def trial_on(
 
 
 class Trial:
-    """Passes over made-up images on this rank's GPU, and what they took of its memory.
+    """Passes over synthetic images on this rank's GPU, and what they took of its memory.
 
     Compiled blocks run uncompiled here, which takes no less memory: to compile for sizes that never come again costs a
     minute, and turns the batch into a dynamic dimension.
@@ -214,20 +216,15 @@ class Trial:
         objects = None
         if self._recipe.data.segmentation is not None:
             objects = nothing_known(n, size, self._model.patch_size).map(lambda tensor: tensor.to(device))
-        with (
-            self._as_in_training(),
-            torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.run.precision == "bf16"),
-        ):
-            training_step(
-                self._model,
-                self._teachers,
-                self._normalise,
-                torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device),
-                torch.zeros(n, dtype=torch.int64, device=device),
-                self._draws(lanes).map(lambda tensor: tensor.to(device)),
-                self._recipe.method,
-                objects=objects,
-            )
+        inputs = Inputs(
+            torch.zeros(n, 3, size, size, dtype=torch.uint8, device=device),
+            torch.zeros(n, dtype=torch.int64, device=device),
+            self._draws(lanes).map(lambda tensor: tensor.to(device)),
+            objects,
+        )
+        whole = replace(self._recipe, optim=replace(self._recipe.optim, micro_batches=1))
+        with self._as_in_training():
+            Passes(self._model, self._teachers, self._normalise, whole)(inputs, last=True)
 
     @contextlib.contextmanager
     def _as_in_training(self) -> Iterator[None]:

@@ -26,10 +26,11 @@ from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
+from cfmask.session import autocast
 from cfmask.step import Metrics, Teachers, training_step
 
 GRAPHED_IMAGES = 128
-"""Up to how many images of a micro-batch on a GPU ``--cuda-graphs auto`` captures: docs/benchmarks.md has the times."""
+"""The largest micro-batch on a GPU, in images, that ``--cuda-graphs auto`` captures. Times: docs/benchmarks.md."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,15 +76,15 @@ class Passes:
             inputs: on the device or in pinned memory, from which they are copied without waiting.
             last: of the step's micro-batches: gradients are averaged over ranks.
         """
-        return self._run(self._student, self._on_device(inputs), synchronise=last)
+        return self._run(self._on_device(inputs), synchronise=last)
 
     def _on_device(self, inputs: Inputs) -> Inputs:
         return inputs.map(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def _run(self, student: nn.Module, inputs: Inputs, *, synchronise: bool) -> Metrics:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._recipe.run.precision == "bf16"):
+    def _run(self, inputs: Inputs, *, synchronise: bool) -> Metrics:
+        with autocast(self.device, self._recipe.run.precision):
             return training_step(
-                student,
+                self._student,
                 self._teachers,
                 self._normalise,
                 inputs.images,
@@ -130,7 +131,7 @@ class GraphedPasses(Passes):
             self._flat.zero_()
             self._attach_gradients()
         if self._captured is None:
-            metrics = self._run(self._student, self._on_device(inputs), synchronise=False)
+            metrics = self._run(self._on_device(inputs), synchronise=False)
         else:
             metrics = self._captured.replay(inputs)
         self._between_steps = last
@@ -148,7 +149,7 @@ class GraphedPasses(Passes):
         why, captured = None, None
         try:
             captured = self._capture(inputs)
-        except Exception as error:  # whatever the driver, a library or the compiler has to say
+        except Exception as error:  # of any type: from the driver, a library or the compiler
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         failures: list[str | None] = [why]
         if dist.is_initialized():
@@ -170,13 +171,13 @@ class GraphedPasses(Passes):
         aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(aside):
             for _ in range(self._WARM_UP):
-                self._run(self._student, static, synchronise=False)
+                self._run(static, synchronise=False)
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # A capture that fails does not give the stream back by itself; the outer scope does. Loader threads go on
-        # pinning memory meanwhile, which the stricter error mode would not allow.
+        # A failed capture does not restore the current stream; the outer context does. Loader threads continue to pin
+        # memory during the capture, which the default error mode forbids.
         with torch.cuda.stream(aside), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            metrics = self._run(self._student, static, synchronise=False)
+            metrics = self._run(static, synchronise=False)
         return _Captured(graph, static, metrics)
 
 
@@ -210,24 +211,21 @@ def flat_gradients(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]
 
 
 def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
-    """Whether a recipe's passes are to be captured, on a device of this many."""
+    """Whether a recipe's passes are captured, on one of ``world_size`` ranks."""
     if device.type != "cuda" or recipe.run.compile or recipe.run.cuda_graphs == "off":
         return False
     images = recipe.optim.batch_size // world_size // recipe.optim.num_micro_batches
     return recipe.run.cuda_graphs == "on" or images <= GRAPHED_IMAGES
 
 
-def make_passes(
-    model: Classifier, teachers: Teachers, normalise: Normalise, recipe: Recipe, *, captured: bool
-) -> Passes:
+def make_passes(model: Classifier, teachers: Teachers, normalise: Normalise, recipe: Recipe, world_size: int) -> Passes:
     """The passes of a phase, whose parameters to train are those that require a gradient. Every rank has to call it.
 
-    Args:
-        captured: see ``uses_graphs``. Where graphs are asked for in vain, rank 0 prints why.
+    Rank 0 prints one line if graphs were requested and cannot be used.
     """
     rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-    report = partial(print, flush=True) if rank_0 else _say_nothing
-    if captured:
+    report = partial(print, flush=True) if rank_0 else _ignore
+    if uses_graphs(recipe, normalise.mean.device, world_size):
         return GraphedPasses(model, teachers, normalise, recipe, report=report)
     if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
         report("CUDA graphs: not used, because there is no GPU")
@@ -235,5 +233,5 @@ def make_passes(
     return Passes(student, teachers, normalise, recipe)
 
 
-def _say_nothing(line: str) -> None:
+def _ignore(line: str) -> None:
     pass

@@ -65,6 +65,11 @@ def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The scope in which passes run: bf16 where that is the precision, otherwise without effect."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def rank_0_first(store: dist.Store, place: Place, what: str, make: Callable[[], object]) -> None:
     """Let rank 0 make something that all ranks need, while the others wait for it.
 

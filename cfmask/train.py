@@ -11,7 +11,6 @@ import json
 import time
 from dataclasses import asdict
 
-import torch
 import torch.distributed as dist
 
 from cfmask import checkpoint
@@ -29,11 +28,11 @@ from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, 
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, Skips, phases, rates, take_step
-from cfmask.passes import inputs_of, make_passes, uses_graphs
+from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
-from cfmask.session import FINISHED, Report, StopRequest, choose_arithmetic, session
+from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, session
 from cfmask.train_setup import (
     agree_on_checkpoint,
     begin_phase,
@@ -122,12 +121,11 @@ def _train(
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
-    captured = uses_graphs(recipe, device, place.world_size)
     for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
             optimizer = begin_phase(phase, model, settings, found)
-            passes = make_passes(model, teachers, normalise, recipe, captured=captured)
+            passes = make_passes(model, teachers, normalise, recipe, place.world_size)
             if writer is not None:
                 writer.reserve(model)
             current = phase
@@ -248,7 +246,7 @@ def _evaluate(
             loader_workers=loader_workers(recipe.data, place),
             pin_memory=place.device.type == "cuda",
         )
-        with torch.autocast(place.device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+        with autocast(place.device, recipe.run.precision):
             [scores[name]] = top1([model], normalise, batches, place.device, label_spaces[name])
     return scores
 

@@ -69,7 +69,7 @@ def test_the_step_that_is_timed_part_by_part_is_our_step():
         images,
         labels,
         draws,
-        training.autocast("cpu", "fp32"),
+        training.autocast(torch.device("cpu"), "fp32"),
         lambda: None,
         lambda: float(next(meter)),
     )

@@ -48,7 +48,7 @@ def test_compiled_passes_are_not_captured():
 
 @pytest.mark.parametrize(("graphs", "said"), [("on", "CUDA graphs: not used, because there is no GPU\n"), ("auto", "")])
 def test_without_a_gpu_operators_run_one_by_one_and_a_line_says_so_where_graphs_were_asked_for(graphs, said, capsys):
-    passes = make_passes(*student_and_teachers(TINY, recipe(graphs).method), recipe(graphs), captured=False)
+    passes = make_passes(*student_and_teachers(TINY, recipe(graphs).method), recipe(graphs), 1)
     assert type(passes) is Passes
     assert capsys.readouterr().out == said
 

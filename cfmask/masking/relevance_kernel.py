@@ -22,13 +22,7 @@ import torch
 from torch import Tensor
 
 from cfmask import triton_support
-from cfmask.triton_support import DTYPES, jit
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+from cfmask.triton_support import DTYPES, jit, tl, triton
 
 MAX_HEAD_SIZE = 128
 
@@ -36,9 +30,9 @@ ONE_PASS_ELEMENTS = 256 * 64
 """Up to so many elements, padded, a head's keys stay in shared memory as a whole, beside as many values: the 50 and 197
 keys of B/32 and B/16. Beyond, two kernels take them tile by tile."""
 
-# Chosen by their time on an H100, for 512 images, 12 heads and 197 keys: 0.59 ms; 64 queries and 8 warps take 0.82, the
-# two kernels 0.73.
-ONE_PASS_QUERIES, ONE_PASS_WARPS = 32, 4
+# Chosen by its time on an H100, for 512 images, 12 heads and 197 keys: 0.59 ms with 4 warps; 64 queries and 8 warps
+# take 0.82, the two kernels 0.73.
+ONE_PASS_QUERIES = 32
 
 
 @jit
@@ -209,27 +203,18 @@ def launch_options(q: Tensor, keys: int) -> dict[str, int]:
     the bits."""
     _, _, queries, size = q.shape
     padded, all_keys = max(16, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(keys))
-    if q.element_size() == 2 and all_keys * padded <= ONE_PASS_ELEMENTS:
-        return {
-            "SIZE": size,
-            "PADDED": padded,
-            "QUERIES": 16 if queries == 1 else ONE_PASS_QUERIES,
-            "KEYS": all_keys,
-            "WIDEN": triton_support.INTERPRETED,
-            "num_warps": ONE_PASS_WARPS if all_keys > 128 else 4,
-            "num_stages": 1,
-        }
+    one_pass = q.element_size() == 2 and all_keys * padded <= ONE_PASS_ELEMENTS
     # A tile of fp32 takes twice the shared memory, and its products go without tensor cores.
     block = 64 if q.element_size() == 2 else 32
     return {
         "SIZE": size,
         "PADDED": padded,
-        "QUERIES": 16 if queries == 1 else block,
-        "KEYS": block,
+        "QUERIES": 16 if queries == 1 else ONE_PASS_QUERIES if one_pass else block,
+        "KEYS": all_keys if one_pass else block,
         # The interpreter multiplies bf16 matrices as the integers that numpy keeps them as.
         "WIDEN": triton_support.INTERPRETED,
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 1 if one_pass else 2,
     }
 
 

@@ -96,7 +96,7 @@ class _AddNorm(torch.autograd.Function):
         d_total, d_normed = gradients
         total, weight = ctx.saved_tensors
         _, needs_branch, *needs_parameters, _ = ctx.needs_input_grad
-        if d_normed is None:  # nobody has looked at the normalised stream
+        if d_normed is None:  # the loss does not depend on the normalised stream
             d_x = d_total
             d_bias = None
             if d_x is not None and needs_parameters[0] and not _activations_only:

@@ -84,7 +84,7 @@ def encode(
         # Whole rows by their number: a deterministic gather would sort every channel in its backward pass.
         x = x[torch.arange(x.shape[0], device=x.device)[:, None], tokens]
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
-    # All tokens below each other from here on: a matrix product needs no view of them.
+    # (N · L, width) from here on: matrix products then need no views.
     n, x = x.shape[0], x.flatten(0, 1)
     blocks = visual.transformer.resblocks
     branch: Branch | None = None
@@ -108,8 +108,8 @@ def encode(
 def embed(visual: VisionTransformer, pixels: Tensor) -> Tensor:
     """(N, L, width) tokens after ln_pre, of (N, 3, H, W) pixels.
 
-    The patches' convolution is a product with one row a patch: the same sums, in cuBLAS's hands. cuDNN may only choose
-    among its convolutions by measuring them, which deterministic mode rules out, and picks a slow one for B/16.
+    The patches' convolution is computed as a matrix product with one row a patch. In deterministic mode cuDNN may not
+    choose a convolution by measuring, and picks a slow one for B/16.
     """
     patch, (rows, columns) = visual.patch_size, visual.grid_size
     # Pixels beyond the last whole patch are not seen.

@@ -14,7 +14,7 @@ from torch import Tensor
 from cfmask.losses import classification, feature_distillation
 from cfmask.masking.fills import Draws
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.session import choose_arithmetic
+from cfmask.session import autocast, choose_arithmetic
 from cfmask.step import camera_of, counterfactual
 from tools.benchmarks.metering import count_flops, counter, peak_memory, start_of_memory, wait
 from tools.benchmarks.training import (
@@ -23,7 +23,6 @@ from tools.benchmarks.training import (
     Contender,
     Materials,
     OurStep,
-    autocast,
     materials,
     our_optimizer,
     their_step,
@@ -100,7 +99,7 @@ def measure_parts(case: Case, precision: str, count: bool) -> Parts:
         return time.perf_counter()
 
     def take(meter: Callable[[], float]) -> dict[str, float]:
-        scope = autocast(case.device, precision)
+        scope = autocast(torch.device(case.device), precision)
         return step_in_parts(
             model, teacher, m.normalise, m.images, m.labels, m.draws, scope, lambda: update(optimizer), meter
         )

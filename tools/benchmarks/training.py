@@ -23,6 +23,7 @@ from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, Rates, adamw, take_step
 from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe, Run
+from cfmask.session import autocast
 from cfmask.step import Teachers
 from tools.benchmarks.authors_step import authors_step
 
@@ -172,13 +173,9 @@ def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with autocast(m.images.device.type, contender.precision):
+        with autocast(m.images.device, contender.precision):
             authors_step(m.student, m.head, m.teacher, m.normalise, m.images, m.labels, donors)
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
 
     return step
-
-
-def autocast(device: str, precision: str) -> torch.autocast:
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
