@@ -40,15 +40,15 @@ sys.path.insert(0, str(REPO))
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
-from launch import _rank_checks as of_ranks  # noqa: E402
-from launch import _slurm_checks as of_slurm  # noqa: E402
-from launch import allocation as allocations  # noqa: E402
-from launch import snapshot  # noqa: E402
-from launch._probe import Probe, Report, read_reports, write_and_look  # noqa: E402
-from launch._slurm_checks import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # noqa: E402
-from launch.allocation import Allocation, add_allocation_arguments, resolve_allocation, uncovered  # noqa: E402
-from launch.batch import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
-from launch.cluster_file import ClusterFile  # noqa: E402
+from launch.checks import cluster as of_slurm  # noqa: E402
+from launch.checks import ranks as of_ranks  # noqa: E402
+from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # noqa: E402
+from launch.checks.probe import Probe, Report, read_reports, write_and_look  # noqa: E402
+from launch.jobs import allocation as allocations  # noqa: E402
+from launch.jobs import snapshot  # noqa: E402
+from launch.jobs.allocation import Allocation, add_allocation_arguments, resolve_allocation, uncovered  # noqa: E402
+from launch.jobs.cluster_file import ClusterFile  # noqa: E402
+from launch.jobs.submission import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
 from launch.submit import cluster_file  # noqa: E402
 
 if TYPE_CHECKING:

@@ -34,10 +34,10 @@ from tqdm import tqdm  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import RunFolder, read_lines  # noqa: E402
 from launch import submit  # noqa: E402
-from launch.allocation import resolve_allocation  # noqa: E402
-from launch.box import Box, fill_disk, slow_disk  # noqa: E402
-from launch.rehearsal import make_materials  # noqa: E402
-from launch.stage import Act, Stage, Trouble, slurm  # noqa: E402
+from launch.drills.cluster import Box, fill_disk, slow_disk  # noqa: E402
+from launch.drills.handle import Act, Stage, Trouble, slurm  # noqa: E402
+from launch.drills.materials import make_materials  # noqa: E402
+from launch.jobs.allocation import resolve_allocation  # noqa: E402
 
 STEPS = 120  # 4 epochs of 480 images, 16 a step
 EARLY, HALF = 25, 63

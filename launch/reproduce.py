@@ -40,11 +40,12 @@ from cfmask.models.head import ModelInfo, check_architecture, check_head, model_
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
-from launch import cost, submit  # noqa: E402
-from launch.allocation import Allocation, add_allocation_arguments, resolve_allocation  # noqa: E402
-from launch.arguments import add_recipe_arguments  # noqa: E402
-from launch.batch import Planned, after, enqueue, run_one_here, take_up  # noqa: E402
-from launch.plan import (  # noqa: E402
+from launch import submit  # noqa: E402
+from launch.jobs.allocation import Allocation, add_allocation_arguments, resolve_allocation  # noqa: E402
+from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
+from launch.jobs.submission import Planned, after, enqueue, run_one_here, take_up  # noqa: E402
+from launch.paper import cost  # noqa: E402
+from launch.paper.plan import (  # noqa: E402
     DONE,
     HEADLINE,
     LABELS,

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.follow:
         if len(runs) != 1:
             raise UserError(f"--follow shows one run, and here are {len(runs)}. Name one of them.")
-        from launch.follow import follow_run
+        from launch.jobs.follow import follow_run
 
         return follow_run(RunFolder(runs[0].root.resolve()))
     found, slurm = look_at(runs, history=arguments.attempts)

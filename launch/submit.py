@@ -41,7 +41,7 @@ from cfmask.models.head import (  # noqa: E402
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import PRESETS, Recipe  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_lines  # noqa: E402
-from launch.allocation import (  # noqa: E402
+from launch.jobs.allocation import (  # noqa: E402
     FILE_KEYS,
     Allocation,
     add_allocation_arguments,
@@ -49,8 +49,9 @@ from launch.allocation import (  # noqa: E402
     resolve_allocation,
     uncovered,
 )
-from launch.arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
-from launch.batch import (  # noqa: E402
+from launch.jobs.cluster_file import TEXT, TEXTS, ClusterFile, find_cluster_file, read_cluster_file  # noqa: E402
+from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from  # noqa: E402
+from launch.jobs.submission import (  # noqa: E402
     AnyPlanned,
     Planned,
     dry_run,
@@ -60,7 +61,6 @@ from launch.batch import (  # noqa: E402
     submit_to_slurm,
     take_up,
 )
-from launch.cluster_file import TEXT, TEXTS, ClusterFile, find_cluster_file, read_cluster_file  # noqa: E402
 
 RECIPE_KEYS = {"shards": TEXT, "eval_sets": TEXTS}
 """What a cluster file may say of a recipe: where data is on this cluster. The rest of a recipe is an experiment's."""

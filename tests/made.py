@@ -12,7 +12,7 @@ from pathlib import Path
 from cfmask.models.head import save_model
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
-from launch.rehearsal import CLASSES, REPO, convert, draw_images
+from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
 
@@ -120,7 +120,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Pids of the ranks that a submit command has started, in the order in which they came. Each is the child of a
-    process that waits for it (launch/last_words.py)."""
+    process that waits for it (launch/jobs/failures.py)."""
     command = ["ps", "-ww", "-eo", "pid=,ppid=,pgid=,args="]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 3) for line in listed.splitlines()]

@@ -12,9 +12,17 @@ import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cfmask.errors import UserError
-from launch import allocation as allocations
-from launch.allocation import FILE_KEYS, Allocation, gpus, minutes, rank_command, resolve_allocation, slurm_parameters
-from launch.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
+from launch.jobs import allocation as allocations
+from launch.jobs.allocation import (
+    FILE_KEYS,
+    Allocation,
+    gpus,
+    minutes,
+    rank_command,
+    resolve_allocation,
+    slurm_parameters,
+)
+from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
 from launch.submit import RECIPE_KEYS, parser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -308,8 +316,8 @@ def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues
 
 def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):
     """The command that starts it: whatever the shell and Python's first moments are, USR2 does not end them."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch/start.py").write_text(
+    (tmp_path / "launch/jobs").mkdir(parents=True)
+    (tmp_path / "launch/jobs/start.py").write_text(
         "import os, signal, sys\n"
         "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('alive', sys.argv[1:])"

@@ -17,10 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch import _probe, _rank_checks, _slurm_checks, doctor
-from launch._probe import BYTES, Report
-from launch._slurm_checks import NOT_CHECKED, OK, PROBLEM, WARNING, Finding, Node
-from launch.allocation import Allocation
+from launch import doctor
+from launch.checks import cluster as _slurm_checks
+from launch.checks import probe as _probe
+from launch.checks import ranks as _rank_checks
+from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding, Node
+from launch.checks.probe import BYTES, Report
+from launch.jobs.allocation import Allocation
 from slurm_fixture import Cluster
 
 REPO = Path(__file__).resolve().parents[1]

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from cfmask.runs import append_lines, read_lines
 from launch import drill
-from launch.box import Box, fill_disk
-from launch.stage import Disturbance, Moment, seconds_to_checkpoint, steps_lost
+from launch.drills.cluster import Box, fill_disk
+from launch.drills.handle import Disturbance, Moment, seconds_to_checkpoint, steps_lost
 from slurm_fixture import CannotBeHad, Cluster, running_cluster, wait_until
 from tools import audit
 

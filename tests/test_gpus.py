@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import made
 from cfmask.errors import UserError
-from launch import snapshot
-from launch.allocation import resolve_allocation
-from launch.batch import local_executor
-from launch.cluster_file import ClusterFile
-from launch.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
+from launch.jobs import snapshot
+from launch.jobs.allocation import resolve_allocation
+from launch.jobs.cluster_file import ClusterFile
+from launch.jobs.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
+from launch.jobs.submission import local_executor
 from launch.submit import parser
 
 LISTING = """\

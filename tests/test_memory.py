@@ -31,7 +31,7 @@ from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
-from launch.arguments import recipe_from
+from launch.jobs.recipe_arguments import recipe_from
 from launch.submit import parser
 from test_step import METHODS, name_of, resolved, student_and_teachers
 from towers import TINY, Geometry

@@ -17,8 +17,9 @@ import pytest
 
 import made
 from cfmask.runs import RunFolder, process_runs, read_lines
-from launch import last_words, status
-from launch.last_words import Words
+from launch import status
+from launch.jobs import failures as last_words
+from launch.jobs.failures import Words
 from slurm_fixture import Cluster, wait_until
 
 WITHIN_S = 30
@@ -66,7 +67,7 @@ SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch import last_words
+from launch.jobs import failures as last_words
 last_words._LOOK_S, last_words._GRACE_S, last_words._LISTEN_S = 0.2, 0.5, 0.2
 def rank():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -20,8 +20,9 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, read_lines
-from launch import cost, reproduce
-from launch.plan import (
+from launch import reproduce
+from launch.paper import cost
+from launch.paper.plan import (
     DONE,
     HEADLINE,
     LABELS,

@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 import made
 from cfmask.runs import RunFolder, read_lines
 from launch import submit
-from launch.allocation import resolve_allocation
-from launch.arguments import recipe_from
-from launch.cluster_file import ClusterFile
-from launch.job import Job
+from launch.jobs.allocation import resolve_allocation
+from launch.jobs.cluster_file import ClusterFile
+from launch.jobs.rank import Job
+from launch.jobs.recipe_arguments import recipe_from
 
 STEPS = 18  # 3 epochs of 6
 

@@ -15,8 +15,8 @@ from cfmask.evaluation import Evaluation
 from cfmask.evaluator import run_evaluation
 from cfmask.report import read_results
 from cfmask.runs import RunFolder, read_lines
-from launch.batch import Planned, enqueue, take_up
-from launch.cluster_file import ClusterFile
+from launch.jobs.cluster_file import ClusterFile
+from launch.jobs.submission import Planned, enqueue, take_up
 from launch.submit import parser, resolve_allocation
 from slurm_fixture import wait_until
 

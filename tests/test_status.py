@@ -18,7 +18,8 @@ import pytest
 import made
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
-from launch import follow, status
+from launch import status
+from launch.jobs import follow
 from slurm_fixture import wait_until
 
 REPO = Path(__file__).resolve().parents[1]

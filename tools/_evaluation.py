@@ -21,8 +21,8 @@ from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
-from launch.allocation import Allocation, add_allocation_arguments, given_flags, resolve_allocation  # noqa: E402
-from launch.batch import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
+from launch.jobs.allocation import Allocation, add_allocation_arguments, given_flags, resolve_allocation  # noqa: E402
+from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
 from launch.submit import cluster_file  # noqa: E402
 from tools._shared import DATA_HELP  # noqa: E402
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from cfmask.models.head import build_tower, model_info, save_model
 from cfmask.models.tower import Classifier
-from launch.rehearsal import CLASSES, convert, draw_images
+from launch.drills.materials import CLASSES, convert, draw_images
 from tools.benchmarks.contenders import REPO
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import B16, Setting

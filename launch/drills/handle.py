@@ -19,8 +19,8 @@ from pathlib import Path
 
 from cfmask.runs import RunFolder, read_lines
 from launch import submit
-from launch._slurm_checks import parse_records
-from launch.batch import last_submission
+from launch.checks.cluster import parse_records
+from launch.jobs.submission import last_submission
 
 Act = Iterator[None]
 

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.files import write_atomically
-from launch.allocation import REQUEUE_ME
-from launch.last_words import attempt_name
+from launch.jobs.allocation import REQUEUE_ME
+from launch.jobs.failures import attempt_name
 
 if TYPE_CHECKING:
     import torch

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
-from launch.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
-from launch.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
+from launch.jobs.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
+from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -456,7 +456,7 @@ def rank_command(python: str, code: str) -> str:
     Args:
         python, code: as words of a shell, a command and a folder.
     """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/start.py"""
+    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
 
 
 def set_environment(allocation: Allocation) -> None:

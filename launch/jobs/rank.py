@@ -6,7 +6,7 @@ Signal handlers set a flag and do nothing else; training asks for it at every st
     time nearly up      watched without any signal, the same
     TERM, INT           scancel, or preempted without a warning → checkpoint; if it is to come back, Slurm sees to it
     RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
-    another rank died   nothing is asked for: the process that waits for this one ends it (launch/last_words.py)
+    another rank died   nothing is asked for: the process that waits for this one ends it (launch/jobs/failures.py)
 
 In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
 (``allocation.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
@@ -30,8 +30,8 @@ import submitit
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch import last_words
-from launch.allocation import REQUEUE_ME
+from launch.jobs import failures as last_words
+from launch.jobs.allocation import REQUEUE_ME
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place

@@ -40,13 +40,13 @@ from cfmask.data.process import JOB_SIGNALS, ignore_job_signals
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, read_object
-from launch.allocation import REQUEUE_ME
+from launch.jobs.allocation import REQUEUE_ME
 
 if TYPE_CHECKING:
     import submitit
 
 _AGREED_ENDS = (0, REQUEUE_ME, 128 + signal.SIGTERM)
-"""Exit codes of a rank that ends as all have agreed to (launch/job.py)."""
+"""Exit codes of a rank that ends as all have agreed to (launch/jobs/rank.py)."""
 _RAISED = 1
 """Exit code of a rank that has raised, and printed it."""
 _LOOK_S = 2.0
@@ -168,7 +168,7 @@ def leave(run: Path, error: BaseException) -> None:
 def _formatted(error: BaseException) -> str:
     """The traceback, without what runs before our code does."""
     entry = error.__traceback__
-    while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/job.py"):
+    while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/jobs/rank.py"):
         entry = entry.tb_next
     return "".join(traceback.format_exception(type(error), error, entry or error.__traceback__))
 

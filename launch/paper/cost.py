@@ -12,7 +12,7 @@ from typing import Any
 from cfmask.data.plan import steps_per_epoch
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Method, Recipe
-from launch.plan import Node
+from launch.paper.plan import Node
 
 # In F, as counted on ViT-B/16. In the last block of what the head looks at, the class token alone goes on.
 _FORWARD = 0.93

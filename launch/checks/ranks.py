@@ -9,9 +9,9 @@ from functools import partial
 from typing import TypeVar
 
 from cfmask.runs import DEAD_AFTER_S, HEARTBEAT_S
-from launch._probe import BYTES, SEEN_WITHIN_S, Report
-from launch._slurm_checks import ADMINISTRATOR, NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.allocation import Allocation
+from launch.checks.cluster import ADMINISTRATOR, NOT_CHECKED, OK, PROBLEM, WARNING, Finding
+from launch.checks.probe import BYTES, SEEN_WITHIN_S, Report
+from launch.jobs.allocation import Allocation
 
 T = TypeVar("T", bound=Hashable)
 

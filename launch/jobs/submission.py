@@ -23,9 +23,9 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
-from launch import allocation as allocations
-from launch import gpus, snapshot
-from launch.allocation import Allocation
+from launch.jobs import allocation as allocations
+from launch.jobs import gpus, snapshot
+from launch.jobs.allocation import Allocation
 
 if TYPE_CHECKING:
     import submitit
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 _NO_LIMIT_MIN = 525_600
 
 
@@ -182,7 +182,7 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
 
 def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
     """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
-    from launch.follow import follow_job
+    from launch.jobs.follow import follow_job
 
     jobs = enqueue(planned, allocation, pace_s=pace_s)
     for each, job in zip(planned, jobs, strict=True):
@@ -207,7 +207,7 @@ def enqueue(
     Raises:
         UserError: Slurm does not take it. Folders that this command has made are gone again.
     """
-    from launch.job import Job
+    from launch.jobs.rank import Job
 
     batch = Batch.of(planned)
     snapshots = [keep_code(each.run, tell) for each in planned]
@@ -286,8 +286,8 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     """
     import submitit
 
-    from launch.follow import follow_job
-    from launch.job import Job
+    from launch.jobs.follow import follow_job
+    from launch.jobs.rank import Job
 
     allocations.set_environment(allocation)
     run = planned.run

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
-from launch import last_words
+from launch.jobs import failures as last_words
 from launch.status import ENDED, latest_checkpoint, look_at, status_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What drill.py injects faults into, and how."""

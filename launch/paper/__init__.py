@@ -1,0 +1,1 @@
+"""The paper's rows as jobs that depend on each other (reproduce.py)."""
