@@ -197,7 +197,7 @@ _real = _write_hashed
 def _write_hashed(*given):
     _time.sleep(600)
 """
-QUICK = {"launch__last_words": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
+QUICK = {"launch__jobs__failures": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
 KILL = "_os.kill(_os.getpid(), _signal.SIGKILL)"
 
 
@@ -259,7 +259,7 @@ def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
 
 LOCAL = {
     "raises at import": (
-        {"launch__job": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
+        {"launch__jobs__rank": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "raises while rank 0 hangs": (
