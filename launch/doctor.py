@@ -46,10 +46,10 @@ from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # 
 from launch.checks.probe import Probe, Report, read_reports, write_and_look  # noqa: E402
 from launch.jobs import allocation as allocations  # noqa: E402
 from launch.jobs import snapshot  # noqa: E402
-from launch.jobs.allocation import Allocation, add_allocation_arguments, resolve_allocation, uncovered  # noqa: E402
-from launch.jobs.cluster_file import ClusterFile  # noqa: E402
+from launch.jobs.allocation import Allocation, resolve_allocation, uncovered  # noqa: E402
+from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
+from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.submission import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
-from launch.submit import cluster_file  # noqa: E402
 
 if TYPE_CHECKING:
     import submitit
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     idle = [f"--{name.replace('_', '-')}" for name in (*_NO_USE, "after") if getattr(arguments, name)]
     if idle:
         raise UserError(f"{', '.join(idle)} would do nothing here. Leave it out.")
-    file = cluster_file(arguments)
+    file = load_cluster_file(arguments.cluster)
     allocation = resolve_allocation(arguments, file)
     shared = _shared_folder(arguments.shared)
     told = Told(as_json=arguments.json)

@@ -33,11 +33,12 @@ from tqdm import tqdm  # noqa: E402
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import RunFolder, read_lines  # noqa: E402
-from launch import submit  # noqa: E402
 from launch.drills.cluster import Box, fill_disk, slow_disk  # noqa: E402
 from launch.drills.handle import Act, Stage, Trouble, slurm  # noqa: E402
 from launch.drills.materials import make_materials  # noqa: E402
 from launch.jobs.allocation import resolve_allocation  # noqa: E402
+from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
+from launch.jobs.training import add_submit_arguments  # noqa: E402
 
 STEPS = 120  # 4 epochs of 480 images, 16 a step
 EARLY, HALF = 25, 63
@@ -622,8 +623,10 @@ def _checked_nodes(flags: Sequence[str]) -> int:
     Raises:
         UserError: they are not for Slurm.
     """
-    arguments = submit.parser().parse_args(list(flags))
-    allocation = resolve_allocation(arguments, submit.cluster_file(arguments))
+    parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
+    add_submit_arguments(parser)
+    arguments = parser.parse_args(list(flags))
+    allocation = resolve_allocation(arguments, load_cluster_file(arguments.cluster))
     if not allocation.on_slurm:
         raise UserError(
             "Drills need Slurm. Run this on a login node; or bring up a Slurm on this machine: "

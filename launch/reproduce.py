@@ -40,9 +40,11 @@ from cfmask.models.head import ModelInfo, check_architecture, check_head, model_
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
-from launch import submit  # noqa: E402
-from launch.jobs.allocation import Allocation, add_allocation_arguments, resolve_allocation  # noqa: E402
+from launch.jobs import training  # noqa: E402
+from launch.jobs.allocation import Allocation, resolve_allocation  # noqa: E402
+from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
+from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.submission import Planned, after, enqueue, run_one_here, take_up  # noqa: E402
 from launch.paper import cost  # noqa: E402
 from launch.paper.plan import (  # noqa: E402
@@ -121,14 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0 if all is done or under way, 1 if something failed, 130 if it was interrupted."""
     arguments = parser().parse_args(argv)
     _refuse(arguments)
-    file = submit.cluster_file(arguments)
+    file = load_cluster_file(arguments.cluster)
     allocation = resolve_allocation(arguments, file)
     if arguments.follow and not allocation.on_slurm:
         raise UserError("--follow would do nothing: on this machine jobs are done one after the other, and shown.")
     scene = Scene.of(arguments, file, allocation)
     seen = look(scene)
     scene.check(seen)
-    submit.warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
+    training.warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
     print(overview(scene, seen))
     print(estimate(scene, seen, arguments.tflops))
     chosen = to_submit(scene.plan, {name: each.state for name, each in seen.items()})
@@ -194,7 +196,7 @@ class Scene:
     @classmethod
     def of(cls, arguments: argparse.Namespace, file: Any, allocation: Allocation) -> Scene:
         """Raises UserError if flags, sets or model do not go together."""
-        base = submit.resolve_recipe(submit.recipe_of(arguments, file, None), allocation)
+        base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
         folder = (arguments.out or Path("reproductions") / Path(base.model.name).stem).resolve()
         evaluation = Evaluation(
             shards=base.data.shards,
@@ -206,10 +208,10 @@ class Scene:
         foreign = given if given is not None and read_info(given) is None else None
 
         def recipe_of(preset: str, seed: int, start: Path, ensemble: Path | None) -> Recipe:
-            recipe = submit.recipe_of(arguments, file, preset, seed)
+            recipe = training.recipe_of(arguments, file, preset, seed)
             method = replace(recipe.method, ensemble=str(ensemble) if ensemble else None)
             model = replace(recipe.model, pretrained=str(start))
-            return submit.resolve_recipe(replace(recipe, model=model, method=method), allocation)
+            return training.resolve_recipe(replace(recipe, model=model, method=method), allocation)
 
         setup = Setup(
             folder=folder,
@@ -220,7 +222,7 @@ class Scene:
             seeds=tuple(arguments.seeds),
             soup=folder / "soup.safetensors" if foreign else given,
         )
-        classes = submit.load_set(base.data.shards, arguments.sets[0]).classes
+        classes = training.load_set(base.data.shards, arguments.sets[0]).classes
         own = read_info(base.model.pretrained) if Path(base.model.pretrained).is_file() else None
         start = replace(
             own or model_info(base.model.name, base.model.pretrained),
@@ -238,7 +240,7 @@ class Scene:
     def sets(self) -> dict[str, Manifest]:
         """All that are read."""
         names = (*self.setup.evaluation.sets, self.base.data.train_split, *self.base.data.eval_sets)
-        return {name: submit.load_set(self.base.data.shards, name) for name in names}
+        return {name: training.load_set(self.base.data.shards, name) for name in names}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -272,11 +274,11 @@ class Scene:
             if run.root.exists():
                 run.claim(node.work)
             if isinstance(node.work, Recipe):
-                submit.check(node.work, run, self.allocation, coming)
+                training.check(node.work, run, self.allocation, coming)
                 continue
             node.work.checked()
             for name in node.work.sets:
-                submit.check_same_classes(sets[name], sets[self.base.data.train_split])
+                training.check_same_classes(sets[name], sets[self.base.data.train_split])
                 check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
             if node.work.make == "zero-shot":
                 self._check_start()

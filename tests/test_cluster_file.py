@@ -14,19 +14,16 @@ from submitit.slurm.slurm import _make_sbatch_string
 from cfmask.errors import UserError
 from launch.jobs import allocation as allocations
 from launch.jobs.allocation import (
-    FILE_KEYS,
     Allocation,
-    gpus,
-    minutes,
     rank_command,
     resolve_allocation,
     slurm_parameters,
 )
 from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
-from launch.submit import RECIPE_KEYS, parser
+from launch.jobs.settings import FILE_KEYS, gpus, minutes
+from launch.submit import parser
 
 REPO = Path(__file__).resolve().parents[1]
-KEYS = {**FILE_KEYS, **RECIPE_KEYS}
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +40,7 @@ def read(text: str, path: Path | None = None) -> ClusterFile:
     path = path or Path("some.toml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-    return read_cluster_file(path, KEYS)
+    return read_cluster_file(path)
 
 
 def allocate(*flags: object, file: str = "", last: dict | None = None) -> Allocation:
@@ -64,7 +61,7 @@ def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_
     active = re.sub(r"^# (?=\[|[\w-]+ = )", "", template, flags=re.MULTILINE)
     active = active.replace('python = "/shared', '# python = "/shared')  # one of two ways
     file = read(active)
-    assert {*file.values, "environment", "container", "sbatch"} == {*KEYS, *OWN_KEYS}
+    assert {*file.values, "environment", "container", "sbatch"} == {*FILE_KEYS, *OWN_KEYS}
     assert file.image and file.mounts and file.environment and file.sbatch
     allocation = resolve_allocation(parser().parse_args(["--gpus-per-node", "4"]), file)
     assert "--container-image" in sbatch_file(allocation)
@@ -72,7 +69,7 @@ def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_
 
 @pytest.mark.parametrize("example", sorted((REPO / "slurm/examples").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_examples_are_valid(example):
-    sbatch_file(resolve_allocation(parser().parse_args([]), read_cluster_file(example, KEYS)))
+    sbatch_file(resolve_allocation(parser().parse_args([]), read_cluster_file(example)))
 
 
 def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):

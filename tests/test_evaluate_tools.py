@@ -20,6 +20,7 @@ import made
 from cfmask.models.head import load_model
 from cfmask.report import read_results
 from cfmask.runs import RunFolder, read_lines
+from launch.jobs import allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
 
@@ -66,6 +67,33 @@ def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path)
     before = (out / "results.json").stat().st_mtime_ns
     assert evaluate.main([*command, "--names", "X", "Y", "Z"]) == 0
     assert "| X " in capsys.readouterr().out and (out / "results.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("tool", [evaluate, wise_ft, soup], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("where", "precision"),
+    [
+        ((), "fp32"),  # this process, which has no GPU
+        (("--nodes", "2"), "bf16"),
+        (("--executor", "slurm"), "bf16"),
+        (("--partition", "gpu"), "bf16"),
+        (("--gpus-per-node", "a100:4"), "bf16"),
+        (("--gpus-per-node", "0"), "fp32"),
+        (("--nodes", "2", "--tasks-per-node", "4"), "fp32"),
+        (("--nodes", "2", "--cluster", "cpus.toml"), "fp32"),
+        (("--nodes", "2", "--precision", "tf32"), "tf32"),
+    ],
+)
+def test_precision_follows_the_allocation_and_not_the_login_node(shown, monkeypatch, tmp_path, tool, where, precision):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(allocation.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setenv("CFMASK_CLUSTER", "")
+    monkeypatch.chdir(tmp_path)
+    Path("cpus.toml").write_text("gpus_per_node = 0\ntasks_per_node = 4\n")
+    asked = []
+    monkeypatch.setattr(tool, "carry_out", lambda name, evaluation, *_: asked.append(evaluation) or (3, None))
+    assert tool.main([*models(shown, "zero", "fine"), *sets(shown), *where]) == 3
+    assert [evaluation.precision for evaluation in asked] == [precision]
 
 
 def test_models_of_one_name_are_seeds_of_one_row(shown, capsys, tmp_path):

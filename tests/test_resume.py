@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import made
 from cfmask.runs import RunFolder, read_lines
 from launch import submit
+from launch.jobs import training
 from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.rank import Job
@@ -123,7 +124,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
         list(map(str, flags(materials, run.root, "--tasks-per-node", 1, "--epochs", 1)))
     )
     allocation = resolve_allocation(arguments, ClusterFile())
-    run.claim(submit.resolve_recipe(recipe_from(arguments), allocation))
+    run.claim(training.resolve_recipe(recipe_from(arguments), allocation))
     executor = submitit.LocalExecutor(run.root / "jobs")
     executor.update_parameters(timeout_min=60, stderr_to_stdout=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

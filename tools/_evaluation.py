@@ -21,9 +21,10 @@ from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
-from launch.jobs.allocation import Allocation, add_allocation_arguments, given_flags, resolve_allocation  # noqa: E402
+from launch.jobs.allocation import Allocation, resolve_allocation, resolve_precision  # noqa: E402
+from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
+from launch.jobs.settings import add_allocation_arguments, given_flags  # noqa: E402
 from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
-from launch.submit import cluster_file  # noqa: E402
 from tools._shared import DATA_HELP  # noqa: E402
 
 if TYPE_CHECKING:
@@ -86,17 +87,25 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
     add_allocation_arguments(parser, here=True)
 
 
-def evaluation_of(arguments: argparse.Namespace, **making: Any) -> Evaluation:
+def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
+    """What the flags ask for; None: the work is done in this process."""
+    if arguments.executor == "here" and not given_flags(arguments):
+        return None
+    if arguments.executor == "here":
+        arguments.executor = "auto"
+    return resolve_allocation(arguments, load_cluster_file(arguments.cluster))
+
+
+def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, **making: Any) -> Evaluation:
     """The evaluation that flags ask for, checked against what is there.
 
     Args:
+        allocation: where it runs; None: in this process.
         making: fields of Evaluation that say what is made, and of what.
 
     Raises:
         UserError: what contradicts itself, or models and sets that do not belong together.
     """
-    gpu = arguments.gpus_per_node[1] > 0 if arguments.gpus_per_node else arguments.tasks_per_node is None and _gpus()
-    precision = arguments.precision if arguments.precision != "auto" else "bf16" if gpu else "fp32"
     shards = arguments.shards or ""
     if shards and not is_remote(shards):
         shards = str(Path(shards).resolve())
@@ -107,7 +116,7 @@ def evaluation_of(arguments: argparse.Namespace, **making: Any) -> Evaluation:
         sets=tuple(_folder(shards, name) for name in arguments.sets),
         holdout=None if holdout is None else _folder(shards, holdout),
         batch_size=arguments.batch_size,
-        precision=precision,
+        precision=resolve_precision(arguments.precision, allocation),
         loader_workers=arguments.loader_workers,
         allow_count_mismatch=arguments.allow_count_mismatch,
         **making,
@@ -121,12 +130,6 @@ def _folder(shards: str, name: str) -> str:
     if name in ALIASES and (is_remote(shards) or not (Path(shards) / name).is_dir()):
         return ALIASES[name]
     return name
-
-
-def _gpus() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _check(evaluation: Evaluation) -> None:
@@ -156,8 +159,10 @@ def _check(evaluation: Evaluation) -> None:
             check_classes(manifest, infos[0].classes)
 
 
-def carry_out(tool: str, evaluation: Evaluation, arguments: argparse.Namespace) -> tuple[int, RunFolder]:
-    """Evaluate, in this process or where flags say; 0 when the results are there.
+def carry_out(
+    tool: str, evaluation: Evaluation, allocation: Allocation | None, arguments: argparse.Namespace
+) -> tuple[int, RunFolder]:
+    """Evaluate on ``allocation``, or in this process if that is None; 0 when the results are there.
 
     Returns:
         Exit code, and the evaluation's folder.
@@ -170,7 +175,6 @@ def carry_out(tool: str, evaluation: Evaluation, arguments: argparse.Namespace) 
         run.claim(evaluation)
         print(f"{run.root} has the results already", file=sys.stderr)
         return 0, run
-    allocation = _allocation(arguments)
     if arguments.dry_run:
         print(evaluation.to_json())
         if allocation is None:
@@ -193,15 +197,6 @@ def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> Non
         run.claim(evaluation)
         print(f"Models changed since {run.results} was written: they are evaluated anew.", file=sys.stderr)
         run.drop_results()
-
-
-def _allocation(arguments: argparse.Namespace) -> Allocation | None:
-    """None: in this process."""
-    if arguments.executor == "here" and not given_flags(arguments):
-        return None
-    if arguments.executor == "here":
-        arguments.executor = "auto"
-    return resolve_allocation(arguments, cluster_file(arguments))
 
 
 def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:

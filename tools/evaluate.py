@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import find_model  # noqa: E402
-from tools._evaluation import add_arguments, carry_out, evaluation_of, named_rows, short_names, show  # noqa: E402
+from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, named_rows, short_names, show  # noqa: E402
 from tools._shared import MODEL_HELP  # noqa: E402
 
 
@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--names gives {len(names)} names to {len(arguments.models)} models.")
     fit_on = [_number(path, arguments.models) for path in arguments.fit_on]
 
-    evaluation = evaluation_of(arguments, models=arguments.models)
-    code, run = carry_out("evaluate", evaluation, arguments)
+    allocation = allocation_of(arguments)
+    evaluation = evaluation_of(arguments, allocation, models=arguments.models)
+    code, run = carry_out("evaluate", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
     show(run, "Evaluation", names)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.report import table  # noqa: E402
 from cfmask.runs import read_object  # noqa: E402
-from tools._evaluation import add_arguments, carry_out, evaluation_of, short_names, show  # noqa: E402
+from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, short_names, show  # noqa: E402
 from tools._shared import MODEL_HELP  # noqa: E402
 
 
@@ -41,13 +41,15 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments.models) < 2:
         raise UserError("A soup is of two models or more.")
 
+    allocation = allocation_of(arguments)
     evaluation = evaluation_of(
         arguments,
+        allocation,
         make="greedy-soup" if arguments.greedy else "uniform-soup",
         models=arguments.models,
         holdout=arguments.holdout,
     )
-    code, run = carry_out("soup", evaluation, arguments)
+    code, run = carry_out("soup", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
     results = read_object(run.results) or {}

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import exits_cleanly  # noqa: E402
-from tools._evaluation import add_arguments, carry_out, evaluation_of, show  # noqa: E402
+from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, show  # noqa: E402
 from tools._shared import MODEL_HELP  # noqa: E402
 
 
@@ -36,14 +36,16 @@ def main(argv: list[str] | None = None) -> int:
     add_arguments(parser, sets_required=False)
     arguments = parser.parse_args(argv)
 
+    allocation = allocation_of(arguments)
     evaluation = evaluation_of(
         arguments,
+        allocation,
         make="wise-ft",
         models=[arguments.zero, arguments.fine],
         alphas=tuple(arguments.alphas),
         holdout=arguments.holdout,
     )
-    code, run = carry_out("wise-ft", evaluation, arguments)
+    code, run = carry_out("wise-ft", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
     show(run, "WiSE-FT")

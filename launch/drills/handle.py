@@ -6,6 +6,7 @@ several stages are played by one process.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import re
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from cfmask.errors import UserError
 from cfmask.runs import RunFolder, read_lines
-from launch import submit
 from launch.checks.cluster import parse_records
+from launch.jobs import training
 from launch.jobs.submission import last_submission
 
 Act = Iterator[None]
@@ -92,12 +94,17 @@ class Stage:
         self._submit(["--resume", str(self.run.root), *more])
 
     def _submit(self, flags: Sequence[str]) -> None:
-        said, complained = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained):
-            code = submit.main([*flags, "--no-follow"], pace_s=self._pace_s)
+        parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
+        training.add_submit_arguments(parser)
+        arguments = parser.parse_args([*flags, "--no-follow"])
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                training.submit(arguments, pace_s=self._pace_s)
+        except UserError as error:
+            raise Trouble(f"`submit.py {shlex.join(flags)}` refuses: {error}") from None
         submission = last_submission(self.run)
-        if code or submission is None:
-            raise Trouble(f"`submit.py {shlex.join(flags)}` refuses: {complained.getvalue().strip()}")
+        if submission is None:
+            raise Trouble(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
         self.job, self._asked, self._restarts = submission["job"], 0.0, 0
         self.jobs.append(self.job)
 

@@ -1,4 +1,4 @@
-"""What a job is given: settings that are flags of submit.py and keys of the cluster file alike, and how they add up.
+"""What a job is given, and how flags and the cluster file add up to it (settings.py has them all).
 
 A setting comes from its flag; else, where a run is resumed, from what it got last; else from the cluster file; else it
 has its default. None of this changes what is trained.
@@ -12,14 +12,15 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
-from launch.jobs.cluster_file import COUNT, NUMBER, TEXT, TEXT_OR_COUNT, ClusterFile
+from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
+from launch.jobs.settings import DEFAULTS, SETTINGS
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -27,195 +28,6 @@ earlier: Slurm looks that often."""
 REQUEUE_ME = 144
 """The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
 batch script on Slurm, of submitit's local executor here, whose own number it is."""
-
-
-# --- settings ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A flag, and a key of the cluster file. read: makes the value of the text, or says in a ValueError what it should
-    be. kind: what it may be in the file; None: it cannot stand there. slurm: it does something on Slurm only."""
-
-    name: str
-    read: Callable[[str], Any]
-    default: Any
-    help: str
-    metavar: str | None = None
-    kind: tuple[str, tuple[type, ...]] | None = TEXT
-    slurm: bool = True
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
-
-
-def count(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise ValueError("a whole number, 1 or more")
-    return int(text)
-
-
-def minutes(text: str) -> int:
-    """A time limit in Slurm's own forms: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Seconds count as a minute."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
-    if not match:
-        raise ValueError("minutes, or Slurm's H:MM:SS or D-HH:MM:SS")
-    days, *parts = (int(part) if part else None for part in match.groups())
-    given = [part for part in parts if part is not None]
-    if days is None and len(given) < 3:  # M or M:S
-        given = [0, *given]
-    hours, mins, seconds = (given + [0, 0])[:3]
-    total = (days or 0) * 1440 + hours * 60 + mins + (seconds > 0)
-    if total < 1:
-        raise ValueError("more than nothing")
-    return total
-
-
-def gpus(text: str) -> tuple[str, int]:
-    """Slurm's [TYPE:]N: the type, "" if any will do, and the number."""
-    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", text)
-    if not match:
-        raise ValueError("a number, or TYPE:NUMBER as in a100:8")
-    return match[1] or "", int(match[2])
-
-
-def patience(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise ValueError("a number of minutes, above 0")
-    return value
-
-
-def text(value: str) -> str:
-    if not value or re.search(r"[\s\"'\\]", value):
-        raise ValueError("a word")
-    return value
-
-
-SETTINGS = (
-    Setting("nodes", count, 1, "machines (default: 1)", "N", COUNT),
-    Setting(
-        "gpus_per_node",
-        gpus,
-        None,
-        "GPUs of a machine, one task each (default: 8 on Slurm, else those of this machine that CUDA_VISIBLE_DEVICES "
-        "shows)",
-        "[TYPE:]N",
-        TEXT_OR_COUNT,
-        slurm=False,
-    ),
-    Setting(
-        "tasks_per_node", count, None, "ranks of a machine that trains on CPUs (default: 1)", "N", COUNT, slurm=False
-    ),
-    Setting("cpus_per_task", count, 8, "cores of a rank, for its threads and its data loader (default: 8)", "N", COUNT),
-    Setting(
-        "time",
-        minutes,
-        1440,
-        "time limit: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; a run requeues itself before it (default: 1440)",
-        "MIN",
-        kind=TEXT_OR_COUNT,
-    ),
-    Setting("partition", text, None, "Slurm partition", "NAME"),
-    Setting("account", text, None, "Slurm account", "NAME"),
-    Setting("qos", text, None, "Slurm quality of service", "NAME"),
-    Setting("constraint", text, None, "features that nodes must have", "LIST"),
-    Setting(
-        "memory",
-        text,
-        None,
-        "memory of a node, as for sbatch's --mem: 480G; 0 is all of it",
-        "SIZE",
-        kind=TEXT_OR_COUNT,
-    ),
-    Setting("exclude", text, None, "nodes to stay away from: n07,n[11-14]", "NODES"),
-    Setting("dependency", text, None, "what to wait for, as for sbatch: afterany:123,singleton", "LIST", None),
-    Setting("array_parallelism", count, None, "members of a sweep that may run at once (default: all)", "N", COUNT),
-    Setting(
-        "interface", text, None, "network interface that ranks talk on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", "NAME"
-    ),
-    Setting(
-        "rendezvous_timeout",
-        patience,
-        None,
-        "how long ranks wait for each other before they train (default: 30)",
-        "MIN",
-        NUMBER,
-        slurm=False,
-    ),
-    Setting(
-        "collective_timeout",
-        patience,
-        None,
-        "how long ranks wait for each other in a step before the job is given up (default: 30)",
-        "MIN",
-        NUMBER,
-        slurm=False,
-    ),
-)
-
-DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
-FILE_KEYS = {setting.name: setting.kind for setting in SETTINGS if setting.kind is not None}
-
-
-def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
-    """here: the work may be done in this process, and is, unless one of these flags is given."""
-    g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what comes of it.")
-    if here:
-        executors: tuple[str, ...] = ("here", "auto", "slurm", "local")
-        said = "here: this process; auto: slurm if srun is there, else local (default: here, and auto with --nodes or "
-        said += "any other of these flags)"
-    else:
-        executors = ("auto", "slurm", "local", "debug")
-        said = "auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)"
-    g.add_argument("--executor", choices=executors, default=executors[0], help=said)
-    g.add_argument(
-        "--cluster",
-        type=Path,
-        metavar="FILE",
-        help="cluster file with values for these flags, and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
-        "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)",
-    )
-    for setting in SETTINGS:
-        g.add_argument(
-            setting.flag,
-            type=_argument(setting),
-            metavar=setting.metavar,
-            default=None,
-            help=setting.help.replace("%", "%%"),
-        )
-    g.add_argument(
-        "--after", nargs="+", type=_job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
-    )
-
-
-def given_flags(arguments: argparse.Namespace) -> list[str]:
-    """Flags of an allocation that the command line has."""
-    given = [setting.flag for setting in SETTINGS if getattr(arguments, setting.name) is not None]
-    return given + [f"--{name}" for name in ("after", "cluster") if getattr(arguments, name)]
-
-
-def _argument(setting: Setting) -> Callable[[str], Any]:
-    def read(word: str) -> Any:
-        try:
-            return setting.read(word)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{word!r} is not {error}") from None
-
-    return read
-
-
-def _job_id(word: str) -> str:
-    if not re.fullmatch(r"\d+(_\d+)?", word):
-        raise argparse.ArgumentTypeError(f"{word!r} is not the number of a job")
-    return word
-
-
-# --- the allocation ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -336,6 +148,22 @@ def resolve_allocation(
         mounts=file.mounts if executor == "slurm" else (),
         sbatch=file.sbatch if executor == "slurm" else {},
     )
+
+
+def resolve_precision(asked: str, allocation: Allocation | None) -> str:
+    """The arithmetic of forward and backward passes; ``auto`` is bf16 on GPUs and fp32 without.
+
+    Args:
+        asked: a recipe's or an evaluation's: auto, fp32, tf32 or bf16.
+        allocation: where the work is done, which may be another machine than this one; None: in this process.
+    """
+    if asked != "auto":
+        return asked
+    if allocation is not None:
+        return "bf16" if allocation.gpus_per_node else "fp32"
+    import torch
+
+    return "bf16" if torch.cuda.is_available() else "fp32"
 
 
 def choose_executor(arguments: argparse.Namespace) -> str:

@@ -27,17 +27,10 @@ else:
     import tomli as tomllib
 
 from cfmask.errors import UserError
+from launch.jobs.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS
 
 VARIABLE = "CFMASK_CLUSTER"
 PLACES = (Path("cluster.toml"), Path("~/.config/cfmask/cluster.toml"))
-
-# What a value may be: the words for it in an error, and the TOML types.
-TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
-NUMBER: tuple[str, tuple[type, ...]] = ("a number", (int, float))
-COUNT: tuple[str, tuple[type, ...]] = ("a whole number", (int,))
-TEXT_OR_COUNT: tuple[str, tuple[type, ...]] = ("a string or a whole number", (str, int))
-TEXTS: tuple[str, tuple[type, ...]] = ("a list of strings", (list,))
-TABLE: tuple[str, tuple[type, ...]] = ("a table", (dict,))
 
 # Keys that are no flags.
 OWN_KEYS = {
@@ -94,11 +87,21 @@ def find_cluster_file(given: Path | None) -> Path | None:
     return path
 
 
-def read_cluster_file(path: Path, flags: Mapping[str, tuple[str, tuple[type, ...]]]) -> ClusterFile:
-    """Read it, and refuse what would do nothing.
+def load_cluster_file(given: Path | None) -> ClusterFile:
+    """The one that --cluster names, or that is found; prints which.
 
-    Args:
-        flags: the keys that are flags of submit.py, with what their values may be.
+    Raises:
+        UserError: it cannot be used.
+    """
+    path = find_cluster_file(given)
+    if path is None:
+        return ClusterFile()
+    print(f"cluster file: {path}", file=sys.stderr)
+    return read_cluster_file(path)
+
+
+def read_cluster_file(path: Path) -> ClusterFile:
+    """Read it, and refuse what would do nothing.
 
     Raises:
         UserError: it is no TOML, or has an unknown key or a value of another type; names the file, and line or key.
@@ -109,7 +112,7 @@ def read_cluster_file(path: Path, flags: Mapping[str, tuple[str, tuple[type, ...
         raise UserError(f"The cluster file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"The cluster file {path} is not TOML: {error}. Strings go in quotes, lists in [].") from None
-    known = {**flags, **OWN_KEYS}
+    known = {**FILE_KEYS, **OWN_KEYS}
 
     def refuse(what: str) -> UserError:
         return UserError(f"The cluster file {path}: {what}")

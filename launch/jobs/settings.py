@@ -1,0 +1,206 @@
+"""The settings of a job's allocation: each is a flag of every command that submits jobs, and most are keys of the
+cluster file as well. allocation.py adds up where their values come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# What a value may be: the words for it in an error, and the TOML types.
+TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
+NUMBER: tuple[str, tuple[type, ...]] = ("a number", (int, float))
+COUNT: tuple[str, tuple[type, ...]] = ("a whole number", (int,))
+TEXT_OR_COUNT: tuple[str, tuple[type, ...]] = ("a string or a whole number", (str, int))
+TEXTS: tuple[str, tuple[type, ...]] = ("a list of strings", (list,))
+TABLE: tuple[str, tuple[type, ...]] = ("a table", (dict,))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag, and a key of the cluster file. read: makes the value of the text, or says in a ValueError what it should
+    be. kind: what it may be in the file; None: it cannot stand there. slurm: it does something on Slurm only."""
+
+    name: str
+    read: Callable[[str], Any]
+    default: Any
+    help: str
+    metavar: str | None = None
+    kind: tuple[str, tuple[type, ...]] | None = TEXT
+    slurm: bool = True
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def count(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise ValueError("a whole number, 1 or more")
+    return int(text)
+
+
+def minutes(text: str) -> int:
+    """A time limit in Slurm's own forms: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Seconds count as a minute."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if not match:
+        raise ValueError("minutes, or Slurm's H:MM:SS or D-HH:MM:SS")
+    days, *parts = (int(part) if part else None for part in match.groups())
+    given = [part for part in parts if part is not None]
+    if days is None and len(given) < 3:  # M or M:S
+        given = [0, *given]
+    hours, mins, seconds = (given + [0, 0])[:3]
+    total = (days or 0) * 1440 + hours * 60 + mins + (seconds > 0)
+    if total < 1:
+        raise ValueError("more than nothing")
+    return total
+
+
+def gpus(text: str) -> tuple[str, int]:
+    """Slurm's [TYPE:]N: the type, "" if any will do, and the number."""
+    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", text)
+    if not match:
+        raise ValueError("a number, or TYPE:NUMBER as in a100:8")
+    return match[1] or "", int(match[2])
+
+
+def patience(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise ValueError("a number of minutes, above 0")
+    return value
+
+
+def text(value: str) -> str:
+    if not value or re.search(r"[\s\"'\\]", value):
+        raise ValueError("a word")
+    return value
+
+
+SETTINGS = (
+    Setting("nodes", count, 1, "machines (default: 1)", "N", COUNT),
+    Setting(
+        "gpus_per_node",
+        gpus,
+        None,
+        "GPUs of a machine, one task each (default: 8 on Slurm, else those of this machine that CUDA_VISIBLE_DEVICES "
+        "shows)",
+        "[TYPE:]N",
+        TEXT_OR_COUNT,
+        slurm=False,
+    ),
+    Setting(
+        "tasks_per_node", count, None, "ranks of a machine that trains on CPUs (default: 1)", "N", COUNT, slurm=False
+    ),
+    Setting("cpus_per_task", count, 8, "cores of a rank, for its threads and its data loader (default: 8)", "N", COUNT),
+    Setting(
+        "time",
+        minutes,
+        1440,
+        "time limit: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; a run requeues itself before it (default: 1440)",
+        "MIN",
+        kind=TEXT_OR_COUNT,
+    ),
+    Setting("partition", text, None, "Slurm partition", "NAME"),
+    Setting("account", text, None, "Slurm account", "NAME"),
+    Setting("qos", text, None, "Slurm quality of service", "NAME"),
+    Setting("constraint", text, None, "features that nodes must have", "LIST"),
+    Setting(
+        "memory",
+        text,
+        None,
+        "memory of a node, as for sbatch's --mem: 480G; 0 is all of it",
+        "SIZE",
+        kind=TEXT_OR_COUNT,
+    ),
+    Setting("exclude", text, None, "nodes to stay away from: n07,n[11-14]", "NODES"),
+    Setting("dependency", text, None, "what to wait for, as for sbatch: afterany:123,singleton", "LIST", None),
+    Setting("array_parallelism", count, None, "members of a sweep that may run at once (default: all)", "N", COUNT),
+    Setting(
+        "interface", text, None, "network interface that ranks talk on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", "NAME"
+    ),
+    Setting(
+        "rendezvous_timeout",
+        patience,
+        None,
+        "how long ranks wait for each other before they train (default: 30)",
+        "MIN",
+        NUMBER,
+        slurm=False,
+    ),
+    Setting(
+        "collective_timeout",
+        patience,
+        None,
+        "how long ranks wait for each other in a step before the job is given up (default: 30)",
+        "MIN",
+        NUMBER,
+        slurm=False,
+    ),
+)
+
+DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
+RECIPE_KEYS = {"shards": TEXT, "eval_sets": TEXTS}
+"""What a cluster file may say of a recipe: where data is on this cluster. The rest of a recipe is an experiment's."""
+FILE_KEYS = {setting.name: setting.kind for setting in SETTINGS if setting.kind is not None} | RECIPE_KEYS
+"""Keys of the cluster file that are flags of submit.py too, with what their values may be."""
+
+
+def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
+    """here: the work may be done in this process, and is, unless one of these flags is given."""
+    g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what comes of it.")
+    if here:
+        executors: tuple[str, ...] = ("here", "auto", "slurm", "local")
+        said = "here: this process; auto: slurm if srun is there, else local (default: here, and auto with --nodes or "
+        said += "any other of these flags)"
+    else:
+        executors = ("auto", "slurm", "local", "debug")
+        said = "auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)"
+    g.add_argument("--executor", choices=executors, default=executors[0], help=said)
+    g.add_argument(
+        "--cluster",
+        type=Path,
+        metavar="FILE",
+        help="cluster file with values for these flags, and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
+        "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)",
+    )
+    for setting in SETTINGS:
+        g.add_argument(
+            setting.flag,
+            type=_argument(setting),
+            metavar=setting.metavar,
+            default=None,
+            help=setting.help.replace("%", "%%"),
+        )
+    g.add_argument(
+        "--after", nargs="+", type=_job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
+    )
+
+
+def given_flags(arguments: argparse.Namespace) -> list[str]:
+    """Flags of an allocation that the command line has."""
+    given = [setting.flag for setting in SETTINGS if getattr(arguments, setting.name) is not None]
+    return given + [f"--{name}" for name in ("after", "cluster") if getattr(arguments, name)]
+
+
+def _argument(setting: Setting) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return setting.read(word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{word!r} is not {error}") from None
+
+    return read
+
+
+def _job_id(word: str) -> str:
+    if not re.fullmatch(r"\d+(_\d+)?", word):
+        raise argparse.ArgumentTypeError(f"{word!r} is not the number of a job")
+    return word

@@ -1,0 +1,319 @@
+"""Training runs before they are queued: which runs the flags ask for, their recipes with nothing left open, and all
+checks that need no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cfmask.data.plan import lanes_of_rank, steps_per_epoch
+from cfmask.data.remote import is_remote
+from cfmask.data.shards import Manifest, find_set, load_manifest
+from cfmask.errors import UserError
+from cfmask.models.head import ModelInfo, check_architecture, check_head, check_same_kind, model_info, read_info
+from cfmask.models.weights import find_weights
+from cfmask.recipe import PRESETS, Recipe
+from cfmask.runs import RunFolder, find_model, read_lines
+from launch.jobs.allocation import Allocation, choose_executor, resolve_allocation, resolve_precision, uncovered
+from launch.jobs.cluster_file import ClusterFile, load_cluster_file
+from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
+from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments
+from launch.jobs.submission import (
+    AnyPlanned,
+    Planned,
+    dry_run,
+    last_submission,
+    left_out,
+    run_here,
+    submit_to_slurm,
+    take_up,
+)
+
+
+def add_submit_arguments(p: argparse.ArgumentParser) -> None:
+    """All flags of launch/submit.py."""
+    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<method>-<model>-s<seed>-<hash>)")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with this run; its folder says everything else, also what it got last, unless flags do",
+    )
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
+    p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and the sbatch file, check everything, queue nothing",
+    )
+    p.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        help="stay and show progress until the job ends (default: yes here, no on Slurm)",
+    )
+    add_allocation_arguments(p)
+    add_recipe_arguments(p)
+
+
+def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
+    """Plan, check and submit what the flags of ``add_submit_arguments`` ask for.
+
+    Args:
+        pace_s: seconds that its runs wait at each step (``Job``), for fault injection by launch/drill.py.
+
+    Returns:
+        The exit code of submit.py.
+
+    Raises:
+        UserError: what is refused, before anything is queued.
+    """
+    file = load_cluster_file(arguments.cluster)
+    planned: Sequence[AnyPlanned]
+    if arguments.resume:
+        allocation, planned = plan_resume(arguments, file)
+        print(planned[0].work.to_json())
+    else:
+        allocation = resolve_allocation(arguments, file)
+        first, *others = planned = plan(arguments, file, allocation)
+        print(first.work.to_json())
+        for other in others:
+            print(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}")
+    for each in planned:
+        if isinstance(each.work, Recipe):
+            check(each.work, each.run, allocation)
+    work = planned[0].work
+    warn_of_paths_outside(
+        allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
+    )
+    sweep = len(planned) > 1
+    if sweep and arguments.follow is not None:
+        raise UserError(
+            "--follow and --no-follow are for one run, and this is a sweep: on this machine its runs go one after the "
+            "other; on Slurm, python launch/status.py shows them all."
+        )
+    for each in planned:
+        if not each.new:
+            each.run.claim(each.work)
+    if not sweep and arguments.array_parallelism:
+        raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
+    wanted = [each for each in planned if not left_out(each.run, sweep=sweep)]
+    if not wanted:
+        return 0
+    if arguments.dry_run:
+        return dry_run(wanted, allocation)
+    for each in wanted:
+        take_up(each)
+    if allocation.on_slurm:
+        return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
+    return run_here(wanted, allocation, follow=arguments.follow is not False)
+
+
+# --- which runs ---------------------------------------------------------------------------------------------------
+
+
+def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned[Recipe]]:
+    """The runs that the flags ask for: one, or one for each of --presets and --seeds.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    for one, many in (("seed", "seeds"), ("preset", "presets")):
+        given = getattr(arguments, many)
+        if given and (hasattr(arguments, f"run.{one}") or (one == "preset" and arguments.preset)):
+            raise UserError(f"--{one} and --{many} contradict each other: give one of them.")
+        if given and len(set(given)) != len(given):
+            raise UserError(f"--{many} names one of them twice: {' '.join(map(str, given))}.")
+    recipes = [
+        resolve_recipe(recipe_of(arguments, file, preset, seed), allocation)
+        for preset in arguments.presets or [arguments.preset]
+        for seed in arguments.seeds or [None]
+    ]
+    if len(recipes) > 1 and arguments.run:
+        raise UserError(f"--run names one folder, and this is a sweep of {len(recipes)} runs. Leave it out.")
+    planned = []
+    for recipe in recipes:
+        run = RunFolder((arguments.run or default_folder(recipe)).resolve())
+        planned.append(Planned(run, recipe, new=not (run.root / "recipe.json").exists()))
+    return planned
+
+
+def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | None, seed: int | None = None) -> Recipe:
+    """What flags, a row, a seed and the cluster file say of a recipe, not yet resolved; flags win."""
+    member = argparse.Namespace(**vars(arguments))
+    member.preset = preset
+    if seed is not None:
+        setattr(member, "run.seed", seed)
+    for key, value in _recipe_values(file).items():
+        if not hasattr(member, f"data.{key}"):
+            setattr(member, f"data.{key}", value)
+    return recipe_from(member)
+
+
+def _recipe_values(file: ClusterFile) -> dict[str, Any]:
+    """What the cluster file says of a recipe; a path in it is seen from where the file is."""
+    values = {key: file.values[key] for key in RECIPE_KEYS if key in file.values}
+    if file.path is not None and "shards" in values and not is_remote(values["shards"]):
+        values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
+    return values
+
+
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[AnyPlanned]]:
+    """The run (or evaluation) to go on with, and what it gets: what it got last, unless flags say otherwise.
+
+    Raises:
+        UserError: it is no run folder, or a flag would do nothing.
+    """
+    flags = [f"--{name}" for name in ("run", "seeds", "presets") if getattr(arguments, name)]
+    flags += given_recipe_flags(arguments)
+    if flags:
+        raise UserError(
+            f"--resume goes on with the recipe in {arguments.resume}; these flags would do nothing: "
+            f"{', '.join(flags)}. Leave them out, or start another run without --resume."
+        )
+    run = RunFolder(arguments.resume.resolve())
+    work = run.work()
+    last = last_submission(run)
+    same = last is not None and last["executor"] == choose_executor(arguments)
+    allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)
+    had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
+    if isinstance(work, Recipe) and had not in (None, allocation.world_size):
+        print(
+            f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
+            "to rounding.",
+            file=sys.stderr,
+        )
+    return allocation, [Planned(run, work, new=False)]
+
+
+# --- resolving and checking -------------------------------------------------------------------------------------
+
+
+def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
+    """The recipe with nothing left open: paths absolute, the paper's values and the precision filled in."""
+    if not recipe.data.shards:
+        raise UserError(
+            "--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split. A cluster file "
+            "(slurm/cluster.toml) can say it once for all runs."
+        )
+    shards = recipe.data.shards if is_remote(recipe.data.shards) else str(Path(recipe.data.shards).resolve())
+    precision = resolve_precision(recipe.run.precision, allocation)
+    model = replace(
+        recipe.model,
+        name=_absolute(recipe.model.name) if recipe.model.name.endswith(".json") else recipe.model.name,
+        pretrained=_absolute(recipe.model.pretrained),
+        head=_absolute(recipe.model.head) if recipe.model.head else None,
+    )
+    segmentation = None if recipe.data.segmentation is None else _absolute(recipe.data.segmentation)
+    method = recipe.method
+    if method.ensemble is not None:
+        method = replace(method, ensemble=_absolute(method.ensemble))
+    return replace(
+        recipe,
+        model=model,
+        method=method,
+        data=replace(recipe.data, shards=shards, segmentation=segmentation),
+        run=replace(recipe.run, precision=precision),
+    ).resolved()
+
+
+def _absolute(path: str) -> str:
+    """A job starts elsewhere: paths that exist become absolute, names stay."""
+    return str(Path(path).resolve()) if os.path.exists(path) else path
+
+
+def default_folder(recipe: Recipe) -> Path:
+    model = Path(recipe.model.name).stem
+    return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
+
+
+def check(
+    recipe: Recipe, run: RunFolder, allocation: Allocation, coming: Mapping[str, ModelInfo] = MappingProxyType({})
+) -> None:
+    """All that can be known before a job is queued.
+
+    Args:
+        coming: what model files will be that are not there yet: another job makes them before this one starts.
+
+    Raises:
+        UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
+    """
+    shards = recipe.data.shards
+    train = load_set(shards, recipe.data.train_split)
+    steps_per_epoch(train.num_samples, recipe.optim.batch_size)
+    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
+    optim = recipe.optim
+    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
+        raise UserError(
+            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
+            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
+        )
+    if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
+        raise UserError(
+            f"--segmentation {recipe.data.segmentation}: there is nothing. Give what tools/validate_masks.py takes: a "
+            "folder of PNGs, COCO annotations, or masks that tools/segment.py made."
+        )
+    for name in recipe.data.eval_sets:
+        check_same_classes(load_set(shards, name), train)
+    if run.initial.exists():
+        return  # the run has its weights and head
+    classes = tuple(wnid for wnid, _ in train.classes)
+    pretrained = recipe.model.pretrained
+    own = read_info(pretrained) if os.path.isfile(pretrained) else coming.get(pretrained)
+    if recipe.model.head:
+        check_head(recipe.model.head, classes)
+    elif own is not None and not os.path.isfile(pretrained):
+        if own.classes != classes:
+            raise UserError(
+                f"{pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated first; "
+                f"{train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+            )
+    elif own is not None and own.classes:
+        check_head(pretrained, classes)
+    asked = model_info(recipe.model.name, pretrained)
+    depth = asked.config["vision_cfg"].get("layers", 12)
+    if recipe.method.first_block is not None and isinstance(depth, int) and recipe.method.first_block >= depth:
+        raise UserError(
+            f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
+        )
+    ensemble = recipe.method.ensemble
+    if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
+        path = find_model(ensemble)
+        start = own if own is not None else asked
+        check_same_kind(read_info(path), replace(start, classes=classes), str(path))
+    if own is not None:
+        check_architecture(own, asked, pretrained)
+    else:
+        # Here, not in the job: compute nodes often have no network.
+        find_weights(recipe.model.name, pretrained)
+
+
+@functools.cache
+def load_set(shards: str, name: str) -> Manifest:
+    return load_manifest(find_set(shards, name))
+
+
+def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
+    ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
+    if ours != theirs:
+        raise UserError(
+            f"The set {evaluated.root} has another class list ({len(theirs)} classes) than {train.root} "
+            f"({len(ours)} classes): its labels mean other classes. Convert both with one class list."
+        )
+
+
+def warn_of_paths_outside(allocation: Allocation, folder: Path, shards: str) -> None:
+    """Of a job's folder and its shards, say which the container will not have."""
+    for path in uncovered(allocation, [folder, *([] if is_remote(shards) else [Path(shards)])]):
+        print(
+            f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
+            "by itself, the job will not find it.",
+            file=sys.stderr,
+        )
