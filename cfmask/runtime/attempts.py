@@ -1,0 +1,80 @@
+"""Starts of a job on a folder, each with why the one before it ended.
+
+attempts.jsonl   one line a start
+ended.json       why the latest start ended, until the next one takes it over into attempts.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfmask.files import write_atomically
+from cfmask.runs import append_lines, read_lines, read_object
+
+
+@dataclass(frozen=True)
+class AttemptLog:
+    """The starts that are recorded in a folder."""
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "attempts.jsonl"
+
+    @property
+    def _end(self) -> Path:
+        return self.folder / "ended.json"
+
+    def lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.path)
+
+    def begin(self, *, reached: int | None = None, **facts: Any) -> None:
+        """Append a start, with why and when the last one ended, and what it had reached. Raises OSError."""
+        earlier = self.lines()
+        ended = self.ended()
+        why = ended["why"] if ended else "killed without notice" if earlier else None
+        line = {"attempt": len(earlier) + 1, "started": now(), **facts, "why_last_ended": why}
+        if earlier:
+            line |= {"last_ended": ended["ended"] if ended else None, "last_reached": reached}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        append_lines(self.path, [line])
+        self._end.unlink(missing_ok=True)
+
+    def end(self, why: str) -> None:
+        """Record why the latest start ends. On a full disk that is a warning: the end has its own reason."""
+        contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
+        try:
+            write_atomically(self._end, json.dumps(contents))
+        except OSError as error:
+            print(f"warning: {self._end} cannot be written ({error.strerror}): {why}", flush=True)
+
+    def ended(self) -> dict[str, Any] | None:
+        """Why and when the latest start ended, if it has recorded that: ``why``, ``ended``."""
+        found = read_object(self._end)
+        if found is None or not {"why", "ended"} <= found.keys():
+            return None
+        # Killed between the two writes of ``begin``, the start before this one has left it.
+        attempts = len(self.lines())
+        return found if found.get("attempt", attempts) >= attempts else None
+
+    def begun_by(self, job: str) -> bool:
+        """Whether the latest start is this one of a job."""
+        starts = self.lines()
+        return bool(starts) and starts[-1].get("job") == job
+
+    def end_failed(self, why: str, *, job: str, reached: int | None = None, **facts: Any) -> None:
+        """End this start of a job. If it failed before it was recorded, record it first, with ``facts``, so that the
+        end of the one before it stays known."""
+        if not self.begun_by(job):
+            self.begin(job=job, reached=reached, **facts, from_step=None)
+        self.end(why)
+
+
+def now() -> str:
+    """Local time, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

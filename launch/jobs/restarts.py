@@ -1,0 +1,437 @@
+"""The restart policy: may a start of a job be repeated, and who repeats it?
+
+This is decided here and nowhere else, for training, evaluation and the array tasks of conversions:
+
+    restarts = Restarts.of_this_job(AttemptLog(folder), resume="python launch/submit.py --resume RUN")
+    restarts.check_start(progress)                          before any work; raises GivenUp
+    restarts.begin(progress, nodes=2)                       a line in folder/attempts.jsonl
+    …
+    sys.exit(restarts.after_stop(Cause.WARNED, progress))   rank 0, when all ranks have stopped
+
+**The budget.** Every automatic restart counts, whatever its cause: the job's own requeue, a lost node, Slurm's requeue
+of a preempted job. A job may be restarted ``--restarts-without-progress`` times in a row without progress; then it is
+given up. Progress is a number that only grows when work is saved: the step of the newest checkpoint, counted images,
+items done. Starts that died before they could record anything count too: Slurm says how often the job has come back
+(SLURM_RESTART_COUNT). A new submission has a job number, and so a budget, of its own.
+
+**Who repeats it.** Slurm requeues a job by itself when a node fails, when somebody calls `scontrol requeue`, and when
+it is preempted and killed. What a preempted job that ends within its grace time becomes depends on the version:
+
+    until 23.11   COMPLETED: the job has to requeue itself before it ends
+    from 24.05    requeued when its batch script ends, with any exit code, where PreemptMode is REQUEUE. The mark that
+                  says so survives a requeue: after `scontrol requeue` by the job itself, the end of its *next* start
+                  would count as a preemption. So it just ends.
+
+Where PreemptMode is CANCEL, no version requeues it, and the job does.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from cfmask.errors import UserError
+from cfmask.runtime.attempts import AttemptLog
+from launch.slurm.client import SlurmError, SlurmUnavailable, ask, parse_records, show_job, version
+
+if TYPE_CHECKING:
+    import submitit
+
+RESTARTS_WITHOUT_PROGRESS = 3
+"""The default budget: restarts in a row without progress."""
+VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
+"""Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
+
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a rank that has stopped and asks for nothing: the job is over, or Slurm requeues it by itself."""
+REQUEUE_ME = 144
+"""Exit code that asks for a requeue: of the batch script on Slurm, where the rank cannot call scontrol (a container);
+of submitit's local executor, whose own number it is."""
+REQUEUE_IF_PREEMPTED = 145
+"""Exit code that asks the batch script for a requeue if Slurm has preempted the job."""
+
+_REQUEUES_PREEMPTED = (24, 5)
+"""The first version of Slurm that requeues a preempted job which ends within its grace time."""
+_SETTLED_S = 10.0
+"""A TERM that Slurm's record does not explain within this time was sent by somebody else."""
+_ASK_AGAIN_S = 2.0
+_REQUEUE_PATIENCE_S = 120.0
+"""How long a controller that does not answer is asked for a requeue; then the batch script tries."""
+_KILL_WAIT_S = 30.0
+"""Slurm's default between TERM and KILL of a job that it ends (KillWait)."""
+_LOCAL_S = 45.0
+"""On this machine nobody kills ranks that were asked to stop; whoever has pressed Ctrl-C waits for a minute."""
+_LIVE_STATES = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")
+
+
+class GivenUp(UserError):
+    """The budget is spent: the job is not started again by itself."""
+
+
+class Cause(enum.Enum):
+    """Why a start has ended."""
+
+    WARNED = "warned"
+    """USR2, or the time limit is near: it is meant to come back."""
+    TERMINATED = "terminated"
+    """TERM or INT: a preemption, a cancellation or a requeue. Slurm knows which."""
+    NODE_LOST = "node lost"
+
+
+class Verdict(enum.Enum):
+    REQUEUE = "requeue"
+    """The job has to ask for it."""
+    SLURM_DECIDES = "slurm decides"
+    """The job just ends: Slurm requeues it, or is ending it for good already."""
+    END = "end"
+    """Nobody wants it back."""
+    UNKNOWN = "unknown"
+    """Slurm has not answered, and the cause alone does not say."""
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What Slurm says of a job that runs, or did a moment ago."""
+
+    state: str
+    """As `scontrol show job` names it; "" if Slurm does not know the job any more."""
+    reason: str = ""
+    preempted: bool = False
+    """It has been chosen for preemption, and is in its grace time."""
+    slurm_requeues: bool = False
+    """Slurm requeues it, if it is preempted, when its batch script ends."""
+    end_time: float | None = None
+    """Unix time at which it is killed, or was ended; the end of the grace time if it is preempted."""
+
+    @classmethod
+    def of(cls, shown: Mapping[str, str], *, slurm: tuple[int, int], preempt_mode: str) -> JobRecord:
+        """
+        Args:
+            shown: fields of `scontrol show job`.
+            slurm: its version, (22, 5).
+            preempt_mode: of the job's partition or QOS: "REQUEUE", "GANG,REQUEUE", "CANCEL", …
+        """
+        return cls(
+            state=shown.get("JobState", ""),
+            reason=shown.get("Reason", ""),
+            preempted=_unix_time(shown.get("PreemptTime")) is not None,
+            slurm_requeues=slurm >= _REQUEUES_PREEMPTED
+            and "REQUEUE" in preempt_mode.upper()
+            and shown.get("Requeue") != "0",
+            end_time=_unix_time(shown.get("EndTime")),
+        )
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it runs, and Slurm has not begun to end or requeue it."""
+        return self.state in _LIVE_STATES
+
+
+def _unix_time(text: str | None) -> float | None:
+    """Of 2026-11-24T12:00:00 in local time; None for "None", "N/A", "Unknown"."""
+    try:
+        return datetime.fromisoformat(text or "").timestamp()
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a job that was recorded: how often the job had come back by then, and from what progress."""
+
+    restart: int
+    progress: int
+
+
+# --- decisions --------------------------------------------------------------------------------------------------------
+
+
+def verdict(cause: Cause, job: JobRecord | None) -> Verdict:
+    """Who repeats a start that has stopped in an orderly way, or lost a node. The budget is another question.
+
+    Args:
+        job: None if Slurm does not answer.
+    """
+    if job is None:
+        return Verdict.UNKNOWN if cause is Cause.TERMINATED else Verdict.REQUEUE
+    if not job.is_live:
+        return Verdict.SLURM_DECIDES
+    if job.preempted:
+        return Verdict.SLURM_DECIDES if job.slurm_requeues else Verdict.REQUEUE
+    return Verdict.END if cause is Cause.TERMINATED else Verdict.REQUEUE
+
+
+def starts_without_progress(starts: Sequence[Start], restart: int, progress: int) -> int:
+    """How many starts of a job, recorded or not, have passed since progress was last made, before its start number
+    ``restart`` (0 is the first one).
+
+    Args:
+        starts: those that were recorded, in order.
+        progress: what is saved now.
+    """
+    first = 0
+    if starts:
+        idle = [start for start in starts if start.progress >= progress]
+        # The last one that got on may have been followed by starts that recorded nothing.
+        first = idle[0].restart if idle else starts[-1].restart + 1
+    return max(0, restart - first)
+
+
+def seconds_left(job: JobRecord | None, now: float, *, kill_wait_s: float = _KILL_WAIT_S) -> float:
+    """Until Slurm kills the job's processes, as far as is known; an answer that is missing counts as the least that
+    there can be."""
+    if job is None or not job.state:
+        return kill_wait_s
+    end = now if job.end_time is None else job.end_time
+    if not job.is_live:  # TERM was sent at its end time
+        return max(0.0, min(kill_wait_s, end + kill_wait_s - now))
+    return max(0.0, end - now) if job.end_time is not None else float("inf")
+
+
+# --- a job ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """The policy for the job that this process is part of.
+
+    log: where its starts are recorded. job: its number, "123" or "123_4". restart: how often Slurm has started it
+    again; None on the local executor. limit: the budget. resume: the command that starts it with a fresh budget. unit:
+    of the progress.
+    """
+
+    log: AttemptLog
+    job: str
+    restart: int | None
+    limit: int
+    resume: str
+    unit: str = "step"
+
+    @classmethod
+    def of_this_job(
+        cls, log: AttemptLog, *, resume: str, unit: str = "step", environment: submitit.JobEnvironment | None = None
+    ) -> Restarts:
+        if environment is None:
+            import submitit
+
+            environment = submitit.JobEnvironment()
+        return cls(
+            log=log,
+            job=environment.job_id,
+            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None,
+            limit=int(os.environ.get(VARIABLE) or RESTARTS_WITHOUT_PROGRESS),
+            resume=resume,
+            unit=unit,
+        )
+
+    @property
+    def attempt(self) -> str:
+        """Names this start of the job, the same on all its ranks; ``batch_script_end`` says it in shell."""
+        return f"{self.job}-{self.restart or 0}"
+
+    # --- the budget
+
+    def check_start(self, progress: int) -> None:
+        """Asked before a start is begun.
+
+        Raises:
+            GivenUp: it would be one more than the budget has.
+        """
+        self._check(len(self._recorded()) if self.restart is None else self.restart, progress)
+
+    def begin(self, progress: int, **facts: Any) -> None:
+        """Record this start. Raises OSError."""
+        self.log.begin(job=self.attempt, from_step=progress, **facts)
+
+    def check_restart(self, progress: int) -> None:
+        """Asked before this start is repeated: a job is not queued only to be given up.
+
+        Raises:
+            GivenUp: the budget is spent.
+        """
+        self._check(len(self._recorded()) if self.restart is None else self.restart + 1, progress)
+
+    def _check(self, restart: int, progress: int) -> None:
+        idle = starts_without_progress(self._recorded(), restart, progress)
+        if restart == 0 or idle <= self.limit:
+            return
+        starts = "one start" if idle == 1 else f"{idle} starts in a row"
+        raise GivenUp(
+            f"given up: job {self.job} made no progress beyond {self.unit} {progress} in {starts}, and "
+            f"--restarts-without-progress allows {self.limit}. {self._causes(idle)} Mend the cause, or allow more with "
+            f"--restarts-without-progress; then: {self.resume}"
+        )
+
+    def _recorded(self) -> list[Start]:
+        """This job's starts that know their progress. A local job's number is that of a process, which may come again:
+        there, those at the end count."""
+        found: list[Start] = []
+        for line in self.log.lines():
+            job, _, count = str(line.get("job")).rpartition("-")
+            if job != self.job:
+                found = [] if self.restart is None else found
+            elif isinstance(line.get("from_step"), int):
+                number = len(found) if self.restart is None else int(count)
+                found.append(Start(number, line["from_step"]))
+        return found
+
+    def _causes(self, number: int) -> str:
+        """Why the last starts ended, the latest first."""
+        ended = self.log.ended()
+        ends = [ended["why"]] if ended else []
+        ends += [line["why_last_ended"] for line in reversed(self.log.lines()) if line.get("why_last_ended")]
+        counted = Counter(str(why).removesuffix(".") for why in ends[:number])
+        if not counted:
+            return "None of them has recorded why; see their logs."
+        shown = [f"{why} ({times} times)" if times > 1 else why for why, times in counted.items()]
+        return f"Their ends: {'; '.join(shown)}."
+
+    # --- the end of a start
+
+    def after_stop(self, cause: Cause, progress: int, is_cancelled: Callable[[], bool] = lambda: False) -> int:
+        """Called by rank 0 when all ranks have stopped and their work is saved. Requeues the job if that is right.
+
+        Args:
+            is_cancelled: whether the work was ended for good, whatever Slurm says.
+
+        Returns:
+            The exit code of this process.
+
+        Raises:
+            GivenUp: it should be repeated, and the budget is spent.
+        """
+        if is_cancelled():
+            return 0
+        if self.restart is None:
+            if cause is Cause.TERMINATED:
+                return STOPPED
+            self.check_restart(progress)
+            return REQUEUE_ME
+        if not shutil.which("scontrol"):  # a container: the batch script, outside of it, asks
+            self.check_restart(progress)
+            return REQUEUE_IF_PREEMPTED if cause is Cause.TERMINATED else REQUEUE_ME
+        decided = self._ask(cause, is_cancelled)
+        if decided is not Verdict.REQUEUE:
+            return 0 if is_cancelled() else STOPPED
+        self.check_restart(progress)
+        return 0 if _requeue(self.job) else REQUEUE_ME
+
+    def _ask(self, cause: Cause, is_cancelled: Callable[[], bool]) -> Verdict:
+        """Until there is an answer. Who waits loses nothing: work is saved, and a job that is killed meanwhile becomes
+        what Slurm meant it to become."""
+        settled = time.monotonic() + _SETTLED_S
+        while not is_cancelled():
+            decided = verdict(cause, slurm_record(self.job))
+            if decided is not Verdict.UNKNOWN and (decided is not Verdict.END or time.monotonic() > settled):
+                return decided
+            time.sleep(_ASK_AGAIN_S)
+        return Verdict.END
+
+    def seconds_left(self) -> float:
+        """How long this job may go on saving its work, once it was asked to stop."""
+        if self.restart is None:
+            return _LOCAL_S
+        return seconds_left(slurm_record(self.job), time.time(), kill_wait_s=_kill_wait_s())
+
+
+# --- asking Slurm -----------------------------------------------------------------------------------------------------
+
+
+def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
+    """None if Slurm does not answer."""
+    try:
+        shown = show_job(job, patience_s=patience_s)
+        number = version(patience_s=patience_s)
+        record = JobRecord.of(shown, slurm=number, preempt_mode="REQUEUE")
+        if record.preempted and record.slurm_requeues:
+            return JobRecord.of(shown, slurm=number, preempt_mode=_preempt_mode(shown, patience_s))
+        return record
+    except SlurmError as error:
+        print(f"Slurm does not say how it stands with job {job}: {error}", flush=True)
+        return None
+
+
+def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:
+    """What becomes of a job that is preempted: of its QOS or its partition, as PreemptType says."""
+    config = ask("scontrol", "show", "config", patience_s=patience_s)
+    default = _config_value(config, "PreemptMode")
+    try:
+        if _config_value(config, "PreemptType") == "preempt/qos":
+            query = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", shown.get("QOS", ""), "format=PreemptMode")
+            mode = ask(*query, patience_s=0).strip()
+            return default if mode.lower() in ("", "cluster") else mode
+        partition = ask(
+            "scontrol", "--oneliner", "show", "partition", shown.get("Partition", ""), patience_s=patience_s
+        )
+        return next(iter(parse_records(partition, first="PartitionName")), {}).get("PreemptMode", default)
+    except SlurmError:  # no database, or a partition that is gone
+        return default
+
+
+def _kill_wait_s() -> float:
+    try:
+        return float(_config_value(ask("scontrol", "show", "config", patience_s=0), "KillWait").split()[0])
+    except (SlurmError, ValueError, IndexError):
+        return _KILL_WAIT_S
+
+
+def _config_value(config: str, name: str) -> str:
+    """Of `scontrol show config`: lines of "Name   = value"."""
+    pairs = (line.partition("=") for line in config.splitlines())
+    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
+
+
+def _requeue(job: str) -> bool:
+    """Whether Slurm has taken it."""
+    try:
+        ask("scontrol", "requeue", job, patience_s=_REQUEUE_PATIENCE_S)
+        return True
+    except SlurmUnavailable as error:
+        print(f"{error} The batch script tries again.", flush=True)
+    except SlurmError as error:
+        print(error, flush=True)
+    return False
+
+
+# --- the batch script -------------------------------------------------------------------------------------------------
+
+
+def batch_script_end(failures: str) -> list[str]:
+    """The last lines of a batch script, in sh: print the failure report of the rank that died first, and requeue where
+    Python has decided so but could not do it. They follow ``verdict``; what is left to them are jobs whose ranks are in
+    a container without scontrol, and lost nodes.
+
+    Args:
+        failures: RUN/jobs/failures, as a word of the shell.
+    """
+    major, minor = _REQUEUES_PREEMPTED
+    return [
+        "status=$?",
+        "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+        "-${SLURM_RESTART_COUNT:-0}",
+        f'report={failures}/"$attempt"',
+        'if [ "$status" -ne 0 ]; then cat "$report.txt" 2>/dev/null; fi',
+        "requeue=",
+        f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$report.lost" ]; then requeue=1; fi',
+        f'if [ "$status" -eq {REQUEUE_IF_PREEMPTED} ] || [ -n "$requeue" ]; then',
+        '    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")',
+        "    slurm=$(scontrol --version | tr . ' ' | while read -r _ a b _; do echo $((a * 100 + ${b#0})); done)",
+        '    case "$job" in *" PreemptTime="[0-9]*)',
+        f'        if [ "${{slurm:-0}}" -ge {100 * major + minor} ]; then requeue=; else requeue=1; fi ;;',
+        "    esac",
+        '    case "$job" in *" JobState=RUNNING "* | "") ;; *) requeue= ;; esac  # else Slurm is ending it already',
+        "fi",
+        'for again in ${requeue:+1 2 3 4 5 6}; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done',
+        'exit "$status"',
+    ]
