@@ -10,7 +10,7 @@ daemons listen on the loopback interface only:
 
     STATE/ cluster.json                          what runs: daemons with their command lines and process ids
            slurm.conf                            for users (SLURM_CONF) and, through daemons.conf, for the daemons
-           daemons.conf slurmdbd.conf            what only the daemons read
+           daemons.conf slurmdbd.conf            what only the daemons read; from Slurm 24.05 on cgroup.conf too
            munge/ mysql/ controller/ spool/nK/   the daemons' own state
            log/                                  one log a daemon
 
@@ -32,6 +32,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -52,6 +53,8 @@ MARK = "CFMASK_SLURM_STATE"  # in the environment of every daemon: tells ours fr
 NODE_MEMORY_MB = 65536  # declared, not counted: --mem is accepted up to this and not enforced
 # MariaDB need not survive a power cut, which saves seconds; "loose": a version without the option starts all the same.
 NO_SYNC = "--loose-debug-no-sync"
+DATABASE = "slurm_acct_db"
+NO_CGROUPS_SINCE = (24, 5)  # before, slurmd does not know CgroupPlugin=disabled, and does not insist on cgroups
 CLONE_NEWUTS = 0x04000000  # linux/sched.h
 POLL = 0.2
 
@@ -121,6 +124,9 @@ def create(state: Path, nodes: int, cpus_per_node: int) -> dict:
         state,
         ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-test-db", NO_SYNC],
     )
+    # A database is a folder. Where it is missing, slurmdbd reuses the handle whose connection was refused ("Unknown
+    # database"); libmariadb 11.8 has closed it by then, and slurmdbd ends.
+    (state / "mysql" / DATABASE).mkdir()
     start(state, record, "mariadbd")
     start(state, record, "slurmdbd")
     run_tool(state, ["sacctmgr", "-i", "add", "cluster", "cfmask"])
@@ -240,7 +246,7 @@ LogFile={state}/log/slurmdbd
 StorageType=accounting_storage/mysql
 StorageHost=localhost
 StorageUser=root
-StorageLoc=slurm_acct_db
+StorageLoc={DATABASE}
 {"CommunicationParameters=NoInAddrAny" if loopback_only else ""}
 """
     # Told not to listen on every interface, a daemon listens on the address of its host name, which we can make
@@ -253,6 +259,8 @@ DebugFlags=NO_CONF_HASH
 """
     (state / "slurm.conf").write_text(user_conf)
     (state / "daemons.conf").write_text(daemons_conf)
+    if slurm_version() >= NO_CGROUPS_SINCE:
+        (state / "cgroup.conf").write_text("# Written by slurm/cluster.py.\nCgroupPlugin=disabled\n")
     database_file = state / "slurmdbd.conf"
     database_file.touch(mode=0o600)  # slurmdbd insists
     database_file.write_text(database_conf)
@@ -268,6 +276,8 @@ DebugFlags=NO_CONF_HASH
             *("mariadbd", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-networking"),
             *(f"--socket={state}/mysql/socket", f"--pid-file={state}/mysql/pid"),
             *("--innodb-buffer-pool-size=128M", "--innodb-lock-wait-timeout=900", NO_SYNC),
+            # On by default since MariaDB 11.6: rows that another transaction has changed end slurmdbd's with an error.
+            "--loose-innodb-snapshot-isolation=OFF",
         ],
         "slurmdbd": ["slurmdbd", "-D"],
         "slurmctld": ["slurmctld", "-D", "-f", conf],
@@ -282,6 +292,19 @@ DebugFlags=NO_CONF_HASH
     }
     write_record(state, record)
     return record
+
+
+def slurm_version() -> tuple[int, int]:
+    """Return (22, 5) for Slurm 22.05.8.
+
+    Raises:
+        Failed: slurmd does not say.
+    """
+    done = subprocess.run([shutil.which("slurmd", path=PATH) or "slurmd", "-V"], capture_output=True, text=True)
+    found = re.search(r"(\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise Failed(f"`slurmd -V` does not tell Slurm's version: {(done.stdout + done.stderr).strip()!r}")
+    return int(found[1]), int(found[2])
 
 
 def free_ports(count: int) -> list[int]:
@@ -443,35 +466,37 @@ def stop(state: Path) -> None:
     """End all that runs from this folder: first the controller (no new jobs), then jobs, then the rest."""
     record = read_record(state)
     daemons = {name: daemon["pid"] for name, daemon in record["daemons"].items()} if record else {}
-    end(state, [daemons.get("slurmctld")], patience=15)
-    end(state, [pid for name, pid in daemons.items() if name.startswith("slurmd-")], patience=10)
+    # Looked for first: what a job started with an empty environment is found through its ancestors, while they live.
+    everything = family(state)
     services = [daemons.get(name) for name in ("slurmdbd", "mariadbd", "munged")]
-    end(state, [pid for pid in processes() if pid not in services], patience=2)  # jobs are what is left of it
+    end([pid for pid in [daemons.get("slurmctld")] if runs(state, pid)], patience=15)
+    end([pid for name, pid in daemons.items() if name.startswith("slurmd-") and runs(state, pid)], patience=10)
+    end({*everything, *family(state)}.difference(services), patience=2)  # jobs are what is left of it
     for pid in services:
-        end(state, [pid], patience=15)
+        end([pid] if runs(state, pid) else [], patience=15)
     sweep(state)
 
 
 def sweep(state: Path) -> None:
     """End what no record tells of, too: an `up` may have been killed between starting a daemon and noting it."""
     for _ in range(3):  # what forked while we looked is caught by the next look
-        left = [pid for pid in processes() if belongs(state, pid)]
+        left = family(state)
         if not left:
             break
-        end(state, left, patience=5)
+        end(left, patience=5)
 
 
-def end(state: Path, pids: Iterable[int | None], patience: float) -> None:
-    """Send TERM, then after `patience` seconds KILL, to those of the processes that are this cluster's."""
-    mine = [pid for pid in pids if pid is not None and belongs(state, pid)]
+def end(pids: Iterable[int | None], patience: float) -> None:
+    """Send TERM to these processes, and KILL to those that are left after `patience` seconds."""
+    mine = {(pid, start) for pid in pids if pid is not None and (start := start_time(pid))}
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        for pid in mine:
+        for pid, _ in mine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
         deadline = time.monotonic() + wait
         while mine and time.monotonic() < deadline:
             time.sleep(POLL / 2)
-            mine = [pid for pid in mine if belongs(state, pid)]
+            mine = {(pid, start) for pid, start in mine if start_time(pid) == start}
 
 
 def processes() -> Iterator[int]:
@@ -481,19 +506,48 @@ def processes() -> Iterator[int]:
             yield int(entry)
 
 
+def stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat from the third (the state) on; none if the process is gone, or a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [] if fields[0] in "ZX" else fields
+
+
+def start_time(pid: int) -> str:
+    """Return when a process began (clock ticks since boot), which tells it from a later one of the same id; "" if it is
+    gone."""
+    fields = stat(pid)
+    return fields[19] if fields else ""
+
+
 def runs(state: Path, pid: int | None) -> bool:
     return pid is not None and belongs(state, pid)
 
 
+def family(state: Path) -> set[int]:
+    """Return the daemons of this cluster, the processes of its jobs, and whatever these have started."""
+    parents = {pid: int(fields[1]) for pid in processes() if (fields := stat(pid))}
+    found = {pid for pid in parents if belongs(state, pid)}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
 def belongs(state: Path, pid: int) -> bool:
-    """Whether a process is a daemon of this cluster or runs in one of its jobs."""
+    """Whether a process is a daemon of this cluster or runs in one of its jobs, by what it shows of itself."""
+    process = Path(f"/proc/{pid}")
     try:
         # A process that has ended and waits to be reaped shows no environment.
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        variables = (process / "environ").read_bytes().split(b"\0")
+        if f"{MARK}={state}".encode() in variables:
+            return True
+        # slurmstepd writes its title over its environment. It stays where slurmd was started.
+        if (process / "comm").read_text().startswith("slurm") and Path(os.readlink(process / "cwd")) == state:
+            return True
     except (FileNotFoundError, ProcessLookupError, PermissionError):
         return False
-    if f"{MARK}={state}".encode() in variables:
-        return True
     in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
     return in_job and any(variable.startswith(f"SLURM_CONF={state}/".encode()) for variable in variables)
 

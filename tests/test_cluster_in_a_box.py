@@ -17,15 +17,17 @@ pytestmark = pytest.mark.slurm
 
 
 def processes_of(state: Path) -> list[str]:
-    """Command lines of the processes that name the folder in command line or environment."""
+    """Command lines of the processes that name the folder in command line or environment, or are steps of its Slurm."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+                # slurmstepd's title lies over its environment.
+                here = command.startswith(b"slurmstepd") and os.readlink(entry / "cwd").startswith(str(state))
             except OSError:
                 continue
-            if str(state).encode() in command + variables:
+            if here or str(state).encode() in command + variables:
                 found.append(command.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
@@ -114,11 +116,14 @@ def test_daemons_listen_on_loopback_only(slurm_cluster: Cluster) -> None:
 def test_down_leaves_nothing_of_a_killed_session_with_a_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
     session = f"""
 import os, signal, sys
+from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from slurm_fixture import running_cluster
+from slurm_fixture import running_cluster, wait_until
 with running_cluster() as cluster:
-    job = cluster.sbatch("--nodes=2", "--output=/dev/null", "--wrap=srun sleep 300", cwd={str(tmp_path)!r})
-    cluster.wait_for_state(job, "RUNNING")
+    without_environment = "env -i sh -c 'echo > $0/started; sleep 300; true' {tmp_path}"
+    wrap = f"--wrap=srun sleep 300 & srun --overlap --nodes=1 {{without_environment}} & wait"
+    job = cluster.sbatch("--nodes=2", "--output=/dev/null", wrap, cwd={str(tmp_path)!r})
+    wait_until(Path({str(tmp_path)!r}, "started").exists, "it runs")
     print(cluster.state, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -126,6 +131,7 @@ with running_cluster() as cluster:
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = Path(done.stdout.strip())
     wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")
+    assert not processes_of(tmp_path), "what runs without an environment is the job's all the same"
     assert processes_of(slurm_cluster.state), "the cluster beside it must be left alone"
 
 
