@@ -62,8 +62,8 @@ def test_command_runs_in_the_root_with_the_repository_and_a_venv_of_its_own(comm
 
 
 def test_orphans_are_reaped_and_do_not_outlive_the_command(command_in_root):
-    script = "(sleep 0 &); (sleep 4711 &); sleep 0.5; ps -e -o stat= | grep -c Z; ps -e -o args= | grep -c '^sleep 4711'"
-    done = subprocess.run(command_in_root(script), capture_output=True, text=True)
+    orphans, seen = "(sleep 0 &); (sleep 4711 &); sleep 0.5", "ps -e -o stat= | grep -c Z; pgrep -cf '^sleep 4711'"
+    done = subprocess.run(command_in_root(f"{orphans}; {seen}"), capture_output=True, text=True)
     assert done.stdout.split() == ["0", "1"], done.stderr
     assert ["sleep", "4711"] not in command_lines()
 
