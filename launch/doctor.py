@@ -44,9 +44,9 @@ from launch.checks import cluster as of_slurm  # noqa: E402
 from launch.checks import ranks as of_ranks  # noqa: E402
 from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # noqa: E402
 from launch.checks.probe import Probe, Report, read_reports, write_and_look  # noqa: E402
-from launch.jobs import allocation as allocations  # noqa: E402
 from launch.jobs import snapshot  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, uncovered  # noqa: E402
+from launch.jobs.batch_script import set_environment, write_environment  # noqa: E402
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.submission import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
@@ -290,6 +290,7 @@ def _probe(
     small = replace(allocation, time_min=PROBE_MIN)
     try:
         (folder / "jobs").mkdir(parents=True)
+        write_environment(allocation, folder / "jobs")
         snapshot.take(REPO, folder / "code")
         if site is not None:
             name, job, why_not = _run_on_slurm(probe, small, wait_s)
@@ -383,7 +384,7 @@ def _has_ended(record: Mapping[str, str]) -> bool:
 
 def _run_here(probe: Probe, allocation: Allocation) -> tuple[str, dict[str, str]]:
     """The ranks as processes of this machine."""
-    allocations.set_environment(allocation)
+    set_environment(allocation)
     code = probe.folder / "code" / snapshot.digest_of(REPO)
     executor = local_executor(probe.folder / "jobs", code, allocation, timeout_min=PROBE_MIN)
     job = executor.submit(probe)

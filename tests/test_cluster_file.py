@@ -15,10 +15,9 @@ from cfmask.errors import UserError
 from launch.jobs import allocation as allocations
 from launch.jobs.allocation import (
     Allocation,
-    rank_command,
     resolve_allocation,
-    slurm_parameters,
 )
+from launch.jobs.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
 from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
 from launch.jobs.settings import FILE_KEYS, gpus, minutes
 from launch.submit import parser
@@ -108,6 +107,9 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
         ("time = 1.5", "time has to be a string or a whole number"),
         ("setup = 'module load cuda'", "setup has to be a list of strings"),
         ("setup = [1]", "setup has to be a list of strings"),
+        ("setup = ['echo \"a']", "setup has to be whole commands of bash.*unexpected EOF"),
+        ("setup = ['echo', ')']", "setup has to be whole commands of bash.*syntax error"),
+        ("setup = ['cat <<EOF', 'x']", "setup has to be whole commands of bash.*here-document"),
         ("environment = 1", "environment has to be a table"),
         ("[environment]\npartition = 'gpu'", "partition stands under .environment., and is a key: move it above"),
         ("[environment]\nA-B = '1'", "A-B has to be the name of a variable"),
@@ -238,8 +240,7 @@ def test_the_sbatch_file_says_all_that_was_asked_for():
         "#SBATCH --signal=USR2@120",
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
-        'export NCCL_SOCKET_IFNAME="=ib0"',
-        'export GLOO_SOCKET_IFNAME="ib0"',
+        ". /runs/x/jobs/environment.sh || exit 1",
     ):
         assert line in text.splitlines(), text
     assert re.search(r"^srun .* --cpus-per-task=12 --kill-on-bad-exit=1 --wait=0 TASK$", text, re.MULTILINE)
@@ -271,17 +272,76 @@ def test_a_container_runs_its_own_python_under_pyxis():
     assert allocate(file=f"python = '{apptainer}'").python == apptainer
 
 
-def test_the_environment_is_set_on_the_node_where_variables_have_their_values():
+def test_the_environment_is_set_on_the_node_where_variables_have_their_values(tmp_path):
     values = {"PLAIN": "x", "FILLED": "/scratch/$USER/${JOB}x", "ODD": 'a "b" `c` \\d $(e) $1 $', "SPACES": " a  b "}
     toml = "[environment]\n" + "\n".join(f"{name} = '''{value}'''" for name, value in values.items())
-    exports = [
-        line
-        for line in sbatch_file(allocate(file=toml)).splitlines()
-        if line.startswith("export ") and "SUBMITIT" not in line
-    ]
-    script = "\n".join(["USER=me JOB=7", *exports, *(f'printf "%s\\0" "${name}"' for name in values)])
+    write_environment(allocate(file=toml), tmp_path)
+    script = "\n".join(
+        ["USER=me JOB=7", f". {tmp_path}/{ENVIRONMENT}", *(f'printf "%s\\0" "${name}"' for name in values)]
+    )
     said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
     assert said == ["x", "/scratch/me/7x", values["ODD"], " a  b "]
+
+
+def test_tokens_are_in_a_file_that_only_its_owner_can_read(tmp_path):
+    a = allocate("--interface", "ib0", file="[environment]\nHF_TOKEN = 'hf_secret'")
+    assert "hf_secret" not in sbatch_file(a, jobs=tmp_path)
+    (tmp_path / ENVIRONMENT).write_text("of the last submission")
+    (tmp_path / ENVIRONMENT).chmod(0o644)
+    write_environment(a, tmp_path)
+    assert (tmp_path / ENVIRONMENT).stat().st_mode & 0o777 == 0o600
+    exports = (tmp_path / ENVIRONMENT).read_text().splitlines()
+    assert exports == [
+        'export NCCL_SOCKET_IFNAME="=ib0"',
+        'export GLOO_SOCKET_IFNAME="ib0"',
+        'export HF_TOKEN="hf_secret"',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setup", "reached"),
+    [
+        (["set -e"], True),
+        (["set -eu"], True),
+        (["set -euo pipefail"], True),
+        (["set -x"], True),
+        (["trap 'echo mine' EXIT"], True),
+        (["false"], True),
+        (["true \\"], True),
+        (["exit 0"], False),
+        (["exit 3"], False),
+        (["set -e", "false"], False),
+        (["set -u", "echo $NOT_SET"], False),
+        (["set -e; set -o pipefail", "false | true"], False),
+        (["exec true"], False),
+        (["trap 'exit 0' EXIT", "exit 5"], False),
+    ],
+    ids=lambda value: " ; ".join(value) if isinstance(value, list) else "",
+)
+def test_setup_of_the_cluster_file_cannot_keep_the_batch_script_from_its_last_lines(tmp_path, setup, reached):
+    """They are the failure report and the requeue; here a node is lost, so both are due."""
+    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").chmod(0o755)
+    jobs = tmp_path / "jobs"
+    (jobs / "last_words").mkdir(parents=True)
+    (jobs / "last_words/77-0.txt").write_text("rank 1 failed first\n")
+    (jobs / "last_words/77-0.lost").touch()
+    a = allocate(file=f"setup = {json.dumps(setup)}\n[environment]\nTOKEN = '$NOT_SET secret'")
+    write_environment(a, jobs)
+    text, ranks = re.subn(r"^srun .*$", 'echo RANKS "$TOKEN"; (exit 1)', sbatch_file(a, jobs=jobs), flags=re.MULTILINE)
+    assert ranks == 1
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77"}
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
+    assert done.returncode != 0 and done.stdout.endswith("rank 1 failed first\nrequeue 77\n"), done
+    assert ("RANKS" in done.stdout) == reached
+    assert "secret" not in done.stderr, "set -x ends with the setup"
+
+
+def test_setup_that_ends_well_before_the_ranks_is_a_failure_and_ranks_that_end_well_are_none():
+    for setup, code, said in (("exit 0", 1, "before its ranks were started"), ("true", 0, "")):
+        text = re.sub(r"^srun .*$", "true", sbatch_file(allocate(file=f"setup = ['{setup}']")), flags=re.MULTILINE)
+        done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout
 
 
 def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -22,9 +21,6 @@ from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, SETTINGS
 
-NOTICE_S = 120
-"""How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
-earlier: Slurm looks that often."""
 REQUEUE_ME = 144
 """The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
 batch script on Slurm, of submitit's local executor here, whose own number it is."""
@@ -215,87 +211,6 @@ def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> tuple[str,
             "--tasks-per-node out, or give --gpus-per-node 0 to train on CPUs."
         )
     return gpu_type, number, number or tasks or 1
-
-
-# --- for submitit -----------------------------------------------------------------------------------------------------
-
-
-def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, Any]:
-    """What submitit's SlurmExecutor takes.
-
-    Args:
-        jobs: the run's jobs/, as a word of the shell.
-    """
-    a = allocation
-    given = {
-        "partition": a.partition,
-        "account": a.account,
-        "qos": a.qos,
-        "constraint": a.constraint,
-        "mem": a.memory,
-        "exclude": a.exclude,
-        "dependency": a.dependency,
-        "array_parallelism": a.array_parallelism,
-        "gpus_per_node": f"{a.gpu_type}:{a.gpus_per_node}" if a.gpu_type else a.gpus_per_node or None,
-    }
-    container = [f"--container-image={a.image}"] if a.image else []
-    container += [f"--container-mounts={','.join(a.mounts)}"] if a.mounts else []
-    return {
-        "job_name": name,
-        "nodes": a.nodes,
-        "ntasks_per_node": a.tasks_per_node,
-        "cpus_per_task": a.cpus_per_task,
-        "time": a.time_min,
-        "signal_delay_s": min(NOTICE_S, 6 * a.time_min),
-        "stderr_to_stdout": True,
-        # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
-        # not (a site's WaitTime), while rank 0 writes the results.
-        "srun_args": [
-            f"--cpus-per-task={a.cpus_per_task}",
-            "--kill-on-bad-exit=1",
-            "--wait=0",
-            *container,
-            *a.srun_args,
-        ],
-        "additional_parameters": {"requeue": True, **{k.replace("-", "_"): v for k, v in a.sbatch.items()}},
-        "setup": [*a.setup, *(f"export {name}={_in_shell(value)}" for name, value in a.environment.items())],
-        "teardown": [
-            "status=$?",
-            # After all that srun has said: why, as the rank that died first has it (last_words.py).
-            "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-            "-${SLURM_RESTART_COUNT:-0}",
-            f'words={jobs}/last_words/"$attempt"',
-            'if [ "$status" -ne 0 ]; then cat "$words.txt" 2>/dev/null; fi',
-            f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$words.lost" ]; then',
-            '    scontrol requeue "$SLURM_JOB_ID"',
-            "fi",
-            'exit "$status"',
-        ],
-        **{key: value for key, value in given.items() if value is not None},
-    }
-
-
-def rank_command(python: str, code: str) -> str:
-    """What starts a rank, as submitit's ``python``: the code's own start.py.
-
-    A signal that comes in the first second, while Python imports and there is no handler, would end the rank, and with
-    it the job; sh ignores it, and passes that on. Nothing is lost by not hearing it: there is nothing to save yet.
-
-    Args:
-        python, code: as words of a shell, a command and a folder.
-    """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
-
-
-def set_environment(allocation: Allocation) -> None:
-    """For ranks that are this process's children, or itself."""
-    for name, value in allocation.environment.items():
-        os.environ[name] = os.path.expandvars(value)
-
-
-def _in_shell(value: str) -> str:
-    """In double quotes, where $NAME and ${NAME} mean what they do on the node."""
-    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_{]))', r"\\\1", value) + '"'
 
 
 def uncovered(allocation: Allocation, paths: Sequence[Path]) -> list[Path]:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ def read_cluster_file(path: Path) -> ClusterFile:
             raise refuse(f"{name} stands under [environment], and is a key: move it above the first [table].")
         if not re.fullmatch(r"[A-Za-z_]\w*", name) or not _is_a(value, TEXT_OR_COUNT):
             raise refuse(f"[environment] {name} has to be the name of a variable, with a string or a whole number.")
+    if complaint := _syntax_error(content.get("setup", ())):
+        raise refuse(f"setup has to be whole commands of bash, which says: {complaint}")
     container = content.get("container", {})
     _check(container, _CONTAINER_KEYS, "container.", refuse)
     if container and not container.get("image"):
@@ -145,6 +148,14 @@ def read_cluster_file(path: Path) -> ClusterFile:
         mounts=tuple(container.get("mounts", ())),
         sbatch=sbatch,
     )
+
+
+def _syntax_error(lines: Sequence[str]) -> str:
+    """What bash says of lines that it cannot read to their end, as of a quote that is not closed; "" if it can."""
+    if not lines:
+        return ""
+    script = "\n".join(lines) + "\n"
+    return subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True).stderr.strip()
 
 
 def _check(

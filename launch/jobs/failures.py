@@ -140,7 +140,7 @@ class _Here:
 
 
 def attempt_name(environment: submitit.JobEnvironment) -> str:
-    """Names this start of the job, the same on all its ranks; allocation.slurm_parameters says it in shell."""
+    """Names this start of the job, the same on all its ranks; batch_script.py says it in shell."""
     return f"{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 

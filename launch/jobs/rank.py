@@ -9,7 +9,7 @@ Signal handlers set a flag and do nothing else; training asks for it at every st
     another rank died   nothing is asked for: the process that waits for this one ends it (launch/jobs/failures.py)
 
 In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
-(``allocation.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
+(``batch_script.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
-from launch.jobs import allocation as allocations
 from launch.jobs import gpus, snapshot
 from launch.jobs.allocation import Allocation
+from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 
 if TYPE_CHECKING:
     import submitit
@@ -82,7 +82,7 @@ class Batch:
         name = f"sweep-{self.sweep.name}" if self.sweep else self.planned[0].run.root.name
         member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
         run = member if self.sweep else shlex.quote(str(self.planned[0].run.root))
-        parameters = allocations.slurm_parameters(allocation, f"cfmask-{name}", f"{run}/jobs")
+        parameters = slurm_parameters(allocation, f"cfmask-{name}", f"{run}/jobs")
         if self.sweep:
             logs = f"{self.sweep}/%a/jobs/%A_%a"
             parameters["srun_args"].append(f"--output={logs}_%t_log.out")
@@ -90,7 +90,7 @@ class Batch:
         executor = submitit.SlurmExecutor(
             self.folder,
             max_num_timeout=1000,
-            python=allocations.rank_command(allocation.python, f"{run}/code/{digest}"),
+            python=rank_command(allocation.python, f"{run}/code/{digest}"),
         )
         executor.update_parameters(**parameters)
         return executor
@@ -172,6 +172,8 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
             executor.parameters["map_count"] = len(planned)
         text = executor._make_submission_file_text(executor._submitit_command_str, "")
         print(f"\n{text}")
+        if allocation.environment:
+            print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
         print(ask_sbatch(text))
     print(f"Would run on {allocation} into {where}. Everything checked; nothing was queued.")
     return 0
@@ -212,7 +214,9 @@ def enqueue(
     batch = Batch.of(planned)
     snapshots = [keep_code(each.run, tell) for each in planned]
     for each in planned:
-        (each.run.root / "jobs").mkdir(exist_ok=True)
+        jobs_folder = each.run.root / "jobs"
+        jobs_folder.mkdir(exist_ok=True)
+        write_environment(allocation, jobs_folder)
     batch.link_runs()
     executor = batch.executor(allocation, snapshots[0].digest)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
@@ -289,7 +293,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     from launch.jobs.follow import follow_job
     from launch.jobs.rank import Job
 
-    allocations.set_environment(allocation)
+    set_environment(allocation)
     run = planned.run
     code = keep_code(run)
     executor: submitit.Executor
@@ -311,7 +315,7 @@ def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_
     """submitit's, with its files in a folder, which runs a snapshot of the code on this machine."""
     import submitit
 
-    python = allocations.rank_command(allocation.python, shlex.quote(str(code)))
+    python = rank_command(allocation.python, shlex.quote(str(code)))
     # submitit's own choice is the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES is here.
     shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
     executor = submitit.LocalExecutor(folder, python=f"{shown} {python}" if shown else python)

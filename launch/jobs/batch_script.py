@@ -1,0 +1,150 @@
+"""The batch script of a job: what sbatch and srun are asked for, and what the script does before and after its ranks.
+
+#SBATCH …                 the allocation
+(                         a shell of its own, so that nothing in the cluster file's setup (set -e, exit, a trap,
+  setup                   exec) can keep the last lines from running
+  . JOBS/environment.sh   [environment] of the cluster file; mode 600, because tokens are kept there
+  srun … start.py         the ranks
+)
+why it ended              the failure report of the rank that died first, and a requeue if the job needs one
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from launch.jobs.allocation import REQUEUE_ME, Allocation
+
+NOTICE_S = 120
+"""How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
+earlier: Slurm looks that often."""
+ENVIRONMENT = "environment.sh"
+"""In a job's folder jobs/."""
+_RANKS_ENDED_WELL = 99
+"""Exit code of the inner shell after ranks that all exited with 0: a setup that exits with 0 ends it with 0."""
+
+
+def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, Any]:
+    """What submitit's SlurmExecutor takes.
+
+    Args:
+        jobs: the run's jobs/, as a word of the shell.
+    """
+    a = allocation
+    given = {
+        "partition": a.partition,
+        "account": a.account,
+        "qos": a.qos,
+        "constraint": a.constraint,
+        "mem": a.memory,
+        "exclude": a.exclude,
+        "dependency": a.dependency,
+        "array_parallelism": a.array_parallelism,
+        "gpus_per_node": f"{a.gpu_type}:{a.gpus_per_node}" if a.gpu_type else a.gpus_per_node or None,
+    }
+    container = [f"--container-image={a.image}"] if a.image else []
+    container += [f"--container-mounts={','.join(a.mounts)}"] if a.mounts else []
+    return {
+        "job_name": name,
+        "nodes": a.nodes,
+        "ntasks_per_node": a.tasks_per_node,
+        "cpus_per_task": a.cpus_per_task,
+        "time": a.time_min,
+        "signal_delay_s": min(NOTICE_S, 6 * a.time_min),
+        "stderr_to_stdout": True,
+        # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
+        # not (a site's WaitTime), while rank 0 writes the results.
+        "srun_args": [
+            f"--cpus-per-task={a.cpus_per_task}",
+            "--kill-on-bad-exit=1",
+            "--wait=0",
+            *container,
+            *a.srun_args,
+        ],
+        "additional_parameters": {"requeue": True, **{k.replace("-", "_"): v for k, v in a.sbatch.items()}},
+        "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],  # "": the last line may end with a backslash
+        "teardown": [*_after_ranks(), ")", *_end(jobs)],
+        **{key: value for key, value in given.items() if value is not None},
+    }
+
+
+def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
+    """The setup's shell options end with it: they would decide about lines that are not the user's, and -x would print
+    what is exported."""
+    lines = ["{ set +efnuvx; set +o pipefail; } 2>/dev/null"]
+    if allocation.environment:
+        lines.append(f". {jobs}/{ENVIRONMENT} || exit 1")
+    return lines
+
+
+def _after_ranks() -> list[str]:
+    return [
+        "status=$?",
+        f'if [ "$status" -eq 0 ]; then exit {_RANKS_ENDED_WELL}; fi',
+        'exit "$status"',
+    ]
+
+
+def _end(jobs: str) -> list[str]:
+    """The last lines of the batch script. After all that srun has said: why, as the rank that died first has it
+    (failures.py); and whether the job goes back into the queue."""
+    return [
+        "status=$?",
+        'if [ "$status" -eq 0 ]; then',
+        '    echo "error: setup in the cluster file ended the batch script with exit 0 before its ranks were started."',
+        "    status=1",
+        f'elif [ "$status" -eq {_RANKS_ENDED_WELL} ]; then',
+        "    status=0",
+        "fi",
+        "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+        "-${SLURM_RESTART_COUNT:-0}",
+        f'words={jobs}/last_words/"$attempt"',
+        'if [ "$status" -ne 0 ]; then cat "$words.txt" 2>/dev/null; fi',
+        f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$words.lost" ]; then',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$status"',
+    ]
+
+
+def write_environment(allocation: Allocation, jobs: Path) -> None:
+    """The file that the batch script takes [environment] from; only its owner can read it."""
+    if not allocation.environment:
+        return
+    path = jobs / ENVIRONMENT
+    aside = path.with_name(f".{ENVIRONMENT}.{os.getpid()}")
+    lines = [f"export {name}={_in_shell(value)}\n" for name, value in allocation.environment.items()]
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def rank_command(python: str, code: str) -> str:
+    """What starts a rank, as submitit's ``python``: the code's own start.py.
+
+    A signal that comes in the first second, while Python imports and there is no handler, would end the rank, and with
+    it the job; sh ignores it, and passes that on. Nothing is lost by not hearing it: there is nothing to save yet.
+
+    Args:
+        python, code: as words of a shell, a command and a folder.
+    """
+    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
+
+
+def set_environment(allocation: Allocation) -> None:
+    """For ranks that are this process's children, or itself."""
+    for name, value in allocation.environment.items():
+        os.environ[name] = os.path.expandvars(value)
+
+
+def _in_shell(value: str) -> str:
+    """In double quotes, where $NAME and ${NAME} mean what they do on the node."""
+    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_{]))', r"\\\1", value) + '"'
