@@ -38,6 +38,14 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
+def remove_leftovers(folder: Path, names: str = "*") -> None:
+    """Remove what writers of files of these names (a pattern) have left aside when they were killed. For the sole
+    writer of ``folder``."""
+    for leftover in folder.glob(f".{names}.part"):
+        if leftover.is_file():
+            leftover.unlink(missing_ok=True)
+
+
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
     """Two processes must not write into one folder. The lock goes with the process, however it ends.

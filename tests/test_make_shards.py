@@ -19,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from cfmask.convert.planning import hold_out
 from cfmask.data import imagenet, images, sources
 from cfmask.data.shards import ShardReader, load_index, load_manifest, write_shard
 from cfmask.data.stream import eval_batches
 from cfmask.files import sole_writer
-from tools import _conversion, make_shards
+from tools import make_shards
 
 REPO = Path(__file__).resolve().parents[1]
 SAMPLE = REPO.parent / "shared" / "data" / "imagenet-sample.tar"
@@ -399,6 +400,43 @@ def test_fifty_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
+def workers_of(command):
+    """Pids of the workers of a command's process pool: children of its one child."""
+
+    def children(pid):
+        try:
+            return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        except OSError:
+            return []
+
+    return [worker for launcher in children(command.pid) for worker in children(launcher)]
+
+
+@pytest.mark.parametrize("tool", ["make_shards", "verify_shards"])
+def test_a_worker_that_is_killed_ends_the_command_which_names_the_shard_and_resumes(tmp_path, tool):
+    flat = io.BytesIO()
+    Image.new("RGB", (1000, 1000), (1, 2, 3)).save(flat, "PNG")
+    source = write_tar(tmp_path / "set.tar", {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(20)})
+    making = ["make_shards.py", "folder", "--source", source, "--out", tmp_path / "out", "--samples-per-shard", 10]
+    flags = making if tool == "make_shards" else ["verify_shards.py", "--full", tmp_path / "out"]
+    if tool == "verify_shards":
+        assert convert("folder", source, tmp_path / "out", "--samples-per-shard", 10) == 0
+    command = [sys.executable, str(REPO / "tools" / flags[0]), *map(str, flags[1:]), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=-3, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "out/train"
+    while len(workers := workers_of(process)) < 2 or (tool == "make_shards" and not list(folder.glob(".*.tar.*.part"))):
+        time.sleep(0.002)
+        assert process.poll() is None
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    error = errors[errors.index("error: ") :]
+    assert process.returncode == 2 and "Traceback" not in errors and len(error.splitlines()) == 1
+    assert "A worker process was killed by signal 9 (SIGKILL)" in error
+    assert tool == "verify_shards" or f"while it worked on {folder}/train-0000" in error
+    assert subprocess.run(command, stdout=-3, stderr=-3, timeout=60).returncode == 0
+    assert not list(folder.glob("*.part")) + list(folder.glob(".*.part")) and (folder / "manifest.json").exists()
+
+
 def test_a_second_writer_of_a_finished_shard_leaves_it_alone(tmp_path):
     samples = [(f"k{i}", i, {"jpg": picture(i), "cls": b"1"}) for i in range(3)]
     write_shard(tmp_path / "a.tar", samples, about={"plan": "p"})
@@ -688,11 +726,11 @@ def test_shares_of_a_holdout_are_within_one_of_proportion(n):
         for c, size in enumerate(rng.integers(1, 100, 20))
         for i in range(size)
     ]
-    rest, held = _conversion.hold_out(found, n, seed=0)
+    rest, held = hold_out(found, n, seed=0)
     assert len(held) == n and sorted(rest + held) == sorted(found)
     total, taken = (Counter(image.folder for image in part) for part in (found, held))
     assert all(abs(taken[c] - n * total[c] / len(found)) < 1 for c in total)
-    assert {*_conversion.hold_out(found[::-1], n, seed=0)[1]} == {*held}
+    assert {*hold_out(found[::-1], n, seed=0)[1]} == {*held}
 
 
 def test_a_holdout_that_cannot_be_taken_is_refused(tmp_path, capsys):

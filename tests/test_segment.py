@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 import made
+from cfmask.convert import mask2former
 from cfmask.data import imagenet
 from cfmask.data.segmentation import open_masks
 from cfmask.data.shards import ShardReader, load_manifest
 from cfmask.errors import UserError
-from tools import _segmenter, segment, validate_masks, verify_shards
+from tools import segment, validate_masks, verify_shards
 from towers import TINY
 
 pytestmark = pytest.mark.usefixtures("with_transformers")
@@ -160,11 +161,11 @@ def test_a_model_that_cannot_be_had_says_which_files_to_fetch(scene, segmenter, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     empty = tmp_path / "empty"
     empty.mkdir()
-    for given in (empty, _segmenter.DEFAULT):
+    for given in (empty, mask2former.DEFAULT):
         assert segment.main(command(scene, given, tmp_path / "out")) == 2
         said = capsys.readouterr().err
         assert "config.json, preprocessor_config.json and model.safetensors" in said
-        assert f"https://huggingface.co/{_segmenter.DEFAULT}" in said and "--segmenter DIR" in said
+        assert f"https://huggingface.co/{mask2former.DEFAULT}" in said and "--segmenter DIR" in said
     assert segment.main(command(scene, segmenter, tmp_path / "out", "--groups", WNIDS[0])) == 2
     assert "does not know" in capsys.readouterr().err
 
@@ -181,7 +182,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", none)
     with pytest.raises(UserError, match="pip install -r tools/segment-requirements.txt"):
-        _segmenter.read_config("anything")
+        mask2former.read_config("anything")
 
 
 def test_flags_that_would_do_nothing_are_refused(scene, tmp_path, capsys):

@@ -1,16 +1,14 @@
-"""Do one thing to each of many items: in processes of this machine, or in the tasks of a Slurm array.
+"""Do one thing to each of many items in the tasks of a Slurm array.
 
-    run_here(function, items, workers=8, progress=bar_update)
     run_array(function, items, array, name="verify_shards", progress=bar_update)
 
-Both return the results in the order of the items. ``function`` lives in a module that can be imported (not in a script:
+Returns the results in the order of the items. ``function`` lives in a module that can be imported (not in a script:
 that would be pickled by value), and so do items and results; a UserError that it raises ends the whole.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import shlex
 import shutil
@@ -19,15 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cfmask.data.process import JOB_SIGNALS, die_with_parent, ignore_job_signals
 from cfmask.errors import UserError
+from cfmask.runtime.pool import ignore, map_in_processes
 
 REPO = Path(__file__).resolve().parents[1]
 POLL_S = 2.0
@@ -35,68 +30,6 @@ _WARNING_S = 120  # before the time limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-
-def ignore(*_: Any) -> None:
-    """The progress of who wants none."""
-
-
-# --- here -----------------------------------------------------------------------------------------------------------
-
-
-def _start_worker() -> None:
-    die_with_parent()
-    ignore_job_signals()
-
-
-def run_here(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    workers: int,
-    preload: Sequence[str] = (),
-    progress: Callable[[Result], object] = ignore,
-) -> list[Result]:
-    """The results of ``items``, in ``workers`` processes; in this one if that is 1.
-
-    Args:
-        preload: modules that are imported once for all processes (torch takes seconds).
-        progress: called with each result, as they come.
-
-    Raises:
-        UserError: the first that a process met, or that a process was killed. No process is left, whatever is raised.
-    """
-    if workers == 1 or len(items) <= 1:
-        results = []
-        for item in items:
-            results.append(function(item))
-            progress(results[-1])
-        return results
-    context = multiprocessing.get_context("forkserver")  # the progress bar has a thread: no fork of this process
-    context.set_forkserver_preload(list(preload))
-    resource_tracker.ensure_running()
-    with ProcessPoolExecutor(min(workers, len(items)), context, _start_worker) as pool:
-        try:
-            # A Ctrl-C reaches children before they ignore it; what is blocked is inherited from their first instruction
-            # on, and comes to this process a moment later.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
-            try:
-                futures = [pool.submit(function, item) for item in items]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for future in as_completed(futures):
-                progress(future.result())
-            return [future.result() for future in futures]
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.kill()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "A worker process was killed, most often for lack of memory. Run the same command again, with "
-                    "fewer --workers if it happens twice."
-                ) from None
-            raise
 
 
 # --- in a Slurm array -----------------------------------------------------------------------------------------------
@@ -198,7 +131,7 @@ class _Task:
 
         signal.signal(signal.SIGUSR2, on_warning)
         try:
-            return run_here(self.function, self.items, workers=self.workers), ""
+            return map_in_processes(self.function, self.items, workers=self.workers), ""
         except UserError as error:
             return [], str(error)
 

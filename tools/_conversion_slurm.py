@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfmask.convert.planning import Task, is_made
+from cfmask.convert.writing import make_all
 from cfmask.data.shards import index_path
 from cfmask.errors import UserError
 from tools._array import Array
-from tools._conversion import Task, is_made, make_all
 
 REPO = Path(__file__).resolve().parents[1]
 _LOOK_S, _ASK_S = 1.0, 5.0  # at the disk; the controller, which has more to do

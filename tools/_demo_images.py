@@ -20,7 +20,6 @@ wherever the same Pillow and numpy draw it, and on any number of processes.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from cfmask.runtime.pool import map_in_processes
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -84,36 +85,34 @@ def draw_tree(out: Path, *, seed: int = 0, processes: int | None = None, progres
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{class_folder(label)}\t{name}\n" for label, name in enumerate(CLASSES)]
     (out / "classes.txt").write_text("".join(lines), encoding="utf-8")
-    jobs = [(out, seed, split, label) for split in SPLITS for label in range(len(CLASSES))]
+    jobs = [
+        (out, seed, split, label, settings.per_class)
+        for split, settings in SPLITS.items()
+        for label in range(len(CLASSES))
+    ]
     total = sum(settings.per_class for settings in SPLITS.values()) * len(CLASSES)
     processes = processes or len(os.sched_getaffinity(0))
 
     from tqdm import tqdm
 
     with tqdm(total=total, unit="image", desc="draw", disable=not progress) as bar:
-        if processes == 1:
-            for job in jobs:
-                bar.update(_draw_class(job))
-            return
-        with multiprocessing.get_context("fork").Pool(processes) as pool:
-            for drawn in pool.imap_unordered(_draw_class, jobs):
-                bar.update(drawn)
+        map_in_processes(_draw_class, jobs, workers=processes, progress=bar.update)
 
 
-def _draw_class(job: tuple[Path, int, str, int]) -> int:
-    out, seed, split, label = job
+def _draw_class(job: tuple[Path, int, str, int, int]) -> int:
+    out, seed, split, label, count = job
     folder = out / split / class_folder(label)
     folder.mkdir(parents=True, exist_ok=True)
     masks = out.with_name(out.name + "-masks") / split / class_folder(label)
     if split in MASK_SPLITS:
         masks.mkdir(parents=True, exist_ok=True)
-    for number in range(SPLITS[split].per_class):
+    for number in range(count):
         image, mask, kind = draw_image(seed, split, label, number)
         name = f"{class_folder(label)}_{number:05d}_{kind}"
         Image.fromarray(image).save(folder / f"{name}.JPEG", format="JPEG", quality=90)
         if split in MASK_SPLITS:
             Image.fromarray(mask).save(masks / f"{name}.png")
-    return SPLITS[split].per_class
+    return count
 
 
 def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, Array, str]:

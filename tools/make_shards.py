@@ -44,26 +44,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm  # noqa: E402
-
-from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import sole_writer, write_atomically  # noqa: E402
-from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
-from tools._conversion import (  # noqa: E402
-    LEFT_OUT,
-    NO_IMAGES,
+from cfmask.convert.planning import (  # noqa: E402
     Classes,
     Store,
     Task,
+    claim,
     hold_out,
     is_made,
-    make_all,
     plan_split,
+    read_classes,
 )
+from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, make_all  # noqa: E402
+from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
+from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.files import remove_leftovers, sole_writer, write_atomically  # noqa: E402
+from cfmask.runtime.progress import progress_bar  # noqa: E402
+from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
 from tools._conversion_slurm import make_on_slurm  # noqa: E402
 
-PLAN = "plan.json"
 BAD_SAMPLES = "bad_samples.jsonl"
 _SHIFTED_WITH_WNIDS = [b.name for b in benchmarks.SHIFTED if b is not benchmarks.OBJECTNET]
 
@@ -93,7 +91,7 @@ def collect(args: argparse.Namespace) -> Collection:
         UserError: nothing to convert, strangers in the source, or counts that deviate.
     """
     listed = read_classes(args.classes) if args.verb == "folder" and args.classes else None
-    with progress(desc="listing the source", unit=" files") as bar:
+    with progress_bar(desc="listing the source", unit=" files") as bar:
         if args.verb == "folder":
             tree = sources.folder_tree(args.source, split=args.split, tick=bar.update)
             classes = listed or tuple((folder, folder) for folder in tree.folders)
@@ -159,29 +157,6 @@ def take_holdout(found: Collection, args: argparse.Namespace) -> None:
     found.facts["holdout"] = args.holdout
 
 
-def read_classes(path: Path) -> Classes:
-    """A class list: one `folder<TAB>display name` a line, class 0 first.
-
-    Raises:
-        UserError: the file is missing, a line has no tab, or a folder is there twice.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The class list {path} cannot be read ({error}).") from None
-    classes: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        folder, tab, name = line.partition("\t")
-        if not (tab and folder.strip() and name.strip()):
-            raise UserError(f"{path}, line {number}: expected a folder, a tab and a display name, got {line!r}.")
-        if folder in classes:
-            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
-        classes[folder] = name.strip()
-    if not classes:
-        raise UserError(f"The class list {path} is empty.")
-    return tuple(classes.items())
-
-
 # --- one split ------------------------------------------------------------------------------------------------------
 
 
@@ -230,39 +205,8 @@ def plan_all(found: Collection, args: argparse.Namespace) -> list[Split]:
     return splits
 
 
-def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
-    """Write the plan's identity into the folder, or see that it is there already.
-
-    Raises:
-        UserError: the folder holds shards of another plan.
-    """
-    path = folder / PLAN
-    remedy = f"Choose another --out, or delete {folder} if nothing there is needed"
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-            digest = there["plan"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error!r}). {remedy}.") from None
-        if digest != identity:
-            before = ", ".join(f"{name} {there.get(name)}" for name in facts)
-            now = ", ".join(f"{name} {value}" for name, value in facts.items())
-            raise UserError(
-                f"{folder} holds shards of another plan: it was begun with {before}; now it is {now}. (A plan also "
-                f"changes with the names and sizes of what it is made from, and with the class list.) {remedy}."
-            )
-    elif any(folder.glob("*.tar")):
-        raise UserError(f"{folder} holds tars that this program did not begin there. {remedy}.")
-    else:
-        write_atomically(path, json.dumps({"plan": identity, **facts}, indent=1).encode())
-
-
 def _size(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-
-
-def progress(**settings: Any) -> tqdm:
-    return tqdm(**settings, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)
 
 
 def check_space(out: Path, tasks: list[Task]) -> None:
@@ -297,7 +241,7 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
         if len(missing) < len(tasks):
             print(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
         done_bytes = 0
-        with progress(total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing) as bar:
+        with progress_bar(total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing) as bar:
 
             def report(made: tuple[int, int]) -> None:
                 nonlocal done_bytes
@@ -312,8 +256,7 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
                 workers = args.workers or len(os.sched_getaffinity(0))
                 make_all(missing, workers=workers, progress=report)
         manifest, kept = commit(split, args)
-        for leftover in folder.glob(".*.part"):  # of writers that were killed
-            leftover.unlink(missing_ok=True)
+        remove_leftovers(folder)
     seconds = time.monotonic() - begun
     rate = f", {to_do / seconds:.0f} images/s" if to_do else ""
     print(

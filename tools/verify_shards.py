@@ -23,13 +23,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm  # noqa: E402
-
 from cfmask.data import remote, tarscan  # noqa: E402
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
-from tools._array import add_array_arguments, resolve_array, run_array, run_here  # noqa: E402
+from cfmask.runtime.pool import map_in_processes  # noqa: E402
+from cfmask.runtime.progress import progress_bar  # noqa: E402
+from tools._array import add_array_arguments, resolve_array, run_array  # noqa: E402
 
 
 @dataclass
@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(items: list[tarscan.Check], array, workers: int) -> list[tarscan.Verdict]:
     begun, done, bad = time.monotonic(), 0, 0
-    pace = 0.1 if sys.stderr.isatty() else 10
-    with tqdm(total=len(items), desc="verifying", unit=" shards", mininterval=pace, dynamic_ncols=True) as bar:
+    with progress_bar(total=len(items), desc="verifying", unit=" shards") as bar:
 
         def progress(verdict: tarscan.Verdict) -> None:
             nonlocal done, bad
@@ -194,8 +193,14 @@ def verify(items: list[tarscan.Check], array, workers: int) -> list[tarscan.Verd
 
         if array is not None:
             return run_array(tarscan.check, items, array, name="verify_shards", progress=progress)
-        preload = ("torch", "cfmask.data.tarscan") if any(item.full for item in items) else ()
-        return run_here(tarscan.check, items, workers=workers, preload=preload, progress=progress)
+        return map_in_processes(
+            tarscan.check,
+            items,
+            workers=workers,
+            preload=("torch",) if any(item.full for item in items) else (),
+            describe=lambda item: str(item.root / item.shard.name),
+            progress=progress,
+        )
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.data.process import JOB_SIGNALS, ignore_job_signals
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, read_object
+from cfmask.runtime.process import JOB_SIGNALS, ignore_job_signals
 from launch.jobs.allocation import REQUEUE_ME
 
 if TYPE_CHECKING:

@@ -1,40 +1,26 @@
-"""Conversion without its command line: which sample goes where, and how one shard is made.
-
-A shard's bytes follow from its Task alone. Whoever makes it, in this process, a pool or a Slurm job (or two of them at
-once, by accident), leaves the same file.
-"""
+"""Which sample goes into which shard: a function of the images' names and sizes, the classes and the seed."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cfmask.data import images, plan, shards
 from cfmask.data.sources import LabelledImage
 from cfmask.errors import UserError
-from tools._array import ignore, run_here
+from cfmask.files import write_atomically
 
 Classes = tuple[tuple[str, str], ...]
 
-# Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
-LEFT_OUT = "left out"
-_AS_RGB = "kept, read as RGB"
-_AS_STORED = "kept, orientation not applied"
-_BY_CONTENT = "kept, under the extension of its content"
-_NUMBERED = "kept, its key numbered"
-NO_IMAGES = "class has no images"
-
-
-# --- the plan: which sample goes where ------------------------------------------------------------------------------
+PLAN = "plan.json"
+"""In the folder of a set: the plan that its shards are of."""
 
 
 @dataclass(frozen=True)
@@ -188,103 +174,67 @@ def hold_out(found: list[LabelledImage], n: int, *, seed: int) -> tuple[list[Lab
     )
 
 
-def is_made(task: Task) -> bool:
+class Planned(Protocol):
+    """A shard to make: where, and by which plan."""
+
+    @property
+    def tar(self) -> Path: ...
+
+    @property
+    def plan(self) -> str: ...
+
+
+def is_made(task: Planned) -> bool:
     """Whether a shard of this very plan is there, whole: its index is its commit record."""
     about = shards.vouched_for(task.tar)
     return about is not None and about.get("plan") == task.plan
 
 
-# --- one shard ------------------------------------------------------------------------------------------------------
-
-
-def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, int]], object] = ignore) -> None:
-    """Make shards in processes of this machine. ``progress`` gets what ``make_shard`` returns of each.
+def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
+    """Write the plan's identity into the folder, or see that it is there already.
 
     Raises:
-        UserError: the first that a process met. What is finished stays.
+        UserError: the folder holds shards of another plan.
     """
-    crops = any(task.store.image_size for task in tasks)
-    preload = ("torch.nn.functional", "tools._conversion") if crops else ()
-    run_here(make_shard, tasks, workers=workers, preload=preload, progress=progress)
-
-
-def make_shard(task: Task) -> tuple[int, int]:
-    """Read, check and write the samples of one shard, unless it is there.
-
-    Returns:
-        How many images, and bytes of the source, that were.
-
-    Raises:
-        UserError: the source cannot be read or has changed; the shard cannot be written.
-    """
-    if is_made(task):
-        return len(task.samples), 0
-    if task.store.image_size:  # originals need no torch, and importing it takes seconds
-        import torch
-
-        torch.set_num_threads(1)  # the processes share the cores already
-    issues: list[dict[str, Any]] = []
-    n_bytes = 0
-
-    def samples() -> Iterator[tuple[str, int, dict[str, bytes]]]:
-        nonlocal n_bytes
-        for sample in task.samples:
-            data = sample.image.blob.read()
-            n_bytes += len(data)
-            members = convert(sample, data, task.store, issues)
-            if members is not None:
-                yield sample.key, sample.label, members
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
-            shards.write_shard(task.tar, samples(), about={"plan": task.plan, "issues": issues})
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    path = folder / PLAN
+    remedy = f"Choose another --out, or delete {folder} if nothing there is needed"
+    if path.exists():
+        try:
+            there = json.loads(path.read_text())
+            digest = there["plan"]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error!r}). {remedy}.") from None
+        if digest != identity:
+            before = ", ".join(f"{name} {there.get(name)}" for name in facts)
+            now = ", ".join(f"{name} {value}" for name, value in facts.items())
             raise UserError(
-                f"The disk of {task.tar.parent} is full. Free some space and run the same command again: finished "
-                f"shards are kept."
-            ) from None
-        raise UserError(f"{task.tar} cannot be written ({error.strerror}).") from None
-    return len(task.samples), n_bytes
+                f"{folder} holds shards of another plan: it was begun with {before}; now it is {now}. (A plan also "
+                f"changes with the names and sizes of what it is made from, and with the class list.) {remedy}."
+            )
+    elif any(folder.glob("*.tar")):
+        raise UserError(f"{folder} holds tars that this program did not begin there. {remedy}.")
+    else:
+        write_atomically(path, json.dumps({"plan": identity, **facts}, indent=1).encode())
 
 
-def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, Any]]) -> dict[str, bytes] | None:
-    """The members of a sample, by extension; None for an image that is left out. ``issues`` gets what is odd about
-    it."""
-    image = sample.image
+def read_classes(path: Path) -> Classes:
+    """A class list: one `folder<TAB>display name` a line, class 0 first.
 
-    def note(issue: str, policy: str) -> None:
-        name = image.name.encode(errors="replace").decode()
-        issues.append({"name": name, "class": sample.label, "bytes": len(data), "issue": issue, "policy": policy})
-
+    Raises:
+        UserError: the file is missing, a line has no tab, or a folder is there twice.
+    """
     try:
-        facts = images.inspect(data)
-        if min(facts.width, facts.height) <= 2 * store.border:
-            raise UserError(f"nothing is left of its {facts.width}x{facts.height} pixels without the border")
-        if store.image_size is None:
-            extension, stored = facts.extension, data
-        else:
-            pixels = images.pixels(data, facts.extension, store.image_size, border=store.border)
-            extension, stored = images.encode(pixels, store.name)
-    except UserError as reason:
-        note(str(reason), LEFT_OUT)
-        return None
-    for oddity in facts.oddities:
-        note(oddity, _AS_STORED if oddity.startswith("EXIF") else _AS_RGB)
-    suffix = image.file.rpartition(".")[2].lower()
-    suffix = {"jpeg": "jpg", "tiff": "tif"}.get(suffix, suffix)
-    if suffix != facts.extension:
-        note(f"{suffix} by its name, {facts.extension} by its content", _BY_CONTENT)
-    if sample.key != key_of(image):
-        note("its name makes the key of another image", _NUMBERED)
-    about = {
-        "key": sample.key,
-        "wnid": sample.wnid,
-        "class": sample.label,
-        "name": image.name.encode(errors="replace").decode(),
-        "bytes": len(data),
-        "width": facts.width,
-        "height": facts.height,
-    }
-    return {extension: stored, "cls": str(sample.label).encode(), "json": json.dumps(about).encode()}
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The class list {path} cannot be read ({error}).") from None
+    classes: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        folder, tab, name = line.partition("\t")
+        if not (tab and folder.strip() and name.strip()):
+            raise UserError(f"{path}, line {number}: expected a folder, a tab and a display name, got {line!r}.")
+        if folder in classes:
+            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
+        classes[folder] = name.strip()
+    if not classes:
+        raise UserError(f"The class list {path} is empty.")
+    return tuple(classes.items())

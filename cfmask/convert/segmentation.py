@@ -1,0 +1,212 @@
+"""Masks of a set's images by Mask2Former, as shards: one of masks for each of images."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cfmask.convert.mask2former import Segmenter, category_labels, read_config
+from cfmask.convert.planning import is_made
+from cfmask.data import images, shards
+from cfmask.data.segmentation import MADE_BY, categories, class_groups, facts_of
+from cfmask.data.shards import Manifest, ShardReader, load_sets
+from cfmask.errors import UserError
+from cfmask.files import remove_leftovers
+from cfmask.runtime.pool import worker_number
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard of masks to make; everything that a process needs for it.
+
+    ids: samples of the set. labels: COCO's name of what each class id's samples show.
+    """
+
+    tar: Path
+    plan: str
+    where: str
+    set: str
+    ids: tuple[int, ...]
+    labels: tuple[str, ...]
+    segmenter: str
+    device: str
+    batch_size: int
+
+
+def plan_masks(
+    manifest: Manifest,
+    *,
+    source: str,
+    groups: Sequence[str] | None,
+    segmenter: str,
+    device: str,
+    batch_size: int,
+    folder: Path,
+) -> tuple[list[Task], dict[str, Any]]:
+    """A task for each shard with images to segment, and the facts that decide them.
+
+    Args:
+        manifest: of the set ``folder.name`` in ``source``, a folder or URL.
+        groups: as ``class_groups`` takes them.
+        segmenter: name of a Mask2Former on the hub, or its folder.
+        folder: gets the masks.
+
+    Raises:
+        UserError: the model cannot be had, does not know a category, or there is nothing to segment.
+    """
+    of_group = class_groups(manifest.classes, groups)
+    wanted = sorted(frozenset().union(*of_group.values()))
+    config = read_config(segmenter)
+    known, names = category_labels(config), categories(manifest.classes)
+    if strangers := sorted({names[i] for i in wanted} - known.keys()):
+        raise UserError(
+            f"{segmenter} does not know {', '.join(strangers[:5])}{' …' if len(strangers) > 5 else ''}: it "
+            f"segments {', '.join(sorted(known)[:12])} …. Choose --groups whose classes it knows."
+        )
+    # Of the configuration, what the weights were made for; not, say, the version of the program that read it.
+    described = {key: value for key, value in config.to_dict().items() if key not in ("transformers_version", "dtype")}
+    facts: dict[str, Any] = {
+        "of": manifest.digest,
+        "groups": sorted(of_group),
+        "segmenter": Path(segmenter).name,
+        "segmenter_digest": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ],
+    }
+    identity = hashlib.sha256(json.dumps([shards.VERSION, facts, wanted]).encode()).hexdigest()
+    first = 0
+    tasks = []
+    for shard in manifest.shards:
+        rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, wanted))
+        if len(rows):
+            tasks.append(
+                Task(
+                    tar=folder / shard.name,
+                    plan=identity,
+                    where=source,
+                    set=folder.name,
+                    ids=tuple((first + rows).tolist()),
+                    labels=tuple(names),
+                    segmenter=segmenter,
+                    device=device,
+                    batch_size=batch_size,
+                )
+            )
+        first += shard.samples
+    if not tasks:
+        raise UserError(f"{manifest.root} has no image of {', '.join(of_group)}.")
+    return tasks, facts
+
+
+# --- one shard ------------------------------------------------------------------------------------------------------
+
+
+def segment_shard(task: Task) -> int:
+    """Segment the images of one shard, unless it is done. How many they were.
+
+    Raises:
+        UserError: an image cannot be read, or the shard cannot be written.
+    """
+    if not is_made(task):
+        about: dict[str, Any] = {"plan": task.plan, "without_object": 0}
+        try:
+            shards.write_shard(task.tar, _samples(task, about), about=about)
+        except OSError as error:
+            raise UserError(f"{task.tar} cannot be written ({error.strerror}).") from None
+    return len(task.ids)
+
+
+def _samples(task: Task, about: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+    segmenter = _segmenter(task.segmenter, task.device)
+    with ShardReader(_manifest(task.where, task.set)) as reader:
+        for begin in range(0, len(task.ids), task.batch_size):
+            batch = [reader.read(i) for i in task.ids[begin : begin + task.batch_size]]
+            pixels = [_pixels(sample) for sample in batch]
+            names = [task.labels[sample["__label__"]] for sample in batch]
+            for sample, name, mask in zip(batch, names, segmenter.masks(pixels, names), strict=True):
+                about["without_object"] += not mask.any()
+                facts = {
+                    "key": sample["__key__"],
+                    "class": sample["__label__"],
+                    "category": name,
+                    "name": facts_of(sample).get("name", ""),
+                    "width": mask.shape[1],
+                    "height": mask.shape[0],
+                }
+                members = {
+                    "png": _png(mask),
+                    "cls": str(sample["__label__"]).encode(),
+                    "json": json.dumps(facts).encode(),
+                }
+                yield sample["__key__"], sample["__label__"], members
+
+
+def _pixels(sample: dict[str, Any]) -> np.ndarray:
+    """(H, W, 3) uint8 of the stored image."""
+    extension = next((name for name in sample if name in images.MEMBERS), None)
+    if extension is None:
+        raise UserError(f"Sample {sample['__key__']} of shard {sample['__url__']} has no image among its members.")
+    if extension == images.RAW:
+        return np.load(io.BytesIO(sample[extension]), allow_pickle=False).transpose(1, 2, 0)
+    try:
+        return images.decode(sample[extension]).permute(1, 2, 0).numpy()
+    except UserError as reason:
+        raise UserError(f"Sample {sample['__key__']} of shard {sample['__url__']} cannot be used: {reason}.") from None
+
+
+def _png(mask: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@functools.cache
+def _manifest(where: str, name: str) -> Manifest:
+    [manifest] = load_sets(where, [name], check_files=False).values()
+    return manifest
+
+
+@functools.cache
+def _segmenter(name: str, device: str) -> Segmenter:
+    """One a process. Processes share the GPUs of a machine out among them, or its cores."""
+    number = worker_number()
+    if number is not None:
+        torch.set_num_threads(1)
+        if device == "cuda":
+            device = f"cuda:{number % torch.cuda.device_count()}"
+    return Segmenter(name, device)
+
+
+# --- the set --------------------------------------------------------------------------------------------------------
+
+
+def commit_masks(folder: Path, of: Manifest, tasks: list[Task], facts: dict[str, Any]) -> Manifest:
+    """The manifest, from the indexes alone."""
+    entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in tasks), strict=True)
+    manifest = Manifest(
+        root=folder,
+        split=folder.name,
+        store=images.ORIGINAL,
+        classes=of.classes,
+        class_counts=shards.class_counts_of(indexes, of.num_classes),
+        shards=entries,
+        made={
+            "tool": MADE_BY,
+            **facts,
+            "without_object": sum(index.about["without_object"] for index in indexes),
+            "plan": tasks[0].plan,
+        },
+    )
+    shards.write_manifest(manifest)
+    remove_leftovers(folder)
+    return manifest
