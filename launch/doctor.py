@@ -250,7 +250,7 @@ def _ask(*command: str) -> str:
 
 def _executor(folder: Path, allocation: Allocation) -> submitit.SlurmExecutor:
     """submitit's, as for a run in this folder."""
-    batch = Batch.of([Planned(RunFolder(folder), Recipe(), new=True)])
+    batch = Batch.of([Planned(RunFolder(folder), Recipe())])
     executor = batch.executor(allocation, snapshot.digest_of(REPO))
     executor.update_parameters(job_name="cfmask-doctor")
     return executor

@@ -381,8 +381,7 @@ def look(scene: Scene) -> dict[str, Seen]:
 
 def _take_up(run: RunFolder, node: Node, before: Seen) -> Planned[Recipe | Evaluation]:
     """Make the folder, or see that it is this node's and nobody is at it; of other models' results it is rid."""
-    planned = Planned(run, node.work, new=not run.root.exists())
-    take_up(planned)
+    [planned] = take_up([Planned(run, node.work)])
     if before.status.state == "finished":
         run.drop_results()
     return planned

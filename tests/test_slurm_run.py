@@ -57,8 +57,8 @@ def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, t
     run_evaluation(evaluation, alone, Place())
 
     flags = ["--executor", "slurm", "--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "30"]
-    planned = Planned(RunFolder(tmp_path / "there"), evaluation, new=True)
-    take_up(planned)
+    planned = Planned(RunFolder(tmp_path / "there"), evaluation)
+    [planned] = take_up([planned])
     [job] = enqueue([planned], resolve_allocation(parser().parse_args(flags), ClusterFile()), pace_s=0.25)
     run = planned.run
     made.wait_for(run.root, lambda: len(read_lines(run.log)) > 0, "a line of progress")

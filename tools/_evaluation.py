@@ -22,6 +22,7 @@ from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, resolve_precision  # noqa: E402
+from launch.jobs.claims import take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments, given_flags  # noqa: E402
 from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
@@ -170,7 +171,7 @@ def carry_out(
     folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
     run = RunFolder(folder.absolute())
     _drop_results_of_other_models(evaluation, run)
-    planned = Planned(run, evaluation, new=not run.has_work())
+    planned = Planned(run, evaluation)
     if run.results.exists():
         run.claim(evaluation)
         print(f"{run.root} has the results already", file=sys.stderr)
@@ -185,10 +186,10 @@ def carry_out(
         return _in_this_process(evaluation, run), run
     if left_out(run, sweep=False):
         return 0, run
-    take_up(planned)
+    taken = take_up([planned])
     if allocation.on_slurm:
-        return submit_to_slurm([planned], allocation, follow=arguments.follow), run
-    return run_here([planned], allocation, follow=arguments.follow), run
+        return submit_to_slurm(taken, allocation, follow=arguments.follow), run
+    return run_here(taken, allocation, follow=arguments.follow), run
 
 
 def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
@@ -210,7 +211,7 @@ def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: asked.append(QUIT)) for number in numbers}
     try:
-        run.claim(evaluation)
+        take_folder(run, evaluation).keep()
         run.clear_cancelled()
         cores = len(os.sched_getaffinity(0))
         place = Place(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())

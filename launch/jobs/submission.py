@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -26,6 +27,7 @@ from cfmask.runs import RunFolder, append_lines, read_lines
 from launch.jobs import gpus, snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
+from launch.jobs.claims import Claim, take_folder
 
 if TYPE_CHECKING:
     import submitit
@@ -39,11 +41,14 @@ _NO_LIMIT_MIN = 525_600
 
 @dataclass(frozen=True)
 class Planned(Generic[Work]):
-    """A job that is to be submitted, and its run folder. new: this command makes the folder."""
+    """A job that is to be submitted, and its run folder.
+
+    claim: this command's use of the folder, from ``take_up`` on.
+    """
 
     run: RunFolder
     work: Work
-    new: bool
+    claim: Claim | None = None
 
 
 AnyPlanned = Planned[Recipe | Evaluation]
@@ -67,7 +72,7 @@ class Batch:
     @classmethod
     def of(cls, planned: Sequence[AnyPlanned]) -> Batch:
         runs = planned[0].run.root.parent
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
         return cls(planned, runs / ".sweeps" / name if len(planned) > 1 else None)
 
     @property
@@ -137,18 +142,31 @@ def left_out(run: RunFolder, *, sweep: bool) -> bool:
     return False
 
 
-def take_up(planned: AnyPlanned) -> None:
-    """Make the folder, or see that it is for this work and nobody is at it.
+def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
+    """Make the folders, or see that each is for its work and nobody is at it.
 
     Raises:
-        UserError: it is another's.
+        UserError: one of them is another's; those that this command has made are removed again.
     """
-    run = planned.run
-    run.claim(planned.work)
-    with run.locked():
-        pass  # another job on this folder is refused here rather than in the queue
-    if told := run.clear_cancelled():
-        print(f"{run.root} was cancelled by {told['by']}; it goes on now")
+    taken: list[Planned[Work]] = []
+    try:
+        for each in planned:
+            taken.append(replace(each, claim=take_folder(each.run, each.work)))
+            with each.run.locked():
+                pass  # another job on this folder is refused here rather than in the queue
+            if told := each.run.clear_cancelled():
+                print(f"{each.run.root} was cancelled by {told['by']}; it goes on now")
+    except BaseException:
+        drop(taken)
+        raise
+    return taken
+
+
+def drop(taken: Sequence[Planned[Any]]) -> None:
+    """Nothing was submitted: remove the folders that this command has made and nobody else uses."""
+    for each in taken:
+        if each.claim is not None:
+            each.claim.abandon()
 
 
 def after(allocation: Allocation, jobs: Sequence[str]) -> Allocation:
@@ -207,29 +225,29 @@ def enqueue(
         tell: hears of the code that they run.
 
     Raises:
-        UserError: Slurm does not take it. Folders that this command has made are gone again.
+        UserError: Slurm does not take it. Folders that this command has made, and nobody else uses, are gone again.
     """
     from launch.jobs.rank import Job
 
     batch = Batch.of(planned)
-    snapshots = [keep_code(each.run, tell) for each in planned]
-    for each in planned:
-        jobs_folder = each.run.root / "jobs"
-        jobs_folder.mkdir(exist_ok=True)
-        write_environment(allocation, jobs_folder)
-    batch.link_runs()
-    executor = batch.executor(allocation, snapshots[0].digest)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
     try:
+        snapshots = [keep_code(each.run, tell) for each in planned]
+        for each in planned:
+            jobs_folder = each.run.root / "jobs"
+            jobs_folder.mkdir(exist_ok=True)
+            write_environment(allocation, jobs_folder)
+        batch.link_runs()
+        executor = batch.executor(allocation, snapshots[0].digest)
         jobs = send(executor, work)
-    except UserError:
-        leftovers = [each.run.root for each in planned if each.new]  # a refused command leaves nothing behind
-        for path in [batch.sweep, *leftovers] if batch.sweep else leftovers:
-            shutil.rmtree(path)
+    except (UserError, OSError):
+        if batch.sweep:
+            shutil.rmtree(batch.sweep, ignore_errors=True)
+        drop(planned)
         raise
     batch.link_jobs(jobs)
     for each, job, code in zip(planned, jobs, snapshots, strict=True):
-        _record(each.run, job.job_id, allocation, code)
+        _record(each, job.job_id, allocation, code)
     return jobs
 
 
@@ -303,7 +321,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
         # The local controller counts the time down and kills: there is no queue to give the machine back to.
         executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN)
     job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))
-    _record(run, job.job_id, allocation, code)
+    _record(planned, job.job_id, allocation, code)
     print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
     if allocation.executor == "debug":
         job.result()
@@ -367,7 +385,7 @@ def _submissions(run: RunFolder) -> Path:
     return run.root / "jobs" / "submissions.jsonl"
 
 
-def _record(run: RunFolder, job_id: str, allocation: Allocation, code: snapshot.Snapshot) -> None:
+def _record(planned: AnyPlanned, job_id: str, allocation: Allocation, code: snapshot.Snapshot) -> None:
     line = {
         "job": job_id,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -375,7 +393,9 @@ def _record(run: RunFolder, job_id: str, allocation: Allocation, code: snapshot.
         "executor": allocation.executor,
         "allocation": allocation.again,
     }
-    append_lines(_submissions(run), [line])
+    append_lines(_submissions(planned.run), [line])
+    if planned.claim is not None:
+        planned.claim.keep()
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
             "other; on Slurm, python launch/status.py shows them all."
         )
     for each in planned:
-        if not each.new:
+        if each.run.has_work():
             each.run.claim(each.work)
     if not sweep and arguments.array_parallelism:
         raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
@@ -109,8 +109,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         return 0
     if arguments.dry_run:
         return dry_run(wanted, allocation)
-    for each in wanted:
-        take_up(each)
+    wanted = take_up(wanted)
     if allocation.on_slurm:
         return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
@@ -141,7 +140,7 @@ def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocatio
     planned = []
     for recipe in recipes:
         run = RunFolder((arguments.run or default_folder(recipe)).resolve())
-        planned.append(Planned(run, recipe, new=not (run.root / "recipe.json").exists()))
+        planned.append(Planned(run, recipe))
     return planned
 
 
@@ -190,7 +189,7 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
             "to rounding.",
             file=sys.stderr,
         )
-    return allocation, [Planned(run, work, new=False)]
+    return allocation, [Planned(run, work)]
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------

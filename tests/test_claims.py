@@ -1,0 +1,169 @@
+"""A run folder is removed by the command that made it, and only while no other command uses it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import made
+from cfmask.errors import UserError
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder, read_lines
+from launch.jobs import claims, submission, training
+from launch.jobs.claims import take_folder
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    return made.make_materials(tmp_path_factory.mktemp("materials"), per_class=8)
+
+
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_nobody_else_uses_is_removed_by_its_maker(tmp_path):
+    run = RunFolder(tmp_path / "runs/x")
+    claim = take_folder(run, Recipe())
+    (run.root / "jobs").mkdir()
+    claim.abandon()
+    assert claim.made and contents(tmp_path / "runs") == []
+
+
+@pytest.mark.parametrize("present", ["empty", "run", "older run"])
+def test_a_folder_that_was_there_before_is_never_removed(tmp_path, present):
+    run = RunFolder(tmp_path / "x")
+    run.root.mkdir()
+    if present == "run":
+        run.claim(Recipe())
+    elif present == "older run":
+        take_folder(run, Recipe()).keep()
+    claim = take_folder(run, Recipe())
+    claim.abandon()
+    assert not claim.made and (run.root / "recipe.json").exists()
+
+
+@pytest.mark.parametrize("order", ["claimed", "accepted", "refused"])
+def test_of_two_commands_the_refused_maker_leaves_the_folder_to_the_other(tmp_path, order):
+    run = RunFolder(tmp_path / "x")
+    maker, other = take_folder(run, Recipe()), take_folder(run, Recipe())
+    assert maker.made and not other.made
+    if order == "refused":
+        other.abandon()
+        maker.abandon()
+        assert contents(tmp_path) == []
+        return
+    if order == "accepted":
+        other.keep()
+        (run.root / "jobs").mkdir()
+        (run.root / "jobs/submissions.jsonl").touch()
+    maker.abandon()
+    assert (run.root / "recipe.json").exists()
+    other.keep()
+    take_folder(run, Recipe()).keep()
+    assert contents(run.root) == ["jobs", "recipe.json"] if order == "accepted" else ["recipe.json"]
+
+
+@pytest.mark.parametrize("sign", ["log.jsonl", "checkpoints", "notes.txt", "owner"])
+def test_signs_of_use_keep_a_folder_whose_command_was_refused(tmp_path, sign):
+    """Who uses it may have made no claim: an older version, or a person."""
+    run = RunFolder(tmp_path / "x")
+    claim = take_folder(run, Recipe())
+    if sign == "owner":
+        with run.locked("local"):
+            claim.abandon()
+    else:
+        (run.root / sign).touch()
+        claim.abandon()
+    assert (run.root / "recipe.json").exists()
+
+
+def test_who_comes_while_a_folder_is_being_removed_waits_and_makes_it_anew(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "x")
+    maker = take_folder(run, Recipe())
+    came: list[claims.Claim] = []
+    thread = threading.Thread(target=lambda: came.append(take_folder(run, Recipe())))
+
+    def in_use(checked: RunFolder) -> bool:
+        thread.start()
+        thread.join(0.5)
+        assert not came, "the folder is about to go"
+        return False
+
+    monkeypatch.setattr(claims, "_in_use", in_use)
+    maker.abandon()
+    thread.join(10)
+    assert came[0].made and (run.root / "recipe.json").exists() and came[0].mark.exists()
+
+
+def test_a_command_that_was_killed_while_it_removed_a_folder_keeps_nobody_out(tmp_path):
+    run = RunFolder(tmp_path / "x")
+    claim = take_folder(run, Recipe())
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    closed = claims._process().replace(str(os.getpid()), gone.stdout.strip())
+    os.rename(run.root / ".claims", run.root / f".removing-{closed}")
+    assert not take_folder(run, Recipe()).made
+    assert claim.mark.exists()
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["run", "sweep"])
+@pytest.mark.parametrize("accepted", ["the other", "none"])
+def test_a_refused_submission_leaves_the_run_that_another_command_has_submitted(
+    materials, tmp_path, monkeypatch, seeds, accepted
+):
+    """Slurm refuses the first command; before it says so, the same command is given elsewhere."""
+    monkeypatch.setattr(submission.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(submission, "queued_job", lambda run: None)
+    monkeypatch.setenv("CFMASK_CLUSTER", "")
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    training.add_submit_arguments(parser)
+    flags = made.recipe_flags(materials, tmp_path / "unused")[:-2]
+    more = ("--executor", "slurm", "--gpus-per-node", 0, "--seeds", *seeds)
+    arguments = parser.parse_args(list(map(str, [*flags, *more])))
+    calls = []
+
+    def send(executor, work):
+        calls.append(len(work))
+        if len(calls) == 2 and accepted == "the other":
+            paths = SimpleNamespace(submission_file=tmp_path / "s", submitted_pickle=tmp_path / "p")
+            return [SimpleNamespace(job_id=f"77_{number}", paths=paths) for number in range(len(work))]
+        if len(calls) == 1 and accepted == "the other":
+            assert training.submit(arguments) == 0
+        elif len(calls) == 1:
+            with pytest.raises(UserError, match="no"):
+                training.submit(arguments)
+        raise UserError("Slurm says no")
+
+    monkeypatch.setattr(submission, "send", send)
+    with pytest.raises(UserError, match="Slurm says no"):
+        training.submit(arguments)
+    assert calls == [len(seeds)] * 2
+    runs = [path for path in (tmp_path / "runs").iterdir() if path.name != ".sweeps"]
+    assert len(runs) == (len(seeds) if accepted == "the other" else 0)
+    for run in runs:
+        assert [line["job"][:3] for line in read_lines(run / "jobs/submissions.jsonl")] == ["77_"]
+        assert (run / "recipe.json").exists() and list((run / "code").iterdir())
+
+
+def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):
+    first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
+    second.root.mkdir()
+    (second.root / "foreign").touch()
+    planned = [submission.Planned(run, Recipe()) for run in (first, second)]
+    with pytest.raises(UserError, match="neither empty nor the folder"):
+        submission.take_up(planned)
+    assert contents(tmp_path) == ["second"] and contents(second.root) == ["foreign"]
