@@ -49,10 +49,11 @@ from launch.jobs.allocation import Allocation, resolve_allocation, uncovered  # 
 from launch.jobs.batch_script import set_environment, write_environment  # noqa: E402
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
-from launch.jobs.submission import Batch, Planned, ask_sbatch, local_executor, send  # noqa: E402
+from launch.jobs.submission import Batch, Planned, local_executor, send  # noqa: E402
+from launch.slurm.submission import test_only  # noqa: E402
 
 if TYPE_CHECKING:
-    import submitit
+    from launch.slurm.executor import SlurmExecutor
 
 PROBE_MIN = 6
 """The probe's time limit: more than its ranks wait for each other, and for files of each other."""
@@ -248,7 +249,7 @@ def _ask(*command: str) -> str:
     return done.stdout
 
 
-def _executor(folder: Path, allocation: Allocation) -> submitit.SlurmExecutor:
+def _executor(folder: Path, allocation: Allocation) -> SlurmExecutor:
     """submitit's, as for a run in this folder."""
     batch = Batch.of([Planned(RunFolder(folder), Recipe())])
     executor = batch.executor(allocation, snapshot.digest_of(REPO))
@@ -259,9 +260,8 @@ def _executor(folder: Path, allocation: Allocation) -> submitit.SlurmExecutor:
 def _test_only(told: Told, folder: Path, allocation: Allocation) -> bool:
     """What sbatch says to the very file that a run would be sent with; whether it takes it."""
     executor = _executor(folder, allocation)
-    text = executor._make_submission_file_text(executor._submitit_command_str, "")
     try:
-        said = ask_sbatch(text).removeprefix("sbatch: ")
+        said = test_only(executor.batch_script()).removeprefix("sbatch: ")
     except UserError as error:
         change = (
             "submit.py --dry-run with these flags shows the file; its #SBATCH lines are flags and keys of cluster.toml"

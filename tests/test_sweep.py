@@ -17,7 +17,6 @@ import pytest
 
 import made
 from cfmask.runs import read_lines
-from launch.jobs import submission as batch
 from launch.jobs.snapshot import differing_files, take
 from made import logs, wait_for, wait_for_step
 from slurm_fixture import wait_until
@@ -232,15 +231,6 @@ def jobs_of(done: subprocess.CompletedProcess) -> dict[str, Path]:
 
 def wait_for_end(run: Path) -> None:
     wait_for(run, (run / "results.json").exists, f"the end of {run.name}")
-
-
-def test_a_job_that_is_submitted_from_within_a_job_inherits_nothing_of_it(monkeypatch):
-    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "SBATCH_ACCOUNT"):
-        monkeypatch.setenv(name, "7")
-    with batch._outside_of_jobs():
-        seen = {name for name in os.environ if name.startswith(("SLURM", "SRUN", "SBATCH"))}
-        assert seen == {"SLURM_CONF", "SBATCH_ACCOUNT"}, "what the user wants of any job stays"
-    assert os.environ["SLURM_MEM_PER_CPU"] == "7"
 
 
 @pytest.mark.slurm

@@ -6,16 +6,13 @@ lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import secrets
 import shlex
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,9 +25,15 @@ from launch.jobs import gpus, snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
+from launch.slurm.client import SlurmError
+from launch.slurm.queue import queue
+from launch.slurm.states import is_completing
+from launch.slurm.submission import SubmissionUnknown, submitted, test_only
 
 if TYPE_CHECKING:
     import submitit
+
+    from launch.slurm.executor import SlurmExecutor
 
 T = TypeVar("T")
 Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
@@ -80,9 +83,9 @@ class Batch:
         """submitit's."""
         return self.sweep or self.planned[0].run.root / "jobs"
 
-    def executor(self, allocation: Allocation, digest: str) -> submitit.SlurmExecutor:
+    def executor(self, allocation: Allocation, digest: str) -> SlurmExecutor:
         """submitit's executor, which runs the snapshot of this digest."""
-        import submitit
+        from launch.slurm.executor import SlurmExecutor
 
         name = f"sweep-{self.sweep.name}" if self.sweep else self.planned[0].run.root.name
         member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
@@ -92,7 +95,7 @@ class Batch:
             logs = f"{self.sweep}/%a/jobs/%A_%a"
             parameters["srun_args"].append(f"--output={logs}_%t_log.out")
             parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
-        executor = submitit.SlurmExecutor(
+        executor = SlurmExecutor(
             self.folder,
             max_num_timeout=1000,
             python=rank_command(allocation.python, f"{run}/code/{digest}"),
@@ -186,13 +189,11 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
     where = ", ".join(str(each.run.root) for each in planned)
     if allocation.on_slurm:
         executor = Batch.of(planned).executor(allocation, snapshot.digest_of(REPO))
-        if len(planned) > 1:
-            executor.parameters["map_count"] = len(planned)
-        text = executor._make_submission_file_text(executor._submitit_command_str, "")
+        text = executor.batch_script(len(planned))
         print(f"\n{text}")
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
-        print(ask_sbatch(text))
+        print(test_only(text))
     print(f"Would run on {allocation} into {where}. Everything checked; nothing was queued.")
     return 0
 
@@ -240,6 +241,11 @@ def enqueue(
         batch.link_runs()
         executor = batch.executor(allocation, snapshots[0].digest)
         jobs = send(executor, work)
+    except SubmissionUnknown:
+        for each in planned:  # a job may be there, and finds its folder
+            if each.claim is not None:
+                each.claim.keep()
+        raise
     except (UserError, OSError):
         if batch.sweep:
             shutil.rmtree(batch.sweep, ignore_errors=True)
@@ -251,33 +257,13 @@ def enqueue(
     return jobs
 
 
-def ask_sbatch(text: str) -> str:
-    """What Slurm says to an sbatch file without queueing it: when and where it would start.
-
-    Raises:
-        UserError: it would be refused.
-    """
-    with _outside_of_jobs():
-        tested = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True)
-    if tested.returncode:
-        raise _refusal(tested.stderr)
-    return tested.stderr.strip()
-
-
-def send(executor: submitit.SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
+def send(executor: SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
     """One sbatch.
 
     Raises:
-        UserError: Slurm does not take it.
+        SlurmError: Slurm does not take it.
     """
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
-    try:
-        # submitit prints what it raises.
-        with _outside_of_jobs(), contextlib.redirect_stderr(io.StringIO()):
-            return _undisturbed(lambda: executor.submit_array(work))
-    except (FailedJobError, FailedSubmissionError) as error:
-        raise _refusal(str(error)) from None
+    return _undisturbed(lambda: executor.submit_array(work))
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
@@ -369,16 +355,67 @@ def last_submission(run: RunFolder) -> Mapping[str, Any] | None:
 
 
 def queued_job(run: RunFolder) -> str | None:
-    """The job of the run that waits or runs, in words; None if there is none, or Slurm cannot be asked."""
-    jobs = [line["job"] for line in read_lines(_submissions(run)) if line["executor"] == "slurm"]
-    if not jobs or not shutil.which("squeue"):
+    """The job of the run that waits or runs, and its state; None if there is none.
+
+    Raises:
+        UserError: Slurm may have one, and cannot be asked.
+    """
+    jobs, scripts = _slurm_jobs(run), _unconfirmed(run)
+    if not jobs and not scripts:
         return None
-    command = ["squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", "--format=%i %T"]
-    listed = subprocess.run(command, capture_output=True, text=True).stdout
-    states = dict(line.split() for line in listed.splitlines() if len(line.split()) == 2)
-    return next(
-        (f"{job} ({states[job].lower()})" for job in jobs if states.get(job, "COMPLETING") != "COMPLETING"), None
-    )
+    try:
+        found = queue(jobs)
+        sent = [job for script in scripts for job in submitted(script)]
+        found |= queue(sent) if sent else {}
+    except SlurmError as error:
+        if not scripts and _ended_for_good(run, jobs[-1]):
+            return None  # by its own record, and nothing was submitted since
+        raise UserError(
+            f"{run.root} was submitted to Slurm ({f'job {jobs[-1]}' if jobs else 'its job is unknown'}), and whether "
+            f"that job is still there cannot be asked: {error} Nothing was submitted, as a second job would disturb "
+            "the first. Give the same command again when squeue answers, on a machine that has it."
+        ) from None
+    return next((f"{job.id} ({job.state.lower()})" for job in found.values() if not is_completing(job.state)), None)
+
+
+def _ended_for_good(run: RunFolder, job: str) -> bool:
+    """Whether the run folder itself says that this job, the last one, ended and did not ask to come back."""
+    ended = run.ended()
+    attempts = read_lines(run.attempts)
+    last = str(attempts[-1].get("job")).rpartition("-")[0] if attempts else ""
+    return ended is not None and last == job and not str(ended["why"]).endswith("(requeue)")
+
+
+def _slurm_jobs(run: RunFolder) -> list[str]:
+    """Jobs of the run that Slurm has accepted, the latest last; those, too, after which the command was killed before
+    it could note them."""
+    noted = [line["job"] for line in read_lines(_submissions(run)) if line["executor"] == "slurm"]
+    alone = [path.name.partition("_")[0] for path in (run.root / "jobs").glob("*_submission.sh")]
+    members = [
+        f"{path.name.partition('_')[0]}_{link.name}"
+        for link in _sweep_links(run)
+        for path in link.parent.glob("*_submission.sh")
+    ]
+    arrays = {job.partition("_")[0] for job in (*noted, *members) if "_" in job}
+    lost = [job for job in (*alone, *members) if job.isdigit() and job not in arrays or "_" in job]
+    return [*(job for job in sorted(lost, key=_by_number) if job not in noted), *noted]
+
+
+def _by_number(job: str) -> list[int]:
+    return [int(part) for part in job.split("_") if part.isdigit()]
+
+
+def _unconfirmed(run: RunFolder) -> list[Path]:
+    """Batch scripts of the run, or of its sweep, of which it is not known whether Slurm has accepted them: one that it
+    has is a link by now."""
+    folders = (run.root / "jobs", *(link.parent for link in _sweep_links(run)))
+    return [path for folder in folders for path in folder.glob(".submission_file_*.sh") if not path.is_symlink()]
+
+
+def _sweep_links(run: RunFolder) -> list[Path]:
+    """Where sweeps have this run as a member: .sweeps/NAME/NUMBER."""
+    links = (each for each in (run.root.parent / ".sweeps").glob("*/*") if each.name.isdigit() and each.is_symlink())
+    return [each for each in links if each.resolve() == run.root.resolve()]
 
 
 def _submissions(run: RunFolder) -> Path:
@@ -398,18 +435,6 @@ def _record(planned: AnyPlanned, job_id: str, allocation: Allocation, code: snap
         planned.claim.keep()
 
 
-@contextlib.contextmanager
-def _outside_of_jobs() -> Iterator[None]:
-    """sbatch and srun take settings from the environment: a job submitted from within a job would inherit its size."""
-    inside = "SLURM_JOB_ID" in os.environ
-    names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"]
-    hidden = {name: os.environ.pop(name) for name in names if inside}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
 def _undisturbed(submit: Callable[[], T]) -> T:
     """Ctrl-C is for this process, which tells the job's controller; that one, or sbatch, would die of it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -417,9 +442,3 @@ def _undisturbed(submit: Callable[[], T]) -> T:
         return submit()
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _refusal(words: str) -> UserError:
-    """sbatch's own words."""
-    said = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in words.strip().splitlines())
-    return UserError(f"Slurm does not take the job: {said}")
