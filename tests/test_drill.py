@@ -16,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfmask.runs import append_lines, read_lines
-from launch import drill
-from launch.drills.cluster import Box, fill_disk
-from launch.drills.handle import Disturbance, Moment, seconds_to_checkpoint, steps_lost
+from launch.drills.cluster import DevCluster
+from launch.drills.environment import STEPS, DrillEnvironment
+from launch.drills.faults import fill_disk
+from launch.drills.handle import Fault, Snapshot, seconds_to_checkpoint, steps_lost
+from launch.drills.runner import DrillResult, different_losses, judge
+from launch.drills.scenarios import DRILLS, UNDISTURBED
 from slurm_fixture import CannotBeHad, Cluster, running_cluster, wait_until
 from tools import audit
 
 REPO = Path(__file__).resolve().parents[1]
-STEPS = drill.STEPS
 
 # --- the matrix -------------------------------------------------------------------------------------------------------
 
@@ -63,7 +65,7 @@ def lives(cluster: Cluster, run: Path) -> list[str]:
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("name", [each.name for each in drill.DRILLS])
+@pytest.mark.parametrize("name", [each.name for each in DRILLS])
 def test_it_ends_with_the_weights_of_an_undisturbed_run(done, name):
     run, alone = done / name, done / "undisturbed"
     said = (done / "said.txt").read_text()
@@ -79,7 +81,7 @@ def test_it_ends_with_the_weights_of_an_undisturbed_run(done, name):
             for tensor in ours:
                 assert torch.equal(ours[tensor], theirs[tensor]), f"{tensor} of {file} differs"
     assert audit.main([str(run)]) == 0
-    assert re.search(rf"^\| {name} \|.*\| (same to the bit|same samples, same loss) \|$", said, re.MULTILINE), said
+    assert re.search(rf"^\| {name} \|.*\| (bitwise identical|same samples, same loss) \|$", said, re.MULTILINE), said
 
 
 STOPPED, CAME_BACK, KILLED = (
@@ -104,6 +106,9 @@ STORIES: dict[str, tuple[list[str], str]] = {
     "node-lost": ([LOST.format(0)], "(NODE_FAIL|REQUEUED) COMPLETED"),
     "first-node-lost": ([rf"{LOST.format(1)}|{KILLED}"], "NODE_FAIL COMPLETED"),
     "controller-restarted": ([], "COMPLETED"),
+    "interface-missing": (["failed: .*cfmask0.*"], "FAILED COMPLETED"),
+    "unreadable-at-resume": ([STOPPED, "failed: .*Input/output error.*"], "CANCELLED FAILED COMPLETED"),
+    "quota-at-warning": ([CAME_BACK], "REQUEUED COMPLETED"),
     "full-disk": (["failed: CheckpointNotWritten: .*No space left on device.*"], "FAILED COMPLETED"),
 }
 
@@ -126,7 +131,7 @@ def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done):
 
 @pytest.mark.slurm
 def test_who_hears_of_it_loses_no_step_and_who_does_not_goes_on_from_the_last_checkpoint(done):
-    lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in drill.DRILLS}
+    lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in DRILLS}
     unheard = ("rank-killed", "preempted-while-writing", "node-lost", "first-node-lost", "full-disk")
     assert {name: steps for name, steps in lost.items() if name not in unheard and steps} == {}
     assert all(lost[name] <= 20 for name in ("rank-killed", "node-lost", "first-node-lost")), "--checkpoint-steps is 20"
@@ -143,10 +148,12 @@ def test_other_numbers_of_nodes_are_recorded(done):
 @pytest.mark.slurm
 def test_no_process_of_any_job_is_left(cluster, done, tmp_path):
     """After all of it. That none is left right after a job's end, the drills see themselves."""
-    box = Box(cluster.state)
-    assert box.processes() == []
+    cluster_of_drills = DevCluster(cluster.state)
+    assert cluster_of_drills.processes() == []
     job = cluster.sbatch("--wrap=sleep 30", "--nodelist=n3", cwd=tmp_path)
-    wait_until(lambda: len(box.processes(f"SLURM_JOB_ID={job}", "SLURMD_NODENAME=n3")) >= 2, "they would be seen")
+    wait_until(
+        lambda: len(cluster_of_drills.processes(f"SLURM_JOB_ID={job}", "SLURMD_NODENAME=n3")) >= 2, "they would be seen"
+    )
     cluster.call("scancel", job)
 
 
@@ -155,7 +162,7 @@ def test_it_says_so_and_shows_it(done):
     said = (done / "said.txt").read_text()
     assert said.startswith("exit code 0\n"), said
     assert (done / "drills.png").stat().st_size > 20_000
-    assert all(f"| {each.name} |" in (done / "drills.md").read_text() for each in drill.DRILLS)
+    assert all(f"| {each.name} |" in (done / "drills.md").read_text() for each in DRILLS)
 
 
 @pytest.mark.slurm
@@ -182,12 +189,18 @@ def test_what_cannot_be_done_here_is_refused_or_left_out(cluster, tmp_path):
 
 
 def test_seconds_to_checkpoint_are_those_to_the_first_of_the_step_reached():
-    moments = [Moment(0, 1, 3, 0), Moment(1, 1, 7, 4), Moment(2, 1, 8, 7), Moment(3, 1, 8, 8), Moment(4, 2, 8, 8)]
-    assert seconds_to_checkpoint(moments, Disturbance(1, "x", 1, 7)) == 1
-    assert seconds_to_checkpoint(moments, Disturbance(2, "x", 1, 8)) == 1
-    assert seconds_to_checkpoint(moments, Disturbance(2, "x", 1, 9)) is None, "never"
-    late = [*moments[:2], Moment(4, 2, 4, 4), Moment(9, 2, 9, 8)]
-    assert seconds_to_checkpoint(late, Disturbance(1, "x", 1, 7)) is None, "by another start"
+    snapshots = [
+        Snapshot(0, 1, 3, 0),
+        Snapshot(1, 1, 7, 4),
+        Snapshot(2, 1, 8, 7),
+        Snapshot(3, 1, 8, 8),
+        Snapshot(4, 2, 8, 8),
+    ]
+    assert seconds_to_checkpoint(snapshots, Fault(1, "x", 1, 7)) == 1
+    assert seconds_to_checkpoint(snapshots, Fault(2, "x", 1, 8)) == 1
+    assert seconds_to_checkpoint(snapshots, Fault(2, "x", 1, 9)) is None, "never"
+    late = [*snapshots[:2], Snapshot(4, 2, 4, 4), Snapshot(9, 2, 9, 8)]
+    assert seconds_to_checkpoint(late, Fault(1, "x", 1, 7)) is None, "by another start"
 
 
 def test_steps_lost_are_those_taken_twice():
@@ -199,9 +212,9 @@ def test_steps_lost_are_those_taken_twice():
 
 
 @pytest.fixture
-def two_runs(tmp_path) -> tuple[drill.Played, drill.Played]:
+def two_runs(tmp_path) -> tuple[DrillResult, DrillResult]:
     """As a drill and an undisturbed run leave them."""
-    scene = drill.Scene(tmp_path, (), 2, None, (), 0.0, 1.0)
+    env = DrillEnvironment(tmp_path, (), 2, None, (), 0.0, 1.0)
     for name in ("warned", "undisturbed"):
         run = tmp_path / name
         final = run / f"checkpoints/step-{STEPS:08d}"
@@ -213,50 +226,50 @@ def two_runs(tmp_path) -> tuple[drill.Played, drill.Played]:
     append_lines(tmp_path / "undisturbed/attempts.jsonl", [{"attempt": 1, "why_last_ended": None}])
     told = [{"attempt": 1, "why_last_ended": None}, {"attempt": 2, "why_last_ended": "stopped at step 63 (requeue)"}]
     append_lines(tmp_path / "warned/attempts.jsonl", told)
-    warned = next(each for each in drill.DRILLS if each.name == "warned")
-    return tuple(drill.Played(each, scene.stage(each)) for each in (warned, drill.UNDISTURBED))
+    warned = next(each for each in DRILLS if each.name == "warned")
+    return tuple(DrillResult(each, env.handle(each)) for each in (warned, UNDISTURBED))
 
 
 def test_equal_runs_are_judged_so(two_runs):
-    assert drill.judge(*two_runs) == []
+    assert judge(*two_runs) == []
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
 def test_one_bit_is_seen(two_runs, file):
-    run = two_runs[0].stage.run
+    run = two_runs[0].run.folder
     path = run.checkpoints / f"step-{STEPS:08d}" / file
     tensors = load_file(path)
     tensors["weight"].view(torch.int32)[3] ^= 1
     save_file(tensors, path)
-    assert drill.judge(*two_runs) == [f"1 tensors differ: weight of {file}"]
+    assert judge(*two_runs) == [f"1 tensors differ: weight of {file}"]
     del tensors["bias"]
     save_file(tensors, path)
-    assert drill.judge(*two_runs) == [f"2 tensors differ: bias of {file}, weight of {file}"]
+    assert judge(*two_runs) == [f"2 tensors differ: bias of {file}, weight of {file}"]
 
 
 def test_another_story_another_sample_and_a_lost_line_are_seen(two_runs):
-    played, alone = two_runs
-    run = played.stage.run
+    result, alone = two_runs
+    run = result.run.folder
     shutil.copy(run.attempts, run.root / "kept")
     append_lines(run.attempts, [{"attempt": 3, "why_last_ended": "killed without notice"}])
-    [story] = drill.judge(played, alone)
-    assert "another story: stopped at step 63 (requeue); killed without notice" in story
+    [story] = judge(result, alone)
+    assert "gives other ends of its starts: stopped at step 63 (requeue); killed without notice" in story
     shutil.copy(run.root / "kept", run.attempts)
     text = run.receipts.read_text()
     run.receipts.write_text(text.replace(f"{2:032x}", f"{3:032x}"))
-    assert "other samples" in drill.judge(played, alone)[0]
+    assert "other samples" in judge(result, alone)[0]
     run.receipts.write_text(text.splitlines()[0] + "\n")
-    assert "other samples" in drill.judge(played, alone)[0]
+    assert "other samples" in judge(result, alone)[0]
 
 
 def test_losses_up_to_rounding(two_runs):
-    ours, theirs = (each.stage.run for each in two_runs)
-    assert drill.different_losses(ours, theirs, tolerance=0) == ""
+    ours, theirs = (each.run.folder for each in two_runs)
+    assert different_losses(ours, theirs, tolerance=0) == ""
     ours.log.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5004}\n')
-    assert drill.different_losses(ours, theirs, tolerance=1e-3) == ""
-    assert drill.different_losses(ours, theirs, tolerance=1e-4) == "the loss of step 2 is 0.5004, undisturbed 0.5"
+    assert different_losses(ours, theirs, tolerance=1e-3) == ""
+    assert different_losses(ours, theirs, tolerance=1e-4) == "the loss of step 2 is 0.5004, undisturbed 0.5"
     ours.log.write_text('{"step": 1, "loss": 1.0}\n')
-    assert "other steps" in drill.different_losses(ours, theirs, tolerance=1)
+    assert "other steps" in different_losses(ours, theirs, tolerance=1)
 
 
 def test_a_full_disk_is_full_but_for_what_is_left(tmp_path):
@@ -274,5 +287,5 @@ def test_a_full_disk_is_full_but_for_what_is_left(tmp_path):
 def test_help_and_list_need_neither_slurm_nor_torch():
     command = [sys.executable, "-X", "importtime", REPO / "launch/drill.py", "--list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == [each.name for each in drill.DRILLS]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [each.name for each in DRILLS]
     assert not re.search(r"\| +(torch|matplotlib)$", listed.stderr, re.MULTILINE)

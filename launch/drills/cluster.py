@@ -1,5 +1,5 @@
-"""What only the administrator of a cluster can do to it, for drills on that of slurm/cluster.py: daemons that are
-killed, settings that are changed, disks that are full or slow."""
+"""Faults that take an administrator, for drills on the cluster of slurm/cluster.py: daemons killed, settings changed, a
+small file system."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.drills.handle import Trouble, slurm
+from launch.drills.handle import DrillFailed
+from launch.slurm.client import ask
 
 REPO = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Box:
-    """A cluster that is ours to break. state: its folder."""
+class DevCluster:
+    """The cluster of slurm/cluster.py that runs in the folder ``state``."""
 
     state: Path
 
     @classmethod
-    def find(cls) -> Box | None:
-        """The one that SLURM_CONF names, if it is one, and we are root."""
+    def find(cls) -> DevCluster | None:
+        """The cluster that SLURM_CONF names, if it is such a one and this process is root."""
         state = Path(os.environ.get("SLURM_CONF", "/nowhere/slurm.conf")).parent
         return cls(state) if (state / "cluster.json").exists() and os.geteuid() == 0 else None
 
@@ -37,7 +38,7 @@ class Box:
         return json.loads((self.state / "cluster.json").read_text())
 
     def processes(self, *variables: str) -> list[int]:
-        """What runs in a job of this cluster, and has these variables: NAME=VALUE."""
+        """Processes of this cluster's jobs that have these variables, NAME=VALUE, in their environment."""
         found = []
         for pid in [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]:
             with contextlib.suppress(OSError):
@@ -51,10 +52,10 @@ class Box:
         os.kill(self._record()["daemons"][daemon]["pid"], signal.SIGKILL)
 
     def kill_node(self, node: str) -> None:
-        """SIGKILL to the daemon of a node and to all that runs there; first to what would still tell the controller how
-        a job has ended, because a node that is lost does not."""
+        """Send SIGKILL to the daemon of a node and to everything that runs there; first to slurmstepd, which would
+        report the end of a job to the controller: a node that is lost does not."""
         self.kill(f"slurmd-{node}")
-        for _ in range(2):  # what was being started
+        for _ in range(2):  # the second time: what was being started
             mine = self.processes(f"SLURMD_NODENAME={node}")
             parents = {parent for pid in mine if (parent := _parent(pid)) and _command(parent).startswith("slurmstepd")}
             for pid in [*parents, *mine]:
@@ -62,13 +63,13 @@ class Box:
                     os.kill(pid, signal.SIGKILL)
 
     def revive(self) -> None:
-        """Start what was killed."""
+        """Start the daemons that were killed."""
         record = self._record()
         size = ("--nodes", str(record["nodes"]), "--cpus-per-node", str(record["cpus_per_node"]))
         command = [sys.executable, str(REPO / "slurm/cluster.py"), "up", "--state", str(self.state), *size]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
-            raise Trouble(f"the cluster does not come up again: {done.stderr.strip()}")
+            raise DrillFailed(f"the cluster does not come up again: {done.stderr.strip()}")
 
     @contextlib.contextmanager
     def without_user_signal(self) -> Iterator[None]:
@@ -76,16 +77,16 @@ class Box:
         conf = self.state / "slurm.conf"
         before = conf.read_text()
         conf.write_text(re.sub(r"(?m)^SlurmctldParameters=preempt_send_user_signal$", "", before))
-        slurm("scontrol", "reconfigure")
+        ask("scontrol", "reconfigure")
         try:
             yield
         finally:
             conf.write_text(before)
-            slurm("scontrol", "reconfigure")
+            ask("scontrol", "reconfigure")
 
     @contextlib.contextmanager
     def small_disk(self, folder: Path, *, megabytes: int = 24) -> Iterator[None]:
-        """The folder as a file system of its own; what was left there is an ordinary folder afterwards."""
+        """Mount a file system of this size at the folder; afterwards its files are in an ordinary folder."""
         folder.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "cfmask-drill", folder], check=True)
         kept = folder.with_name(f".{folder.name}.kept")
@@ -110,36 +111,3 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text()
     except OSError:
         return ""
-
-
-def fill_disk(path: Path, *, leave: int) -> None:
-    """A file that takes all the space there is, but for so many bytes."""
-    with open(path, "wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12):
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(size))
-    os.truncate(path, max(0, path.stat().st_size - leave))
-
-
-@contextlib.contextmanager
-def slow_disk(folder: Path) -> Iterator[Path]:
-    """What is submitted meanwhile has a disk on which checkpoints do not end, as long as the file is there that this
-    yields: Python imports sitecustomize when it starts, and sbatch hands PYTHONPATH on."""
-    folder.mkdir()
-    slow, before = folder / "slow", os.environ.get("PYTHONPATH")
-    (folder / "sitecustomize.py").write_text(
-        "import os, threading, time\n\n\n"
-        "def fsync(descriptor, fsync=os.fsync):\n"
-        f"    while threading.current_thread().name.startswith('checkpoint ') and os.path.exists({str(slow)!r}):\n"
-        "        time.sleep(0.1)\n"
-        "    fsync(descriptor)\n\n\n"
-        "os.fsync = fsync\n"
-    )
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
-    try:
-        yield slow
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before

@@ -1,7 +1,7 @@
-"""A run on Slurm seen from outside, for drills: submitted, watched, disturbed, and asked afterwards what it cost.
+"""A run on Slurm seen from outside, for drills: submitted, watched, and asked afterwards what an interruption cost.
 
-Waiting is a generator's business: `yield from stage.reach(20)` gives others their turn until step 20 is logged, so that
-several stages are played by one process.
+Whatever waits is a generator (``Poll``) that yields between two looks: `yield from run.reach(20)` lets other drills go
+on until step 20 is logged. One process drives several runs that way.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import re
 import shlex
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,28 +18,28 @@ from pathlib import Path
 
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder, read_lines
-from launch.checks.cluster import parse_records
 from launch.jobs import training
 from launch.jobs.submission import last_submission
+from launch.slurm.client import ask, show_job
 
-Act = Iterator[None]
+Poll = Iterator[None]
 
-SLURM_AWAY = ("Unable to contact", "Connection refused", "Socket timed out")
 _ASK_EVERY_S = 0.5
-_ANSWER_S = 60.0
-"""How long one of Slurm's commands may take, and a controller that is away be asked again."""
 _SETTLES_S = 5.0
 _OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
 """States of a job that does not come back."""
 
 
-class Trouble(Exception):
-    """What did not go as it has to; a sentence."""
+class DrillFailed(Exception):
+    """A run did not behave as it has to; the message says how."""
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What a run folder showed at a time (monotonic seconds): starts, the last step logged, the newest checkpoint."""
+class Snapshot:
+    """What a run folder showed at a time (monotonic seconds).
+
+    starts: lines of attempts.jsonl. step: the last one logged. saved: step of the newest checkpoint.
+    """
 
     time: float
     starts: int
@@ -50,8 +48,8 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Disturbance:
-    """When something was done to a run (monotonic seconds), what, in which start and at which step."""
+class Fault:
+    """What was done to a run, and when (monotonic seconds), in which start and at which step."""
 
     time: float
     what: str
@@ -59,23 +57,24 @@ class Disturbance:
     step: int
 
 
-class Stage:
+class RunHandle:
     """One run.
 
     Args:
+        run: its folder.
         flags: of submit.py, without --run.
-        pace_s: how long the run stays at each step.
-        patience_s: how long anything may take that is waited for, queues included.
+        pace_s: seconds that the run waits at each step.
+        patience_s: seconds that anything may take that is waited for, queues included.
     """
 
     def __init__(self, run: Path, flags: Sequence[str], *, pace_s: float, patience_s: float) -> None:
-        self.run = RunFolder(run)
+        self.folder = RunFolder(run)
         self._flags, self._pace_s, self._patience_s = flags, pace_s, patience_s
         self.job = ""
         self.jobs: list[str] = []
         """Those of the run, and others that this drill has submitted."""
-        self.moments: list[Moment] = []
-        self.disturbances: list[Disturbance] = []
+        self.snapshots: list[Snapshot] = []
+        self.faults: list[Fault] = []
         self.first_steps: list[float] = []
         """Seconds from each start of a job, as Slurm gives it, to its first step."""
         self._asked = 0.0
@@ -83,15 +82,19 @@ class Stage:
         self._restarts = 0
         self._pending_since: float | None = None
 
-    # --- acting ---------------------------------------------------------------------------------------------------
+    # --- commands -------------------------------------------------------------------------------------------------
 
     def submit(self, *more: str) -> None:
-        """Raises Trouble with submit.py's own words if it refuses."""
-        self._submit(["--run", str(self.run.root), *self._flags, *more])
+        """Submit the run, with more flags.
+
+        Raises:
+            DrillFailed: submit.py refuses; the message is its own.
+        """
+        self._submit(["--run", str(self.folder.root), *self._flags, *more])
 
     def resume(self, *more: str) -> None:
-        """submit.py --resume; as ``submit``."""
-        self._submit(["--resume", str(self.run.root), *more])
+        """submit.py --resume; raises as ``submit`` does."""
+        self._submit(["--resume", str(self.folder.root), *more])
 
     def _submit(self, flags: Sequence[str]) -> None:
         parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
@@ -101,53 +104,59 @@ class Stage:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 training.submit(arguments, pace_s=self._pace_s)
         except UserError as error:
-            raise Trouble(f"`submit.py {shlex.join(flags)}` refuses: {error}") from None
-        submission = last_submission(self.run)
+            raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {error}") from None
+        submission = last_submission(self.folder)
         if submission is None:
-            raise Trouble(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
+            raise DrillFailed(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
         self.job, self._asked, self._restarts = submission["job"], 0.0, 0
         self.jobs.append(self.job)
 
-    def disturb(self, what: str) -> None:
-        """Note that something is done now."""
-        now = self.look()
-        self.disturbances.append(Disturbance(now.time, what, now.starts, now.step))
+    def record_fault(self, what: str) -> None:
+        """Note that a fault is injected now."""
+        now = self.snapshot()
+        self.faults.append(Fault(now.time, what, now.starts, now.step))
+
+    def cancel(self) -> None:
+        """End all jobs of this drill that are still there."""
+        with contextlib.suppress(UserError):
+            if self.jobs:
+                ask("scancel", *self.jobs)
 
     # --- waiting --------------------------------------------------------------------------------------------------
 
-    def reach(self, step: int) -> Act:
+    def reach(self, step: int) -> Poll:
         """Wait until ``step`` is logged by the latest start.
 
         Raises:
-            Trouble: the run has finished, or its job is gone, or nothing happens.
+            DrillFailed: the run has finished, its job has ended, or it takes longer than the patience.
         """
         for _ in self.until(f"step {step}"):
-            if self.run.results.exists():
-                raise Trouble(f"finished before step {step} was seen: a larger --pace gives more time to disturb it")
-            if self.look().step >= step:
+            if self.folder.results.exists():
+                raise DrillFailed(f"finished before step {step} was seen: a larger --pace leaves more time for faults")
+            if self.snapshot().step >= step:
                 return
-            self._see_that_it_lives(f"step {step}")
+            self._check_alive(f"step {step}")
             yield
 
-    def restart(self) -> Act:
-        """Wait until the job has come back once more and runs.
+    def restart(self) -> Poll:
+        """Wait until the job has been requeued once more and runs.
 
         Raises:
-            Trouble: it does not come back.
+            DrillFailed: it is not requeued.
         """
         self._restarts += 1
-        for _ in self.until(f"job {self.job} has come back"):
+        for _ in self.until(f"job {self.job} runs again"):
             came = int(self.job_field("Restarts", "0")) >= self._restarts
             if came and self.job_field("JobState") == "RUNNING":
                 return
-            self.hurry()
+            self.skip_hold()
             if self.job_field("JobState") in _OVER:
-                raise Trouble(f"job {self.job} did not come back: it is {self.job_field('JobState')}")
+                raise DrillFailed(f"job {self.job} was not requeued: it is {self.job_field('JobState')}")
             yield
 
-    def hurry(self) -> None:
-        """Skip most of the two minutes that Slurm holds a requeued job for. Some seconds are needed for its life before
-        to end everywhere: what of that is late would end the new one."""
+    def skip_hold(self) -> None:
+        """Skip most of the two minutes that Slurm holds a requeued job for. Some seconds are left for its previous
+        start to end on all nodes: what is late there would end the new one."""
         now = time.monotonic()
         if self.job_field("JobState") != "PENDING":
             self._pending_since = None
@@ -155,80 +164,88 @@ class Stage:
             self._pending_since = now
         elif now - self._pending_since > _SETTLES_S:
             self._pending_since = now
-            with contextlib.suppress(Trouble):  # a site that does not let its users: then it takes two minutes
-                slurm("scontrol", "update", f"jobid={self.job}", "StartTime=now")
+            with contextlib.suppress(UserError):  # a site that does not let its users: then it takes two minutes
+                ask("scontrol", "update", f"jobid={self.job}", "StartTime=now")
 
-    def gone(self, state: str, *, within_s: float | None = None) -> Act:
+    def ended(self, state: str, *, within_s: float | None = None, restarts: bool = False) -> Poll:
         """Wait until the job has ended for good.
 
+        Args:
+            restarts: it may be requeued on the way.
+
         Raises:
-            Trouble: in another state than this, or not ``within_s``.
+            DrillFailed: in another state than this, or not ``within_s``.
         """
         for _ in self.until(f"job {self.job} is {state}", within_s):
             found = self.job_field("JobState")
             if found == state:
                 return
             if found in _OVER:
-                raise Trouble(f"job {self.job} is {found}, and should be {state}")
+                raise DrillFailed(f"job {self.job} is {found}, and should be {state}")
+            if restarts:
+                self.skip_hold()
             yield
 
-    def finish(self, *, restarts: bool = False) -> Act:
-        """Wait for the run's results, and its job's end.
+    def finish(self, *, restarts: bool = False) -> Poll:
+        """Wait for the run's results and its job's end.
 
         Args:
-            restarts: the job may come back on the way, any number of times.
+            restarts: the job may be requeued on the way, any number of times.
 
         Raises:
-            Trouble: they do not come.
+            DrillFailed: they do not come.
         """
         for _ in self.until("the run has finished"):
-            if self.run.results.exists():
+            if self.folder.results.exists():
                 break
             if restarts:
-                self.hurry()
-            self._see_that_it_lives("the end")
+                self.skip_hold()
+            self._check_alive("the end")
             yield
-        yield from self.gone("COMPLETED")
+        yield from self.ended("COMPLETED")
 
-    def wait(self, seconds: float) -> Act:
+    def wait(self, seconds: float) -> Poll:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             yield
 
     def until(self, what: str, within_s: float | None = None) -> Iterator[None]:
-        """Turns to wait in.
+        """Yield as long as there is patience.
 
         Raises:
-            Trouble: there have been enough.
+            DrillFailed: there is none left.
         """
         patience = self._patience_s if within_s is None else within_s
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             yield
-        raise Trouble(f"waited {patience:.0f} s in vain until {what}")
+        raise DrillFailed(f"waited {patience:.0f} s in vain until {what}")
 
-    def _see_that_it_lives(self, what: str) -> None:
+    def _check_alive(self, what: str) -> None:
         state = self.job_field("JobState")
-        if state in _OVER and not self.run.results.exists():
-            raise Trouble(f"job {self.job} is {state} before {what}; its logs are in {self.run.root / 'jobs'}")
+        if state in _OVER and not self.folder.results.exists():
+            raise DrillFailed(f"job {self.job} is {state} before {what}; its logs are in {self.folder.root / 'jobs'}")
 
-    # --- seeing ---------------------------------------------------------------------------------------------------
+    # --- looking --------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
-        """As far as it was seen."""
-        return self.moments[-1].step if self.moments else 0
+        """The last one that a snapshot shows."""
+        return self.snapshots[-1].step if self.snapshots else 0
 
-    def look(self) -> Moment:
-        """Add what the run folder shows now to ``moments``."""
-        attempts = read_lines(self.run.attempts)
-        now = Moment(
-            time.monotonic(), len(attempts), self.run.logged_step() or 0, self.run.saved_step() if attempts else 0
+    def snapshot(self) -> Snapshot:
+        """What the run folder shows now; added to ``snapshots``."""
+        attempts = read_lines(self.folder.attempts)
+        now = Snapshot(
+            time=time.monotonic(),
+            starts=len(attempts),
+            step=self.folder.logged_step() or 0,
+            saved=self.folder.saved_step() if attempts else 0,
         )
         if now.starts > len(self.first_steps) and now.step > (attempts[-1]["from_step"] or 0):
             self.first_steps.append(self._seconds_since_start())
-        if not self.moments or now.time - self.moments[-1].time > 0.02:
-            self.moments.append(now)
+        if not self.snapshots or now.time - self.snapshots[-1].time > 0.02:
+            self.snapshots.append(now)
         return now
 
     def _seconds_since_start(self) -> float:
@@ -242,31 +259,36 @@ class Stage:
     def job_field(self, name: str, otherwise: str = "") -> str:
         """What the controller knows of the job, as `scontrol show job` names it; asked at most twice a second."""
         if time.monotonic() - self._asked > _ASK_EVERY_S:
-            [self._known] = parse_records(slurm("scontrol", "--oneliner", "show", "job", self.job), first="JobId")
+            self._known = show_job(self.job)
             self._asked = time.monotonic()
         return self._known.get(name, otherwise)
 
     def nodes(self) -> list[str]:
         self._asked = 0.0
-        return slurm("scontrol", "show", "hostnames", self.job_field("NodeList")).split()
+        return ask("scontrol", "show", "hostnames", self.job_field("NodeList")).split()
+
+    def log(self, job: str = "*") -> str:
+        """What the ranks of a job, or of all of them, have printed."""
+        logs = sorted((self.folder.root / "jobs").glob(f"{job}_*_log.out"))
+        return "".join(path.read_text(errors="replace") for path in logs)
 
     # --- afterwards -----------------------------------------------------------------------------------------------
 
     def seconds_to_checkpoint(self) -> list[float | None]:
-        """For each disturbance, until a checkpoint of the step that had been reached; None if there was none before the
-        next start, or the end."""
-        return [seconds_to_checkpoint(self.moments, disturbance) for disturbance in self.disturbances]
+        """For each fault, until a checkpoint of the step that had been reached; None if there was none before the next
+        start, or the end."""
+        return [seconds_to_checkpoint(self.snapshots, fault) for fault in self.faults]
 
     def steps_lost(self) -> int:
         """Steps that were taken twice, over all starts."""
-        return steps_lost(read_lines(self.run.attempts))
+        return steps_lost(read_lines(self.folder.attempts))
 
 
-def seconds_to_checkpoint(moments: Sequence[Moment], disturbance: Disturbance) -> float | None:
-    """From the disturbance to the first checkpoint of the step that it came at, or later, of the same start."""
-    for moment in moments:
-        if moment.time >= disturbance.time and moment.saved >= disturbance.step:
-            return moment.time - disturbance.time if moment.starts == disturbance.starts else None
+def seconds_to_checkpoint(snapshots: Sequence[Snapshot], fault: Fault) -> float | None:
+    """From a fault to the first checkpoint of the step that it came at, or later, of the same start."""
+    for snapshot in snapshots:
+        if snapshot.time >= fault.time and snapshot.saved >= fault.step:
+            return snapshot.time - fault.time if snapshot.starts == fault.starts else None
     return None
 
 
@@ -277,23 +299,3 @@ def steps_lost(attempts: Sequence[dict]) -> int:
         for line in attempts[1:]
         if line.get("from_step") is not None
     )
-
-
-def slurm(*command: str) -> str:
-    """One of Slurm's commands; a controller that does not answer is asked again.
-
-    Raises:
-        Trouble: it fails, with its words.
-    """
-    deadline = time.monotonic() + _ANSWER_S
-    while True:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise Trouble(f"`{shlex.join(command)}` failed: {error}") from error
-        if done.returncode == 0:
-            return done.stdout.strip()
-        said = re.sub(r"\s+", " ", done.stderr or done.stdout).strip()
-        if time.monotonic() > deadline or not any(word in said for word in SLURM_AWAY):
-            raise Trouble(f"`{shlex.join(command)}` failed: {said}")
-        time.sleep(0.5)

@@ -1,0 +1,109 @@
+"""Faults of the file system and of one node's settings.
+
+Most are injected into the ranks: Python imports ``sitecustomize`` when it starts, and sbatch hands PYTHONPATH on to the
+job. A fault is on while its mark, a file, exists:
+
+    with injected(folder, SLOW_CHECKPOINTS) as mark:
+        run.submit()
+    mark.touch()                checkpoints take for ever from here
+    mark.unlink()               and are written again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREAMBLE = """\
+import builtins
+import errno
+import io
+import os
+import threading
+import time
+
+MARK = {mark!r}
+
+
+def writes_checkpoint():
+    return threading.current_thread().name.startswith("checkpoint ")
+
+
+"""
+
+SLOW_CHECKPOINTS = """\
+def fsync(descriptor, fsync=os.fsync):
+    while writes_checkpoint() and os.path.exists(MARK):
+        time.sleep(0.1)
+    fsync(descriptor)
+
+
+os.fsync = fsync
+"""
+"""Writing a checkpoint does not end."""
+
+QUOTA_EXCEEDED = """\
+def fsync(descriptor, fsync=os.fsync):
+    if writes_checkpoint() and os.path.exists(MARK):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+    fsync(descriptor)
+
+
+os.fsync = fsync
+"""
+"""Writing a checkpoint fails with EDQUOT, when it is flushed, as on NFS."""
+
+UNREADABLE_CHECKPOINTS = """\
+def open_file(file, mode="r", *arguments, opened=io.open, **options):
+    name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
+    if "/checkpoints/step-" in str(name) and "r" in mode and os.path.exists(MARK):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(name))
+    return opened(file, mode, *arguments, **options)
+
+
+builtins.open = io.open = open_file
+"""
+"""Opening a file of a checkpoint for reading fails with EIO."""
+
+
+def interface_missing(node: int, name: str) -> str:
+    """Ranks on one node of the job (0 is its first) are told to use an interface that does not exist."""
+    return f"""\
+if os.path.exists(MARK) and os.environ.get("SLURM_NODEID") == "{node}":
+    os.environ["GLOO_SOCKET_IFNAME"] = {name!r}
+"""
+
+
+@contextlib.contextmanager
+def injected(folder: Path, code: str) -> Iterator[Path]:
+    """Inject a fault into what is submitted in this context, and into its restarts.
+
+    Args:
+        folder: a new one, which all nodes see.
+        code: Python, run at the start of each process.
+
+    Yields:
+        The fault's mark. It does not exist yet.
+    """
+    folder.mkdir(parents=True)
+    mark, before = folder / "mark", os.environ.get("PYTHONPATH")
+    (folder / "sitecustomize.py").write_text(_PREAMBLE.format(mark=str(mark)) + code)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
+    try:
+        yield mark
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+def fill_disk(path: Path, *, leave: int) -> None:
+    """Write a file that takes all the space of its file system but for ``leave`` bytes."""
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12):
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    os.truncate(path, max(0, path.stat().st_size - leave))

@@ -1,0 +1,69 @@
+"""Table and picture of drills that were done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfmask.runs import read_lines
+from launch.drills.environment import STEPS, Drill
+from launch.drills.runner import DrillResult
+from launch.drills.scenarios import UNDISTURBED
+
+_HEADER = (
+    *("drill", "fault", "starts", "steps lost", "to checkpoint (s)", "start to first step (s)", "took (s)", "verdict"),
+)
+
+
+def table(results: Sequence[DrillResult], left_out: Sequence[tuple[Drill, str]]) -> str:
+    """Markdown: a row for each drill; left_out: those that were not done, and why."""
+    rows: list[Sequence[str]] = []
+    for result in results:
+        run, drill = result.run, result.drill
+        passed = "bitwise identical" if drill.same_ranks else "same samples, same loss"
+        verdict = "–" if drill is UNDISTURBED else passed
+        rows.append(
+            (
+                *(drill.name, drill.what, str(len(read_lines(run.folder.attempts))), str(run.steps_lost())),
+                *(_span(run.seconds_to_checkpoint()), _span(run.first_steps), f"{result.took_s:.0f}"),
+                "; ".join(result.problems) or verdict,
+            )
+        )
+    rows += [(drill.name, drill.what, *[""] * 5, f"not done: {why}") for drill, why in left_out]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (_HEADER, ["---"] * len(_HEADER), *rows))
+
+
+def _span(seconds: Sequence[float | None]) -> str:
+    """The least and the most; "–" if there are none."""
+    known = [f"{s:.1f}" for s in sorted(s for s in seconds if s is not None)]
+    return "–" if not known else known[0] if known[0] == known[-1] else f"{known[0]} … {known[-1]}"
+
+
+def draw(results: Sequence[DrillResult], path: Path) -> None:
+    """Plot steps over time, a panel for each drill, with its faults and checkpoints."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False, sharey=True)
+    for axis, result in zip(axes.flat, results, strict=False):
+        snapshots = result.run.snapshots
+        began = snapshots[0].time
+        times = [snapshot.time - began for snapshot in snapshots]
+        axis.fill_between(times, [snapshot.saved for snapshot in snapshots], step="post", alpha=0.25, label="saved")
+        axis.plot(times, [snapshot.step for snapshot in snapshots], drawstyle="steps-post", label="step", linewidth=1.2)
+        for fault in result.run.faults:
+            axis.axvline(fault.time - began, color="tab:red", linewidth=1, linestyle="--")
+            axis.text(fault.time - began, STEPS, fault.what, color="tab:red", fontsize=6, rotation=90, va="top")
+        axis.set_title(result.drill.name + (" ✗" if result.problems else ""), fontsize=9)
+        axis.tick_params(labelsize=7)
+    for axis in list(axes.flat)[len(results) :]:
+        axis.axis("off")
+    figure.supxlabel("seconds", fontsize=8)
+    axes[0][0].legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,386 @@
+"""The drills: what is done to each run, and what attempts.jsonl has to say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cfmask.runs import read_lines
+from launch.drills.environment import Drill, DrillEnvironment
+from launch.drills.faults import (
+    QUOTA_EXCEEDED,
+    SLOW_CHECKPOINTS,
+    UNREADABLE_CHECKPOINTS,
+    fill_disk,
+    injected,
+    interface_missing,
+)
+from launch.drills.handle import DrillFailed, Poll, RunHandle
+from launch.slurm.client import ask
+
+EARLY, HALF = 25, 63
+"""Steps at which runs are interrupted."""
+
+
+def _undisturbed(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    yield from run.finish()
+
+
+# --- requeues and preemptions -----------------------------------------------------------------------------------------
+
+
+def _restarts_after(what: str, *command: str) -> Callable[[RunHandle, DrillEnvironment], Poll]:
+    """The scenario in which one of Slurm's commands is given for the job half way."""
+
+    def scenario(run: RunHandle, env: DrillEnvironment) -> Poll:
+        run.submit()
+        yield from run.reach(HALF)
+        run.record_fault(what)
+        ask(*command, run.job)
+        yield from run.restart()
+        yield from run.finish()
+
+    return scenario
+
+
+def _time_limit(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit("--time", "2")
+    yield from run.reach(1)
+    yield from run.restart()
+    yield from run.finish(restarts=True)
+
+
+def _preempt(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """Submit a job that takes the run's nodes; wait until the run's job runs again."""
+    nodes = run.nodes()
+    wanted = (f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--time=5")
+    run.record_fault("preempted")
+    job = ask(
+        *("sbatch", "--parsable", "--job-name=cfmask-preempts", "--output=/dev/null", *wanted, *env.preempt_with),
+        "--wrap=sleep 1",
+    )
+    run.jobs.append(job.strip())
+    yield from run.restart()
+
+
+def _preempted(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    yield from run.reach(HALF)
+    yield from _preempt(run, env)
+    yield from run.finish()
+
+
+def _preempted_five_times(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    yield from run.reach(EARLY)
+    for _ in range(5):
+        yield from run.reach(run.snapshot().step + 3)
+        yield from _preempt(run, env)
+    yield from run.finish()
+
+
+def _preempted_unwarned(run: RunHandle, env: DrillEnvironment) -> Poll:
+    assert env.cluster is not None
+    with env.cluster.without_user_signal():
+        yield from _preempted(run, env)
+
+
+def _preempted_while_writing(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """A checkpoint takes longer to write than Slurm waits before it kills."""
+    with injected(env.folder / "slow-checkpoints", SLOW_CHECKPOINTS) as slow:
+        run.submit()
+    yield from run.reach(EARLY)
+    slow.touch()
+    try:
+        for _ in run.until("a checkpoint is being written"):
+            if any(run.folder.checkpoints.glob(".step-*")):
+                break
+            yield
+        yield from _preempt(run, env)
+    finally:
+        slow.unlink()
+    yield from run.finish()
+
+
+# --- jobs that end ----------------------------------------------------------------------------------------------------
+
+
+def _ended(run: RunHandle, env: DrillEnvironment, state: str, *, within_s: float | None = None) -> Poll:
+    """Wait until the job has ended for good; no process of it may be left, where that can be seen."""
+    yield from run.ended(state, within_s=within_s, restarts=True)
+    if env.cluster is not None:
+        yield from run.wait(1)  # the last ones are about to end
+        if left := env.cluster.processes(f"SLURM_JOB_ID={run.job}"):
+            raise DrillFailed(f"job {run.job} is {state}, and its processes {left} are still there")
+
+
+_KILL_RANK = """
+rank=
+for each in /proc/[0-9]*; do
+    variables=$(tr '\\0' '\\n' < $each/environ 2>/dev/null) || continue
+    echo "$variables" | grep -qx SLURM_JOB_ID={job} || continue
+    echo "$variables" | grep -qx SLURM_PROCID={rank} || continue
+    tr '\\0' ' ' < $each/cmdline | grep -q submitit.core._submit && rank="$rank ${{each#/proc/}}"
+done
+for each in $rank; do
+    parent=$(sed 's/.*) //' /proc/$each/stat | cut -d' ' -f2)
+    case " $rank " in *" $parent "*) kill -9 $each ;; esac
+done
+"""
+"""Of the two processes that a rank is (launch/jobs/failures.py), kill the child: it trains, and takes the memory."""
+
+
+def _rank_killed(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    yield from run.reach(HALF)
+    last = int(read_lines(run.folder.attempts)[-1]["world_size"]) - 1
+    there = (f"--jobid={run.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={run.nodes()[-1]}")
+    run.record_fault("rank killed")
+    ask("srun", *there, "--input=none", "sh", "-c", _KILL_RANK.format(job=run.job, rank=last))
+    yield from _ended(run, env, "FAILED", within_s=30)
+    run.resume()
+    yield from run.finish()
+
+
+def _scancel(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.record_fault("scancel")
+    ask("scancel", run.job)
+    yield from _ended(run, env, "CANCELLED")
+
+
+def _cancelled(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    yield from run.reach(HALF)
+    yield from _scancel(run, env)
+    yield from run.wait(5)
+    yield from run.ended("CANCELLED")  # it stays so
+    run.resume()
+    yield from run.finish()
+
+
+def _resized(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit()
+    for step, nodes in ((EARLY, 1), (HALF, env.nodes)):
+        yield from run.reach(step)
+        yield from _scancel(run, env)
+        run.resume("--nodes", str(nodes))
+    yield from run.finish()
+    had = [line["nodes"] for line in read_lines(run.folder.attempts)]
+    if had != [env.nodes, 1, env.nodes]:
+        raise DrillFailed(f"attempts.jsonl says that it had {had} nodes")
+
+
+# --- nodes, networks, the controller ----------------------------------------------------------------------------------
+
+
+def _node_lost(run: RunHandle, env: DrillEnvironment, which: int = -1) -> Poll:
+    assert env.cluster is not None
+    run.submit()
+    yield from run.reach(HALF)
+    node = run.nodes()[which]
+    run.record_fault("node lost")
+    env.cluster.kill_node(node)
+    try:
+        for _ in run.until(f"the job is requeued after {node} was lost"):
+            if run.job_field("Restarts") == "1":
+                break
+            yield
+    finally:
+        env.cluster.revive()
+    yield from run.wait(5)  # until the node has heard that the job's first start is over
+    yield from run.restart()
+    yield from run.finish()
+
+
+def _first_node_lost(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """The node on which the batch script runs: only Slurm is left to requeue the job."""
+    yield from _node_lost(run, env, which=0)
+
+
+_NO_SUCH_INTERFACE = "cfmask0"
+
+
+def _interface_missing(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """The job's second node has no interface of the name that it is given. No restart mends that."""
+    with injected(env.folder / "interface", interface_missing(1, _NO_SUCH_INTERFACE)) as mark:
+        mark.touch()
+        run.submit("--restarts-without-progress", "1")
+    run.record_fault("interface missing")
+    yield from _ended(run, env, "FAILED")
+    starts = int(run.job_field("Restarts", "0")) + 1
+    if starts > 2:
+        raise DrillFailed(f"job {run.job} started {starts} times, and --restarts-without-progress 1 allows two")
+    for name in (_NO_SUCH_INTERFACE, run.nodes()[1]):
+        if name not in run.log():
+            raise DrillFailed(f"the log does not name {name}")
+    run.resume()
+    yield from run.finish()
+
+
+def _controller_restarted(run: RunHandle, env: DrillEnvironment) -> Poll:
+    assert env.cluster is not None
+    run.submit()
+    yield from run.reach(HALF)
+    run.record_fault("controller killed")
+    env.cluster.kill("slurmctld")
+    try:
+        yield from run.wait(3)
+    finally:
+        env.cluster.revive()
+    yield from run.finish()
+
+
+# --- disks ------------------------------------------------------------------------------------------------------------
+
+
+def _full_disk(run: RunHandle, env: DrillEnvironment) -> Poll:
+    assert env.cluster is not None
+    with env.cluster.small_disk(run.folder.root):
+        run.submit()
+        yield from run.reach(HALF)
+        run.record_fault("disk full")
+        filler = run.folder.root / ".filler"
+        fill_disk(filler, leave=3 << 15)  # 96 kB: enough for logs, not for a checkpoint
+        yield from _ended(run, env, "FAILED")
+        for words in ("No space left on device", "Earlier checkpoints are intact"):
+            if words not in run.log():
+                raise DrillFailed(f"the log does not say {words!r}")
+        filler.unlink()
+        run.resume()
+        yield from run.finish()
+
+
+def _quota_at_warning(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """The checkpoint before a requeue cannot be written for three seconds."""
+    with injected(env.folder / "quota", QUOTA_EXCEEDED) as exceeded:
+        run.submit()
+    yield from run.reach(HALF)
+    exceeded.touch()
+    run.record_fault("USR2, quota")
+    ask("scancel", "--signal=USR2", run.job)
+    yield from run.wait(3)
+    exceeded.unlink()
+    yield from run.restart()
+    yield from run.finish()
+
+
+def _unreadable_at_resume(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """Checkpoints cannot be read when the job comes back: first for good, then for some seconds."""
+    with injected(env.folder / "unreadable", UNREADABLE_CHECKPOINTS) as unreadable:
+        run.submit()
+        yield from run.reach(HALF)
+        yield from _scancel(run, env)
+        kept = (run.folder.log.read_bytes(), run.folder.receipts.read_bytes())
+        unreadable.touch()
+        run.record_fault("EIO")
+        run.resume("--restarts-without-progress", "1")
+        yield from _ended(run, env, "FAILED")
+        if kept != (run.folder.log.read_bytes(), run.folder.receipts.read_bytes()):
+            raise DrillFailed("the start that could not read its checkpoint has changed log.jsonl or receipts.jsonl")
+        if "Input/output error" not in run.log(run.job):
+            raise DrillFailed("the log does not say 'Input/output error'")
+        run.resume()
+        for _ in run.until("a start has failed to read its checkpoint"):
+            if "Input/output error" in run.log(run.job):
+                break
+            yield
+        yield from run.wait(3)
+        unreadable.unlink()
+        yield from run.finish()
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+_CAME_BACK = r"stopped at step \d+ \(requeue\)"
+_STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
+_KILLED = "killed without notice"
+_LOST = rf"lost a rank without a word.*|{_KILLED}"
+UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
+DRILLS = (
+    # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.
+    Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_CAME_BACK}(; {_CAME_BACK})*", lasts_s=120),
+    Drill("first-node-lost", "the job's first node dies", _first_node_lost, _LOST, "cluster", nodes=2),
+    Drill(
+        name="preempted-5-times",
+        what="preempted five times",
+        scenario=_preempted_five_times,
+        ends="; ".join([_STOPPED] * 5),
+        needs="preempt",
+    ),
+    Drill(
+        name="warned",
+        what="USR2, as before a preemption or the time limit",
+        scenario=_restarts_after("USR2", "scancel", "--signal=USR2"),
+        ends=_CAME_BACK,
+    ),
+    Drill("requeued", "scontrol requeue", _restarts_after("requeue", "scontrol", "requeue"), _STOPPED),
+    Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*"),
+    Drill("cancelled", "scancel; it has to stay away; --resume", _cancelled, _STOPPED),
+    Drill(
+        name="resized",
+        what="scancel, --resume on one node; the same, on all",
+        scenario=_resized,
+        ends=f"{_STOPPED}; {_STOPPED}",
+        nodes=2,
+        same_ranks=False,
+    ),
+    Drill(
+        name="interface-missing",
+        what="a network interface that one node does not have; --resume with one that it has",
+        scenario=_interface_missing,
+        ends="(failed|not started).*",
+        nodes=2,
+    ),
+    Drill(
+        name="unreadable-at-resume",
+        what="EIO from its checkpoints: for good, and for some seconds; --resume",
+        scenario=_unreadable_at_resume,
+        ends=rf"{_STOPPED}; failed.*Input/output error.*",
+    ),
+    Drill(
+        name="quota-at-warning",
+        what="USR2, and a quota that is exceeded for 3 s",
+        scenario=_quota_at_warning,
+        ends=_CAME_BACK,
+    ),
+    Drill("preempted", "preempted by a job with higher priority", _preempted, _STOPPED, "preempt"),
+    Drill(
+        name="preempted-at-once",
+        what="preempted without a grace time",
+        scenario=_preempted,
+        ends=_STOPPED,
+        needs="cluster",
+        flags=("--partition", "abrupt"),
+    ),
+    Drill(
+        name="preempted-while-writing",
+        what="preempted, and killed in the middle of a checkpoint",
+        scenario=_preempted_while_writing,
+        ends=_KILLED,
+        needs="cluster",
+        flags=("--partition", "abrupt"),
+    ),
+    Drill("node-lost", "another of its nodes dies", _node_lost, _LOST, "cluster", nodes=2),
+    Drill(
+        name="full-disk",
+        what="no space for checkpoints; space again; --resume",
+        scenario=_full_disk,
+        ends="failed.*No space left.*",
+        needs="cluster",
+    ),
+    Drill(
+        name="preempted-unwarned",
+        what="preempted by TERM, and KILL at the end of the grace time",
+        scenario=_preempted_unwarned,
+        ends=_STOPPED,
+        needs="cluster",
+        alone=True,
+    ),
+    Drill(
+        name="controller-restarted",
+        what="slurmctld dies, and is back after 3 s",
+        scenario=_controller_restarted,
+        needs="cluster",
+        alone=True,
+    ),
+)
