@@ -99,12 +99,15 @@ class RunHandle:
     def _submit(self, flags: Sequence[str]) -> None:
         parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
         training.add_submit_arguments(parser)
-        arguments = parser.parse_args([*flags, "--no-follow"])
+        complaints = io.StringIO()
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                training.submit(arguments, pace_s=self._pace_s)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaints):
+                training.submit(parser.parse_args([*flags, "--no-follow"]), pace_s=self._pace_s)
         except UserError as error:
             raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {error}") from None
+        except SystemExit:  # argparse
+            said = complaints.getvalue().strip().rpartition("\n")[2]
+            raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {said}") from None
         submission = last_submission(self.folder)
         if submission is None:
             raise DrillFailed(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
