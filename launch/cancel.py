@@ -24,7 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import Owner, RunFolder  # noqa: E402
-from launch.status import SlurmJob, ask_queue, find_runs, latest_checkpoint, read  # noqa: E402
+from launch.jobs.run_state import ask_queue, find_runs, read_state  # noqa: E402
+from launch.jobs.status_table import latest_checkpoint  # noqa: E402
+from launch.slurm import control  # noqa: E402
+from launch.slurm.client import SlurmError, SlurmUnavailable  # noqa: E402
+from launch.slurm.queue import SlurmJob  # noqa: E402
+from launch.slurm.states import is_pending, is_running, words  # noqa: E402
 
 _GONE_WITHIN_S = 60  # after a kill: Slurm's KillWait and epilogue, a last look at the mark
 
@@ -81,14 +86,14 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
     asked: set[str | int] = set()
     found_any = False
     while True:
-        facts = read(run)
-        queue = ask_queue(facts.jobs.slurm)
+        run_state = read_state(run)
+        queue = ask_queue(run_state.jobs.slurm)
         if queue is None:
             queue = {}
-            if facts.jobs.slurm and "slurm" not in asked:
+            if run_state.jobs.slurm and "slurm" not in asked:
                 asked.add("slurm")
                 print("Slurm cannot be asked from here: a job of the run ends when it finds the mark.", flush=True)
-        owner, controller = facts.owner, facts.jobs.controller
+        owner, controller = run_state.owner, run_state.jobs.controller
         if not queue and not controller and not owner:
             if not found_any:
                 print("There is no job of this run; it is marked as cancelled.")
@@ -107,25 +112,29 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
 
 
 def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s: float) -> None:
-    if job.state == "PENDING":
+    if is_pending(job.state) or words(job.state) == {"CONFIGURING"}:
         print(f"job {job.id} waits in the queue: removed from it", flush=True)
         _scancel(job.id)
     elif late and f"kill {job.id}" not in asked:
         asked.add(f"kill {job.id}")
         print(f"job {job.id} is still there: killed", flush=True)
         _scancel(job.id)
-    elif job.state == "RUNNING" and job.id not in asked:
+    elif is_running(job.state) and job.id not in asked:
         asked.add(job.id)
         print(f"job {job.id} on {job.nodes}: save a checkpoint and end, or be killed in {grace_s:.0f} s", flush=True)
         # To the ranks, not to the batch script: the shell would die of it and take them along.
-        _scancel("--signal=TERM", job.id)
+        _scancel(job.id, signal="TERM")
 
 
-def _scancel(*arguments: str) -> None:
-    done = subprocess.run(["scancel", *arguments], capture_output=True, text=True)
-    # A job that is gone by now, or has no step to signal yet, is as it should be.
-    if done.returncode and "denied" in done.stderr:
-        raise UserError(f"Slurm does not let you cancel the job: {done.stderr.strip()}. The mark stays.")
+def _scancel(job: str, signal: str | None = None) -> None:
+    try:
+        control.cancel(job, signal=signal)
+    except SlurmUnavailable as error:
+        print(f"{error} The mark stays, and the job ends when it finds it.", flush=True)
+    except SlurmError as error:
+        if "denied" in str(error):
+            raise UserError(f"Slurm does not let you cancel the job: {error} The mark stays.") from None
+        print(f"{error}", flush=True)
 
 
 def _end_process(pid: int, asked: set[str | int], *, late: bool, grace_s: float) -> None:

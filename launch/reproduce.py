@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -44,7 +43,10 @@ from launch.jobs import training  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
+from launch.jobs.run_state import in_queue, look_at  # noqa: E402
+from launch.jobs.run_status import ENDED, Status, status_of  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
+from launch.jobs.status_table import duration  # noqa: E402
 from launch.jobs.submission import Planned, after, enqueue, run_one_here, take_up  # noqa: E402
 from launch.paper import cost  # noqa: E402
 from launch.paper.plan import (  # noqa: E402
@@ -62,7 +64,8 @@ from launch.paper.plan import (  # noqa: E402
     still_needed,
     to_submit,
 )
-from launch.status import ENDED, SlurmJob, Status, duration, in_queue, look_at, status_of  # noqa: E402
+from launch.slurm.control import cancel  # noqa: E402
+from launch.slurm.queue import SlurmJob  # noqa: E402
 
 if TYPE_CHECKING:
     from cfmask.data.shards import Manifest
@@ -371,10 +374,13 @@ def look(scene: Scene) -> dict[str, Seen]:
     """All nodes, by one squeue."""
     found, slurm = look_at([scene.folder(name) for name in scene.plan.nodes])
     seen = {}
-    for name, facts in zip(scene.plan.nodes, found, strict=True):
-        status, job = status_of(facts, slurm), in_queue(facts, slurm)
+    for name, run_state in zip(scene.plan.nodes, found, strict=True):
+        status, job = status_of(run_state, slurm), in_queue(run_state, slurm)
+        blind = scene.allocation.on_slurm and slurm.queue is None
+        if blind and run_state.jobs.slurm and status.state in ENDED and not run_state.finished:
+            status = replace(status, state="unknown")  # Slurm may have requeued a job that says it has ended
         seen[name] = Seen(judge(status, job), status, job)
-        if seen[name].state == DONE and is_of_other_models(read_object(facts.run.results) or {}):
+        if seen[name].state == DONE and is_of_other_models(read_object(run_state.run.results) or {}):
             seen[name] = Seen(MISSING, status)
     return seen
 
@@ -558,7 +564,7 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
             )
         if before.job is not None:
             print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
-            subprocess.run(["scancel", before.job.id], capture_output=True)
+            cancel(before.job.id)
         elif why := _why_again(before):
             print(f"{node.name} {why}: submitted again")
         planned = _take_up(run, node, before)

@@ -16,7 +16,9 @@ import pytest
 import made
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, process_runs, read_lines
-from launch import cancel, status
+from launch import cancel
+from launch.jobs.run_state import SlurmAnswers, read_state
+from launch.jobs.run_status import status_of
 from made import wait_for_step
 from slurm_fixture import Cluster, wait_until
 
@@ -105,7 +107,7 @@ def test_a_job_that_finds_the_mark_does_not_start(materials, tmp_path):
     assert not (run / "log.jsonl").exists()
     [attempt] = read_lines(run / "attempts.jsonl")
     assert attempt["from_step"] is None
-    told = status.status_of(status.read(RunFolder(run)), status.Slurm())
+    told = status_of(read_state(RunFolder(run)), SlurmAnswers())
     assert (told.state, told.step) == ("cancelled", None)
 
 

@@ -17,9 +17,10 @@ import pytest
 
 import made
 from cfmask.runs import RunFolder, process_runs, read_lines
-from launch import status
 from launch.jobs import failures as last_words
 from launch.jobs.failures import Words
+from launch.jobs.run_state import look_at
+from launch.jobs.run_status import status_of
 from slurm_fixture import Cluster, wait_until
 
 WITHIN_S = 30
@@ -252,8 +253,8 @@ def log_of_rank_0(run: Path) -> str:
 def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
     assert json.loads((run / "ended.json").read_text())["why"] == f"failed: {why}"
     assert re.search(last_line, log_of_rank_0(run).splitlines()[-1]), log_of_rank_0(run)
-    facts, slurm = status.look_at([RunFolder(run)])
-    told = status.status_of(facts[0], slurm)
+    [run_state], slurm = look_at([RunFolder(run)])
+    told = status_of(run_state, slurm)
     assert (told.state, told.last_end) == ("failed", f"failed: {why}")
 
 

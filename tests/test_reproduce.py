@@ -21,6 +21,7 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, read_lines
 from launch import reproduce
+from launch.jobs.run_status import Status
 from launch.paper import cost
 from launch.paper.plan import (
     DONE,
@@ -41,7 +42,7 @@ from launch.paper.plan import (
     to_submit,
     with_needed,
 )
-from launch.status import SlurmJob, Status
+from launch.slurm.queue import SlurmJob
 from slurm_fixture import Cluster, wait_until
 
 STATES = (DONE, QUEUED, WAITING, MISSING)

@@ -20,6 +20,11 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
 from launch import status
 from launch.jobs import follow
+from launch.jobs import run_state as run_states
+from launch.jobs.run_state import SlurmAnswers, read_state
+from launch.jobs.run_status import Status, status_of
+from launch.jobs.status_table import attempts_table, duration, table
+from launch.slurm.queue import SacctRecord, SlurmJob
 from slurm_fixture import wait_until
 
 REPO = Path(__file__).resolve().parents[1]
@@ -58,16 +63,16 @@ def submitted(run: RunFolder, job: str, *, slurm: bool = True) -> RunFolder:
 
 def queued(job: str, state: str = "PENDING", *, restarts: int = 0, eligible_in_s: int = -60, reason: str = "Priority"):
     moment = (datetime.now() + timedelta(seconds=eligible_in_s)).isoformat(timespec="seconds")
-    return status.SlurmJob(job, state, "N/A", moment, restarts, reason, "n[1-2]")
+    return SlurmJob(job, state, "N/A", moment, restarts, reason, "n[1-2]")
 
 
-def row(run: RunFolder, *jobs: status.SlurmJob, lives: tuple[status.Life, ...] = ()) -> status.Status:
-    return status.status_of(status.read(run), status.Slurm({job.id: job for job in jobs}, lives))
+def row(run: RunFolder, *jobs: SlurmJob, starts: tuple[SacctRecord, ...] = ()) -> Status:
+    return status_of(read_state(run), SlurmAnswers({job.id: job for job in jobs}, starts))
 
 
-def life(state: str, job: str = "12", *, ago_s: int = 3600) -> status.Life:
+def life(state: str, job: str = "12", *, ago_s: int = 3600) -> SacctRecord:
     begin = (datetime.now() - timedelta(seconds=ago_s)).isoformat(timespec="seconds")
-    return status.Life(job, state, begin, (datetime.now() + timedelta(seconds=9)).isoformat(timespec="seconds"))
+    return SacctRecord(job, state, begin, (datetime.now() + timedelta(seconds=9)).isoformat(timespec="seconds"))
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def test_queued_says_what_it_waits_for(root):
 
 def test_queued_with_an_estimate(root):
     moment = datetime.now().replace(hour=23, minute=59, second=58, microsecond=0).isoformat()
-    job = status.SlurmJob("12", "PENDING", moment, "2020-01-01T00:00:00", 0, "Resources", "")
+    job = SlurmJob("12", "PENDING", moment, "2020-01-01T00:00:00", 0, "Resources", "")
     assert row(submitted(make_run(root), "12"), job).next_start == "about 23:59:58 (Resources)"
 
 
@@ -164,14 +169,14 @@ def test_stopped_by_a_signal(root):
 
 
 def test_scancelled_in_the_queue(root):
-    told = row(submitted(make_run(root), "12"), lives=(life("CANCELLED by 1000"),))
+    told = row(submitted(make_run(root), "12"), starts=(life("CANCELLED by 1000"),))
     assert (told.state, told.last_end) == ("stopped", "scancel by 1000, before training began")
 
 
 def test_failed_with_a_word_of_its_own(root):
     told = row(submitted(make_run(root, starts=1, step=70, ended="failed: UserError: a\nlong story"), "12"))
     assert told.state == "failed"
-    assert "failed: UserError: a long story" in status.table([told])
+    assert "failed: UserError: a long story" in table([told])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_failed_with_a_word_of_its_own(root):
     ],
 )
 def test_killed_and_slurm_knows_why(root, slurms_word, state, said):
-    told = row(submitted(make_run(root, starts=1, step=70), "12"), lives=(life(slurms_word),))
+    told = row(submitted(make_run(root, starts=1, step=70), "12"), starts=(life(slurms_word),))
     assert (told.state, told.last_end) == (state, said)
 
 
@@ -195,7 +200,7 @@ def test_dead_without_a_word_from_anybody(root):
 
 
 def test_failed_before_training_began(root):
-    told = row(submitted(make_run(root), "12"), lives=(life("FAILED"),))
+    told = row(submitted(make_run(root), "12"), starts=(life("FAILED"),))
     assert (told.state, told.last_end) == ("failed", "its job failed, before training began")
     local = row(submitted(make_run(root.with_name("local")), "4000000", slurm=False))
     assert (local.state, local.last_end) == ("failed", "ended before training began")
@@ -212,7 +217,7 @@ def test_a_member_of_an_array(root):
 def test_without_slurm_what_may_wait_there_is_unknown(root):
     def told(name: str, **made_as) -> str:
         run = submitted(make_run(root.with_name(name), **made_as), "12")
-        return status.status_of(status.read(run), status.Slurm()).state
+        return status_of(read_state(run), SlurmAnswers()).state
 
     assert told("a", starts=1, step=70, ended="stopped at step 70 (requeue)") == "unknown"
     assert told("b", starts=1, step=70) == "unknown"
@@ -229,9 +234,9 @@ def test_attempts_are_told_each_with_its_way_and_its_end(root):
     run.begin_attempt(job="12-1", nodes=1, world_size=2, device="cpu", from_step=50)
     append_lines(run.log, [{"step": 90, "total_steps": 100, "loss": 1, "samples_per_s": 5, "eta_s": 1}])
     run.end_attempt("stopped at step 90 (quit)")
-    facts = status.read(run)
-    slurm = status.Slurm({}, (life("NODE_FAIL"),))
-    header, first, second = status.attempts_table(facts, status.status_of(facts, slurm), slurm).splitlines()
+    run_state = read_state(run)
+    slurm = SlurmAnswers({}, (life("NODE_FAIL"),))
+    header, first, second = attempts_table(run_state, status_of(run_state, slurm), slurm).splitlines()
     assert header.split() == "attempt started job nodes ranks device from step to step ended".split()
     assert first.split()[2:] == "12-0 2 4 cuda:0 0 70 killed: node failed".split()
     assert second.split()[2:] == "12-1 1 2 cpu 50 90 stopped at step 90 (quit)".split()
@@ -296,7 +301,7 @@ def test_a_path_that_is_none_is_a_sentence(tmp_path, capsys, monkeypatch):
     def deny(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(status, "_is_run", deny)
+    monkeypatch.setattr(run_states, "_is_run", deny)
     assert "cannot be read: Permission denied" in refused(tmp_path / "runs")
 
 
@@ -373,19 +378,19 @@ print([name for name in ("torch", "numpy", "submitit") if name in sys.modules])
 
 
 def test_on_a_terminal_a_long_reason_is_cut(monkeypatch):
-    told = status.Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
-    assert len(status.table([told]).splitlines()[1]) > 700
+    told = Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
+    assert len(table([told]).splitlines()[1]) > 700
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
-    assert [len(line) <= 100 for line in status.table([told]).splitlines()] == [True, True]
-    assert status.table([told]).endswith("…")
+    assert [len(line) <= 100 for line in table([told]).splitlines()] == [True, True]
+    assert table([told]).endswith("…")
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(None, None), (0.4, "0:00:00"), (3723, "1:02:03"), (180_000, "2 d 02 h")]
 )
 def test_durations(seconds, said):
-    assert status.duration(seconds) == said
+    assert duration(seconds) == said
 
 
 # --- following a run ----------------------------------------------------------------------------------------------

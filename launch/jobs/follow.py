@@ -16,7 +16,9 @@ from tqdm import tqdm
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
 from launch.jobs import failures as last_words
-from launch.status import ENDED, latest_checkpoint, look_at, status_of
+from launch.jobs.run_state import look_at
+from launch.jobs.run_status import ENDED, status_of
+from launch.jobs.status_table import latest_checkpoint
 
 if TYPE_CHECKING:
     import submitit
@@ -67,9 +69,8 @@ def follow_run(run: RunFolder) -> int:
     except KeyboardInterrupt:
         print(f"The run goes on. Its progress: {run.log}")
         return 130
-    [facts], _ = look_at([run])
-    job = facts.attempts[-1].get("job") if facts.attempts else None
-    name = str(job).rpartition("-")[0] if job else (facts.jobs.slurm or ("",))[-1]
+    [run_state], _ = look_at([run])
+    name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
     return _tell_end(run, name, f"`python launch/submit.py --resume {run.root}` goes on from its last checkpoint.")
 
 
@@ -77,8 +78,8 @@ def _states(run: RunFolder) -> Iterator[str]:
     """What there is to say beside the progress, as often as it is asked for, until the run has ended."""
     ended = 0
     while True:
-        [facts], slurm = look_at([run])
-        status = status_of(facts, slurm)
+        [run_state], slurm = look_at([run])
+        status = status_of(run_state, slurm)
         ended = ended + 1 if status.state in ENDED else 0
         if ended == 2 or status.state == "finished":
             return

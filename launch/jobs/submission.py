@@ -25,7 +25,8 @@ from launch.jobs import gpus, snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
-from launch.slurm.client import SlurmError
+from launch.jobs.run_state import Jobs, read_jobs, read_state
+from launch.slurm.client import SlurmError, SlurmMissing
 from launch.slurm.queue import queue
 from launch.slurm.states import is_completing
 from launch.slurm.submission import SubmissionUnknown, submitted, test_only
@@ -40,6 +41,8 @@ Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
 
 REPO = Path(__file__).resolve().parents[2]
 _NO_LIMIT_MIN = 525_600
+_ASK_S = 20.0
+"""How long whoever submits waits for a controller that does not answer."""
 
 
 @dataclass(frozen=True)
@@ -360,62 +363,30 @@ def queued_job(run: RunFolder) -> str | None:
     Raises:
         UserError: Slurm may have one, and cannot be asked.
     """
-    jobs, scripts = _slurm_jobs(run), _unconfirmed(run)
-    if not jobs and not scripts:
+    run_state = read_state(run)
+    jobs = read_jobs(run, run_state.attempts)
+    if not jobs.slurm and not jobs.unconfirmed:
         return None
     try:
-        found = queue(jobs)
-        sent = [job for script in scripts for job in submitted(script)]
-        found |= queue(sent) if sent else {}
+        found = queue(jobs.slurm, patience_s=_ASK_S)
+        if accepted := [job for script in jobs.unconfirmed for job in submitted(script, patience_s=_ASK_S)]:
+            found |= queue(accepted, patience_s=_ASK_S)
+    except SlurmMissing:
+        if run_state.says_it_ended:
+            return None  # the folder has come to a machine without Slurm
+        raise _cannot_be_asked(run, jobs, "there is no squeue on this machine") from None
     except SlurmError as error:
-        if not scripts and _ended_for_good(run, jobs[-1]):
-            return None  # by its own record, and nothing was submitted since
-        raise UserError(
-            f"{run.root} was submitted to Slurm ({f'job {jobs[-1]}' if jobs else 'its job is unknown'}), and whether "
-            f"that job is still there cannot be asked: {error} Nothing was submitted, as a second job would disturb "
-            "the first. Give the same command again when squeue answers, on a machine that has it."
-        ) from None
+        raise _cannot_be_asked(run, jobs, str(error)) from None
     return next((f"{job.id} ({job.state.lower()})" for job in found.values() if not is_completing(job.state)), None)
 
 
-def _ended_for_good(run: RunFolder, job: str) -> bool:
-    """Whether the run folder itself says that this job, the last one, ended and did not ask to come back."""
-    ended = run.ended()
-    attempts = read_lines(run.attempts)
-    last = str(attempts[-1].get("job")).rpartition("-")[0] if attempts else ""
-    return ended is not None and last == job and not str(ended["why"]).endswith("(requeue)")
-
-
-def _slurm_jobs(run: RunFolder) -> list[str]:
-    """Jobs of the run that Slurm has accepted, the latest last; those, too, after which the command was killed before
-    it could note them."""
-    noted = [line["job"] for line in read_lines(_submissions(run)) if line["executor"] == "slurm"]
-    alone = [path.name.partition("_")[0] for path in (run.root / "jobs").glob("*_submission.sh")]
-    members = [
-        f"{path.name.partition('_')[0]}_{link.name}"
-        for link in _sweep_links(run)
-        for path in link.parent.glob("*_submission.sh")
-    ]
-    arrays = {job.partition("_")[0] for job in (*noted, *members) if "_" in job}
-    lost = [job for job in (*alone, *members) if job.isdigit() and job not in arrays or "_" in job]
-    return [*(job for job in sorted(lost, key=_by_number) if job not in noted), *noted]
-
-
-def _by_number(job: str) -> list[int]:
-    return [int(part) for part in job.split("_") if part.isdigit()]
-
-
-def _unconfirmed(run: RunFolder) -> list[Path]:
-    """Batch scripts of the run, or of its sweep, of which it is not known whether Slurm has accepted them: one that it
-    has is a link by now."""
-    folders = (run.root / "jobs", *(link.parent for link in _sweep_links(run)))
-    return [path for folder in folders for path in folder.glob(".submission_file_*.sh") if not path.is_symlink()]
-
-
-def _sweep_links(run: RunFolder) -> list[Path]:
-    """Where sweeps have this run as a member: .sweeps/NAME/NUMBER."""
-    links = (each for each in (run.root.parent / ".sweeps").glob("*/*") if each.name.isdigit() and each.is_symlink())
-    return [each for each in links if each.resolve() == run.root.resolve()]
+def _cannot_be_asked(run: RunFolder, jobs: Jobs, why: str) -> UserError:
+    job = f"job {jobs.slurm[-1]}" if jobs.slurm else "a job that was not confirmed"
+    return UserError(
+        f"{run.root} was submitted to Slurm ({job}), and it is unknown whether a job of it is queued or runs: {why} "
+        "Nothing was submitted, because a second job must not be queued. Give the same command again when squeue "
+        "answers, on a machine that has it."
+    )
 
 
 def _submissions(run: RunFolder) -> Path:
