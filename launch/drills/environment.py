@@ -33,6 +33,8 @@ class Drill:
     same_ranks: whether it trains on the same number of ranks throughout; otherwise sums are taken in another order, and
         the weights differ in rounding.
     alone: nothing else may run meanwhile.
+    trains: whether what it leaves is a training run, to be compared with the undisturbed one; otherwise the scenario
+        makes the comparison.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Drill:
     lasts_s: float | None = None
     same_ranks: bool = True
     alone: bool = False
+    trains: bool = True
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,14 @@ class RunHandle:
         self.job, self._asked, self._restarts = submission["job"], 0.0, 0
         self.jobs.append(self.job)
 
+    def follow_job_of(self, folder: Path) -> None:
+        """Follow the first task of the array that a command, run in this folder, has in the queue; if it has one."""
+        for line in ask("squeue", "--noheader", "--format=%F %Z").splitlines():
+            array, _, where = line.strip().partition(" ")
+            if Path(where) == folder:
+                self.job, self._asked, self._restarts = f"{array}_0", 0.0, 0
+                self.jobs.append(array)
+
     def record_fault(self, what: str) -> None:
         """Note that a fault is injected now."""
         now = self.snapshot()
@@ -265,6 +273,10 @@ class RunHandle:
             self._known = show_job(self.job)
             self._asked = time.monotonic()
         return self._known.get(name, otherwise)
+
+    def starts(self) -> int:
+        """How often Slurm has started the job."""
+        return int(self.job_field("Restarts", "0")) + 1
 
     def nodes(self) -> list[str]:
         self._asked = 0.0

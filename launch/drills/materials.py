@@ -13,6 +13,7 @@ from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ("n00000000", "n00000001", "n00000002")
+MAKE_SHARDS = (sys.executable, str(REPO / "tools/make_shards.py"))
 _CONFIG = {
     "embed_dim": 8,
     "quick_gelu": True,
@@ -55,7 +56,7 @@ def convert(source: Path, out: Path, *flags: str) -> Path:
     Raises:
         subprocess.CalledProcessError: it failed.
     """
-    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out, *flags]
+    command = [*MAKE_SHARDS, "folder", "--source", source, "--out", out, *flags]
     subprocess.run([str(part) for part in command], check=True, capture_output=True)
     return out
 

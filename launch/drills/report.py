@@ -21,14 +21,14 @@ def table(results: Sequence[DrillResult], left_out: Sequence[tuple[Drill, str]])
     for result in results:
         run, drill = result.run, result.drill
         passed = "bitwise identical" if drill.same_ranks else "same samples, same loss"
-        verdict = "–" if drill is UNDISTURBED else passed
-        rows.append(
-            (
-                *(drill.name, drill.what, str(len(read_lines(run.folder.attempts))), str(run.steps_lost())),
-                *(_span(run.seconds_to_checkpoint()), _span(run.first_steps), f"{result.took_s:.0f}"),
-                "; ".join(result.problems) or verdict,
-            )
-        )
+        verdict = "; ".join(result.problems) or ("–" if drill is UNDISTURBED else passed)
+        took = f"{result.took_s:.0f}"
+        if drill.trains:
+            starts, lost = str(len(read_lines(run.folder.attempts))), str(run.steps_lost())
+            measured = (starts, lost, _span(run.seconds_to_checkpoint()), _span(run.first_steps))
+        else:
+            measured = (str(run.starts()), "–", "–", "–")
+        rows.append((drill.name, drill.what, *measured, took, verdict))
     rows += [(drill.name, drill.what, *[""] * 5, f"not done: {why}") for drill, why in left_out]
     return "\n".join("| " + " | ".join(row) + " |" for row in (_HEADER, ["---"] * len(_HEADER), *rows))
 

@@ -99,6 +99,8 @@ def _advance(result: DrillResult, scenario: Poll) -> bool:
 
 def judge(result: DrillResult, undisturbed: DrillResult) -> list[str]:
     """What is wrong with the run that a drill has left; empty if it passes."""
+    if not result.drill.trains:
+        return []
     ours, theirs = result.run.folder, undisturbed.run.folder
     problems = []
     ends = "; ".join(str(line["why_last_ended"]) for line in read_lines(ours.attempts)[1:])

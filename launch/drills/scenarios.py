@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from cfmask.runs import read_lines
 from launch.drills.environment import Drill, DrillEnvironment
 from launch.drills.faults import (
     QUOTA_EXCEEDED,
     SLOW_CHECKPOINTS,
+    SLOW_SHARDS,
     UNREADABLE_CHECKPOINTS,
     fill_disk,
     injected,
     interface_missing,
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
+from launch.drills.materials import MAKE_SHARDS
 from launch.slurm.client import ask
 
 EARLY, HALF = 25, 63
@@ -207,9 +212,8 @@ def _interface_missing(run: RunHandle, env: DrillEnvironment) -> Poll:
         run.submit("--restarts-without-progress", "1")
     run.record_fault("interface missing")
     yield from _ended(run, env, "FAILED")
-    starts = int(run.job_field("Restarts", "0")) + 1
-    if starts > 2:
-        raise DrillFailed(f"job {run.job} started {starts} times, and --restarts-without-progress 1 allows two")
+    if run.starts() > 2:
+        raise DrillFailed(f"job {run.job} started {run.starts()} times: --restarts-without-progress 1 allows two")
     for name in (_NO_SUCH_INTERFACE, run.nodes()[1]):
         if name not in run.log():
             raise DrillFailed(f"the log does not name {name}")
@@ -289,6 +293,66 @@ def _unreadable_at_resume(run: RunHandle, env: DrillEnvironment) -> Poll:
         yield from run.finish()
 
 
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def _conversion_preempted(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """A task of a conversion's array is preempted; the shards are those of a conversion in one process."""
+    folder = run.folder.root
+    folder.mkdir()
+    images = env.folder / "materials/images"
+    command = [*MAKE_SHARDS, "folder", "--source", images, "--samples-per-shard", "4", "--split", "train"]
+    on_slurm = ("--executor", "slurm", "--array", "2", "--cpus-per-task", "1", "--time", "30")
+    with injected(env.folder / "slow-shards", SLOW_SHARDS) as slow, contextlib.ExitStack() as stack:
+        slow.touch()
+        converting = stack.enter_context(_command(folder, *command, "--out", folder / "out", *on_slurm))
+        for _ in run.until("the array is in the queue"):
+            if run.job or converting.poll() is not None:
+                break
+            run.follow_job_of(folder)
+            yield
+        for _ in run.until("both tasks write shards"):
+            if len(list(folder.glob("out/train/*.tar"))) >= 8 or converting.poll() is not None:
+                break
+            yield
+        yield from _preempt(run, env)
+        slow.unlink()
+        for _ in run.until("the conversion has finished"):
+            if converting.poll() is not None:
+                break
+            yield
+    if converting.returncode:
+        raise DrillFailed(f"make_shards.py failed: {(folder / 'said.txt').read_text()[-500:]}")
+    with _command(folder, *command, "--out", folder / "alone", "--workers", "1") as alone:
+        for _ in run.until("the conversion in one process has finished"):
+            if alone.poll() is not None:
+                break
+            yield
+    ours, theirs = (_contents(folder / name) for name in ("out", "alone"))
+    if ours != theirs or not ours:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise DrillFailed(f"the files {', '.join(differing[:3])} are not those of a conversion in one process")
+
+
+@contextlib.contextmanager
+def _command(folder: Path, *command: object) -> Iterator[subprocess.Popen]:
+    """A command that runs in this folder, and writes what it prints to said.txt; ended with the context."""
+    with open(folder / "said.txt", "ab") as said:
+        process = subprocess.Popen(
+            list(map(str, command)), cwd=folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL
+        )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
@@ -342,6 +406,13 @@ DRILLS = (
         what="USR2, and a quota that is exceeded for 3 s",
         scenario=_quota_at_warning,
         ends=_CAME_BACK,
+    ),
+    Drill(
+        name="conversion-preempted",
+        what="a task of make_shards.py's array is preempted",
+        scenario=_conversion_preempted,
+        needs="preempt",
+        trains=False,
     ),
     Drill("preempted", "preempted by a job with higher priority", _preempted, _STOPPED, "preempt"),
     Drill(
