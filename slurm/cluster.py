@@ -27,45 +27,30 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import fcntl
-import json
 import os
-import random
-import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge")
-PROGRAMS = (
-    *("slurmctld", "slurmd", "slurmdbd", "srun", "sbatch", "sacct", "munged"),
-    *("mariadbd", "mariadb-install-db", "my_print_defaults"),
+from configuration import (
+    DATABASE,
+    NO_SYNC,
+    environment,
+    log_path,
+    log_tail,
+    name_host_localhost,
+    read_record,
+    write_configuration,
+    write_record,
 )
-PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"))
-MARK = "CFMASK_SLURM_STATE"  # in the environment of every daemon: tells ours from those of the machine
-NODE_MEMORY_MB = 65536  # declared, not counted: --mem is accepted up to this and not enforced
-# MariaDB need not survive a power cut, which saves seconds; "loose": a version without the option starts all the same.
-NO_SYNC = "--loose-debug-no-sync"
-DATABASE = "slurm_acct_db"
-NO_CGROUPS_SINCE = (24, 5)  # before, slurmd does not know CgroupPlugin=disabled, and does not insist on cgroups
-CLONE_NEWUTS = 0x04000000  # linux/sched.h
-POLL = 0.2
-
-
-class Refused(Exception):
-    """Nothing was done, for the reason given; exit code 2."""
-
-
-class Failed(Exception):
-    """Something that should have worked did not; exit code 1."""
-
+from processes import POLL, end, family, runs
+from programs import PATH, Failed, Refused, install, missing_programs
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
 
@@ -173,188 +158,7 @@ def export_line(state: Path) -> str:
     return f"export SLURM_CONF={state}/slurm.conf"
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-def write_configuration(state: Path, nodes: int, cpus_per_node: int) -> dict:
-    """Write slurm.conf, daemons.conf and slurmdbd.conf with free ports; return the record of what is to run."""
-    loopback_only = can_name_host()
-    controller_port, database_port, *node_ports = free_ports(2 + nodes)
-    names = [f"n{k}" for k in range(1, nodes + 1)]
-    node_lines = "\n".join(
-        f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port}"
-        f" CPUs={cpus_per_node} RealMemory={NODE_MEMORY_MB} State=UNKNOWN"
-        for name, port in zip(names, node_ports, strict=True)
-    )
-    user_conf = f"""\
-# Written by slurm/cluster.py.
-ClusterName=cfmask
-SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort={controller_port}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={state}/munge/munge.socket
-StateSaveLocation={state}/controller
-SlurmdSpoolDir={state}/spool/%n
-SlurmctldPidFile={state}/controller/pid
-SlurmdPidFile={state}/spool/%n/pid
-SlurmctldLogFile={state}/log/slurmctld
-SlurmdLogFile={state}/log/slurmd-%n
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort={database_port}
-AccountingStoragePass={state}/munge/munge.socket
-JobAcctGatherType=jobacct_gather/none
-
-# Several nodes on one host: sizes as declared below, processes followed by parentage (no cgroups, no root file system).
-SlurmdParameters=config_overrides
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-ReturnToService=2
-
-# Reacts in about a second, and gives up on a dead node in half a minute.
-SchedulerType=sched/backfill
-SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1,sched_min_interval=0
-KillWait=5
-SlurmdTimeout=30
-
-# A job in `high` preempts jobs in `low`: their own --signal first, TERM and KILL after GraceTime, then requeued; and in
-# `abrupt`: TERM, and KILL after KillWait.
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-JobRequeue=1
-
-{node_lines}
-PartitionName=low Nodes={",".join(names)} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
-PartitionName=abrupt Nodes={",".join(names)} PriorityTier=1 GraceTime=0 MaxTime=INFINITE State=UP
-PartitionName=high Nodes={",".join(names)} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
-"""
-    database_conf = f"""\
-# Written by slurm/cluster.py.
-DbdHost=localhost
-DbdAddr=127.0.0.1
-DbdPort={database_port}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={state}/munge/munge.socket
-PidFile={state}/log/slurmdbd.pid
-LogFile={state}/log/slurmdbd
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc={DATABASE}
-{"CommunicationParameters=NoInAddrAny" if loopback_only else ""}
-"""
-    # Told not to listen on every interface, a daemon listens on the address of its host name, which we can make
-    # "localhost" for it (see start()). A user's srun keeps the machine's name, so this is not for their slurm.conf.
-    daemons_conf = f"""\
-# Written by slurm/cluster.py.
-Include {state}/slurm.conf
-{"CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback_only else ""}
-DebugFlags=NO_CONF_HASH
-"""
-    (state / "slurm.conf").write_text(user_conf)
-    (state / "daemons.conf").write_text(daemons_conf)
-    if slurm_version() >= NO_CGROUPS_SINCE:
-        (state / "cgroup.conf").write_text("# Written by slurm/cluster.py.\nCgroupPlugin=disabled\n")
-    database_file = state / "slurmdbd.conf"
-    database_file.touch(mode=0o600)  # slurmdbd insists
-    database_file.write_text(database_conf)
-
-    conf = f"{state}/daemons.conf"
-    munge = f"{state}/munge"
-    commands = {
-        "munged": [
-            *("munged", "--foreground", "--force", f"--socket={munge}/munge.socket", f"--key-file={munge}/munge.key"),
-            *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={log_path(state, 'munged')}"),
-        ],
-        "mariadbd": [
-            *("mariadbd", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-networking"),
-            *(f"--socket={state}/mysql/socket", f"--pid-file={state}/mysql/pid"),
-            *("--innodb-buffer-pool-size=128M", "--innodb-lock-wait-timeout=900", NO_SYNC),
-            # On by default since MariaDB 11.6: rows that another transaction has changed end slurmdbd's with an error.
-            "--loose-innodb-snapshot-isolation=OFF",
-        ],
-        "slurmdbd": ["slurmdbd", "-D"],
-        "slurmctld": ["slurmctld", "-D", "-f", conf],
-        **{f"slurmd-{name}": ["slurmd", "-D", "-N", name, "-f", conf] for name in names},
-    }
-    record = {
-        "nodes": nodes,
-        "cpus_per_node": cpus_per_node,
-        "database_port": database_port,
-        "loopback_only": loopback_only,
-        "daemons": {name: {"command": command, "pid": None} for name, command in commands.items()},
-    }
-    write_record(state, record)
-    return record
-
-
-def slurm_version() -> tuple[int, int]:
-    """Return (22, 5) for Slurm 22.05.8.
-
-    Raises:
-        Failed: slurmd does not say.
-    """
-    done = subprocess.run([shutil.which("slurmd", path=PATH) or "slurmd", "-V"], capture_output=True, text=True)
-    found = re.search(r"(\d+)\.(\d+)", done.stdout)
-    if found is None:
-        raise Failed(f"`slurmd -V` does not tell Slurm's version: {(done.stdout + done.stderr).strip()!r}")
-    return int(found[1]), int(found[2])
-
-
-def free_ports(count: int) -> list[int]:
-    """Return free TCP ports below the range the kernel hands to outgoing connections.
-
-    They are probed, not held. From a random place on, so that two clusters that start at once do not meet.
-    """
-    low, high = 10000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    candidates = list(range(low, high)) if high - low > 1000 else list(range(low, 60000))
-    random.SystemRandom().shuffle(candidates)
-    ports: list[int] = []
-    for port in candidates:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise Failed(f"no {count} free TCP ports on this machine")
-
-
-def read_record(state: Path) -> dict | None:
-    """Return what cluster.json says, or None where no cluster has been started."""
-    try:
-        return json.loads((state / "cluster.json").read_text())
-    except FileNotFoundError:
-        return None
-
-
-def write_record(state: Path, record: dict) -> None:
-    aside = state / "cluster.json.part"
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(state / "cluster.json")
-
-
 # -------------------------------------------------------------------------------------------------------------- daemons
-
-
-def environment(state: Path) -> dict[str, str]:
-    """Return what a daemon sees: nothing of the caller's virtual environment or locale reaches it."""
-    return {
-        "PATH": PATH,
-        "HOME": "/root",
-        "LC_ALL": "C",
-        "SLURM_CONF": f"{state}/slurm.conf",
-        "MYSQL_UNIX_PORT": f"{state}/mysql/socket",
-        MARK: str(state),
-    }
 
 
 def start(state: Path, record: dict, name: str) -> None:
@@ -391,25 +195,6 @@ def start(state: Path, record: dict, name: str) -> None:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise Failed(f"{name} did not come up. The end of its log:\n{log_tail(state, name)}")
             time.sleep(POLL)
-
-
-def name_host_localhost() -> None:
-    """In a new process before it runs: give it "localhost" as host name, seen by it and its children alone.
-
-    Raises:
-        OSError: the kernel does not allow it (a container without SYS_ADMIN).
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(CLONE_NEWUTS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare")
-    socket.sethostname("localhost")
-
-
-def can_name_host() -> bool:
-    try:
-        return subprocess.run(["true"], preexec_fn=name_host_localhost).returncode == 0
-    except subprocess.SubprocessError:
-        return False
 
 
 def listens(port: int) -> bool:
@@ -449,19 +234,6 @@ def run_tool(state: Path, command: list[str]) -> None:
         raise Failed(f"`{' '.join(command)}` failed:\n{(done.stdout + done.stderr).strip()}")
 
 
-def log_path(state: Path, name: str) -> Path:
-    return state / "log" / name
-
-
-def log_tail(state: Path, name: str, lines: int = 15) -> str:
-    path = log_path(state, name)
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return "\n".join(["", f"{path}:", *text.splitlines()[-lines:]])
-
-
-# ------------------------------------------------------------------------------------------------------------- stopping
-
-
 def stop(state: Path) -> None:
     """End all that runs from this folder: first the controller (no new jobs), then jobs, then the rest."""
     record = read_record(state)
@@ -486,120 +258,7 @@ def sweep(state: Path) -> None:
         end(left, patience=5)
 
 
-def end(pids: Iterable[int | None], patience: float) -> None:
-    """Send TERM to these processes, and KILL to those that are left after `patience` seconds."""
-    mine = {(pid, start) for pid in pids if pid is not None and (start := start_time(pid))}
-    for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
-        for pid, _ in mine:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + wait
-        while mine and time.monotonic() < deadline:
-            time.sleep(POLL / 2)
-            mine = {(pid, start) for pid, start in mine if start_time(pid) == start}
-
-
-def processes() -> Iterator[int]:
-    """Yield the ids of the processes of this machine, without this one."""
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != os.getpid():
-            yield int(entry)
-
-
-def stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the third (the state) on; none if the process is gone, or a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [] if fields[0] in "ZX" else fields
-
-
-def start_time(pid: int) -> str:
-    """Return when a process began (clock ticks since boot), which tells it from a later one of the same id; "" if it is
-    gone."""
-    fields = stat(pid)
-    return fields[19] if fields else ""
-
-
-def runs(state: Path, pid: int | None) -> bool:
-    return pid is not None and belongs(state, pid)
-
-
-def family(state: Path) -> set[int]:
-    """Return the daemons of this cluster, the processes of its jobs, and whatever these have started."""
-    parents = {pid: int(fields[1]) for pid in processes() if (fields := stat(pid))}
-    found = {pid for pid in parents if belongs(state, pid)}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
-
-
-def belongs(state: Path, pid: int) -> bool:
-    """Whether a process is a daemon of this cluster or runs in one of its jobs, by what it shows of itself."""
-    process = Path(f"/proc/{pid}")
-    try:
-        # A process that has ended and waits to be reaped shows no environment.
-        variables = (process / "environ").read_bytes().split(b"\0")
-        if f"{MARK}={state}".encode() in variables:
-            return True
-        # slurmstepd writes its title over its environment. It stays where slurmd was started.
-        if (process / "comm").read_text().startswith("slurm") and Path(os.readlink(process / "cwd")) == state:
-            return True
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return False
-    in_job = any(variable.startswith(b"SLURM_JOB_ID=") for variable in variables)
-    return in_job and any(variable.startswith(f"SLURM_CONF={state}/".encode()) for variable in variables)
-
-
-def munged_runs() -> bool:
-    names = []
-    for pid in processes():
-        with contextlib.suppress(OSError):
-            names.append(Path(f"/proc/{pid}/comm").read_text().strip())
-    return "munged" in names
-
-
-# -------------------------------------------------------------------------------------------------- packages and rights
-
-
-def missing_programs() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
-
-
-def install() -> None:
-    """Install the Debian packages.
-
-    Raises:
-        Refused: no apt-get, or it failed.
-    """
-    if shutil.which("apt-get", path=PATH) is None:
-        raise Refused("Slurm is not installed, and without apt-get (Debian, Ubuntu) it cannot be installed from here.")
-    print(f"installing {' '.join(PACKAGES)} and MariaDB with apt-get ...", file=sys.stderr)
-    had_munged = munged_runs()
-
-    def apt(*arguments: str) -> str:
-        command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", *arguments]
-        settings = os.environ | {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
-        done = subprocess.run(command, env=settings, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-        if done.returncode != 0:
-            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-            raise Refused(f"Slurm is not installed, and `{' '.join(command)}` failed: {' '.join(last)}")
-        return done.stdout
-
-    apt("update")
-    # MariaDB's programs without its service; older releases have the version in the package's name.
-    pattern = r"^mariadb-(server|client)-core(-[0-9.]+)?$"
-    search = ["apt-cache", "--names-only", "search", pattern]
-    found = [line.split()[0] for line in subprocess.run(search, capture_output=True, text=True).stdout.splitlines()]
-    cores = [min((name for name in found if kind in name), key=len, default=None) for kind in ("server", "client")]
-    database = [name for name in cores if name] or ["mariadb-server"]
-    apt("install", "-y", "--no-install-recommends", *PACKAGES, *database)
-    if not had_munged and munged_runs():
-        # The package starts the machine's munged at once; ours is private, so leave the machine as it was.
-        subprocess.run(["service", "munge", "stop"], stdin=subprocess.DEVNULL, capture_output=True)
-    if missing := missing_programs():
-        raise Refused(f"the packages are installed, but these programs are still missing: {', '.join(missing)}.")
+# -------------------------------------------------------------------------------------------------------------- command
 
 
 def become_root(arguments: list[str], state: Path) -> None:
