@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
+
+import configuration  # noqa: E402
+
 from slurm_fixture import CLUSTER_TOOL, Cluster, tool, wait_until
 
 pytestmark = pytest.mark.slurm
@@ -133,6 +137,18 @@ with running_cluster() as cluster:
     wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")
     assert not processes_of(tmp_path), "what runs without an environment is the job's all the same"
     assert processes_of(slurm_cluster.state), "the cluster beside it must be left alone"
+
+
+@pytest.mark.parametrize(("version", "told"), [((22, 5), False), ((23, 11), False), ((24, 5), True), ((25, 11), True)])
+def test_slurmd_is_told_that_there_are_no_cgroups_by_versions_that_know_the_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], told: bool
+) -> None:
+    monkeypatch.setattr(configuration, "slurm_version", lambda: version)
+    (tmp_path / "munge").mkdir()
+    configuration.write_configuration(tmp_path, nodes=1, cpus_per_node=1)
+    file = tmp_path / "cgroup.conf"
+    assert file.exists() == told
+    assert not told or "CgroupPlugin=disabled" in file.read_text().splitlines()
 
 
 def test_up_refuses_a_folder_that_is_not_a_cluster(slurm_cluster: Cluster, tmp_path: Path) -> None:

@@ -64,8 +64,9 @@ def open_file(file, mode="r", *arguments, opened=io.open, **options):
 
 
 builtins.open = io.open = open_file
+os.environ.setdefault("CFMASK_READ_PATIENCE", "12")
 """
-"""Opening a file of a checkpoint for reading fails with EIO."""
+"""Opening a file of a checkpoint for reading fails with EIO; runs try for 12 s in place of their 60."""
 
 
 SLOW_SHARDS = """\
