@@ -20,13 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import getpass
 import json
 import os
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -50,7 +47,12 @@ from launch.jobs.batch_script import set_environment, write_environment  # noqa:
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.submission import Batch, Planned, local_executor, send  # noqa: E402
+from launch.slurm import site as slurm_site  # noqa: E402
+from launch.slurm.client import SlurmError, show_job  # noqa: E402
+from launch.slurm.control import cancel  # noqa: E402
+from launch.slurm.states import is_over, is_pending  # noqa: E402
 from launch.slurm.submission import test_only  # noqa: E402
+from launch.slurm.texts import Node, Qos  # noqa: E402
 
 if TYPE_CHECKING:
     from launch.slurm.executor import SlurmExecutor
@@ -58,11 +60,9 @@ if TYPE_CHECKING:
 PROBE_MIN = 6
 """The probe's time limit: more than its ranks wait for each other, and for files of each other."""
 
-_ANSWER_S = 20  # how long one of Slurm's commands may take
+_WAIT = {"patience_s": 10.0, "answer_s": 20.0}
+"""For each of Slurm's commands."""
 _LOOK_S = 1  # between looks at the job
-_ENDED = frozenset(
-    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY BOOT_FAIL DEADLINE PREEMPTED REVOKED".split()
-)
 _NOTICES = ("srun: ", "slurmstepd: error: *** ", "submitit ")  # in a log: that all is over, and not why
 _NO_USE = ("dependency", "array_parallelism", "rendezvous_timeout", "collective_timeout")
 
@@ -189,8 +189,8 @@ class Site:
 
     config: Mapping[str, str]
     partitions: Sequence[Mapping[str, str]]
-    nodes: Sequence[of_slurm.Node]
-    services: Sequence[of_slurm.Qos]
+    nodes: Sequence[Node]
+    services: Sequence[Qos]
     qos: str | None
 
     def preemption(self, allocation: Allocation, qos: str | None) -> list[Finding]:
@@ -201,23 +201,19 @@ class Site:
 def _look_at_slurm(told: Told, allocation: Allocation) -> Site | None:
     """Ask it, and say what comes of it; None if it does not answer."""
     try:
-        config = of_slurm.parse_config(_ask("scontrol", "show", "config"))
-        partitions = of_slurm.parse_records(_ask("scontrol", "--all", "show", "partition"))
-        nodes = of_slurm.parse_nodes(
-            _ask("sinfo", "--all", "--noheader", "--Node", f"--format={of_slurm.SINFO_FORMAT}")
-        )
+        config = slurm_site.read_config(**_WAIT)
+        partitions = slurm_site.read_partitions(**_WAIT)
+        nodes = slurm_site.read_nodes(**_WAIT)
     except UserError as error:
         change = "scontrol ping says more; SLURM_CONF, if it is set, has to name this cluster's"
         told.add(Finding("Slurm", PROBLEM, str(error), change))
         return None
-    services, qos = "", allocation.qos
-    with contextlib.suppress(UserError):  # without accounting there is none
-        services = _ask("sacctmgr", "-nP", "show", "qos", f"format={of_slurm.QOS_FORMAT}")
-        who = _ask(
-            "sacctmgr", "-nP", "show", "assoc", f"user={getpass.getuser()}", f"format={of_slurm.ASSOCIATION_FORMAT}"
-        )
-        qos = qos or of_slurm.default_qos(who, allocation.account)
-    site = Site(config, partitions, nodes, of_slurm.parse_qos(services), qos)
+    services: list[Qos] = []
+    qos = allocation.qos
+    with contextlib.suppress(SlurmError):  # without accounting there is none
+        services = slurm_site.read_qos(**_WAIT)
+        qos = qos or slurm_site.read_default_qos(allocation.account, **_WAIT)
+    found = Site(config, partitions, nodes, services, qos)
     chosen = [each["PartitionName"] for each in of_slurm.chosen_partitions(partitions, allocation.partition)]
     told.add(
         Finding(
@@ -227,26 +223,9 @@ def _look_at_slurm(told: Told, allocation: Allocation) -> Site | None:
     told.add(*of_slurm.check_partition(partitions, allocation.partition, allocation.time_min))
     if chosen:
         told.add(of_slurm.check_nodes(nodes, chosen, allocation))
-        told.add(*site.preemption(allocation, qos))
+        told.add(*found.preemption(allocation, qos))
     told.add(of_slurm.check_requeue_setting(config), of_slurm.check_accounting(config))
-    return site
-
-
-def _ask(*command: str) -> str:
-    """What one of Slurm's commands prints.
-
-    Raises:
-        UserError: it cannot be asked, with its own words.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, stdin=subprocess.DEVNULL)
-    except FileNotFoundError:
-        raise UserError(f"there is no {command[0]} on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} does not answer within {_ANSWER_S} s") from None
-    if done.returncode:
-        raise UserError(f"{shlex.join(command[:3])}: {' '.join(done.stderr.split())}")
-    return done.stdout
+    return found
 
 
 def _executor(folder: Path, allocation: Allocation) -> SlurmExecutor:
@@ -336,7 +315,8 @@ def _run_on_slurm(probe: Probe, allocation: Allocation, wait_s: float) -> tuple[
     try:
         record, why_not = _wait(name, probe.folder, wait_s)
     finally:
-        subprocess.run(["scancel", name], capture_output=True)
+        with contextlib.suppress(SlurmError):
+            cancel(name)
         deadline = time.monotonic() + 15  # its ranks write into the folder until they are gone
         while time.monotonic() < deadline and not _has_ended(_show(name)):
             time.sleep(_LOOK_S)
@@ -346,22 +326,24 @@ def _run_on_slurm(probe: Probe, allocation: Allocation, wait_s: float) -> tuple[
 def _wait(name: str, folder: Path, wait_s: float) -> tuple[dict[str, str], str]:
     queued_until = time.monotonic() + wait_s
     runs_until: float | None = None
-    shown = ""
+    record: dict[str, str] = {}
+    said = ""
     while True:
         time.sleep(_LOOK_S)
-        record = _show(name)
+        shown = _show(name)
+        record = shown or record
         back = int(record.get("Restarts") or 0) > 0 and (folder / "requeue.json").exists()
-        if back or _has_ended(record):
+        if back or _has_ended(shown):
             return record, ""
         now = time.monotonic()
-        if record.get("JobState") in (None, "PENDING"):
-            reason = record.get("Reason", "Slurm does not answer")
+        if not record or is_pending(record["JobState"]):
+            reason = "Slurm does not answer" if shown is None else record.get("Reason", "")
             if runs_until is not None:  # preempted, or its node has failed
                 runs_until, queued_until = None, now + wait_s
             if now > queued_until:
                 return record, f"job {name} waited {wait_s:.0f} s in the queue ({reason}), and was cancelled"
-            if reason != shown:
-                shown = reason
+            if reason != said:
+                said = reason
                 print(f"job {name} is queued ({reason})", file=sys.stderr, flush=True)
         elif runs_until is None:
             runs_until = now + 60 * PROBE_MIN + 60
@@ -370,16 +352,16 @@ def _wait(name: str, folder: Path, wait_s: float) -> tuple[dict[str, str], str]:
             return record, ""
 
 
-def _show(name: str) -> dict[str, str]:
+def _show(name: str) -> dict[str, str] | None:
+    """What Slurm knows of the job: nothing when it has ended a while ago; None if Slurm does not answer."""
     try:
-        found = of_slurm.parse_records(_ask("scontrol", "--oneliner", "show", "job", name), first="JobId")
-    except UserError:
-        return {}
-    return found[0] if found else {}
+        return show_job(name, patience_s=0)
+    except SlurmError:
+        return None
 
 
-def _has_ended(record: Mapping[str, str]) -> bool:
-    return record.get("JobState") in _ENDED
+def _has_ended(record: Mapping[str, str] | None) -> bool:
+    return record is not None and (not record or is_over(record.get("JobState", "")))
 
 
 def _run_here(probe: Probe, allocation: Allocation) -> tuple[str, dict[str, str]]:

@@ -21,9 +21,10 @@ from launch import doctor
 from launch.checks import cluster as _slurm_checks
 from launch.checks import probe as _probe
 from launch.checks import ranks as _rank_checks
-from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding, Node
+from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, Report
 from launch.jobs.allocation import Allocation
+from launch.slurm.texts import Node, default_qos, gpus_of, parse_config, parse_nodes, parse_qos, parse_records, seconds
 from slurm_fixture import Cluster
 
 REPO = Path(__file__).resolve().parents[1]
@@ -113,14 +114,14 @@ urgent|normal,scavenge|cluster|00:00:00
 
 def preemption(config: str, partitions: str, nodes: str = "", qos: str = "", own_qos: str | None = None, **own: str):
     """Findings by check, for a job in the default partition; own: what this one says instead."""
-    records = _slurm_checks.parse_records(partitions)
+    records = parse_records(partitions, "PartitionName")
     chosen = [dict(record) | own for record in _slurm_checks.chosen_partitions(records, None)]
     findings = _slurm_checks.check_preemption(
-        _slurm_checks.parse_config(config),
+        parse_config(config),
         chosen,
         records,
-        _slurm_checks.parse_nodes(nodes),
-        _slurm_checks.parse_qos(qos),
+        parse_nodes(nodes),
+        parse_qos(qos),
         own_qos,
     )
     return {finding.check: finding for finding in findings}
@@ -174,9 +175,9 @@ def test_suspension_by_gang_scheduling_in_24_05():
 
 
 def test_nobody_comes_before_the_most_important_partition():
-    records = [r for r in _slurm_checks.parse_records(PARTITIONS_22_05) if r["PartitionName"] != "elsewhere"]
+    records = [r for r in parse_records(PARTITIONS_22_05, "PartitionName") if r["PartitionName"] != "elsewhere"]
     high = [r for r in records if r["PartitionName"] == "high"]
-    config = _slurm_checks.parse_config(CONFIG_22_05)
+    config = parse_config(CONFIG_22_05)
     [found] = _slurm_checks.check_preemption(config, [high[0] | {"PreemptMode": "REQUEUE"}], records, [], [], None)
     assert found.state == OK and "nobody comes before it" in found.found
 
@@ -227,7 +228,7 @@ def test_the_warning_signal_has_two_names():
 
 
 def test_settings_of_requeue_and_accounting():
-    config = _slurm_checks.parse_config
+    config = parse_config
     assert _slurm_checks.check_requeue_setting(config(CONFIG_22_05)).state == OK
     overridden = _slurm_checks.check_requeue_setting(config(CONFIG_23_11))
     assert overridden.state == OK and "asks for --requeue itself" in overridden.found
@@ -236,7 +237,7 @@ def test_settings_of_requeue_and_accounting():
 
 
 def test_partition_and_time_limit():
-    records = _slurm_checks.parse_records(PARTITIONS_22_05)
+    records = parse_records(PARTITIONS_22_05, "PartitionName")
     assert [f.state for f in _slurm_checks.check_partition(records, None, 1440)] == [OK, OK]
     _, late = _slurm_checks.check_partition(records, "low", 2880)
     assert late.state == PROBLEM and "--time 1440" in late.change
@@ -286,17 +287,17 @@ def test_nodes_of_the_size_that_is_asked_for():
     ],
 )
 def test_gpus_of_a_node(gres, kind, number):
-    assert _slurm_checks.gpus_of(gres, kind) == number
+    assert gpus_of(gres, kind) == number
 
 
 @given(st.integers(0, 400), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
 def test_durations_as_slurm_shows_them(days, hours, minutes, secs):
     total = ((days * 24 + hours) * 60 + minutes) * 60 + secs
     clock = f"{hours:02}:{minutes:02}:{secs:02}"
-    assert _slurm_checks.seconds(f"{days}-{clock}") == total
-    assert _slurm_checks.seconds(clock) == total - days * 86400
-    assert _slurm_checks.seconds(str(total)) == _slurm_checks.seconds(f"{total} sec") == total
-    assert _slurm_checks.seconds("UNLIMITED") == math.inf
+    assert seconds(f"{days}-{clock}") == total
+    assert seconds(clock) == total - days * 86400
+    assert seconds(str(total)) == seconds(f"{total} sec") == total
+    assert seconds("UNLIMITED") == math.inf
 
 
 WORDS = st.text("abcXYZ019[]-.,/()", min_size=1, max_size=8)
@@ -308,14 +309,14 @@ def test_records_are_read_in_either_form(records, on_a_line):
     text = "\n".join(
         gap.join([f"PartitionName=p{i}", *(f"{k}={v}" for k, v in r.items())]) for i, r in enumerate(records)
     )
-    assert _slurm_checks.parse_records(text) == [{"PartitionName": f"p{i}", **r} for i, r in enumerate(records)]
+    assert parse_records(text, "PartitionName") == [{"PartitionName": f"p{i}", **r} for i, r in enumerate(records)]
 
 
 def test_the_qos_of_a_job_that_names_none():
     text = "vision||normal\nlanguage|long|long,short\n"
-    assert _slurm_checks.default_qos(text, None) == "normal"
-    assert _slurm_checks.default_qos(text, "language") == "long"
-    assert _slurm_checks.default_qos("", None) == "normal"
+    assert default_qos(text, None) == "normal"
+    assert default_qos(text, "language") == "long"
+    assert default_qos("", None) == "normal"
 
 
 def test_a_requeue_that_was_seen_or_refused():

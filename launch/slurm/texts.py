@@ -66,20 +66,18 @@ class Node:
         return not re.search(r"down|drain|fail|maint|unk|error|inval|no_respond|\*$", self.state.lower())
 
 
-SINFO_FORMAT = "%R|%N|%T|%c|%G"
-QOS_FORMAT = "Name,Preempt,PreemptMode,GraceTime"
-ASSOCIATION_FORMAT = "Account,DefaultQOS,QOS"
-
-
 def parse_nodes(text: str) -> list[Node]:
-    """`sinfo -a -h -N -o SINFO_FORMAT`."""
+    """`sinfo -a -h -N -o "%R|%N|%T|%c|%G"`."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 4)
     return [Node(p, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres) for p, name, state, cpus, gres in rows]
 
 
 @dataclass(frozen=True)
 class Qos:
-    """A line of `sacctmgr -nP show qos format=QOS_FORMAT`. preempts: names of those whose jobs give way to its."""
+    """A line of `sacctmgr -nP show qos format=Name,Preempt,PreemptMode,GraceTime`.
+
+    preempts: names of those whose jobs give way to its.
+    """
 
     name: str
     preempts: tuple[str, ...]
@@ -93,7 +91,7 @@ def parse_qos(text: str) -> list[Qos]:
 
 
 def default_qos(text: str, account: str | None) -> str:
-    """The qos of a job that names none, by `sacctmgr -nP show assoc user=… format=ASSOCIATION_FORMAT`."""
+    """The qos of a job that names none, by `sacctmgr -nP show assoc user=… format=Account,DefaultQOS,QOS`."""
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
     own = [row for row in rows if account is None or row[0] == account]
     for _, default, allowed in own:
