@@ -21,13 +21,14 @@ from cfmask.runs import RunFolder, read_lines
 from launch.jobs import training
 from launch.jobs.submission import last_submission
 from launch.slurm.client import ask, show_job
+from launch.slurm.control import cancel, start_now
+from launch.slurm.queue import host_names
+from launch.slurm.states import is_over, is_pending
 
 Poll = Iterator[None]
 
 _ASK_EVERY_S = 0.5
 _SETTLES_S = 5.0
-_OVER = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
-"""States of a job that does not come back."""
 
 
 class DrillFailed(Exception):
@@ -131,7 +132,7 @@ class RunHandle:
         """End all jobs of this drill that are still there."""
         with contextlib.suppress(UserError):
             if self.jobs:
-                ask("scancel", *self.jobs)
+                cancel(*self.jobs)
 
     # --- waiting --------------------------------------------------------------------------------------------------
 
@@ -161,7 +162,7 @@ class RunHandle:
             if came and self.job_field("JobState") == "RUNNING":
                 return
             self.skip_hold()
-            if self.job_field("JobState") in _OVER:
+            if is_over(self.job_field("JobState")):
                 raise DrillFailed(f"job {self.job} was not requeued: it is {self.job_field('JobState')}")
             yield
 
@@ -169,14 +170,14 @@ class RunHandle:
         """Skip most of the two minutes that Slurm holds a requeued job for. Some seconds are left for its previous
         start to end on all nodes: what is late there would end the new one."""
         now = time.monotonic()
-        if self.job_field("JobState") != "PENDING":
+        if not is_pending(self.job_field("JobState")):
             self._pending_since = None
         elif self._pending_since is None:
             self._pending_since = now
         elif now - self._pending_since > _SETTLES_S:
             self._pending_since = now
             with contextlib.suppress(UserError):  # a site that does not let its users: then it takes two minutes
-                ask("scontrol", "update", f"jobid={self.job}", "StartTime=now")
+                start_now(self.job)
 
     def ended(self, state: str, *, within_s: float | None = None, restarts: bool = False) -> Poll:
         """Wait until the job has ended for good.
@@ -191,7 +192,7 @@ class RunHandle:
             found = self.job_field("JobState")
             if found == state:
                 return
-            if found in _OVER:
+            if is_over(found):
                 raise DrillFailed(f"job {self.job} is {found}, and should be {state}")
             if restarts:
                 self.skip_hold()
@@ -234,7 +235,7 @@ class RunHandle:
 
     def _check_alive(self, what: str) -> None:
         state = self.job_field("JobState")
-        if state in _OVER and not self.folder.results.exists():
+        if is_over(state) and not self.folder.results.exists():
             raise DrillFailed(f"job {self.job} is {state} before {what}; its logs are in {self.folder.root / 'jobs'}")
 
     # --- looking --------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ class RunHandle:
 
     def nodes(self) -> list[str]:
         self._asked = 0.0
-        return ask("scontrol", "show", "hostnames", self.job_field("NodeList")).split()
+        return host_names(self.job_field("NodeList"))
 
     def log(self, job: str = "*") -> str:
         """What the ranks of a job, or of all of them, have printed."""

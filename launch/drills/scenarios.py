@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from launch.drills.faults import (
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.materials import MAKE_SHARDS
 from launch.slurm.client import ask
+from launch.slurm.control import cancel, requeue
+from launch.slurm.submission import submit
 
 EARLY, HALF = 25, 63
 """Steps at which runs are interrupted."""
@@ -34,14 +38,14 @@ def _undisturbed(run: RunHandle, env: DrillEnvironment) -> Poll:
 # --- requeues and preemptions -----------------------------------------------------------------------------------------
 
 
-def _restarts_after(what: str, *command: str) -> Callable[[RunHandle, DrillEnvironment], Poll]:
-    """The scenario in which one of Slurm's commands is given for the job half way."""
+def _restarts_after(what: str, act: Callable[[str], None]) -> Callable[[RunHandle, DrillEnvironment], Poll]:
+    """The scenario in which something is done to the job half way."""
 
     def scenario(run: RunHandle, env: DrillEnvironment) -> Poll:
         run.submit()
         yield from run.reach(HALF)
         run.record_fault(what)
-        ask(*command, run.job)
+        act(run.job)
         yield from run.restart()
         yield from run.finish()
 
@@ -59,12 +63,13 @@ def _preempt(run: RunHandle, env: DrillEnvironment) -> Poll:
     """Submit a job that takes the run's nodes; wait until the run's job runs again."""
     nodes = run.nodes()
     wanted = (f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--time=5")
+    script = run.folder.root.with_name(f".preempts-{uuid.uuid4().hex}.sh")
+    script.write_text("#!/bin/sh\nsleep 1\n")
     run.record_fault("preempted")
-    job = ask(
-        *("sbatch", "--parsable", "--job-name=cfmask-preempts", "--output=/dev/null", *wanted, *env.preempt_with),
-        "--wrap=sleep 1",
-    )
-    run.jobs.append(job.strip())
+    try:
+        run.jobs.append(submit(script, "--job-name=cfmask-preempts", "--output=/dev/null", *wanted, *env.preempt_with))
+    finally:
+        script.unlink()  # Slurm has a copy
     yield from run.restart()
 
 
@@ -149,7 +154,7 @@ def _rank_killed(run: RunHandle, env: DrillEnvironment) -> Poll:
 
 def _scancel(run: RunHandle, env: DrillEnvironment) -> Poll:
     run.record_fault("scancel")
-    ask("scancel", run.job)
+    cancel(run.job)
     yield from _ended(run, env, "CANCELLED")
 
 
@@ -261,7 +266,7 @@ def _quota_at_warning(run: RunHandle, env: DrillEnvironment) -> Poll:
     yield from run.reach(HALF)
     exceeded.touch()
     run.record_fault("USR2, quota")
-    ask("scancel", "--signal=USR2", run.job)
+    cancel(run.job, signal="USR2")
     yield from run.wait(3)
     exceeded.unlink()
     yield from run.restart()
@@ -374,10 +379,10 @@ DRILLS = (
     Drill(
         name="warned",
         what="USR2, as before a preemption or the time limit",
-        scenario=_restarts_after("USR2", "scancel", "--signal=USR2"),
+        scenario=_restarts_after("USR2", functools.partial(cancel, signal="USR2")),
         ends=_CAME_BACK,
     ),
-    Drill("requeued", "scontrol requeue", _restarts_after("requeue", "scontrol", "requeue"), _STOPPED),
+    Drill("requeued", "scontrol requeue", _restarts_after("requeue", requeue), _STOPPED),
     Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*"),
     Drill("cancelled", "scancel; it has to stay away; --resume", _cancelled, _STOPPED),
     Drill(

@@ -24,11 +24,12 @@ class SubmissionUnknown(SlurmUnavailable):
     """Whether the job was accepted could not be found out."""
 
 
-def submit(script: Path, *, patience_s: float = PATIENCE_S) -> str:
+def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
     """Queue a batch script; the id of its job or array.
 
     Args:
         script: absolute; no other submission may have had this path.
+        options: of sbatch, beside those in the script.
 
     Raises:
         SubmissionUnknown: nobody answers, and the job may have been accepted.
@@ -39,7 +40,7 @@ def submit(script: Path, *, patience_s: float = PATIENCE_S) -> str:
     sent = False
     while True:
         try:
-            done = call(("sbatch", str(script)), answer_s=ANSWER_S)
+            done = call(("sbatch", *options, str(script)), answer_s=ANSWER_S)
             if done.returncode:
                 raise SlurmError(_refusal(done.stderr or done.stdout))
             job = _job_id(done.stdout) or _the_first(submitted(script, patience_s=patience_s))
