@@ -71,7 +71,14 @@ class Place:
                 f"Rank {self.rank} on {socket.gethostname()} sees no GPU. Check the node (nvidia-smi), or train "
                 "on CPUs with --gpus-per-node 0."
             )
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        visible = torch.cuda.device_count()
+        if 1 < visible <= self.local_rank:
+            raise UserError(
+                f"Rank {self.rank} on {socket.gethostname()} is number {self.local_rank} of its node, counted from 0, "
+                f"and the node shows {visible} GPUs. Ask for as many as there are (--exclusive {visible}, or "
+                f"--gpus-per-node {visible})."
+            )
+        return torch.device("cuda", self.local_rank % visible)
 
     @property
     def loader_workers(self) -> int:

@@ -44,6 +44,7 @@ from launch.checks.probe import Probe, Report, read_reports, write_and_look  # n
 from launch.jobs import snapshot  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, uncovered  # noqa: E402
 from launch.jobs.batch_script import set_environment, write_environment  # noqa: E402
+from launch.jobs.claims import check_path  # noqa: E402
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.submission import Batch, Planned, local_executor, send  # noqa: E402
@@ -158,6 +159,7 @@ def _shared_folder(given: Path | None) -> Path:
         if given is not None:
             raise UserError(f"--shared {given} is no folder. Make it, or name one on the file system that nodes share.")
         folder = Path()
+    check_path(folder.resolve())
     return folder.resolve()
 
 
@@ -220,7 +222,7 @@ def _look_at_slurm(told: Told, allocation: Allocation) -> Site | None:
             "Slurm", OK, f"{config.get('SLURM_VERSION', 'of an unknown version')}, cluster {config.get('ClusterName')}"
         )
     )
-    told.add(*of_slurm.check_partition(partitions, allocation.partition, allocation.time_min))
+    told.add(*of_slurm.check_partition(partitions, allocation.partition, allocation.time))
     if chosen:
         told.add(of_slurm.check_nodes(nodes, chosen, allocation))
         told.add(*found.preemption(allocation, qos))
@@ -266,7 +268,7 @@ def _probe(
     """Run it, and say what comes of it. The folder stays if something was wrong with it."""
     before = len(told.findings)
     probe = Probe(folder, allocation.gpus_per_node, needed)
-    small = replace(allocation, time_min=PROBE_MIN)
+    small = replace(allocation, time=PROBE_MIN)
     try:
         (folder / "jobs").mkdir(parents=True)
         write_environment(allocation, folder / "jobs")

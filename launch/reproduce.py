@@ -41,6 +41,7 @@ from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
 from launch.jobs import training  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation  # noqa: E402
+from launch.jobs.claims import check_path  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
 from launch.jobs.run_state import in_queue, look_at  # noqa: E402
@@ -207,6 +208,7 @@ class Scene:
             precision=base.run.precision,
             allow_count_mismatch=arguments.allow_count_mismatch,
         )
+        check_path(folder)
         given = arguments.soup.resolve() if arguments.soup else None
         foreign = given if given is not None and read_info(given) is None else None
 

@@ -17,7 +17,10 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
 from launch.jobs import claims, submission, training
+from launch.jobs.allocation import Allocation
+from launch.jobs.batch_script import write_environment
 from launch.jobs.claims import take_folder
+from slurm_fixture import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,13 @@ def test_a_command_that_was_killed_while_it_removed_a_folder_keeps_nobody_out(tm
     assert claim.mark.exists()
 
 
+@pytest.mark.parametrize("name", ["a%a", "a%jb", "%", "a\\b", "a\nb", "a\x07", "x" * 256, "ü" * 128])
+def test_paths_that_slurm_or_a_file_system_would_change_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="Give (another folder|a shorter one)"):
+        take_folder(RunFolder(tmp_path / name / "x"), Recipe())
+    assert contents(tmp_path) == []
+
+
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +167,35 @@ def test_a_refused_submission_leaves_the_run_that_another_command_has_submitted(
     for run in runs:
         assert [line["job"][:3] for line in read_lines(run / "jobs/submissions.jsonl")] == ["77_"]
         assert (run / "recipe.json").exists() and list((run / "code").iterdir())
+
+
+@pytest.mark.slurm
+def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_path):
+    """Alone and as members of an array; each batch script runs a command that prints its arguments."""
+    names = ("a`id`b", "a;b", "#a", "a #b", "a,b", "a'b\"c", " a b", "-lead", "ünï", "a$HOME", "a[1]*?", "x" * 255)
+    allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="printf %s\\\\n", environment={"A": "1"})
+    sent = []
+    for name in names:
+        for members in ([tmp_path / "alone" / name], [tmp_path / "swept" / name / member for member in "01"]):
+            batch = submission.Batch.of([submission.Planned(RunFolder(member), Recipe()) for member in members])
+            for member in members:
+                (member / "jobs").mkdir(parents=True)
+                write_environment(allocation, member / "jobs")
+            batch.link_runs()
+            script = tmp_path / "script.sh"
+            script.write_text(batch.executor(allocation, "DIGEST").batch_script(len(members)))
+            sent.append((slurm_cluster.sbatch(str(script), cwd=tmp_path), members))
+    for job, members in sent:
+        for number, member in enumerate(members):
+            log = (
+                member / "jobs" / f"{job}_{number}_0_log.out" if len(members) > 1 else member / f"jobs/{job}_0_log.out"
+            )
+            code = batch_code(member, len(members) > 1, number)
+            wait_until(lambda log=log, code=code: log.exists() and code in log.read_text(), f"{log} has {code}", 60)
+
+
+def batch_code(member: Path, swept: bool, number: int) -> str:
+    return f"/{number}/code/DIGEST/launch/jobs/start.py" if swept else f"{member}/code/DIGEST/launch/jobs/start.py"
 
 
 def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):

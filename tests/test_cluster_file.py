@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from launch.jobs.allocation import (
 )
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
 from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
-from launch.jobs.settings import FILE_KEYS, gpus, minutes
+from launch.jobs.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
 from launch.submit import parser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -62,8 +63,12 @@ def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_
     file = read(active)
     assert {*file.values, "environment", "container", "sbatch"} == {*FILE_KEYS, *OWN_KEYS}
     assert file.image and file.mounts and file.environment and file.sbatch
-    allocation = resolve_allocation(parser().parse_args(["--gpus-per-node", "4"]), file)
-    assert "--container-image" in sbatch_file(allocation)
+    for way in GPU_SETTINGS:
+        keys = {key: value for key, value in file.values.items() if key == way or key not in GPU_SETTINGS}
+        keys["tasks_per_node"] = 8
+        allocation = resolve_allocation(parser().parse_args([]), dataclasses.replace(file, values=keys))
+        assert allocation.gpus_from == way and allocation.gpus_per_node == 8
+        assert "--container-image" in sbatch_file(allocation)
 
 
 @pytest.mark.parametrize("example", sorted((REPO / "slurm/examples").glob("*.toml")), ids=lambda path: path.stem)
@@ -116,11 +121,13 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
         ("[environment]\nA = 1.5", "A has to be the name of a variable, with a string or a whole number"),
         ("[container]\nmounts = ['/a:/a']", "needs an image"),
         ("[container]\nimage = 'x'\nmounts = ['a:/a']", "'a:/a'; a mount is /FROM:/TO"),
+        ("[container]\nimage = 'x'\nmounts = ['/a,b:/a']", "'/a,b:/a'; a mount is /FROM:/TO, .* without commas"),
+        ("[sbatch]\ncomment = 'a\\b'", "comment has a backslash or line break"),
         ("[container]\nimage = 'x'\nname = 'y'", "there is no key container.name"),
         ("[sbatch]\nmem = '4G'", "mem does not stand here: it is the key memory"),
         ("[sbatch]\ngpus_per_node = 4", "gpus_per_node does not stand here: it is the key gpus_per_node"),
-        ("[sbatch]\nsignal = 'USR1@60'", "cfmask's own business"),
-        ("[sbatch]\nexclusive = false", "true for an option without a value"),
+        ("[sbatch]\nsignal = 'USR1@60'", "cfmask decides about it"),
+        ("[sbatch]\nreboot = false", "true for an option without a value"),
     ],
 )
 def test_what_would_do_nothing_is_refused_with_file_and_key(text, said):
@@ -173,7 +180,7 @@ def test_who_says_gpus_or_tasks_says_both():
     assert allocate("--tasks-per-node", 2, file="gpus_per_node = 8").gpus_per_node == 0
     assert allocate("--gpus-per-node", 4, file="gpus_per_node = 0\ntasks_per_node = 2").tasks_per_node == 4
     assert allocate(file="gpus_per_node = 0\ntasks_per_node = 2").world_size == 2
-    with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node 8"):
+    with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node with 8 GPUs"):
         allocate(file="gpus_per_node = 8\ntasks_per_node = 2")
 
 
@@ -257,9 +264,9 @@ def test_dependencies_are_said_in_one_way():
 
 
 def test_options_of_sbatch_setup_and_srun_that_only_the_file_has():
-    file = "setup = ['module load cuda']\nsrun_args = ['--mpi=none']\n[sbatch]\nmail-type = 'END'\nexclusive = true"
+    file = "setup = ['module load cuda']\nsrun_args = ['--mpi=none']\n[sbatch]\nmail-type = 'END'\nreboot = true"
     lines = sbatch_file(allocate(file=file)).splitlines()
-    assert "#SBATCH --mail-type=END" in lines and "#SBATCH --exclusive" in lines
+    assert "#SBATCH --mail-type=END" in lines and "#SBATCH --reboot" in lines
     assert "module load cuda" in lines and any("--mpi=none TASK" in line for line in lines)
 
 

@@ -251,7 +251,7 @@ def test_partition_and_time_limit():
 
 def allocation(**given: Any) -> Allocation:
     base = {"executor": "slurm", "nodes": 2, "gpus_per_node": 0, "gpu_type": "", "tasks_per_node": 1}
-    return Allocation(**(base | {"cpus_per_task": 4, "time_min": 60} | given))
+    return Allocation(**(base | {"cpus_per_task": 4, "time": 60} | given))
 
 
 def gpu_nodes(count: int, state: str = "idle", gres: str = "gpu:a100:8(S:0-1)", cpus: int = 96) -> list[Node]:

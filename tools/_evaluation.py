@@ -21,8 +21,8 @@ from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
-from launch.jobs.allocation import Allocation, resolve_allocation, resolve_precision  # noqa: E402
-from launch.jobs.claims import take_folder  # noqa: E402
+from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
+from launch.jobs.claims import check_path, take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments, given_flags  # noqa: E402
 from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
@@ -107,6 +107,8 @@ def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, 
     Raises:
         UserError: what contradicts itself, or models and sets that do not belong together.
     """
+    precision = resolve_precision(arguments.precision, allocation)
+    check_arithmetic(precision, allocation)
     shards = arguments.shards or ""
     if shards and not is_remote(shards):
         shards = str(Path(shards).resolve())
@@ -117,7 +119,7 @@ def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, 
         sets=tuple(_folder(shards, name) for name in arguments.sets),
         holdout=None if holdout is None else _folder(shards, holdout),
         batch_size=arguments.batch_size,
-        precision=resolve_precision(arguments.precision, allocation),
+        precision=precision,
         loader_workers=arguments.loader_workers,
         allow_count_mismatch=arguments.allow_count_mismatch,
         **making,
@@ -170,6 +172,7 @@ def carry_out(
     """
     folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
     run = RunFolder(folder.absolute())
+    check_path(run.root)
     _drop_results_of_other_models(evaluation, run)
     planned = Planned(run, evaluation)
     if run.results.exists():

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.jobs.allocation import Allocation
+from launch.jobs.settings import PARTITION_TIME, UNLIMITED
 from launch.slurm.texts import Node, Qos, gpus_of, seconds, version_of
 
 OK, WARNING, PROBLEM, NOT_CHECKED = "ok", "warning", "problem", "not checked"
@@ -45,8 +46,12 @@ def chosen_partitions(partitions: Sequence[Mapping[str, str]], wanted: str | Non
     return [each for each in partitions if each.get("Default") == "YES"]
 
 
-def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None, time_min: int) -> list[Finding]:
-    """That there is one, that it is up, and that it gives so much time."""
+def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None, time: int | str) -> list[Finding]:
+    """That there is one, that it is up, and that it gives so much time.
+
+    Args:
+        time: ``Allocation.time``.
+    """
     names = ", ".join(each["PartitionName"] for each in partitions)
     chosen = chosen_partitions(partitions, wanted)
     if unknown := sorted(set((wanted or "").split(",")) - {""} - {each["PartitionName"] for each in chosen}):
@@ -66,16 +71,24 @@ def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None,
             continue
         is_default = "" if wanted else " (Slurm's default)"
         findings.append(Finding("partition", OK, f"{name}{is_default}, of {each.get('TotalNodes', '?')} nodes"))
-        limit = seconds(each.get("MaxTime", "UNLIMITED"))
-        if time_min * 60 > limit:
-            found = f"a job gets {each['MaxTime']} in {name} at most, and --time is {time_min} min"
-            most = int(limit // 60)
-            change = f"--time {most}, or time = {most} in cluster.toml: a run goes on over any number of starts"
-            findings.append(Finding("time limit", PROBLEM, found, change))
-        else:
-            at_most = "any time" if math.isinf(limit) else f"at most {each['MaxTime']}"
-            findings.append(Finding("time limit", OK, f"{time_min} min asked for; {name} gives {at_most}"))
+        findings.append(_check_time(each, time))
     return findings
+
+
+def _check_time(partition: Mapping[str, str], time: int | str) -> Finding:
+    name, most = partition["PartitionName"], partition.get("MaxTime", "UNLIMITED")
+    limit = seconds(most)
+    at_most = "any time" if math.isinf(limit) else f"at most {most}"
+    if time == PARTITION_TIME:
+        default = partition.get("DefaultTime", "NONE")
+        default = most if default == "NONE" else default  # as Slurm does
+        return Finding("time limit", OK, f"{name}'s default, {default}, is asked for; it gives {at_most}")
+    asked = "no limit" if time == UNLIMITED else f"{time} min"
+    if (math.inf if time == UNLIMITED else 60 * int(time)) > limit:
+        found = f"a job gets {most} in {name} at most, and --time asks for {asked}"
+        change = f"--time {int(limit // 60)}, or time = {int(limit // 60)} in cluster.toml"
+        return Finding("time limit", PROBLEM, found, f"{change}: a run goes on over any number of starts")
+    return Finding("time limit", OK, f"{asked} asked for; {name} gives {at_most}")
 
 
 def check_nodes(nodes: Sequence[Node], partitions: Iterable[str], allocation: Allocation) -> Finding:
@@ -87,13 +100,16 @@ def check_nodes(nodes: Sequence[Node], partitions: Iterable[str], allocation: Al
     own = {node.name: node for node in nodes if node.partition in set(partitions)}.values()
     if not own:
         return Finding("nodes", NOT_CHECKED, "sinfo shows no node of the partition")
-    with_gpus = [node for node in own if gpus_of(node.gres, a.gpu_type) >= a.gpus_per_node]
+    if a.gpus_from == "exclusive":  # Slurm need not know of its GPUs
+        with_gpus = list(own)
+    else:
+        with_gpus = [node for node in own if gpus_of(node.gres, a.gpu_type) >= a.gpus_per_node]
     if len(with_gpus) < a.nodes:
         kinds = sorted({node.gres for node in own})
         found = (
             f"{len(with_gpus)} of {len(own)} nodes have {gpus}, {a.nodes} are asked for; they have {'; '.join(kinds)}"
         )
-        change = "another --partition, or --gpus-per-node [TYPE:]N (0: train on CPUs), or --nodes"
+        change = "another --partition, another type or number of GPUs (--gpus-per-node 0: train on CPUs), or --nodes"
         return Finding("nodes", PROBLEM, found, change)
     large = [node for node in with_gpus if node.cpus >= cpus]
     if len(large) < a.nodes:

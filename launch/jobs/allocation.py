@@ -19,7 +19,7 @@ from typing import Any
 from cfmask.errors import UserError
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
-from launch.jobs.settings import DEFAULTS, SETTINGS
+from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
 
 REQUEUE_ME = 144
 """The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
@@ -28,10 +28,16 @@ batch script on Slurm, of submitit's local executor here, whose own number it is
 
 @dataclass(frozen=True)
 class Allocation:
-    """What a job is given, nothing left open. tasks_per_node: one per GPU; on machines without GPUs as many as asked
-    for. mounts: of the container, if there is an image. again: values of settings that the run gets again when it is
-    resumed, unless flags say otherwise: what flags said, and how many ranks there were. visible_gpus: of this machine,
-    one for each local rank, as entries for CUDA_VISIBLE_DEVICES."""
+    """What a job is given, nothing left open.
+
+    gpus_from: of GPU_SETTINGS, how sbatch is asked for the GPUs.
+    tasks_per_node: one per GPU; on machines without GPUs as many as asked for.
+    time: limit of a start in minutes, UNLIMITED, or PARTITION_TIME.
+    again: values of settings that the run gets again when it is resumed, unless flags say otherwise: what flags said,
+        and how many ranks there were.
+    visible_gpus: of this machine, one for each local rank, as entries for CUDA_VISIBLE_DEVICES.
+    mounts: of the container, if there is an image.
+    """
 
     executor: str
     nodes: int
@@ -39,8 +45,9 @@ class Allocation:
     gpu_type: str
     tasks_per_node: int
     cpus_per_task: int
-    time_min: int
+    time: int | str
     again: Mapping[str, Any] = field(default_factory=dict)
+    gpus_from: str = "gpus_per_node"
     visible_gpus: tuple[str, ...] = ()
     partition: str | None = None
     account: str | None = None
@@ -57,6 +64,11 @@ class Allocation:
     image: str | None = None
     mounts: tuple[str, ...] = ()
     sbatch: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def time_min(self) -> int | None:
+        """The time limit in minutes; None if there is none, or only Slurm knows it."""
+        return self.time if isinstance(self.time, int) else None
 
     @property
     def world_size(self) -> int:
@@ -96,16 +108,17 @@ def resolve_allocation(
     if executor == "slurm":
         # It says which GPUs of a node a job sees; those that are visible here are another matter.
         shown: tuple[str, ...] = ()
-        gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, default_gpus=8)
+        ranks = _ranks(layers, default_gpus=8)
     else:
         installed = installed_gpus()
         visible = visible_gpus(os.environ.get(VISIBLE), installed)
         default_gpus = 0 if installed is None or visible is None else len(visible)
-        gpu_type, gpus_per_node, tasks_per_node = _ranks(layers, default_gpus)
-        shown = first_visible(gpus_per_node, visible)
-    ranks = {"nodes": value("nodes"), "gpus_per_node": (gpu_type, gpus_per_node), "tasks_per_node": tasks_per_node}
-    again = {k: v for k, v in {**(last or {}), **flags}.items() if k not in ("dependency", "array_parallelism")}
-    if executor == "debug" and tasks_per_node > 1:
+        ranks = _ranks(layers, default_gpus)
+        shown = first_visible(ranks.gpus, visible)
+    not_again = ("dependency", "array_parallelism", *GPU_SETTINGS)
+    again = {k: v for k, v in {**(last or {}), **flags}.items() if k not in not_again}
+    again |= {"nodes": value("nodes"), ranks.gpus_from: ranks.asked, "tasks_per_node": ranks.tasks}
+    if executor == "debug" and ranks.tasks > 1:
         raise UserError("--executor debug is one rank in this process. Ask for one GPU or task, or use local.")
     if arguments.after and "dependency" in flags:
         raise UserError("--after and --dependency both say what to wait for. Put all of it into --dependency.")
@@ -121,13 +134,14 @@ def resolve_allocation(
     return Allocation(
         executor=executor,
         nodes=value("nodes"),
-        gpus_per_node=gpus_per_node,
-        gpu_type=gpu_type,
-        tasks_per_node=tasks_per_node,
+        gpus_per_node=ranks.gpus,
+        gpu_type=ranks.gpu_type,
+        gpus_from=ranks.gpus_from,
+        tasks_per_node=ranks.tasks,
         visible_gpus=shown,
         cpus_per_task=value("cpus_per_task"),
-        time_min=value("time"),
-        again={**again, **ranks},
+        time=value("time"),
+        again=again,
         partition=value("partition"),
         account=value("account"),
         qos=value("qos"),
@@ -157,9 +171,31 @@ def resolve_precision(asked: str, allocation: Allocation | None) -> str:
         return asked
     if allocation is not None:
         return "bf16" if allocation.gpus_per_node else "fp32"
+    return "bf16" if torch_has_gpu() else "fp32"
+
+
+def torch_has_gpu() -> bool:
     import torch
 
-    return "bf16" if torch.cuda.is_available() else "fp32"
+    return torch.cuda.is_available()
+
+
+def check_arithmetic(precision: str, allocation: Allocation | None, *, cuda_graphs: str = "off") -> None:
+    """bf16 and --compile work on CPUs too.
+
+    Raises:
+        UserError: the job has no GPU, and is asked for what only a GPU does.
+    """
+    gpus = torch_has_gpu() if allocation is None else allocation.gpus_per_node > 0
+    if gpus:
+        return
+    idle = ["--precision tf32"] * (precision == "tf32") + ["--cuda-graphs on"] * (cuda_graphs == "on")
+    if idle:
+        where = "this process" if allocation is None else f"the allocation ({allocation})"
+        raise UserError(
+            f"{' and '.join(idle)} would do nothing: {where} has no GPU. Leave it out, or ask for GPUs with "
+            "--gpus-per-node N."
+        )
 
 
 def choose_executor(arguments: argparse.Namespace) -> str:
@@ -199,18 +235,59 @@ def _read_file(file: ClusterFile) -> dict[str, Any]:
     return values
 
 
-def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> tuple[str, int, int]:
-    """Type and number of a node's GPUs, and its ranks: who says either says both."""
-    says = next((s for s in layers if "gpus_per_node" in s or "tasks_per_node" in s), {})
-    tasks = says.get("tasks_per_node")
-    default = ("", 0 if tasks is not None else default_gpus)
-    gpu_type, number = says.get("gpus_per_node", default)
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks of a node. asked: the value of ``gpus_from``."""
+
+    gpus_from: str
+    asked: tuple[str, int]
+    gpus: int
+    tasks: int
+
+    @property
+    def gpu_type(self) -> str:
+        return self.asked[0]
+
+
+def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> _Ranks:
+    """The GPUs of a node and its ranks. The first layer that says anything of either says both; only
+    --gpus-per-task takes --tasks-per-node from another one, as neither means anything without the other."""
+    for layer in layers:
+        given = [_flag(name) for name in GPU_SETTINGS if name in layer]
+        if len(given) > 1:
+            raise UserError(
+                f"{' and '.join(given)} are different ways to ask for the GPUs of a node: give one of them, on the "
+                "command line and in the cluster file alike."
+            )
+    speaking = [layer for layer in layers if "tasks_per_node" in layer or any(n in layer for n in GPU_SETTINGS)]
+    ways = [next((name for name in GPU_SETTINGS if name in layer), None) for layer in speaking]
+    if not speaking:
+        return _Ranks("gpus_per_node", ("", default_gpus), default_gpus, default_gpus or 1)
+    way, tasks = ways[0], speaking[0].get("tasks_per_node")
+    if way is None and len(ways) > 1 and ways[1] == "gpus_per_task":
+        way, asked = ways[1], speaking[1]["gpus_per_task"]
+    elif way is not None:
+        asked = speaking[0][way]
+    else:
+        return _Ranks("gpus_per_node", ("", 0), 0, tasks or 1)
+    if way == "gpus_per_task":
+        if tasks is None:
+            raise UserError(
+                "--gpus-per-task is the GPU of one rank: say with --tasks-per-node how many ranks, and so GPUs, a "
+                "node has."
+            )
+        return _Ranks(way, tuple(asked), tasks, tasks)
+    number = asked[1]
     if tasks is not None and number and tasks != number:
         raise UserError(
-            f"--tasks-per-node {tasks} contradicts --gpus-per-node {number}: there is one task for each GPU. Leave "
-            "--tasks-per-node out, or give --gpus-per-node 0 to train on CPUs."
+            f"--tasks-per-node {tasks} contradicts {_flag(way)} with {number} GPUs: there is one task for each GPU. "
+            "Leave --tasks-per-node out, or give --gpus-per-node 0 to train on CPUs."
         )
-    return gpu_type, number, number or tasks or 1
+    return _Ranks(way, tuple(asked), number, number or tasks or 1)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def uncovered(allocation: Allocation, paths: Sequence[Path]) -> list[Path]:

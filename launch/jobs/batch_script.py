@@ -23,6 +23,7 @@ NOTICE_S = 120
 earlier: Slurm looks that often."""
 ENVIRONMENT = "environment.sh"
 """In a job's folder jobs/."""
+_NO_LIMIT_MIN = 525_600
 _RANKS_ENDED_WELL = 99
 """Exit code of the inner shell after ranks that all exited with 0: a setup that exits with 0 ends it with 0."""
 
@@ -43,8 +44,8 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "exclude": a.exclude,
         "dependency": a.dependency,
         "array_parallelism": a.array_parallelism,
-        "gpus_per_node": f"{a.gpu_type}:{a.gpus_per_node}" if a.gpu_type else a.gpus_per_node or None,
     }
+    sbatch = {name.replace("_", "-"): value for name, value in a.sbatch.items()}
     container = [f"--container-image={a.image}"] if a.image else []
     container += [f"--container-mounts={','.join(a.mounts)}"] if a.mounts else []
     return {
@@ -52,8 +53,9 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "nodes": a.nodes,
         "ntasks_per_node": a.tasks_per_node,
         "cpus_per_task": a.cpus_per_task,
-        "time": a.time_min,
-        "signal_delay_s": min(NOTICE_S, 6 * a.time_min),
+        # submitit computes with this number, and always writes a limit: additional_parameters has the one that counts.
+        "time": a.time_min or _NO_LIMIT_MIN,
+        "signal_delay_s": NOTICE_S if a.time_min is None else min(NOTICE_S, 6 * a.time_min),
         "stderr_to_stdout": True,
         # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
         # not (a site's WaitTime), while rank 0 writes the results.
@@ -64,11 +66,30 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
             *container,
             *a.srun_args,
         ],
-        "additional_parameters": {"requeue": True, **{k.replace("-", "_"): v for k, v in a.sbatch.items()}},
+        "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
         "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],  # "": the last line may end with a backslash
         "teardown": [*_after_ranks(), ")", *_end(jobs)],
         **{key: value for key, value in given.items() if value is not None},
     }
+
+
+def _gpu_request(allocation: Allocation, other_gres: str | None) -> dict[str, Any]:
+    """Options of sbatch.
+
+    Args:
+        other_gres: what [sbatch] asks for beside GPUs.
+    """
+    a = allocation
+    kind = f"{a.gpu_type}:" if a.gpu_type else ""
+    if a.gpus_from == "exclusive":
+        return {"exclusive": True}
+    if not a.gpus_per_node:
+        return {}
+    if a.gpus_from == "gres":
+        return {"gres": ",".join(filter(None, [f"gpu:{kind}{a.gpus_per_node}", other_gres]))}
+    if a.gpus_from == "gpus_per_task":
+        return {"gpus-per-task": f"{kind}1"}
+    return {"gpus-per-node": f"{kind}{a.gpus_per_node}"}
 
 
 def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:

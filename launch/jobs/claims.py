@@ -28,6 +28,7 @@ from cfmask.runs import RunFolder, process_runs
 
 _CLAIMS, _REMOVING = ".claims", ".removing-"
 _REMOVED_WITHIN_S = 20.0
+_NAME_MAX = 255
 _FRESH = {"recipe.json", "evaluation.json", "jobs", "code", ".owner"}
 """All that a command writes before its job is accepted."""
 
@@ -71,12 +72,34 @@ class Claim:
         shutil.rmtree(removed)
 
 
+def check_path(folder: Path) -> None:
+    """Whether a job can have its files in a folder of this path.
+
+    Raises:
+        UserError: sbatch, srun or submitit would take its name for something else, or no file system takes it.
+    """
+    text = str(folder)
+    odd = sorted({c for c in text if c in "%\\" or not c.isprintable()})
+    if odd:
+        raise UserError(
+            f"The path {text!r} has {' and '.join(map(repr, odd))} in it. Slurm replaces % in the names of logs, drops "
+            "backslashes, and takes no control characters. Give another folder."
+        )
+    too_long = [part for part in folder.parts if len(part.encode()) > _NAME_MAX]
+    if too_long:
+        raise UserError(
+            f"The name {too_long[0][:40]}… has {len(too_long[0].encode())} bytes; file systems take {_NAME_MAX}. Give "
+            "a shorter one."
+        )
+
+
 def take_folder(run: RunFolder, work: Recipe | Evaluation) -> Claim:
     """Make the folder, or see that it is for this work, and say that this command uses it.
 
     Raises:
         UserError: it belongs to other work, cannot be written, or is being removed by a command that does not end.
     """
+    check_path(run.root)
     try:
         claim = _claim(run)
     except OSError as error:

@@ -44,18 +44,33 @@ OWN_KEYS = {
 }
 _CONTAINER_KEYS = {"image": TEXT, "mounts": TEXTS}
 
-# Options of sbatch that have another place, and which.
+_GPUS = "one of the keys gpus_per_node, gres, gpus_per_task and exclusive asks for GPUs"
+_OURS = "cfmask decides about it"
+
+# Options of sbatch that are set otherwise, and how.
 _PLACES_OF_OPTIONS = {
-    **{name: f"the key {name}" for name in ("account", "constraint", "exclude", "nodes", "partition", "qos", "time")},
-    **{name: f"the key {name.replace('-', '_')}" for name in ("cpus-per-task", "gpus-per-node")},
-    "mem": "the key memory",
-    "ntasks-per-node": "the key tasks_per_node",
-    "dependency": "submit.py's flag --dependency",
+    **{name: f"it is the key {name}" for name in ("account", "constraint", "exclude", "nodes", "partition", "qos")},
+    **{name: f"it is the key {name.replace('-', '_')}" for name in ("cpus-per-task", "gpus-per-node", "gpus-per-task")},
+    "time": "it is the key time",
+    "exclusive": "it is the key exclusive, with the number of GPUs of a node",
+    "mem": "it is the key memory",
+    "ntasks-per-node": "it is the key tasks_per_node",
+    "tasks-per-node": "it is the key tasks_per_node",
+    "dependency": "it is submit.py's flag --dependency",
+    "cpus-per-gpu": "it is the key cpus_per_task; a rank has one GPU",
+    **{name: _GPUS for name in ("gpus", "gpus-per-socket")},
     **{
-        name: "cfmask's own business"
-        for name in ("array", "error", "export", "job-name", "ntasks", "open-mode", "output", "requeue", "signal")
+        name: "a node has as many tasks as GPUs, or tasks_per_node"
+        for name in ("ntasks", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket")
+    },
+    **{
+        name: _OURS
+        for name in ("array", "error", "export", "export-file", "job-name")
+        + ("no-requeue", "open-mode", "output", "parsable", "requeue", "signal", "test-only", "wait", "wrap")
     },
 }
+_ALSO_OPTIONS = ("export-file", "mem-bind", "mem-per-cpu", "mem-per-gpu", "time-min", "wait-all-nodes")
+"""Options of sbatch whose names begin as another one's do."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +147,18 @@ def read_cluster_file(path: Path) -> ClusterFile:
     if container and not container.get("image"):
         raise refuse("[container] needs an image.")
     for mount in container.get("mounts", ()):
-        if not re.fullmatch(r"/[^:]*:/.*", mount):
-            raise refuse(f"container.mounts has {mount!r}; a mount is /FROM:/TO, both absolute.")
+        if not re.fullmatch(r"/[^:,]*:/[^,]*", mount):
+            raise refuse(f"container.mounts has {mount!r}; a mount is /FROM:/TO, both absolute, without commas.")
     sbatch = content.get("sbatch", {})
     for name, value in sbatch.items():
-        if place := _PLACES_OF_OPTIONS.get(name.replace("_", "-")):
-            raise refuse(f"[sbatch] {name} does not stand here: it is {place}.")
+        if place := _place_of(name.replace("_", "-")):
+            raise refuse(f"[sbatch] {name} does not stand here: {place}.")
+        if name == "gres" and any(re.match(r"(gres/)?gpu\b", part.strip()) for part in str(value).split(",")):
+            raise refuse(f"[sbatch] gres asks for GPUs: {_GPUS}. Other resources may stay here.")
         if not (value is True or _is_a(value, TEXT_OR_COUNT)):
             raise refuse(f"[sbatch] {name} has to be a string, a whole number, or true for an option without a value.")
+        if re.search(r"\\|[^\S ]", str(value)):
+            raise refuse(f"[sbatch] {name} has a backslash or line break in it, which sbatch does not keep: {value!r}.")
     return ClusterFile(
         path=path,
         values={key: value for key, value in content.items() if not isinstance(value, dict)},
@@ -148,6 +167,13 @@ def read_cluster_file(path: Path) -> ClusterFile:
         mounts=tuple(container.get("mounts", ())),
         sbatch=sbatch,
     )
+
+
+def _place_of(option: str) -> str | None:
+    """How an option of sbatch is set otherwise; None if it may stand under [sbatch]. sbatch takes abbreviations."""
+    if option in _PLACES_OF_OPTIONS or option in _ALSO_OPTIONS:
+        return _PLACES_OF_OPTIONS.get(option)
+    return next((place for name, place in _PLACES_OF_OPTIONS.items() if name.startswith(option)), None)
 
 
 def _syntax_error(lines: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch.jobs import failures as last_words
 from launch.jobs.allocation import REQUEUE_ME
+from launch.jobs.deadline import stop_time
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place
@@ -48,12 +49,13 @@ _KILL_WITHIN_S = 300
 class Job:
     """The callable that is pickled: where the run is. What it does stands in the run folder.
 
+    time_limit_min: None: there is none, or only Slurm knows it.
     pace_s: how long it stays at each step's end. A drill's run is to last until it has been disturbed.
     """
 
     run: Path
     gpus_per_node: int
-    time_limit_min: float
+    time_limit_min: float | None
     pace_s: float = 0.0
 
     def __call__(self) -> str:
@@ -61,11 +63,13 @@ class Job:
         environment = submitit.JobEnvironment()
         chief, slurm = environment.global_rank == 0, environment.cluster == "slurm"
         listener = _Listener(
-            deadline=time.monotonic() + 60 * self.time_limit_min - self._margin_s(),
+            deadline=stop_time(self.time_limit_min, None),
             watched=run if chief else None,
             pace_s=self.pace_s,
         )
         listener.install()
+        if self.time_limit_min is None and chief and slurm:  # one rank that asks is enough: all stop together
+            listener.deadline = stop_time(None, environment.job_id)
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -107,10 +111,6 @@ class Job:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Asked by submitit's own handler, for a signal that comes before ours is installed."""
         return submitit.helpers.DelayedSubmission(self)
-
-    def _margin_s(self) -> float:
-        """Time kept free before the limit, for a step and a checkpoint."""
-        return min(180.0, 6 * self.time_limit_min)
 
     def _requeue(self, rank: int, job_id: str, slurm: bool) -> None:
         """Come back. It stopped with a checkpoint of a step that it took: it gets on, and may do so for ever."""
@@ -165,7 +165,7 @@ class _Listener:
     """
 
     def __init__(self, deadline: float, watched: RunFolder | None, pace_s: float = 0.0) -> None:
-        self._deadline, self._pace_s = deadline, pace_s
+        self.deadline, self._pace_s = deadline, pace_s
         self._watched, self._look_at = watched, 0.0
         self._pid = os.getpid()
         self._requeue = self._quit = False
@@ -193,7 +193,7 @@ class _Listener:
             self._quit = self._quit or self._watched.cancelled() is not None
         if self._quit:
             return QUIT
-        if self._requeue or time.monotonic() > self._deadline:
+        if self._requeue or time.monotonic() > self.deadline:
             return REQUEUE
         return None
 

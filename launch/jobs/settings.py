@@ -19,6 +19,11 @@ TEXT_OR_COUNT: tuple[str, tuple[type, ...]] = ("a string or a whole number", (st
 TEXTS: tuple[str, tuple[type, ...]] = ("a list of strings", (list,))
 TABLE: tuple[str, tuple[type, ...]] = ("a table", (dict,))
 
+UNLIMITED, PARTITION_TIME = "UNLIMITED", "partition"
+"""Values of --time that are no number: no limit, and the partition's own default."""
+GPU_SETTINGS = ("gpus_per_node", "gres", "gpus_per_task", "exclusive")
+"""Alternative ways to ask for the GPUs of a node."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -60,12 +65,54 @@ def minutes(text: str) -> int:
     return total
 
 
+def time_limit(text: str) -> int | str:
+    """Minutes, UNLIMITED, or PARTITION_TIME."""
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return UNLIMITED
+    if text.lower() == PARTITION_TIME:
+        return PARTITION_TIME
+    try:
+        return minutes(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, {UNLIMITED}, or {PARTITION_TIME} for the partition's default") from None
+
+
+_GPU_TYPE = r"(?=[\w.+-]*[A-Za-z])[A-Za-z0-9][\w.+-]*"
+"""As sites name them: a100, 2080ti, a100-sxm4-80gb, nvidia_a100_1g.5gb."""
+
+
 def gpus(text: str) -> tuple[str, int]:
     """Slurm's [TYPE:]N: the type, "" if any will do, and the number."""
-    match = re.fullmatch(r"(?:([A-Za-z][\w.-]*):)?(\d+)", text)
+    match = re.fullmatch(rf"(?:({_GPU_TYPE}):)?(\d+)", text)
     if not match:
         raise ValueError("a number, or TYPE:NUMBER as in a100:8")
     return match[1] or "", int(match[2])
+
+
+def gpu_gres(text: str) -> tuple[str, int]:
+    """gpu[:TYPE]:N, as --gres takes it."""
+    match = re.fullmatch(rf"gpu:(?:({_GPU_TYPE}):)?(\d+)", text)
+    if not match:
+        raise ValueError("gpu:NUMBER or gpu:TYPE:NUMBER (other resources: [sbatch] gres in the cluster file)")
+    return match[1] or "", int(match[2])
+
+
+def gpu_of_task(text: str) -> tuple[str, int]:
+    """[TYPE:]1."""
+    try:
+        found = gpus(text)
+    except ValueError:
+        found = ("", 0)
+    if found[1] != 1:
+        raise ValueError("1 or TYPE:1: a rank computes on one GPU. How many there are is --tasks-per-node")
+    return found
+
+
+def whole_nodes(text: str) -> tuple[str, int]:
+    """N: how many GPUs a node has."""
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError("the number of GPUs of a node; 0: train on its CPUs")
+    return "", int(text)
 
 
 def patience(text: str) -> float:
@@ -96,15 +143,39 @@ SETTINGS = (
         TEXT_OR_COUNT,
         slurm=False,
     ),
+    Setting("gres", gpu_gres, None, "the same, asked for with sbatch's --gres", "gpu[:TYPE]:N", TEXT),
     Setting(
-        "tasks_per_node", count, None, "ranks of a machine that trains on CPUs (default: 1)", "N", COUNT, slurm=False
+        "gpus_per_task",
+        gpu_of_task,
+        None,
+        "with --tasks-per-node N: N GPUs of a machine, asked for with sbatch's --gpus-per-task",
+        "[TYPE:]1",
+        TEXT_OR_COUNT,
+    ),
+    Setting(
+        "exclusive",
+        whole_nodes,
+        None,
+        "whole machines with N GPUs each, which are not asked for: sbatch gets --exclusive alone",
+        "N",
+        COUNT,
+    ),
+    Setting(
+        "tasks_per_node",
+        count,
+        None,
+        "ranks of a machine that trains on CPUs (default: 1), or that has --gpus-per-task",
+        "N",
+        COUNT,
+        slurm=False,
     ),
     Setting("cpus_per_task", count, 8, "cores of a rank, for its threads and its data loader (default: 8)", "N", COUNT),
     Setting(
         "time",
-        minutes,
+        time_limit,
         1440,
-        "time limit: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; a run requeues itself before it (default: 1440)",
+        "time limit of one start: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; UNLIMITED; partition: the partition's "
+        "default. A run requeues itself before it (default: 1440)",
         "MIN",
         kind=TEXT_OR_COUNT,
     ),

@@ -22,7 +22,15 @@ from cfmask.models.head import ModelInfo, check_architecture, check_head, check_
 from cfmask.models.weights import find_weights
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model, read_lines
-from launch.jobs.allocation import Allocation, choose_executor, resolve_allocation, resolve_precision, uncovered
+from launch.jobs.allocation import (
+    Allocation,
+    check_arithmetic,
+    choose_executor,
+    resolve_allocation,
+    resolve_precision,
+    uncovered,
+)
+from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
 from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
 from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments
@@ -87,6 +95,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         for other in others:
             print(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}")
     for each in planned:
+        check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
     work = planned[0].work
@@ -244,6 +253,7 @@ def check(
     Raises:
         UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
     """
+    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
     shards = recipe.data.shards
     train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)

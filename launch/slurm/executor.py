@@ -3,6 +3,7 @@ whether a job was accepted whose answer was lost."""
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +37,16 @@ class SlurmExecutor(submitit.SlurmExecutor):
             self.parameters = before
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        lines = super()._make_submission_file_text(command, uid).splitlines()
+        # submitit always asks for a time limit; "partition" stands for none, so that a job gets its partition's.
+        text = super()._make_submission_file_text(command, uid)
+        lines = [line for line in text.splitlines() if line != "#SBATCH --time=partition"]
         options = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
         return "\n".join([*lines[: options + 1], "", _CLEAN, *lines[options + 1 :]])
 
     def _submit_command(self, command: str) -> submitit.Job[Any]:
         script = JobPaths.get_first_id_independent_folder(self.folder) / f".submission_file_{uuid.uuid4().hex}.sh"
-        script.write_text(self._make_submission_file_text(command, ""))
+        with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(self._make_submission_file_text(command, ""))  # setup lines of a cluster file may have tokens
         try:
             number = submit(script)
         except SubmissionUnknown:

@@ -1,0 +1,246 @@
+"""How GPUs and time are asked for: the ways that sites demand, what contradicts, and what sbatch is told."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from cfmask.errors import UserError
+from cfmask.recipe import Recipe, Run
+from launch.checks.cluster import OK, PROBLEM, check_nodes, check_partition
+from launch.jobs import allocation as allocations
+from launch.jobs import deadline
+from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation
+from launch.jobs.batch_script import slurm_parameters
+from launch.jobs.cluster_file import read_cluster_file
+from launch.slurm.client import SlurmUnavailable
+from launch.slurm.executor import SlurmExecutor
+from launch.slurm.texts import Node
+from launch.submit import parser
+
+
+@pytest.fixture(autouse=True)
+def a_machine_with_slurm(monkeypatch, tmp_path):
+    monkeypatch.setattr(allocations.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.chdir(tmp_path)
+
+
+def allocate(*flags: object, file: str = "", last: dict | None = None) -> Allocation:
+    Path("some.toml").write_text(file)
+    return resolve_allocation(parser().parse_args(list(map(str, flags))), read_cluster_file(Path("some.toml")), last)
+
+
+def options(allocation: Allocation, *names: str) -> list[str]:
+    """The sbatch file's options of these names, as they stand there."""
+    executor = SlurmExecutor("jobs")
+    executor.update_parameters(**slurm_parameters(allocation, "x", "jobs"))
+    lines = [line.removeprefix("#SBATCH --") for line in executor.batch_script().splitlines()]
+    return [line for line in lines if line.partition("=")[0] in names]
+
+
+GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gres", "exclusive", "ntasks-per-node")
+
+WAYS = [
+    (("--gpus-per-node", "4"), ("", 4), ["gpus-per-node=4", "ntasks-per-node=4"]),
+    (("--gpus-per-node", "2080ti:4"), ("2080ti", 4), ["gpus-per-node=2080ti:4", "ntasks-per-node=4"]),
+    (("--gres", "gpu:4"), ("", 4), ["gres=gpu:4", "ntasks-per-node=4"]),
+    (("--gres", "gpu:a100-sxm4-80gb:2"), ("a100-sxm4-80gb", 2), ["gres=gpu:a100-sxm4-80gb:2", "ntasks-per-node=2"]),
+    (
+        ("--gpus-per-task", "nvidia_a100_1g.5gb:1", "--tasks-per-node", "7"),
+        ("nvidia_a100_1g.5gb", 7),
+        ["gpus-per-task=nvidia_a100_1g.5gb:1", "ntasks-per-node=7"],
+    ),
+    (("--gpus-per-task", "1", "--tasks-per-node", "2"), ("", 2), ["gpus-per-task=1", "ntasks-per-node=2"]),
+    (("--exclusive", "8"), ("", 8), ["exclusive", "ntasks-per-node=8"]),
+    (("--exclusive", "0", "--tasks-per-node", "4"), ("", 0), ["exclusive", "ntasks-per-node=4"]),
+    (("--gres", "gpu:0", "--tasks-per-node", "3"), ("", 0), ["ntasks-per-node=3"]),
+    ((), ("", 8), ["gpus-per-node=8", "ntasks-per-node=8"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "found", "asked"), WAYS, ids=lambda value: " ".join(map(str, value)))
+def test_each_way_to_ask_for_gpus_as_flags_as_keys_and_on_a_resume(flags, found, asked):
+    by_flags = allocate(*flags)
+    assert (by_flags.gpu_type, by_flags.gpus_per_node) == found and options(by_flags, *GPU_OPTIONS) == asked
+    keys = dict(zip(flags[::2], flags[1::2], strict=True))
+    lines = (
+        f"{flag[2:].replace('-', '_')} = {value if value.isdigit() else json.dumps(value)}"
+        for flag, value in keys.items()
+    )
+    by_file = allocate(file="\n".join(lines))
+    assert by_file == allocate(*flags)
+    last = json.loads(json.dumps(by_flags.again))
+    assert options(allocate(last=last), *GPU_OPTIONS) == asked
+    assert options(allocate(last=last, file="gres = 'gpu:3'"), *GPU_OPTIONS) == asked, "last wins over the file"
+    other = allocate("--exclusive", 2, last=last, file="gres = 'gpu:3'")
+    assert options(other, *GPU_OPTIONS) == ["exclusive", "ntasks-per-node=2"], "flags win over both"
+    assert not {"gres", "gpus_per_task", "gpus_per_node"} & other.again.keys()
+
+
+def test_other_resources_stand_beside_either_request():
+    file = "[sbatch]\ngres = 'tmpdisk:100G,craynetwork:1'"
+    assert options(allocate("--gres", "gpu:2", file=file), "gres") == ["gres=gpu:2,tmpdisk:100G,craynetwork:1"]
+    with_gpus = options(allocate("--gpus-per-node", 2, file=file), "gres", "gpus-per-node")
+    assert with_gpus == ["gpus-per-node=2", "gres=tmpdisk:100G,craynetwork:1"]
+    assert options(allocate("--gpus-per-node", 0, file=file), "gres") == ["gres=tmpdisk:100G,craynetwork:1"]
+
+
+def test_tasks_of_a_flag_and_the_gpu_of_a_task_in_the_file_go_together():
+    a = allocate("--tasks-per-node", 4, file="gpus_per_task = 'a100:1'\ntasks_per_node = 8")
+    assert (a.gpus_per_node, a.gpu_type, a.tasks_per_node) == (4, "a100", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "file", "said"),
+    [
+        (("--gres", "gpu:4", "--gpus-per-node", 4), "", "--gpus-per-node and --gres are different ways"),
+        (("--gres", "gpu:4", "--exclusive", 4), "", "--gres and --exclusive are different ways"),
+        ((), "gres = 'gpu:4'\nexclusive = 4", "--gres and --exclusive are different ways"),
+        (("--nodes", 2), "gpus_per_node = 4\ngpus_per_task = 1\ntasks_per_node = 4", "different ways"),
+        (("--gpus-per-task", 1), "", "say with --tasks-per-node how many"),
+        (("--gres", "gpu:4", "--tasks-per-node", 2), "", "--tasks-per-node 2 contradicts --gres with 4 GPUs"),
+        (("--exclusive", 4, "--tasks-per-node", 2), "", "--tasks-per-node 2 contradicts --exclusive with 4 GPUs"),
+        ((), "[sbatch]\nexclusive = true", "exclusive does not stand here: it is the key exclusive"),
+        ((), "[sbatch]\ngres = 'gpu:a100:4'", "gres asks for GPUs: one of the keys"),
+        ((), "[sbatch]\ngres = 'tmpdisk:1G,gpu'", "gres asks for GPUs"),
+        ((), "[sbatch]\ngpus = 8", "gpus does not stand here: one of the keys gpus_per_node, gres"),
+        ((), "[sbatch]\ngpus-per-socket = 2", "gpus-per-socket does not stand here: one of the keys"),
+        ((), "[sbatch]\ngpus_per_task = 1", "it is the key gpus_per_task"),
+        ((), "[sbatch]\nntasks = 4", "a node has as many tasks as GPUs"),
+        ((), "[sbatch]\ncpus-per-gpu = 4", "it is the key cpus_per_task"),
+        ((), "[sbatch]\nno-requeue = true", "cfmask decides about it"),
+        ((), "[sbatch]\nexclus = true", "exclus does not stand here"),
+    ],
+)
+def test_asking_in_a_way_that_contradicts_itself_is_refused(flags, file, said):
+    with pytest.raises(UserError, match=said):
+        allocate(*flags, file=file)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--gpus-per-task", "2"),
+        ("--gpus-per-task", "a100:2"),
+        ("--gres", "4"),
+        ("--gres", "gpu"),
+        ("--gres", "gpu:a100"),
+        ("--gres", "gpu:4,tmpdisk:1G"),
+        ("--exclusive", "user"),
+        ("--gpus-per-node", "a100"),
+        ("--gpus-per-node", "4:4"),
+        ("--time", "0"),
+    ],
+    ids=" ".join,
+)
+def test_bad_values_are_refused_where_they_are_given(flags, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(list(flags))
+    assert f"argument {flags[0]}: '{flags[1]}' is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--gres=gpu:1", "--gpus-per-task=1", "--exclusive=1", "--time=UNLIMITED"])
+def test_requests_to_slurm_are_refused_on_this_machine(flag):
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]} would do nothing"):
+        allocate("--executor", "local", flag)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+@pytest.mark.parametrize("graphs", ["auto", "on", "off"])
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_what_only_a_gpu_does_is_refused_without_one(precision, graphs, gpus):
+    a = allocate("--gpus-per-node", gpus)
+    recipe = Recipe(run=Run(precision=precision, cuda_graphs=graphs))
+    if gpus == 0 and (precision == "tf32" or graphs == "on"):
+        with pytest.raises(UserError, match="would do nothing: the allocation .* has no GPU"):
+            check_arithmetic(recipe.run.precision, a, cuda_graphs=recipe.run.cuda_graphs)
+    else:
+        check_arithmetic(recipe.run.precision, a, cuda_graphs=recipe.run.cuda_graphs)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "notice"),
+    [
+        ("90", ["time=90"], ["signal=USR2@120"]),
+        ("10", ["time=10"], ["signal=USR2@60"]),
+        ("1:30:00", ["time=90"], ["signal=USR2@120"]),
+        ("2-12", ["time=3600"], ["signal=USR2@120"]),
+        ("UNLIMITED", ["time=UNLIMITED"], ["signal=USR2@120"]),
+        ("infinite", ["time=UNLIMITED"], ["signal=USR2@120"]),
+        ("partition", [], ["signal=USR2@120"]),
+    ],
+)
+def test_time_limits_as_flag_and_key(given, asked, notice):
+    for a in (allocate("--time", given), allocate(file=f"time = {given if given.isdigit() else repr(given)}")):
+        assert options(a, "time") == asked and options(a, "signal") == notice
+        assert options(allocate(last=json.loads(json.dumps(a.again)) | {"time": a.time}), "time") == asked
+
+
+@pytest.mark.parametrize(
+    ("job", "left"),
+    [
+        ({"TimeLimit": "01:00:00", "RunTime": "00:10:00"}, 3000 - 180),
+        ({"TimeLimit": "00:10:00", "RunTime": "00:00:05"}, 595 - 60),
+        ({"TimeLimit": "2-00:00:00", "RunTime": "1-23:00:00"}, 3600 - 180),
+        ({"TimeLimit": "UNLIMITED", "RunTime": "00:00:05"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_a_job_without_a_known_limit_asks_slurm_for_it(monkeypatch, job, left):
+    monkeypatch.setattr(deadline, "show_job", lambda name, **_: job)
+    assert deadline.stop_time(None, "77") - time.monotonic() == pytest.approx(left, abs=1)
+    assert deadline.stop_time(None, None) == math.inf
+    assert deadline.stop_time(60, "77") - time.monotonic() == pytest.approx(3600 - 180, abs=1)
+
+
+def test_a_job_without_scontrol_takes_its_end_from_the_environment(monkeypatch):
+    def unavailable(name, **_):
+        raise SlurmUnavailable("There is no scontrol on this machine.")
+
+    monkeypatch.setattr(deadline, "show_job", unavailable)
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert deadline.stop_time(None, "77") == math.inf
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
+    assert deadline.stop_time(None, "77") - time.monotonic() == pytest.approx(3600 - 180, abs=2)
+
+
+# --- doctor.py --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "most", "default", "state", "said"),
+    [
+        ("UNLIMITED", "UNLIMITED", "NONE", OK, "no limit asked for; gpu gives any time"),
+        ("UNLIMITED", "1-00:00:00", "NONE", PROBLEM, "--time asks for no limit"),
+        ("partition", "1-00:00:00", "02:00:00", OK, "gpu's default, 02:00:00, is asked for"),
+        ("partition", "1-00:00:00", "NONE", OK, "gpu's default, 1-00:00:00, is asked for"),
+        ("1440", "1-00:00:00", "NONE", OK, "1440 min asked for"),
+        ("1441", "1-00:00:00", "NONE", PROBLEM, "--time asks for 1441 min"),
+    ],
+)
+def test_doctor_understands_time_limits(given, most, default, state, said):
+    partition = {"PartitionName": "gpu", "State": "UP", "MaxTime": most, "DefaultTime": default}
+    found = check_partition([partition], "gpu", allocate("--time", given).time)[-1]
+    assert found.state == state and said in found.found
+
+
+@pytest.mark.parametrize(
+    ("flags", "gres", "state"),
+    [
+        (("--gres", "gpu:2080ti:4"), "gpu:2080ti:4(S:0-1)", OK),
+        (("--gres", "gpu:2080ti:4"), "gpu:a100:4", PROBLEM),
+        (("--gpus-per-task", "1", "--tasks-per-node", "4"), "gpu:4", OK),
+        (("--gpus-per-task", "1", "--tasks-per-node", "8"), "gpu:4", PROBLEM),
+        (("--exclusive", "4"), "(null)", OK),
+    ],
+)
+def test_doctor_looks_for_nodes_with_the_gpus_that_are_asked_for(flags, gres, state):
+    a = allocate(*flags, "--cpus-per-task", 1)
+    assert check_nodes([Node("gpu", "n1", "idle", 64, gres)], ["gpu"], a).state == state
