@@ -99,7 +99,9 @@ class FakeSlurm:
 
     def will(self, command: str, *answers: str) -> None:
         cases = "".join(f"{number}) {answer} ;;\n" for number, answer in enumerate(answers[:-1], 1))
-        path = self.folder / command
+        path, calls = self.folder / command, self.folder / "calls"
+        kept = calls.read_text().splitlines() if calls.exists() else []
+        calls.write_text("".join(f"{line}\n" for line in kept if not line.startswith(f"{command} ")))
         path.write_text(
             f'#!/bin/bash\necho {command} "$@" >> {self.folder}/calls\nenv > {self.folder}/{command}.env\n'
             f"case $(grep -c '^{command} ' {self.folder}/calls) in\n{cases}*) {answers[-1]} ;;\nesac\n"

@@ -19,7 +19,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 from cfmask.files import write_atomically
 from launch.jobs.allocation import REQUEUE_ME
 from launch.jobs.failures import attempt_name
+from launch.slurm.client import SlurmError
+from launch.slurm.control import requeue
 
 if TYPE_CHECKING:
     import torch
@@ -204,10 +205,13 @@ class Probe:
         asked = self.folder / "requeue.json"
         write_atomically(asked, json.dumps(words))  # before: it may be the last thing that this process does
         if words["scontrol"]:
-            done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
-            words |= {"code": done.returncode, "said": " ".join((done.stdout + done.stderr).split())}
+            try:
+                requeue(job_id)
+                words["code"] = 0
+            except SlurmError as error:
+                words |= {"code": 1, "said": str(error)}
             write_atomically(asked, json.dumps(words))
-            if done.returncode == 0:
+            if words["code"] == 0:
                 return
         sys.exit(REQUEUE_ME)
 
