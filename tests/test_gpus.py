@@ -17,7 +17,7 @@ from launch.jobs import snapshot
 from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
-from launch.jobs.submission import local_executor
+from launch.jobs.local import local_executor
 from launch.submit import parser
 
 LISTING = """\

@@ -55,7 +55,7 @@ def follow_job(job: submitit.Job, run: RunFolder, *, local: bool) -> int:
             time.sleep(0.5)
         print("The same command goes on from the last checkpoint.")
         return 130
-    return _tell_end(run, job.job_id, "The same command goes on from the last checkpoint.")
+    return tell_end(run, job.job_id, "The same command goes on from the last checkpoint.")
 
 
 def follow_run(run: RunFolder) -> int:
@@ -71,7 +71,7 @@ def follow_run(run: RunFolder) -> int:
         return 130
     [run_state], _ = look_at([run])
     name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
-    return _tell_end(run, name, f"`python launch/submit.py --resume {run.root}` goes on from its last checkpoint.")
+    return tell_end(run, name, f"`python launch/submit.py --resume {run.root}` goes on from its last checkpoint.")
 
 
 def _states(run: RunFolder) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _show(bar: tqdm, run: RunFolder, state: str) -> None:
     bar.update(0)  # the clock runs on
 
 
-def _tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
+def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
     if run.results.exists():
         if isinstance(run.work(), Recipe):
             for name, score in json.loads(run.results.read_text())["sets"].items():

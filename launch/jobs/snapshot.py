@@ -1,28 +1,27 @@
 """The code that was submitted, kept in the run folder: a requeue next week runs it, whatever the repository holds.
 
-RUN/code/0123456789ab/    named after what is in it; files are read-only
+RUN/code/0123456789ab/    named after what is in it; files are read-only; start.py verifies them before they run
   cfmask/ launch/         all that a job imports of this repository
   snapshot.json           commit, files that differ from it, when it was taken, versions of Python and packages
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.files import sync, write_atomically
+from launch.jobs.start import FOLDERS, code_files, digest_of
 
-FOLDERS = ("cfmask", "launch")
 _INFO = "snapshot.json"
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy")
 
@@ -45,53 +44,56 @@ class Snapshot:
         return f"{self.digest} (commit {commit[:7]}" + (f", {len(changed)} files changed since)" if changed else ")")
 
 
-def digest_of(repository: Path) -> str:
-    """12 hexadecimal digits that two trees share only if a job would run the same code."""
-    whole = hashlib.sha256()
-    for path in _files(repository):
-        content = path.read_bytes()
-        whole.update(f"{path.relative_to(repository)} {len(content)}\n".encode() + content)
-    return whole.hexdigest()[:12]
-
-
 def take(repository: Path, folder: Path) -> Snapshot:
-    """Copy the code into ``folder``, unless it is there. May be called by several processes at once."""
+    """Copy the code into ``folder``, unless it is there. May be called by several processes at once. A copy that is
+    damaged is replaced."""
     digest = digest_of(repository)
     final = folder / digest
-    if not (final / _INFO).exists():
-        aside = folder / f".{digest}.{platform.node()}-{os.getpid()}"
+    if (final / _INFO).exists() and digest_of(final) == digest:
+        return _read(final)
+    mine = f"{digest}.{platform.node()}-{os.getpid()}"
+    aside = folder / f".{mine}"
+    shutil.rmtree(aside, ignore_errors=True)
+    _copy(repository, aside, digest)
+    if final.exists():
+        damaged = folder / f".damaged-{mine}"
+        with contextlib.suppress(FileNotFoundError):  # another process replaces it as well
+            final.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        aside.rename(final)
+    except OSError:
         shutil.rmtree(aside, ignore_errors=True)
-        for path in _files(repository):
-            copy = aside / path.relative_to(repository)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-            copy.chmod(0o444)
-        write_atomically(aside / _INFO, json.dumps(_info(repository, digest), indent=2))
-        try:
-            aside.rename(final)
-        except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
-            if not (final / _INFO).exists():
-                raise
+        if not (final / _INFO).exists() or digest_of(final) != digest:
+            raise
+    sync(folder)
+    return _read(final)
+
+
+def _copy(repository: Path, aside: Path, digest: str) -> None:
+    """Everything is on the disk before it gets its name: after a power cut, what has the name is whole."""
+    folders = {aside}
+    for path in code_files(repository):
+        copy = aside / path.relative_to(repository)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o444)
+        sync(copy)
+        folders |= {parent for parent in copy.parents if parent.is_relative_to(aside)}
+    write_atomically(aside / _INFO, json.dumps(_info(repository, digest), indent=2))
+    for each in folders:
+        sync(each)
+
+
+def _read(final: Path) -> Snapshot:
     return Snapshot(final, json.loads((final / _INFO).read_text()))
 
 
 def differing_files(one: Path, other: Path) -> list[str]:
     """Names of the files that two trees do not have in common."""
-    contents = [{str(p.relative_to(root)): p.read_bytes() for p in _files(root)} for root in (one, other)]
+    contents = [{str(p.relative_to(root)): p.read_bytes() for p in code_files(root)} for root in (one, other)]
     names = sorted(contents[0].keys() | contents[1].keys())
     return [name for name in names if contents[0].get(name) != contents[1].get(name)]
-
-
-def _files(repository: Path) -> Iterator[Path]:
-    for folder in FOLDERS:
-        for path in sorted((repository / folder).rglob("*")):
-            if path.is_file() and not _hidden(path.relative_to(repository)):
-                yield path
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _info(repository: Path, digest: str) -> dict[str, Any]:

@@ -1,23 +1,68 @@
-"""The first thing that runs on every rank: makes the code that this file is part of the code of the job, and has the
-rank looked after (last_words.py).
+"""The first thing that runs on every rank: verifies the code that this file is part of, makes it the code of the job,
+and has the rank supervised (failures.py).
 
     python -u RUN/code/0123456789ab/launch/jobs/start.py -u -m submitit.core._submit RUN/jobs
 
 What submitit would run by itself begins with -m, for which Python looks into the working directory first: a job that is
 requeued next week would import what the repository holds by then.
+
+Nothing but the standard library is imported before the code is verified.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 CODE = Path(__file__).resolve().parents[2]
+FOLDERS = ("cfmask", "launch")
+"""All that a job imports of the repository."""
+
+
+def code_files(repository: Path) -> Iterator[Path]:
+    """The files of a repository, or of a snapshot of it, that are the code of a job."""
+    for folder in FOLDERS:
+        for path in sorted((repository / folder).rglob("*")):
+            hidden = any(part.startswith(".") or part == "__pycache__" for part in path.relative_to(repository).parts)
+            if path.is_file() and not hidden:
+                yield path
+
+
+def digest_of(repository: Path) -> str:
+    """12 hexadecimal digits that two trees share only if a job would run the same code."""
+    whole = hashlib.sha256()
+    for path in code_files(repository):
+        content = path.read_bytes()
+        whole.update(f"{path.relative_to(repository)} {len(content)}\n".encode() + content)
+    return whole.hexdigest()[:12]
+
+
+def verify(code: Path) -> None:
+    """A snapshot is named after its digest.
+
+    Raises:
+        SystemExit: its files are not those that were submitted.
+    """
+    if code.parent.name != "code":
+        return  # a repository
+    try:
+        found = digest_of(code)
+    except OSError as error:
+        sys.exit(f"error: The code of this job, {code}, cannot be read: {error}.")
+    if found != code.name:
+        sys.exit(
+            f"error: The code of this job, {code}, is damaged: its digest is {found}, and has to be its name. Files "
+            f"were changed or lost since it was submitted. `python launch/submit.py --resume {code.parents[1]}` takes "
+            "a new copy and resumes the run."
+        )
 
 
 def main() -> None:
+    verify(CODE)
     module = sys.argv.index("-m") + 1
     # The folder of this file stands there, and is no place to import from.
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]

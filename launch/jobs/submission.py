@@ -6,6 +6,7 @@ lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shlex
@@ -21,7 +22,7 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, append_lines, read_lines
-from launch.jobs import gpus, snapshot
+from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
@@ -297,12 +298,14 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     """
     import submitit
 
-    from launch.jobs.follow import follow_job
+    from launch.jobs.follow import follow_job, tell_end
+    from launch.jobs.local import local_executor
     from launch.jobs.rank import Job
 
     set_environment(allocation)
     run = planned.run
     code = keep_code(run)
+    (run.root / "jobs").mkdir(exist_ok=True)
     executor: submitit.Executor
     if allocation.executor == "debug":
         executor = submitit.DebugExecutor(run.root / "jobs")
@@ -313,26 +316,10 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     _record(planned, job.job_id, allocation, code)
     print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
     if allocation.executor == "debug":
-        job.result()
-        return 0
+        with contextlib.suppress(SystemExit):  # a rank's way to stop
+            job.result()
+        return tell_end(run, job.job_id, "The same command resumes from the last checkpoint.")
     return follow_job(job, run, local=True) if follow else 0
-
-
-def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_min: int) -> submitit.LocalExecutor:
-    """submitit's, with its files in a folder, which runs a snapshot of the code on this machine."""
-    import submitit
-
-    python = rank_command(allocation.python, shlex.quote(str(code)))
-    # submitit's own choice is the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES is here.
-    shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
-    executor = submitit.LocalExecutor(folder, python=f"{shown} {python}" if shown else python)
-    executor.update_parameters(
-        tasks_per_node=allocation.tasks_per_node,
-        gpus_per_node=allocation.gpus_per_node,
-        timeout_min=timeout_min,
-        stderr_to_stdout=True,
-    )
-    return executor
 
 
 def keep_code(run: RunFolder, tell: Callable[[str], object] = print) -> snapshot.Snapshot:

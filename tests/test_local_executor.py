@@ -1,0 +1,37 @@
+"""submit.py on this machine: what it leaves running, and a run in its own process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import made
+from cfmask.runs import read_lines
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    return made.make_materials(tmp_path_factory.mktemp("materials"), per_class=8)
+
+
+def test_a_command_that_does_not_follow_its_run_lets_go_of_its_pipes(materials, tmp_path):
+    """As in `submit.py --no-follow | tail`: the reader waits until nobody has the pipe any more."""
+    run = tmp_path / "run"
+    flags = [*made.recipe_flags(materials, run), "--batch-size", 8, "--executor", "local", "--tasks-per-node", 1]
+    done = made.submit(*flags, "--epochs", 1, "--no-follow")
+    assert not (run / "results.json").exists(), "the pipe was read to its end while the run goes on"
+    assert f"run  {run}" in done.stdout
+    made.wait_for(run, (run / "results.json").exists, "its end")
+    assert (run / "jobs/controller.log").exists()
+
+
+def test_a_new_run_in_this_process_is_finished_at_the_end(materials, tmp_path):
+    run = tmp_path / "run"
+    flags = [*made.recipe_flags(materials, run), "--batch-size", 8, "--executor", "debug", "--tasks-per-node", 1]
+    done = made.submit(*flags, "--epochs", 1)
+    assert "finished: " in done.stdout and (run / "model.safetensors").exists()
+    assert json.loads((run / "results.json").read_text()) is not None
+    assert [line["executor"] for line in read_lines(run / "jobs/submissions.jsonl")] == ["debug"]
+    [attempt] = read_lines(run / "attempts.jsonl")
+    assert attempt["world_size"] == 1
