@@ -40,7 +40,7 @@ from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
 from launch.jobs import training  # noqa: E402
-from launch.jobs.allocation import Allocation, resolve_allocation  # noqa: E402
+from launch.jobs.allocation import Allocation, resolve_allocation, warn_of_paths_outside  # noqa: E402
 from launch.jobs.claims import check_path  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     scene = Scene.of(arguments, file, allocation)
     seen = look(scene)
     scene.check(seen)
-    training.warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
+    warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
     print(overview(scene, seen))
     print(estimate(scene, seen, arguments.tflops))
     chosen = to_submit(scene.plan, {name: each.state for name, each in seen.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,9 +38,10 @@ def undisturbed(source, tmp_path_factory) -> Path:
     return out / "train"
 
 
-def start(source: Path, out: Path, *more: object) -> subprocess.Popen:
-    command = [sys.executable, REPO / "tools/make_shards.py", "folder", "--source", source, "--out", out]
-    command += ["--samples-per-shard", 10, "--executor", "slurm", "--array", 3, "--cpus-per-task", 1, "--time", 30]
+def start(source: Path, out: Path, *more: object, checkout: Path = REPO) -> subprocess.Popen:
+    command = [sys.executable, checkout / "tools/make_shards.py", "folder", "--source", source, "--out", out]
+    command += ["--samples-per-shard", 10, "--executor", "slurm", "--array", 3, "--cpus-per-task", 1]
+    command += ["--time", "0:30:00"]
     return subprocess.Popen(
         [*map(str, command), *map(str, more)],
         stdout=subprocess.PIPE,
@@ -50,7 +52,7 @@ def start(source: Path, out: Path, *more: object) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> str:
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
 
@@ -89,7 +91,7 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
     command.send_signal(signal.SIGINT)
     said, _ = command.communicate(timeout=30)
-    assert command.returncode == 130 and "The jobs go on" in said and f"job array {array} of 3 tasks" in said
+    assert command.returncode == 130 and "The jobs go on" in said and f"array job {array} of 3 tasks" in said
     assert not (folder / "manifest.json").exists()
 
     command = start(source, tmp_path)  # while the jobs run: it joins them
@@ -117,6 +119,21 @@ def test_a_task_that_is_preempted_comes_back(slurm_cluster, source, undisturbed,
     assert slurm_cluster.job(job)["Restarts"] == "1"
 
 
+def test_the_array_runs_the_code_that_was_submitted(slurm_cluster, source, undisturbed, tmp_path):
+    checkout = tmp_path / "checkout"
+    for folder in ("cfmask", "launch", "tools"):
+        shutil.copytree(REPO / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
+    hold = slurm_cluster.sbatch("--wrap=sleep 300", cwd=tmp_path)
+    command = start(source, tmp_path / "out", "--after", hold, checkout=checkout)
+    array = array_of(slurm_cluster, command)
+    for path in (checkout / "cfmask/convert").glob("*.py"):
+        path.write_text("raise SystemExit('this is not the code that was submitted')")
+    slurm_cluster.call("scontrol", "update", f"jobid={array}", "dependency=")
+    finish(command)
+    slurm_cluster.call("scancel", hold)
+    assert_same(tmp_path / "out/train", undisturbed)
+
+
 def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_cluster, source, undisturbed, tmp_path):
     command = start(source, tmp_path)
     array_of(slurm_cluster, command)
@@ -141,5 +158,5 @@ def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
     said, _ = command.communicate(timeout=60)
     assert command.returncode == 2, said
     error = said[said.rindex("error: ") :]
-    assert "shards are missing" in error and f"The source {gone} cannot be read (No such file or directory)" in error
+    assert "results are missing" in error and f"The source {gone} cannot be read (No such file or directory)" in error
     assert f"{array}_" in error and "The same command submits what is missing" in error

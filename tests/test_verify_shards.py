@@ -374,7 +374,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
     tar_of(made, 0).unlink()
     report = tmp_path / "report.json"
     command = [sys.executable, REPO / "tools/verify_shards.py", made.root, "--full", "--out", report]
-    allocation = ["--executor", "slurm", "--array", 2, "--cpus-per-task", 1, "--time", 30, "--partition", "low"]
+    allocation = ["--executor", "slurm", "--array", 2, "--cpus-per-task", 1, "--time", "30:00", "--partition", "low"]
     process = subprocess.Popen(
         [str(part) for part in [*command, *allocation, "--logs", tmp_path / "jobs"]],
         stdout=subprocess.PIPE,
@@ -400,54 +400,3 @@ def array_of(process: subprocess.Popen) -> str:
         if "array job " in line:
             return line.partition("array job ")[2].split()[0]
     raise AssertionError("no array was submitted")
-
-
-SLEEP_IN_AN_ARRAY = """
-import sys, time
-from pathlib import Path
-from tools._array import Array, run_array
-array = Array(tasks=2, cpus_per_task=1, time_min=30, partition="low", account=None, logs=Path(sys.argv[1]))
-print(run_array(time.sleep, [float(sys.argv[2])] * 3, array, name="test"))
-"""
-
-
-def sleep_in_an_array(logs: Path, seconds: float) -> subprocess.Popen:
-    command = [sys.executable, "-c", SLEEP_IN_AN_ARRAY, str(logs), str(seconds)]
-    return subprocess.Popen(command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slurm
-def test_tasks_that_are_preempted_are_queued_again_and_start_over(slurm_cluster, tmp_path):
-    process = sleep_in_an_array(tmp_path / "jobs", 8)
-    array = array_of(process)
-    tasks = [f"{array}_{i}" for i in range(2)]
-    wait_until(lambda: all("Loading" in log_of(tmp_path, task) for task in tasks), "the tasks to have begun", 60)
-    time.sleep(1)  # Python starts with USR2 deadly, and submitit first makes it harmless
-    slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
-    for task in tasks:
-        wait_until(lambda task=task: slurm_cluster.job(task).get("Restarts") == "1", "the requeue", 60)
-        slurm_cluster.start_again_now(task)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert output.strip() == "[None, None, None]"
-
-
-def log_of(folder: Path, task: str) -> str:
-    return "".join(path.read_text() for path in (folder / "jobs").glob(f"{task}_*_log.out"))
-
-
-@pytest.mark.slurm
-def test_an_array_goes_with_the_command_that_waits_for_it(slurm_cluster, tmp_path):
-    process = sleep_in_an_array(tmp_path / "jobs", 60)
-    array = array_of(process)
-    slurm_cluster.wait_for_state(f"{array}_0", "RUNNING", 60)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
-    slurm_cluster.wait_for_state(f"{array}_0", "CANCELLED", 40)
-    # Cancelled by somebody else, it is an error in one sentence.
-    process = sleep_in_an_array(tmp_path / "jobs", 60)
-    array = array_of(process)
-    slurm_cluster.wait_for_state(f"{array}_0", "RUNNING", 60)
-    slurm_cluster.call("scancel", array)
-    _, errors = process.communicate(timeout=90)
-    assert f"of the array job {array} ended without a result" in errors

@@ -28,17 +28,18 @@ def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 
     add_device_argument(parser)
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
+def add_device_argument(parser: argparse.ArgumentParser, *, resolve: bool = True) -> None:
+    """resolve: ``auto`` is this machine's; otherwise the caller decides."""
     parser.add_argument(
         "--device",
-        type=_device,
+        type=resolve_device if resolve else str,
         default="auto",
         metavar="DEVICE",
         help="where to compute: cuda, cpu, or auto, a GPU if there is one (default: auto)",
     )
 
 
-def _device(name: str) -> str:
+def resolve_device(name: str) -> str:
     """Called when the flags are parsed, and not to print --help: torch takes seconds to import."""
     if name != "auto":
         return name

@@ -38,6 +38,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,12 @@ from cfmask.convert.planning import (  # noqa: E402
     plan_split,
     read_classes,
 )
-from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, make_all  # noqa: E402
+from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, make_all, make_shard, preload  # noqa: E402
 from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import remove_leftovers, sole_writer, write_atomically  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
-from tools._array import Array, add_array_arguments, resolve_array  # noqa: E402
-from tools._conversion_slurm import make_on_slurm  # noqa: E402
+from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 BAD_SAMPLES = "bad_samples.jsonl"
 _SHIFTED_WITH_WNIDS = [b.name for b in benchmarks.SHIFTED if b is not benchmarks.OBJECTNET]
@@ -251,7 +251,7 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
                 bar.update(n)
 
             if array is not None:
-                make_on_slurm(missing, array, report)
+                convert_on_slurm(split, missing, array, args.source, report)
             else:
                 workers = args.workers or len(os.sched_getaffinity(0))
                 make_all(missing, workers=workers, progress=report)
@@ -269,6 +269,23 @@ def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -
             f"{name}: {manifest.bad_samples} images were left out because they do not decode, {kept} other oddities "
             f"were dealt with; {folder / BAD_SAMPLES} lists them all"
         )
+
+
+def convert_on_slurm(
+    split: Split, missing: list[Task], array: Array, source: Path, report: Callable[[tuple[int, int]], object]
+) -> None:
+    """Make the missing shards in a job array. Ctrl-C leaves it in the queue."""
+    from launch.jobs.array import Work, run_array
+
+    work = Work(
+        kind="shards",
+        identity=f"{split.folder}{split.tasks[0].plan}",
+        function=make_shard,
+        items=missing,
+        keys=[task.tar.stem for task in missing],
+        preload=preload(missing),
+    )
+    run_array(work, array, progress=report, paths=[split.folder, source], goes_on=True)
 
 
 def commit(split: Split, args: argparse.Namespace) -> tuple[shards.Manifest, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,14 +24,14 @@ import torch  # noqa: E402
 
 from cfmask.convert.mask2former import DEFAULT  # noqa: E402
 from cfmask.convert.planning import claim, is_made  # noqa: E402
-from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard  # noqa: E402
+from cfmask.convert.segmentation import Task, commit_masks, plan_masks, segment_shard  # noqa: E402
 from cfmask.data.shards import load_sets  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import sole_writer  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
-from tools._array import add_array_arguments, resolve_array, run_array  # noqa: E402
-from tools._shared import DATA_HELP, add_device_argument  # noqa: E402
+from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+from tools._shared import DATA_HELP, add_device_argument, resolve_device  # noqa: E402
 
 
 @exits_cleanly
@@ -48,8 +49,10 @@ def main(argv: list[str] | None = None) -> None:
         manifest,
         source=_absolute(arguments.shards),
         groups=arguments.groups,
-        segmenter=arguments.segmenter,
-        device=arguments.device,
+        segmenter=str(Path(arguments.segmenter).absolute())
+        if Path(arguments.segmenter).is_dir()
+        else arguments.segmenter,
+        device=device_of(arguments, array),
         batch_size=arguments.batch_size,
         folder=folder,
     )
@@ -60,21 +63,49 @@ def main(argv: list[str] | None = None) -> None:
         if len(missing) < len(tasks):
             print(f"{arguments.set}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
         with progress_bar(total=total, initial=total - to_do, desc=arguments.set, unit=" images") as bar:
-            if array is not None and missing:
-                run_array(segment_shard, missing, array, name="segment", resumes=True, progress=bar.update)
-            elif missing:
-                workers = arguments.workers or max(1, torch.cuda.device_count() if arguments.device == "cuda" else 1)
-                map_in_processes(
-                    segment_shard,
-                    missing,
-                    workers=workers,
-                    preload=("transformers.models.mask2former.modeling_mask2former",),
-                    describe=lambda task: str(task.tar),
-                    progress=bar.update,
-                )
+            segment(missing, array, arguments, bar.update)
         made = commit_masks(folder, manifest, tasks, facts)
     empty = made.made["without_object"]
     print(f"{arguments.set}: {made.num_samples} masks, {empty} of them without a pixel of the object, in {folder}")
+
+
+def segment(
+    missing: list[Task], array: Array | None, arguments: argparse.Namespace, progress: Callable[[int], object]
+) -> None:
+    """Make the missing shards of masks, here or in a job array."""
+    preload = ("transformers.models.mask2former.modeling_mask2former",)
+    if not missing:
+        return
+    if array is None:
+        of_gpus = torch.cuda.device_count() if missing[0].device == "cuda" else 1
+        map_in_processes(
+            segment_shard,
+            missing,
+            workers=arguments.workers or max(1, of_gpus),
+            preload=preload,
+            describe=lambda task: str(task.tar),
+            progress=progress,
+        )
+        return
+    from launch.jobs.array import Work, run_array
+
+    folder, source = missing[0].tar.parent, missing[0].where
+    work = Work(
+        kind="segment",
+        identity=f"{folder}{missing[0].plan}",
+        function=segment_shard,
+        items=missing,
+        keys=[task.tar.stem for task in missing],
+        preload=preload,
+    )
+    run_array(work, array, progress=progress, paths=[folder, source])
+
+
+def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
+    """Where to compute: what this machine has says nothing about the nodes of an array."""
+    if array is None or arguments.device != "auto":
+        return resolve_device(arguments.device)
+    return "cuda" if array.allocation.gpus_per_node else "cpu"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -97,9 +128,9 @@ def parser() -> argparse.ArgumentParser:
         help=f"a Mask2Former of Hugging Face's, or a folder with its files (default: {DEFAULT})",
     )
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
-    add_device_argument(p)
+    add_device_argument(p, resolve=False)
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
-    add_array_arguments(p, gpus=True)
+    add_array_arguments(p, with_gpus=True)
     p.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of masks, named as the set"
     )

@@ -29,7 +29,7 @@ from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
-from tools._array import add_array_arguments, resolve_array, run_array  # noqa: E402
+from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
 @dataclass
@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
-def verify(items: list[tarscan.Check], array, workers: int) -> list[tarscan.Verdict]:
+def verify(items: list[tarscan.Check], array: Array | None, workers: int) -> list[tarscan.Verdict]:
     begun, done, bad = time.monotonic(), 0, 0
     with progress_bar(total=len(items), desc="verifying", unit=" shards") as bar:
 
@@ -191,13 +191,24 @@ def verify(items: list[tarscan.Check], array, workers: int) -> list[tarscan.Verd
             bar.set_postfix_str(rate + (f", {bad} BAD" if bad else ""), refresh=False)
             bar.update()
 
+        preload = ("torch",) if any(item.full for item in items) else ()
         if array is not None:
-            return run_array(tarscan.check, items, array, name="verify_shards", progress=progress)
+            from launch.jobs.array import Work, run_array
+
+            work = Work(
+                kind="verify",
+                identity=json.dumps([(str(item.root), item.shard.name, item.full) for item in items]),
+                function=tarscan.check,
+                items=items,
+                keys=[f"{number:06d}-{item.shard.name}" for number, item in enumerate(items)],
+                preload=preload,
+            )
+            return run_array(work, array, progress=progress, paths=sorted({item.root for item in items}))
         return map_in_processes(
             tarscan.check,
             items,
             workers=workers,
-            preload=("torch",) if any(item.full for item in items) else (),
+            preload=preload,
             describe=lambda item: str(item.root / item.shard.name),
             progress=progress,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
@@ -32,15 +32,19 @@ def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, 
     Raises:
         UserError: the first that a process met. What is finished stays.
     """
-    crops = any(task.store.image_size for task in tasks)
     map_in_processes(
         make_shard,
         tasks,
         workers=workers,
-        preload=("torch.nn.functional",) if crops else (),
+        preload=preload(tasks),
         describe=lambda task: str(task.tar),
         progress=progress,
     )
+
+
+def preload(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Modules that take seconds to import, and that making these shards needs."""
+    return ("torch.nn.functional",) if any(task.store.image_size for task in tasks) else ()
 
 
 def make_shard(task: Task) -> tuple[int, int]:

@@ -16,10 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
+
+REQUEUE_ME = 144
+"""The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
+batch script on Slurm, of submitit's local executor here, whose own number it is."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +123,9 @@ def resolve_allocation(
         raise UserError("--executor debug is one rank in this process. Ask for one GPU or task, or use local.")
     if arguments.after and "dependency" in flags:
         raise UserError("--after and --dependency both say what to wait for. Put all of it into --dependency.")
-    limits = {
+    timeouts = {
         f"CFMASK_{name.upper()}": f"{value(name):g}"
-        for name in ("restarts_without_progress", "rendezvous_timeout", "collective_timeout")
+        for name in ("rendezvous_timeout", "collective_timeout")
         if value(name) is not None
     }
     image = file.image if executor == "slurm" else None
@@ -147,7 +152,7 @@ def resolve_allocation(
         dependency="afterok:" + ":".join(arguments.after) if arguments.after else value("dependency"),
         array_parallelism=value("array_parallelism"),
         setup=tuple(from_file.get("setup", ())),
-        environment={**limits, **networks, **file.environment},
+        environment={**timeouts, **networks, **file.environment},
         srun_args=tuple(from_file.get("srun_args", ())),
         python=from_file.get("python") or ("python3" if image else shlex.quote(sys.executable)),
         image=image,
@@ -292,3 +297,13 @@ def uncovered(allocation: Allocation, paths: Sequence[Path]) -> list[Path]:
         return []
     sources = [Path(mount.partition(":")[0]) for mount in allocation.mounts]
     return [path for path in paths if not any(path == source or source in path.parents for source in sources)]
+
+
+def warn_of_paths_outside(allocation: Allocation, *paths: str | Path) -> None:
+    """Say which of the paths (or URLs) that a job uses its container will not have."""
+    for path in uncovered(allocation, [Path(path) for path in paths if not is_remote(str(path))]):
+        print(
+            f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
+            "by itself, the job will not find it.",
+            file=sys.stderr,
+        )

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESTARTS_WITHOUT_PROGRESS = 3
-"""The default budget of a job's automatic restarts (restarts.py)."""
-
 # What a value may be: the words for it in an error, and the TOML types.
 TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
 NUMBER: tuple[str, tuple[type, ...]] = ("a number", (int, float))
@@ -49,12 +46,6 @@ class Setting:
 def count(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise ValueError("a whole number, 1 or more")
-    return int(text)
-
-
-def count_or_0(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError("a whole number, 0 or more")
     return int(text)
 
 
@@ -207,16 +198,6 @@ SETTINGS = (
         "interface", text, None, "network interface that ranks talk on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", "NAME"
     ),
     Setting(
-        "restarts_without_progress",
-        count_or_0,
-        None,
-        "automatic restarts in a row, whatever their cause, that a job may have without progress beyond its last "
-        f"checkpoint (default: {RESTARTS_WITHOUT_PROGRESS}; 0: none)",
-        "N",
-        COUNT,
-        slurm=False,
-    ),
-    Setting(
         "rendezvous_timeout",
         patience,
         None,
@@ -243,6 +224,12 @@ FILE_KEYS = {setting.name: setting.kind for setting in SETTINGS if setting.kind 
 """Keys of the cluster file that are flags of submit.py too, with what their values may be."""
 
 
+CLUSTER_HELP = (
+    "cluster file with values for these flags, and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
+    "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)"
+)
+
+
 def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
     """here: the work may be done in this process, and is, unless one of these flags is given."""
     g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what comes of it.")
@@ -258,19 +245,18 @@ def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = Fa
         "--cluster",
         type=Path,
         metavar="FILE",
-        help="cluster file with values for these flags, and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
-        "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)",
+        help=CLUSTER_HELP,
     )
     for setting in SETTINGS:
         g.add_argument(
             setting.flag,
-            type=_argument(setting),
+            type=argument_type(setting.read),
             metavar=setting.metavar,
             default=None,
             help=setting.help.replace("%", "%%"),
         )
     g.add_argument(
-        "--after", nargs="+", type=_job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
+        "--after", nargs="+", type=job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
     )
 
 
@@ -280,17 +266,19 @@ def given_flags(arguments: argparse.Namespace) -> list[str]:
     return given + [f"--{name}" for name in ("after", "cluster") if getattr(arguments, name)]
 
 
-def _argument(setting: Setting) -> Callable[[str], Any]:
-    def read(word: str) -> Any:
+def argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse's ``type``: the value, or the error with what it should be."""
+
+    def checked(word: str) -> Any:
         try:
-            return setting.read(word)
+            return read(word)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{word!r} is not {error}") from None
 
-    return read
+    return checked
 
 
-def _job_id(word: str) -> str:
+def job_id(word: str) -> str:
     if not re.fullmatch(r"\d+(_\d+)?", word):
         raise argparse.ArgumentTypeError(f"{word!r} is not the number of a job")
     return word

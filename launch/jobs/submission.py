@@ -89,23 +89,11 @@ class Batch:
 
     def executor(self, allocation: Allocation, digest: str) -> SlurmExecutor:
         """submitit's executor, which runs the snapshot of this digest."""
-        from launch.slurm.executor import SlurmExecutor
-
         name = f"sweep-{self.sweep.name}" if self.sweep else self.planned[0].run.root.name
         member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
         run = member if self.sweep else shlex.quote(str(self.planned[0].run.root))
-        parameters = slurm_parameters(allocation, f"cfmask-{name}", f"{run}/jobs")
-        if self.sweep:
-            logs = f"{self.sweep}/%a/jobs/%A_%a"
-            parameters["srun_args"].append(f"--output={logs}_%t_log.out")
-            parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
-        executor = SlurmExecutor(
-            self.folder,
-            max_num_timeout=1000,
-            python=rank_command(allocation.python, f"{run}/code/{digest}"),
-        )
-        executor.update_parameters(**parameters)
-        return executor
+        logs = f"{self.sweep}/%a/jobs/%A_%a" if self.sweep else None
+        return slurm_executor(self.folder, f"cfmask-{name}", run, digest, allocation, logs=logs)
 
     def link_runs(self) -> None:
         if self.sweep:
@@ -120,6 +108,30 @@ class Batch:
             written = {"submission.sh": job.paths.submission_file, "submitted.pkl": job.paths.submitted_pickle}
             for kind, path in written.items():
                 (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
+
+
+def slurm_executor(
+    folder: Path, name: str, run: str, digest: str, allocation: Allocation, *, logs: str | None = None
+) -> SlurmExecutor:
+    """submitit's executor, for jobs that run the snapshot of this digest.
+
+    Args:
+        folder: gets what submitit writes.
+        name: of the job.
+        run: the folder that has the job's code/ and jobs/, as a word of the shell.
+        logs: beginning of the logs' paths, with sbatch's patterns; by default they lie in ``folder``.
+    """
+    from launch.slurm.executor import SlurmExecutor
+
+    parameters = slurm_parameters(allocation, name, f"{run}/jobs")
+    if logs:
+        parameters["srun_args"].append(f"--output={logs}_%t_log.out")
+        parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
+    executor = SlurmExecutor(
+        folder, max_num_timeout=1000, python=rank_command(allocation.python, f"{run}/code/{digest}")
+    )
+    executor.update_parameters(**parameters)
+    return executor
 
 
 # --- before a job goes out --------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from launch.jobs.allocation import (
     choose_executor,
     resolve_allocation,
     resolve_precision,
-    uncovered,
+    warn_of_paths_outside,
 )
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
@@ -315,14 +315,4 @@ def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
         raise UserError(
             f"The set {evaluated.root} has another class list ({len(theirs)} classes) than {train.root} "
             f"({len(ours)} classes): its labels mean other classes. Convert both with one class list."
-        )
-
-
-def warn_of_paths_outside(allocation: Allocation, folder: Path, shards: str) -> None:
-    """Of a job's folder and its shards, say which the container will not have."""
-    for path in uncovered(allocation, [folder, *([] if is_remote(shards) else [Path(shards)])]):
-        print(
-            f"warning: {path} is under none of the container's mounts in the cluster file. Unless the site mounts it "
-            "by itself, the job will not find it.",
-            file=sys.stderr,
         )
