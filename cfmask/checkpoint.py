@@ -110,6 +110,7 @@ class Writer:
         self._folder, self._keep, self._info, self._minutes = folder, keep, info, minutes
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
+        self._state: State | None = None
         self._images: dict[str, _Image] = {}
         self._updates = torch.zeros(())
         self._begun = time.monotonic()
@@ -153,8 +154,23 @@ class Writer:
         if next(model.parameters()).is_cuda:
             copied = torch.cuda.Event(blocking=True)
             copied.record()
+        self._state = state
+        self._begin_write(copied)
+
+    def retry(self) -> None:
+        """Begin once more the latest checkpoint, which was not written: what was copied for it is still in memory."""
+        assert self._state is not None
+        self.wait()
+        self._failure = None
+        self._begin_write(None)
+
+    def _begin_write(self, copied: torch.cuda.Event | None) -> None:
+        """copied: is waited for before what was copied is read."""
+        assert self._state is not None
         self._thread = threading.Thread(
-            target=self._write, args=(state, self._updates, self._images, copied), name=f"checkpoint {state.step}"
+            target=self._write,
+            args=(self._state, self._updates, self._images, copied),
+            name=f"checkpoint {self._state.step}",
         )
         self._thread.start()
 

@@ -86,6 +86,17 @@ class Place:
         return min(16, max(1, self.cpus - 1))
 
 
+class CalledOff(UserError):
+    """There will be no group in this start of the job, as rank 0 says.
+
+    failed: whether the start counts as failed; one of a run that is finished or cancelled does not.
+    """
+
+    def __init__(self, reason: str, *, failed: bool = True) -> None:
+        super().__init__(reason)
+        self.failed = failed
+
+
 @contextmanager
 def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     """Join the job's process group (nccl with GPUs, gloo without); yields its store.
@@ -93,7 +104,8 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     GLOO_SOCKET_IFNAME, if it is set, names the network interface that ranks of several machines meet on.
 
     Raises:
-        UserError: rank 0 gave up before the group was formed, with its reason; or there is no such interface.
+        CalledOff: rank 0 gave up before the group was formed, with its reason.
+        UserError: there is no interface of that name on this machine.
         TimeoutError: rank 0 was not heard of, or other ranks did not come.
     """
     meeting_folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +139,10 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     dist.destroy_process_group()
 
 
-def call_off(place: Place, meeting_folder: Path, reason: str) -> None:
-    """Tell the waiting ranks of this attempt, from rank 0, that there will be no group."""
+def call_off(place: Place, meeting_folder: Path, reason: str, *, failed: bool = True) -> None:
+    """Tell the waiting ranks of this attempt, from rank 0, that there will be no group: they raise CalledOff."""
     meeting_folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason}))
+    write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason, "failed": failed}))
 
 
 class _Door:
@@ -207,7 +219,7 @@ def _find_store(meeting: Path, place: Place) -> tuple[dist.Store, str]:
             time.sleep(0.1)
             continue
         if error is not None:
-            raise UserError(error)
+            raise CalledOff(error, failed=found.get("failed", True))
         for host in tried:
             if here := _knock(host, door, word):
                 patience = timedelta(seconds=10)

@@ -294,7 +294,7 @@ class _Counter:
         progress = [self._read() if self.is_main_process else {}]
         dist.broadcast_object_list(progress)
         self._kept: dict[str, tuple[int, dict[str, Tensor]]] = progress[0]
-        self.images = sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
+        self.images = self._kept_images()
         self._kept_at = self._logged_at = time.monotonic()
         self._logged_images = self.images
         self._bar: tqdm | None = None
@@ -424,10 +424,14 @@ class _Counter:
             return
         tensors = {f"{key}|{n}": t for key, (_, kept) in self._kept.items() for n, t in kept.items()}
         batches = json.dumps({key: done for key, (done, _) in self._kept.items()})
+        about = {"batches": batches, "facts": self._facts, "images": str(self._kept_images())}
         try:
-            replace_tensors(self._run.progress, tensors, {"batches": batches, "facts": self._facts})
+            replace_tensors(self._run.progress, tensors, about)
         except (OSError, SafetensorError) as error:
             print(f"warning: {self._run.progress} cannot be written ({error}); counting goes on", flush=True)
+
+    def _kept_images(self) -> int:
+        return sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
 
     def _read(self) -> dict[str, tuple[int, dict[str, Tensor]]]:
         """What an earlier start has kept; nothing, if it was counted on other models or sets."""

@@ -18,7 +18,7 @@ RUN/
   attempts.jsonl         one line a start: job, world size, from which step, why the last one ended
   ended.json             why the latest start ended, until the next one takes it over into attempts.jsonl
   cancelled.json         who ended the run for good, and when: nothing goes on with it before it is resumed by hand
-  jobs/                  what the launcher writes: logs of every rank, by job; last words of ranks that died
+  jobs/                  what the launcher writes: logs of every rank, by job; failure reports
   code/                  the code that its jobs were submitted with
   .owner/                one file, called "free" or after the process that trains here; its time is the heartbeat
 """

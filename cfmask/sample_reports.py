@@ -103,13 +103,20 @@ class SampleReports:
         append_lines(self._run.skipped_steps, lines)
 
 
-def too_many_skipped_steps(skips: Skips, step: int, recipe: Recipe, run: RunFolder) -> FloatingPointError:
-    """The error of a run whose latest steps, up to ``step``, were all left out."""
+def too_many_skipped_steps(
+    skips: Skips, step: int, epoch_steps: int, recipe: Recipe, run: RunFolder
+) -> FloatingPointError:
+    """The error of a run whose latest steps, up to ``step``, were all left out: more than the recipe allows, or all of
+    an epoch at whose end a phase of training ends."""
+    allowed = recipe.optim.max_skipped_steps
+    if skips.in_a_row > allowed:
+        limit = f"--max-skipped-steps allows {allowed}"
+    else:
+        limit = f"an epoch has {epoch_steps}, so that all of its steps were left out and it trained nothing"
     return FloatingPointError(
-        f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step {step}; "
-        f"--max-skipped-steps allows {recipe.optim.max_skipped_steps}. {run.skipped_steps} names the samples. None of "
-        f"these steps changed a weight, and the last checkpoint in {run.checkpoints} stays. A lower --lr, or "
-        "--precision fp32, may help."
+        f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step {step}; {limit}. "
+        f"{run.skipped_steps} names the samples. None of these steps changed a weight, and the last checkpoint in "
+        f"{run.checkpoints} stays. A lower --lr, or --precision fp32, may help."
     )
 
 

@@ -19,6 +19,8 @@ REQUEUE, QUIT = "requeue", "quit"
 
 StopRequest = Callable[[], str | None]
 Report = Callable[[Exception], None]
+SecondsLeft = Callable[[], float]
+"""How long ranks may stay after a stop was asked for."""
 
 
 @contextlib.contextmanager

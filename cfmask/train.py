@@ -14,6 +14,7 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from cfmask import checkpoint
+from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import Consumed
 from cfmask.data.shards import Manifest
@@ -32,7 +33,7 @@ from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
-from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, session
+from cfmask.session import FINISHED, Report, SecondsLeft, StopRequest, autocast, choose_arithmetic, session
 from cfmask.train_setup import (
     agree_on_checkpoint,
     begin_phase,
@@ -50,6 +51,7 @@ def train(
     place: Place,
     stop_request: StopRequest = lambda: None,
     failing: Report = lambda error: None,
+    seconds_left: SecondsLeft = lambda: 0.0,
 ) -> str:
     """Train until the recipe is fulfilled or a stop is asked for.
 
@@ -57,6 +59,9 @@ def train(
         stop_request: called at every step on every rank; returns REQUEUE, QUIT or None. One rank's request
             stops them all, at the same step boundary, after a checkpoint.
         failing: told of an error before anything is closed: a checkpoint that is being written is waited for then.
+        seconds_left: how long ranks may stay after a stop was asked for; asked on rank 0. A checkpoint that cannot be
+            written is tried again until then. If that fails too, the run stops as it was asked to, with its earlier
+            checkpoints.
 
     Returns:
         FINISHED, REQUEUE or QUIT.
@@ -64,12 +69,12 @@ def train(
     Raises:
         UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
             another job on the folder, a final checkpoint that cannot be written, a GPU's memory that does not suffice.
-        FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite (on
-            all ranks). The last checkpoint stays.
+        FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite, or
+            all steps of an epoch or a phase (on all ranks). The last checkpoint stays.
     """
     choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
     with session(run, place, failing) as (store, stack), explained_out_of_memory(place):
-        return _train(recipe, run, place, store, stop_request, stack)
+        return _train(recipe, run, place, store, stop_request, stack, seconds_left)
 
 
 def _train(
@@ -79,6 +84,7 @@ def _train(
     store: dist.Store,
     stop_request: StopRequest,
     leaving: contextlib.ExitStack,
+    seconds_left: SecondsLeft,
 ) -> str:
     device, settings = place.device, recipe.optim
     is_main_process = place.rank == 0
@@ -170,9 +176,11 @@ def _train(
                     study_log.add_step(result)
             if any(r.skipped for r in results):
                 reports.write_skipped_steps()
-                if skips.in_a_row > settings.max_skipped_steps:
+                # A phase whose last epoch has changed no weight has not trained what it was to train.
+                untrained = step == phase.end and skips.in_a_row >= epoch_steps
+                if untrained or skips.in_a_row > settings.max_skipped_steps:
                     wait_for_checkpoint(writer)
-                    raise too_many_skipped_steps(skips, results[-1].step, recipe, run)
+                    raise too_many_skipped_steps(skips, results[-1].step, epoch_steps, recipe, run)
             # Judged only when there are new ones: a set that was repaired is trained on, whatever its epoch has seen.
             too_many_bad = False
             if any(r.bad for r in results):
@@ -196,15 +204,16 @@ def _train(
             if too_many_bad:
                 not_written = wait_for_checkpoint(writer)
                 raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written
-            if stop and step < total_steps:
+            if stop:
                 if is_main_process:
                     print(f"asked to stop ({stop}) at step {step}", flush=True)
-                not_written = wait_for_checkpoint(writer)
-                if not_written is not None:
-                    raise not_written
-                if is_main_process:
-                    run.end_attempt(f"stopped at step {step} ({stop})")
-                return stop
+                not_written = insist_on_checkpoint(writer, seconds_left)
+                if step < total_steps or not_written is not None:
+                    # Earlier checkpoints are intact: whether the run comes back is not for this failure to decide.
+                    if is_main_process:
+                        why = f"stopped at step {step} ({stop})"
+                        run.end_attempt(why if not_written is None else f"{why}, without a checkpoint: {not_written}")
+                    return stop
 
     # --- finish -------------------------------------------------------------------------------------------------
     if not scores:
@@ -220,6 +229,10 @@ def _train(
         sets = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
         write_atomically(run.results, json.dumps({"step": step, "skipped_steps": skips.total, "sets": sets}, indent=2))
         run.end_attempt(FINISHED)
+        if skips.in_a_row:
+            print(
+                f"warning: the last {skips.in_a_row} steps were left out: the weights are those before them", flush=True
+            )
         print(f"finished at step {step}: {run.final}", flush=True)
     return FINISHED
 
@@ -249,15 +262,3 @@ def _evaluate(
         with autocast(place.device, recipe.run.precision):
             [scores[name]] = top1([model], normalise, batches, place.device, label_spaces[name])
     return scores
-
-
-def wait_for_checkpoint(writer: checkpoint.Writer | None) -> checkpoint.CheckpointNotWritten | None:
-    """Wait on all ranks until the checkpoint that is being written is whole: until then none of them ends or asks for a
-    requeue, and a launcher that ends a job with its first rank does not cut the checkpoint off.
-
-    Returns:
-        Why the latest checkpoint was not written, on every rank; None if it was.
-    """
-    outcome = [writer.wait() if writer is not None else None]
-    dist.broadcast_object_list(outcome)
-    return outcome[0]

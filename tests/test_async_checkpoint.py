@@ -24,10 +24,12 @@ import cfmask.train
 import made
 from cfmask import checkpoint
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
+from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.optim import adamw
 from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder, read_lines
+from cfmask.session import REQUEUE
 from made import train
 from test_checkpoint import LATEST_TWO, PHASE, state, steps_in, train_on, trained
 from towers import TINY
@@ -497,11 +499,48 @@ def test_the_last_one_missing_is_an_error_at_the_end_and_the_same_command_mends_
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_stop_that_cannot_be_saved_is_no_stop_with_a_checkpoint(materials, tmp_path, monkeypatch):
-    fail_at(monkeypatch, {2, 3})
-    with pytest.raises(CheckpointNotWritten):
-        train(recipe_of(materials), tmp_path / "run", stop_at=2)
-    assert "failed: CheckpointNotWritten" in json.loads((tmp_path / "run/ended.json").read_text())["why"]
+def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_left: float) -> RunFolder:
+    """A run that is asked to stop at step 4, whose checkpoint cannot be written in the first ``failing`` tries."""
+    real, tries = Writer._commit, iter(range(99))
+
+    def commit(self, state: checkpoint.State, *arguments) -> None:
+        if state.step == 4 and next(tries) < failing:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        real(self, state, *arguments)
+
+    monkeypatch.setattr(Writer, "_commit", commit)
+    run, steps = RunFolder(folder), iter(range(1, 99))
+    run.claim(recipe)
+
+    def stop_request() -> str | None:
+        return REQUEUE if next(steps) >= 3 else None
+
+    outcome = cfmask.train.train(recipe, run, Place(), stop_request, seconds_left=lambda: seconds_left)
+    assert outcome == REQUEUE
+    return run
+
+
+def test_a_checkpoint_that_fails_at_a_stop_is_tried_again_while_there_is_time(materials, tmp_path, monkeypatch):
+    recipe = recipe_of(materials, checkpoint_steps=2)
+    with monkeypatch.context() as patch:
+        run = stop_at_4(recipe, tmp_path / "run", 1, patch, seconds_left=60)
+    assert steps_in(run.checkpoints) == [2, 4]
+    assert run.ended()["why"] == "stopped at step 4 (requeue)"
+    train(recipe, run.root)
+    alone = train(recipe, tmp_path / "alone")
+    assert read_lines(run.attempts)[1]["from_step"] == 4
+    for file in (MODEL, OPTIMIZER):
+        ours, theirs = (r.checkpoints / "step-00000012" / file for r in (run, alone))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_stop_whose_checkpoint_cannot_be_written_is_a_stop_and_says_so(materials, tmp_path, monkeypatch, capsys):
+    recipe = recipe_of(materials, checkpoint_steps=2)
+    run = stop_at_4(recipe, tmp_path / "run", 99, monkeypatch, seconds_left=12)
+    assert steps_in(run.checkpoints) == [2]
+    why = run.ended()["why"]
+    assert why.startswith("stopped at step 4 (requeue), without a checkpoint: ") and "Disk quota exceeded" in why
+    assert capsys.readouterr().out.count("trying again") == 1, "after 1 s, and not once more after 3"
 
 
 @pytest.mark.parametrize("stop_at", [3, None], ids=["requeue", "finish"])

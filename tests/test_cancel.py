@@ -273,15 +273,15 @@ def test_a_job_that_was_just_requeued_does_not_go_on(slurm_cluster: Cluster, mat
 @pytest.mark.slurm
 def test_a_job_that_comes_back_without_getting_anywhere_is_given_up(slurm_cluster: Cluster, materials, tmp_path):
     run = tmp_path / "run"
-    name = submit(materials, run)
+    name = submit(materials, run, "--restarts-without-progress", 0)
     wait_for_step(run, 4)
-    # As if it had been killed at this place again and again; no checkpoint of it comes near.
-    for restart in range(4):
-        RunFolder(run).begin_attempt(job=f"{name}-{restart}", from_step=10_000_000)
+    # As if it had come this far before; no checkpoint of it comes near.
+    RunFolder(run).begin_attempt(job=f"{name}-0", from_step=10_000_000)
     slurm_cluster.call("scontrol", "requeue", name)
     slurm_cluster.start_again_now(name)
     slurm_cluster.wait_for_state(name, "FAILED", 90)
-    assert "given up" in json.loads((run / "ended.json").read_text())["why"]
+    why = json.loads((run / "ended.json").read_text())["why"]
+    assert "given up" in why and "stopped at step" in why and f"submit.py --resume {run}" in why
     assert state_of(run) == "failed"
 
 

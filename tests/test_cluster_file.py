@@ -305,6 +305,11 @@ def test_tokens_are_in_a_file_that_only_its_owner_can_read(tmp_path):
     ]
 
 
+SCONTROL = """#!/bin/sh
+case "$*" in *show*) echo "JobId=77 JobState=RUNNING PreemptTime=None" ;; --version) ;; *) echo "$@" ;; esac
+"""
+
+
 @pytest.mark.parametrize(
     ("setup", "reached"),
     [
@@ -327,12 +332,12 @@ def test_tokens_are_in_a_file_that_only_its_owner_can_read(tmp_path):
 )
 def test_setup_of_the_cluster_file_cannot_keep_the_batch_script_from_its_last_lines(tmp_path, setup, reached):
     """They are the failure report and the requeue; here a node is lost, so both are due."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     jobs = tmp_path / "jobs"
-    (jobs / "last_words").mkdir(parents=True)
-    (jobs / "last_words/77-0.txt").write_text("rank 1 failed first\n")
-    (jobs / "last_words/77-0.lost").touch()
+    (jobs / "failures").mkdir(parents=True)
+    (jobs / "failures/77-0.txt").write_text("rank 1 failed first\n")
+    (jobs / "failures/77-0.lost").touch()
     a = allocate(file=f"setup = {json.dumps(setup)}\n[environment]\nTOKEN = '$NOT_SET secret'")
     write_environment(a, jobs)
     text, ranks = re.subn(r"^srun .*$", 'echo RANKS "$TOKEN"; (exit 1)', sbatch_file(a, jobs=jobs), flags=re.MULTILINE)
@@ -353,7 +358,7 @@ def test_setup_that_ends_well_before_the_ranks_is_a_failure_and_ranks_that_end_w
 
 def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
     """Where a rank has no scontrol; every other end is the job's as it is."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     for code, said in ((144, "requeue 77\n"), (0, ""), (1, ""), (143, "")):
         text = sbatch_file(allocate())
@@ -364,16 +369,16 @@ def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
 
 
 def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues_what_has_lost_its_node(tmp_path):
-    (tmp_path / "scontrol").write_text('#!/bin/sh\necho "$@"')
+    (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     jobs = tmp_path / "run folder" / "jobs"
-    (jobs / "last_words").mkdir(parents=True)
-    (jobs / "last_words/77-1.txt").write_text("rank 1 failed first\n")
+    (jobs / "failures").mkdir(parents=True)
+    (jobs / "failures/77-1.txt").write_text("rank 1 failed first\n")
     text = re.sub(r"^srun .*$", "(exit 1)", sbatch_file(allocate(), jobs=jobs), flags=re.MULTILINE)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
     for lost, said in ((False, "rank 1 failed first\n"), (True, "rank 1 failed first\nrequeue 77\n")):
         if lost:
-            (jobs / "last_words/77-1.lost").touch()
+            (jobs / "failures/77-1.lost").touch()
         done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stdout) == (1, said)
 

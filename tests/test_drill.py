@@ -92,7 +92,7 @@ STOPPED, CAME_BACK, KILLED = (
     r"stopped at step \d+ \(requeue\)",
     "killed without notice",
 )
-LOST = r"lost a rank without a word: rank {} was cut off"
+LOST = r"lost a rank without a report: rank {} was cut off"
 # What attempts.jsonl says of each start's end, and the accounting. Who is warned may be gone before Slurm preempts it;
 # which of those that see a node go is first, Slurm or the ranks, is a matter of a moment.
 STORIES: dict[str, tuple[list[str], str]] = {
@@ -104,7 +104,7 @@ STORIES: dict[str, tuple[list[str], str]] = {
     "preempted": ([CAME_BACK], "(PREEMPTED|REQUEUED) COMPLETED"),
     "preempted-5-times": ([CAME_BACK] * 5, "((PREEMPTED|REQUEUED) ){5}COMPLETED"),
     "preempted-at-once": ([STOPPED], "PREEMPTED COMPLETED"),
-    "preempted-unwarned": ([STOPPED], "PREEMPTED COMPLETED"),
+    "preempted-unwarned": ([STOPPED], "(PREEMPTED|REQUEUED) COMPLETED"),
     "preempted-while-writing": ([KILLED], "PREEMPTED COMPLETED"),
     "node-lost": ([LOST.format(0)], "(NODE_FAIL|REQUEUED) COMPLETED"),
     "first-node-lost": ([rf"{LOST.format(1)}|{KILLED}"], "NODE_FAIL COMPLETED"),

@@ -197,3 +197,45 @@ def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(materi
     newest = max(run.checkpoints.glob("step-*"))
     assert all(torch.isfinite(tensor).all() for tensor in load_file(newest / "model.safetensors").values())
     assert not run.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "steps", "at"),
+    [
+        ("ft", range(1, 99), 2 * STEPS),
+        ("ft", range(STEPS + 1, 99), 2 * STEPS),
+        ("lp-ft", range(1, STEPS + 1), STEPS),
+        ("lp-ft", range(STEPS + 1, 99), 3 * STEPS),
+    ],
+    ids=["all", "the last epoch", "linear probing", "all behind linear probing"],
+)
+def test_a_phase_whose_last_epoch_took_no_step_is_not_finished(materials, tmp_path, spoil, row, steps, at):
+    """Fewer than --max-skipped-steps allows: a short run would end before it has as many."""
+    recipe = recipe_of(materials, row, max_skipped_steps=99, epochs=2)
+    if row == "lp-ft":
+        recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, probe_epochs=1))
+    spoil(set(steps))
+    with pytest.raises(FloatingPointError, match=f"last of them step {at}; an epoch has {STEPS}.* trained nothing"):
+        train(recipe, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert not run.results.exists() and run.ended()["why"].startswith("failed: FloatingPointError")
+
+
+def test_a_resumed_run_counts_skipped_steps_over_its_starts(materials, tmp_path, spoil):
+    """In the last epoch two steps were taken before the stop: what was skipped since is not all of it."""
+    recipe = recipe_of(materials, "ft", max_skipped_steps=99)
+    train(recipe, tmp_path / "run", stop_at=STEPS + 2)
+    spoil(set(range(STEPS + 3, 99)), first_step=STEPS + 3)
+    run = train(recipe, tmp_path / "run")
+    assert json.loads(run.results.read_text())["skipped_steps"] == STEPS - 2
+
+    train(recipe, tmp_path / "other", stop_at=STEPS - 1)
+    spoil(set(range(STEPS + 1, 99)), first_step=STEPS + 1)
+    with pytest.raises(FloatingPointError, match="trained nothing"):
+        train(recipe, tmp_path / "other")
+
+
+def test_steps_skipped_at_the_very_end_are_said(materials, tmp_path, spoil, capsys):
+    spoil({2 * STEPS - 1, 2 * STEPS})
+    train(recipe_of(materials, "ft"), tmp_path / "run")
+    assert "warning: the last 2 steps were left out" in capsys.readouterr().out

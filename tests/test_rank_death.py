@@ -49,19 +49,6 @@ def test_who_died_first(left, first):
     assert (chosen and chosen.rank) == first
 
 
-@pytest.mark.parametrize("error", ["gloo", "store"])
-def test_a_broken_connection_is_known_as_one(error):
-    import torch.distributed as dist
-
-    raised = {
-        "gloo": RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:11177."),
-        "store": dist.DistNetworkError("Connection reset"),
-    }[error]
-    assert last_words._is_broken_off(raised)
-    assert not last_words._is_broken_off(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not last_words._is_broken_off(ValueError("gloo"))
-
-
 # --- the process that waits for a rank, with ranks that are a few lines ----------------------------------------------
 
 SUPERVISE = """

@@ -26,7 +26,8 @@ from launch.jobs.restarts import (
     starts_without_progress,
     verdict,
 )
-from launch.slurm.client import SlurmUnavailable, parse_records
+from launch.slurm.client import SlurmUnavailable
+from launch.slurm.texts import parse_records
 
 # --- the budget -------------------------------------------------------------------------------------------------------
 
@@ -202,12 +203,11 @@ def slurm(monkeypatch) -> list[tuple[str, ...]]:
         asked.append(("show", job))
         return asked.answers.pop(0) if len(asked.answers) > 1 else asked.answers[0]
 
-    def ask(*command: str, **given) -> str:
-        asked.append(command)
-        return ""
+    def requeue(job: str, **given) -> None:
+        asked.append(("scontrol", "requeue", job))
 
     monkeypatch.setattr(restarts, "slurm_record", answer)
-    monkeypatch.setattr(restarts, "ask", ask)
+    monkeypatch.setattr(restarts, "requeue", requeue)
     monkeypatch.setattr(restarts.shutil, "which", lambda name: "/usr/bin/" + name)
     monkeypatch.setattr(restarts, "_ASK_AGAIN_S", 0.0)
     monkeypatch.setattr(restarts, "_SETTLED_S", 0.2)
@@ -262,10 +262,10 @@ def test_no_requeue_is_asked_for_that_would_only_be_given_up(tmp_path, slurm, mo
 def test_a_requeue_that_slurm_does_not_take_is_the_batch_scripts(tmp_path, slurm, monkeypatch):
     slurm.answers = [record()]
 
-    def away(*command: str, **given) -> str:
+    def away(job: str, **given) -> None:
         raise SlurmUnavailable("away")
 
-    monkeypatch.setattr(restarts, "ask", away)
+    monkeypatch.setattr(restarts, "requeue", away)
     assert policy(tmp_path).after_stop(Cause.WARNED, progress=10) == REQUEUE_ME
 
 
@@ -308,7 +308,7 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, preempted, s
     (tmp_path / "12-1.txt").write_text("rank 1 failed first\n")
     if lost:
         (tmp_path / "12-1.lost").touch()
-    script = "\n".join([f"(exit {code})", *batch_script_end(str(tmp_path))])
+    script = "\n".join([f"status={code}", *batch_script_end(str(tmp_path))])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",

@@ -230,7 +230,7 @@ def check_user_signal(config: Mapping[str, str]) -> Finding:
     if has_new:
         found = f"PreemptParameters={new} is set, and Slurm {config.get('SLURM_VERSION')} does not know it by this name"
         return Finding("warning signal", WARNING, found, change)
-    found = "a job that is preempted gets TERM, not its USR2: it saves, and waits to be killed before it comes back"
+    found = "a job that is preempted gets TERM, not its USR2: it saves, and asks Slurm whether it comes back"
     return Finding("warning signal", WARNING, found, change)
 
 

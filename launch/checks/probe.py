@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.files import write_atomically
-from launch.jobs.allocation import REQUEUE_ME
 from launch.jobs.failures import attempt_name
+from launch.jobs.restarts import REQUEUE_ME
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
 
@@ -200,7 +200,7 @@ class Probe:
             _all_there(store, place, "reported")
 
     def _requeue(self, job_id: str) -> None:
-        """As a run does it (job.py): scontrol, else the batch script."""
+        """As a run does it (launch/jobs/restarts.py): scontrol, else the batch script."""
         words: dict[str, Any] = {"scontrol": shutil.which("scontrol"), "code": None, "said": ""}
         asked = self.folder / "requeue.json"
         write_atomically(asked, json.dumps(words))  # before: it may be the last thing that this process does

@@ -363,7 +363,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
 _STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
 _KILLED = "killed without notice"
-_LOST = rf"lost a rank without a word.*|{_KILLED}"
+_LOST = rf"lost a rank without a report.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
     # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.

@@ -22,10 +22,6 @@ from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
 
-REQUEUE_ME = 144
-"""The exit code of a rank that asks for a requeue, where it cannot do so itself (a container without scontrol): of the
-batch script on Slurm, of submitit's local executor here, whose own number it is."""
-
 
 @dataclass(frozen=True)
 class Allocation:
@@ -123,9 +119,9 @@ def resolve_allocation(
         raise UserError("--executor debug is one rank in this process. Ask for one GPU or task, or use local.")
     if arguments.after and "dependency" in flags:
         raise UserError("--after and --dependency both say what to wait for. Put all of it into --dependency.")
-    timeouts = {
+    limits = {
         f"CFMASK_{name.upper()}": f"{value(name):g}"
-        for name in ("rendezvous_timeout", "collective_timeout")
+        for name in ("restarts_without_progress", "rendezvous_timeout", "collective_timeout")
         if value(name) is not None
     }
     image = file.image if executor == "slurm" else None
@@ -152,7 +148,7 @@ def resolve_allocation(
         dependency="afterok:" + ":".join(arguments.after) if arguments.after else value("dependency"),
         array_parallelism=value("array_parallelism"),
         setup=tuple(from_file.get("setup", ())),
-        environment={**timeouts, **networks, **file.environment},
+        environment={**limits, **networks, **file.environment},
         srun_args=tuple(from_file.get("srun_args", ())),
         python=from_file.get("python") or ("python3" if image else shlex.quote(sys.executable)),
         image=image,

@@ -16,7 +16,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launch.jobs.allocation import REQUEUE_ME, Allocation
+from launch.jobs.allocation import Allocation
+from launch.jobs.restarts import batch_script_end
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -120,14 +121,7 @@ def _end(jobs: str) -> list[str]:
         f'elif [ "$status" -eq {_RANKS_ENDED_WELL} ]; then',
         "    status=0",
         "fi",
-        "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
-        "-${SLURM_RESTART_COUNT:-0}",
-        f'words={jobs}/last_words/"$attempt"',
-        'if [ "$status" -ne 0 ]; then cat "$words.txt" 2>/dev/null; fi',
-        f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$words.lost" ]; then',
-        '    scontrol requeue "$SLURM_JOB_ID"',
-        "fi",
-        'exit "$status"',
+        *batch_script_end(f"{jobs}/failures"),
     ]
 
 

@@ -4,7 +4,7 @@ A rank is two processes (``supervise``). The one that Slurm or submitit's local 
 child, and the child trains: what the kernel has killed cannot speak for itself, and what is stuck in a collective, or
 in a driver that lets no Python run, cannot leave by itself.
 
-    RUN/jobs/last_words/
+    RUN/jobs/failures/
       123-0_1.json   rank 1's, of the first start of job 123: what it raised, or which signal killed it
       123-0.txt      those of the rank that died first, as the log ends with them
       123-0.lost     all who spoke were cut off from one that did not: its node is lost, and the batch script requeues
@@ -40,13 +40,14 @@ from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, read_object
 from cfmask.runtime.process import JOB_SIGNALS, ignore_job_signals
-from launch.jobs.allocation import REQUEUE_ME
+from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp
+from launch.jobs.run_restarts import restarts_of, saved_progress
 
 if TYPE_CHECKING:
     import submitit
 
-_AGREED_ENDS = (0, REQUEUE_ME, 128 + signal.SIGTERM)
-"""Exit codes of a rank that ends as all have agreed to (launch/jobs/rank.py)."""
+_AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
+"""Exit codes of a rank that ends as all have agreed to (launch/jobs/restarts.py)."""
 _RAISED = 1
 """Exit code of a rank that has raised, and printed it."""
 _LOOK_S = 2.0
@@ -151,7 +152,7 @@ def told(run: RunFolder, job: str) -> str | None:
 
 
 def _folder(run: RunFolder) -> Path:
-    return run.root / "jobs" / "last_words"
+    return run.root / "jobs" / "failures"
 
 
 # --- the rank -----------------------------------------------------------------------------------------------------
@@ -161,7 +162,9 @@ def leave(run: Path, error: BaseException) -> None:
     """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
     is being written, a driver) is none of the others' time."""
     _Here.found(run).leave(
-        f"{type(error).__name__}: {str(error)[:500]}", _formatted(error), broken_off=_is_broken_off(error)
+        f"{type(error).__name__}: {str(error)[:500]}",
+        _formatted(error),
+        broken_off=is_connection_loss(error, group_formed=_group_formed()),
     )
 
 
@@ -173,11 +176,38 @@ def _formatted(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, entry or error.__traceback__))
 
 
-def _is_broken_off(error: BaseException) -> bool:
-    """gloo's errors have no class of their own."""
-    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
-    broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo")
-    return of_torch or (isinstance(error, RuntimeError) and any(words in str(error) for words in broken))
+_CONNECTION_LOST = (
+    *("connection reset by peer", "connection closed by peer", "connection was likely closed", "broken pipe"),
+    *("connection timed out", "no route to host", "timed out waiting", "wait timeout after"),
+    *("application timeout caused pair closure", "ncclremoteerror", "remote process exited"),
+)
+"""What gloo, torch's store and NCCL say when a peer is gone or silent; their errors have no classes of their own."""
+_OWN_FAULT = (
+    *("ncclinvalid", "ncclunhandledcuda", "ncclsystemerror", "ncclinternalerror", "duplicate gpu"),
+    *("unable to find address", "unable to find interface", "address already in use", "connection refused"),
+)
+"""What they say when it is this machine, or how it is set up."""
+
+
+def is_connection_loss(error: BaseException, *, group_formed: bool) -> bool:
+    """Whether a rank failed only because another one is gone. What goes wrong while ranks come together is a failure of
+    its own: an interface that a node does not have, or a GPU that two ranks share, would be so again.
+
+    Args:
+        group_formed: the process group had been made.
+    """
+    text = str(error).lower()
+    return (
+        group_formed
+        and isinstance(error, RuntimeError)
+        and any(words in text for words in _CONNECTION_LOST)
+        and not any(words in text for words in _OWN_FAULT)
+    )
+
+
+def _group_formed() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def _be_the_rank(rank: Callable[[], object], run: Path) -> None:
@@ -278,16 +308,32 @@ def _conclude(here: _Here, *, spoken: bool) -> None:
         return  # the run had come to an end by then, and rank 0 has said to which
     text = words.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{words.rank}_log.out")
     mark = _folder(here.run) / f"{here.attempt}.lost"
-    if lost := words.broken_off and not here.local and here.nodes > 1:
-        text += "No rank has said why, as when a node is lost: the job goes back into the queue.\n"
-        mark.touch()
-    else:
-        mark.unlink(missing_ok=True)  # of a rank that had not heard yet
+    why = words.why
+    mark.unlink(missing_ok=True)  # of a rank that had not heard yet
+    if words.broken_off and not here.local and here.nodes > 1:
+        why = f"lost a rank without a report: rank {words.rank} was cut off"
+        refusal = _refusal_of_restart(here.run)
+        what_next = f"The job is not requeued: {refusal}" if refusal else "The job goes back into the queue."
+        text += f"No rank has said why, as when a node is lost. {what_next}\n"
+        why = f"{why}; {refusal}" if refusal else why
+        if not refusal:
+            mark.touch()
     write_atomically(_folder(here.run) / f"{here.attempt}.txt", text)
-    _record(here, words, f"lost a rank without a word: rank {words.rank} was cut off" if lost else words.why)
+    _record(here, words, why)
     # On Slurm the batch script does it, after srun's own.
     if here.local and here.rank == 0 and not (words.rank == 0 and spoken):
         print(text, end="", flush=True)
+
+
+def _refusal_of_restart(run: RunFolder) -> str | None:
+    """Why the job is not to come back after the loss of a node; None if it is."""
+    if cancelled := run.cancelled():
+        return f"cancelled by {cancelled['by']}"
+    try:
+        restarts_of(run).check_restart(saved_progress(run))
+    except GivenUp as given_up:
+        return str(given_up)
+    return None
 
 
 def _first(left: list[Words]) -> Words | None:

@@ -1,24 +1,25 @@
-"""What submitit runs on every rank: tells training its place, turns signals into requests, requeues.
+"""What submitit runs on every rank: tells training where it is in the job, turns signals into requests to stop, and
+asks the restart policy whether the job comes back.
 
 Signal handlers set a flag and do nothing else; training asks for it at every step, and the ranks agree.
 
-    USR2                preemption with a warning, or the scheduler's notice before the time limit → checkpoint, requeue
+    USR2                preemption with a warning, or Slurm's notice before the time limit → checkpoint, come back
     time nearly up      watched without any signal, the same
-    TERM, INT           scancel, or preempted without a warning → checkpoint; if it is to come back, Slurm sees to it
+    TERM, INT           scancel, or a preemption without a warning: Slurm is asked which → checkpoint
     RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
     another rank died   nothing is asked for: the process that waits for this one ends it (launch/jobs/failures.py)
 
+What happens after the checkpoint is decided in launch/jobs/restarts.py, on rank 0; the other ranks just end.
+
 In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
-(``batch_script.rank_command``), because a preempted job that a signal ends counts as completed and does not come back.
+(``batch_script.rank_command``), because a rank that a signal kills takes the job with it, which then counts as failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -30,9 +31,10 @@ import submitit
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import failures as last_words
-from launch.jobs.allocation import REQUEUE_ME
+from launch.jobs import failures
 from launch.jobs.deadline import stop_time
+from launch.jobs.restarts import Cause, GivenUp, Restarts
+from launch.jobs.run_restarts import restarts_of, saved_progress
 
 if TYPE_CHECKING:
     from cfmask.distributed import Place
@@ -40,9 +42,6 @@ if TYPE_CHECKING:
 
 _LOOK_S = 5
 """Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
-_CONTROLLER_BACK_S = 120
-_KILL_WITHIN_S = 300
-"""Slurm kills a job that it ends or preempts within its KillWait or GraceTime, which is less than this."""
 
 
 @dataclass(frozen=True)
@@ -61,107 +60,115 @@ class Job:
     def __call__(self) -> str:
         run = RunFolder(self.run)
         environment = submitit.JobEnvironment()
-        chief, slurm = environment.global_rank == 0, environment.cluster == "slurm"
+        restarts = restarts_of(run, environment)
+        is_main_process = environment.global_rank == 0
         listener = _Listener(
             deadline=stop_time(self.time_limit_min, None),
-            watched=run if chief else None,
+            watched=run if is_main_process else None,
             pace_s=self.pace_s,
         )
         listener.install()
-        if self.time_limit_min is None and chief and slurm:  # one rank that asks is enough: all stop together
+        on_slurm = environment.cluster == "slurm"
+        if (
+            self.time_limit_min is None and is_main_process and on_slurm
+        ):  # one rank that asks is enough: all stop together
             listener.deadline = stop_time(None, environment.job_id)
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
         # Imported late: handlers first, then the seconds that torch takes.
-        from cfmask.distributed import Place
-        from cfmask.session import FINISHED, QUIT, REQUEUE
+        from cfmask.distributed import CalledOff, Place
+        from cfmask.session import FINISHED, REQUEUE
 
         place = Place(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
             nodes=environment.num_nodes,
-            attempt=last_words.attempt_name(environment),
+            attempt=restarts.attempt,
             cpus=_cpus(environment.num_tasks // environment.num_nodes),
             gpu=self.gpus_per_node > 0,
         )
         try:
-            if chief:  # the others may come to another view, a moment before or after: they hear it from rank 0
-                _check_start(run, place, environment.job_id if slurm else None)
-            outcome = _work(run, place, listener.request)
-        except UserError as error:
-            if not run.cancelled():
+            if is_main_process:  # the others may come to another view, a moment before or after: rank 0 tells them
+                _check_start(run, place, restarts)
+            outcome = _work(run, place, listener.request, restarts)
+        except CalledOff as called_off:
+            if called_off.failed:
                 raise
-            print(error, flush=True)
+            print(called_off, flush=True)
             sys.exit(0)
         if outcome == FINISHED:
             return outcome
-        if slurm and outcome == QUIT:
-            # A preempted job that leaves early counts as completed and is not requeued: stay until the KILL.
-            deadline = time.monotonic() + _KILL_WITHIN_S
-            while not run.cancelled() and time.monotonic() < deadline:
-                time.sleep(1)
-        if run.cancelled():
+        if not is_main_process:
             sys.exit(0)
-        if outcome == REQUEUE:
-            self._requeue(place.rank, environment.job_id, slurm)
-        sys.exit(128 + signal.SIGTERM)
+        cause = Cause.WARNED if outcome == REQUEUE else Cause.TERMINATED
+        try:
+            code = restarts.after_stop(cause, saved_progress(run), lambda: run.cancelled() is not None)
+        except GivenUp as given_up:
+            run.end_attempt(str(given_up))
+            raise
+        sys.stdout.flush()
+        sys.exit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Asked by submitit's own handler, for a signal that comes before ours is installed."""
-        return submitit.helpers.DelayedSubmission(self)
-
-    def _requeue(self, rank: int, job_id: str, slurm: bool) -> None:
-        """Come back. It stopped with a checkpoint of a step that it took: it gets on, and may do so for ever."""
-        if not slurm:
-            sys.exit(REQUEUE_ME)
-        # A container may have no scontrol.
-        if rank == 0 and not (shutil.which("scontrol") and _requeued(job_id)):
-            sys.exit(REQUEUE_ME)
-        sys.exit(0)
+        """Called on rank 0 by submitit's own handler, for a USR2 that comes before ours is installed. It would requeue
+        the job whatever the restart policy says, and so does not get control back. Nothing has been computed yet."""
+        run = RunFolder(self.run)
+        restarts = restarts_of(run, submitit.JobEnvironment())
+        code = restarts.after_stop(Cause.WARNED, saved_progress(run), lambda: run.cancelled() is not None)
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def _work(run: RunFolder, place: Place, stop_request: StopRequest) -> str:
+def _work(run: RunFolder, place: Place, stop_request: StopRequest, restarts: Restarts) -> str:
     """Train or evaluate: the folder says which."""
 
     def failing(error: Exception) -> None:
-        last_words.leave(run.root, error)
+        failures.leave(run.root, error)
 
     work = run.work()
     if isinstance(work, Recipe):
         from cfmask.train import train
 
-        return train(work, run, place, stop_request, failing)
+        return train(work, run, place, stop_request, failing, restarts.seconds_left)
     from cfmask.evaluator import run_evaluation
 
     return run_evaluation(work, run, place, stop_request, failing)
 
 
-def _check_start(run: RunFolder, place: Place, slurm_job: str | None) -> None:
-    """Rank 0's look at whether to start at all. If not, attempts.jsonl and the other ranks are told.
+def _check_start(run: RunFolder, place: Place, restarts: Restarts) -> None:
+    """Rank 0's look at whether to start at all. If not, attempts.jsonl and the other ranks are told; a run that is
+    finished is left as it is.
 
     Raises:
-        UserError: the run is cancelled, or this Slurm job has come back without getting anywhere.
+        CalledOff: the run is finished or cancelled, or its job has come back too often without progress.
     """
-    from cfmask.distributed import call_off
+    from cfmask.distributed import CalledOff, call_off
 
-    if told := run.cancelled():
-        why = f"not started: cancelled by {told['by']}"
-    elif slurm_job and run.stuck(slurm_job):
-        why = "not started: given up, this job came back to the same step too often (see attempts.jsonl)"
+    failed, is_recorded = False, True
+    if run.results.exists():
+        # A job may be started again after its run has finished: from Slurm 24.05 on, one that was preempted meanwhile.
+        reason, is_recorded = f"not started: {run.root} is finished", False
+    elif cancelled := run.cancelled():
+        reason = f"not started: cancelled by {cancelled['by']}"
     else:
-        return
-    with contextlib.suppress(UserError), run.locked(place.attempt):  # another job's folder is left alone
-        run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
-    call_off(place, run.root / "meeting", why)
-    raise UserError(why)
+        try:
+            restarts.check_start(saved_progress(run))
+            return
+        except GivenUp as given_up:
+            reason, failed = f"not started: {given_up}", True
+    if is_recorded:
+        with contextlib.suppress(UserError), run.locked(place.attempt):  # another job's folder is left alone
+            run.end_failed(reason, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
+    call_off(place, run.root / "meeting", reason, failed=failed)
+    raise CalledOff(reason, failed=failed)
 
 
 class _Listener:
     """Remembers what signals, the clock and the mark in the run folder ask for.
 
-    watched: the run whose mark is looked for; on one rank, its word is the others' too.
+    watched: the run whose mark is looked for, on one rank, which stops the others too.
     """
 
     def __init__(self, deadline: float, watched: RunFolder | None, pace_s: float = 0.0) -> None:
@@ -196,18 +203,6 @@ class _Listener:
         if self._requeue or time.monotonic() > self.deadline:
             return REQUEUE
         return None
-
-
-def _requeued(job_id: str) -> bool:
-    """Whether Slurm has taken it. A controller that is away, restarted say, is waited for."""
-    deadline = time.monotonic() + _CONTROLLER_BACK_S
-    while True:
-        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True)
-        print(done.stdout + done.stderr, end="", flush=True)
-        away = "Unable to contact" in done.stderr or "onnection" in done.stderr
-        if done.returncode == 0 or not away or time.monotonic() > deadline:
-            return done.returncode == 0
-        time.sleep(2)
 
 
 def _cpus(tasks_per_node: int) -> int:

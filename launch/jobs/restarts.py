@@ -40,13 +40,15 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.runtime.attempts import AttemptLog
-from launch.slurm.client import SlurmError, SlurmUnavailable, ask, parse_records, show_job, version
+from launch.jobs.settings import RESTARTS_WITHOUT_PROGRESS
+from launch.slurm.client import SlurmError, SlurmUnavailable, ask, show_job, version
+from launch.slurm.control import requeue
+from launch.slurm.states import is_running
+from launch.slurm.texts import parse_config, parse_records, seconds
 
 if TYPE_CHECKING:
     import submitit
 
-RESTARTS_WITHOUT_PROGRESS = 3
-"""The default budget: restarts in a row without progress."""
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
 """Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
 
@@ -69,7 +71,6 @@ _KILL_WAIT_S = 30.0
 """Slurm's default between TERM and KILL of a job that it ends (KillWait)."""
 _LOCAL_S = 45.0
 """On this machine nobody kills ranks that were asked to stop; whoever has pressed Ctrl-C waits for a minute."""
-_LIVE_STATES = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "RESIZING")
 
 
 class GivenUp(UserError):
@@ -135,7 +136,7 @@ class JobRecord:
     @property
     def is_live(self) -> bool:
         """Whether it runs, and Slurm has not begun to end or requeue it."""
-        return self.state in _LIVE_STATES
+        return is_running(self.state)
 
 
 def _unix_time(text: str | None) -> float | None:
@@ -325,7 +326,7 @@ class Restarts:
         if decided is not Verdict.REQUEUE:
             return 0 if is_cancelled() else STOPPED
         self.check_restart(progress)
-        return 0 if _requeue(self.job) else REQUEUE_ME
+        return 0 if _is_requeued(self.job) else REQUEUE_ME
 
     def _ask(self, cause: Cause, is_cancelled: Callable[[], bool]) -> Verdict:
         """Until there is an answer. Who waits loses nothing: work is saved, and a job that is killed meanwhile becomes
@@ -364,10 +365,10 @@ def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
 
 def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:
     """What becomes of a job that is preempted: of its QOS or its partition, as PreemptType says."""
-    config = ask("scontrol", "show", "config", patience_s=patience_s)
-    default = _config_value(config, "PreemptMode")
+    config = parse_config(ask("scontrol", "show", "config", patience_s=patience_s))
+    default = config.get("PreemptMode", "")
     try:
-        if _config_value(config, "PreemptType") == "preempt/qos":
+        if config.get("PreemptType") == "preempt/qos":
             query = ("sacctmgr", "--noheader", "--parsable2", "show", "qos", shown.get("QOS", ""), "format=PreemptMode")
             mode = ask(*query, patience_s=0).strip()
             return default if mode.lower() in ("", "cluster") else mode
@@ -381,21 +382,15 @@ def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:
 
 def _kill_wait_s() -> float:
     try:
-        return float(_config_value(ask("scontrol", "show", "config", patience_s=0), "KillWait").split()[0])
-    except (SlurmError, ValueError, IndexError):
+        return seconds(parse_config(ask("scontrol", "show", "config", patience_s=0))["KillWait"])
+    except (SlurmError, ValueError, KeyError):
         return _KILL_WAIT_S
 
 
-def _config_value(config: str, name: str) -> str:
-    """Of `scontrol show config`: lines of "Name   = value"."""
-    pairs = (line.partition("=") for line in config.splitlines())
-    return next((value.strip() for key, _, value in pairs if key.strip() == name), "")
-
-
-def _requeue(job: str) -> bool:
-    """Whether Slurm has taken it."""
+def _is_requeued(job: str) -> bool:
+    """Ask Slurm for it; whether it has been done."""
     try:
-        ask("scontrol", "requeue", job, patience_s=_REQUEUE_PATIENCE_S)
+        requeue(job, patience_s=_REQUEUE_PATIENCE_S)
         return True
     except SlurmUnavailable as error:
         print(f"{error} The batch script tries again.", flush=True)
@@ -408,16 +403,15 @@ def _requeue(job: str) -> bool:
 
 
 def batch_script_end(failures: str) -> list[str]:
-    """The last lines of a batch script, in sh: print the failure report of the rank that died first, and requeue where
-    Python has decided so but could not do it. They follow ``verdict``; what is left to them are jobs whose ranks are in
-    a container without scontrol, and lost nodes.
+    """The last lines of a batch script, in sh, where $status has the exit code of srun: print the failure report of the
+    rank that died first, and requeue where Python has decided so but could not do it. They follow ``verdict``; what is
+    left to them are jobs whose ranks are in a container without scontrol, and lost nodes.
 
     Args:
         failures: RUN/jobs/failures, as a word of the shell.
     """
     major, minor = _REQUEUES_PREEMPTED
     return [
-        "status=$?",
         "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
         "-${SLURM_RESTART_COUNT:-0}",
         f'report={failures}/"$attempt"',

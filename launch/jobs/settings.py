@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+RESTARTS_WITHOUT_PROGRESS = 3
+"""The default budget of a job's automatic restarts (restarts.py)."""
+
 # What a value may be: the words for it in an error, and the TOML types.
 TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
 NUMBER: tuple[str, tuple[type, ...]] = ("a number", (int, float))
@@ -46,6 +49,12 @@ class Setting:
 def count(text: str) -> int:
     if not re.fullmatch(r"\d+", text) or int(text) < 1:
         raise ValueError("a whole number, 1 or more")
+    return int(text)
+
+
+def count_or_0(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise ValueError("a whole number, 0 or more")
     return int(text)
 
 
@@ -196,6 +205,16 @@ SETTINGS = (
     Setting("array_parallelism", count, None, "members of a sweep that may run at once (default: all)", "N", COUNT),
     Setting(
         "interface", text, None, "network interface that ranks talk on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", "NAME"
+    ),
+    Setting(
+        "restarts_without_progress",
+        count_or_0,
+        None,
+        "automatic restarts in a row, whatever their cause, that a job may have without progress beyond its last "
+        f"checkpoint (default: {RESTARTS_WITHOUT_PROGRESS}; 0: none)",
+        "N",
+        COUNT,
+        slurm=False,
     ),
     Setting(
         "rendezvous_timeout",
