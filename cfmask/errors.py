@@ -7,9 +7,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from cfmask.secrets import mask_secrets
+
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one paragraph: what is wrong, where, and what to do."""
+    """Something the user can mend. The message is one paragraph: what is wrong, where, and what to do. Secrets of URLs
+    in it are masked: it is shown, logged and kept in the run folder."""
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*(mask_secrets(word) if isinstance(word, str) else word for word in words))
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:

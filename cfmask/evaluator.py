@@ -34,6 +34,7 @@ from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder, append_lines
+from cfmask.secrets import mask_secrets
 from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, rank_0_first, session
 
 KEEP_S, LOG_S = 30.0, 5.0
@@ -86,7 +87,7 @@ def run_evaluation(
                 run.end_attempt(f"stopped after {counter.images} images ({asked})")
             return asked
         if is_main_process:
-            facts = {"evaluation": json.loads(evaluation.to_json()), "of": files_of(evaluation)}
+            facts = {"evaluation": json.loads(mask_secrets(evaluation.to_json())), "of": files_of(evaluation)}
             write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
             run.progress.unlink(missing_ok=True)
             run.end_attempt(FINISHED)

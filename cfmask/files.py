@@ -24,11 +24,17 @@ os.umask(_UMASK)
 _LOCK = ".lock"
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
-    """Write aside, fsync, rename, fsync the folder: a reader sees all of it or what was there before."""
+def write_atomically(path: Path, data: str | bytes, *, private: bool = False) -> None:
+    """Write aside, fsync, rename, fsync the folder: a reader sees all of it or what was there before.
+
+    Args:
+        private: nobody but the owner can read it.
+    """
     aside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

@@ -44,6 +44,7 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation, load_evaluation
 from cfmask.files import write_atomically
 from cfmask.recipe import Recipe, load_recipe
+from cfmask.secrets import has_secrets
 
 _RECIPE, _EVALUATION = "recipe.json", "evaluation.json"
 
@@ -212,7 +213,7 @@ class RunFolder:
                         f"{self.root} is neither empty nor the folder of this {kind} (it holds "
                         f"{', '.join(sorted(foreign)[:4])}). Give another folder with {flag}."
                     )
-                write_atomically(existing, work.to_json())
+                write_atomically(existing, work.to_json(), private=has_secrets(work.to_json()))
         except OSError as error:
             raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
         found = self.work()
@@ -227,7 +228,7 @@ class RunFolder:
 
     def record_recipe(self, recipe: Recipe) -> None:
         """Replace the recipe by one in which a start has chosen what was left open. Raises OSError."""
-        write_atomically(self.root / _RECIPE, recipe.to_json())
+        write_atomically(self.root / _RECIPE, recipe.to_json(), private=has_secrets(recipe.to_json()))
 
     @contextmanager
     def locked(

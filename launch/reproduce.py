@@ -39,6 +39,7 @@ from cfmask.models.head import ModelInfo, check_architecture, check_head, model_
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
+from cfmask.secrets import has_secrets, mask_secrets  # noqa: E402
 from launch.jobs import training  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, warn_of_paths_outside  # noqa: E402
 from launch.jobs.claims import check_path  # noqa: E402
@@ -345,7 +346,8 @@ class Scene:
                 ) from error
             self._check_folder()
             if not (folder / "plan.json").exists():
-                write_atomically(folder / "plan.json", json.dumps(self.identity, indent=2))
+                kept = json.dumps(self.identity, indent=2)
+                write_atomically(folder / "plan.json", kept, private=has_secrets(kept))
             yield
 
     def make_soup(self) -> None:
@@ -721,7 +723,9 @@ def show_table(scene: Scene) -> None:
                 },
             }
         )
-    write_atomically(folder / "results.json", json.dumps({"plan": scene.identity, "rows": numbers}, indent=2))
+    write_atomically(
+        folder / "results.json", mask_secrets(json.dumps({"plan": scene.identity, "rows": numbers}, indent=2))
+    )
     there = [row for row in rows if row.sets]
     reports.bar_chart(there, folder / "bars.png", split)
     written = ["table.md", "table.tex", "results.json", "bars.png"]

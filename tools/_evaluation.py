@@ -21,6 +21,7 @@ from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
+from cfmask.secrets import mask_secrets  # noqa: E402
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
 from launch.jobs.claims import check_path, take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
@@ -180,7 +181,7 @@ def carry_out(
         print(f"{run.root} has the results already", file=sys.stderr)
         return 0, run
     if arguments.dry_run:
-        print(evaluation.to_json())
+        print(mask_secrets(evaluation.to_json()))
         if allocation is None:
             print(f"Would run in this process, into {run.root}. Everything checked; nothing was run.")
             return 0, run

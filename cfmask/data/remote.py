@@ -127,8 +127,9 @@ def _retry(url: str, attempts: int, once: Callable[[], T]) -> T:
         attempt += 1
 
 
-def _curl(url: str, offset: int) -> str:
-    """The command that prints what is at ``url``, from byte ``offset`` on.
+def _curl(config: str, offset: int) -> str:
+    """The command that prints what is at a URL, from byte ``offset`` on. Any user of the machine can list it with its
+    arguments: the URL, which may have a token in it, is in the file ``config``.
 
     webdataset's own: it has no limit for a server that stops sending, it waits for a broken server for a minute before
     anyone is told, and when it starts over in the middle of a file it prints the first part twice.
@@ -136,7 +137,7 @@ def _curl(url: str, offset: int) -> str:
     options = ["--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", str(CONNECT_S)]
     options += ["--speed-limit", "1000", "--speed-time", str(HTTP_STALL_S)]
     options += ["--continue-at", str(offset)] if offset else []
-    return "exec " + shlex.join(["curl", *options, url])
+    return "exec " + shlex.join(["curl", "--config", config, *options])
 
 
 def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
@@ -147,11 +148,19 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
     """
     from webdataset.gopen import gopen  # it imports torch
 
-    command = _curl(url, offset) if _is_http(url) else url.removeprefix("pipe:")
     stall = PIPE_STALL_S if not _is_http(url) else CONNECT_S + HTTP_STALL_S + 15  # curl notices first
-    complaints = os.memfd_create("stderr")
+    complaints, config, script = (os.memfd_create(name) for name in ("stderr", "config", "script"))
     try:
-        pipe = gopen(f"pipe:exec 2>/proc/{os.getpid()}/fd/{complaints}; {command}", "rb")
+        opened = f"/proc/{os.getpid()}/fd"
+        if _is_http(url):
+            quoted = url.replace("\\", "\\\\").replace('"', '\\"')
+            _fill(config, f'url = "{quoted}"\n')
+            command = _curl(f"{opened}/{config}", offset)
+        else:
+            command = url.removeprefix("pipe:")
+        _fill(script, f"{command}\n")
+        # From a file: in the arguments of the shell, other users could read it.
+        pipe = gopen(f"pipe:exec 2>{opened}/{complaints}; . {opened}/{script}", "rb")
         try:
             # Not pipe.read: it drops what it has read when the command has failed meanwhile.
             output = pipe.stream.fileno()
@@ -172,7 +181,13 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
             with suppress(OSError):  # says that it was killed
                 pipe.close()
     finally:
-        os.close(complaints)
+        for descriptor in (complaints, config, script):
+            os.close(descriptor)
+
+
+def _fill(descriptor: int, text: str) -> None:
+    with open(descriptor, "w", closefd=False) as file:
+        file.write(text)
 
 
 def _tail(descriptor: int, size: int = 500) -> str:

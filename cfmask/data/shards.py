@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 from cfmask.data import images, remote
 from cfmask.errors import UserError
 from cfmask.files import sync, write_atomically
+from cfmask.secrets import mask_secrets
 
 FORMAT = "cfmask-shards"
 VERSION = 2
@@ -542,7 +543,7 @@ class SampleError(UserError):
 
     def __init__(self, message: str, *, key: str, shard: str, reason: str):
         super().__init__(message)
-        self.key, self.shard, self.reason = key, shard, reason
+        self.key, self.shard, self.reason = key, mask_secrets(shard), mask_secrets(reason)
 
 
 class Target(NamedTuple):

@@ -22,6 +22,7 @@ from cfmask.models.head import ModelInfo, check_architecture, check_head, check_
 from cfmask.models.weights import find_weights
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model, read_lines
+from cfmask.secrets import mask_secrets
 from launch.jobs.allocation import (
     Allocation,
     check_arithmetic,
@@ -87,13 +88,13 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     planned: Sequence[AnyPlanned]
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
-        print(planned[0].work.to_json())
+        print(mask_secrets(planned[0].work.to_json()))
     else:
         allocation = resolve_allocation(arguments, file)
         first, *others = planned = plan(arguments, file, allocation)
-        print(first.work.to_json())
+        print(mask_secrets(first.work.to_json()))
         for other in others:
-            print(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}")
+            print(mask_secrets(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}"))
     for each in planned:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
