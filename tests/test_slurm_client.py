@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 from launch.slurm import client, control, queue, states, submission
 from launch.slurm.client import SlurmError, SlurmMissing, SlurmUnavailable
+
+REPO = Path(__file__).resolve().parents[1]
 
 ENDED = "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 WAITING = "PENDING REQUEUED REQUEUE_FED REQUEUE_HOLD RESV_DEL_HOLD SPECIAL_EXIT".split()
@@ -296,3 +299,36 @@ def test_every_command_gets_the_clean_environment(fake, monkeypatch):
         got = fake.environment(command)
         assert not HOSTILE.keys() & got.keys(), command
         assert got.get("LC_ALL") == (None if command == "sbatch" else "C") or "LC_ALL" in os.environ
+
+
+# --- one client -------------------------------------------------------------------------------------------------------
+
+COMMANDS = {"sacct", "sacctmgr", "salloc", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun", "sstat"}
+
+
+def stray_calls(source: str) -> list[str]:
+    """Lines on which a module starts one of Slurm's commands by itself: a call of subprocess or os with its name, or a
+    list that begins with it."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        words: list[ast.expr] = []
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("subprocess.", "os.")):
+            words = [each for argument in node.args for each in [argument, *getattr(argument, "elts", [])[:1]]]
+        elif isinstance(node, ast.List):
+            words = node.elts[:1]
+        texts = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+        if any(text.split()[:1] and text.split()[0] in COMMANDS for text in texts):
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_only_the_client_starts_commands_of_slurm():
+    planted = "import subprocess\nsubprocess.run(['scontrol', 'requeue'])\nsubprocess.call('squeue -h', shell=True)\n"
+    assert len(stray_calls(planted + "command = ['sacct', '-X']\nos.system('scancel 12')\n")) == 5
+    stray = {
+        str(path.relative_to(REPO)): calls
+        for part in ("launch", "tools", "cfmask")
+        for path in sorted((REPO / part).rglob("*.py"))
+        if not path.is_relative_to(REPO / "launch/slurm") and (calls := stray_calls(path.read_text()))
+    }
+    assert not stray, stray
