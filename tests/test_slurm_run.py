@@ -42,6 +42,16 @@ def test_auto_means_slurm_where_srun_is_and_two_nodes_train_what_one_machine_doe
     [attempt] = read_lines(there / "attempts.jsonl")
     assert (attempt["nodes"], attempt["world_size"]) == (2, 2)
 
+    # Slurm may start the job of a finished run once more (from 24.05 on, if it was preempted when it finished).
+    job = attempt["job"].removesuffix("-0")
+    results = (there / "results.json").read_bytes()
+    slurm_cluster.call("scontrol", "requeue", job)
+    slurm_cluster.start_again_now(job)
+    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "COMPLETED", "the second start has ended", 120)
+    assert slurm_cluster.job(job)["Restarts"] == "1" and slurm_cluster.job(job)["ExitCode"] == "0:0"
+    assert read_lines(there / "attempts.jsonl") == [attempt] and (there / "results.json").read_bytes() == results
+    assert RunFolder(there).ended()["why"] == "finished"
+
 
 def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, tmp_path):
     materials = made.make_materials(tmp_path / "materials")
