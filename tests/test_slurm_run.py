@@ -15,9 +15,10 @@ from cfmask.evaluation import Evaluation
 from cfmask.evaluator import run_evaluation
 from cfmask.report import read_results
 from cfmask.runs import RunFolder, read_lines
+from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.submission import Planned, enqueue, take_up
-from launch.submit import parser, resolve_allocation
+from launch.submit import parser
 from slurm_fixture import wait_until
 
 pytestmark = pytest.mark.slurm

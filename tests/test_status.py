@@ -222,6 +222,9 @@ def test_without_slurm_what_may_wait_there_is_unknown(root):
     assert told("a", starts=1, step=70, ended="stopped at step 70 (requeue)") == "unknown"
     assert told("b", starts=1, step=70) == "unknown"
     assert told("c") == "unknown"
+    assert told("lost", starts=1, step=70, ended="lost a rank without a report: rank 1 was cut off") == "unknown"
+    why = "given up: job 12 made no progress. Their ends: stopped at step 70 (requeue)"
+    assert told("given-up", starts=1, step=70, ended=why) == "failed"
     assert told("d", starts=1, step=70, ended="stopped at step 70 (quit)") == "stopped"
     assert told("e", starts=1, step=70, ended="failed: UserError: no") == "failed"
 

@@ -98,7 +98,8 @@ class RunState:
         may have requeued it all the same: of a preempted job, say."""
         why = str(self.ended["why"]) if self.ended else ""
         submitted = self.jobs.slurm[-1] if self.jobs.slurm else self.last_job
-        return bool(why) and not self.jobs.unconfirmed and self.last_job == submitted and "requeue" not in why
+        comes_back = ("requeue" in why or why.startswith("lost a rank")) and "given up" not in why
+        return bool(why) and not self.jobs.unconfirmed and self.last_job == submitted and not comes_back
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
