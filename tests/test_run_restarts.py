@@ -7,7 +7,6 @@ import json
 
 import pytest
 import submitit
-from launch.jobs.run_restarts import restarts_of, saved_progress
 
 import made
 from cfmask.distributed import CalledOff, Place
@@ -17,6 +16,7 @@ from cfmask.runs import RunFolder, read_lines
 from cfmask.session import FINISHED, QUIT
 from launch.jobs import rank
 from launch.jobs.restarts import Cause, GivenUp
+from launch.jobs.run_restarts import restarts_of, saved_progress
 from test_async_checkpoint import recipe_of
 
 
