@@ -71,6 +71,8 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
+# From Slurm 24.05 on a preemption within the grace time counts, and after 5, the default, the job is held.
+MaxBatchRequeue=1000000
 
 {node_lines}
 PartitionName=low Nodes={",".join(names)} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP

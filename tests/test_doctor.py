@@ -227,6 +227,16 @@ def test_the_warning_signal_has_two_names():
         assert missing.state == WARNING and missing.change.startswith(line) and "administrator.md, 2" in missing.change
 
 
+def test_preemptions_count_against_the_requeue_limit_since_24_05():
+    def limit(version: str, value: str) -> list:
+        return _slurm_checks.check_requeue_limit({"SLURM_VERSION": version, "MaxBatchRequeue": value})
+
+    assert limit("22.05.8", "5") == limit("23.11.4", "5") == []
+    [held] = limit("24.05.0", "5")
+    assert held.state == WARNING and "preempted 5 times is held" in held.found and "administrator.md, 8" in held.change
+    assert [each.state for each in limit("24.11.5", "1000000")] == [OK]
+
+
 def test_settings_of_requeue_and_accounting():
     config = parse_config
     assert _slurm_checks.check_requeue_setting(config(CONFIG_22_05)).state == OK

@@ -22,6 +22,8 @@ from launch.slurm.texts import Node, Qos, gpus_of, seconds, version_of
 OK, WARNING, PROBLEM, NOT_CHECKED = "ok", "warning", "problem", "not checked"
 
 ADMINISTRATOR = "slurm/administrator.md"
+_ENOUGH_REQUEUES = 100
+"""A run of a few days is preempted less often."""
 GRACE_S = 60
 """A grace that is enough for a checkpoint on a shared file system with other users; to ask for: twice as long."""
 
@@ -213,7 +215,19 @@ def _consequences(
 
 
 def _warning_and_grace(config: Mapping[str, str], what: str, grace: str, where: str) -> list[Finding]:
-    return [check_user_signal(config), check_grace(config, what, grace, where)]
+    return [check_user_signal(config), check_grace(config, what, grace, where), *check_requeue_limit(config)]
+
+
+def check_requeue_limit(config: Mapping[str, str]) -> list[Finding]:
+    """Whether a job may be preempted any number of times. Until 23.11 only failed launches count against the limit."""
+    limit = config.get("MaxBatchRequeue", "")
+    if version_of(config.get("SLURM_VERSION", "")) < (24, 5) or not limit.isdigit():
+        return []
+    if int(limit) >= _ENOUGH_REQUEUES:
+        return [Finding("requeue limit", OK, f"a job may be preempted {limit} times (MaxBatchRequeue)")]
+    found = f"a job that was preempted {limit} times is held until an administrator releases it"
+    change = f"MaxBatchRequeue=1000000 in slurm.conf ({ADMINISTRATOR}, 8)"
+    return [Finding("requeue limit", WARNING, found, change)]
 
 
 def check_user_signal(config: Mapping[str, str]) -> Finding:
