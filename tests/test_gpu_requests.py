@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import time
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_each_way_to_ask_for_gpus_as_flags_as_keys_and_on_a_resume(flags, found,
     other = allocate("--exclusive", 2, last=last, file="gres = 'gpu:3'")
     assert options(other, *GPU_OPTIONS) == ["exclusive", "ntasks-per-node=2"], "flags win over both"
     assert not {"gres", "gpus_per_task", "gpus_per_node"} & other.again.keys()
+
+
+def test_a_rank_sees_one_gpu_where_each_task_asks_for_its_own():
+    """As seen on Slurm 22.05 with typed GPUs: srun's own request would be TYPE:1, and not bound to tasks."""
+    a = allocate("--gpus-per-task", "2080ti:1", "--tasks-per-node", 2)
+    assert "--gpus-per-task=1" in slurm_parameters(a, "x", "jobs")["srun_args"]
+    assert not [arg for arg in slurm_parameters(allocate("--gres", "gpu:2"), "x", "jobs")["srun_args"] if "gpu" in arg]
+
+
+@pytest.mark.parametrize("managed", [True, False])
+@pytest.mark.parametrize(("gpus", "asked"), [(4, "gpu:4"), (0, "")])
+def test_ranks_of_whole_nodes_ask_for_gpus_where_slurm_manages_them(gpus, asked, managed):
+    """A job with --exclusive alone has the GPUs of its nodes, and its steps have none that they do not ask for."""
+    setup = slurm_parameters(allocate("--exclusive", gpus), "x", "jobs")["setup"]
+    script = "\n".join([*setup, 'echo "${SLURM_GRES:-}"', ")"])
+    environment = {"PATH": "/usr/bin:/bin"} | ({"SLURM_GPUS_ON_NODE": "4"} if managed else {})
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == (asked if managed else "")
 
 
 def test_other_resources_stand_beside_either_request():
@@ -209,6 +228,27 @@ def test_a_job_without_scontrol_takes_its_end_from_the_environment(monkeypatch):
     assert deadline.stop_time(None, "77") == math.inf
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 3600))
     assert deadline.stop_time(None, "77") - time.monotonic() == pytest.approx(3600 - 180, abs=2)
+
+
+@pytest.mark.slurm
+def test_slurm_gives_the_time_that_is_asked_for_and_a_job_finds_out_how_much(slurm_cluster, tmp_path):
+    slurm_cluster.call("scontrol", "update", "PartitionName=abrupt", "DefaultTime=00:07:00")
+    found = {}
+    for given in ("UNLIMITED", "partition", "2-00", "30"):
+        allocation = allocate("--gpus-per-node", 0, "--cpus-per-task", 1, "--partition", "abrupt", "--time", given)
+        executor = SlurmExecutor(tmp_path / "jobs")
+        executor.update_parameters(**slurm_parameters(allocation, "x", str(tmp_path / "jobs")))
+        (tmp_path / "script.sh").write_text(executor.batch_script())
+        job = slurm_cluster.sbatch("--hold", str(tmp_path / "script.sh"), cwd=tmp_path)
+        found[given] = slurm_cluster.job(job)["TimeLimit"]
+        slurm_cluster.call("scancel", job)
+    assert found == {"UNLIMITED": "UNLIMITED", "partition": "00:07:00", "2-00": "2-00:00:00", "30": "00:30:00"}
+    for more, left in ((("--partition=abrupt",), 420 - 42), (("--partition=abrupt", "--time=UNLIMITED"), math.inf)):
+        job = slurm_cluster.sbatch(*more, "--output=/dev/null", "--wrap=sleep 60", cwd=tmp_path)
+        slurm_cluster.wait_for_state(job, "RUNNING")
+        assert deadline.stop_time(None, job) - time.monotonic() == pytest.approx(left, abs=15)
+        slurm_cluster.call("scancel", job)
+    slurm_cluster.call("scontrol", "update", "PartitionName=abrupt", "DefaultTime=NONE")
 
 
 # --- doctor.py --------------------------------------------------------------------------------------------------------

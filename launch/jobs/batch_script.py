@@ -64,6 +64,8 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
             f"--cpus-per-task={a.cpus_per_task}",
             "--kill-on-bad-exit=1",
             "--wait=0",
+            # By itself srun takes TYPE:1 from the job, which Slurm 22.05 does not bind to tasks.
+            *(["--gpus-per-task=1"] if a.gpus_from == "gpus_per_task" else []),
             *container,
             *a.srun_args,
         ],
@@ -97,6 +99,9 @@ def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
     """The setup's shell options end with it: they would decide about lines that are not the user's, and -x would print
     what is exported."""
     lines = ["{ set +efnuvx; set +o pipefail; } 2>/dev/null"]
+    if allocation.gpus_from == "exclusive" and allocation.gpus_per_node:
+        # Where Slurm manages the GPUs, the job has all of them, and a step those that it asks for.
+        lines.append(f'if [ -n "$SLURM_GPUS_ON_NODE" ]; then export SLURM_GRES=gpu:{allocation.gpus_per_node}; fi')
     if allocation.environment:
         lines.append(f". {jobs}/{ENVIRONMENT} || exit 1")
     return lines
