@@ -135,6 +135,7 @@ def test_options_in_the_environment_change_neither_a_job_nor_what_is_known_of_it
     [job] = [path.name.partition("_")[0] for path in (run / "jobs").glob("*_submission.sh")]
     known = slurm_cluster.job(job)
     assert [known[key] for key in ("Partition", "TimeLimit", "Requeue", "NumTasks")] == ["low", "00:30:00", "1", "1"]
+    assert "SBATCH_PARTITION, SBATCH_TIMELIMIT in the environment: ignored" in first.stderr
     assert f"job {job} on" in first.stdout and known["Dependency"].startswith(f"afterok:{blocker}")
     assert again.returncode == 2 and f"Job {job} (pending) is there" in again.stderr, again.stdout + again.stderr
     assert "queued" in table and job in table

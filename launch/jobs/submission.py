@@ -12,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
 from launch.jobs.run_state import Jobs, read_jobs, read_state
-from launch.slurm.client import SlurmError, SlurmMissing
+from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
 from launch.slurm.queue import queue
 from launch.slurm.states import is_completing
 from launch.slurm.submission import SubmissionUnknown, submitted, test_only
@@ -221,6 +222,11 @@ def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, fo
     """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
     from launch.jobs.follow import follow_job
 
+    if ignored := ignored_options():
+        print(
+            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
+            file=sys.stderr,
+        )
     jobs = enqueue(planned, allocation, pace_s=pace_s)
     for each, job in zip(planned, jobs, strict=True):
         print(f"job {job.job_id} on {allocation}\nrun  {each.run.root}\nlogs {each.run.root / 'jobs'}")

@@ -102,6 +102,11 @@ def environment(base: Mapping[str, str] | None = None, *, for_job: bool = False)
     return kept if for_job else kept | {"LC_ALL": "C"}
 
 
+def ignored_options(base: Mapping[str, str] | None = None) -> list[str]:
+    """Variables by which the user may mean to give options to sbatch, and which are left out."""
+    return sorted(name for name in (os.environ if base is None else base) if name.startswith("SBATCH_"))
+
+
 def call(command: tuple[str, ...], *, answer_s: float = ANSWER_S, text: str | None = None) -> CompletedProcess[str]:
     """Run a command once; it may have failed.
 

@@ -54,9 +54,6 @@ _NEUTRAL = {"LAUNCH_FAILED": "LF", "RECONFIG_FAIL": "RC", "UPDATE_DB": "UD"}
 
 _FULL = {short: full for group in (_ENDED, _WAITING, _ALLOCATED, _LEAVING, _NEUTRAL) for full, short in group.items()}
 
-ENDS_OF_START = frozenset((_ENDED.keys() - {"REVOKED", "COMPLETED"}) | {"REQUEUED"})
-"""How sacct says that one start of a job ended without success; the job may have been started again since."""
-
 
 def words(state: str) -> frozenset[str]:
     """The base state and flags in what a command shows: {"CANCELLED"} of "CANCELLED by 1000"."""
