@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -38,23 +39,33 @@ def fail_strangely(item: int) -> int:
     raise Unpicklable(item, 2)
 
 
-class DiesWhenPickled:
-    """A result at which the worker dies while it writes it."""
+class DiesWhileSent:
+    """A result at which the worker dies while it sends it: holding whatever a process holds then."""
 
     def __reduce__(self):
-        os.kill(os.getpid(), signal.SIGKILL)
+        def kill():
+            time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+        return bytes, (bytes(64 << 20),)
+
+
+def large(item: tuple[str, int, Path, bytes]) -> object:
+    """``killed`` with items that fill the buffers between processes."""
+    return killed(item[:3])
 
 
 def killed(item: tuple[str, int, Path]) -> object:
     """Item 0 … of a call whose process is killed at the first, one in the middle, or the last; while it sends the
     result or before; each item leaves a file."""
     how, number, folder = item
-    fatal = {"first": 0, "middle": 5, "last": 9, "last-result": 9}[how]
+    fatal = {"first": 0, "middle": 5, "last": 9, "last-result": 9, "large": 0}[how]
     if number == fatal and not (folder / "once").exists():
         (folder / "once").touch()
         time.sleep(0.3 if how.startswith("last") else 0)  # the others are done, or idle
         if how == "last-result":
-            return DiesWhenPickled()
+            return DiesWhileSent()
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.02)
     (folder / str(number)).touch()
@@ -73,7 +84,9 @@ def slow(item: tuple[str, int, Path]) -> int:
 
 def main(how: str, folder: Path) -> int:
     items = [(how, number, folder) for number in range(10)]
-    function = slow if how == "slow" else killed
+    function = {"slow": slow, "large": large}.get(how, killed)
+    if how == "large":
+        items = [(*item, bytes(1 << 20)) for item in items]
     try:
         found = pool.map_in_processes(
             function, items, workers=3, describe=lambda item: f"item {item[1]}", progress=lambda result: None

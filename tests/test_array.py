@@ -215,9 +215,7 @@ def test_preempted_tasks_come_back_and_do_what_is_missing(slurm_cluster: Cluster
 
 @pytest.mark.slurm
 def test_a_task_that_never_gets_on_is_given_up_and_the_command_says_why(slurm_cluster: Cluster, tmp_path):
-    cluster = tmp_path / "cluster.toml"
-    cluster.write_text("[environment]\nCFMASK_RESTARTS_WITHOUT_PROGRESS = 1\n")
-    process = start(tmp_path, "sleep", "[60, 60]", "--array", 1, "--cluster", cluster)
+    process = start(tmp_path, "sleep", "[60, 60]", "--array", 1, "--restarts-without-progress", 1)
     job = array_of(process)
     for starts in (1, 2):
         wait_for_starts(tmp_path, starts)

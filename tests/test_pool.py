@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -78,6 +79,18 @@ def test_workers_have_numbers_and_are_gone_when_the_call_returns():
     assert not any(Path(f"/proc/{pid}").exists() for _, pid in found)
 
 
+def test_workers_that_are_killed_as_the_last_result_comes_change_nothing():
+    seen: list[tuple[int | None, int]] = []
+
+    def progress(result: tuple[int | None, int]) -> None:
+        seen.append(result)
+        for pid in {pid for _, pid in seen} if len(seen) == 20 else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    assert len(map_in_processes(pool_work.number_and_pid, range(20), workers=3, progress=progress)) == 20
+
+
 def test_errors_of_items_are_raised_as_they_are():
     with pytest.raises(UserError, match="^three is refused$"):
         map_in_processes(pool_work.refuse_three, range(20), workers=2)
@@ -93,7 +106,7 @@ def test_an_error_in_the_progress_callback_ends_the_call():
         map_in_processes(pool_work.double, range(20), workers=2, progress=lambda result: 1 // 0)
 
 
-@pytest.mark.parametrize(("how", "item"), [("first", 0), ("middle", 5), ("last", 9), ("last-result", 9)])
+@pytest.mark.parametrize(("how", "item"), [("first", 0), ("middle", 5), ("last", 9), ("last-result", 9), ("large", 0)])
 def test_a_killed_worker_is_one_error_that_names_the_item_and_the_same_command_resumes(start, tmp_path, how, item):
     errors = ended(process := start(how))
     assert process.returncode == 2
