@@ -399,6 +399,17 @@ def test_what_is_indexed_is_skipped_and_what_changed_is_not(tmp_path, names, ind
     assert load_manifest(folder).class_counts == (0, 0, 0, 8)
 
 
+def test_leftovers_of_a_killed_command_are_removed_and_those_of_others_are_not(tmp_path, names, index):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    interleaved(folder)
+    ours, theirs = folder / ".0.index.safetensors.node-1.part", folder / ".download.part"
+    for path in (ours, theirs, folder / ".manifest.json.node-1.part"):
+        path.write_bytes(b"half")
+    assert index(folder, "--classes", names)[0] == 0
+    assert sorted(path.name for path in folder.glob(".*.part")) == [theirs.name]
+
+
 def test_checksums_find_what_headers_do_not(tmp_path, names, index, capsys):
     for flags, status in (((), 0), (("--checksums",), 1)):
         folder = tmp_path / f"train{len(flags)}"

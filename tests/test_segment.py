@@ -157,6 +157,27 @@ def test_several_processes_make_the_same(scene, segmenter, tmp_path):
     assert [shard.sha256 for shard in ones.shards] == [shard.sha256 for shard in twos.shards]
 
 
+@pytest.mark.slurm
+def test_an_array_makes_the_same(slurm_cluster, scene, segmenter, tmp_path):
+    assert segment.main(command(scene, segmenter, tmp_path / "one")) == 0
+    there = [
+        "--executor",
+        "slurm",
+        "--array",
+        2,
+        "--gpus-per-task",
+        0,
+        "--cpus-per-task",
+        1,
+        "--logs",
+        tmp_path / "jobs",
+    ]
+    assert segment.main(command(scene, segmenter, tmp_path / "two", *there)) == 0
+    ones, twos = (load_manifest(tmp_path / name / "val") for name in ("one", "two"))
+    assert [shard.sha256 for shard in ones.shards] == [shard.sha256 for shard in twos.shards]
+    assert not list((tmp_path / "jobs").iterdir())
+
+
 def test_a_model_that_cannot_be_had_says_which_files_to_fetch(scene, segmenter, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
     empty = tmp_path / "empty"

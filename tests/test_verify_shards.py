@@ -276,6 +276,12 @@ def test_a_tar_that_the_manifest_does_not_know_is_a_warning(made, verify):
     assert "note " in output.out
 
 
+def test_what_a_killed_command_left_of_its_report_is_removed(made, verify, tmp_path):
+    leftover = tmp_path / ".report.json.node-1.part"
+    leftover.write_text("{")
+    assert verify(made.root)[0] == 0 and not leftover.exists()
+
+
 def test_what_cannot_be_verified_is_status_2(made, verify, tmp_path):
     for flags, message in [
         ([tmp_path / "nowhere"], "no folder of shards at"),

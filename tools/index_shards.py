@@ -8,7 +8,8 @@ manifest. The tars stay as they are; their headers and their labels are read, no
 
     DIR/00000.tar   00000.index.safetensors  …  manifest.json  bad_samples.jsonl (samples without an image)
 
-DIR is one split. Shards that have their index already are skipped: stopped at any moment, the same command goes on.
+DIR is one split. Shards that have their index already are skipped: stopped at any moment, the same command indexes the
+others.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
 
-Stopped at any moment, by any signal, the same command goes on with the shards that are missing. Every shard's bytes
+Stopped at any moment, by any signal, the same command makes the shards that are missing. Every shard's bytes
 follow from the source and the seed alone; how many processes or jobs made it, and in how many attempts, leaves no
 trace.
 
@@ -426,8 +426,8 @@ def add_common_arguments(p: argparse.ArgumentParser) -> None:
         "--store",
         choices=images.STORES,
         default=images.ORIGINAL,
-        help="original: the source's bytes; crop-jpeg, crop-raw: the recipe's centre crop, made once; raw ones are the "
-        "same to the bit and need no decoder (default: original)",
+        help="original: the source's bytes; crop-jpeg, crop-raw: the recipe's centre crop, made once; raw ones are "
+        "bitwise identical and need no decoder (default: original)",
     )
     p.add_argument("--image-size", type=int, metavar="S", help="side of the crops of a crop store (default: 224)")
     p.add_argument("--dry-run", action="store_true", help="say what would be made and how large it is; write nothing")
@@ -476,7 +476,7 @@ def main(argv: list[str] | None = None) -> int:
         for split in splits:
             convert_split(split, args, array)
     except KeyboardInterrupt:
-        print("\nFinished shards are kept; the same command goes on from here.", file=sys.stderr)
+        print("\nFinished shards are kept; the same command makes those that are missing.", file=sys.stderr)
         raise
     return 0
 

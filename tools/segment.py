@@ -8,7 +8,7 @@
 
 The masks are shards as images are: one mask an image of the groups' classes, a PNG of the image's own size under the
 image's key, white where the model sees the category that the class belongs to. One shard of masks is made of one of
-images; stopped at any moment, by any signal, the same command goes on with those that are missing.
+images; stopped at any moment, by any signal, the same command makes those that are missing.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cfmask.data import remote, tarscan  # noqa: E402
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import write_atomically  # noqa: E402
+from cfmask.files import remove_leftovers, write_atomically  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
@@ -175,6 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         try:
             write_atomically(args.out, json.dumps(report, indent=1).encode())
+            remove_leftovers(args.out.parent, f"{args.out.name}.*")
         except OSError as error:
             raise UserError(f"{args.out} cannot be written ({error.strerror}).") from None
     return 0 if good else 1
