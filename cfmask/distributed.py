@@ -113,6 +113,8 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(place.device)
+    if place.nodes > 1:
+        _addresses_of_interface()  # gloo's own error names no machine, and comes when all ranks have met
     door = _Door() if place.rank == 0 else None
     try:
         if door is not None:
@@ -269,18 +271,32 @@ def _own_hosts() -> list[str]:
     Raises:
         UserError: the interface that GLOO_SOCKET_IFNAME names has no address here.
     """
+    if chosen := _addresses_of_interface():
+        return chosen
     addresses = interface_addresses()
-    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
-        if on_it := [address for interface, address in addresses if interface == chosen]:
-            return on_it
-        raise UserError(
-            f"There is no network interface {chosen} with an address on {socket.gethostname()}; those are "
-            f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster file."
-        )
     own = [address for _, address in addresses if not ip_address(address).is_loopback]
     names = [name for name in (os.environ.get("SLURMD_NODENAME"), socket.gethostname()) if name]
     official = [address for name in names for address in _resolve(name) if address in own]
     return list(dict.fromkeys([*official, *own, *names]))
+
+
+def _addresses_of_interface() -> list[str]:
+    """Of this machine, on the interface that GLOO_SOCKET_IFNAME names; none if it names none.
+
+    Raises:
+        UserError: there is no such interface here.
+    """
+    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+    if not chosen:
+        return []
+    addresses = interface_addresses()
+    if on_it := [address for interface, address in addresses if interface == chosen]:
+        return on_it
+    machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    raise UserError(
+        f"There is no network interface {chosen} with an address on {machine}; those are "
+        f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster file."
+    )
 
 
 def _resolve(name: str) -> list[str]:
