@@ -147,6 +147,16 @@ def call_off(place: Place, meeting_folder: Path, reason: str, *, failed: bool = 
     write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason, "failed": failed}))
 
 
+def remove_stale_rendezvous(folder: Path) -> None:
+    """Remove the files of starts that were killed; called by rank 0 while it holds the run folder, before it publishes
+    its own. A refusal (``call_off``) stays for a minute: its other ranks may still have to read it."""
+    for path in folder.glob("*") if folder.exists() else ():
+        with suppress(OSError):
+            is_refusal = path.suffix == ".json" and b'"error"' in path.read_bytes()
+            if not is_refusal or time.time() - path.stat().st_mtime > 60:
+                path.unlink()
+
+
 class _Door:
     """A port of rank 0's where a word is said to whoever comes: who hears the right one has found rank 0.
 

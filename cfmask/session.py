@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from cfmask.distributed import TIMEOUT, Place, call_off, process_group
+from cfmask.distributed import TIMEOUT, Place, call_off, process_group, remove_stale_rendezvous
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 
@@ -39,6 +39,7 @@ def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dis
             except UserError as error:
                 call_off(place, run.root / "meeting", str(error))
                 raise
+            remove_stale_rendezvous(run.root / "meeting")
         store = stack.enter_context(process_group(place, run.root / "meeting"))
         try:
             yield store, stack

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import Owner, RunFolder  # noqa: E402
+from launch.jobs import processes  # noqa: E402
 from launch.jobs.run_state import ask_queue, find_runs, read_state  # noqa: E402
 from launch.jobs.status_table import latest_checkpoint  # noqa: E402
 from launch.slurm import control  # noqa: E402
@@ -94,7 +94,8 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
                 asked.add("slurm")
                 print("Slurm cannot be asked from here: a job of the run ends when it finds the mark.", flush=True)
         owner, controller = run_state.owner, run_state.jobs.controller
-        if not queue and not controller and not owner:
+        here = processes.processes_of(run)
+        if not queue and not controller and not owner and not here:
             if not found_any:
                 print("There is no job of this run; it is marked as cancelled.")
             return ""
@@ -106,8 +107,10 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
             _end_process(controller, asked, late=late, grace_s=grace_s)
         elif owner and not queue and owner.is_here:
             _end_process(owner.pid, asked, late=late, grace_s=grace_s)
+        if here and late:
+            processes.kill(run)
         if time.monotonic() > kill_at + _GONE_WITHIN_S:
-            return _leftover(queue, controller, owner)
+            return _leftover(queue, controller, owner, here)
         time.sleep(0.5 if not queue else 2)
 
 
@@ -142,17 +145,11 @@ def _end_process(pid: int, asked: set[str | int], *, late: bool, grace_s: float)
         if f"kill {pid}" not in asked:
             asked.add(f"kill {pid}")
             print(f"process {pid} is still there: killed", flush=True)
-        for each in [pid, *_children(pid)]:
-            _send(each, signal.SIGKILL)
+        _send(pid, signal.SIGKILL)
     elif pid not in asked:
         asked.add(pid)
         print(f"process {pid}: save a checkpoint and end, or be killed in {grace_s:.0f} s", flush=True)
         _send(pid, signal.SIGTERM)
-
-
-def _children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(word) for word in listed.split()]
 
 
 def _send(pid: int, number: signal.Signals) -> None:
@@ -164,10 +161,12 @@ def _send(pid: int, number: signal.Signals) -> None:
         raise UserError(f"Process {pid} is another user's. The mark stays: it stops at its next step.") from None
 
 
-def _leftover(queue: dict[str, SlurmJob], controller: int | None, owner: Owner | None) -> str:
+def _leftover(queue: dict[str, SlurmJob], controller: int | None, owner: Owner | None, here: list[int]) -> str:
     what = [f"job {job.id} ({job.state.lower()})" for job in queue.values()]
     if controller or owner:
         what.append(f"process {controller}" if controller else str(owner))
+    elif here:
+        what.append(f"process {', '.join(map(str, here))}")
     return f"{', '.join(what)} is still there. The mark stays: it stops at its next step, and does not come back."
 
 

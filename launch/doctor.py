@@ -372,15 +372,13 @@ def _run_here(probe: Probe, allocation: Allocation) -> tuple[str, dict[str, str]
     set_environment(allocation)
     code = probe.folder / "code" / snapshot.digest_of(REPO)
     executor = local_executor(probe.folder / "jobs", code, allocation, timeout_min=PROBE_MIN)
-    job = executor.submit(probe)
+    job = executor.start(probe)
     try:
         while not job.done():
             time.sleep(0.2)
     finally:
         while not job.done():
-            # Its id is its controller's pid; that one tells the ranks, and in their first second they are deaf.
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.job_id), signal.SIGTERM)
+            job.terminate()
             time.sleep(0.5)
     return job.job_id, {}
 

@@ -611,7 +611,7 @@ def do_here(scene: Scene, seen: Mapping[str, Seen]) -> int:
     """One after the other, on this machine. What needs one that fails is left out; the others are done.
 
     Returns:
-        0, 1 if one failed, 130 if it was interrupted.
+        0, 1 if one failed, 128 + the signal that ended it (Ctrl-C, TERM, HUP).
     """
     states = {name: each.state for name, each in seen.items()}
     chosen = to_submit(scene.plan, states)
@@ -626,8 +626,8 @@ def do_here(scene: Scene, seen: Mapping[str, Seen]) -> int:
         print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: it goes on)" if why else ""), flush=True)
         planned = _take_up(scene.folder(node.name), node, before)
         code = run_one_here(planned, scene.allocation, follow=True)
-        if code == 130:
-            return 130
+        if code > 128:  # a signal is for all of them
+            return code
         if code:
             failed.append(node.name)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -112,18 +113,33 @@ def wait_for_step(run: Path, step: int) -> None:
     wait_for(run, lambda: any(line["step"] >= step for line in read_lines(run / "log.jsonl")), f"step {step} of {run}")
 
 
+def descendants(pid: int) -> list[int]:
+    """Pids of all that a process has started, and they in turn, as far as nobody between them has ended."""
+    command = ["ps", "-eo", "pid=,ppid="]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parents = dict(map(int, line.split()) for line in listed.splitlines())
+    found: list[int] = []
+    of = {pid}
+    while of := {child for child, parent in parents.items() if parent in of}:
+        found += sorted(of)
+    return found
+
+
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to everything the command started: controller, ranks, loaders."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to a command and to everything that it started: controller, ranks, loaders."""
+    for pid in [process.pid, *descendants(process.pid)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Pids of the ranks that a submit command has started, in the order in which they came. Each is the child of a
     process that waits for it (launch/jobs/failures.py)."""
-    command = ["ps", "-ww", "-eo", "pid=,ppid=,pgid=,args="]
-    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 3) for line in listed.splitlines()]
-    of_command = [row for row in rows if int(row[2]) == process.pid and "submitit.core._submit" in row[3]]
-    waiting = {row[0] for row in of_command}
-    return sorted(int(pid) for pid, parent, _, _ in of_command if parent in waiting)
+    of_command = [process.pid, *descendants(process.pid)]
+    shown = ",".join(map(str, of_command))
+    listed = subprocess.run(["ps", "-ww", "-o", "pid=,ppid=,args=", "-p", shown], capture_output=True, text=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    starts = [row for row in rows if "submitit.core._submit" in row[2]]
+    waiting = {row[0] for row in starts}
+    return sorted(int(pid) for pid, parent, _ in starts if parent in waiting)

@@ -89,7 +89,7 @@ def pid_of(run: Path) -> int:
 
 
 def leave_words_of_rank_1(run: Path) -> None:
-    here = last_words._Here(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
+    here = last_words.RankStart(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
     here.leave("ValueError: planted", "Traceback (most recent call last):\nValueError: planted\n")
 
 

@@ -25,6 +25,7 @@ from cfmask.secrets import mask_secrets  # noqa: E402
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
 from launch.jobs.claims import check_path, take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
+from launch.jobs.processes import ending_signals, silence_output  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments, given_flags  # noqa: E402
 from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
 from tools._shared import DATA_HELP  # noqa: E402
@@ -211,22 +212,18 @@ def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
     from cfmask.evaluator import run_evaluation
     from cfmask.session import FINISHED, QUIT
 
-    asked: list[str] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: asked.append(QUIT)) for number in numbers}
-    try:
+    with ending_signals() as received:
         take_folder(run, evaluation).keep()
         run.clear_cancelled()
         cores = len(os.sched_getaffinity(0))
         place = Place(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())
-        outcome = run_evaluation(evaluation, run, place, lambda: asked[-1] if asked else None)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if outcome == FINISHED:
-        return 0
-    print("Interrupted. The same command goes on behind what has been counted.", file=sys.stderr)
-    return 130
+        outcome = run_evaluation(evaluation, run, place, lambda: QUIT if received else None)
+        if outcome == FINISHED:
+            return 0
+        if signal.SIGHUP in received:
+            silence_output()
+        print(f"{received[0].name}: the same command resumes behind what has been counted.", file=sys.stderr)
+    return 128 + received[0]
 
 
 def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:

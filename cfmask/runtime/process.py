@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
+import time
+from pathlib import Path
 
 # What a cluster, or a terminal, sends to every process of a job. One of them answers.
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 def ignore_job_signals() -> None:
@@ -27,3 +30,34 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what descendants leave behind when they end, so that ``kill_children`` finds it."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def kill_children(within_s: float = 5.0) -> None:
+    """SIGKILL to every child of this process, and to theirs where orphans are adopted, until none is left.
+
+    Args:
+        within_s: after which those that hang in the kernel are left to it.
+    """
+    deadline = time.monotonic() + within_s
+    while (children := _children()) and time.monotonic() < deadline:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+
+
+def _children() -> list[int]:
+    """Of this process, those included that wait for it to notice their end."""
+    own, found = str(os.getpid()), []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, IndexError):
+            # pid (command) state parent …
+            if process.name.isdigit() and (process / "stat").read_text().rpartition(")")[2].split()[1] == own:
+                found.append(int(process.name))
+    return found

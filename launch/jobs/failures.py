@@ -22,7 +22,6 @@ Words are not left at an end that ranks have agreed on: finished, stopped with a
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -38,8 +37,9 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
-from cfmask.runs import RunFolder, read_object
-from cfmask.runtime.process import JOB_SIGNALS, ignore_job_signals
+from cfmask.runs import RunFolder, process_runs, read_object
+from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
+from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp
 from launch.jobs.run_restarts import restarts_of, saved_progress
 
@@ -58,7 +58,6 @@ _GRACE_S = 8.0
 """What a rank has, when another has died, to end by itself: to write a checkpoint to its end, say."""
 _GONE_WITHIN_S = 5.0
 """A process that SIGKILL does not end in this time hangs in the kernel, and is left to it."""
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,8 @@ class Words:
 
 
 @dataclass(frozen=True)
-class _Here:
-    """This rank of this start of the job."""
+class RankStart:
+    """A rank of one start of a job."""
 
     run: RunFolder
     attempt: str
@@ -98,7 +97,7 @@ class _Here:
     world_size: int
 
     @classmethod
-    def found(cls, run: Path) -> _Here:
+    def found(cls, run: Path) -> RankStart:
         import submitit
 
         environment = submitit.JobEnvironment()
@@ -110,6 +109,11 @@ class _Here:
             nodes=environment.num_nodes,
             world_size=environment.num_tasks,
         )
+
+    @classmethod
+    def of_local(cls, run: RunFolder, job: str, rank: int, world_size: int) -> RankStart:
+        """For the controller of a local job, which is in no rank's environment."""
+        return cls(run, _attempt(job), rank, local=True, nodes=1, world_size=world_size)
 
     @property
     def file(self) -> Path:
@@ -142,7 +146,11 @@ class _Here:
 
 def attempt_name(environment: submitit.JobEnvironment) -> str:
     """Names this start of the job, the same on all its ranks; batch_script.py says it in shell."""
-    return f"{environment.job_id}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return _attempt(environment.job_id)
+
+
+def _attempt(job: str) -> str:
+    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def told(run: RunFolder, job: str) -> str | None:
@@ -161,7 +169,7 @@ def _folder(run: RunFolder) -> Path:
 def leave(run: Path, error: BaseException) -> None:
     """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
     is being written, a driver) is none of the others' time."""
-    _Here.found(run).leave(
+    RankStart.found(run).leave(
         f"{type(error).__name__}: {str(error)[:500]}",
         _formatted(error),
         broken_off=is_connection_loss(error, group_formed=_group_formed()),
@@ -210,8 +218,8 @@ def _group_formed() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _be_the_rank(rank: Callable[[], object], run: Path) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int) -> None:
+    die_with_parent(supervisor)
     faulthandler.enable()  # a segmentation fault has a traceback too
     try:
         rank()
@@ -240,9 +248,11 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
     Returns:
         The exit code of this process.
     """
+    parent, own = os.getppid(), os.getpid()
+    adopt_orphans()
     child = os.fork()
     if child == 0:
-        _be_the_rank(rank, run)
+        _be_the_rank(rank, run, own)
         return 0
 
     def pass_on(number: int, frame: object) -> None:
@@ -251,21 +261,25 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
 
     for number in JOB_SIGNALS:
         signal.signal(number, pass_on)
-    here = _Here.found(run)
+    here = RankStart.found(run)
     here.file.unlink(missing_ok=True)  # the local executor's second start has the first one's name
-    code = _wait(child, here)
+    code = _wait(child, here, parent)
+    kill_children()  # what the rank has started and not ended
     if code in _AGREED_ENDS:
         return code
     if here.file.exists():
         time.sleep(_LISTEN_S)
-    _conclude(here, spoken=code == _RAISED)
+    text = _conclude(here, spoken=code == _RAISED)
+    if here.local and here.rank == 0:
+        print(text, end="", flush=True)
     return code
 
 
-def _wait(child: int, here: _Here) -> int:
-    """The child's exit code, 128 + the signal that killed it. If another rank has died, the child has little time."""
-    told, kill_at, give_up_at = False, float("inf"), float("inf")
-    look_at = time.monotonic() + _LOOK_S
+def _wait(child: int, here: RankStart, parent: int) -> int:
+    """The child's exit code, 128 + the signal that killed it. If another rank has died, the child has little time; if
+    the process that started this one is gone, it has SAVE_WITHIN_S for a checkpoint."""
+    told, orphaned, kill_at, give_up_at = False, False, float("inf"), float("inf")
+    look_at, ask_at = time.monotonic() + _LOOK_S, 0.0
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         now = time.monotonic()
@@ -279,13 +293,27 @@ def _wait(child: int, here: _Here) -> int:
         elif now > look_at and not told:
             look_at = now + _LOOK_S
             told = bool(here.words())
-            kill_at = now + _GRACE_S if told else kill_at
+            kill_at = min(kill_at, now + _GRACE_S) if told else kill_at
+        if not orphaned and _is_orphaned(here, parent):
+            orphaned, kill_at = True, min(kill_at, now + SAVE_WITHIN_S)
+            print("The process that started this rank is gone: the rank saves a checkpoint and ends.", flush=True)
+        if orphaned and now > ask_at:
+            ask_at = now + 1.0  # again and again: in its first second a rank does not hear it
+            os.kill(child, signal.SIGTERM)
         time.sleep(0.1)
     ignore_job_signals()
     code = os.waitstatus_to_exitcode(status)
     if code not in _AGREED_ENDS and give_up_at == float("inf"):  # not killed from here
         here.leave(_how_it_ended(code))
     return code if code >= 0 else 128 - code
+
+
+def _is_orphaned(here: RankStart, parent: int) -> bool:
+    """Whether slurmstepd, or the local controller, was killed. Between that one and this process there may be others,
+    of the command that starts Python."""
+    if os.getppid() != parent:
+        return True
+    return here.local and JOBS_VARIABLE in os.environ and not process_runs(int(here.attempt.partition("-")[0]))
 
 
 def _how_it_ended(code: int) -> str:
@@ -296,16 +324,52 @@ def _how_it_ended(code: int) -> str:
     return f"was killed by signal {-code} ({signal.Signals(-code).name}{reason})"
 
 
-def _conclude(here: _Here, *, spoken: bool) -> None:
+def report_for(here: RankStart, code: int, log: Path) -> bool:
+    """Called by the local controller when the process that waits for a rank has ended: write the rank's failure report
+    if that process could not.
+
+    Args:
+        code: how it ended; negative if a signal killed it.
+        log: the rank's.
+
+    Returns:
+        Whether it was written.
+    """
+    if code in _AGREED_ENDS or (code > 0 and here.words()):
+        return False
+    if code < 0:
+        here.leave(f"lost the process that waits for it, which {_how_it_ended(code)}")
+    else:  # before it had a child: its copy of the code is damaged, or there is no such Python
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        here.leave(f"ended with exit code {code}: {lines[-1] if lines else 'its log is empty'}")
+    return True
+
+
+def conclude_for(here: RankStart, log: Path) -> None:
+    """Called by the local controller when all ranks have ended, for one that ``report_for`` wrote the report of.
+
+    Args:
+        log: rank 0's, which ends with the report of the rank that died first.
+    """
+    text = _conclude(here, spoken=False)
+    if text and here.rank == 0:
+        with open(log, "a") as file:
+            file.write(text)
+
+
+def _conclude(here: RankStart, *, spoken: bool) -> str:
     """Every rank that ends badly does this, with what is known by then; the last one knows best.
 
     Args:
         spoken: the rank's log ends with its own traceback.
+
+    Returns:
+        What rank 0's log of a local job is to end with; on Slurm the batch script prints it, after srun's own.
     """
     words = _first(here.words())
     ended = here.run.ended() if here.run.begun_by(here.attempt) else None
     if words is None or (ended is not None and ended["why"].startswith(("finished", "stopped"))):
-        return  # the run had come to an end by then, and rank 0 has said to which
+        return ""  # the run had come to an end by then, and rank 0 has said to which
     text = words.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{words.rank}_log.out")
     mark = _folder(here.run) / f"{here.attempt}.lost"
     why = words.why
@@ -320,9 +384,7 @@ def _conclude(here: _Here, *, spoken: bool) -> None:
             mark.touch()
     write_atomically(_folder(here.run) / f"{here.attempt}.txt", text)
     _record(here, words, why)
-    # On Slurm the batch script does it, after srun's own.
-    if here.local and here.rank == 0 and not (words.rank == 0 and spoken):
-        print(text, end="", flush=True)
+    return "" if words.rank == here.rank and spoken else text
 
 
 def _refusal_of_restart(run: RunFolder) -> str | None:
@@ -337,16 +399,22 @@ def _refusal_of_restart(run: RunFolder) -> str | None:
 
 
 def _first(left: list[Words]) -> Words | None:
-    """Who died first. A rank that was killed is heard of later than the connections that break with it. What several
-    ranks raise alike, because they know the same, the lowest of them says."""
+    """Who died first. A rank that was killed is heard of later than the connections that break with it, also before
+    there is a process group. What several ranks raise alike, because they know the same, the lowest of them says."""
     if not left:
         return None
-    first = min(left, key=lambda words: (words.broken_off, words.time))
+    killed = any(not words.traceback for words in left)
+
+    def order(words: Words) -> tuple[bool, str]:
+        cut_off = killed and any(text in words.error.lower() for text in _CONNECTION_LOST)
+        return words.broken_off or cut_off, words.time
+
+    first = min(left, key=order)
     alike = [words for words in left if words.traceback and words.error == first.error]
     return min(alike, key=lambda words: words.rank, default=first)
 
 
-def _record(here: _Here, words: Words, why: str) -> None:
+def _record(here: RankStart, words: Words, why: str) -> None:
     """Say it in ended.json, unless rank 0 has said as much; a start that had not begun to train is one all the same."""
     run = here.run
     if not run.has_work():

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,53 +15,91 @@ from tqdm import tqdm
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, read_lines
 from launch.jobs import failures as last_words
+from launch.jobs.processes import kill, silence_output, wait_until_gone
 from launch.jobs.run_state import look_at
 from launch.jobs.run_status import ENDED, status_of
 from launch.jobs.status_table import latest_checkpoint
 
 if TYPE_CHECKING:
-    import submitit
+    from launch.jobs.local import ControlledJob
 
+_SAME_COMMAND = "The same command resumes from the last checkpoint."
+_SAVE_S = 60.0
+"""What ranks have for a checkpoint after a signal to this process."""
+_ONE_SIGNAL_S = 1.0
+"""A Ctrl-C may come twice: from the terminal, and passed on by a wrapper. What comes later is another one."""
 _LOOK_S = 5
 """Between looks at a run's state. Two have to agree that it has ended: on a requeue there are moments without a job."""
 
 
-def follow_job(job: submitit.Job, run: RunFolder, *, local: bool) -> int:
-    """A progress bar with loss, rate and ETA until the job ends; then its results, or why there are none.
+def follow_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
+    """A progress bar with loss, rate and ETA until a job on this machine ends; then its results, or why there are none.
 
     Args:
-        local: the job runs on this machine; Ctrl-C ends it, after a checkpoint. On Slurm the run is followed, whatever
-            becomes of this job, and Ctrl-C leaves it alone.
+        received: the signals that this process has been sent (``processes.ending_signals``): each ends the job after a
+            checkpoint. A Ctrl-C after that kills it at once.
 
     Returns:
-        0 if the run is finished, 1 if it failed or was cancelled, 130 if it was interrupted.
+        0 if the run is finished, 1 if it failed or was cancelled, 128 + the signal that ended it.
     """
-    if not local:
-        return follow_run(run)
 
     def states() -> Iterator[str]:
-        while not job.done():
+        while not job.done() and not received:
             yield ""
 
     try:
         _watch(run, states())
-    except KeyboardInterrupt:
-        print("Interrupted: the ranks save a checkpoint and end.", flush=True)
-        deadline = time.monotonic() + 60
-        while not job.done() and time.monotonic() < deadline:
-            # A local job's id is its controller's pid; it tells the ranks, and in their first second they are deaf.
-            os.kill(int(job.job_id), signal.SIGTERM)
-            time.sleep(0.5)
-        print("The same command goes on from the last checkpoint.")
-        return 130
-    return tell_end(run, job.job_id, "The same command goes on from the last checkpoint.")
+    except OSError:
+        time.sleep(1)  # a terminal that was closed cannot be written to; HUP comes with it, or after it
+        if not received:
+            raise
+    if received:
+        return _end_local_job(job, run, received)
+    if job.exit_code < 0:
+        died = signal.Signals(-job.exit_code).name
+        print(f"The controller of the ranks, process {job.job_id}, was killed ({died}): the ranks end.", flush=True)
+        wait_until_gone(run)
+    return tell_end(run, job.job_id, _SAME_COMMAND)
+
+
+def _end_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
+    """Ask the ranks for a checkpoint, and kill what has not ended in time; 128 + the signal that was received first."""
+    first = received[0]
+    if first == signal.SIGHUP:
+        silence_output()
+    again = " Ctrl-C again kills them at once." if first == signal.SIGINT else ""
+    _say(f"{first.name}: the ranks save a checkpoint and end.{again}")
+    began, heard = time.monotonic(), len(received)
+    job.terminate()
+    while not job.done():
+        passed_s = time.monotonic() - began
+        if passed_s < _ONE_SIGNAL_S:
+            heard = len(received)
+        if passed_s > _SAVE_S or signal.SIGINT in received[heard:]:
+            _say(f"The ranks have not ended in {passed_s:.0f} s: killed")
+            kill(run)
+        time.sleep(0.1)
+    wait_until_gone(run)
+    if run.results.exists():
+        _say(f"finished: {run.results}")
+    else:
+        _say(f"The ranks have ended; {latest_checkpoint(run)}. {_SAME_COMMAND}")
+    return 128 + first
+
+
+def _say(text: str) -> None:
+    """Print it, unless whoever read the output was ended by the same signal (as `| tee` is by a Ctrl-C)."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        silence_output()
 
 
 def follow_run(run: RunFolder) -> int:
     """The same for a run that anyone has started, on Slurm or on this machine, from its first start to its end.
 
     Returns:
-        As ``follow_job``. Ctrl-C leaves the run alone.
+        0 if the run is finished, 1 if it failed or was cancelled, 130 after a Ctrl-C, which leaves the run alone.
     """
     try:
         _watch(run, _states(run))

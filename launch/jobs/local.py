@@ -1,37 +1,100 @@
-"""submitit's local executor: ranks as processes of this machine."""
+"""submitit's local executor, with a controller of our own (controller.py): ranks as processes of this machine."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.local.local import LocalJob
 
 from launch.jobs import gpus
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import rank_command
+from launch.jobs.processes import FOLLOWER_FLAG, JOBS_VARIABLE
+
+
+class ControlledJob(LocalJob[Any]):
+    """Its id is its controller's pid."""
+
+    _process: subprocess.Popen[bytes]
+
+    @property
+    def exit_code(self) -> int:
+        """The controller's, when the job is done; negative if a signal killed it."""
+        return self._process.wait()
+
+    def terminate(self) -> None:
+        """Ask the ranks for a checkpoint, and to end."""
+        self._process.terminate()
 
 
 class LocalExecutor(submitit.LocalExecutor):
-    """As submitit's, whose controller inherits this process's streams, and lives longer: whoever reads a pipe of ours,
-    as in `submit.py --no-follow | tail`, would wait until the job has ended."""
+    """submitit's, except that jobs are looked after by ``controller.py``, in a session of their own: a terminal that is
+    closed, or a Ctrl-C, reaches the process that follows the job and nothing else.
 
-    def _submit_command(self, command: str) -> submitit.LocalJob[Any]:
-        with _own_streams(Path(self.folder) / "controller.log"):
-            return super()._submit_command(command)
+    Args:
+        folder: for submitit's files.
+        python: the shell command that starts a rank.
+        followed: the job ends with this process.
+    """
+
+    def __init__(self, folder: Path, *, python: str, followed: bool) -> None:
+        super().__init__(folder, python=python)
+        self._followed = followed
+
+    def start(self, work: Callable[[], Any]) -> ControlledJob:
+        """``submit``, and what it gives here."""
+        job = self.submit(work)
+        assert isinstance(job, ControlledJob)
+        return job
+
+    def _submit_command(self, command: str) -> ControlledJob:
+        tasks = self.parameters.get("tasks_per_node", 1)
+        environment = {
+            **os.environ,
+            JOBS_VARIABLE: str(self.folder.resolve()),
+            "SUBMITIT_EXECUTOR": "local",
+            "SUBMITIT_LOCAL_NTASKS": str(tasks),
+            "SUBMITIT_LOCAL_COMMAND": command,
+            "SUBMITIT_LOCAL_TIMEOUT_S": str(int(60 * self.parameters["timeout_min"])),
+            "SUBMITIT_LOCAL_NODEID": "0",
+            "SUBMITIT_LOCAL_JOB_NUM_NODES": "1",
+            "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.parameters.get("gpus_per_node", 0)))),
+        }
+        follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
+        # Of the code that runs here and now: the ranks check that their copy of it is whole.
+        controller = [sys.executable, "-u", str(Path(__file__).with_name("controller.py")), *follower, str(self.folder)]
+        # Streams of its own: who reads a pipe of ours, as in `submit.py --no-follow | tail`, would wait for the job.
+        with open(Path(self.folder) / "controller.log", "ab") as log:
+            process = subprocess.Popen(
+                controller,
+                env=environment,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        return ControlledJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(tasks)))
 
 
-def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_min: int) -> LocalExecutor:
-    """submitit's, with its files in a folder, which runs a snapshot of the code on this machine."""
+def local_executor(
+    folder: Path, code: Path, allocation: Allocation, *, timeout_min: int, followed: bool = True
+) -> LocalExecutor:
+    """submitit's, with its files in a folder, which runs a snapshot of the code on this machine.
+
+    Args:
+        followed: its jobs end with this process.
+    """
     python = rank_command(allocation.python, shlex.quote(str(code)))
     # submitit's own choice is the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES is here.
     shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
-    executor = LocalExecutor(folder, python=f"{shown} {python}" if shown else python)
+    executor = LocalExecutor(folder, python=f"{shown} {python}" if shown else python, followed=followed)
     executor.update_parameters(
         tasks_per_node=allocation.tasks_per_node,
         gpus_per_node=allocation.gpus_per_node,
@@ -39,21 +102,3 @@ def local_executor(folder: Path, code: Path, allocation: Allocation, *, timeout_
         stderr_to_stdout=True,
     )
     return executor
-
-
-@contextlib.contextmanager
-def _own_streams(log: Path) -> Iterator[None]:
-    """Child processes that are started meanwhile read nothing, and write into a file."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(number) for number in (0, 1, 2)]  # not inheritable
-    files = [os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)]
-    try:
-        for number, file in zip((0, 1, 2), (files[0], files[1], files[1]), strict=True):
-            os.dup2(file, number)
-        yield
-    finally:
-        for number, file in enumerate(kept):
-            os.dup2(file, number)
-        for file in (*kept, *files):
-            os.close(file)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfmask.errors import UserError
-from cfmask.runs import Owner, RunFolder, process_runs, read_lines
+from cfmask.runs import Owner, RunFolder, read_lines
+from launch.jobs.processes import is_controller
 from launch.slurm import queue as of_slurm
 from launch.slurm.client import SlurmError
 from launch.slurm.queue import SacctRecord, SlurmJob
@@ -228,7 +229,7 @@ def read_jobs(run: RunFolder, attempts: Sequence[dict[str, Any]] = ()) -> Jobs:
     return Jobs(
         slurm=tuple(sorted(submitted, key=lambda job: submitted[job])),
         unconfirmed=tuple(path for path in sent if not path.is_symlink()),  # of one that was accepted it is a link
-        controller=next((pid for pid in local if _is_controller(pid, folder)), None),
+        controller=next((pid for pid in local if is_controller(pid, folder)), None),
         any=bool(pickles or members),
     )
 
@@ -241,15 +242,6 @@ def sweep_links(run: RunFolder) -> list[Path]:
 
 def _whole(line: dict[str, Any]) -> bool:
     return all(isinstance(line.get(name), int | float) for name in ("step", "total_steps", "samples_per_s", "eta_s"))
-
-
-def _is_controller(pid: int, jobs: Path) -> bool:
-    """Whether the process is submitit's local controller of these jobs, and not one that has its number by now."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-    except OSError:
-        return False
-    return "submitit.local._local" in words and Path(words[-2]).resolve() == jobs.resolve() and process_runs(pid)
 
 
 def ask_queue(jobs: Sequence[str]) -> dict[str, SlurmJob] | None:

@@ -27,6 +27,7 @@ from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
+from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
 from launch.jobs.run_state import Jobs, read_jobs, read_state
 from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
 from launch.slurm.queue import queue
@@ -156,6 +157,15 @@ def left_out(run: RunFolder, *, sweep: bool) -> bool:
             )
         print(f"{what}: left out")
         return True
+    if (controller := controller_of(run)) and not is_ending(controller):
+        what = f"Job {controller} on this machine is there for {run.root} already"
+        if not sweep:
+            raise UserError(
+                f"{what}. To see its progress: python launch/status.py {shlex.quote(str(run.root))} --follow; to end "
+                f"it: python launch/cancel.py {shlex.quote(str(run.root))}"
+            )
+        print(f"{what}: left out")
+        return True
     if sweep and (told := run.cancelled()):
         print(f"{run.root} was cancelled by {told['by']}: left out. To go on with it: submit.py --resume {run.root}")
         return True
@@ -172,6 +182,7 @@ def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
     try:
         for each in planned:
             taken.append(replace(each, claim=take_folder(each.run, each.work)))
+            wait_until_gone(each.run)
             with each.run.locked():
                 pass  # another job on this folder is refused here rather than in the queue
             if told := each.run.clear_cancelled():
@@ -220,7 +231,7 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
 
 def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
     """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
-    from launch.jobs.follow import follow_job
+    from launch.jobs.follow import follow_run
 
     if ignored := ignored_options():
         print(
@@ -229,10 +240,8 @@ def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, fo
         )
     jobs = enqueue(planned, allocation, pace_s=pace_s)
     for each, job in zip(planned, jobs, strict=True):
-        print(f"job {job.job_id} on {allocation}\nrun  {each.run.root}\nlogs {each.run.root / 'jobs'}")
-    if not follow:
-        return 0
-    return follow_job(jobs[0], planned[0].run, local=False)
+        _announce(each.run, job, allocation)
+    return follow_run(planned[0].run) if follow else 0
 
 
 def enqueue(
@@ -296,8 +305,8 @@ def run_here(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: b
     failed = []
     for each in planned:
         code = run_one_here(each, allocation, follow=follow)
-        if code == 130:
-            return 130
+        if code > 128:  # a signal is for all of them
+            return code
         if code:
             failed.append(each.run)
     if failed and len(planned) > 1:
@@ -312,11 +321,12 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
         follow: show its progress until it has ended; else it is left to itself.
 
     Returns:
-        0 if it is finished (or left to itself), 1 if it failed or was cancelled, 130 if it was interrupted.
+        0 if it is finished (or left to itself), 1 if it failed or was cancelled, 128 + the number of the signal that
+        ended it: Ctrl-C, TERM, or HUP.
     """
     import submitit
 
-    from launch.jobs.follow import follow_job, tell_end
+    from launch.jobs.follow import follow_local_job, tell_end
     from launch.jobs.local import local_executor
     from launch.jobs.rank import Job
 
@@ -324,20 +334,25 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     run = planned.run
     code = keep_code(run)
     (run.root / "jobs").mkdir(exist_ok=True)
-    executor: submitit.Executor
+    work = Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)
     if allocation.executor == "debug":
-        executor = submitit.DebugExecutor(run.root / "jobs")
-    else:
-        # The local controller counts the time down and kills: there is no queue to give the machine back to.
-        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN)
-    job = _undisturbed(lambda: executor.submit(Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)))
-    _record(planned, job.job_id, allocation, code)
-    print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}")
-    if allocation.executor == "debug":
+        job = submitit.DebugExecutor(run.root / "jobs").submit(work)
+        _record(planned, job.job_id, allocation, code)
+        _announce(run, job, allocation)
         with contextlib.suppress(SystemExit):  # a rank's way to stop
             job.result()
         return tell_end(run, job.job_id, "The same command resumes from the last checkpoint.")
-    return follow_job(job, run, local=True) if follow else 0
+    with ending_signals() as received:
+        # The controller counts the time down and kills: there is no queue to give the machine back to.
+        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN, followed=follow)
+        job = executor.start(work)
+        _record(planned, job.job_id, allocation, code)
+        _announce(run, job, allocation)
+        return follow_local_job(job, run, received) if follow else 0
+
+
+def _announce(run: RunFolder, job: submitit.Job[Any], allocation: Allocation) -> None:
+    print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}", flush=True)
 
 
 def keep_code(run: RunFolder, tell: Callable[[str], object] = print) -> snapshot.Snapshot:
@@ -412,7 +427,7 @@ def _record(planned: AnyPlanned, job_id: str, allocation: Allocation, code: snap
 
 
 def _undisturbed(submit: Callable[[], T]) -> T:
-    """Ctrl-C is for this process, which tells the job's controller; that one, or sbatch, would die of it."""
+    """Ctrl-C is for this process: sbatch would die of it."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return submit()
