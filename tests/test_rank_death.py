@@ -41,8 +41,9 @@ def words(rank: int, second: int, error: str = "ValueError: no", **more: object)
         ([words(2, 1, broken_off=True), words(0, 2, broken_off=True, error="RuntimeError: gloo")], 2),
         ([words(0, 3), words(2, 1), words(1, 2)], 0),
         ([words(0, 3, "was killed", traceback=""), words(2, 1, "was killed", traceback="")], 2),
+        ([words(1, 1, "DistNetworkError: Connection reset by peer"), words(0, 2, "was killed", traceback="")], 0),
     ],
-    ids=["nobody", "by time", "not who was cut off", "only cut off", "alike: the lowest", "killed: by time"],
+    ids=["nobody", "by time", "not who was cut off", "only cut off", "alike: the lowest", "killed: by time", "cut off before the ranks had met"],
 )
 def test_who_died_first(left, first):
     chosen = last_words._first(left)
