@@ -43,7 +43,15 @@ def words(rank: int, second: int, error: str = "ValueError: no", **more: object)
         ([words(0, 3, "was killed", traceback=""), words(2, 1, "was killed", traceback="")], 2),
         ([words(1, 1, "DistNetworkError: Connection reset by peer"), words(0, 2, "was killed", traceback="")], 0),
     ],
-    ids=["nobody", "by time", "not who was cut off", "only cut off", "alike: the lowest", "killed: by time", "cut off before the ranks had met"],
+    ids=[
+        "nobody",
+        "by time",
+        "not who was cut off",
+        "only cut off",
+        "alike: the lowest",
+        "killed: by time",
+        "before they met",
+    ],
 )
 def test_who_died_first(left, first):
     chosen = last_words._first(left)
