@@ -119,25 +119,32 @@ def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s:
         print(f"job {job.id} waits in the queue: removed from it", flush=True)
         _scancel(job.id)
     elif late and f"kill {job.id}" not in asked:
-        asked.add(f"kill {job.id}")
         print(f"job {job.id} is still there: killed", flush=True)
-        _scancel(job.id)
+        if _scancel(job.id):
+            asked.add(f"kill {job.id}")
     elif is_running(job.state) and job.id not in asked:
-        asked.add(job.id)
         print(f"job {job.id} on {job.nodes}: save a checkpoint and end, or be killed in {grace_s:.0f} s", flush=True)
         # To the ranks, not to the batch script: the shell would die of it and take them along.
-        _scancel(job.id, signal="TERM")
+        if _scancel(job.id, signal="TERM"):
+            asked.add(job.id)
 
 
-def _scancel(job: str, signal: str | None = None) -> None:
+def _scancel(job: str, signal: str | None = None) -> bool:
+    """Whether Slurm has answered; if not, it is asked once more.
+
+    Raises:
+        UserError: the job is another user's.
+    """
     try:
-        control.cancel(job, signal=signal)
+        control.cancel(job, signal=signal, patience_s=10)
     except SlurmUnavailable as error:
         print(f"{error} The mark stays, and the job ends when it finds it.", flush=True)
+        return False
     except SlurmError as error:
         if "denied" in str(error):
             raise UserError(f"Slurm does not let you cancel the job: {error} The mark stays.") from None
-        print(f"{error}", flush=True)
+        print(error, flush=True)
+    return True
 
 
 def _end_process(pid: int, asked: set[str | int], *, late: bool, grace_s: float) -> None:

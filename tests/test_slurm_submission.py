@@ -13,8 +13,11 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from launch import cancel
 from launch.jobs import submission
 from launch.jobs.run_state import read_jobs
+from launch.slurm.client import SlurmUnavailable
+from launch.slurm.queue import SlurmJob
 from slurm_fixture import wait_until
 from test_slurm_client import AWAY, HOSTILE, TIMED_OUT, FakeSlurm, fake  # noqa: F401
 
@@ -96,6 +99,23 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     (sweep / "44_submission.sh").rename(sweep / ".submission_file_0123.sh")
     fake.will("squeue", *["echo '44|.submission_file_0123.sh'", queue_shows(("44_1", "PENDING"))])
     assert submission.queued_job(run) is not None
+
+
+def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys):
+    answers: list[Exception | None] = [SlurmUnavailable("Socket timed out."), None]
+    given = []
+
+    def answer(job: str, **options) -> None:
+        given.append(options["signal"])
+        if error := answers.pop(0):
+            raise error
+
+    monkeypatch.setattr(cancel.control, "cancel", answer)
+    asked: set[str | int] = set()
+    for _ in range(3):
+        job = SlurmJob("12", "RUNNING", "", "", 0, "", "n1")
+        cancel._end_slurm_job(job, asked, late=False, grace_s=120)
+    assert given == ["TERM", "TERM"] and "Socket timed out. The mark stays" in capsys.readouterr().out
 
 
 @pytest.mark.slurm
