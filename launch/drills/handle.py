@@ -276,8 +276,8 @@ class RunHandle:
         return self._known.get(name, otherwise)
 
     def starts(self) -> int:
-        """How often Slurm has started the job."""
-        return int(self.job_field("Restarts", "0")) + 1
+        """How often Slurm has started the job, as far as was seen: minutes after its end the controller forgets it."""
+        return 1 + max(self._restarts, int(self.job_field("Restarts", "0")))
 
     def nodes(self) -> list[str]:
         self._asked = 0.0
