@@ -16,13 +16,16 @@ NODE_MEMORY_MB = 65536  # declared, not counted: --mem is accepted up to this an
 # MariaDB need not survive a power cut, which saves seconds; "loose": a version without the option starts all the same.
 NO_SYNC = "--loose-debug-no-sync"
 DATABASE = "slurm_acct_db"
-NO_CGROUPS_SINCE = (24, 5)  # before, slurmd does not know CgroupPlugin=disabled, and does not insist on cgroups
+CHANGED_IN = (24, 5)  # earlier versions do not know, and do not need, CgroupPlugin=disabled and MANY_REQUEUES
+MANY_REQUEUES = """\
+# A preemption within the grace time counts, and after 5, the default, the job is held.
+MaxBatchRequeue=1000000"""
 CLONE_NEWUTS = 0x04000000  # linux/sched.h
 
 
 def write_configuration(state: Path, nodes: int, cpus_per_node: int) -> dict:
     """Write slurm.conf, daemons.conf and slurmdbd.conf with free ports; return the record of what is to run."""
-    loopback_only = can_name_host()
+    loopback_only, version = can_name_host(), slurm_version()
     controller_port, database_port, *node_ports = free_ports(2 + nodes)
     names = [f"n{k}" for k in range(1, nodes + 1)]
     node_lines = "\n".join(
@@ -71,8 +74,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-# From Slurm 24.05 on a preemption within the grace time counts, and after 5, the default, the job is held.
-MaxBatchRequeue=1000000
+{MANY_REQUEUES if version >= CHANGED_IN else ""}
 
 {node_lines}
 PartitionName=low Nodes={",".join(names)} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
@@ -105,7 +107,7 @@ DebugFlags=NO_CONF_HASH
 """
     (state / "slurm.conf").write_text(user_conf)
     (state / "daemons.conf").write_text(daemons_conf)
-    if slurm_version() >= NO_CGROUPS_SINCE:
+    if version >= CHANGED_IN:
         (state / "cgroup.conf").write_text("# Written by slurm/cluster.py.\nCgroupPlugin=disabled\n")
     database_file = state / "slurmdbd.conf"
     database_file.touch(mode=0o600)  # slurmdbd insists

@@ -140,7 +140,7 @@ with running_cluster() as cluster:
 
 
 @pytest.mark.parametrize(("version", "told"), [((22, 5), False), ((23, 11), False), ((24, 5), True), ((25, 11), True)])
-def test_slurmd_is_told_that_there_are_no_cgroups_by_versions_that_know_the_word(
+def test_settings_of_later_versions_are_left_out_of_earlier_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], told: bool
 ) -> None:
     monkeypatch.setattr(configuration, "slurm_version", lambda: version)
@@ -148,6 +148,7 @@ def test_slurmd_is_told_that_there_are_no_cgroups_by_versions_that_know_the_word
     configuration.write_configuration(tmp_path, nodes=1, cpus_per_node=1)
     file = tmp_path / "cgroup.conf"
     assert file.exists() == told
+    assert ("MaxBatchRequeue" in (tmp_path / "slurm.conf").read_text()) == told, "22.05 refuses a key it does not know"
     assert not told or "CgroupPlugin=disabled" in file.read_text().splitlines()
 
 
