@@ -1,12 +1,11 @@
-"""Checkpoints: copied while training stands still, written aside, hashed and renamed while it goes on; a torn one is
-recognised and the one before it used.
+"""Writing checkpoints: copied while training stands still, written aside, hashed and renamed while it goes on.
+``resume.py`` reads them.
 
     checkpoints/
       step-00012345/
         model.safetensors       a model file: any tool takes it
         optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter> of the parameters in training
-        state.json              step, training set, receipt of what was consumed, updates behind these moments, steps
-                                left out, top-1 if it is an epoch's end, the files' sha256; written last
+        state.json              what the run knows beside these, and their sha256 (checkpoint_state.py); written last
       best.json                 step, set and top1 of the epoch's end that is best on the held-out set
       .step-00012399.4711       one that is being written, or that goes: renamed when it is whole, before it is removed
 
@@ -25,23 +24,34 @@ import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from cfmask.data.receipts import Consumed
+from cfmask.checkpoint_state import (
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Checkpoint,
+    CheckpointDamaged,
+    State,
+    encode,
+    found,
+    read_state,
+    step_of,
+)
 from cfmask.errors import UserError
-from cfmask.files import sha256_of, sync, write_atomically
+from cfmask.files import sync, write_atomically
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
-from cfmask.optim import Skips
+from cfmask.optim import MOMENTS, trained_parameters
 from cfmask.pinned import pinned_bytes
+from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.patience import patiently
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # Written and hashed in pieces, during which other threads run.
 _PIECE = 1 << 22
 _SAFETENSORS_NAMES = {
@@ -50,27 +60,6 @@ _SAFETENSORS_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-
-
-@dataclass(frozen=True)
-class State:
-    """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
-    the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here."""
-
-    step: int
-    dataset: str
-    consumed: Consumed
-    skips: Skips = Skips()
-    top1: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint(State):
-    """A whole, verified checkpoint. updates: the optimizer's own count, which leaves out what was skipped and begins
-    with its phase."""
-
-    path: Path
-    updates: int
 
 
 @dataclass(frozen=True)
@@ -102,12 +91,22 @@ class Writer:
         resumed: the checkpoint that training goes on from. Any beyond it was passed over as torn: it counts as none,
             and goes when training has come to its step.
         minutes: after so many without a checkpoint ``overdue`` tells; 0: never.
+        record: where the step of every checkpoint is noted when it is whole, outside of ``folder``: a folder that is
+            gone must not look like a run that has not begun.
     """
 
     def __init__(
-        self, folder: Path, keep: Keep, info: ModelInfo, *, resumed: Checkpoint | None = None, minutes: float = 0
+        self,
+        folder: Path,
+        keep: Keep,
+        info: ModelInfo,
+        *,
+        resumed: Checkpoint | None = None,
+        minutes: float = 0,
+        record: JsonLines | None = None,
     ) -> None:
         self._folder, self._keep, self._info, self._minutes = folder, keep, info, minutes
+        self._record = record
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._state: State | None = None
@@ -115,7 +114,7 @@ class Writer:
         self._updates = torch.zeros(())
         self._begun = time.monotonic()
         _remove_leftovers(folder)
-        self._whole = _whole(folder, resumed.step) if resumed is not None else {}
+        self._whole = _top1_of_intact(folder, resumed.step) if resumed is not None else {}
         self._point_at_best()
 
     def __enter__(self) -> Writer:
@@ -127,10 +126,10 @@ class Writer:
     def reserve(self, model: Classifier) -> None:
         """Take the memory for checkpoints of a phase, once it is clear what is trained. It takes a while, which
         ``start`` is to be spared."""
-        moments = {f"{moment}.{name}": parameter for name, parameter in _trained(model) for moment in _MOMENTS}
+        moments = {f"{moment}.{name}": parameter for name, parameter in trained_parameters(model) for moment in MOMENTS}
         self._images = {
-            "model.safetensors": _Image(model.state_dict(), self._info.to_metadata()),
-            "optimizer.safetensors": _Image(moments, {}),
+            MODEL: _Image(model.state_dict(), self._info.to_metadata()),
+            OPTIMIZER: _Image(moments, {}),
         }
         self._updates = torch.zeros((), pin_memory=next(model.parameters()).is_cuda)
 
@@ -147,8 +146,8 @@ class Writer:
         self._failure = None
         self._begun = time.monotonic()
         moments, updates = _optimizer_state(model, optimizer)
-        self._images["model.safetensors"].fill(model.state_dict())
-        self._images["optimizer.safetensors"].fill(moments)
+        self._images[MODEL].fill(model.state_dict())
+        self._images[OPTIMIZER].fill(moments)
         self._updates.copy_(updates, non_blocking=True)
         copied = None
         if next(model.parameters()).is_cuda:
@@ -204,6 +203,9 @@ class Writer:
             if copied is not None:
                 copied.synchronize()
             self._commit(state, int(updates), images)
+            if self._record is not None:
+                self._record.add({"step": state.step})
+                self._record.write()
             self._whole[state.step] = state.top1
             self._point_at_best()
             self._remove_old(state.step)
@@ -228,16 +230,8 @@ class Writer:
             # Not begun if it cannot end: a disk that is full to the last byte would cost others a line of their logs.
             if 0 < shutil.disk_usage(self._folder).free < _size(images):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            contents = {
-                "step": state.step,
-                "dataset": state.dataset,
-                "consumed": state.consumed.to_json(),
-                "skips": asdict(state.skips),
-                "top1": dict(state.top1),
-                "updates": updates,
-                "sha256": {name: _write_hashed(aside / name, image.pieces()) for name, image in images.items()},
-            }
-            _write_hashed(aside / "state.json", [json.dumps(contents, indent=2).encode()])
+            sha256 = {name: _write_hashed(aside / name, image.pieces()) for name, image in images.items()}
+            _write_hashed(aside / STATE, [encode(state, updates, sha256)])
             sync(aside)
             if final.exists():  # a torn one that a resume has passed over
                 _remove(final)
@@ -267,7 +261,7 @@ class Writer:
         best = best_of(self._whole, self._keep.best_on)
         stay = to_keep(self._whole, self._keep, best[0] if best else None)
         for path in found(self._folder):
-            step = _step_of(path)
+            step = step_of(path)
             if step < newest and step not in stay:
                 with contextlib.suppress(OSError):  # tried again after the next one
                     _remove(path)
@@ -372,102 +366,22 @@ def _remove_leftovers(folder: Path) -> None:
             leftover.unlink()
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
-def latest(folder: Path, report=print) -> Checkpoint | None:
-    """The newest checkpoint that is whole: every file there, with the sha256 that state.json gives.
-
-    ``report`` is called with a sentence for each torn one that is passed over.
-    """
-    for path in found(folder):
-        damage = _damage(path)
-        if damage is None:
-            return read_state(path)
-        report(f"Checkpoint {path} is torn ({damage}); falling back to the one before it.")
-    return None
-
-
-def read_state(path: Path) -> Checkpoint:
-    """What a checkpoint folder's state.json says; the other files are not looked at.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        state = json.loads((path / "state.json").read_text())
-        return Checkpoint(
-            path=path,
-            step=state["step"],
-            dataset=state["dataset"],
-            consumed=Consumed.from_json(state["consumed"]),
-            skips=Skips(**state["skips"]),
-            top1=state.get("top1", {}),
-            updates=state["updates"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'state.json'} cannot be read ({error!r}).") from None
-
-
-def restore_weights(checkpoint: Checkpoint, model: Classifier) -> None:
-    """Put a checkpoint's weights into a model, bit for bit."""
-    device = next(model.parameters()).device
-    model.load_state_dict(load_file(checkpoint.path / "model.safetensors", device=str(device)))
-
-
-def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments into the AdamW of the phase that it was made in, bit for bit."""
-    device = next(model.parameters()).device
-    moments = load_file(checkpoint.path / "optimizer.safetensors", device=str(device))
-    for name, parameter in _trained(model):
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(checkpoint.updates), device=device),
-            **{moment: moments[f"{moment}.{name}"] for moment in _MOMENTS},
-        }
-
-
 def _optimizer_state(model: Classifier, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], Tensor]:
     """Moments by name, and the number of updates, (), which is the same for all parameters; on the device."""
-    states = {name: optimizer.state[parameter] for name, parameter in _trained(model)}
-    moments = {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in _MOMENTS}
+    states = {name: optimizer.state[parameter] for name, parameter in trained_parameters(model)}
+    moments = {f"{moment}.{name}": state[moment] for name, state in states.items() for moment in MOMENTS}
     return moments, next(iter(states.values()))["step"]
 
 
-def _trained(model: Classifier) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+def _top1_of_intact(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
+    """Top-1 of the checkpoints up to a step whose state.json is intact.
 
-
-def found(folder: Path) -> list[Path]:
-    """Checkpoint folders, the newest first, whole or not."""
-    named = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted(named, key=_step_of, reverse=True)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _whole(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
-    """Checkpoints up to a step that are taken for whole, and their top-1. Only state.json is looked at."""
-    whole = {}
-    for path in found(folder):
-        with contextlib.suppress(UserError):
-            if _step_of(path) <= last:
-                whole[_step_of(path)] = read_state(path).top1
-    return whole
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
-    try:
-        expected = json.loads((path / "state.json").read_text())["sha256"]
-        read_state(path)
-    except (OSError, ValueError, KeyError, TypeError):  # UserError is a ValueError
-        return "state.json is missing or unreadable"
-    for name, digest in expected.items():
-        try:
-            if sha256_of(path / name) != digest:
-                return f"{name} is not what was written"
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-    return None
+    Raises:
+        StorageUnavailable: one cannot be read. It would be removed later as one that does not count.
+    """
+    intact = {}
+    for path in patiently(lambda: found(folder), str(folder)):
+        with contextlib.suppress(CheckpointDamaged):
+            if step_of(path) <= last:
+                intact[step_of(path)] = read_state(path).top1
+    return intact

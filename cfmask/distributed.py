@@ -108,7 +108,7 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
         UserError: there is no interface of that name on this machine.
         TimeoutError: rank 0 was not heard of, or other ranks did not come.
     """
-    meeting_folder.mkdir(parents=True, exist_ok=True)
+    meeting_folder.mkdir(exist_ok=True)  # not its parents: a run folder that is not mounted is not made anew
     meeting = meeting_folder / f"{place.attempt}.json"
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     if backend == "nccl":
@@ -143,7 +143,7 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
 
 def call_off(place: Place, meeting_folder: Path, reason: str, *, failed: bool = True) -> None:
     """Tell the waiting ranks of this attempt, from rank 0, that there will be no group: they raise CalledOff."""
-    meeting_folder.mkdir(parents=True, exist_ok=True)
+    meeting_folder.mkdir(exist_ok=True)  # not its parents: a run folder that is not mounted is not made anew
     write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason, "failed": failed}))
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.record import Record
+from cfmask.runtime.patience import patiently
 
 MAKES = ("nothing", "zero-shot", "wise-ft", "uniform-soup", "greedy-soup")
 
@@ -134,6 +135,6 @@ def _stamps(paths: Iterable[str]) -> dict[str, list[int]]:
 def load_evaluation(path: Path) -> Evaluation:
     """Raises UserError if it cannot be read."""
     try:
-        return Evaluation.from_json(path.read_text())
+        return Evaluation.from_json(patiently(path.read_text, str(path)))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error

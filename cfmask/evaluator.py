@@ -8,7 +8,9 @@ requeued, on any number of ranks, resumes behind the last of them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import struct
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,9 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,11 +32,13 @@ from cfmask.ensemble import average, greedy_soup, interpolate_into
 from cfmask.errors import UserError
 from cfmask.evaluate import Counts, answers_of, check_classes, check_set
 from cfmask.evaluation import Evaluation, files_of
-from cfmask.files import replace_tensors, write_atomically
+from cfmask.files import read_bytes, replace_tensors, write_atomically
 from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.runs import RunFolder, append_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
 from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, rank_0_first, session
 
@@ -69,14 +74,14 @@ def run_evaluation(
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)
         if is_main_process:
-            run.begin_attempt(
+            attempts = run.begin_attempt(
                 job=place.attempt,
                 nodes=place.nodes,
                 world_size=place.world_size,
                 device=str(place.device),
                 from_step=counter.images,
             )
-            run.cut_history(counter.images)
+            patiently(lambda: run.cut_history(counter.images), str(run.root))
         leaving.callback(counter.close)
         try:
             results = _evaluate(evaluation, run, counter, place.device)
@@ -89,7 +94,8 @@ def run_evaluation(
         if is_main_process:
             facts = {"evaluation": json.loads(mask_secrets(evaluation.to_json())), "of": files_of(evaluation)}
             write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
-            run.progress.unlink(missing_ok=True)
+            run.remove_progress()
+            attempts.write()
             run.end_attempt(FINISHED)
             print(f"finished: {run.results}", flush=True)
     return FINISHED
@@ -262,7 +268,7 @@ def _make_zero_shot(evaluation: Evaluation, run: RunFolder, sets: dict[str, Mani
     if not sets:
         raise UserError("A zero-shot head is for the classes of a set: name at least one with --sets.")
     classes = next(iter(sets.values())).classes
-    rows = run.root / "head-rows.safetensors"
+    rows = run.head_rows
     model, info = initial_model(
         evaluation.architecture, evaluation.pretrained, None, classes, str(place.device), kept_rows=rows
     )
@@ -298,6 +304,7 @@ class _Counter:
         self.images = self._kept_images()
         self._kept_at = self._logged_at = time.monotonic()
         self._logged_images = self.images
+        self._log = JsonLines(run.log)
         self._bar: tqdm | None = None
         if self.is_main_process:
             pace = 0.2 if sys.stderr.isatty() else 30
@@ -414,7 +421,8 @@ class _Counter:
             "samples_per_s": rate,
             "eta_s": max(0, self._total - self.images) / rate,
         }
-        append_lines(self._run.log, [line])
+        self._log.add(line)
+        self._log.write()
         self._logged_at, self._logged_images = now, self.images
 
     def _keep(self, key: str, done: int, counts: Counts) -> None:
@@ -427,24 +435,46 @@ class _Counter:
         batches = json.dumps({key: done for key, (done, _) in self._kept.items()})
         about = {"batches": batches, "facts": self._facts, "images": str(self._kept_images())}
         try:
-            replace_tensors(self._run.progress, tensors, about)
-        except (OSError, SafetensorError) as error:
+            replace_tensors(self._run.progress, tensors, {**about, "digest": _digest_of(tensors, about)})
+        except OSError as error:
             print(f"warning: {self._run.progress} cannot be written ({error}); counting goes on", flush=True)
 
     def _kept_images(self) -> int:
         return sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
 
     def _read(self) -> dict[str, tuple[int, dict[str, Tensor]]]:
-        """What an earlier start has kept; nothing, if it was counted on other models or sets."""
+        """What an earlier start has kept; nothing, if it was counted on other models or sets, or is damaged.
+
+        Raises:
+            StorageUnavailable: it cannot be read.
+        """
+        path = self._run.progress
         try:
-            with safe_open(self._run.progress, "pt") as file:
-                about = file.metadata()
-                if about.get("facts") != self._facts:
-                    print("Models or sets are not what they were: all is counted anew.", flush=True)
-                    return {}
-                return {
-                    key: (done, {name: file.get_tensor(f"{key}|{name}") for name in Counts.NAMES})
-                    for key, done in json.loads(about["batches"]).items()
-                }
-        except (FileNotFoundError, SafetensorError):
+            data = patiently(lambda: read_bytes(path), str(path))
+        except FileNotFoundError:
             return {}
+        try:
+            tensors = safetensors.torch.load(data)
+            about = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+            digest = about.pop("digest")
+            if digest != _digest_of(tensors, about):
+                raise ValueError("its digest is not that of its counts")
+            if about["facts"] != self._facts:
+                print("Models or sets are not what they were: all is counted anew.", flush=True)
+                return {}
+            return {
+                key: (done, {name: tensors[f"{key}|{name}"] for name in Counts.NAMES})
+                for key, done in json.loads(about["batches"]).items()
+            }
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            print(f"warning: {path} is not what was written ({error}): all is counted anew.", flush=True)
+            return {}
+
+
+def _digest_of(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    """sha256 of counts and of what they are of."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

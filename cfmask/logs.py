@@ -3,45 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from cfmask.checkpoint_state import Skips
 from cfmask.data import receipts
 from cfmask.evaluate import Score
 from cfmask.metrics import StepResult
-from cfmask.optim import Phase, Skips, rates
+from cfmask.optim import Phase, rates
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, append_lines
-
-
-class JsonLines:
-    """A .jsonl file that is appended to. Lines that cannot be written are kept, and written with the next ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._pending: list[dict[str, Any]] = []
-
-    @property
-    def pending(self) -> tuple[dict[str, Any], ...]:
-        """Lines that are not in the file yet."""
-        return tuple(self._pending)
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Remember a line for the next ``write``."""
-        self._pending.append(line)
-
-    def write(self) -> None:
-        """Append what is pending. A failure is a warning."""
-        if not self._pending:
-            return
-        try:
-            append_lines(self.path, self._pending)
-            self._pending.clear()
-        except OSError as error:
-            print(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait for the next", flush=True)
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines
 
 
 class MetricLogger:
@@ -51,13 +25,27 @@ class MetricLogger:
     Args:
         step: that training resumes from, or 0. Curves beyond it are cut.
         schedule: the phases of the run.
+        also: other files of the run, whose pending lines are written by ``flush`` too.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, step: int, schedule: tuple[Phase, ...]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunFolder,
+        step: int,
+        schedule: tuple[Phase, ...],
+        *,
+        also: Sequence[JsonLines] = (),
+    ) -> None:
         self._every, self._total = recipe.run.log_steps, schedule[-1].end
         self._optim, self._schedule = recipe.optim, schedule
-        self._board: SummaryWriter | None = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
+        self._board: SummaryWriter | None = None
+        try:
+            self._board = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            self._end_curves(error)
         self._log, self._receipts = JsonLines(run.log), JsonLines(run.receipts)
+        self._also = also
         self._window: list[StepResult] = []
         self._since = time.monotonic()
 
@@ -122,8 +110,8 @@ class MetricLogger:
     def flush(self) -> None:
         """Write what is pending. Called before a checkpoint: what is logged after it is logged again by a resumed run,
         what is logged before it never is."""
-        self._receipts.write()
-        self._log.write()
+        for file in (self._receipts, self._log, *self._also):
+            file.write()
         if self._board is not None:
             try:
                 self._board.flush()

@@ -16,6 +16,9 @@ _ONE_CYCLE_WARMUP = 0.02
 _ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
 _ONE_CYCLE_BETA1 = (0.85, 0.95)
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter, beside its number of updates."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -29,17 +32,6 @@ class Phase:
     tower: bool
     lr: float
     weight_decay: float
-
-
-@dataclass(frozen=True)
-class Skips:
-    """Steps left out because a loss or gradient was not finite: in all, and in a row up to now."""
-
-    total: int = 0
-    in_a_row: int = 0
-
-    def plus(self, skipped: bool) -> Skips:
-        return Skips(self.total + skipped, self.in_a_row + 1 if skipped else 0)
 
 
 @dataclass(frozen=True)
@@ -108,6 +100,11 @@ def adamw(parameters: Iterable[nn.Parameter], phase: Phase, settings: Optim) -> 
         weight_decay=phase.weight_decay,
         fused=True,
     )
+
+
+def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters in training, by name."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def take_step(optimizer: torch.optim.AdamW, now: Rates, clip_norm: float) -> Tensor:

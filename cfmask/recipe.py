@@ -17,6 +17,7 @@ from typing import Any, Literal
 from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
 from cfmask.record import Record
+from cfmask.runtime.patience import patiently
 
 # Values that the authors give: threshold for object and context masks, masking rate for random ones.
 PAPER_VALUES = {
@@ -541,6 +542,6 @@ def load_recipe(path: str | Path) -> Recipe:
         UserError: no such file, or not a recipe.
     """
     try:
-        return Recipe.from_json(Path(path).read_text())
+        return Recipe.from_json(patiently(Path(path).read_text, str(path)))
     except OSError as error:
         raise UserError(f"No recipe can be read from {path}: {error.strerror}.") from error

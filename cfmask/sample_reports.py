@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cfmask.checkpoint_state import Skips
 from cfmask.data.receipts import Consumed
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import BadSample, Batch
 from cfmask.errors import UserError
 from cfmask.metrics import StepResult
-from cfmask.optim import Skips
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, append_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines
 from cfmask.step import Metrics
 
 
@@ -29,13 +30,15 @@ class _MicroBatch:
 
 
 class SampleReports:
-    """Keeps this rank's bad samples and skipped steps until all ranks write them into the run folder."""
+    """Keeps this rank's bad samples and skipped steps until all ranks write them into the run folder. Lines that cannot
+    be written there, on a full disk say, wait for the next ones."""
 
     def __init__(self, run: RunFolder, epoch_steps: int) -> None:
-        self._run, self._epoch_steps = run, epoch_steps
+        self._epoch_steps = epoch_steps
         self._bad: list[BadSample] = []
         self._pending: dict[int, list[_MicroBatch]] = {}
         self._skipped: list[dict[str, Any]] = []
+        self._bad_lines, self._skipped_lines = JsonLines(run.bad_samples), JsonLines(run.skipped_steps)
 
     def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
         """Remember a micro-batch of ``step`` until the step's result is known."""
@@ -72,13 +75,14 @@ class SampleReports:
             for rank, of_rank in enumerate(found)
             for bad in of_rank
         ]
-        append_lines(self._run.bad_samples, lines)
+        self._bad_lines.extend(lines)
         for line in lines:
             print(
                 f"warning: step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
                 f"({line['reason']}); {line['substitute']} stands in for it",
                 flush=True,
             )
+        self._bad_lines.write()
 
     def write_skipped_steps(self) -> None:
         """Append the steps left out since the last call to skipped_steps.jsonl, each with the samples whose outputs are
@@ -100,7 +104,13 @@ class SampleReports:
                 f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}",
                 flush=True,
             )
-        append_lines(self._run.skipped_steps, lines)
+        self._skipped_lines.extend(lines)
+        self._skipped_lines.write()
+
+    @property
+    def files(self) -> tuple[JsonLines, JsonLines]:
+        """What is written on rank 0. Lines may be pending."""
+        return self._bad_lines, self._skipped_lines
 
 
 def too_many_skipped_steps(

@@ -13,7 +13,8 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
-from cfmask import checkpoint
+from cfmask import resume
+from cfmask.checkpoint_state import Skips, State
 from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import Consumed
@@ -28,7 +29,7 @@ from cfmask.memory import choose_micro_batches, explained_out_of_memory
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.optim import Phase, Skips, phases, rates, take_step
+from cfmask.optim import Phase, phases, rates, take_step
 from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
@@ -36,6 +37,7 @@ from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_
 from cfmask.session import FINISHED, Report, SecondsLeft, StopRequest, autocast, choose_arithmetic, session
 from cfmask.train_setup import (
     agree_on_checkpoint,
+    begin_history,
     begin_phase,
     checkpoint_writer,
     epochs,
@@ -105,25 +107,27 @@ def _train(
         study = MaskStudy.of(recipe.data.segmentation, manifest, model, device)
 
     # --- resume -----------------------------------------------------------------------------------------------
-    found = agree_on_checkpoint(run, manifest, total_steps, is_main_process=is_main_process)
+    found = agree_on_checkpoint(
+        run, manifest, total_steps, epoch_steps, recipe.run.checkpoint_steps, is_main_process=is_main_process
+    )
     step, consumed, skips = 0, Consumed(), Skips()
     if found is not None:
-        checkpoint.restore_weights(found, model)
+        resume.restore_weights(found, model)
         step, consumed, skips = found.step, found.consumed, found.skips
     logger, study_log, writer = None, None, None
+    reports = SampleReports(run, epoch_steps)
     if is_main_process:
-        logger = MetricLogger(recipe, run, step, schedule)
-        study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
-        writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
-        run.begin_attempt(
+        attempts = run.begin_attempt(
             job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
         )
-        run.cut_history(step)
+        logger = MetricLogger(recipe, run, step, schedule, also=[attempts, *reports.files])
+        study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
+        writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
         print(f"step {step} of {total_steps} ({epoch_steps} an epoch), {place.world_size} ranks, {device}", flush=True)
 
     # --- train --------------------------------------------------------------------------------------------------
     bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
-    reducer, reports = AsyncMetricReducer(device), SampleReports(run, epoch_steps)
+    reducer = AsyncMetricReducer(device)
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
@@ -134,6 +138,8 @@ def _train(
             passes = make_passes(model, teachers, normalise, recipe, place.world_size)
             if writer is not None:
                 writer.reserve(model)
+            if current is None:
+                begin_history(run, step, store, place)
             current = phase
         while step < (epoch + 1) * epoch_steps:
             step += 1
@@ -200,7 +206,7 @@ def _train(
                 if study_log is not None:
                     study_log.flush()
                 top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
-                writer.start(checkpoint.State(step, manifest.digest, consumed, skips, top1s), model, optimizer)
+                writer.start(State(step, manifest.digest, consumed, skips, top1s), model, optimizer)
             if too_many_bad:
                 not_written = wait_for_checkpoint(writer)
                 raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written

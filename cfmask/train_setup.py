@@ -4,14 +4,18 @@ and optimizer of each phase."""
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from cfmask import checkpoint
+from cfmask import checkpoint, resume
+from cfmask.checkpoint_state import Checkpoint
+from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
@@ -24,6 +28,8 @@ from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.patience import patiently
 from cfmask.session import rank_0_first
 from cfmask.step import Teachers
 
@@ -64,13 +70,14 @@ def load_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place
         UserError: there are no such weights, or a model does not fit the training set or the others.
     """
     rank_0_first(store, place, "the initial model", lambda: _write_initial_models(recipe, run, manifest, place))
-    model, info = load_model(run.initial)
+    model, info = patiently(lambda: load_model(run.initial), str(run.initial))
     model = model.to(place.device)
     model.recompute, model.compiled = recipe.run.activation_checkpointing, recipe.run.compile
     start = copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None
     ensemble = None
     if recipe.method.ensemble:
-        ensemble = load_model(run.ensemble)[0].to(place.device).requires_grad_(False)
+        other, _ = patiently(lambda: load_model(run.ensemble), str(run.ensemble))
+        ensemble = other.to(place.device).requires_grad_(False)
     if recipe.run.precision == "bf16":
         for teacher in (start, ensemble):
             if teacher is not None:
@@ -80,8 +87,12 @@ def load_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place
 
 
 def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place) -> None:
-    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, unless they exist."""
-    if not run.initial.exists():
+    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, unless they exist.
+
+    Raises:
+        UserError: they cannot be made, or are gone from a run that has had them.
+    """
+    if not _is_there(run, run.initial):
         model, info = initial_model(
             recipe.model.name,
             recipe.model.pretrained,
@@ -90,28 +101,66 @@ def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, pl
             device=str(place.device),
         )
         save_model(run.initial, model, info)
-    if recipe.method.ensemble is not None and not run.ensemble.exists():
+    if recipe.method.ensemble is not None and not _is_there(run, run.ensemble):
         model, info = load_model(find_model(recipe.method.ensemble))
         check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
         save_model(run.ensemble, model, info)
+
+
+def _is_there(run: RunFolder, path: Path) -> bool:
+    """Whether a model file of a run is there. Raises UserError if it is gone: the run would go on with another."""
+
+    def look() -> bool:
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    if patiently(look, str(path)):
+        return True
+    where = str(run.root)
+    begins_again = patiently(run.step_0_allowed, where) and not patiently(
+        lambda: found_checkpoints(run.checkpoints), where
+    )
+    if patiently(run.has_started, where) and not begins_again:
+        raise UserError(
+            f"{path} is missing, and {run.root} has started with it before. If a file system is not mounted, mount it "
+            f"and start again; if the file was moved or deleted, bring it back. Without it and without checkpoints the "
+            f"run can begin again at step 0: python launch/submit.py --resume {run.root} --from-step-0"
+        )
+    return False
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 def agree_on_checkpoint(
-    run: RunFolder, manifest: Manifest, total_steps: int, *, is_main_process: bool
-) -> checkpoint.Checkpoint | None:
+    run: RunFolder,
+    manifest: Manifest,
+    total_steps: int,
+    epoch_steps: int,
+    checkpoint_steps: int,
+    *,
+    is_main_process: bool,
+) -> Checkpoint | None:
     """The checkpoint to resume from, chosen and verified by rank 0, the same on every rank; None to begin at step 0.
 
-    Raises:
-        UserError: it is of another training set, or beyond ``total_steps``.
+    Raises, on all ranks:
+        UserError: it is of another training set, or beyond ``total_steps``; files could not be read; or there is none,
+            and the run has come further (``resume.check_progress``).
     """
-    choice: list[Any] = [None]
+    choice: list[Any] = [None, None]
     if is_main_process:
-        choice[0] = checkpoint.latest(run.checkpoints, report=lambda text: print(f"warning: {text}", flush=True))
+        try:
+            choice[0] = resume.latest(run.checkpoints, report=lambda text: print(f"warning: {text}", flush=True))
+            resume.check_progress(run, choice[0], epoch_steps, checkpoint_steps)
+        except UserError as error:
+            choice[1] = str(error)
     dist.broadcast_object_list(choice)
-    found: checkpoint.Checkpoint | None = choice[0]
+    found: Checkpoint | None = choice[0]
+    if choice[1] is not None:
+        raise UserError(choice[1])
     if found is None:
         return None
     if found.dataset != manifest.digest:
@@ -124,8 +173,24 @@ def agree_on_checkpoint(
     return found
 
 
+def begin_history(run: RunFolder, step: int, store: dist.Store, place: Place) -> None:
+    """Drop what an earlier start has logged beyond the checkpoint of ``step``, once every rank has restored it: a start
+    that fails before has changed nothing.
+
+    Raises:
+        UserError, OSError: the files cannot be changed; on all ranks.
+    """
+
+    def cut() -> None:
+        run.cut_history(step)
+        run.clear_step_0()
+
+    dist.barrier()
+    rank_0_first(store, place, "the history", lambda: patiently(cut, str(run.root)))
+
+
 def checkpoint_writer(
-    recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: checkpoint.Checkpoint | None
+    recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: Checkpoint | None
 ) -> checkpoint.Writer:
     """Writes the checkpoints of a run that resumes from ``found``; keeps those that the recipe says."""
     settings = recipe.run
@@ -134,21 +199,26 @@ def checkpoint_writer(
         epoch_steps=epoch_steps if settings.keep_epochs else None,
         best_on=settings.best_on,
     )
-    return checkpoint.Writer(run.checkpoints, keep, info, resumed=found, minutes=settings.checkpoint_minutes)
+    return checkpoint.Writer(
+        run.checkpoints,
+        keep,
+        info,
+        resumed=found,
+        minutes=settings.checkpoint_minutes,
+        record=JsonLines(run.committed),
+    )
 
 
 # --- phases and epochs ------------------------------------------------------------------------------------------------
 
 
-def begin_phase(
-    phase: Phase, model: Classifier, settings: Optim, found: checkpoint.Checkpoint | None
-) -> torch.optim.AdamW:
+def begin_phase(phase: Phase, model: Classifier, settings: Optim, found: Checkpoint | None) -> torch.optim.AdamW:
     """The optimizer of what a phase trains, with the moments of ``found`` if that is a checkpoint from within the
     phase. From here on the model's other parameters require no gradient."""
     model.visual.requires_grad_(phase.tower)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
     if found is not None and found.step > phase.start:
-        checkpoint.restore_optimizer(found, model, optimizer)
+        resume.restore_optimizer(found, model, optimizer)
     return optimizer
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.runs import Owner, RunFolder  # noqa: E402
+from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.lock import Owner  # noqa: E402
 from launch.jobs import processes  # noqa: E402
 from launch.jobs.run_state import ask_queue, find_runs, read_state  # noqa: E402
 from launch.jobs.status_table import latest_checkpoint  # noqa: E402

@@ -38,7 +38,8 @@ from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_architecture, check_head, model_info, read_info  # noqa: E402
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
-from cfmask.runs import RunFolder, read_lines, read_object  # noqa: E402
+from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.jsonl import read_lines, read_object  # noqa: E402
 from cfmask.secrets import has_secrets, mask_secrets  # noqa: E402
 from launch.jobs import training  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, warn_of_paths_outside  # noqa: E402

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from cfmask.models.head import save_model
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry

@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 import cfmask.logs
 import cfmask.train
 import made
-from cfmask import checkpoint
+from cfmask import checkpoint, resume
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
+from cfmask.checkpoint_state import State, read_state
 from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.optim import adamw
 from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from cfmask.session import REQUEUE
 from made import train
 from test_checkpoint import LATEST_TWO, PHASE, state, steps_in, train_on, trained
@@ -92,7 +94,7 @@ def test_it_holds_the_weights_and_moments_of_its_step_though_training_goes_on(tm
     for (name, _), of in zip(model.named_parameters(), moments, strict=True):
         assert torch.equal(stored[f"exp_avg.{name}"], of["exp_avg"])
         assert torch.equal(stored[f"exp_avg_sq.{name}"], of["exp_avg_sq"])
-    assert checkpoint.read_state(saved).updates == 3
+    assert read_state(saved).updates == 3
 
 
 @pytest.mark.gpu
@@ -136,7 +138,7 @@ def test_on_a_gpu_copies_are_queued_behind_what_is_queued_and_before_what_follow
     assert all(torch.equal(value, expected[name].cpu()) for name, value in load_file(saved / MODEL).items())
     stored = load_file(saved / OPTIMIZER)
     assert all(torch.equal(stored[f"exp_avg.{name}"], value.cpu()) for name, value in moments.items())
-    assert checkpoint.read_state(saved).updates == 4
+    assert read_state(saved).updates == 4
 
 
 def test_one_is_under_way_at_most_and_both_are_right(tmp_path, writer, gate):
@@ -274,7 +276,7 @@ def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk, m
     assert error is not None and "No space left on device" in str(error)
     assert bool(free) != known, "it was filled for nothing, and logs need room too"
     assert steps_in(small_disk) == [1]
-    found = checkpoint.latest(small_disk)
+    found = resume.latest(small_disk)
     assert found is not None and found.step == 1
 
 
@@ -334,7 +336,7 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
     undisturbed = shutil.copytree(tmp_path / "before", tmp_path / "undisturbed")
 
     def write_third(folder: Path) -> None:
-        with Writer(folder, keep, TINY.info(), resumed=checkpoint.latest(folder)) as writer:
+        with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
             writer.reserve(model)
             writer.start(state(3, holdout=60.0), model, optimizer)
             assert writer.wait() is None
@@ -363,7 +365,7 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
         said: list[str] = []
-        found = checkpoint.latest(folder, report=said.append)
+        found = resume.latest(folder, report=said.append)
         assert found is not None and not said, f"killed at {number}, something torn is taken for a checkpoint"
         ended.append(found.step)
         assert all(path.read_bytes() == expected[path.relative_to(folder)] for path in found.path.iterdir())
@@ -439,7 +441,7 @@ def test_a_run_points_at_its_best_epoch_on_the_set_it_is_told_and_a_resume_knows
     }
     assert steps_in(run.checkpoints) == sorted({best, 18})
     for path in run.checkpoints.glob("step-*"):
-        saved = checkpoint.read_state(path)
+        saved = read_state(path)
         assert saved.top1 == {"val": scores[saved.step]}
 
 
@@ -466,7 +468,7 @@ def fail_at(monkeypatch, steps: set[int]) -> None:
     """The checkpoints of these steps meet a full disk."""
     real = Writer._commit
 
-    def commit(self: Writer, state: checkpoint.State, *arguments) -> None:
+    def commit(self: Writer, state: State, *arguments) -> None:
         if state.step in steps:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, state, *arguments)
@@ -503,7 +505,7 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     """A run that is asked to stop at step 4, whose checkpoint cannot be written in the first ``failing`` tries."""
     real, tries = Writer._commit, iter(range(99))
 
-    def commit(self, state: checkpoint.State, *arguments) -> None:
+    def commit(self, state: State, *arguments) -> None:
         if state.step == 4 and next(tries) < failing:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(self, state, *arguments)
@@ -550,7 +552,7 @@ def test_nobody_hears_of_an_end_before_the_checkpoint_is_whole(materials, tmp_pa
     real = RunFolder.end_attempt
 
     def end_attempt(self: RunFolder, why: str) -> None:
-        found = checkpoint.latest(self.checkpoints)
+        found = resume.latest(self.checkpoints)
         assert found is not None
         whole.append(found.step)
         real(self, why)
@@ -610,7 +612,8 @@ from pathlib import Path
 
 repo, run, rank, attempt, slow = sys.argv[1:]
 sys.path.insert(0, repo)
-from cfmask import checkpoint
+from cfmask import checkpoint, resume
+from cfmask.checkpoint_state import State, read_state
 from cfmask.distributed import Place
 from cfmask.runs import RunFolder
 from cfmask.train import train

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made
+from cfmask.checkpoint_state import digest_of
 from cfmask.data import plan, receipts
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from tools import audit
 
 STEPS = 6  # an epoch of 96 samples in batches of 16
@@ -112,12 +113,21 @@ def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypat
     assert "Step 12" not in out and "Step 8" not in out
 
 
+def test_a_flipped_bit_in_a_checkpoints_state_is_not_proven(materials, tmp_path, capsys):
+    run = train(materials, tmp_path / "run")
+    state = run.checkpoints / "step-00000012/state.json"
+    state.write_bytes(state.read_bytes().replace(b'"updates": 12', b'"updates": 13'))
+    code, out = said(run, capsys)
+    assert code == 1 and "NOT PROVEN" in out and "step-00000012 is damaged: state.json" in out
+
+
 def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000008/state.json"
     raw = json.loads(state.read_text())
     raw["consumed"]["receipt"] = f"{int(raw['consumed']['receipt'], 16) ^ 1:032x}"
-    state.write_text(json.dumps(raw))
+    del raw["digest"]
+    state.write_text(json.dumps({**raw, "digest": digest_of(raw)}))
     code, out = said(run, capsys)
     assert code == 1 and "checkpoint of step 8 was trained on other samples" in out
     lines = run.receipts.read_text().splitlines(keepends=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import made
 from cfmask.data import shards
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from tools import audit
 
 STEPS = 6  # an epoch

@@ -15,7 +15,9 @@ import pytest
 
 import made
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, process_runs, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.machine import process_runs
 from launch import cancel
 from launch.jobs.run_state import SlurmAnswers, read_state
 from launch.jobs.run_status import status_of

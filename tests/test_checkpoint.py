@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cfmask import checkpoint
+from cfmask import checkpoint, resume
 from cfmask.checkpoint import Keep, Writer, best_of, to_keep
+from cfmask.checkpoint_state import Skips, State
 from cfmask.data.receipts import MODULUS, Consumed
 from cfmask.models.head import load_model
-from cfmask.optim import Phase, Skips, adamw
+from cfmask.optim import Phase, adamw
 from cfmask.recipe import Optim
 from towers import TINY
 
@@ -26,10 +27,8 @@ PHASE = Phase(0, 10, tower=True, lr=1e-3, weight_decay=0.1)
 LATEST_TWO = Keep(2)
 
 
-def state(step: int, **top1: float) -> checkpoint.State:
-    return checkpoint.State(
-        step, "0123", Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1), top1=top1
-    )
+def state(step: int, **top1: float) -> State:
+    return State(step, "0123", Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1), top1=top1)
 
 
 def trained(steps: int = 3):
@@ -47,11 +46,11 @@ def train_on(model, optimizer, seed: int) -> None:
     optimizer.zero_grad()
 
 
-def save(folder: Path, *states: checkpoint.State, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
+def save(folder: Path, *states: State, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
     """Checkpoints of these states, by one attempt that goes on from the latest."""
     if model is None:
         model, optimizer = trained(1)
-    with Writer(folder, keep, TINY.info(), resumed=checkpoint.latest(folder)) as writer:
+    with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
         writer.reserve(model)
         for one in states:
             writer.start(one, model, optimizer)
@@ -73,11 +72,11 @@ def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
     save(tmp_path, state(5, val=12.5), model=model, optimizer=optimizer)
     other = TINY.classifier(seed=9)
     restored = adamw(other.parameters(), PHASE, Optim())
-    found = checkpoint.latest(tmp_path)
+    found = resume.latest(tmp_path)
     assert found is not None and found.updates == 3, "two of five steps were left out"
     assert vars(state(5, val=12.5)).items() <= vars(found).items()
-    checkpoint.restore_weights(found, other)
-    checkpoint.restore_optimizer(found, other, restored)
+    resume.restore_weights(found, other)
+    resume.restore_optimizer(found, other, restored)
     for m, o in ((model, optimizer), (other, restored)):
         train_on(m, o, seed=7)
     for ours, theirs in zip(other.parameters(), model.parameters(), strict=True):
@@ -143,7 +142,7 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file,
     newest = tmp_path / "step-00000002"
     tear(newest / file, damage)
     said: list[str] = []
-    found = checkpoint.latest(tmp_path, report=said.append)
+    found = resume.latest(tmp_path, report=said.append)
     assert found is not None and found.step == 1
     assert len(said) == 1 and str(newest) in said[0]
 
@@ -151,7 +150,7 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file,
 def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up_at_the_next_start(tmp_path):
     save(tmp_path, state(4))
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000005.123")
-    found = checkpoint.latest(tmp_path)
+    found = resume.latest(tmp_path)
     assert found is not None and found.step == 4
     Writer(tmp_path, Keep(2), TINY.info(), resumed=found)
     assert steps_in(tmp_path) == [4]
@@ -162,10 +161,10 @@ def test_a_torn_one_that_was_passed_over_counts_as_none_and_goes_when_training_h
     save(tmp_path, state(10), state(20), keep=Keep(last))
     tear(tmp_path / "step-00000020/model.safetensors")
     if last == 1:  # nothing whole is left: training begins anew
-        assert checkpoint.latest(tmp_path) is None
+        assert resume.latest(tmp_path) is None
     save(tmp_path, state(15), keep=Keep(last))
     assert steps_in(tmp_path)[-2:] == [15, 20]
-    found = checkpoint.latest(tmp_path)
+    found = resume.latest(tmp_path)
     assert found is not None and found.step == 15
     save(tmp_path, state(25), keep=Keep(last))
     assert steps_in(tmp_path) == ([25] if last == 1 else [15, 25])
@@ -176,7 +175,7 @@ def test_a_torn_one_of_the_same_step_is_replaced(tmp_path):
     tear(tmp_path / "step-00000020/optimizer.safetensors")
     save(tmp_path, state(20))
     assert steps_in(tmp_path) == [10, 20]
-    found = checkpoint.latest(tmp_path)
+    found = resume.latest(tmp_path)
     assert found is not None and found.step == 20
 
 
@@ -259,7 +258,7 @@ def test_a_pointer_that_a_kill_prevented_is_written_at_the_next_start(tmp_path):
     keep = Keep(1, best_on="holdout")
     save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=keep)
     (tmp_path / "best.json").unlink()
-    Writer(tmp_path, keep, TINY.info(), resumed=checkpoint.latest(tmp_path))
+    Writer(tmp_path, keep, TINY.info(), resumed=resume.latest(tmp_path))
     assert pointed_at(tmp_path)["step"] == 6
 
 

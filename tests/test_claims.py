@@ -15,7 +15,8 @@ import pytest
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs import claims, submission, training
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import write_environment

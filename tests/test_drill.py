@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfmask.runs import append_lines, read_lines
+from cfmask.runtime.jsonl import append_lines, read_lines
 from launch.drills.cluster import DevCluster
 from launch.drills.environment import STEPS, DrillEnvironment
 from launch.drills.faults import fill_disk

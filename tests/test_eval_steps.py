@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask import checkpoint
+from cfmask.checkpoint_state import read_state
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 
 SCHEDULE = [(3, 0.5), (6, 1), (9, 1.5), (12, 2)]  # every 3 of 6 steps an epoch: each second one is an epoch's end
 
@@ -96,7 +97,7 @@ def test_a_run_that_was_killed_past_its_checkpoint_logs_each_evaluation_once(mat
 def test_the_best_is_one_of_the_epochs_ends(materials, tmp_path):
     """Checkpoints fall on every evaluation here, and those between epochs' ends carry no score to be best by."""
     run = made.train(recipe_of(materials, checkpoint_steps=3, keep_checkpoints=9, best_on="val"), tmp_path / "run")
-    saved = {path: checkpoint.read_state(path) for path in run.checkpoints.glob("step-*")}
+    saved = {path: read_state(path) for path in run.checkpoints.glob("step-*")}
     assert {state.step: bool(state.top1) for state in saved.values()} == {3: False, 6: True, 9: False, 12: True}
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 import made
 from cfmask.models.head import load_model
 from cfmask.report import read_results
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs import allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft

@@ -29,7 +29,8 @@ from cfmask.evaluation import Evaluation
 from cfmask.evaluator import run_evaluation
 from cfmask.models.head import ModelInfo, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT, REQUEUE
 from towers import B32, TINY
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import made
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 
 
 @pytest.fixture(scope="module")

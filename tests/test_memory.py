@@ -28,7 +28,8 @@ from cfmask.memory import MARGIN, Footprint, Trial, explained_out_of_memory, few
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
 from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
 from launch.jobs.recipe_arguments import recipe_from

@@ -13,7 +13,8 @@ import cfmask.train
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from tools import wise_ft
 
 STEPS = 6  # an epoch of 96 samples in batches of 16

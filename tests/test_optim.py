@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cfmask.optim import Phase, Rates, Skips, adamw, phases, rates, take_step
+from cfmask.checkpoint_state import Skips
+from cfmask.optim import Phase, Rates, adamw, phases, rates, take_step
 from cfmask.recipe import Method, Optim, Recipe
 
 A1 = Recipe().resolved().optim

@@ -17,7 +17,8 @@ from cfmask.data import imagenet
 from cfmask.errors import UserError
 from cfmask.masking.validation import THRESHOLDS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from tools import plot_runs, validate_masks
 from towers import TINY
 

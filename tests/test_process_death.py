@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.runs import RunFolder, process_runs, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.machine import process_runs
 from launch.jobs import processes
 from made import REPO
 from slurm_fixture import wait_until

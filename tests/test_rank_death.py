@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 import made
-from cfmask.runs import RunFolder, process_runs, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.machine import process_runs
 from launch.jobs import failures as last_words
 from launch.jobs.failures import Words
 from launch.jobs.run_state import look_at

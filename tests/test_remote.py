@@ -316,8 +316,8 @@ def test_processes_and_threads_share_one_download(server, cache):
 def test_a_copy_that_appears_just_before_the_lock_is_taken_is_used(server, cache, monkeypatch):
     url = server.put("/a.tar", made(50 * KB))
     contents(cache, url)
-    look, looks = remote._open_whole, []
-    monkeypatch.setattr(remote, "_open_whole", lambda *args: looks.append(args) or (len(looks) > 1 and look(*args)))
+    look, looks = remote._open_copy, []
+    monkeypatch.setattr(remote, "_open_copy", lambda *args: looks.append(args) or (len(looks) > 1 and look(*args)))
     assert contents(cache, url) == made(50 * KB)
     assert len(looks) == 2 and len(server.requests) == 1 and copies(cache) == ["a.tar"]
 
@@ -499,7 +499,7 @@ def test_a_full_disk_takes_copies_first(server, cache, monkeypatch):
     write = os.write
 
     def full(descriptor, data, room=1):
-        if len([name for name in os.listdir(cache._folder) if not name.endswith(".part")]) - 2 > room:
+        if len([name for name in os.listdir(cache._folder) if not name.startswith(".") and ".part" not in name]) > room:
             raise OSError(28, "No space left on device")
         return write(descriptor, data[: 10 * KB])
 
@@ -520,3 +520,95 @@ def test_a_folder_that_cannot_be_used_is_named(server, tmp_path):
 def test_the_module_does_without_torch():
     code = "import cfmask.data.remote, sys; sys.exit('torch' in sys.modules or 'webdataset' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(os.path.dirname(__file__))).returncode == 0
+
+
+# --- other users, and copies that have changed ------------------------------------------------------------------------
+
+
+def copy_of(cache, name="a.tar"):
+    (copy,) = cache._folder.glob(f"{name}.*")
+    return copy
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("how", ["in place", "exchanged", "planted without a mark"])
+def test_a_copy_of_the_right_size_with_other_contents_is_downloaded_again(server, cache, known, how):
+    data, other = made(50 * KB), made(50 * KB, 1)
+    url = server.put("/a.tar", data)
+    facts = (len(data), sha(data)) if known else (len(data), None)
+    assert contents(cache, url, *facts) == data
+    copy = copy_of(cache)
+    if how == "in place":
+        copy.write_bytes(other)
+    else:
+        copy.rename(copy.with_name("other"))
+        copy.write_bytes(other)
+        os.utime(copy, ns=(0, copy.with_name("other").stat().st_mtime_ns))
+    if how.startswith("planted"):
+        remote._mark_of(copy).unlink()
+    assert contents(cache, url, *facts) == data
+    assert len(server.requests) == 2
+
+
+def test_a_copy_is_hashed_once_and_again_after_a_reboot(server, cache, monkeypatch):
+    data = made(50 * KB)
+    url = server.put("/a.tar", data)
+    contents(cache, url, len(data), sha(data))
+    hashed, real = [], remote._verified
+    monkeypatch.setattr(remote, "_verified", lambda copy, *rest: hashed.append(copy) or real(copy, *rest))
+    for _ in range(3):
+        assert contents(cache, url, len(data), sha(data)) == data
+    assert not hashed
+    monkeypatch.setattr(remote, "this_machine", lambda: "another boot")
+    for _ in range(3):
+        assert contents(cache, url, len(data), sha(data)) == data
+    assert hashed == [copy_of(cache)] * hashed.count(copy_of(cache)) and len(hashed) == 2, "a file that is new has none"
+    assert len(server.requests) == 1
+
+
+def test_links_in_the_cache_are_not_followed(server, cache, tmp_path):
+    data, other = made(50 * KB), made(50 * KB, 1)
+    url = server.put("/a.tar", data)
+    contents(cache, url, len(data))
+    copy = copy_of(cache)
+    (tmp_path / "elsewhere").write_bytes(other)
+    copy.unlink()
+    copy.symlink_to(tmp_path / "elsewhere")
+    assert contents(cache, url, len(data)) == data
+    assert (tmp_path / "elsewhere").read_bytes() == other
+    (cache._folder / ".lock").unlink()
+    (cache._folder / ".lock").symlink_to(tmp_path / "elsewhere")
+    refused(lambda: contents(cache, server.put("/b.tar", data)), "cannot be kept", str(cache._folder))
+
+
+def test_the_cache_is_this_users_alone(server, tmp_path, monkeypatch):
+    """On a disk that everybody writes to, as /tmp is, in a folder that somebody else may have made before."""
+    url = server.put("/a.tar", made(5 * KB))
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    own = shared / f"cfmask-cache-{os.geteuid()}"
+    for way in ("tmp", "variable"):
+        monkeypatch.delenv("CFMASK_CACHE", raising=False)
+        monkeypatch.setattr("tempfile.tempdir", str(shared))
+        if way == "variable":
+            monkeypatch.setenv("CFMASK_CACHE", str(shared))
+        assert contents(remote.node_cache(), url) == made(5 * KB)
+        assert own.stat().st_mode & 0o777 == 0o700 and len(list(own.glob("a.tar.*"))) == 1
+    assert len(server.requests) == 1
+
+    own.chmod(0o777)
+    contents(remote.node_cache(), url)
+    assert own.stat().st_mode & 0o777 == 0o700
+
+    away = own.rename(shared / "away")
+    own.symlink_to(away)
+    refused(lambda: contents(remote.node_cache(), url), str(own), "is no folder", "--cache-dir")
+    own.unlink()
+    if os.geteuid() == 0:
+        own.mkdir()
+        os.chown(own, 4711, 4711)
+        refused(lambda: contents(remote.node_cache(), url), str(own), "belongs to user 4711")
+        own.rmdir()
+    shared.chmod(0o777)
+    refused(lambda: contents(remote.node_cache(), url), str(shared), "by everybody (mode 777)")

@@ -19,7 +19,8 @@ import made
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import PRESETS, Recipe
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
 from launch.jobs.run_status import Status
 from launch.paper import cost

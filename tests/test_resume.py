@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch import submit
 from launch.jobs import training
 from launch.jobs.allocation import resolve_allocation
@@ -100,7 +101,7 @@ def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed
     torn.write_bytes(torn.read_bytes()[:-100])
     made.submit(*flags(materials, run))
     logs = "".join(log.read_text() for log in (run / "jobs").glob("*_0_log.out"))
-    assert f"{newest} is torn" in logs
+    assert f"{newest} is damaged" in logs
     assert read_lines(run / "attempts.jsonl")[-1]["from_step"] < int(newest.name.removeprefix("step-"))
     assert_same_end(run, undisturbed)
 

@@ -12,7 +12,8 @@ import made
 from cfmask.distributed import CalledOff, Place
 from cfmask.evaluation import Evaluation
 from cfmask.evaluator import run_evaluation
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT
 from launch.jobs import rank
 from launch.jobs.restarts import Cause, GivenUp

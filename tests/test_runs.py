@@ -8,13 +8,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.runs import REQUEUES_WITHOUT_PROGRESS, RunFolder, append_lines, process_runs, read_lines
+from cfmask.runs import REQUEUES_WITHOUT_PROGRESS, RunFolder
+from cfmask.runtime.jsonl import append_lines, read_lines
+from cfmask.runtime.machine import process_runs, started_at, this_machine
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -114,14 +117,64 @@ def test_an_owner_elsewhere_that_is_silent_is_followed_after_the_limit(run, caps
     assert "job 12-0, process 4711 on n17, which was not heard of for" in capsys.readouterr().out
 
 
-def test_an_owner_elsewhere_is_believed_dead_by_the_clock_of_the_file_system_alone(run, monkeypatch):
+def test_the_age_that_people_are_told_is_by_the_clock_of_the_file_system(run, monkeypatch):
     file = put_owner_elsewhere(run)
     monkeypatch.setattr("time.time", lambda: 4e9)
     assert run.owner().age_s < 30
     os.utime(file, (time.time_ns() / 1e9 - 1000,) * 2)
     assert 999 < run.owner().age_s < 1030
+
+
+@pytest.mark.parametrize("stamp", [1e9, 4e9], ids=["behind", "ahead"])
+def test_an_owner_whose_clock_is_wrong_is_given_the_time_to_let_hear_of_itself(run, stamp):
+    file = put_owner_elsewhere(run)
+    os.utime(file, (stamp, stamp))
+    before = time.monotonic()
+    with run.locked(dead_after_s=1.5, patience_s=0):
+        assert time.monotonic() - before > 1.4, "its time stamp says nothing"
+
+
+@pytest.mark.parametrize("step", [0.0, 1.0, -1.0], ids=["standing", "forwards", "backwards"])
+def test_a_heartbeat_that_changes_is_alive_whatever_it_says(run, step):
+    """The owner's clock is ten years behind, and stands or is set back at every heartbeat."""
+    file = put_owner_elsewhere(run)
+    stop = threading.Event()
+
+    def beat() -> None:
+        stamp = 1e9
+        while not stop.wait(0.1):
+            os.utime(file, (stamp, stamp))
+            stamp += step
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        with pytest.raises(UserError, match="Another job is training"), run.locked(dead_after_s=2, patience_s=3):
+            pass
+    finally:
+        stop.set()
+        beating.join()
+    assert owner_file(run) == file
+
+
+def test_a_later_process_with_the_owners_number_is_not_the_owner(run, capsys):
+    with run.locked():
+        pass
+    here = f"{os.uname().nodename},{this_machine()},{os.getpid()},7-0,0a1b2c3d.{started_at(os.getpid()) - 100}"
+    owner_file(run).rename(run.root / ".owner" / here)
     with run.locked(patience_s=0):
         pass
+    assert "does not run any more: taken over" in capsys.readouterr().out
+
+
+def test_a_file_system_that_is_away_does_not_end_the_holder(run):
+    away = run.root.with_name("away")
+    with run.locked(heartbeat_s=0.05):
+        run.root.rename(away)
+        time.sleep(0.3)
+        away.rename(run.root)
+        time.sleep(0.2)
+        assert run.owner().pid == os.getpid()
 
 
 def test_an_owner_elsewhere_that_lets_hear_of_itself_is_left_alone(run):
@@ -150,7 +203,7 @@ def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
 def _contend(root: Path, ready, done, won) -> None:
     ready.wait()
     try:
-        with RunFolder(root).locked(patience_s=0.3):
+        with RunFolder(root).locked(patience_s=0.3, dead_after_s=1):
             won.put(os.getpid())
             done.wait(timeout=60)
     except UserError:
@@ -160,7 +213,7 @@ def _contend(root: Path, ready, done, won) -> None:
 @pytest.mark.parametrize("before", ["never held", "free", "owner killed", "owner silent elsewhere"])
 def test_of_contenders_at_once_exactly_one_wins(tmp_path, before):
     fork = multiprocessing.get_context("fork")
-    for attempt in range(6):
+    for attempt in range(3 if before.endswith("elsewhere") else 6):
         run = RunFolder(tmp_path / str(attempt))
         run.root.mkdir()
         if before == "free":

@@ -14,7 +14,8 @@ from cfmask.distributed import Place
 from cfmask.evaluation import Evaluation
 from cfmask.evaluator import run_evaluation
 from cfmask.report import read_results
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.submission import Planned, enqueue, take_up

@@ -17,7 +17,8 @@ import pytest
 
 import made
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, append_lines, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import append_lines, read_lines
 from launch import status
 from launch.jobs import follow
 from launch.jobs import run_state as run_states

@@ -16,7 +16,7 @@ from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from towers import B32
 
 

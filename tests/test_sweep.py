@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import made
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs.snapshot import differing_files, take
 from made import logs, wait_for, wait_for_step
 from slurm_fixture import wait_until

@@ -8,7 +8,8 @@ from PIL import Image
 
 import made
 from cfmask.errors import UserError
-from cfmask.runs import RunFolder, append_lines, find_model
+from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.jsonl import append_lines
 from tools import plot_runs, show_masks
 from towers import TINY
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from cfmask.errors import UserError
 from cfmask.models.head import build_tower
 from cfmask.models.torchscript import read_torchscript
+from cfmask.models.weights import read_weights
 from towers import TINY
 
 # Making such archives is deprecated; there are those that were made.
@@ -156,7 +159,7 @@ def one_tensor(storage, offset, size, stride):
     ("storage", "shape", "reason"),
     [
         (("storage", "FloatStorage", "0", "cpu", 4), (0, (2, 2), (2, 1)), None),
-        (("storage", "FloatStorage", "0", "cpu", 5), (0, (2, 2), (2, 1)), "has 4 elements, its tensors need 5"),
+        (("storage", "FloatStorage", "0", "cpu", 5), (0, (2, 2), (2, 1)), "has 16 bytes, its tensors need 20"),
         (("storage", "FloatStorage", "0", "cpu", 4), (0, (2, 3), (3, 1)), "out of bounds"),
         (("storage", "FloatStorage", "0", "cpu", 4), (-1, (2,), (1,)), "offset"),
         (("storage", "FloatStorage", "1", "cpu", 4), (0, (2, 2), (2, 1)), "no item named 'evil/data/1'"),
@@ -173,3 +176,43 @@ def test_a_tensor_is_read_from_its_own_storage_and_from_nothing_else(tmp_path, s
     else:
         with pytest.raises((ValueError, KeyError, RuntimeError, pickle.UnpicklingError), match=reason):
             read_torchscript(path)
+
+
+def deflated(archive: Path, changed=lambda name, data: data) -> Path:
+    """The same archive, compressed."""
+    out = archive.with_name("deflated.pt")
+    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, changed(name, old.read(name)))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["scripted", "state dict"])
+def test_an_archive_that_inflates_is_refused_before_it_does(tmp_path, kind, monkeypatch):
+    path = tmp_path / "archive.pt"
+    tower = build_tower(TINY.info()).eval()
+    torch.jit.save(torch.jit.script(tower), path) if kind == "scripted" else torch.save(tower.state_dict(), path)
+    whole = read_weights if kind != "scripted" else read_torchscript
+
+    big = deflated(path, lambda name, data: bytes(1 << 27) if name.endswith("data/0") else data)
+    inflated = []
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, name, *rest: inflated.append(name))
+    monkeypatch.setattr(torch, "load", lambda *rest, **more: inflated.append("all"))
+    with pytest.raises(ValueError, match="inflates to"):
+        whole(big)
+    assert not inflated
+
+
+def test_an_entry_that_is_larger_than_its_tensor_is_not_read(tmp_path):
+    path = tmp_path / "archive.pt"
+    torch.jit.save(torch.jit.script(build_tower(TINY.info()).eval()), path)
+    padded = deflated(path, lambda name, data: data + bytes(8) if name.endswith("data/0") else data)
+    with pytest.raises(ValueError, match=r"data/0 has \d+ bytes, its tensors need"):
+        read_torchscript(padded)
+    assert read_torchscript(deflated(path)).keys() == read_torchscript(path).keys()
+
+
+def test_a_tensor_that_repeats_its_storage_is_refused(tmp_path):
+    torch.save({"visual.conv1.weight": torch.zeros(1).expand(1 << 20)}, tmp_path / "archive.pt")
+    with pytest.raises(UserError, match="repeats 4 bytes"):
+        read_weights(tmp_path / "archive.pt")

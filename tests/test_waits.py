@@ -26,13 +26,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import cfmask.train
-from cfmask import checkpoint
 from cfmask.checkpoint import Writer
+from cfmask.checkpoint_state import found, read_state
 from cfmask.distributed import Place
 from cfmask.evaluate import Counts
 from cfmask.masking.study import MaskStudyLog
 from cfmask.recipe import Recipe, Run
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from test_overlap import materials, recipe_of  # noqa: F401
 
@@ -102,7 +103,7 @@ def train_watched(monkeypatch, recipe: Recipe, folder: Path, place: Place, set_m
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS
     assert len([line for line in read_lines(run.log) if "overlap" in line]) == 4
-    saved = [checkpoint.read_state(path) for path in checkpoint.found(run.checkpoints)]
+    saved = [read_state(path) for path in found(run.checkpoints)]
     assert [(one.step, one.updates) for one in saved] == [(n, n) for n in (12, 10, 9, 8, 6, 4, 3, 2)]
     return happened
 

@@ -20,7 +20,8 @@ from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
-from cfmask.runs import RunFolder, find_model, read_object  # noqa: E402
+from cfmask.runs import RunFolder, find_model  # noqa: E402
+from cfmask.runtime.jsonl import read_object  # noqa: E402
 from cfmask.secrets import mask_secrets  # noqa: E402
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
 from launch.jobs.claims import check_path, take_folder  # noqa: E402

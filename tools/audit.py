@@ -5,8 +5,8 @@
 
 Every step left a receipt (a sum over hashes of its samples' keys) in receipts.jsonl, every checkpoint one of all steps
 before it. Both are compared with what the plan says, which is a function of the recipe and the set alone; samples that
-bad_samples.jsonl says were replaced count as replaced. Exit code 0: proven; 1: not, and at which step; 2: cannot be
-told, because the set or the run is not there.
+bad_samples.jsonl says were replaced count as replaced. A checkpoint whose state.json is not what was written proves
+nothing. Exit code 0: proven; 1: not, and at which step; 2: cannot be told, because the set or the run is not there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cfmask import checkpoint  # noqa: E402
+from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.receipts import MODULUS, Consumed, receipt, sample_hash  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
@@ -31,7 +31,9 @@ from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.report import table  # noqa: E402
-from cfmask.runs import RunFolder, read_lines  # noqa: E402
+from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.jsonl import read_lines  # noqa: E402
+from cfmask.runtime.patience import patiently  # noqa: E402
 
 _EXPLAINED = 20
 """Wrong steps that are looked into: each takes as long as an epoch's receipts."""
@@ -90,10 +92,10 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
     """
     planned, manifest = load_plan(run)
     receipts = read_lines(run.receipts)
-    saved = [checkpoint.read_state(path) for path in reversed(checkpoint.found(run.checkpoints))]
-    if not receipts or not saved:
+    saved, problems = _states(run)
+    if not receipts or not (saved or problems):
         raise UserError(f"{run.root} has no checkpoint yet, so there is nothing to prove.")
-    problems = [
+    problems += [
         f"The checkpoint of step {state.step} was trained on another set: digest {state.dataset}, {manifest.root} has "
         f"{manifest.digest}."
         for state in saved
@@ -146,6 +148,17 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
         for epoch, row in rows.items()
     }
     return [[str(epoch + 1), *map(str, row), verdicts[epoch]] for epoch, row in rows.items()], problems
+
+
+def _states(run: RunFolder) -> tuple[list[Checkpoint], list[str]]:
+    """What the checkpoints say of themselves, and of each that is damaged, how."""
+    saved, problems = [], []
+    for path in reversed(patiently(lambda: found(run.checkpoints), str(run.checkpoints))):
+        try:
+            saved.append(read_state(path))
+        except CheckpointDamaged as error:
+            problems.append(str(error))
+    return saved, problems
 
 
 def _verdict(steps: int, whole: int) -> str:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.report import table  # noqa: E402
-from cfmask.runs import read_object  # noqa: E402
+from cfmask.runtime.jsonl import read_object  # noqa: E402
 from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, short_names, show  # noqa: E402
 from tools._shared import MODEL_HELP  # noqa: E402
 

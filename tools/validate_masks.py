@@ -48,7 +48,8 @@ from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.report import table  # noqa: E402
-from cfmask.runs import append_lines, find_model, read_lines  # noqa: E402
+from cfmask.runs import find_model  # noqa: E402
+from cfmask.runtime.jsonl import append_lines, read_lines  # noqa: E402
 from cfmask.step import camera_of  # noqa: E402
 from tools._shared import (  # noqa: E402
     DATA_HELP,

@@ -6,10 +6,12 @@
     CACHE/train-000000.tar.<hash>                     whole; the hash is of URL and sha256
     CACHE/train-000000.tar.<hash>.part                being downloaded by whoever holds its lock, and from the start as
                                                       large as it will be: sizes are all the accounting there is
+    CACHE/.train-000000.tar.<hash>.ok                 the copy as it was when its contents were last verified
     CACHE/.lock                                       held while files are counted, removed or renamed
     CACHE/.unsized.lock                               held while a file of unknown size is downloaded
 
-All locks are flocks: a killed process holds none, and threads exclude each other as processes do.
+No other user can write into the folder (private_folder.py), and no link in it is followed. All locks are flocks: a
+killed process holds none, and threads exclude each other as processes do.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import select
@@ -27,10 +30,12 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote
 
+from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
+from cfmask.runtime.machine import this_machine
 
 T = TypeVar("T")
 
@@ -44,7 +49,7 @@ PIPE_STALL_S = 600
 """The same for a pipe command that prints nothing: it may fetch a whole file before its first byte."""
 
 _CHUNK = 1 << 20
-_OURS = re.compile(r".+\.[0-9a-f]{20}(\.part)?")  # nothing else in the folder is ever counted or removed
+_OURS = re.compile(r".+\.[0-9a-f]{20}(\.part|\.ok)?")  # nothing else in the folder is ever counted or removed
 _EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
 
 
@@ -221,8 +226,10 @@ class Cache:
     """Copies of remote files in a folder that the processes of a node share, at most ``max_bytes`` of them.
 
     A copy may be removed as soon as it is open; its disk space is free when the last descriptor of it is closed, so
-    what readers hold open may come on top of the bound. Copies are not synced to disk: one that a power cut tore is
-    told by its size. Holds no descriptor: it may be pickled.
+    what readers hold open may come on top of the bound. Holds no descriptor: it may be pickled.
+
+    A copy's contents are compared with their sha256 when it is downloaded, and again when it is not the file that was
+    verified last: by size, time, inode and boot, because copies are not synced to disk and a power cut may tear them.
 
     Args:
         folder: on a disk of the node; made when it is needed. Other files in it are left alone.
@@ -234,8 +241,8 @@ class Cache:
         self._max_bytes = max_bytes
 
     def open(self, url: str, *, size: int | None, sha256: str | None) -> BinaryIO:
-        """The file at ``url``, opened for reading from its copy. It is downloaded if there is none, by one caller;
-        the others wait. The least recently opened copies make room for it.
+        """The file at ``url``, opened for reading from its copy, whose contents are verified. It is downloaded if there
+        is none, by one caller; the others wait. The least recently opened copies make room for it.
 
         Args:
             size: in bytes. Unknown, the file is taken as it comes, and one such file is downloaded at a time.
@@ -243,26 +250,27 @@ class Cache:
 
         Raises:
             UserError: it cannot be downloaded whole, is larger than the cache, or the folder or its disk cannot take
-                it.
+                it or is not this user's.
         """
+        self._folder = private_folder(self._folder)
         name = _copy_name(url, sha256)
         copy, aside = self._folder / name, self._folder / f"{name}.part"
         try:
-            while not (file := _open_whole(copy, size)):
-                self._folder.mkdir(parents=True, exist_ok=True)
+            while not (file := _open_copy(copy, size, None)):
                 with _locked(aside) as part:
                     if not _is_at(aside, part):
                         continue  # whoever had it before has renamed or removed it
                     try:
-                        if file := _open_whole(copy, size):
+                        if file := _open_copy(copy, size, _verified(copy, size, sha256)):
                             aside.unlink()
                             return file
-                        copy.unlink(missing_ok=True)
+                        _remove(copy)
                         with _locked(self._folder / ".unsized.lock") if size is None else nullcontext():
-                            self._download(url, part, aside.name, size, sha256)
-                        file = open(aside, "rb")
+                            digest = self._download(url, part, aside.name, size, sha256)
+                        file = open(os.open(aside, os.O_RDONLY | os.O_NOFOLLOW), "rb")
                         with _locked(self._folder / ".lock"):
                             os.replace(aside, copy)
+                            _write_mark(copy, os.fstat(file.fileno()), digest)
                         return file
                     except BaseException:
                         aside.unlink(missing_ok=True)
@@ -276,10 +284,10 @@ class Cache:
 
     def discard(self, url: str, *, sha256: str | None) -> None:
         """Forget the copy, so that the next one who opens it downloads it again: it is not what it should be."""
-        (self._folder / _copy_name(url, sha256)).unlink(missing_ok=True)
+        _remove(self._folder / _copy_name(url, sha256))
 
-    def _download(self, url: str, part: int, name: str, size: int | None, sha256: str | None) -> None:
-        """All of ``url``, and nothing else, into the file ``part``, which is called ``name``."""
+    def _download(self, url: str, part: int, name: str, size: int | None, sha256: str | None) -> str:
+        """All of ``url``, and nothing else, into the file ``part``, which is called ``name``; its sha256."""
         room = size or 0
         self._take_room(url, part, name, room)
         digest, written, resume = hashlib.sha256(), 0, False
@@ -312,6 +320,7 @@ class Cache:
 
         _retry(url, ATTEMPTS, once)
         os.ftruncate(part, written)
+        return digest.hexdigest()
 
     def _take_room(self, url: str, part: int, name: str, size: int) -> None:
         """Make ``part`` as large as it is going to be, once there is room. Waits while other downloads hold the room:
@@ -329,7 +338,7 @@ class Cache:
                     for _, bytes, path in copies:
                         if excess <= 0:
                             break
-                        path.unlink(missing_ok=True)
+                        _remove(path)
                         excess -= bytes
                     os.ftruncate(part, size)
                     return
@@ -343,8 +352,12 @@ class Cache:
             if entry.name == but or not _OURS.fullmatch(entry.name):
                 continue
             with suppress(FileNotFoundError):  # a download that fails removes its file without the lock
-                if not entry.name.endswith(".part"):
-                    copies.append((entry.stat().st_mtime_ns, entry.stat().st_size, Path(entry.path)))
+                if entry.name.endswith(MARK):
+                    if not os.path.lexists(self._folder / entry.name[1:].removesuffix(MARK)):
+                        os.unlink(entry.path)
+                elif not entry.name.endswith(".part"):
+                    status = entry.stat(follow_symlinks=False)
+                    copies.append((status.st_atime_ns, status.st_size, Path(entry.path)))
                 elif not _remove_if_abandoned(Path(entry.path)):
                     downloads += os.stat(entry.path).st_size
         return sorted(copies), downloads
@@ -365,7 +378,7 @@ class Cache:
                             f"The disk of the cache folder {self._folder} is full ({error.strerror}), with no copy "
                             f"left in the cache to remove: make room on it, or use a folder on another disk."
                         ) from None
-                    copies[0][2].unlink(missing_ok=True)
+                    _remove(copies[0][2])
 
 
 _OTHER_FILE = "It is not the file that the set's manifest names: copy the set there again, all of it."
@@ -377,24 +390,79 @@ def _copy_name(url: str, sha256: str | None) -> str:
     return f"{names[-1][-80:]}.{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:20]}"
 
 
-def _open_whole(copy: Path, size: int | None) -> BinaryIO | None:
-    """The copy, marked as used now; None if there is none, or it is torn."""
+def _open_copy(copy: Path, size: int | None, verified: str | None) -> BinaryIO | None:
+    """The copy, marked as used now; None if there is none, it has another size, or its contents are not verified.
+
+    Args:
+        verified: the sha256 of its contents if they are known to be right, as of this moment.
+    """
     try:
-        file = open(copy, "rb")
-    except FileNotFoundError:
-        return None
-    found = os.fstat(file.fileno()).st_size
-    if found != size if size is not None else found == 0:  # a file whose contents a power cut took has most often 0
+        file = open(os.open(copy, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return None
+        raise
+    status = os.fstat(file.fileno())
+    right = status.st_uid == os.geteuid() and (status.st_size == size if size is not None else status.st_size > 0)
+    if right and verified is not None:
+        _write_mark(copy, status, verified)
+    elif not right or _read_mark(copy).get("file") != _identity(status):
         file.close()
         return None
-    os.utime(file.fileno())
+    os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))  # the time of change tells a changed file
     return file
+
+
+def _verified(copy: Path, size: int | None, sha256: str | None) -> str | None:
+    """The sha256 of a copy's contents, read now, if it is what it has to be; None if it is not, or cannot be known."""
+    expected = sha256 or _read_mark(copy).get("sha256")
+    try:
+        descriptor = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:
+        if expected is None or (size is not None and os.fstat(descriptor).st_size != size):
+            return None
+        digest = hashlib.sha256()
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest() if digest.hexdigest() == expected else None
+
+
+def _identity(status: os.stat_result) -> list[Any]:
+    """What a file was that has been verified. It is another one when this differs."""
+    return [this_machine(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
+
+
+def _mark_of(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}{MARK}")
+
+
+def _read_mark(copy: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        with open(os.open(_mark_of(copy), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            found = json.load(file)
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _write_mark(copy: Path, status: os.stat_result, sha256: str) -> None:
+    """Note that the contents of a copy are verified. Where that fails, they are verified again next time."""
+    with suppress(OSError):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with open(os.open(_mark_of(copy), flags, 0o600), "w") as file:
+            json.dump({"file": _identity(status), "sha256": sha256}, file)
+
+
+def _remove(copy: Path) -> None:
+    copy.unlink(missing_ok=True)
+    _mark_of(copy).unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
     """Yields the file's descriptor. ``path`` may have got another file while the lock was waited for."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
@@ -411,7 +479,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _remove_if_abandoned(part: Path) -> bool:
-    descriptor = os.open(part, os.O_RDWR)
+    descriptor = os.open(part, os.O_RDWR | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if _is_at(part, descriptor):
@@ -424,7 +492,12 @@ def _remove_if_abandoned(part: Path) -> bool:
 
 
 def node_cache(folder: str | None = None, gb: float | None = None) -> Cache:
-    """This node's cache: in ``folder``, or else $CFMASK_CACHE, or else a folder of this user's in $TMPDIR; of ``gb``
-    GB, or else 200."""
-    folder = folder or os.environ.get("CFMASK_CACHE") or f"{tempfile.gettempdir()}/cfmask-cache-{os.getuid()}"
-    return Cache(Path(folder), int((gb or 200) * 1e9))
+    """This node's cache: in ``folder``, or else $CFMASK_CACHE, or else a folder of this user's in $TMPDIR; where
+    others can write to it too, in a folder of this user's in it (``private_folder``). Of ``gb`` GB, or else 200."""
+    return Cache(cache_folder(folder), int((gb or 200) * 1e9))
+
+
+def cache_folder(folder: str | None = None) -> Path:
+    """Where ``node_cache`` puts its files, or the folder in which it makes one for this user."""
+    given = folder or os.environ.get("CFMASK_CACHE")
+    return Path(given) if given else Path(tempfile.gettempdir()) / OWN_NAME

@@ -17,11 +17,12 @@ from torch import Tensor
 from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import Batch
-from cfmask.logs import JsonLines, MetricLogger
+from cfmask.logs import MetricLogger
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
 from cfmask.metrics import Metric, StepResult, Sum
 from cfmask.models.tower import Classifier
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines, read_lines
 from cfmask.step import Metrics
 
 _NAME = "overlap"
@@ -94,7 +95,12 @@ class MaskStudyLog:
 
     def end_epoch(self, step: int, epoch: int, *, since: int) -> None:
         """Log an epoch: the steps after ``since``, up to ``step``."""
-        lines = [line for line in [*read_lines(self._lines.path), *self._lines.pending] if since < line["step"]]
+        try:
+            written = read_lines(self._lines.path)
+        except OSError as error:
+            print(f"warning: {self._lines.path} cannot be read ({error.strerror}): epoch {epoch} is not summed up")
+            return
+        lines = [line for line in [*written, *self._lines.pending] if since < line["step"]]
         of_lines = [{name: Tally.from_lists(t) for name, t in line["tallies"].items()} for line in lines]
         total = add_up([*of_lines, self._since_checkpoint])
         if len(total) > 1:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import replace_tensors, save_tensors, sha256_of
+from cfmask.files import replace_tensors, sha256_of
 from cfmask.models.weights import check_activation, find_weights, read_config, read_safetensors, read_weights
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
@@ -144,16 +144,11 @@ def build_tower(info: ModelInfo) -> nn.Module:
 
 
 def save_model(path: str | Path, model: Classifier, info: ModelInfo) -> None:
-    """Write a model file: aside first, then renamed, so that a reader finds a whole one or none."""
+    """Write a model file: a reader finds a whole one or none. Raises OSError."""
     path = Path(path)
     if len(info.classes) != model.head.out_features:
         raise ValueError(f"{len(info.classes)} class names for a head of {model.head.out_features} classes")
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_tensors(aside, model.state_dict(), info.to_metadata())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    replace_tensors(path, model.state_dict(), info.to_metadata())
 
 
 def load_model(path: str | Path) -> tuple[Classifier, ModelInfo]:
@@ -544,12 +539,20 @@ def zero_shot_weight(
                     rows = torch.cat([rows, (weight.T * clip.logit_scale.exp()).float().cpu()])
                 bar.update(len(names))
                 if kept_rows is not None and time.monotonic() - saved > _KEEP_EVERY_S:
-                    replace_tensors(kept_rows, {"rows": rows}, info.to_metadata())
+                    _keep_rows(kept_rows, rows, info)
                     saved = time.monotonic()
         finally:
             if kept_rows is not None and len(rows):
-                replace_tensors(kept_rows, {"rows": rows}, info.to_metadata())
+                _keep_rows(kept_rows, rows, info)
     return rows
+
+
+def _keep_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
+    """Where that fails it is a warning: they are computed again if they are needed again."""
+    try:
+        replace_tensors(path, {"rows": rows}, info.to_metadata())
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror}); the head is built on", flush=True)
 
 
 def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:

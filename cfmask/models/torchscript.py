@@ -26,8 +26,10 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
 
     Raises:
         pickle.UnpicklingError: the pickle names anything else than modules, tensors and plain containers.
-        ValueError: an entry is missing, or too short for its tensor.
+        ValueError: an entry is missing, or of another size than its tensor; or the archive would inflate
+            (``check_inflation``).
     """
+    check_inflation(path)
     with zipfile.ZipFile(path) as archive:
         [main] = [entry for entry in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", entry)] or [""]
         if not main:
@@ -38,6 +40,23 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
     if not isinstance(module, _Inert):
         raise pickle.UnpicklingError(f"the archive holds a {type(module).__name__} where a module was expected")
     return dict(_tensors_of(module))
+
+
+_MOST_INFLATION, _CODE_BYTES = 2, 1 << 25
+
+
+def check_inflation(path: Path) -> None:
+    """Refuse a zip archive that takes far more memory than disk. torch stores tensors as they are; of what it does
+    compress, code and notes for debuggers, there is little.
+
+    Raises:
+        ValueError: it inflates to more than twice its size and 32 MiB.
+    """
+    stored = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > _MOST_INFLATION * stored + _CODE_BYTES:
+        raise ValueError(f"the archive of {stored} bytes inflates to {size}: it is no file of weights")
 
 
 def _tensors_of(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -90,12 +109,17 @@ class _ArchiveUnpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(name, str):
             raise pickle.UnpicklingError(f"the archive's pickle refers to {kind!r}, which is no storage")
         if (dtype, name) not in self._storages:
+            if type(length) is not int or length < 0:
+                raise pickle.UnpicklingError(f"the archive's pickle gives data/{name} the length {length!r}")
+            # Asked before it is read.
+            size = self._archive.getinfo(self._folder + name).file_size
+            if size != length * dtype.itemsize:
+                raise ValueError(
+                    f"the archive's data/{name} has {size} bytes, its tensors need {length * dtype.itemsize}"
+                )
             data = bytearray(self._archive.read(self._folder + name))
             # An empty buffer is none to torch.
-            read = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            if len(read) < length:
-                raise ValueError(f"the archive's data/{name} has {len(read)} elements, its tensors need {length}")
-            self._storages[dtype, name] = read
+            self._storages[dtype, name] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[dtype, name]
 
 
@@ -110,7 +134,10 @@ def _dtype_of(storage: str) -> Any:
 
 def _rebuilt(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
     """torch._utils._rebuild_tensor_v2; torch itself refuses what lies outside the storage."""
-    return storage.as_strided(size, stride, offset)
+    tensor = storage.as_strided(size, stride, offset)
+    if tensor.numel() > storage.numel():
+        raise ValueError(f"a tensor of {tuple(size)} lies in a storage of {storage.numel()} elements")
+    return tensor
 
 
 def _same(value: Any, *_: Any) -> Any:

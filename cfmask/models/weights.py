@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmask.errors import UserError
-from cfmask.models.torchscript import read_torchscript
+from cfmask.models.torchscript import check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher that looks for weights needs none of it
     from torch import Tensor
@@ -172,6 +172,8 @@ def read_weights(path: Path) -> Weights:
         elif _is_torchscript(path):
             tensors = read_torchscript(path)
         elif zipfile.is_zipfile(path) or begin[:1] == b"\x80":
+            if zipfile.is_zipfile(path):
+                check_inflation(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         else:
             raise UserError(
@@ -196,6 +198,15 @@ def read_weights(path: Path) -> Weights:
             "torch.save, or one of OpenAI's archives."
         ) from error
     flat = dict(_flat(tensors))
+    for name, tensor in flat.items():
+        if (
+            tensor.layout == torch.strided
+            and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+        ):
+            raise UserError(
+                f"{path} cannot be read as a checkpoint: its tensor {name} of {tuple(tensor.shape)} repeats "
+                f"{tensor.untyped_storage().nbytes()} bytes, which no weights do. Save it with .contiguous()."
+            )
     try:
         return in_open_clips_names(flat, openai=_is_torchscript(path))
     except UserError as error:

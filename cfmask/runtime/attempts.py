@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.files import write_atomically
-from cfmask.runs import append_lines, read_lines, read_object
+from cfmask.runtime.jsonl import JsonLines, read_lines, read_object
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,15 @@ class AttemptLog:
     def lines(self) -> list[dict[str, Any]]:
         return read_lines(self.path)
 
-    def begin(self, *, reached: int | None = None, **facts: Any) -> None:
-        """Append a start, with why and when the last one ended, and what it had reached. Raises OSError."""
+    def begin(self, *, reached: int | None = None, **facts: Any) -> JsonLines:
+        """Append a start, with why and when the last one ended, and what it had reached.
+
+        Returns:
+            attempts.jsonl. Where it cannot be written, on a full disk say, that is a warning, and the line waits there.
+
+        Raises:
+            OSError: earlier starts cannot be read.
+        """
         earlier = self.lines()
         ended = self.ended()
         why = ended["why"] if ended else "killed without notice" if earlier else None
@@ -42,13 +49,20 @@ class AttemptLog:
         if earlier:
             line |= {"last_ended": ended["ended"] if ended else None, "last_reached": reached}
         self.folder.mkdir(parents=True, exist_ok=True)
-        append_lines(self.path, [line])
-        self._end.unlink(missing_ok=True)
+        attempts = JsonLines(self.path)
+        attempts.add(line)
+        attempts.write()
+        if not attempts.pending:
+            try:
+                self._end.unlink(missing_ok=True)
+            except OSError as error:  # it says which start it is of
+                print(f"warning: {self._end} cannot be removed ({error.strerror})", flush=True)
+        return attempts
 
     def end(self, why: str) -> None:
         """Record why the latest start ends. On a full disk that is a warning: the end has its own reason."""
-        contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
         try:
+            contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
             write_atomically(self._end, json.dumps(contents))
         except OSError as error:
             print(f"warning: {self._end} cannot be written ({error.strerror}): {why}", flush=True)

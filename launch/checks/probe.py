@@ -20,7 +20,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -28,6 +27,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
 from launch.jobs.failures import attempt_name
 from launch.jobs.restarts import REQUEUE_ME
@@ -230,7 +230,7 @@ def look_around(report: Report, folder: Path, needed: Sequence[str]) -> None:
     report.shared_error, report.clock = write_and_look(folder, f".rank-{report.rank}")
     report.free = _free(folder)
     report.file_system = file_system_of(folder.resolve(), Path("/proc/mounts").read_text())
-    report.cache = os.environ.get("CFMASK_CACHE") or f"{tempfile.gettempdir()}/cfmask-cache-{os.getuid()}"
+    report.cache = str(cache_folder())
     there = next(path for path in (Path(report.cache), *Path(report.cache).absolute().parents) if path.exists())
     report.cache_free = _free(there)
     report.cache_error = "" if os.access(there, os.W_OK) else f"{there} is not writable"

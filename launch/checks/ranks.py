@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from cfmask.runs import DEAD_AFTER_S, HEARTBEAT_S
+from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
 from launch.checks.cluster import ADMINISTRATOR, NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, SEEN_WITHIN_S, Report
 from launch.jobs.allocation import Allocation

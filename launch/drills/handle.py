@@ -17,7 +17,8 @@ from datetime import datetime
 from pathlib import Path
 
 from cfmask.errors import UserError
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs import training
 from launch.jobs.submission import last_submission
 from launch.slurm.client import ask, show_job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from launch.drills.environment import STEPS, Drill
 from launch.drills.runner import DrillResult
 from launch.drills.scenarios import UNDISTURBED

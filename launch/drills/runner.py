@@ -12,7 +12,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cfmask.errors import UserError
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.drills.environment import STEPS, Drill, DrillEnvironment
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.scenarios import UNDISTURBED

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cfmask.runs import read_lines
+from cfmask.runtime.jsonl import read_lines
 from launch.drills.environment import Drill, DrillEnvironment
 from launch.drills.faults import (
     QUOTA_EXCEEDED,

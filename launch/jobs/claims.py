@@ -24,7 +24,8 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, process_runs
+from cfmask.runs import RunFolder
+from cfmask.runtime.machine import process_runs
 
 _CLAIMS, _REMOVING = ".claims", ".removing-"
 _REMOVED_WITHIN_S = 20.0

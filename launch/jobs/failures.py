@@ -37,7 +37,9 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
-from cfmask.runs import RunFolder, process_runs, read_object
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.machine import process_runs
 from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
 from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp

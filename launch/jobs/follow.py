@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
 from launch.jobs import failures as last_words
 from launch.jobs.processes import kill, silence_output, wait_until_gone
 from launch.jobs.run_state import look_at

@@ -27,7 +27,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cfmask.errors import UserError
-from cfmask.runs import RunFolder, process_runs
+from cfmask.runs import RunFolder
+from cfmask.runtime.machine import process_runs
 
 SAVE_WITHIN_S = 20.0
 """What ranks have for a checkpoint when a process that looks after them was killed, before they are killed too."""

@@ -197,7 +197,8 @@ class _Listener:
             time.sleep(self._pace_s)
         if self._watched and time.monotonic() > self._look_at:
             self._look_at = time.monotonic() + _LOOK_S
-            self._quit = self._quit or self._watched.cancelled() is not None
+            with contextlib.suppress(OSError):  # looked for again
+                self._quit = self._quit or self._watched.cancelled() is not None
         if self._quit:
             return QUIT
         if self._requeue or time.monotonic() > self.deadline:

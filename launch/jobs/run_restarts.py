@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, read_lines
+from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.patience import StorageUnavailable
 from launch.jobs.restarts import Restarts
 
 if TYPE_CHECKING:
@@ -39,11 +41,11 @@ def saved_progress(run: RunFolder) -> int:
         return named
     # Two starts from the same step, and there is a newer checkpoint. If it is damaged, every start falls back to the
     # one before it: that is no progress. It is read from its beginning to its end, which takes a while.
-    from cfmask import checkpoint
+    from cfmask import resume
 
     try:
-        found = checkpoint.latest(run.checkpoints, report=lambda text: None)
-    except OSError:
+        found = resume.latest(run.checkpoints, report=lambda text: None)
+    except StorageUnavailable:
         return named
     return 0 if found is None else found.step
 

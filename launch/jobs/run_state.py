@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfmask.errors import UserError
-from cfmask.runs import Owner, RunFolder, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.lock import Owner
 from launch.jobs.processes import is_controller
 from launch.slurm import queue as of_slurm
 from launch.slurm.client import SlurmError

@@ -68,9 +68,11 @@ def main() -> None:
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
+    from cfmask.runtime.output import tolerate_lost_output
     from launch.jobs.failures import supervise
     from launch.jobs.gpus import show_to_rank
 
+    tolerate_lost_output()
     show_to_rank()
     sys.exit(supervise(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True), run=CODE.parents[1]))
 

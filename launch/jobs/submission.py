@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, append_lines, read_lines
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import append_lines, read_lines
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
@@ -146,6 +147,7 @@ def left_out(run: RunFolder, *, sweep: bool) -> bool:
         UserError: it is the only one, and has one already.
     """
     if run.results.exists():
+        run.tidy()
         print(f"{run.root} is finished" + (": left out" if sweep else f":\n{run.results.read_text()}"))
         return True
     if queued := queued_job(run):

@@ -21,7 +21,8 @@ from cfmask.errors import UserError
 from cfmask.models.head import ModelInfo, check_architecture, check_head, check_same_kind, model_info, read_info
 from cfmask.models.weights import find_weights
 from cfmask.recipe import PRESETS, Recipe
-from cfmask.runs import RunFolder, find_model, read_lines
+from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
 from launch.jobs.allocation import (
     Allocation,
@@ -56,6 +57,12 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on with this run; its folder says everything else, also what it got last, unless flags do",
     )
+    p.add_argument(
+        "--from-step-0",
+        action="store_true",
+        help="with --resume, for a run whose checkpoints were lost: let it begin again at step 0 and discard its logs. "
+        "A whole checkpoint that is found is used all the same. Without this flag such a start ends with an error",
+    )
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
     p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
     p.add_argument(
@@ -84,6 +91,8 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     Raises:
         UserError: what is refused, before anything is queued.
     """
+    if arguments.from_step_0 and not arguments.resume:
+        raise UserError("--from-step-0 would do nothing: it is for a run that is resumed (--resume RUN).")
     file = load_cluster_file(arguments.cluster)
     planned: Sequence[AnyPlanned]
     if arguments.resume:
@@ -120,6 +129,8 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     if arguments.dry_run:
         return dry_run(wanted, allocation)
     wanted = take_up(wanted)
+    if arguments.from_step_0:
+        wanted[0].run.allow_step_0()
     if allocation.on_slurm:
         return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
@@ -189,6 +200,8 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
         )
     run = RunFolder(arguments.resume.resolve())
     work = run.work()
+    if arguments.from_step_0 and not isinstance(work, Recipe):
+        raise UserError(f"--from-step-0 would do nothing: {run.root} is an evaluation, which has no checkpoints.")
     last = last_submission(run)
     same = last is not None and last["executor"] == choose_executor(arguments)
     allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)

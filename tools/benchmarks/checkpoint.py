@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cfmask.checkpoint import Keep, State, Writer
+from cfmask.checkpoint import Keep, Writer
+from cfmask.checkpoint_state import State
 from cfmask.data.receipts import Consumed
 from cfmask.models.head import build_tower, model_info
 from cfmask.models.tower import Classifier

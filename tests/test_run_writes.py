@@ -1,0 +1,177 @@
+"""What a running job writes where it cannot, and what a killed one has left."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cfmask.errors import UserError
+from cfmask.files import aside_of, sole_writer, write_atomically, written_aside
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines, read_lines
+from cfmask.runtime.machine import this_machine
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def full_disk(monkeypatch, *names: str) -> None:
+    """Files of these names cannot be written to."""
+    import cfmask.runtime.attempts
+    import cfmask.runtime.jsonl
+
+    real_append, real_write = cfmask.runtime.jsonl.append_lines, cfmask.files.write_atomically
+
+    def refuse(real):
+        def write(path, *rest):
+            if path.name in names:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            return real(path, *rest)
+
+        return write
+
+    monkeypatch.setattr(cfmask.runtime.jsonl, "append_lines", refuse(real_append))
+    monkeypatch.setattr(cfmask.runtime.attempts, "write_atomically", refuse(real_write))
+
+
+def test_a_start_that_cannot_be_recorded_goes_on_and_is_recorded_later(tmp_path, capsys):
+    run = RunFolder(tmp_path)
+    run.begin_attempt(job="1-0", from_step=0)
+    run.end_attempt("stopped at step 7 (requeue)")
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, "attempts.jsonl", "ended.json")
+        attempts = run.begin_attempt(job="1-1", from_step=7)
+        run.end_attempt("stopped at step 9 (requeue)")
+    said = capsys.readouterr().out
+    assert f"{run.attempts} cannot be written (No space left on device)" in said
+    assert "stopped at step 9 (requeue)" in said
+    attempts.write()
+    assert [line["job"] for line in read_lines(run.attempts)] == ["1-0", "1-1"]
+    assert read_lines(run.attempts)[-1]["why_last_ended"] == "stopped at step 7 (requeue)"
+
+
+def test_lines_wait_for_room(tmp_path):
+    lines = JsonLines(tmp_path / "bad_samples.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        full_disk(patch, "bad_samples.jsonl")
+        lines.extend([{"step": 1}, {"step": 2}])
+        lines.write()
+    assert not lines.path.exists()
+    lines.add({"step": 3})
+    lines.write()
+    assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3] and not lines.pending
+
+
+def test_a_log_on_a_full_disk_does_not_end_a_process():
+    code = """
+import sys
+from cfmask.runtime.output import tolerate_lost_output
+tolerate_lost_output()
+for n in range(1000):
+    print("a line", n, flush=True)
+    print("a line", n, file=sys.stderr)
+sys.stdout.isatty()
+"""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-u", "-c", code], stdout=full, stderr=full, cwd=REPO)
+    assert done.returncode == 0
+
+
+def dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_who_holds_the_folder_next_removes_what_killed_processes_left(tmp_path):
+    run = RunFolder(tmp_path)
+    here, pid = this_machine(), dead_process()
+    left = [
+        f".model.safetensors.{here}-{pid}-0a1b2c3d.part",
+        f".initial.safetensors.{'f' * 12}-{pid}-0a1b2c3d.part",
+        ".results.json.n17-4711.part",
+        ".model.safetensors.4711",
+        f".recipe.json.{here}-{pid}-0a1b2c3d.part",
+        f".clock.{here}-{pid}-0a1b2c3d",
+        f".owner.{here}-{pid}-0a1b2c3d",
+    ]
+    stay = [
+        f".recipe.json.{'f' * 12}-{pid}-0a1b2c3d.part",
+        f".clock.{'f' * 12}-{pid}-0a1b2c3d",
+        f".recipe.json.{here}-{os.getpid()}-0a1b2c3d.part",
+        ".claims",
+    ]
+    for name in [*left, *stay]:
+        (tmp_path / name).mkdir() if "owner" in name else (tmp_path / name).touch()
+    with run.locked():
+        assert sorted(os.listdir(tmp_path)) == sorted([*stay, ".owner"])
+    for name in stay[:2]:
+        os.utime(tmp_path / name, (1e9, 1e9))
+    with run.locked():
+        assert sorted(os.listdir(tmp_path)) == sorted([*stay[2:], ".owner"])
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_progress_of_a_finished_evaluation_goes_with_the_next_command(tmp_path, finished):
+    run = RunFolder(tmp_path)
+    for path in (run.progress, run.head_rows):
+        path.touch()
+    if finished:
+        run.results.write_text("{}")
+    run.tidy()
+    assert run.progress.exists() != finished and run.head_rows.exists() != finished
+
+
+def test_one_process_writes_into_a_folder_and_a_killed_one_is_followed_at_once(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from cfmask.files import sole_writer
+with sole_writer(Path({str(tmp_path / "set")!r})):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdin=-1, stdout=-1, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"Another process is writing to .*process {holder.pid} on"):
+        with sole_writer(tmp_path / "set"):
+            pass
+    holder.kill()
+    with sole_writer(tmp_path / "set"):
+        pass
+    holder.wait()
+
+
+def test_no_lock_needs_flock(tmp_path, monkeypatch):
+    """As on a Lustre that is mounted without it."""
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    monkeypatch.setattr("fcntl.lockf", missing)
+    with written_aside(tmp_path / "model.onnx") as aside:
+        aside.write_text("model")
+        (aside.parent / "model.onnx.data").write_text("data")
+    assert sorted(os.listdir(tmp_path)) == ["model.onnx", "model.onnx.data"]
+    with RunFolder(tmp_path).locked():
+        pass
+
+
+def test_an_error_leaves_nothing_of_what_was_written_aside(tmp_path):
+    with pytest.raises(ZeroDivisionError), written_aside(tmp_path / "model.pt") as aside:
+        aside.write_text("half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_names_of_temporary_files_differ_between_threads_and_containers(tmp_path):
+    names = {aside_of(tmp_path / "a") for _ in range(100)}
+    assert len(names) == 100
+    write_atomically(tmp_path / "a", json.dumps(1))
+    assert os.listdir(tmp_path) == ["a"]
