@@ -1,7 +1,7 @@
 """How a job ends badly: a rank that dies takes the others along within seconds, and its words come last in the log.
 
-A rank is two processes (``supervise``). The one that Slurm or submitit's local controller has started waits for its
-child, and the child trains: what the kernel has killed cannot speak for itself, and what is stuck in a collective, or
+A rank is two processes (``supervise``). The one that Slurm or the local controller has started waits for its child, and
+the child trains: what the kernel has killed cannot speak for itself, and what is stuck in a collective, or
 in a driver that lets no Python run, cannot leave by itself.
 
     RUN/jobs/failures/
