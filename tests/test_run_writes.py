@@ -142,9 +142,9 @@ with sole_writer(Path({str(tmp_path / "set")!r})):
         with sole_writer(tmp_path / "set"):
             pass
     holder.kill()
+    holder.wait()
     with sole_writer(tmp_path / "set"):
         pass
-    holder.wait()
 
 
 def test_no_lock_needs_flock(tmp_path, monkeypatch):
