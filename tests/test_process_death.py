@@ -38,7 +38,7 @@ RUN_FILES = {
     ),
     *("model.safetensors", "results.json", "ended.json", "jobs", "code", ".owner"),
 }
-JOB_FILES = r"\d+_submitted\.pkl|\d+_\d+_(log\.out|result\.pkl)|submissions\.jsonl|controller\.log|last_words"
+JOB_FILES = r"\d+_submitted\.pkl|\d+_\d+_(log\.out|result\.pkl)|submissions\.jsonl|controller\.log|failures"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A rank that dies ends the job within 30 s: its words last in the log, exit code not 0, no rank left behind."""
+"""A rank that dies ends the job within 30 s: its failure report last in the log, exit code not 0, no rank left."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import made
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
-from launch.jobs import failures as last_words
-from launch.jobs.failures import Words
+from launch.jobs import failures
+from launch.jobs.failures import RankFailure
 from launch.jobs.run_state import look_at
 from launch.jobs.run_status import status_of
 from slurm_fixture import Cluster, wait_until
@@ -30,20 +30,20 @@ WITHIN_S = 30
 # --- who was first ------------------------------------------------------------------------------------------------
 
 
-def words(rank: int, second: int, error: str = "ValueError: no", **more: object) -> Words:
-    return Words(rank, "n1", f"2026-11-24T12:00:{second:02}.000", error, **{"traceback": "Traceback", **more})
+def failure(rank: int, second: int, error: str = "ValueError: no", **more: object) -> RankFailure:
+    return RankFailure(rank, "n1", f"2026-11-24T12:00:{second:02}.000", error, **{"traceback": "Traceback", **more})
 
 
 @pytest.mark.parametrize(
     ("left", "first"),
     [
         ([], None),
-        ([words(0, 2), words(1, 1, "KeyError: 1")], 1),
-        ([words(0, 1, broken_off=True), words(1, 2, "was killed by signal 9", traceback="")], 1),
-        ([words(2, 1, broken_off=True), words(0, 2, broken_off=True, error="RuntimeError: gloo")], 2),
-        ([words(0, 3), words(2, 1), words(1, 2)], 0),
-        ([words(0, 3, "was killed", traceback=""), words(2, 1, "was killed", traceback="")], 2),
-        ([words(1, 1, "DistNetworkError: Connection reset by peer"), words(0, 2, "was killed", traceback="")], 0),
+        ([failure(0, 2), failure(1, 1, "KeyError: 1")], 1),
+        ([failure(0, 1, broken_off=True), failure(1, 2, "was killed by signal 9", traceback="")], 1),
+        ([failure(2, 1, broken_off=True), failure(0, 2, broken_off=True, error="RuntimeError: gloo")], 2),
+        ([failure(0, 3), failure(2, 1), failure(1, 2)], 0),
+        ([failure(0, 3, "was killed", traceback=""), failure(2, 1, "was killed", traceback="")], 2),
+        ([failure(1, 1, "DistNetworkError: Connection reset by peer"), failure(0, 2, "was killed", traceback="")], 0),
     ],
     ids=[
         "nobody",
@@ -56,7 +56,7 @@ def words(rank: int, second: int, error: str = "ValueError: no", **more: object)
     ],
 )
 def test_who_died_first(left, first):
-    chosen = last_words._first(left)
+    chosen = failures._first(left)
     assert (chosen and chosen.rank) == first
 
 
@@ -66,13 +66,13 @@ SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch.jobs import failures as last_words
-last_words._LOOK_S, last_words._GRACE_S, last_words._LISTEN_S = 0.2, 0.5, 0.2
+from launch.jobs import failures
+failures._LOOK_S, failures._GRACE_S, failures._LISTEN_S = 0.2, 0.5, 0.2
 def rank():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(sys.argv[1], "rank").write_text(str(os.getpid()))
     {body}
-sys.exit(last_words.supervise(rank, Path(sys.argv[1])))
+sys.exit(failures.supervise(rank, Path(sys.argv[1])))
 """
 
 
@@ -99,22 +99,22 @@ def pid_of(run: Path) -> int:
     return int((run / "rank").read_text())
 
 
-def leave_words_of_rank_1(run: Path) -> None:
-    here = last_words.RankStart(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
-    here.leave("ValueError: planted", "Traceback (most recent call last):\nValueError: planted\n")
+def write_failure_of_rank_1(run: Path) -> None:
+    here = failures.RankStart(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
+    here.write_failure("ValueError: planted", "Traceback (most recent call last):\nValueError: planted\n")
 
 
 @pytest.mark.parametrize("how", ["time.sleep(600)", "import ctypes; ctypes.PyDLL(None).sleep(600)"])
 def test_a_rank_that_hangs_is_ended_when_another_dies(supervise, tmp_path, how):
     """In a collective; or where it lets no Python run."""
     process = supervise(how)
-    leave_words_of_rank_1(tmp_path)
+    write_failure_of_rank_1(tmp_path)
     told, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 128 + signal.SIGKILL
     assert not process_runs(pid_of(tmp_path))
     assert told.endswith("Traceback (most recent call last):\nValueError: planted\n")
     assert RunFolder(tmp_path).ended()["why"] == "failed: rank 1: ValueError: planted"
-    assert last_words.told(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
+    assert failures.report_of(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
 
 
 def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
@@ -128,7 +128,7 @@ def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 143, 144])
-def test_an_end_that_ranks_agree_on_leaves_no_words(supervise, tmp_path, code):
+def test_an_end_that_ranks_agree_on_leaves_no_report(supervise, tmp_path, code):
     process = supervise(f"sys.exit({code})")
     assert process.wait(WITHIN_S) == code
     assert not (tmp_path / "jobs").exists() and not (tmp_path / "ended.json").exists()
@@ -141,7 +141,7 @@ def test_a_rank_that_crashes_after_the_run_has_finished_changes_nothing(supervis
     told, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 128 + signal.SIGABRT and "Fatal Python error: Aborted" in told
     assert RunFolder(tmp_path).ended()["why"] == "finished"
-    assert last_words.told(RunFolder(tmp_path), "7") is None
+    assert failures.report_of(RunFolder(tmp_path), "7") is None
 
 
 def test_a_signal_reaches_the_rank_until_it_ends_and_does_not_kill_it_then(supervise, tmp_path):

@@ -194,7 +194,7 @@ def _why(folder: Path) -> str:
         log = AttemptLog(task)
         job = str(log.lines()[-1].get("job")).rpartition("-")[0] if log.lines() else task.name
         ended = log.ended()
-        report = failures.told(RunFolder(folder), job)
+        report = failures.report_of(RunFolder(folder), job)
         why = ended["why"] if ended else report.strip().splitlines()[-1] if report else None
         if why and why != FINISHED:
             reasons.setdefault(why, []).append(job)

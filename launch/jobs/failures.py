@@ -1,22 +1,23 @@
-"""How a job ends badly: a rank that dies takes the others along within seconds, and its words come last in the log.
+"""How a job ends badly: a rank that dies takes the others along within seconds, and its failure
+report comes last in the log.
 
 A rank is two processes (``supervise``). The one that Slurm or the local controller has started waits for its child, and
 the child trains: what the kernel has killed cannot speak for itself, and what is stuck in a collective, or
-in a driver that lets no Python run, cannot leave by itself.
+in a driver that lets no Python run, cannot end by itself.
 
     RUN/jobs/failures/
       123-0_1.json   rank 1's, of the first start of job 123: what it raised, or which signal killed it
       123-0.txt      those of the rank that died first, as the log ends with them
-      123-0.lost     all who spoke were cut off from one that did not: its node is lost, and the batch script requeues
+      123-0.lost     all reports are of ranks cut off from one without a report: its node is lost, and the job requeued
 
-    a rank dies   its words are there at once; 2 s later, when others had time for theirs, it is decided who was first,
+    a rank dies   its report is there at once; 2 s later, when others had time for theirs, it is decided who was first,
                   RUN/ended.json says so, and the process ends with an exit code that is not 0
-    the others    look for words every 2 s; what has not ended by itself 8 s later is killed
+    the others    look for reports every 2 s; what has not ended by itself 8 s later is killed
     on Slurm      srun --kill-on-bad-exit ends them as well: with a TERM, which here means a checkpoint and is of no use
                   to a rank that hangs, and after KillWait (30 s, or what a site likes) with a KILL. When all are gone
-                  the batch script prints the words.
+                  the batch script prints the report.
 
-Words are not left at an end that ranks have agreed on: finished, stopped with a checkpoint, to be requeued, cancelled.
+There is no report of an end that ranks have agreed on: finished, stopped with a checkpoint, to be requeued, cancelled.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
 _RAISED = 1
 """Exit code of a rank that has raised, and printed it."""
 _LOOK_S = 2.0
-"""Between two looks for the words of others: a listing of one small folder."""
+"""Between two looks for the reports of others: a listing of one small folder."""
 _LISTEN_S = 2.0
 """From a rank's death until it is decided who was first: a broken connection is noticed elsewhere in less."""
 _GRACE_S = 8.0
@@ -63,7 +64,7 @@ _GONE_WITHIN_S = 5.0
 
 
 @dataclass(frozen=True)
-class Words:
+class RankFailure:
     """What a rank that died has left. time: ISO 8601, to the millisecond. error: one line. traceback: "" if it was
     killed. broken_off: it died of a connection to another rank that broke, so another has died before it."""
 
@@ -121,27 +122,27 @@ class RankStart:
     def file(self) -> Path:
         return _folder(self.run) / f"{self.attempt}_{self.rank}.json"
 
-    def words(self) -> list[Words]:
+    def reports(self) -> list[RankFailure]:
         """All that were left at this start, by any rank."""
         with contextlib.suppress(FileNotFoundError):
             # Listed, not looked up: NFS asks the server when a folder is opened.
             names = os.listdir(_folder(self.run))
             mine = [n for n in names if n.startswith(f"{self.attempt}_") and n.endswith(".json")]
             read = [read_object(_folder(self.run) / name) for name in mine]
-            return [Words(**found) for found in read if found]
+            return [RankFailure(**found) for found in read if found]
         return []
 
-    def leave(self, error: str, traceback: str = "", broken_off: bool = False) -> None:
-        """Only the first words of a rank count."""
+    def write_failure(self, error: str, traceback: str = "", broken_off: bool = False) -> None:
+        """Only the first report of a rank counts."""
         if self.file.exists():
             return
         now = time.time()
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03}"
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-        words = Words(self.rank, node, clock, error, traceback, broken_off)
+        failure = RankFailure(self.rank, node, clock, error, traceback, broken_off)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.file, json.dumps(asdict(words)))
+            write_atomically(self.file, json.dumps(asdict(failure)))
         except OSError as reason:
             print(f"warning: {self.file} cannot be written: {reason.strerror}", file=sys.stderr, flush=True)
 
@@ -155,8 +156,8 @@ def _attempt(job: str) -> str:
     return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
-def told(run: RunFolder, job: str) -> str | None:
-    """The words of the rank that died first when the job ended last; None if there are none."""
+def report_of(run: RunFolder, job: str) -> str | None:
+    """The failure report of the rank that died first when the job ended last, as text; None if there is none."""
     texts = sorted(_folder(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
     return texts[-1].read_text(errors="replace") if texts else None
 
@@ -168,10 +169,10 @@ def _folder(run: RunFolder) -> Path:
 # --- the rank -----------------------------------------------------------------------------------------------------
 
 
-def leave(run: Path, error: BaseException) -> None:
+def write_failure(run: Path, error: BaseException) -> None:
     """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
     is being written, a driver) is none of the others' time."""
-    RankStart.found(run).leave(
+    RankStart.found(run).write_failure(
         f"{type(error).__name__}: {str(error)[:500]}",
         _formatted(error),
         broken_off=is_connection_loss(error, group_formed=_group_formed()),
@@ -210,8 +211,8 @@ def is_connection_loss(error: BaseException, *, group_formed: bool) -> bool:
     return (
         group_formed
         and isinstance(error, RuntimeError)
-        and any(words in text for words in _CONNECTION_LOST)
-        and not any(words in text for words in _OWN_FAULT)
+        and any(part in text for part in _CONNECTION_LOST)
+        and not any(part in text for part in _OWN_FAULT)
     )
 
 
@@ -227,7 +228,7 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int) -> None
         rank()
     except Exception as error:
         try:
-            leave(run, error)
+            write_failure(run, error)
         finally:
             traceback.print_exception(error)
             sys.stdout.flush()
@@ -280,7 +281,7 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
 def _wait(child: int, here: RankStart, parent: int) -> int:
     """The child's exit code, 128 + the signal that killed it. If another rank has died, the child has little time; if
     the process that started this one is gone, it has SAVE_WITHIN_S for a checkpoint."""
-    told, orphaned, kill_at, give_up_at = False, False, float("inf"), float("inf")
+    other_failed, orphaned, kill_at, give_up_at = False, False, float("inf"), float("inf")
     look_at, ask_at = time.monotonic() + _LOOK_S, 0.0
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -292,10 +293,10 @@ def _wait(child: int, here: RankStart, parent: int) -> int:
         if now > kill_at:
             os.kill(child, signal.SIGKILL)
             kill_at, give_up_at = float("inf"), now + _GONE_WITHIN_S
-        elif now > look_at and not told:
+        elif now > look_at and not other_failed:
             look_at = now + _LOOK_S
-            told = bool(here.words())
-            kill_at = min(kill_at, now + _GRACE_S) if told else kill_at
+            other_failed = bool(here.reports())
+            kill_at = min(kill_at, now + _GRACE_S) if other_failed else kill_at
         if not orphaned and _is_orphaned(here, parent):
             orphaned, kill_at = True, min(kill_at, now + SAVE_WITHIN_S)
             print("The process that started this rank is gone: the rank saves a checkpoint and ends.", flush=True)
@@ -306,7 +307,7 @@ def _wait(child: int, here: RankStart, parent: int) -> int:
     ignore_job_signals()
     code = os.waitstatus_to_exitcode(status)
     if code not in _AGREED_ENDS and give_up_at == float("inf"):  # not killed from here
-        here.leave(_how_it_ended(code))
+        here.write_failure(_how_it_ended(code))
     return code if code >= 0 else 128 - code
 
 
@@ -337,13 +338,13 @@ def report_for(here: RankStart, code: int, log: Path) -> bool:
     Returns:
         Whether it was written.
     """
-    if code in _AGREED_ENDS or (code > 0 and here.words()):
+    if code in _AGREED_ENDS or (code > 0 and here.reports()):
         return False
     if code < 0:
-        here.leave(f"lost the process that waits for it, which {_how_it_ended(code)}")
+        here.write_failure(f"lost the process that waits for it, which {_how_it_ended(code)}")
     else:  # before it had a child: its copy of the code is damaged, or there is no such Python
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        here.leave(f"ended with exit code {code}: {lines[-1] if lines else 'its log is empty'}")
+        here.write_failure(f"ended with exit code {code}: {lines[-1] if lines else 'its log is empty'}")
     return True
 
 
@@ -368,16 +369,16 @@ def _conclude(here: RankStart, *, spoken: bool) -> str:
     Returns:
         What rank 0's log of a local job is to end with; on Slurm the batch script prints it, after srun's own.
     """
-    words = _first(here.words())
+    failure = _first(here.reports())
     ended = here.run.ended() if here.run.begun_by(here.attempt) else None
-    if words is None or (ended is not None and ended["why"].startswith(("finished", "stopped"))):
+    if failure is None or (ended is not None and ended["why"].startswith(("finished", "stopped"))):
         return ""  # the run had come to an end by then, and rank 0 has said to which
-    text = words.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{words.rank}_log.out")
+    text = failure.text(here.run.root / "jobs" / f"{here.attempt.rpartition('-')[0]}_{failure.rank}_log.out")
     mark = _folder(here.run) / f"{here.attempt}.lost"
-    why = words.why
+    why = failure.why
     mark.unlink(missing_ok=True)  # of a rank that had not heard yet
-    if words.broken_off and not here.local and here.nodes > 1:
-        why = f"lost a rank without a report: rank {words.rank} was cut off"
+    if failure.broken_off and not here.local and here.nodes > 1:
+        why = f"lost a rank without a report: rank {failure.rank} was cut off"
         refusal = _refusal_of_restart(here.run)
         what_next = f"The job is not requeued: {refusal}" if refusal else "The job goes back into the queue."
         text += f"No rank has said why, as when a node is lost. {what_next}\n"
@@ -385,8 +386,8 @@ def _conclude(here: RankStart, *, spoken: bool) -> str:
         if not refusal:
             mark.touch()
     write_atomically(_folder(here.run) / f"{here.attempt}.txt", text)
-    _record(here, words, why)
-    return "" if words.rank == here.rank and spoken else text
+    _record(here, failure, why)
+    return "" if failure.rank == here.rank and spoken else text
 
 
 def _refusal_of_restart(run: RunFolder) -> str | None:
@@ -400,29 +401,29 @@ def _refusal_of_restart(run: RunFolder) -> str | None:
     return None
 
 
-def _first(left: list[Words]) -> Words | None:
+def _first(left: list[RankFailure]) -> RankFailure | None:
     """Who died first. A rank that was killed is heard of later than the connections that break with it, also before
     there is a process group. What several ranks raise alike, because they know the same, the lowest of them says."""
     if not left:
         return None
-    killed = any(not words.traceback for words in left)
+    killed = any(not failure.traceback for failure in left)
 
-    def order(words: Words) -> tuple[bool, str]:
-        cut_off = killed and any(text in words.error.lower() for text in _CONNECTION_LOST)
-        return words.broken_off or cut_off, words.time
+    def order(failure: RankFailure) -> tuple[bool, str]:
+        cut_off = killed and any(text in failure.error.lower() for text in _CONNECTION_LOST)
+        return failure.broken_off or cut_off, failure.time
 
     first = min(left, key=order)
-    alike = [words for words in left if words.traceback and words.error == first.error]
-    return min(alike, key=lambda words: words.rank, default=first)
+    alike = [failure for failure in left if failure.traceback and failure.error == first.error]
+    return min(alike, key=lambda failure: failure.rank, default=first)
 
 
-def _record(here: RankStart, words: Words, why: str) -> None:
+def _record(here: RankStart, failure: RankFailure, why: str) -> None:
     """Say it in ended.json, unless rank 0 has said as much; a start that had not begun to train is one all the same."""
     run = here.run
     if not run.has_work():
         return  # launch/doctor.py's folder
     if run.begun_by(here.attempt):
-        if run.ended() is None or words.rank != 0 or why != words.why:
+        if run.ended() is None or failure.rank != 0 or why != failure.why:
             run.end_attempt(why)
         return
     facts: dict[str, Any] = {"job": here.attempt, "nodes": here.nodes, "world_size": here.world_size}
@@ -430,6 +431,6 @@ def _record(here: RankStart, words: Words, why: str) -> None:
     if owner is None or owner.why_dead():
         with contextlib.suppress(UserError), run.locked(here.attempt, patience_s=0):
             run.end_failed(why, **facts)
-    elif owner.job == here.attempt and words.rank == here.rank:
+    elif owner.job == here.attempt and failure.rank == here.rank:
         run.end_failed(why, **facts)  # rank 0 holds the folder, and waits for this rank to come
     # Else another job does, and this one was refused.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import failures as last_words
+from launch.jobs import failures
 from launch.jobs.processes import kill, silence_output, wait_until_gone
 from launch.jobs.run_state import look_at
 from launch.jobs.run_status import ENDED, status_of
@@ -160,15 +160,15 @@ def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
     if told := run.cancelled():
         print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")
     else:
-        print(f"The run did not finish. {_last_words(run, job)}")
+        print(f"The run did not finish. {_failure_report(run, job)}")
     print(how_to_go_on)
     return 1
 
 
-def _last_words(run: RunFolder, job: str) -> str:
+def _failure_report(run: RunFolder, job: str) -> str:
     """Those of the rank that died first; where nobody has left any, the end of the log that says most."""
-    if told := last_words.told(run, job):
-        return told.rstrip()
+    if report := failures.report_of(run, job):
+        return report.rstrip()
     logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_complains, reverse=True)
     if not logs:
         return f"There is no log in {run.root / 'jobs'}."

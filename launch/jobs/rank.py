@@ -125,7 +125,7 @@ def _work(run: RunFolder, place: Place, stop_request: StopRequest, restarts: Res
     """Train or evaluate: the folder says which."""
 
     def failing(error: Exception) -> None:
-        failures.leave(run.root, error)
+        failures.write_failure(run.root, error)
 
     work = run.work()
     if isinstance(work, Recipe):
