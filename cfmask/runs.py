@@ -53,9 +53,6 @@ from cfmask.secrets import has_secrets
 
 _RECIPE, _EVALUATION = "recipe.json", "evaluation.json"
 
-# A requeue that resumes where the one before it did has got nowhere; after so many there is no point.
-REQUEUES_WITHOUT_PROGRESS = 3
-
 _ABANDONED_AFTER_S = 3600
 """A temporary file of a process on another machine: it is written in less."""
 
@@ -266,18 +263,6 @@ class RunFolder:
     def ended(self) -> dict[str, Any] | None:
         """Why and when the latest start ended, if it has recorded that: ``why``, ``ended``."""
         return self._attempt_log().ended()
-
-    def stuck(self, job_id: str) -> bool:
-        """Whether a job has come back to the same step REQUEUES_WITHOUT_PROGRESS times, and left no checkpoint beyond.
-
-        Asked before a start. What another job did with this run does not count: somebody has submitted it since.
-        """
-        steps = [
-            line["from_step"]
-            for line in read_lines(self.attempts)
-            if str(line.get("job")).rpartition("-")[0] == job_id and isinstance(line.get("from_step"), int)
-        ][-(REQUEUES_WITHOUT_PROGRESS + 1) :]
-        return len(steps) > REQUEUES_WITHOUT_PROGRESS and len(set(steps)) == 1 and self.saved_step() <= steps[0]
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint, whole or not; 0 if there is none. Raises OSError."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.runs import REQUEUES_WITHOUT_PROGRESS, RunFolder
+from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.machine import process_runs, started_at, this_machine
 
@@ -292,25 +292,6 @@ def test_the_end_of_a_log_is_read_without_the_rest(run):
     assert run.logged_step() == 9999
     run.log.write_bytes(b'{"step": 1}\n{"step": 2, "lo')
     assert run.logged_step() == 1
-
-
-def test_a_requeue_that_gets_on_does_not_count_however_many_there_are(run):
-    for restart in range(1000):
-        run.begin_attempt(job=f"12-{restart}", from_step=10 * restart)
-    assert not run.stuck("12")
-
-
-def test_requeues_without_progress_are_counted_for_one_job_and_up_to_a_checkpoint(run):
-    for restart in range(REQUEUES_WITHOUT_PROGRESS):
-        run.begin_attempt(job=f"12-{restart}", from_step=50)
-    assert not run.stuck("12")
-    run.begin_attempt(job=f"12-{REQUEUES_WITHOUT_PROGRESS}", from_step=50)
-    assert run.stuck("12")
-    assert not run.stuck("1") and not run.stuck("13"), "submitted anew, it has its own count"
-    (run.checkpoints / "step-00000050").mkdir(parents=True)
-    assert run.stuck("12")
-    (run.checkpoints / "step-00000060").mkdir()
-    assert not run.stuck("12"), "the last start has got on before it was killed"
 
 
 # --- cancelled ----------------------------------------------------------------------------------------------------
