@@ -56,14 +56,26 @@ os.fsync = fsync
 """Writing a checkpoint fails with EDQUOT, when it is flushed, as on NFS."""
 
 UNREADABLE_CHECKPOINTS = """\
+def check(file):
+    name = os.fsdecode(file) if isinstance(file, (str, bytes, os.PathLike)) else ""
+    if "/checkpoints/step-" in name and os.path.exists(MARK):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+
+
 def open_file(file, mode="r", *arguments, opened=io.open, **options):
-    name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
-    if "/checkpoints/step-" in str(name) and "r" in mode and os.path.exists(MARK):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), str(name))
+    if "r" in mode:
+        check(file)
     return opened(file, mode, *arguments, **options)
 
 
+def open_descriptor(path, flags, *arguments, opened=os.open, **options):
+    if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_DIRECTORY:
+        check(path)
+    return opened(path, flags, *arguments, **options)
+
+
 builtins.open = io.open = open_file
+os.open = open_descriptor
 os.environ.setdefault("CFMASK_READ_PATIENCE", "12")
 """
 """Opening a file of a checkpoint for reading fails with EIO; runs try for 12 s in place of their 60."""
