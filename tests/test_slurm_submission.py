@@ -18,6 +18,7 @@ from launch.jobs import submission
 from launch.jobs.run_state import read_jobs
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.queue import SlurmJob
+from launch.slurm.submission import SubmissionUnknown
 from slurm_fixture import wait_until
 from test_slurm_client import AWAY, HOSTILE, TIMED_OUT, FakeSlurm, fake  # noqa: F401
 
@@ -99,6 +100,46 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     (sweep / "44_submission.sh").rename(sweep / ".submission_file_0123.sh")
     fake.will("squeue", *["echo '44|.submission_file_0123.sh'", queue_shows(("44_1", "PENDING"))])
     assert submission.queued_job(run) is not None
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
+    fake,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    members,
+    accepted,
+):
+    """The disk is full when sbatch has answered, or before."""
+    from submitit.core.utils import JobPaths
+
+    from launch.jobs.allocation import Allocation
+
+    planned = submission.take_up(
+        [submission.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
+    )
+    real = JobPaths.move_temporary_file
+
+    def full(self, path, name, keep_as_symlink=False):
+        if name == "submitted_pickle":
+            raise OSError(28, "No space left on device")
+        real(self, path, name, keep_as_symlink)
+
+    monkeypatch.setattr(JobPaths, "move_temporary_file", full)
+    fake.will("sbatch", "echo Submitted batch job 12")
+    fake.will("scancel", "true")
+    if not accepted:
+        monkeypatch.setattr("launch.slurm.executor.submit", lambda script: full(None, None, "submitted_pickle"))
+    allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3")
+    with pytest.raises(SubmissionUnknown if accepted else OSError, match="No space left"):
+        submission.enqueue(planned, allocation)
+    assert [each.run.root.exists() for each in planned] == [accepted] * members
+    assert fake.calls("scancel") == ["scancel 12"] * accepted
+    assert list((tmp_path / "runs").glob("*/jobs/.submission_file*")) == [] or accepted
+    if accepted:
+        fake.will("squeue", queue_shows())
+        assert submission.queued_job(planned[0].run) is None, "the same command may be given again"
 
 
 def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys):
