@@ -34,7 +34,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
@@ -43,11 +43,8 @@ from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import process_runs
 from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
 from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
-from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp
+from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp, attempt_name, restart_of
 from launch.jobs.run_restarts import restarts_of, saved_progress
-
-if TYPE_CHECKING:
-    import submitit
 
 _AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
 """Exit codes of a rank that ends as all have agreed to (launch/jobs/restarts.py)."""
@@ -106,7 +103,7 @@ class RankStart:
         environment = submitit.JobEnvironment()
         return cls(
             run=RunFolder(run),
-            attempt=attempt_name(environment),
+            attempt=attempt_name(environment.job_id, restart_of(environment)),
             rank=environment.global_rank,
             local=environment.cluster != "slurm",
             nodes=environment.num_nodes,
@@ -116,7 +113,7 @@ class RankStart:
     @classmethod
     def of_local(cls, run: RunFolder, job: str, rank: int, world_size: int) -> RankStart:
         """For the controller of a local job, which is in no rank's environment."""
-        return cls(run, _attempt(job), rank, local=True, nodes=1, world_size=world_size)
+        return cls(run, attempt_name(job, None), rank, local=True, nodes=1, world_size=world_size)
 
     @property
     def file(self) -> Path:
@@ -145,15 +142,6 @@ class RankStart:
             write_atomically(self.file, json.dumps(asdict(failure)))
         except OSError as reason:
             print(f"warning: {self.file} cannot be written: {reason.strerror}", file=sys.stderr, flush=True)
-
-
-def attempt_name(environment: submitit.JobEnvironment) -> str:
-    """Names this start of the job, the same on all its ranks; batch_script.py says it in shell."""
-    return _attempt(environment.job_id)
-
-
-def _attempt(job: str) -> str:
-    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
 
 
 def report_of(run: RunFolder, job: str) -> str | None:

@@ -200,6 +200,16 @@ def seconds_left(job: JobRecord | None, now: float, *, kill_wait_s: float = _KIL
     return max(0.0, end - now) if job.end_time is not None else float("inf")
 
 
+def restart_of(environment: submitit.JobEnvironment) -> int | None:
+    """How often Slurm has started this job again; None on the local executor, which may run within a job of Slurm's."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None
+
+
+def attempt_name(job: str, restart: int | None) -> str:
+    """Names a start of a job, the same on all its ranks; ``batch_script_end`` says it in shell."""
+    return f"{job}-{restart or 0}"
+
+
 # --- a job ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +240,7 @@ class Restarts:
         return cls(
             log=log,
             job=environment.job_id,
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None,
+            restart=restart_of(environment),
             limit=int(os.environ.get(VARIABLE) or RESTARTS_WITHOUT_PROGRESS),
             resume=resume,
             unit=unit,
@@ -238,8 +248,7 @@ class Restarts:
 
     @property
     def attempt(self) -> str:
-        """Names this start of the job, the same on all its ranks; ``batch_script_end`` says it in shell."""
-        return f"{self.job}-{self.restart or 0}"
+        return attempt_name(self.job, self.restart)
 
     # --- the budget
 

@@ -50,9 +50,8 @@ class SlurmExecutor(submitit.SlurmExecutor):
         script = JobPaths.get_first_id_independent_folder(self.folder) / f".submission_file_{uuid.uuid4().hex}.sh"
         try:
             with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(
-                    self._make_submission_file_text(command, "")
-                )  # setup lines of a cluster file may have tokens
+                # Only its owner can read it: setup lines of a cluster file may have tokens.
+                file.write(self._make_submission_file_text(command, ""))
             number = self._accepted = submit(script)
         except SubmissionUnknown:
             raise  # the script is how its job is found later
