@@ -80,6 +80,17 @@ def test_which_jobs_keep_a_run_from_being_submitted(fake, run, state, there):  #
     assert queued == (f"12 ({state.lower()})" if there else None)
 
 
+def test_a_job_that_is_being_requeued_keeps_its_run_from_being_submitted(fake, run):  # noqa: F811
+    submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)
+    fake.will("squeue", queue_shows(("12", "COMPLETING")))
+    for why, there in (("stopped at step 7 (requeue)", True), ("stopped at step 7 (quit)", False)):
+        run.end_attempt(why)
+        assert (submission.queued_job(run) is not None) == there
+    run.end_attempt("stopped at step 7 (requeue)")
+    run.cancel()
+    assert submission.queued_job(run) is None, "it finds the mark"
+
+
 def test_a_job_whose_command_was_killed_before_it_heard_from_sbatch_is_found(fake, run):  # noqa: F811
     script = run.root / "jobs/.submission_file_0123.sh"
     script.touch()
@@ -100,6 +111,16 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     (sweep / "44_submission.sh").rename(sweep / ".submission_file_0123.sh")
     fake.will("squeue", *["echo '44|.submission_file_0123.sh'", queue_shows(("44_1", "PENDING"))])
     assert submission.queued_job(run) is not None
+    assert "--jobs=44_1" in fake.calls("squeue")[-1], "not the other members, which are no reason to refuse this run"
+
+
+def test_a_job_that_sbatch_did_not_confirm_is_cancelled(fake, run):  # noqa: F811
+    script = run.root / "jobs/.submission_file_0123.sh"
+    script.touch()
+    fake.will("squeue", f"echo '12|{script}'", queue_shows(("12", "PENDING")), "true", f"echo '12|{script}'", "true")
+    fake.will("scancel", "true")
+    assert cancel.end_jobs(run, grace_s=5) == ""
+    assert fake.calls("scancel") == ["scancel 12"]
 
 
 @pytest.mark.parametrize("members", [1, 2])

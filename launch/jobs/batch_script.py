@@ -167,4 +167,4 @@ def set_environment(allocation: Allocation) -> None:
 
 def _in_shell(value: str) -> str:
     """In double quotes, where $NAME and ${NAME} mean what they do on the node."""
-    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_{]))', r"\\\1", value) + '"'
+    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\}))', r"\\\1", value) + '"'

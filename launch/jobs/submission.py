@@ -29,11 +29,11 @@ from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
 from launch.jobs.claims import Claim, take_folder
 from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
-from launch.jobs.run_state import Jobs, read_jobs, read_state
+from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
 from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
 from launch.slurm.queue import queue
 from launch.slurm.states import is_completing
-from launch.slurm.submission import SubmissionUnknown, submitted, test_only
+from launch.slurm.submission import SubmissionUnknown, test_only
 
 if TYPE_CHECKING:
     import submitit
@@ -391,15 +391,17 @@ def queued_job(run: RunFolder) -> str | None:
         return None
     try:
         found = queue(jobs.slurm, patience_s=_ASK_S)
-        if accepted := [job for script in jobs.unconfirmed for job in submitted(script, patience_s=_ASK_S)]:
-            found |= queue(accepted, patience_s=_ASK_S)
+        found |= queue(accepted_jobs(run, jobs, patience_s=_ASK_S), patience_s=_ASK_S)
     except SlurmMissing:
         if run_state.says_it_ended:
             return None  # the folder has come to a machine without Slurm
         raise _cannot_be_asked(run, jobs, "there is no squeue on this machine") from None
     except SlurmError as error:
         raise _cannot_be_asked(run, jobs, str(error)) from None
-    return next((f"{job.id} ({job.state.lower()})" for job in found.values() if not is_completing(job.state)), None)
+    # One that has asked to be requeued is COMPLETING until all its nodes have let go of it, and PENDING then.
+    returns = run_state.comes_back and run_state.cancelled is None
+    alive = [job for job in found.values() if returns or not is_completing(job.state)]
+    return next((f"{job.id} ({job.state.lower()})" for job in alive), None)
 
 
 def _cannot_be_asked(run: RunFolder, jobs: Jobs, why: str) -> UserError:
