@@ -340,7 +340,9 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, mode, preemp
         ("preempt/partition_prio", "requeue", "", "REQUEUE", True),
     ],
 )
-def test_the_batch_script_finds_the_preempt_mode(tmp_path, kind, of_qos, of_partition, of_cluster, comes_back_by_itself):
+def test_the_batch_script_finds_the_preempt_mode(
+    tmp_path, kind, of_qos, of_partition, of_cluster, comes_back_by_itself
+):
     """Of a preempted job on Slurm 24.05, whose ranks are in a container."""
     (tmp_path / "bin").mkdir()
     for name, text in (("scontrol", SCONTROL), ("sacctmgr", f"#!/bin/sh\necho {of_qos}\n")):

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
-from launch.jobs.restarts import attempt_name, restart_of
-from launch.jobs.restarts import REQUEUE_ME
+from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
 

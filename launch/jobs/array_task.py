@@ -16,6 +16,7 @@ from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.pool import map_in_processes
+from cfmask.secrets import mask_secrets
 from launch.jobs.restarts import Cause, Restarts
 
 FINISHED = "finished"
@@ -59,7 +60,8 @@ class ArrayTask:
                 log.end(str(error))
                 raise
         except Exception as error:
-            log.end_failed(str(error) if isinstance(error, UserError) else repr(error), job=restarts.attempt)
+            why = str(error) if isinstance(error, UserError) else mask_secrets(repr(error))
+            log.end_failed(why, job=restarts.attempt)
             raise
 
     def checkpoint(self) -> NoReturn:

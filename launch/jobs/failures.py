@@ -42,6 +42,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import process_runs
 from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
+from cfmask.secrets import mask_secrets
 from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp, attempt_name, restart_of
 from launch.jobs.run_restarts import restarts_of, saved_progress
@@ -161,8 +162,8 @@ def write_failure(run: Path, error: BaseException) -> None:
     """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
     is being written, a driver) is none of the others' time."""
     RankStart.found(run).write_failure(
-        f"{type(error).__name__}: {str(error)[:500]}",
-        _formatted(error),
+        mask_secrets(f"{type(error).__name__}: {str(error)[:500]}"),
+        mask_secrets(_formatted(error)),
         broken_off=is_connection_loss(error, group_formed=_group_formed()),
     )
 
@@ -218,7 +219,7 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int) -> None
         try:
             write_failure(run, error)
         finally:
-            traceback.print_exception(error)
+            sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
             sys.stdout.flush()
             sys.stderr.flush()
             # Not through Python's own end: there threads are waited for, and a communicator that others hang in.

@@ -24,6 +24,7 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
+from cfmask.secrets import mask_secrets
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
@@ -220,7 +221,7 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
     if allocation.on_slurm:
         executor = Batch.of(planned).executor(allocation, snapshot.digest_of(REPO))
         text = executor.batch_script(len(planned))
-        print(f"\n{text}")
+        print(mask_secrets(f"\n{text}"))
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
         print(test_only(text))
