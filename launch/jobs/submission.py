@@ -7,6 +7,7 @@ lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shlex
@@ -236,11 +237,6 @@ def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, fo
     """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
     from launch.jobs.follow import follow_run
 
-    if ignored := ignored_options():
-        print(
-            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
-            file=sys.stderr,
-        )
     jobs = enqueue(planned, allocation, pace_s=pace_s)
     for each, job in zip(planned, jobs, strict=True):
         _announce(each.run, job, allocation)
@@ -297,7 +293,18 @@ def send(executor: SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[sub
     Raises:
         SlurmError: Slurm does not take it.
     """
+    _tell_of_ignored_options()
     return _undisturbed(lambda: executor.submit_array(work))
+
+
+@functools.cache
+def _tell_of_ignored_options() -> None:
+    """Once a command, which may submit many jobs."""
+    if ignored := ignored_options():
+        print(
+            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
+            file=sys.stderr,
+        )
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
