@@ -107,7 +107,6 @@ class JobRecord:
 
     state: str
     """As `scontrol show job` names it; "" if Slurm does not know the job any more."""
-    reason: str = ""
     preempted: bool = False
     """It has been chosen for preemption, and is in its grace time."""
     slurm_requeues: bool = False
@@ -125,7 +124,6 @@ class JobRecord:
         """
         return cls(
             state=shown.get("JobState", ""),
-            reason=shown.get("Reason", ""),
             preempted=_unix_time(shown.get("PreemptTime")) is not None,
             slurm_requeues=slurm >= _REQUEUES_PREEMPTED
             and "REQUEUE" in preempt_mode.upper()

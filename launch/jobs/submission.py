@@ -28,7 +28,14 @@ from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.secrets import mask_secrets
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
+from launch.jobs.batch_script import (
+    ENVIRONMENT,
+    NO_LIMIT_MIN,
+    rank_command,
+    set_environment,
+    slurm_parameters,
+    write_environment,
+)
 from launch.jobs.claims import Claim, take_folder
 from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
 from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
@@ -46,7 +53,6 @@ T = TypeVar("T")
 Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
 
 REPO = Path(__file__).resolve().parents[2]
-_NO_LIMIT_MIN = 525_600
 _ASK_S = 20.0
 """How long whoever submits waits for a controller that does not answer."""
 
@@ -344,7 +350,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     run = planned.run
     code = keep_code(run)
     (run.root / "jobs").mkdir(exist_ok=True)
-    work = Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)
+    work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN)
     if allocation.executor == "debug":
         job = submitit.DebugExecutor(run.root / "jobs").submit(work)
         _record(planned, job.job_id, allocation, code)
@@ -354,7 +360,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
         return tell_end(run, job.job_id, "The same command resumes from the last checkpoint.")
     with ending_signals() as received:
         # The controller counts the time down and kills: there is no queue to give the machine back to.
-        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN, followed=follow)
+        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=NO_LIMIT_MIN, followed=follow)
         job = executor.start(work)
         _record(planned, job.job_id, allocation, code)
         _announce(run, job, allocation)
