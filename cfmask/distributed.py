@@ -291,22 +291,22 @@ def _own_hosts() -> list[str]:
 
 
 def _addresses_of_interface() -> list[str]:
-    """Of this machine, on the interface that GLOO_SOCKET_IFNAME names; none if it names none.
+    """Of this machine, on the interface that GLOO_SOCKET_IFNAME names (or those: eth0,eth1); none if it names none.
 
     Raises:
         UserError: there is no such interface here.
     """
-    chosen = os.environ.get("GLOO_SOCKET_IFNAME")
-    if not chosen:
-        return []
+    chosen = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     addresses = interface_addresses()
-    if on_it := [address for interface, address in addresses if interface == chosen]:
-        return on_it
-    machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    raise UserError(
-        f"There is no network interface {chosen} with an address on {machine}; those are "
-        f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster file."
-    )
+    for name in chosen:
+        if not any(interface == name for interface, _ in addresses):
+            machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            raise UserError(
+                f"There is no network interface {name} with an address on {machine}; those are "
+                f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster "
+                "file."
+            )
+    return [address for name in chosen for interface, address in addresses if interface == name]
 
 
 def _resolve(name: str) -> list[str]:

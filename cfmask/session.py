@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cfmask.distributed import TIMEOUT, Place, call_off, process_group, remove_stale_rendezvous
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
+from cfmask.secrets import mask_secrets
 
 FINISHED = "finished"
 REQUEUE, QUIT = "requeue", "quit"
@@ -46,7 +47,7 @@ def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dis
         except Exception as error:
             failing(error)
             if place.rank == 0:
-                why = f"failed: {type(error).__name__}: {str(error)[:500]}"
+                why = mask_secrets(f"failed: {type(error).__name__}: {str(error)[:500]}")
                 run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
             raise
 

@@ -25,7 +25,7 @@ from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
 from cfmask.runtime.lock import Owner  # noqa: E402
 from launch.jobs import processes  # noqa: E402
-from launch.jobs.run_state import ask_queue, find_runs, read_state  # noqa: E402
+from launch.jobs.run_state import RunState, accepted_jobs, ask_queue, find_runs, read_state  # noqa: E402
 from launch.jobs.status_table import latest_checkpoint  # noqa: E402
 from launch.slurm import control  # noqa: E402
 from launch.slurm.client import SlurmError, SlurmUnavailable  # noqa: E402
@@ -88,10 +88,10 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
     found_any = False
     while True:
         run_state = read_state(run)
-        queue = ask_queue(run_state.jobs.slurm)
+        queue = _ask_queue(run_state)
         if queue is None:
             queue = {}
-            if run_state.jobs.slurm and "slurm" not in asked:
+            if "slurm" not in asked:
                 asked.add("slurm")
                 print("Slurm cannot be asked from here: a job of the run ends when it finds the mark.", flush=True)
         owner, controller = run_state.owner, run_state.jobs.controller
@@ -113,6 +113,15 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
         if time.monotonic() > kill_at + _GONE_WITHIN_S:
             return _leftover(queue, controller, owner, here)
         time.sleep(0.5 if not queue else 2)
+
+
+def _ask_queue(run_state: RunState) -> dict[str, SlurmJob] | None:
+    """The run's jobs that are not over, also those that sbatch did not confirm; None if Slurm cannot be asked."""
+    try:
+        unconfirmed = accepted_jobs(run_state.run, run_state.jobs, patience_s=0)
+    except SlurmError:
+        return None
+    return ask_queue([*run_state.jobs.slurm, *unconfirmed])
 
 
 def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
+from launch.jobs import array, array_task
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array
+from launch.jobs.restarts import Cause
 from made import REPO
 from slurm_fixture import Cluster, wait_until
 
@@ -128,6 +131,41 @@ def test_flags_without_effect_are_refused(resolve, capsys):
     for flags in (["--nodes", 2], ["--array", 0], ["--time", "soon"], ["--interface", "ib0"], ["--gpus-per-task", 1]):
         with pytest.raises(SystemExit):
             resolve("--executor", "slurm", *flags)
+
+
+def test_jobs_whose_results_are_in_another_folder_are_neither_followed_nor_cancelled(resolve, tmp_path, monkeypatch):
+    monkeypatch.setattr(array, "queue_of_name", lambda name: {"12_0": None})
+    monkeypatch.setattr(array, "cancel", lambda *jobs: pytest.fail(f"cancelled {jobs}"))
+    asked = resolve("--executor", "slurm", "--logs", tmp_path / "other")
+    with pytest.raises(UserError, match=f"results are not in {tmp_path / 'other'}.*same --logs"):
+        array.run_array(array.Work("test", "test", os.getenv, ["HOME"], ["home"]), asked)
+
+
+# --- a task -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_warning_before_a_task_listens_follows_the_restart_policy(tmp_path, monkeypatch):
+    """submitit would requeue the task whatever the policy says, and go on."""
+    task = array_task.ArrayTask(tmp_path, 0, 1, None)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/0.pkl").write_bytes(pickle.dumps([("a", 1), ("b", 2)]))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/a.pkl").touch()
+    asked = []
+
+    class Policy:
+        def after_stop(self, cause, progress):
+            asked.append((cause, progress))
+            return 143
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(array_task.Restarts, "of_this_job", lambda *_, **__: Policy())
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as left:
+        task.checkpoint()
+    assert left.value.code == 143 and asked == [(Cause.WARNED, 1)]
 
 
 # --- on Slurm ---------------------------------------------------------------------------------------------------------

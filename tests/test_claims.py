@@ -92,6 +92,20 @@ def test_signs_of_use_keep_a_folder_whose_command_was_refused(tmp_path, sign):
     assert (run.root / "recipe.json").exists()
 
 
+@pytest.mark.parametrize("how", ["alone", "sweep", "accepted"])
+def test_a_folder_whose_job_was_not_confirmed_to_another_command_is_kept(tmp_path, how):
+    run = RunFolder(tmp_path / "runs/x")
+    maker, other = take_folder(run, Recipe()), take_folder(run, Recipe())
+    folder = tmp_path / "runs/.sweeps/1" if how == "sweep" else run.root / "jobs"
+    folder.mkdir(parents=True)
+    if how == "sweep":
+        (folder / "0").symlink_to(run.root)
+    (folder / ("12_submission.sh" if how == "accepted" else ".submission_file_0123.sh")).touch()
+    other.keep()
+    maker.abandon()
+    assert (run.root / "recipe.json").exists()
+
+
 def test_who_comes_while_a_folder_is_being_removed_waits_and_makes_it_anew(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "x")
     maker = take_folder(run, Recipe())

@@ -280,7 +280,12 @@ def test_a_container_runs_its_own_python_under_pyxis():
 
 
 def test_the_environment_is_set_on_the_node_where_variables_have_their_values(tmp_path):
-    values = {"PLAIN": "x", "FILLED": "/scratch/$USER/${JOB}x", "ODD": 'a "b" `c` \\d $(e) $1 $', "SPACES": " a  b "}
+    values = {
+        "PLAIN": "x",
+        "FILLED": "/scratch/$USER/${JOB}x",
+        "ODD": 'a "b" `c` \\d $(e) $1 ${ ${!x} $',
+        "SPACES": " a  b ",
+    }
     toml = "[environment]\n" + "\n".join(f"{name} = '''{value}'''" for name, value in values.items())
     write_environment(allocate(file=toml), tmp_path)
     script = "\n".join(

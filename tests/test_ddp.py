@@ -236,10 +236,12 @@ def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
 
 
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
         with process_group(Place(nodes=2, world_size=2), tmp_path):
             pass
+    monkeypatch.setattr(distributed, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
+    assert distributed._own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
 
 
 @pytest.mark.parametrize("addresses", ["10.77.0.{}/24", "fd77::{}/64"], ids=["IPv4", "IPv6 only"])

@@ -145,6 +145,8 @@ def test_asking_in_a_way_that_contradicts_itself_is_refused(flags, file, said):
     [
         ("--gpus-per-task", "2"),
         ("--gpus-per-task", "a100:2"),
+        ("--gpus-per-node", "a100:0"),
+        ("--gres", "gpu:a100:0"),
         ("--gres", "4"),
         ("--gres", "gpu"),
         ("--gres", "gpu:a100"),

@@ -21,6 +21,7 @@ from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
 from launch.jobs import failures
 from launch.jobs.failures import RankFailure
+from launch.jobs.run_restarts import restarts_of
 from launch.jobs.run_state import look_at
 from launch.jobs.run_status import status_of
 from slurm_fixture import Cluster, wait_until
@@ -125,6 +126,18 @@ def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
     [attempt] = read_lines(tmp_path / "attempts.jsonl")
     assert (attempt["job"], attempt["from_step"]) == ("7-0", None)
     assert "rank 0 was killed by signal 9" in RunFolder(tmp_path).ended()["why"]
+
+
+def test_a_local_job_within_a_job_of_slurms_that_was_requeued_has_one_name(tmp_path, monkeypatch):
+    """Otherwise its ranks would count as not begun, and be killed without a checkpoint."""
+    local = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_GLOBALID": "0", "LOCAL_LOCALID": "0", "LOCAL_NTASKS": "1"}
+    for name, value in {**local, "LOCAL_NODEID": "0", "LOCAL_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    monkeypatch.setenv("SLURM_JOB_ID", "99")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run = RunFolder(tmp_path)
+    assert failures.RankStart.found(tmp_path).attempt == restarts_of(run).attempt == "7-0"
+    assert failures.RankStart.of_local(run, "7", 0, 1).attempt == "7-0"
 
 
 @pytest.mark.parametrize("code", [0, 143, 144])

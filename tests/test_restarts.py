@@ -286,19 +286,22 @@ SCONTROL = """#!/bin/sh
 case "$*" in
 --version) echo "slurm-wlm $SLURM_VERSION_SHOWN" ;;
 *"show job"*) cat "$SHOWN" ;;
+*"show config"*) printf 'PreemptMode             = %s\n' "$MODE_OF_CLUSTER"; echo "PreemptType = $PREEMPT_TYPE" ;;
+*"show partition"*) echo "PartitionName=low-REQUEUE QoS=N/A PreemptMode=$MODE State=UP" ;;
 *) echo "$@" >> "$ASKED" ;;
 esac
 """
 
 
 @pytest.mark.parametrize("version", ["22.05.8", "23.11.10", "24.05.0"])
+@pytest.mark.parametrize("mode", ["REQUEUE", "CANCEL"])
 @pytest.mark.parametrize("preempted", [False, True])
 @pytest.mark.parametrize("state", ["RUNNING", "COMPLETING"])
 @pytest.mark.parametrize(
     ("code", "lost"),
     [(0, True), (1, False), (1, True), (REQUEUE_ME, False), (REQUEUE_IF_PREEMPTED, False), (STOPPED, False)],
 )
-def test_the_batch_script_decides_as_python_does(tmp_path, version, preempted, state, code, lost):
+def test_the_batch_script_decides_as_python_does(tmp_path, version, mode, preempted, state, code, lost):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/scontrol").write_text(SCONTROL)
     (tmp_path / "bin/scontrol").chmod(0o755)
@@ -314,6 +317,7 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, preempted, s
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         **{"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": "1", "SLURM_VERSION_SHOWN": version},
         **{"SHOWN": str(tmp_path / "shown"), "ASKED": str(tmp_path / "asked")},
+        **{"PREEMPT_TYPE": "preempt/partition_prio", "MODE": mode, "MODE_OF_CLUSTER": "OFF"},
     }
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == code
@@ -322,5 +326,34 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, preempted, s
     if code and lost:
         cause = Cause.NODE_LOST
     number = tuple(int(part) for part in version.split(".")[:2])
-    decided = verdict(cause, record(state, preempted, number)) if cause else Verdict.END
+    decided = verdict(cause, record(state, preempted, number, mode)) if cause else Verdict.END
     assert (tmp_path / "asked").exists() == (decided is Verdict.REQUEUE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_qos", "of_partition", "of_cluster", "comes_back_by_itself"),
+    [
+        ("preempt/qos", "requeue", "CANCEL", "CANCEL", True),
+        ("preempt/qos", "cancel", "REQUEUE", "REQUEUE", False),
+        ("preempt/qos", "cluster", "CANCEL", "GANG,REQUEUE", True),
+        ("preempt/partition_prio", "requeue", "GANG,CANCEL", "REQUEUE", False),
+        ("preempt/partition_prio", "requeue", "", "REQUEUE", True),
+    ],
+)
+def test_the_batch_script_finds_the_preempt_mode(
+    tmp_path, kind, of_qos, of_partition, of_cluster, comes_back_by_itself
+):
+    """Of a preempted job on Slurm 24.05, whose ranks are in a container."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("scontrol", SCONTROL), ("sacctmgr", f"#!/bin/sh\necho {of_qos}\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "shown").write_text(SHOWN.format(state="RUNNING", reason="None", preempted="2026-11-24T12:05:00"))
+    script = "\n".join([f"status={REQUEUE_IF_PREEMPTED}", *batch_script_end(str(tmp_path))])
+    environment = {
+        **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "SLURM_VERSION_SHOWN": "24.05.1"},
+        **{"SHOWN": str(tmp_path / "shown"), "ASKED": str(tmp_path / "asked")},
+        **{"PREEMPT_TYPE": kind, "MODE": of_partition, "MODE_OF_CLUSTER": of_cluster},
+    }
+    subprocess.run(["bash", "-u", "-c", f"SLURM_JOB_QOS=q SLURM_JOB_PARTITION=low\n{script}"], env=environment)
+    assert (tmp_path / "asked").exists() != comes_back_by_itself

@@ -19,7 +19,8 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import Data, Recipe
 from cfmask.runs import RunFolder
 from cfmask.secrets import has_secrets, mask_secrets
-from launch.jobs import training
+from launch.jobs import failures, submission, training
+from launch.jobs.allocation import Allocation
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -145,3 +146,25 @@ def test_submit_prints_no_secret(tmp_path, monkeypatch, capsys):
     assert training.submit(parser.parse_args(flags)) == 0
     said = "".join(capsys.readouterr())
     assert SECRET not in said and "sig=***" in said
+
+
+def test_failure_reports_show_no_secret(tmp_path, monkeypatch):
+    """Errors of libraries, which mask nothing."""
+    local = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_GLOBALID": "0", "LOCAL_LOCALID": "0", "LOCAL_NTASKS": "1"}
+    for name, value in {**local, "LOCAL_NODEID": "0", "LOCAL_JOB_NUM_NODES": "1"}.items():
+        monkeypatch.setenv(f"SUBMITIT_{name}", value)
+    try:
+        raise RuntimeError(f"no route to {WITH_SECRETS[0]}")
+    except RuntimeError as error:
+        failures.write_failure(tmp_path, error)
+    [report] = (tmp_path / "jobs/failures").iterdir()
+    assert SECRET not in report.read_text() and "no route to https://***@host/shards" in report.read_text()
+
+
+def test_a_dry_run_shows_no_secret_of_the_setup(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(submission, "test_only", lambda text: "would start" if SECRET in text else "")
+    setup = (f"pip install --index-url {WITH_SECRETS[0]} x",)
+    allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", setup=setup)
+    submission.dry_run([submission.Planned(RunFolder(tmp_path / "x"), Recipe())], allocation)
+    said = capsys.readouterr().out
+    assert SECRET not in said and "--index-url https://***@host/shards x" in said and "would start" in said

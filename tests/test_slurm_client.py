@@ -167,6 +167,35 @@ def test_whether_it_was_accepted_may_stay_unknown(fake):
     assert len(fake.calls("sbatch")) == 1
 
 
+def test_a_refusal_after_a_lost_answer_is_no_refusal_if_the_first_request_was_accepted(fake):
+    """The second one is over the limit of jobs that the first one has reached."""
+    limit = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
+    fake.will("sbatch", TIMED_OUT, limit)
+    fake.will("squeue", "true", "true", f"echo '14|{SCRIPT}'")
+    assert submission.submit(SCRIPT) == "14"
+    fake.will("sbatch", TIMED_OUT, limit)
+    fake.will("squeue", "true", "true", AWAY)
+    with pytest.raises(submission.SubmissionUnknown, match="violates.*unknown whether"):
+        submission.submit(SCRIPT, patience_s=2)
+
+
+def test_an_accepted_job_is_never_sent_again_nor_taken_for_refused(fake):
+    fake.will("sbatch", "true")
+    for answer in ("true", AWAY, "echo 'Protocol authentication error' >&2; exit 1"):
+        fake.will("squeue", answer)
+        with pytest.raises(submission.SubmissionUnknown, match="does not say which job"):
+            submission.submit(SCRIPT, patience_s=2)
+    assert len(fake.calls("sbatch")) == 3
+    fake.will("sbatch", TIMED_OUT, "echo Submitted batch job 15")
+    fake.will("squeue", "true", "true", AWAY)
+    assert submission.submit(SCRIPT, patience_s=2) == "15"
+
+
+def test_names_in_any_encoding_are_read(fake):
+    fake.will("squeue", f"printf '11|/runs/\\351t\\351/x.sh\\n12|{SCRIPT}\\n'")
+    assert submission.submitted(SCRIPT) == ["12"]
+
+
 def test_a_request_that_never_left_is_repeated_without_a_look(fake):
     fake.will("sbatch", AWAY, AWAY, "echo Submitted batch job 7")
     fake.will("squeue", "false")

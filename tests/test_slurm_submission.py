@@ -18,6 +18,7 @@ from launch.jobs import submission
 from launch.jobs.run_state import read_jobs
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.queue import SlurmJob
+from launch.slurm.submission import SubmissionUnknown
 from slurm_fixture import wait_until
 from test_slurm_client import AWAY, HOSTILE, TIMED_OUT, FakeSlurm, fake  # noqa: F401
 
@@ -79,6 +80,17 @@ def test_which_jobs_keep_a_run_from_being_submitted(fake, run, state, there):  #
     assert queued == (f"12 ({state.lower()})" if there else None)
 
 
+def test_a_job_that_is_being_requeued_keeps_its_run_from_being_submitted(fake, run):  # noqa: F811
+    submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)
+    fake.will("squeue", queue_shows(("12", "COMPLETING")))
+    for why, there in (("stopped at step 7 (requeue)", True), ("stopped at step 7 (quit)", False)):
+        run.end_attempt(why)
+        assert (submission.queued_job(run) is not None) == there
+    run.end_attempt("stopped at step 7 (requeue)")
+    run.cancel()
+    assert submission.queued_job(run) is None, "it finds the mark"
+
+
 def test_a_job_whose_command_was_killed_before_it_heard_from_sbatch_is_found(fake, run):  # noqa: F811
     script = run.root / "jobs/.submission_file_0123.sh"
     script.touch()
@@ -99,6 +111,56 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     (sweep / "44_submission.sh").rename(sweep / ".submission_file_0123.sh")
     fake.will("squeue", *["echo '44|.submission_file_0123.sh'", queue_shows(("44_1", "PENDING"))])
     assert submission.queued_job(run) is not None
+    assert "--jobs=44_1" in fake.calls("squeue")[-1], "not the other members, which are no reason to refuse this run"
+
+
+def test_a_job_that_sbatch_did_not_confirm_is_cancelled(fake, run):  # noqa: F811
+    script = run.root / "jobs/.submission_file_0123.sh"
+    script.touch()
+    fake.will("squeue", f"echo '12|{script}'", queue_shows(("12", "PENDING")), "true", f"echo '12|{script}'", "true")
+    fake.will("scancel", "true")
+    assert cancel.end_jobs(run, grace_s=5) == ""
+    assert fake.calls("scancel") == ["scancel 12"]
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
+    fake,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    members,
+    accepted,
+):
+    """The disk is full when sbatch has answered, or before."""
+    from submitit.core.utils import JobPaths
+
+    from launch.jobs.allocation import Allocation
+
+    planned = submission.take_up(
+        [submission.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
+    )
+    real = JobPaths.move_temporary_file
+
+    def full(self, path, name, keep_as_symlink=False):
+        if name == "submitted_pickle":
+            raise OSError(28, "No space left on device")
+        real(self, path, name, keep_as_symlink)
+
+    monkeypatch.setattr(JobPaths, "move_temporary_file", full)
+    fake.will("sbatch", "echo Submitted batch job 12")
+    fake.will("scancel", "true")
+    if not accepted:
+        monkeypatch.setattr("launch.slurm.executor.submit", lambda script: full(None, None, "submitted_pickle"))
+    allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3")
+    with pytest.raises(SubmissionUnknown if accepted else OSError, match="No space left"):
+        submission.enqueue(planned, allocation)
+    assert [each.run.root.exists() for each in planned] == [accepted] * members
+    assert fake.calls("scancel") == ["scancel 12"] * accepted
+    assert list((tmp_path / "runs").glob("*/jobs/.submission_file*")) == [] or accepted
+    if accepted:
+        fake.will("squeue", queue_shows())
+        assert submission.queued_job(planned[0].run) is None, "the same command may be given again"
 
 
 def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys):

@@ -198,7 +198,7 @@ def verify(items: list[tarscan.Check], array: Array | None, workers: int) -> lis
 
             work = Work(
                 kind="verify",
-                identity=json.dumps([(str(item.root), item.shard.name, item.full) for item in items]),
+                identity=json.dumps([(os.path.abspath(item.root), item.shard.name, item.full) for item in items]),
                 function=tarscan.check,
                 items=items,
                 keys=[f"{number:06d}-{item.shard.name}" for number, item in enumerate(items)],

@@ -29,8 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
-from launch.jobs.failures import attempt_name
-from launch.jobs.restarts import REQUEUE_ME
+from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
 
@@ -175,7 +174,7 @@ class Probe:
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
             nodes=environment.num_nodes,
-            attempt=attempt_name(environment),
+            attempt=attempt_name(environment.job_id, restart_of(environment)),
             cpus=max(1, len(report.usable)),
             gpu=self.gpus_per_node > 0,
         )

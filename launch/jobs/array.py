@@ -106,6 +106,12 @@ def run_array(
     check_path(folder)
     with sole_writer(folder):
         if queue_of_name(work.name):
+            if not (folder / "results").is_dir():
+                raise UserError(
+                    f"Jobs of an earlier command are in the queue (squeue --name {work.name}), and their results are "
+                    f"not in {array.logs}: it had another --logs, or was given in another directory. Give the same "
+                    f"--logs, or end the jobs: scancel --name {work.name}"
+                )
             print(
                 f"jobs of an earlier command are in the queue: following them (squeue --name {work.name})", flush=True
             )

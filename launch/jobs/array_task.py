@@ -16,6 +16,7 @@ from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.pool import map_in_processes
+from cfmask.secrets import mask_secrets
 from launch.jobs.restarts import Cause, Restarts
 
 FINISHED = "finished"
@@ -42,15 +43,9 @@ class ArrayTask:
     time_limit_min: int | None
 
     def __call__(self) -> None:
-        log = AttemptLog(self.folder / "tasks" / str(self.number))
+        log, restarts = self._log(), self._restarts()
         keyed = self._load(f"{self.number}.pkl")
-
-        def left() -> list[Any]:
-            there = set(os.listdir(self.folder / "results"))
-            return [pair for pair in keyed if f"{pair[0]}.pkl" not in there]
-
-        restarts = Restarts.of_this_job(log, resume="give the same command again", unit="item")
-        missing = left()
+        missing = self._missing(keyed)
         try:
             with _stopped_by_signals(self._seconds()):
                 restarts.check_start(len(keyed) - len(missing))
@@ -60,19 +55,33 @@ class ArrayTask:
         except _Stopped as stop:
             log.end(f"stopped: {stop.cause.value}")
             try:
-                sys.exit(restarts.after_stop(stop.cause, len(keyed) - len(left())))
+                sys.exit(restarts.after_stop(stop.cause, len(keyed) - len(self._missing(keyed))))
             except UserError as error:
                 log.end(str(error))
                 raise
         except Exception as error:
-            log.end_failed(str(error) if isinstance(error, UserError) else repr(error), job=restarts.attempt)
+            why = str(error) if isinstance(error, UserError) else mask_secrets(repr(error))
+            log.end_failed(why, job=restarts.attempt)
             raise
 
-    def checkpoint(self) -> Any:
-        """Asked by submitit's own handler, for a signal that comes before ours is installed."""
-        import submitit
+    def checkpoint(self) -> NoReturn:
+        """Called by submitit's own handler, for a signal that comes before ours is installed. It would requeue the job
+        whatever the restart policy says, and so does not get control back."""
+        keyed = self._load(f"{self.number}.pkl")
+        code = self._restarts().after_stop(Cause.WARNED, len(keyed) - len(self._missing(keyed)))
+        sys.stdout.flush()
+        os._exit(code)
 
-        return submitit.helpers.DelayedSubmission(self)
+    def _log(self) -> AttemptLog:
+        return AttemptLog(self.folder / "tasks" / str(self.number))
+
+    def _restarts(self) -> Restarts:
+        return Restarts.of_this_job(self._log(), resume="give the same command again", unit="item")
+
+    def _missing(self, keyed: list[Any]) -> list[Any]:
+        """Items without a result, of (key, item)."""
+        there = set(os.listdir(self.folder / "results"))
+        return [pair for pair in keyed if f"{pair[0]}.pkl" not in there]
 
     def _do(self, missing: list[Any]) -> None:
         function, preload = self._load(FUNCTION)

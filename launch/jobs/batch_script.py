@@ -24,7 +24,8 @@ NOTICE_S = 120
 earlier: Slurm looks that often."""
 ENVIRONMENT = "environment.sh"
 """In a job's folder jobs/."""
-_NO_LIMIT_MIN = 525_600
+NO_LIMIT_MIN = 525_600
+"""Where a number has to be given, and there is no time limit: a year."""
 _RANKS_ENDED_WELL = 99
 """Exit code of the inner shell after ranks that all exited with 0: a setup that exits with 0 ends it with 0."""
 
@@ -55,7 +56,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "ntasks_per_node": a.tasks_per_node,
         "cpus_per_task": a.cpus_per_task,
         # submitit computes with this number, and always writes a limit: additional_parameters has the one that counts.
-        "time": a.time_min or _NO_LIMIT_MIN,
+        "time": a.time_min or NO_LIMIT_MIN,
         "signal_delay_s": NOTICE_S if a.time_min is None else min(NOTICE_S, 6 * a.time_min),
         "stderr_to_stdout": True,
         # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
@@ -167,4 +168,4 @@ def set_environment(allocation: Allocation) -> None:
 
 def _in_shell(value: str) -> str:
     """In double quotes, where $NAME and ${NAME} mean what they do on the node."""
-    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_{]))', r"\\\1", value) + '"'
+    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\}))', r"\\\1", value) + '"'

@@ -26,6 +26,7 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.machine import process_runs
+from launch.jobs.run_state import read_jobs
 
 _CLAIMS, _REMOVING = ".claims", ".removing-"
 _REMOVED_WITHIN_S = 20.0
@@ -160,7 +161,10 @@ def _make(root: Path, mark: Path) -> bool:
 
 def _in_use(run: RunFolder) -> bool:
     names = {path.name for path in run.root.iterdir() if not path.name.startswith(_REMOVING)}
-    return bool(names - _FRESH) or (run.root / "jobs/submissions.jsonl").exists() or run.owner() is not None
+    if names - _FRESH or (run.root / "jobs/submissions.jsonl").exists() or run.owner() is not None:
+        return True
+    jobs = read_jobs(run)  # one that Slurm has accepted, or may have
+    return bool(jobs.slurm or jobs.unconfirmed)
 
 
 def _process() -> str:

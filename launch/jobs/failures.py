@@ -34,7 +34,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
@@ -42,12 +42,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import process_runs
 from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
+from cfmask.secrets import mask_secrets
 from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
-from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp
+from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED, GivenUp, attempt_name, restart_of
 from launch.jobs.run_restarts import restarts_of, saved_progress
-
-if TYPE_CHECKING:
-    import submitit
 
 _AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
 """Exit codes of a rank that ends as all have agreed to (launch/jobs/restarts.py)."""
@@ -106,7 +104,7 @@ class RankStart:
         environment = submitit.JobEnvironment()
         return cls(
             run=RunFolder(run),
-            attempt=attempt_name(environment),
+            attempt=attempt_name(environment.job_id, restart_of(environment)),
             rank=environment.global_rank,
             local=environment.cluster != "slurm",
             nodes=environment.num_nodes,
@@ -116,7 +114,7 @@ class RankStart:
     @classmethod
     def of_local(cls, run: RunFolder, job: str, rank: int, world_size: int) -> RankStart:
         """For the controller of a local job, which is in no rank's environment."""
-        return cls(run, _attempt(job), rank, local=True, nodes=1, world_size=world_size)
+        return cls(run, attempt_name(job, None), rank, local=True, nodes=1, world_size=world_size)
 
     @property
     def file(self) -> Path:
@@ -147,15 +145,6 @@ class RankStart:
             print(f"warning: {self.file} cannot be written: {reason.strerror}", file=sys.stderr, flush=True)
 
 
-def attempt_name(environment: submitit.JobEnvironment) -> str:
-    """Names this start of the job, the same on all its ranks; batch_script.py says it in shell."""
-    return _attempt(environment.job_id)
-
-
-def _attempt(job: str) -> str:
-    return f"{job}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-
-
 def report_of(run: RunFolder, job: str) -> str | None:
     """The failure report of the rank that died first when the job ended last, as text; None if there is none."""
     texts = sorted(_folder(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
@@ -173,8 +162,8 @@ def write_failure(run: Path, error: BaseException) -> None:
     """Called in a rank that will not survive this error, as soon as it is known: what closing takes (a checkpoint that
     is being written, a driver) is none of the others' time."""
     RankStart.found(run).write_failure(
-        f"{type(error).__name__}: {str(error)[:500]}",
-        _formatted(error),
+        mask_secrets(f"{type(error).__name__}: {str(error)[:500]}"),
+        mask_secrets(_formatted(error)),
         broken_off=is_connection_loss(error, group_formed=_group_formed()),
     )
 
@@ -230,7 +219,7 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int) -> None
         try:
             write_failure(run, error)
         finally:
-            traceback.print_exception(error)
+            sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
             sys.stdout.flush()
             sys.stderr.flush()
             # Not through Python's own end: there threads are waited for, and a communicator that others hang in.

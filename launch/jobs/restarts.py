@@ -107,7 +107,6 @@ class JobRecord:
 
     state: str
     """As `scontrol show job` names it; "" if Slurm does not know the job any more."""
-    reason: str = ""
     preempted: bool = False
     """It has been chosen for preemption, and is in its grace time."""
     slurm_requeues: bool = False
@@ -125,7 +124,6 @@ class JobRecord:
         """
         return cls(
             state=shown.get("JobState", ""),
-            reason=shown.get("Reason", ""),
             preempted=_unix_time(shown.get("PreemptTime")) is not None,
             slurm_requeues=slurm >= _REQUEUES_PREEMPTED
             and "REQUEUE" in preempt_mode.upper()
@@ -200,6 +198,16 @@ def seconds_left(job: JobRecord | None, now: float, *, kill_wait_s: float = _KIL
     return max(0.0, end - now) if job.end_time is not None else float("inf")
 
 
+def restart_of(environment: submitit.JobEnvironment) -> int | None:
+    """How often Slurm has started this job again; None on the local executor, which may run within a job of Slurm's."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None
+
+
+def attempt_name(job: str, restart: int | None) -> str:
+    """Names a start of a job, the same on all its ranks; ``batch_script_end`` says it in shell."""
+    return f"{job}-{restart or 0}"
+
+
 # --- a job ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,7 +238,7 @@ class Restarts:
         return cls(
             log=log,
             job=environment.job_id,
-            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None,
+            restart=restart_of(environment),
             limit=int(os.environ.get(VARIABLE) or RESTARTS_WITHOUT_PROGRESS),
             resume=resume,
             unit=unit,
@@ -238,8 +246,7 @@ class Restarts:
 
     @property
     def attempt(self) -> str:
-        """Names this start of the job, the same on all its ranks; ``batch_script_end`` says it in shell."""
-        return f"{self.job}-{self.restart or 0}"
+        return attempt_name(self.job, self.restart)
 
     # --- the budget
 
@@ -422,7 +429,19 @@ def batch_script_end(failures: str) -> list[str]:
         '    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")',
         "    slurm=$(scontrol --version | tr . ' ' | while read -r _ a b _; do echo $((a * 100 + ${b#0})); done)",
         '    case "$job" in *" PreemptTime="[0-9]*)',
-        f'        if [ "${{slurm:-0}}" -ge {100 * major + minor} ]; then requeue=; else requeue=1; fi ;;',
+        "        requeue=1",
+        f'        if [ "${{slurm:-0}}" -ge {100 * major + minor} ]; then',
+        "            config=$(scontrol show config)",
+        '            case "$config" in',
+        '                *preempt/qos*) mode=$(sacctmgr -nP show qos "$SLURM_JOB_QOS" format=PreemptMode) ;;',
+        '                *) mode=$(scontrol --oneliner show partition "$SLURM_JOB_PARTITION")',
+        "                   mode=$(echo \"$mode\" | sed -n 's/.*PreemptMode=\\([^ ]*\\).*/\\1/p') ;;",
+        "            esac",
+        '            case "$mode" in "" | [Cc]luster | CLUSTER)',
+        "                mode=$(echo \"$config\" | sed -n 's/^PreemptMode *= *//p') ;;",
+        "            esac",
+        '            case "$mode" in *REQUEUE* | *requeue*) requeue= ;; esac',
+        "        fi ;;",
         "    esac",
         '    case "$job" in *" JobState=RUNNING "* | "") ;; *) requeue= ;; esac  # else Slurm is ending it already',
         "fi",

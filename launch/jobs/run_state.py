@@ -23,6 +23,7 @@ from launch.slurm import queue as of_slurm
 from launch.slurm.client import SlurmError
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_pending
+from launch.slurm.submission import submitted
 
 T = TypeVar("T")
 
@@ -101,8 +102,13 @@ class RunState:
         may have requeued it all the same: of a preempted job, say."""
         why = str(self.ended["why"]) if self.ended else ""
         submitted = self.jobs.slurm[-1] if self.jobs.slurm else self.last_job
-        comes_back = ("requeue" in why or why.startswith("lost a rank")) and "given up" not in why
-        return bool(why) and not self.jobs.unconfirmed and self.last_job == submitted and not comes_back
+        return bool(why) and not self.jobs.unconfirmed and self.last_job == submitted and not self.comes_back
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether the latest start ended in order to be repeated."""
+        why = str(self.ended["why"]) if self.ended else ""
+        return ("requeue" in why or why.startswith("lost a rank")) and "given up" not in why
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
@@ -240,6 +246,20 @@ def sweep_links(run: RunFolder) -> list[Path]:
     """Where sweeps have this run as a member: .sweeps/NAME/NUMBER."""
     links = (each for each in (run.root.parent / ".sweeps").glob("*/*") if each.name.isdigit() and each.is_symlink())
     return [each for each in links if each.resolve() == run.root.resolve()]
+
+
+def accepted_jobs(run: RunFolder, jobs: Jobs, *, patience_s: float) -> list[str]:
+    """The run's jobs of which sbatch has not said that they were accepted, and Slurm knows.
+
+    Raises:
+        SlurmError: Slurm cannot be asked.
+    """
+    members = {link.parent: f"_{link.name}" for link in sweep_links(run)} if jobs.unconfirmed else {}
+    return [
+        job + members.get(script.parent, "")
+        for script in jobs.unconfirmed
+        for job in submitted(script, patience_s=patience_s)
+    ]
 
 
 def _whole(line: dict[str, Any]) -> bool:

@@ -95,7 +95,7 @@ def gpus(text: str) -> tuple[str, int]:
     match = re.fullmatch(rf"(?:({_GPU_TYPE}):)?(\d+)", text)
     if not match:
         raise ValueError("a number, or TYPE:NUMBER as in a100:8")
-    return match[1] or "", int(match[2])
+    return _typed(match[1], int(match[2]))
 
 
 def gpu_gres(text: str) -> tuple[str, int]:
@@ -103,7 +103,13 @@ def gpu_gres(text: str) -> tuple[str, int]:
     match = re.fullmatch(rf"gpu:(?:({_GPU_TYPE}):)?(\d+)", text)
     if not match:
         raise ValueError("gpu:NUMBER or gpu:TYPE:NUMBER (other resources: [sbatch] gres in the cluster file)")
-    return match[1] or "", int(match[2])
+    return _typed(match[1], int(match[2]))
+
+
+def _typed(gpu_type: str | None, number: int) -> tuple[str, int]:
+    if gpu_type and not number:
+        raise ValueError("a number of GPUs of that type: 0 has none, and means the CPUs")
+    return gpu_type or "", number
 
 
 def gpu_of_task(text: str) -> tuple[str, int]:

@@ -7,6 +7,7 @@ lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shlex
@@ -24,16 +25,24 @@ from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
+from cfmask.secrets import mask_secrets
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import ENVIRONMENT, rank_command, set_environment, slurm_parameters, write_environment
+from launch.jobs.batch_script import (
+    ENVIRONMENT,
+    NO_LIMIT_MIN,
+    rank_command,
+    set_environment,
+    slurm_parameters,
+    write_environment,
+)
 from launch.jobs.claims import Claim, take_folder
 from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
-from launch.jobs.run_state import Jobs, read_jobs, read_state
+from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
 from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
 from launch.slurm.queue import queue
 from launch.slurm.states import is_completing
-from launch.slurm.submission import SubmissionUnknown, submitted, test_only
+from launch.slurm.submission import SubmissionUnknown, test_only
 
 if TYPE_CHECKING:
     import submitit
@@ -44,7 +53,6 @@ T = TypeVar("T")
 Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
 
 REPO = Path(__file__).resolve().parents[2]
-_NO_LIMIT_MIN = 525_600
 _ASK_S = 20.0
 """How long whoever submits waits for a controller that does not answer."""
 
@@ -220,7 +228,7 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
     if allocation.on_slurm:
         executor = Batch.of(planned).executor(allocation, snapshot.digest_of(REPO))
         text = executor.batch_script(len(planned))
-        print(f"\n{text}")
+        print(mask_secrets(f"\n{text}"))
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
         print(test_only(text))
@@ -235,11 +243,6 @@ def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, fo
     """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
     from launch.jobs.follow import follow_run
 
-    if ignored := ignored_options():
-        print(
-            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
-            file=sys.stderr,
-        )
     jobs = enqueue(planned, allocation, pace_s=pace_s)
     for each, job in zip(planned, jobs, strict=True):
         _announce(each.run, job, allocation)
@@ -296,7 +299,18 @@ def send(executor: SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[sub
     Raises:
         SlurmError: Slurm does not take it.
     """
+    _tell_of_ignored_options()
     return _undisturbed(lambda: executor.submit_array(work))
+
+
+@functools.cache
+def _tell_of_ignored_options() -> None:
+    """Once a command, which may submit many jobs."""
+    if ignored := ignored_options():
+        print(
+            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
+            file=sys.stderr,
+        )
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
@@ -336,7 +350,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     run = planned.run
     code = keep_code(run)
     (run.root / "jobs").mkdir(exist_ok=True)
-    work = Job(run.root, allocation.gpus_per_node, _NO_LIMIT_MIN)
+    work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN)
     if allocation.executor == "debug":
         job = submitit.DebugExecutor(run.root / "jobs").submit(work)
         _record(planned, job.job_id, allocation, code)
@@ -346,7 +360,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
         return tell_end(run, job.job_id, "The same command resumes from the last checkpoint.")
     with ending_signals() as received:
         # The controller counts the time down and kills: there is no queue to give the machine back to.
-        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=_NO_LIMIT_MIN, followed=follow)
+        executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=NO_LIMIT_MIN, followed=follow)
         job = executor.start(work)
         _record(planned, job.job_id, allocation, code)
         _announce(run, job, allocation)
@@ -391,15 +405,17 @@ def queued_job(run: RunFolder) -> str | None:
         return None
     try:
         found = queue(jobs.slurm, patience_s=_ASK_S)
-        if accepted := [job for script in jobs.unconfirmed for job in submitted(script, patience_s=_ASK_S)]:
-            found |= queue(accepted, patience_s=_ASK_S)
+        found |= queue(accepted_jobs(run, jobs, patience_s=_ASK_S), patience_s=_ASK_S)
     except SlurmMissing:
         if run_state.says_it_ended:
             return None  # the folder has come to a machine without Slurm
         raise _cannot_be_asked(run, jobs, "there is no squeue on this machine") from None
     except SlurmError as error:
         raise _cannot_be_asked(run, jobs, str(error)) from None
-    return next((f"{job.id} ({job.state.lower()})" for job in found.values() if not is_completing(job.state)), None)
+    # One that has asked to be requeued is COMPLETING until all its nodes have let go of it, and PENDING then.
+    returns = run_state.comes_back and run_state.cancelled is None
+    alive = [job for job in found.values() if returns or not is_completing(job.state)]
+    return next((f"{job.id} ({job.state.lower()})" for job in alive), None)
 
 
 def _cannot_be_asked(run: RunFolder, jobs: Jobs, why: str) -> UserError:

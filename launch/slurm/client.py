@@ -120,7 +120,15 @@ def call(command: tuple[str, ...], *, answer_s: float = ANSWER_S, text: str | No
     shown = shlex.join(command[:4])
     env = environment(for_job=os.path.basename(command[0]) == "sbatch")
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=answer_s, input=text or "", env=env)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",  # jobs and paths may have names in any encoding
+            timeout=answer_s,
+            input=text or "",
+            env=env,
+        )
     except FileNotFoundError:
         raise SlurmMissing(command[0]) from None
     except OSError as error:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.slurm.client import SlurmError
+from launch.slurm.control import cancel
 from launch.slurm.submission import SubmissionUnknown, submit
 
 _CLEAN = "unset ${!SRUN_*} SLURM_EXPORT_ENV SLURM_KILL_BAD_EXIT SLURM_WAIT"
@@ -26,6 +28,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
         super().__init__(folder, **options)
         # submitit's default is "submitit", which sites that track wckeys refuse. One of [sbatch] stands beside this.
         self.parameters["wckey"] = None
+        self._accepted: str | None = None
 
     def batch_script(self, members: int = 1) -> str:
         """What would be sent for so many functions."""
@@ -45,20 +48,35 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
     def _submit_command(self, command: str) -> submitit.Job[Any]:
         script = JobPaths.get_first_id_independent_folder(self.folder) / f".submission_file_{uuid.uuid4().hex}.sh"
-        with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(self._make_submission_file_text(command, ""))  # setup lines of a cluster file may have tokens
         try:
-            number = submit(script)
+            with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                # Only its owner can read it: setup lines of a cluster file may have tokens.
+                file.write(self._make_submission_file_text(command, ""))
+            number = self._accepted = submit(script)
         except SubmissionUnknown:
             raise  # the script is how its job is found later
-        except SlurmError:
-            script.unlink()
+        except (SlurmError, OSError):
+            script.unlink(missing_ok=True)
             raise
         job = self.job_class(folder=self.folder, job_id=number, tasks=list(range(self._num_tasks())))
         job.paths.move_temporary_file(script, "submission_file", keep_as_symlink=True)
         return job
 
     def _internal_process_submissions(self, delayed_submissions: Sequence[DelayedSubmission]) -> list[Any]:
+        self._accepted = None
+        try:
+            return self._process(delayed_submissions)
+        except OSError as error:
+            if self._accepted is None:
+                raise
+            with suppress(SlurmError):
+                cancel(self._accepted)  # it would not find the function that it is to call
+            raise SubmissionUnknown(
+                f"Slurm has accepted job {self._accepted}, but its files in {self.folder} cannot be written "
+                f"({error.strerror}), so it was cancelled. Give the same command again when there is space."
+            ) from None
+
+    def _process(self, delayed_submissions: Sequence[DelayedSubmission]) -> list[Any]:
         if len(delayed_submissions) == 1:
             return super()._internal_process_submissions(list(delayed_submissions))
         # submitit's own branch for arrays makes an executor of its own class, which would call sbatch by itself.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ _SETTLES_S = 10.0
 
 
 class SubmissionUnknown(SlurmUnavailable):
-    """Whether the job was accepted could not be found out."""
+    """A job was accepted whose submission is not complete, or it could not be found out whether one was."""
 
 
 def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
@@ -41,20 +42,8 @@ def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
     while True:
         try:
             done = call(("sbatch", *options, str(script)), answer_s=ANSWER_S)
-            if done.returncode:
-                raise SlurmError(_refusal(done.stderr or done.stdout))
-            job = _job_id(done.stdout) or _the_first(submitted(script, patience_s=patience_s))
-            if job is None:
-                raise SubmissionUnknown(
-                    f"sbatch does not say which job it has queued: {' '.join(done.stdout.split())!r}. Find it with "
-                    f"`squeue --me --format='%i %o'`: its batch script is {script}."
-                )
-            if sent:
-                _cancel_others(script, job)
-            return job
+            break
         except SlurmMissing:
-            raise
-        except SubmissionUnknown:
             raise
         except SlurmUnavailable as error:
             sent = sent or error.sent
@@ -63,6 +52,16 @@ def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
             if time.monotonic() + _ASK_AGAIN_S > deadline:
                 raise SlurmUnavailable(f"{error} The job was not accepted.", sent=False) from None
         time.sleep(_ASK_AGAIN_S)
+    if done.returncode:
+        refused = SlurmError(_refusal(done.stderr or done.stdout))
+        # A limit on the jobs of a user may be reached by the one whose answer was lost.
+        if sent and (job := _accepted(script, refused, patience_s)):
+            return job
+        raise refused
+    job = _job_id(done.stdout) or _job_of(script, done.stdout, patience_s)
+    if sent:
+        _cancel_others(script, job, patience_s)
+    return job
 
 
 def submitted(script: Path, *, patience_s: float = PATIENCE_S) -> list[str]:
@@ -101,7 +100,7 @@ def test_only(text: str, *, patience_s: float = PATIENCE_S) -> str:
     return done.stderr.strip()
 
 
-def _accepted(script: Path, lost: SlurmUnavailable, patience_s: float) -> str | None:
+def _accepted(script: Path, lost: SlurmError, patience_s: float) -> str | None:
     """The job, if the controller has it; looked for twice, as the request may still be on its way."""
     try:
         for pause in (0.0, _SETTLES_S):
@@ -116,14 +115,31 @@ def _accepted(script: Path, lost: SlurmUnavailable, patience_s: float) -> str | 
     return None
 
 
-def _cancel_others(script: Path, job: str) -> None:
+def _cancel_others(script: Path, job: str, patience_s: float) -> None:
     """Two were accepted after all: the second was sent while the first was still on its way."""
-    others = [each for each in submitted(script) if each != job]
-    cancel(*others)
+    try:
+        others = [each for each in submitted(script, patience_s=patience_s) if each != job]
+        cancel(*others, patience_s=patience_s)
+    except SlurmError as error:
+        print(f"warning: whether {script.name} was queued twice could not be found out: {error}", file=sys.stderr)
 
 
-def _the_first(jobs: list[str]) -> str | None:
-    return jobs[0] if jobs else None
+def _job_of(script: Path, printed: str, patience_s: float) -> str:
+    """The job of a script that sbatch has accepted without saying which job it is.
+
+    Raises:
+        SubmissionUnknown: it is not found.
+    """
+    try:
+        found = submitted(script, patience_s=patience_s)
+    except SlurmError:
+        found = []
+    if not found:
+        raise SubmissionUnknown(
+            f"sbatch does not say which job it has queued: {' '.join(printed.split())!r}. Find it with "
+            f"`squeue --me --format='%i %o'`: its batch script is {script}."
+        )
+    return found[0]
 
 
 def _job_id(text: str) -> str | None:
