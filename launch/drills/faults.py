@@ -3,10 +3,11 @@
 Most are injected into the ranks: Python imports ``sitecustomize`` when it starts, and sbatch hands PYTHONPATH on to the
 job. A fault is on while its mark, a file, exists:
 
-    with injected(folder, SLOW_CHECKPOINTS) as mark:
+    fault = Injection(folder, SLOW_CHECKPOINTS)
+    with fault.inherited():
         run.submit()
-    mark.touch()                checkpoints take for ever from here
-    mark.unlink()               and are written again
+    fault.mark.touch()          checkpoints take for ever from here
+    fault.mark.unlink()         and are written again
 """
 
 from __future__ import annotations
@@ -101,27 +102,33 @@ if os.path.exists(MARK) and os.environ.get("SLURM_NODEID") == "{node}":
 """
 
 
-@contextlib.contextmanager
-def injected(folder: Path, code: str) -> Iterator[Path]:
-    """Inject a fault into what is submitted in this context, and into its restarts.
+class Injection:
+    """A fault in what is submitted ``with injection.inherited()``, and in its restarts.
+
+    mark: the fault is on while this file exists. It does not exist yet.
 
     Args:
         folder: a new one, which all nodes see.
         code: Python, run at the start of each process.
-
-    Yields:
-        The fault's mark. It does not exist yet.
     """
-    folder.mkdir(parents=True)
-    mark, before = folder / "mark", os.environ.get("PYTHONPATH")
-    (folder / "sitecustomize.py").write_text(_PREAMBLE.format(mark=str(mark)) + code)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), before]))
-    try:
-        yield mark
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if before is not None:
-            os.environ["PYTHONPATH"] = before
+
+    def __init__(self, folder: Path, code: str) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self.mark = folder, folder / "mark"
+        (folder / "sitecustomize.py").write_text(_PREAMBLE.format(mark=str(self.mark)) + code)
+
+    @contextlib.contextmanager
+    def inherited(self) -> Iterator[None]:
+        """Processes that are started here have the fault. Not to be held while other drills take their turn: all drills
+        share this process, and its environment."""
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self._folder), before]))
+        try:
+            yield
+        finally:
+            os.environ.pop("PYTHONPATH")
+            if before is not None:
+                os.environ["PYTHONPATH"] = before
 
 
 def fill_disk(path: Path, *, leave: int) -> None:

@@ -16,8 +16,8 @@ from launch.drills.faults import (
     SLOW_CHECKPOINTS,
     SLOW_SHARDS,
     UNREADABLE_CHECKPOINTS,
+    Injection,
     fill_disk,
-    injected,
     interface_missing,
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
@@ -97,10 +97,11 @@ def _preempted_unwarned(run: RunHandle, env: DrillEnvironment) -> Poll:
 
 def _preempted_while_writing(run: RunHandle, env: DrillEnvironment) -> Poll:
     """A checkpoint takes longer to write than Slurm waits before it kills."""
-    with injected(env.folder / "slow-checkpoints", SLOW_CHECKPOINTS) as slow:
+    slow = Injection(env.folder / "slow-checkpoints", SLOW_CHECKPOINTS)
+    with slow.inherited():
         run.submit()
     yield from run.reach(EARLY)
-    slow.touch()
+    slow.mark.touch()
     try:
         for _ in run.until("a checkpoint is being written"):
             if any(run.folder.checkpoints.glob(".step-*")):
@@ -108,7 +109,7 @@ def _preempted_while_writing(run: RunHandle, env: DrillEnvironment) -> Poll:
             yield
         yield from _preempt(run, env)
     finally:
-        slow.unlink()
+        slow.mark.unlink()
     yield from run.finish()
 
 
@@ -212,8 +213,9 @@ _NO_SUCH_INTERFACE = "cfmask0"
 
 def _interface_missing(run: RunHandle, env: DrillEnvironment) -> Poll:
     """The job's second node has no interface of the name that it is given. No restart mends that."""
-    with injected(env.folder / "interface", interface_missing(1, _NO_SUCH_INTERFACE)) as mark:
-        mark.touch()
+    missing = Injection(env.folder / "interface", interface_missing(1, _NO_SUCH_INTERFACE))
+    missing.mark.touch()
+    with missing.inherited():
         run.submit("--restarts-without-progress", "1")
     run.record_fault("interface missing")
     yield from _ended(run, env, "FAILED")
@@ -261,41 +263,44 @@ def _full_disk(run: RunHandle, env: DrillEnvironment) -> Poll:
 
 def _quota_at_warning(run: RunHandle, env: DrillEnvironment) -> Poll:
     """The checkpoint before a requeue cannot be written for three seconds."""
-    with injected(env.folder / "quota", QUOTA_EXCEEDED) as exceeded:
+    exceeded = Injection(env.folder / "quota", QUOTA_EXCEEDED)
+    with exceeded.inherited():
         run.submit()
     yield from run.reach(HALF)
-    exceeded.touch()
+    exceeded.mark.touch()
     run.record_fault("USR2, quota")
     cancel(run.job, signal="USR2")
     yield from run.wait(3)
-    exceeded.unlink()
+    exceeded.mark.unlink()
     yield from run.restart()
     yield from run.finish()
 
 
 def _unreadable_at_resume(run: RunHandle, env: DrillEnvironment) -> Poll:
     """Checkpoints cannot be read when the job comes back: first for good, then for some seconds."""
-    with injected(env.folder / "unreadable", UNREADABLE_CHECKPOINTS) as unreadable:
-        run.submit()
-        yield from run.reach(HALF)
-        yield from _scancel(run, env)
-        kept = (run.folder.log.read_bytes(), run.folder.receipts.read_bytes())
-        unreadable.touch()
-        run.record_fault("EIO")
+    unreadable = Injection(env.folder / "unreadable", UNREADABLE_CHECKPOINTS)
+    run.submit()
+    yield from run.reach(HALF)
+    yield from _scancel(run, env)
+    kept = (run.folder.log.read_bytes(), run.folder.receipts.read_bytes())
+    unreadable.mark.touch()
+    run.record_fault("EIO")
+    with unreadable.inherited():
         run.resume("--restarts-without-progress", "1")
-        yield from _ended(run, env, "FAILED")
-        if kept != (run.folder.log.read_bytes(), run.folder.receipts.read_bytes()):
-            raise DrillFailed("the start that could not read its checkpoint has changed log.jsonl or receipts.jsonl")
-        if "Input/output error" not in run.log(run.job):
-            raise DrillFailed("the log does not say 'Input/output error'")
+    yield from _ended(run, env, "FAILED")
+    if kept != (run.folder.log.read_bytes(), run.folder.receipts.read_bytes()):
+        raise DrillFailed("the start that could not read its checkpoint has changed log.jsonl or receipts.jsonl")
+    if "Input/output error" not in run.log(run.job):
+        raise DrillFailed("the log does not say 'Input/output error'")
+    with unreadable.inherited():
         run.resume()
-        for _ in run.until("a start has failed to read its checkpoint"):
-            if "Input/output error" in run.log(run.job):
-                break
-            yield
-        yield from run.wait(3)
-        unreadable.unlink()
-        yield from run.finish()
+    for _ in run.until("a start has failed to read its checkpoint"):
+        if "Input/output error" in run.log(run.job):
+            break
+        yield
+    yield from run.wait(3)
+    unreadable.mark.unlink()
+    yield from run.finish()
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -308,9 +313,11 @@ def _conversion_preempted(run: RunHandle, env: DrillEnvironment) -> Poll:
     images = env.folder / "materials/images"
     command = [*MAKE_SHARDS, "folder", "--source", images, "--samples-per-shard", "4", "--split", "train"]
     on_slurm = ("--executor", "slurm", "--array", "2", "--cpus-per-task", "1", "--time", "30")
-    with injected(env.folder / "slow-shards", SLOW_SHARDS) as slow, contextlib.ExitStack() as stack:
-        slow.touch()
-        converting = stack.enter_context(_command(folder, *command, "--out", folder / "out", *on_slurm))
+    slow = Injection(env.folder / "slow-shards", SLOW_SHARDS)
+    slow.mark.touch()
+    with contextlib.ExitStack() as stack:
+        with slow.inherited():
+            converting = stack.enter_context(_command(folder, *command, "--out", folder / "out", *on_slurm))
         for _ in run.until("the array is in the queue"):
             if run.job or converting.poll() is not None:
                 break
@@ -321,7 +328,7 @@ def _conversion_preempted(run: RunHandle, env: DrillEnvironment) -> Poll:
                 break
             yield
         yield from _preempt(run, env)
-        slow.unlink()
+        slow.mark.unlink()
         for _ in run.until("the conversion has finished"):
             if converting.poll() is not None:
                 break
