@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cfmask.logs
+import cfmask.runtime.jsonl
 import cfmask.train
 import made
 from cfmask import checkpoint, resume
@@ -579,7 +579,7 @@ def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(mater
 
 
 def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materials, tmp_path, monkeypatch, capsys):
-    real = cfmask.logs.append_lines
+    real = cfmask.runtime.jsonl.append_lines
     calls = iter(range(1, 999))
 
     def append_lines(path: Path, lines: list[dict]) -> None:
@@ -587,7 +587,7 @@ def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materia
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(path, lines)
 
-    monkeypatch.setattr(cfmask.logs, "append_lines", append_lines)
+    monkeypatch.setattr(cfmask.runtime.jsonl, "append_lines", append_lines)
     run = train(recipe_of(materials), tmp_path / "run")
     assert logged_steps(run) == [line["step"] for line in read_lines(run.receipts)] == list(range(1, 13))
     assert "Disk quota exceeded" in capsys.readouterr().out
