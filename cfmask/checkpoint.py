@@ -234,7 +234,7 @@ class Writer:
             _write_hashed(aside / STATE, [encode(state, updates, sha256)])
             sync(aside)
             if final.exists():  # a torn one that a resume has passed over
-                _remove(final)
+                remove(final)
             os.replace(aside, final)
             sync(self._folder)
         except OSError:
@@ -260,11 +260,11 @@ class Writer:
         """Of those before ``newest``, which is whole, remove what is not to stay: never it, nor any beyond it."""
         best = best_of(self._whole, self._keep.best_on)
         stay = to_keep(self._whole, self._keep, best[0] if best else None)
-        for path in found(self._folder):
-            step = step_of(path)
-            if step < newest and step not in stay:
-                with contextlib.suppress(OSError):  # tried again after the next one
-                    _remove(path)
+        with contextlib.suppress(OSError):  # tried again after the next one
+            for path in found(self._folder):
+                step = step_of(path)
+                if step < newest and step not in stay:
+                    remove(path)
                     self._whole.pop(step, None)
 
 
@@ -351,8 +351,8 @@ def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _remove(path: Path) -> None:
-    """Remove a checkpoint; killed meanwhile, none is left that looks like one."""
+def remove(path: Path) -> None:
+    """Remove a checkpoint; killed meanwhile, none is left that looks like one. Raises OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)

@@ -1,11 +1,12 @@
 """A checkpoint's state.json: what it says, how it is protected, and where checkpoints lie.
 
     {"version": 2, "step": …, "dataset": …, "consumed": {…}, "skips": {…}, "top1": {…}, "updates": …,
+     "inputs": {"run.seed": 0, "initial.safetensors": …, …},
      "sha256": {"model.safetensors": …, "optimizer.safetensors": …}, "digest": …}
 
 digest is the sha256 of the other values in canonical JSON: a changed bit is noticed wherever it changes a value.
 Files of version 1 have neither "version" nor "digest"; they are checked as far as types, ranges and the folder's name
-go.
+go. Older files have no "inputs".
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from cfmask.runtime.patience import patiently
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
 
 _VERSION = 2
-_VALUES = {"step", "dataset", "consumed", "skips", "top1", "updates", "sha256"}
+_VALUES = {"step", "dataset", "consumed", "skips", "top1", "updates", "inputs", "sha256"}
+_OPTIONAL = {"top1", "inputs"}
+
+Input = str | int | float | None
 
 
 @dataclass(frozen=True)
@@ -46,13 +50,15 @@ class Skips:
 @dataclass(frozen=True)
 class State:
     """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
-    the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here."""
+    the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here.
+    inputs: what else decides the weights, by name: settings of the recipe, digests of the models' files."""
 
     step: int
     dataset: str
     consumed: Consumed
     skips: Skips = Skips()
     top1: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, Input] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +90,7 @@ def encode(state: State, updates: int, sha256: Mapping[str, str]) -> bytes:
         "skips": asdict(state.skips),
         "top1": dict(state.top1),
         "updates": updates,
+        "inputs": dict(state.inputs),
         "sha256": dict(sha256),
     }
     return json.dumps({**contents, "digest": digest_of(contents)}, indent=2).encode()
@@ -111,7 +118,7 @@ def decode(data: bytes, path: Path) -> Checkpoint:
             if raw.get("version") != _VERSION or digest != digest_of(raw):
                 raise ValueError("its digest is not that of its values")
             del raw["version"]
-        if raw.keys() | {"top1"} != _VALUES:
+        if raw.keys() | _OPTIONAL != _VALUES:
             raise ValueError(f"its values are {', '.join(sorted(raw))}")
         found = Checkpoint(
             path=path,
@@ -121,6 +128,7 @@ def decode(data: bytes, path: Path) -> Checkpoint:
             skips=Skips(**{name: _count(value) for name, value in raw["skips"].items()}),
             top1={_text(name): _percent(value) for name, value in raw.get("top1", {}).items()},
             updates=_count(raw["updates"]),
+            inputs={_text(name): _input(value) for name, value in raw.get("inputs", {}).items()},
             sha256={name: _hex(value, 64) for name, value in raw["sha256"].items()},
         )
         if found.sha256.keys() != {MODEL, OPTIMIZER}:
@@ -158,6 +166,12 @@ def _percent(value: Any) -> float:
     if type(value) not in (int, float) or not (math.isfinite(value) and 0 <= value <= 100):
         raise ValueError(f"{value!r} where a percentage belongs")
     return float(value)
+
+
+def _input(value: Any) -> Input:
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f"{value!r} where a setting or a digest belongs")
+    return value
 
 
 def _consumed(raw: dict[str, Any]) -> Consumed:

@@ -22,9 +22,12 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,23 +116,37 @@ class Evaluation(Record):
 
 
 def files_of(evaluation: Evaluation) -> dict[str, list[int]]:
-    """Size and time of the model files that an evaluation reads: others, and its counts are of other models."""
-    return _stamps((*evaluation.models, evaluation.pretrained))
+    """Size and time of the model files that an evaluation reads. If any of these change, its counts are invalid.
+
+    Raises:
+        StorageUnavailable: a file cannot be looked at.
+    """
+    paths = (*evaluation.models, evaluation.pretrained)
+    stamps = {path: patiently(functools.partial(_stamp, path), path) for path in paths}
+    return {path: stamp for path, stamp in stamps.items() if stamp is not None}
 
 
 def is_of_other_models(results: Mapping[str, Any]) -> bool:
-    """Whether models that were evaluated have been written anew since. One that is gone is as it was.
+    """Whether models that were evaluated have been written anew since. One that is gone, or cannot be looked at, is as
+    it was.
 
     Args:
         results: a results.json.
     """
-    evaluated = results.get("of", {})
-    return any(stamp != evaluated[path] for path, stamp in _stamps(evaluated).items())
+    for path, evaluated in results.get("of", {}).items():
+        with contextlib.suppress(OSError):
+            if _stamp(path) not in (None, evaluated):
+                return True
+    return False
 
 
-def _stamps(paths: Iterable[str]) -> dict[str, list[int]]:
-    found = {path: os.stat(path) for path in paths if os.path.isfile(path)}
-    return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in found.items()}
+def _stamp(path: str) -> list[int] | None:
+    """Size and time of a file; None if there is none. Unlike os.path.isfile, raises OSError where that is unknown."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return [status.st_size, status.st_mtime_ns] if stat.S_ISREG(status.st_mode) else None
 
 
 def load_evaluation(path: Path) -> Evaluation:

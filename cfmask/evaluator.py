@@ -40,7 +40,16 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
-from cfmask.session import FINISHED, Report, StopRequest, autocast, choose_arithmetic, rank_0_first, session
+from cfmask.session import (
+    FINISHED,
+    Report,
+    StopRequest,
+    autocast,
+    begin_attempt,
+    choose_arithmetic,
+    rank_0_first,
+    session,
+)
 
 KEEP_S, LOG_S = 30.0, 5.0
 """How often counts are kept, and a line of progress is written."""
@@ -74,13 +83,7 @@ def run_evaluation(
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)
         if is_main_process:
-            attempts = run.begin_attempt(
-                job=place.attempt,
-                nodes=place.nodes,
-                world_size=place.world_size,
-                device=str(place.device),
-                from_step=counter.images,
-            )
+            attempts = begin_attempt(run, place, from_step=counter.images)
             patiently(lambda: run.cut_history(counter.images), str(run.root))
         leaving.callback(counter.close)
         try:

@@ -156,6 +156,26 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def digest_of_tensors(path: Path) -> str:
+    """sha256 of what is in a safetensors file. Unlike the file's own, it is the same in whatever order safetensors has
+    written the metadata, which differs from process to process.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no safetensors file.
+    """
+    blocks = _blocks(path)
+    begin = bytearray(next(blocks, b""))
+    end = 8 + int.from_bytes(begin[:8], "little")
+    while len(begin) < end and (block := next(blocks, None)) is not None:
+        begin += block
+    digest = hashlib.sha256(json.dumps(json.loads(begin[8:end]), sort_keys=True).encode())
+    digest.update(begin[end:])
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a safetensors file, on the CPU, and the sha256 of the bytes that they were made of.
 

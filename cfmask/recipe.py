@@ -377,6 +377,18 @@ class Recipe(Record):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self
 
+    def of_weights(self) -> dict[str, str | int | float | None]:
+        """The settings that decide the weights by more than rounding, by "group.name". Not among them: the model and
+        the ensemble, which are files of the run folder once it has started, and the training set, which has a digest.
+        """
+        method, optim, run = (dataclasses.asdict(group) for group in (self.method, self.optim, self.run))
+        for name in ("micro_batches", "micro_batches_for", "max_skipped_steps"):
+            del optim[name]
+        del method["ensemble"]
+        run = {name: run[name] for name in ("seed", "precision")}
+        groups = {"method": method, "optim": optim, "run": run}
+        return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
     def with_choice_of(self, recorded: Recipe) -> Recipe:
         """This recipe with the number of micro-batches that ``recorded`` has, where auto has led to that number."""
         if self.optim.micro_batches != AUTO or recorded.optim.micro_batches_for is None:

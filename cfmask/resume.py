@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from cfmask.checkpoint_state import (
     OPTIMIZER,
     Checkpoint,
     CheckpointDamaged,
+    Input,
     check_missing,
     found,
     read_state,
@@ -105,6 +106,29 @@ def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int,
         "not mounted, mount it and start again; if the folder was moved or deleted, bring it back. To begin again at "
         f"step 0, which discards what its logs show: python launch/submit.py --resume {run.root} --from-step-0"
     )
+
+
+def check_inputs(run: RunFolder, checkpoint: Checkpoint, inputs: Mapping[str, Input]) -> None:
+    """Refuse to continue a checkpoint with other settings or teachers than it was trained with.
+
+    Args:
+        inputs: those of this start (``train_setup.inputs_of``). What only one of the two knows is not compared: it was
+            written by another version.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differences = [
+        f"{name}: {was} → {inputs[name]}"
+        for name, was in checkpoint.inputs.items()
+        if name in inputs and inputs[name] != was
+    ]
+    if differences:
+        raise UserError(
+            f"{run.root} was trained with other settings or model files up to {checkpoint.path.name} than it has now: "
+            f"{'; '.join(differences)} (checkpoint → now). recipe.json or the file was changed or damaged since: put "
+            "back what the checkpoint says, or begin a new run."
+        )
 
 
 def restore_weights(checkpoint: Checkpoint, model: Classifier) -> None:

@@ -281,7 +281,8 @@ class RunFolder:
         reached = [line["last_reached"] for line in since if isinstance(line.get("last_reached"), int)]
         logged = [_last_step(self.log) or 0, _last_step(self.receipts) or 0]
         return History(
-            saved=max([0, *committed, *(line["from_step"] for line in since)]), logged=max([*logged, *reached])
+            saved=max([self.saved_step(), *committed, *(line["from_step"] for line in since)]),
+            logged=max([*logged, *reached]),
         )
 
     def has_started(self) -> bool:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from cfmask.distributed import TIMEOUT, Place, call_off, process_group, remove_stale_rendezvous
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
 
 FINISHED = "finished"
@@ -48,8 +50,29 @@ def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dis
             failing(error)
             if place.rank == 0:
                 why = mask_secrets(f"failed: {type(error).__name__}: {str(error)[:500]}")
-                run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
+                try:
+                    run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
+                except OSError as unreadable:  # the error that ends the start is the one to raise
+                    print(f"warning: {run.attempts} cannot be read ({unreadable.strerror}): {why}", flush=True)
             raise
+
+
+def begin_attempt(run: RunFolder, place: Place, *, from_step: int) -> JsonLines:
+    """Record this start (``RunFolder.begin_attempt``), on rank 0.
+
+    Raises:
+        StorageUnavailable: the records of earlier starts cannot be read.
+    """
+    return patiently(  # it fails before anything is written, or not at all
+        lambda: run.begin_attempt(
+            job=place.attempt,
+            nodes=place.nodes,
+            world_size=place.world_size,
+            device=str(place.device),
+            from_step=from_step,
+        ),
+        str(run.attempts),
+    )
 
 
 def choose_arithmetic(precision: str, *, deterministic: bool) -> None:

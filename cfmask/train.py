@@ -34,7 +34,16 @@ from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
-from cfmask.session import FINISHED, Report, SecondsLeft, StopRequest, autocast, choose_arithmetic, session
+from cfmask.session import (
+    FINISHED,
+    Report,
+    SecondsLeft,
+    StopRequest,
+    autocast,
+    begin_attempt,
+    choose_arithmetic,
+    session,
+)
 from cfmask.train_setup import (
     agree_on_checkpoint,
     begin_history,
@@ -107,8 +116,8 @@ def _train(
         study = MaskStudy.of(recipe.data.segmentation, manifest, model, device)
 
     # --- resume -----------------------------------------------------------------------------------------------
-    found = agree_on_checkpoint(
-        run, manifest, total_steps, epoch_steps, recipe.run.checkpoint_steps, is_main_process=is_main_process
+    found, inputs = agree_on_checkpoint(
+        recipe, run, manifest, total_steps, epoch_steps, is_main_process=is_main_process
     )
     step, consumed, skips = 0, Consumed(), Skips()
     if found is not None:
@@ -117,9 +126,7 @@ def _train(
     logger, study_log, writer = None, None, None
     reports = SampleReports(run, epoch_steps)
     if is_main_process:
-        attempts = run.begin_attempt(
-            job=place.attempt, nodes=place.nodes, world_size=place.world_size, device=str(device), from_step=step
-        )
+        attempts = begin_attempt(run, place, from_step=step)
         logger = MetricLogger(recipe, run, step, schedule, also=[attempts, *reports.files])
         study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
         writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
@@ -206,7 +213,7 @@ def _train(
                 if study_log is not None:
                     study_log.flush()
                 top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
-                writer.start(State(step, manifest.digest, consumed, skips, top1s), model, optimizer)
+                writer.start(State(step, manifest.digest, consumed, skips, top1s, inputs), model, optimizer)
             if too_many_bad:
                 not_written = wait_for_checkpoint(writer)
                 raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written

@@ -4,8 +4,9 @@ and optimizer of each phase."""
 from __future__ import annotations
 
 import copy
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from cfmask import checkpoint, resume
-from cfmask.checkpoint_state import Checkpoint
+from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, Input
 from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ObjectReader
@@ -22,6 +23,7 @@ from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import Batch, train_batches
 from cfmask.distributed import Place
 from cfmask.errors import UserError
+from cfmask.files import digest_of_tensors
 from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise, store_products_in
@@ -135,34 +137,51 @@ def _is_there(run: RunFolder, path: Path) -> bool:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+def inputs_of(recipe: Recipe, run: RunFolder) -> dict[str, Input]:
+    """What decides the weights beside the training set, by name: settings, and digests of the models' files.
+
+    Raises:
+        StorageUnavailable: a file cannot be read.
+    """
+    files = [run.initial, run.ensemble] if recipe.method.ensemble is not None else [run.initial]
+    return recipe.of_weights() | {
+        path.name: patiently(functools.partial(digest_of_tensors, path), str(path)) for path in files
+    }
+
+
 def agree_on_checkpoint(
+    recipe: Recipe,
     run: RunFolder,
     manifest: Manifest,
     total_steps: int,
     epoch_steps: int,
-    checkpoint_steps: int,
     *,
     is_main_process: bool,
-) -> Checkpoint | None:
+) -> tuple[Checkpoint | None, Mapping[str, Input]]:
     """The checkpoint to resume from, chosen and verified by rank 0, the same on every rank; None to begin at step 0.
+    And what the next ones are made from (``inputs_of``).
 
     Raises, on all ranks:
-        UserError: it is of another training set, or beyond ``total_steps``; files could not be read; or there is none,
-            and the run has come further (``resume.check_progress``).
+        UserError: it is of another training set, other settings or models, or beyond ``total_steps``; files could not
+            be read; or there is none, and the run has come further (``resume.check_progress``).
     """
-    choice: list[Any] = [None, None]
+    choice: list[Any] = [None, {}, None]
     if is_main_process:
         try:
             choice[0] = resume.latest(run.checkpoints, report=lambda text: print(f"warning: {text}", flush=True))
-            resume.check_progress(run, choice[0], epoch_steps, checkpoint_steps)
+            resume.check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
+            choice[1] = inputs_of(recipe, run)
+            if choice[0] is not None:
+                resume.check_inputs(run, choice[0], choice[1])
         except UserError as error:
-            choice[1] = str(error)
+            choice[2] = str(error)
     dist.broadcast_object_list(choice)
-    found: Checkpoint | None = choice[0]
-    if choice[1] is not None:
-        raise UserError(choice[1])
+    found: Checkpoint | None
+    found, inputs, refusal = choice
+    if refusal is not None:
+        raise UserError(refusal)
     if found is None:
-        return None
+        return None, inputs
     if found.dataset != manifest.digest:
         raise UserError(
             f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, "
@@ -170,23 +189,39 @@ def agree_on_checkpoint(
         )
     if found.step > total_steps:
         raise UserError(f"{run.root} has a checkpoint of step {found.step}, beyond the recipe's {total_steps} steps.")
-    return found
+    return found, inputs
 
 
 def begin_history(run: RunFolder, step: int, store: dist.Store, place: Place) -> None:
     """Drop what an earlier start has logged beyond the checkpoint of ``step``, once every rank has restored it: a start
-    that fails before has changed nothing.
+    that fails before has changed nothing. A run that begins again at step 0 loses its damaged checkpoints too: they
+    would count as progress at its next start.
 
     Raises:
         UserError, OSError: the files cannot be changed; on all ranks.
     """
 
     def cut() -> None:
+        if step == 0:
+            _remove_damaged_checkpoints(run)
         run.cut_history(step)
         run.clear_step_0()
 
     dist.barrier()
     rank_0_first(store, place, "the history", lambda: patiently(cut, str(run.root)))
+
+
+def _remove_damaged_checkpoints(run: RunFolder) -> None:
+    for path in found_checkpoints(run.checkpoints):
+        try:
+            resume.verified(path)
+        except CheckpointDamaged:
+            checkpoint.remove(path)
+        else:
+            raise UserError(
+                f"{path} is whole, and was not there when this start looked for a checkpoint: a file system may have "
+                "been mounted since. Start again: the run resumes from it."
+            )
 
 
 def checkpoint_writer(

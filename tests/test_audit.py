@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -178,3 +180,19 @@ def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoc
 def test_lines_of_receipts_are_written_once_a_step(materials, tmp_path):
     run = train(materials, tmp_path / "run")
     assert [line["step"] for line in read_lines(run.receipts)] == list(range(1, 2 * STEPS + 1))
+
+
+@pytest.mark.parametrize("name", ["receipts.jsonl", "bad_samples.jsonl", "attempts.jsonl"])
+def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials, tmp_path, monkeypatch, capsys, name):
+    run = train(materials, tmp_path / "run", stop_at=2)
+    real = audit.read_lines
+
+    def failing(path):
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setenv("CFMASK_READ_PATIENCE", "0")
+    monkeypatch.setattr(audit, "read_lines", failing)
+    code, out = said(run, capsys)
+    assert code == 2 and "PROVEN" not in out.upper()

@@ -3,6 +3,7 @@ training goes on is tests/test_async_checkpoint.py's."""
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -274,3 +275,21 @@ def test_a_best_that_is_torn_is_the_best_no_more(tmp_path):
     for step, there in ((5, [3, 5, 6]), (7, [3, 7])):
         save(tmp_path, state(step), keep=keep)
         assert steps_in(tmp_path) == there and pointed_at(tmp_path)["step"] == 3
+
+
+def test_a_checkpoint_that_was_committed_counts_though_old_ones_cannot_be_listed(tmp_path, monkeypatch):
+    save(tmp_path, state(3), state(4))
+
+    def failing(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with Writer(tmp_path, LATEST_TWO, TINY.info(), resumed=resume.latest(tmp_path)) as writer:
+        model, optimizer = trained(1)
+        writer.reserve(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "found", failing)
+            writer.start(state(5), model, optimizer)
+            assert writer.wait() is None
+        assert steps_in(tmp_path) == [3, 4, 5]
+        writer.start(state(6), model, optimizer)
+    assert steps_in(tmp_path) == [5, 6]

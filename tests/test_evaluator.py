@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made
+import tools.evaluate
 from cfmask import evaluator
 from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import Manifest, load_manifest
@@ -290,6 +292,69 @@ def test_a_model_that_changed_meanwhile_is_counted_anew(materials, tmp_path, cap
     logits, labels = plain(materials, "b")
     assert row["sets"]["val"]["correct"] == (logits.argmax(1) == labels).sum() and row["sets"]["val"]["total"] == 96
     assert "counted anew" in capsys.readouterr().out
+
+
+def test_a_model_that_cannot_be_looked_at_has_not_changed(materials, tmp_path, monkeypatch, capsys):
+    what = evaluation(materials)
+    alone = evaluate(what, tmp_path / "alone")
+    asked = iter(range(100))
+    assert evaluate(what, tmp_path / "out", lambda: QUIT if next(asked) == 3 else None) == QUIT
+    kept = (tmp_path / "out/progress.safetensors").read_bytes()
+    real, calls = os.stat, 0
+
+    def failing(path, *rest, **more):
+        nonlocal calls
+        if str(path) == what.models[0]:
+            calls += 1
+            if calls <= times:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *rest, **more)
+
+    times = 10**6
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        patch.setenv("CFMASK_READ_PATIENCE", "0.1")
+        with pytest.raises(UserError, match="cannot be read .Input/output error"):
+            evaluate(what, tmp_path / "out")
+    assert (tmp_path / "out/progress.safetensors").read_bytes() == kept
+    times = calls + 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        assert evaluate(what, tmp_path / "out") == alone
+    assert calls > times and "counted anew" not in capsys.readouterr().out
+
+
+def test_a_log_on_a_full_disk_does_not_end_an_evaluation(materials, tmp_path, monkeypatch, capsys):
+    def full(path, lines):
+        if path.name == "log.jsonl":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluator, "LOG_S", 0.0)
+    alone = evaluate(evaluation(materials), tmp_path / "alone")
+    monkeypatch.setattr("cfmask.runtime.jsonl.append_lines", full)
+    assert evaluate(evaluation(materials), tmp_path / "out") == alone
+    log = tmp_path / "out/log.jsonl"
+    assert f"{log} cannot be written (No space left on device)" in capsys.readouterr().out and not log.exists()
+
+
+@pytest.mark.parametrize("tool", ["submit", "evaluate"])
+def test_killed_at_its_very_end_it_leaves_nothing_behind_the_next_command(materials, tmp_path, monkeypatch, tool):
+    def killed(run):
+        assert run.results.exists() and run.progress.exists()
+        raise KeyboardInterrupt
+
+    out, what = tmp_path / "out", evaluation(materials)
+    flags = [*what.models, "--shards", what.shards, "--sets", "val", "--batch-size", 7, "--loader-workers", 0]
+    command = list(map(str, [*flags, "--out", out]))
+    monkeypatch.setattr(evaluator, "KEEP_S", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "remove_progress", killed)
+        assert tools.evaluate.main(command) == 130
+    if tool == "evaluate":
+        assert tools.evaluate.main(command) == 0
+    else:
+        made.submit("--resume", out, "--executor", "local")
+    assert not list(out.glob("*.safetensors")) and not list(out.glob(".*.part"))
 
 
 # --- models that are made -------------------------------------------------------------------------------------------

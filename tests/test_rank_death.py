@@ -173,6 +173,17 @@ def test_a_signal_reaches_the_rank_until_it_ends_and_does_not_kill_it_then(super
     assert process.returncode == 143 and not (tmp_path / "jobs").exists()
 
 
+@pytest.mark.parametrize("code", [0, 7])
+def test_reports_that_cannot_be_read_end_no_rank(supervise, tmp_path, code):
+    """The folder is looked at every two seconds, on a file system that may be away for some of them."""
+    process = supervise(f"time.sleep(2); sys.exit({code})")
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/failures").symlink_to("failures")  # ELOOP
+    out, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == code, out
+    assert "Traceback" not in out and ("cannot be" in out) == bool(code)
+
+
 def test_a_rank_does_not_outlive_the_process_that_waits_for_it(supervise, tmp_path):
     process = supervise("time.sleep(600)")
     process.kill()

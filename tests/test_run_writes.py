@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.files import aside_of, sole_writer, write_atomically, written_aside
+from cfmask.files import aside_of, digest_of_tensors, sole_writer, write_atomically, written_aside
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines, read_lines
 from cfmask.runtime.machine import this_machine
@@ -175,3 +176,18 @@ def test_names_of_temporary_files_differ_between_threads_and_containers(tmp_path
     assert len(names) == 100
     write_atomically(tmp_path / "a", json.dumps(1))
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_the_digest_of_tensors_does_not_depend_on_the_order_of_the_metadata(tmp_path):
+    def written(name: str, metadata: dict[str, str], value: float) -> str:
+        header = {"__metadata__": metadata, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+        text = json.dumps(header).encode()
+        (tmp_path / name).write_bytes(struct.pack("<Q", len(text)) + text + struct.pack("<f", value))
+        return digest_of_tensors(tmp_path / name)
+
+    first = written("a", {"mean": "0.5", "std": "0.2"}, 1.0)
+    assert written("b", {"std": "0.2", "mean": "0.5"}, 1.0) == first
+    assert written("c", {"mean": "0.5", "std": "0.3"}, 1.0) != first != written("d", {"mean": "0.5", "std": "0.2"}, 2.0)
+    (tmp_path / "e").write_bytes(b"")
+    with pytest.raises(ValueError):
+        digest_of_tensors(tmp_path / "e")

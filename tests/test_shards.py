@@ -215,3 +215,16 @@ def test_a_set_behind_a_url_reads_as_the_folder_does_and_a_copy_that_rots_is_fet
     copy.write_bytes(data)
     with ShardReader(there) as remote:
         assert remote.read(8)["__key__"] == "sample_8"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("the source has changed")])
+def test_a_shard_that_cannot_be_finished_leaves_nothing(tmp_path, error):
+    """On a full disk, say, where half a shard would stand in the way of all others."""
+
+    def samples():
+        yield "a", 0, {"jpg": b"image" * 10**6}
+        raise error
+
+    with pytest.raises(type(error)):
+        write_shard(tmp_path / "train-000000.tar", samples())
+    assert not list(tmp_path.iterdir())

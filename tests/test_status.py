@@ -400,6 +400,26 @@ def test_durations(seconds, said):
 # --- following a run ----------------------------------------------------------------------------------------------
 
 
+def test_a_log_that_cannot_be_read_for_a_moment_does_not_end_who_follows_it(tmp_path, monkeypatch):
+    """With the follower of a run on this machine, the run would end."""
+    run = make_run(tmp_path / "run", starts=1, step=4)
+    append_lines(run.log, [{"step": 5, "total_steps": 9, "loss": 1.0, "samples_per_s": 2.0, "eta_s": 3.0}])
+    failures = iter([OSError(5, "Input/output error")])
+    real = follow.read_lines
+
+    def failing(path, **more):
+        for failure in failures:
+            raise failure
+        return real(path, **more)
+
+    monkeypatch.setattr(follow, "read_lines", failing)
+    shown = []
+    monkeypatch.setattr(follow.tqdm, "update", lambda bar, n: shown.append((bar.n, bar.total)))
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
+    follow._watch(run, iter([""]))
+    assert shown == [(0, None), (5, 9)]
+
+
 def start_following(run: Path) -> subprocess.Popen:
     command = [sys.executable, REPO / "launch/status.py", run, "--follow"]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

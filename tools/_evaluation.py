@@ -180,6 +180,7 @@ def carry_out(
     planned = Planned(run, evaluation)
     if run.results.exists():
         run.claim(evaluation)
+        run.tidy()
         print(f"{run.root} has the results already", file=sys.stderr)
         return 0, run
     if arguments.dry_run:

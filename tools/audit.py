@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -91,7 +92,7 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
         UserError: the run has no receipts, or the plan cannot be made.
     """
     planned, manifest = load_plan(run)
-    receipts = read_lines(run.receipts)
+    receipts = _lines(run.receipts)
     saved, problems = _states(run)
     if not receipts or not (saved or problems):
         raise UserError(f"{run.root} has no checkpoint yet, so there is nothing to prove.")
@@ -102,7 +103,7 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
         if state.dataset != manifest.digest
     ]
     replaced: dict[int, dict[int, str]] = {}
-    for line in read_lines(run.bad_samples):
+    for line in _lines(run.bad_samples):
         replaced.setdefault(line["step"], {})[line["sample"]] = line["substitute"]
 
     steps = [line["step"] for line in receipts]
@@ -150,6 +151,11 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
     return [[str(epoch + 1), *map(str, row), verdicts[epoch]] for epoch, row in rows.items()], problems
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Raises StorageUnavailable: an audit that cannot read proves nothing, in either direction."""
+    return patiently(lambda: read_lines(path), str(path))
+
+
 def _states(run: RunFolder) -> tuple[list[Checkpoint], list[str]]:
     """What the checkpoints say of themselves, and of each that is damaged, how."""
     saved, problems = [], []
@@ -190,7 +196,7 @@ def _what_happened(planned: Planned, step: int, samples: int, value: int, replac
 
 
 def _attempts(run: RunFolder) -> Iterator[str]:
-    for line in read_lines(run.attempts):
+    for line in _lines(run.attempts):
         why = f"; the one before was {line['why_last_ended']}" if line["why_last_ended"] else ""
         yield f"attempt {line['attempt']}: from step {line['from_step']}, {line['world_size']} ranks{why}"
 

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import json
 import os
-import socket
 import tarfile
 import threading
 import time
@@ -33,6 +32,7 @@ from numpy.typing import ArrayLike, NDArray
 from cfmask.data import images, remote
 from cfmask.errors import UserError
 from cfmask.files import sync, write_atomically
+from cfmask.runtime.machine import aside_of
 from cfmask.secrets import mask_secrets
 
 FORMAT = "cfmask-shards"
@@ -422,14 +422,26 @@ def write_shard(
         tar: final path.
         samples: (key, class id, {extension: data}) in order. Keys have no dot.
         about: facts that go into the index beside bytes and sha256; it may be filled while ``samples`` is consumed.
+
+    Raises:
+        OSError: it cannot be written. What was written aside is removed, as after any other error.
     """
+    aside = aside_of(tar)
+    try:
+        return _write_shard(tar, aside, samples, about)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _write_shard(
+    tar: Path, aside: Path, samples: Iterable[tuple[str, int, dict[str, bytes]]], about: dict[str, Any] | None
+) -> Index:
     keys: list[bytes] = []
     first = [0]
     extensions: dict[str, int] = {}
     members: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
     digest = hashlib.sha256()
-    aside = tar.with_name(f".{tar.name}.{socket.gethostname()}-{os.getpid()}.part")
     with open(aside, "wb", buffering=1 << 20) as file:
         position = 0
 
@@ -470,7 +482,6 @@ def write_shard(
     if vouched_for(tar) == index.about:
         # Another writer was faster (a job that was requeued while it still ran): to take its index away, even for a
         # moment, would only harm whoever reads it.
-        aside.unlink()
         return index
     index_path(tar).unlink(missing_ok=True)  # an older index must never vouch for the new tar
     os.replace(aside, tar)

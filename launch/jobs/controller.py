@@ -127,7 +127,11 @@ class Controller:
         return killed + [r for r, each in enumerate(self._ranks) if r not in killed and self._report(r, each.poll())]
 
     def _has_begun(self) -> bool:
-        return self._run.begun_by(self._start_of(0).attempt)
+        """Whether ranks may have something to save."""
+        try:
+            return self._run.begun_by(self._start_of(0).attempt)
+        except OSError:
+            return True
 
     def _report(self, rank: int, code: int | None) -> bool:
         """Write the failure report of a rank whose supervisor was killed; whether it was."""

@@ -121,7 +121,7 @@ class RankStart:
         return _folder(self.run) / f"{self.attempt}_{self.rank}.json"
 
     def reports(self) -> list[RankFailure]:
-        """All that were left at this start, by any rank."""
+        """All that were left at this start, by any rank. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             # Listed, not looked up: NFS asks the server when a folder is opened.
             names = os.listdir(_folder(self.run))
@@ -131,14 +131,14 @@ class RankStart:
         return []
 
     def write_failure(self, error: str, traceback: str = "", broken_off: bool = False) -> None:
-        """Only the first report of a rank counts."""
-        if self.file.exists():
-            return
+        """Only the first report of a rank counts. One that cannot be written is a warning."""
         now = time.time()
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03}"
         node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
         failure = RankFailure(self.rank, node, clock, error, traceback, broken_off)
         try:
+            if self.file.exists():
+                return
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(asdict(failure)))
         except OSError as reason:
@@ -242,6 +242,9 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
     """
     parent, own = os.getppid(), os.getpid()
     adopt_orphans()
+    here = RankStart.found(run)
+    # The local executor's second start has the first one's name. Before the child may write its own.
+    here.file.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         _be_the_rank(rank, run, own)
@@ -253,15 +256,17 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
 
     for number in JOB_SIGNALS:
         signal.signal(number, pass_on)
-    here = RankStart.found(run)
-    here.file.unlink(missing_ok=True)  # the local executor's second start has the first one's name
     code = _wait(child, here, parent)
     kill_children()  # what the rank has started and not ended
     if code in _AGREED_ENDS:
         return code
-    if here.file.exists():
-        time.sleep(_LISTEN_S)
-    text = _conclude(here, spoken=code == _RAISED)
+    text = ""
+    try:
+        if here.file.exists():
+            time.sleep(_LISTEN_S)
+        text = _conclude(here, spoken=code == _RAISED)
+    except OSError as error:
+        print(f"warning: the failure report of {run} cannot be made: {error}", file=sys.stderr, flush=True)
     if here.local and here.rank == 0:
         print(text, end="", flush=True)
     return code
@@ -284,7 +289,8 @@ def _wait(child: int, here: RankStart, parent: int) -> int:
             kill_at, give_up_at = float("inf"), now + _GONE_WITHIN_S
         elif now > look_at and not other_failed:
             look_at = now + _LOOK_S
-            other_failed = bool(here.reports())
+            with contextlib.suppress(OSError):  # looked for again: a file system that is away ends no training
+                other_failed = bool(here.reports())
             kill_at = min(kill_at, now + _GRACE_S) if other_failed else kill_at
         if not orphaned and _is_orphaned(here, parent):
             orphaned, kill_at = True, min(kill_at, now + SAVE_WITHIN_S)

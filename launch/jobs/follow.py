@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -138,7 +139,9 @@ def _watch(run: RunFolder, states: Iterator[str]) -> None:
 
 
 def _show(bar: tqdm, run: RunFolder, state: str) -> None:
-    lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
+    lines: list[dict[str, Any]] = []
+    with suppress(OSError):  # read again in a moment: if the follower ended, so would the job
+        lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
     if lines:
         last = lines[-1]
         bar.total = last["total_steps"]

@@ -150,6 +150,7 @@ def _check_start(run: RunFolder, place: Place, restarts: Restarts) -> None:
     if run.results.exists():
         # A job may be started again after its run has finished: from Slurm 24.05 on, one that was preempted meanwhile.
         reason, is_recorded = f"not started: {run.root} is finished", False
+        run.tidy()
     elif cancelled := run.cancelled():
         reason = f"not started: cancelled by {cancelled['by']}"
     else:
