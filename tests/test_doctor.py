@@ -620,7 +620,7 @@ def test_a_good_cluster(slurm_cluster: Cluster, tmp_path):
 
 
 @pytest.mark.slurm
-def test_cores_that_are_not_given_and_a_requeue_that_is_refused(slurm_cluster: Cluster, tmp_path):
+def test_cores_that_are_not_given_and_a_requeue_that_is_refused(slurm_cluster: Cluster, tmp_path, monkeypatch):
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()
     real = shutil.which("scontrol")
@@ -629,8 +629,8 @@ def test_cores_that_are_not_given_and_a_requeue_that_is_refused(slurm_cluster: C
     file = tmp_path / "cluster.toml"
     file.write_text(
         f'gpus_per_node = 0\ncpus_per_task = 3\nshards = "no/such"\npython = "taskset -c 0 {sys.executable}"\n'
-        f'setup = ["export PATH={fake.parent}:$PATH"]\n'
     )
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")  # sbatch hands it on: to ranks and batch script
     found = examine(cwd=tmp_path, code=1)
     assert found["cores"]["state"] == PROBLEM and "a rank can use 1 on n" in found["cores"]["found"]
     assert found["requeue"]["state"] == PROBLEM and "not for users" in found["requeue"]["found"]

@@ -111,7 +111,7 @@ def test_a_job_that_comes_back_runs_the_code_it_was_submitted_with(materials, cl
         break_code(clone)
         for pid in made.ranks_of(process):
             os.kill(pid, signal.SIGUSR2)
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         if process.poll() is None:
             made.kill_all(process)
