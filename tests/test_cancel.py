@@ -319,7 +319,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
     file = file.rename(file.with_name(f"n17,another machine,4711,{name}-0,0a1b2c3d"))
     os.utime(file, (time.time() - 75,) * 2)
     told = made.submit(*on_slurm(materials, run)).stdout
-    assert f"{run} was held by job {name}-0, process 4711 on n17, which was not heard of for 7" in told
+    assert f"{run} was held by job {name}-0, process 4711 on n17, which was not heard of for 6" in told
     wait_until(lambda: len(read_lines(run / "attempts.jsonl")) == 2, "the second start", 90)
     assert state_of(run) == "running"
     assert run_tool("cancel", run).returncode == 0

@@ -184,7 +184,13 @@ def _resized(run: RunHandle, env: DrillEnvironment) -> Poll:
 # --- nodes, networks, the controller ----------------------------------------------------------------------------------
 
 
-def _node_lost(run: RunHandle, env: DrillEnvironment, which: int = -1) -> Poll:
+_RESENT_S = 70.0
+"""slurmctld sends what a node did not answer once more, a minute later. It names the job and not its start: the request
+to end the first start would end the second one. By itself Slurm holds a requeued job for longer than that."""
+
+
+def _node_lost(run: RunHandle, env: DrillEnvironment, which: int = -1, settles_s: float = _RESENT_S) -> Poll:
+    """The job's batch script requeues it, while Slurm still waits for the node."""
     assert env.cluster is not None
     run.submit()
     yield from run.reach(HALF)
@@ -198,14 +204,14 @@ def _node_lost(run: RunHandle, env: DrillEnvironment, which: int = -1) -> Poll:
             yield
     finally:
         env.cluster.revive()
-    yield from run.wait(5)  # until the node has heard that the job's first start is over
+    yield from run.wait(settles_s)  # until the node has heard that the job's first start is over
     yield from run.restart()
     yield from run.finish()
 
 
 def _first_node_lost(run: RunHandle, env: DrillEnvironment) -> Poll:
-    """The node on which the batch script runs: only Slurm is left to requeue the job."""
-    yield from _node_lost(run, env, which=0)
+    """The node on which the batch script runs: only Slurm is left to requeue the job, when it gives the node up."""
+    yield from _node_lost(run, env, which=0, settles_s=5)
 
 
 _NO_SUCH_INTERFACE = "cfmask0"
