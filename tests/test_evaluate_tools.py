@@ -212,7 +212,7 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Interrupted. The same command goes on" in error
+    assert process.returncode == 130 and "Interrupted by SIGINT. The same command resumes" in error
     assert "Traceback" not in error and (out / "progress.safetensors").exists()
     assert evaluate.main([*command[2:]]) == 0
     assert read_lines(out / "attempts.jsonl")[1]["from_step"] > 0

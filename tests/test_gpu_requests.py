@@ -250,7 +250,7 @@ def test_slurm_gives_the_time_that_is_asked_for_and_a_job_finds_out_how_much(slu
         slurm_cluster.wait_for_state(job, "RUNNING")
         assert deadline.stop_time(None, job) - time.monotonic() == pytest.approx(left, abs=15)
         slurm_cluster.call("scancel", job)
-    slurm_cluster.call("scontrol", "update", "PartitionName=abrupt", "DefaultTime=NONE")
+    slurm_cluster.call("scontrol", "update", "PartitionName=abrupt", "DefaultTime=UNLIMITED")
 
 
 # --- doctor.py --------------------------------------------------------------------------------------------------------

@@ -224,7 +224,9 @@ def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
             return 0
         if signal.SIGHUP in received:
             silence_output()
-        print(f"{received[0].name}: the same command resumes behind what has been counted.", file=sys.stderr)
+        print(
+            f"Interrupted by {received[0].name}. The same command resumes after what has been counted.", file=sys.stderr
+        )
     return 128 + received[0]
 
 
