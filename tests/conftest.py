@@ -22,8 +22,13 @@ LEAN = REPO / "tests/lean"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from slurm_fixture import slurm_cluster  # noqa: E402,F401
+
+# How long an example takes is not what these tests are about, and a busy machine would fail them.
+settings.register_profile("cfmask", deadline=None)
+settings.load_profile("cfmask")
 
 
 @pytest.fixture(autouse=True)

@@ -385,7 +385,7 @@ def test_on_a_terminal_a_long_reason_is_cut(monkeypatch):
     told = Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
     assert len(table([told]).splitlines()[1]) > 700
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda *given, **named: os.terminal_size((100, 24)))
     assert [len(line) <= 100 for line in table([told]).splitlines()] == [True, True]
     assert table([told]).endswith("…")
 
