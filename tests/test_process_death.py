@@ -34,6 +34,7 @@ RUN_FILES = {
         "receipts.jsonl",
         "tensorboard",
         "checkpoints",
+        "committed.jsonl",
         "attempts.jsonl",
     ),
     *("model.safetensors", "results.json", "ended.json", "jobs", "code", ".owner"),
