@@ -582,7 +582,7 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
             [job] = enqueue([planned], allocation, tell=lambda line: None)
         except UserError as error:
             raise UserError(
-                f"{error} {number} of {_jobs(len(chosen))} have been submitted; the same command goes on with the rest."
+                f"{error} {number} of {_jobs(len(chosen))} have been submitted; the same command submits the rest."
             ) from None
         jobs[node.name] = job.job_id
         states[node.name] = QUEUED

@@ -23,7 +23,7 @@ What a run can be:
     dead            no job, no heartbeat, and no word of its own
     unknown         Slurm would know, and cannot be asked from here
 
-`submit.py --resume RUN` goes on with any of them that has ended and is not finished.
+`submit.py --resume RUN` resumes any of them that has ended and is not finished.
 
 All of this stands in run folders; what Slurm alone knows comes from one squeue, and one sacct where a job has ended
 without a word. Nothing here needs torch.

@@ -43,8 +43,9 @@ from cfmask.runtime.attempts import AttemptLog
 from launch.jobs.settings import RESTARTS_WITHOUT_PROGRESS
 from launch.slurm.client import SlurmError, SlurmUnavailable, ask, show_job, version
 from launch.slurm.control import requeue
+from launch.slurm.site import read_config
 from launch.slurm.states import is_running
-from launch.slurm.texts import parse_config, parse_records, seconds
+from launch.slurm.texts import parse_records, seconds
 
 if TYPE_CHECKING:
     import submitit
@@ -372,7 +373,7 @@ def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
 
 def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:
     """What becomes of a job that is preempted: of its QOS or its partition, as PreemptType says."""
-    config = parse_config(ask("scontrol", "show", "config", patience_s=patience_s))
+    config = read_config(patience_s=patience_s)
     default = config.get("PreemptMode", "")
     try:
         if config.get("PreemptType") == "preempt/qos":
@@ -389,7 +390,7 @@ def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:
 
 def _kill_wait_s() -> float:
     try:
-        return seconds(parse_config(ask("scontrol", "show", "config", patience_s=0))["KillWait"])
+        return seconds(read_config(patience_s=0)["KillWait"])
     except (SlurmError, ValueError, KeyError):
         return _KILL_WAIT_S
 

@@ -195,7 +195,7 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
     flags += given_recipe_flags(arguments)
     if flags:
         raise UserError(
-            f"--resume goes on with the recipe in {arguments.resume}; these flags would do nothing: "
+            f"--resume continues the recipe in {arguments.resume}; these flags would do nothing: "
             f"{', '.join(flags)}. Leave them out, or start another run without --resume."
         )
     run = RunFolder(arguments.resume.resolve())

@@ -153,10 +153,21 @@ def ask(*command: str, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_
         SlurmUnavailable: the command is not installed, or nobody answers within ``patience_s``.
         SlurmError: it failed.
     """
+    return _checked(command, call_patiently(command, patience_s=patience_s, answer_s=answer_s))
+
+
+def call_patiently(
+    command: tuple[str, ...], *, patience_s: float, answer_s: float = ANSWER_S, text: str | None = None
+) -> CompletedProcess[str]:
+    """``call``, repeated while nobody answers. For commands that may be given twice.
+
+    Raises:
+        SlurmUnavailable: the command is not installed, or nobody answers within ``patience_s``.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         try:
-            return _checked(command, call(command, answer_s=answer_s))
+            return call(command, answer_s=answer_s, text=text)
         except SlurmMissing:
             raise
         except SlurmUnavailable:

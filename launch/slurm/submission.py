@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from launch.slurm.client import PATIENCE_S, SlurmError, SlurmMissing, SlurmUnavailable, ask, call
+from launch.slurm.client import PATIENCE_S, SlurmError, SlurmMissing, SlurmUnavailable, ask, call, call_patiently
 from launch.slurm.control import cancel
 
 ANSWER_S = 300.0
@@ -84,17 +84,7 @@ def test_only(text: str, *, patience_s: float = PATIENCE_S) -> str:
         SlurmUnavailable: nobody answers.
         SlurmError: it would be refused.
     """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            done = call(("sbatch", "--test-only"), text=text)
-            break
-        except SlurmMissing:
-            raise
-        except SlurmUnavailable:
-            if time.monotonic() + _ASK_AGAIN_S > deadline:
-                raise
-        time.sleep(_ASK_AGAIN_S)
+    done = call_patiently(("sbatch", "--test-only"), patience_s=patience_s, text=text)
     if done.returncode:
         raise SlurmError(_refusal(done.stderr))
     return done.stderr.strip()
