@@ -47,14 +47,11 @@ from cfmask.runtime.attempts import AttemptLog, now
 from cfmask.runtime.jsonl import JsonLines, cut_lines, read_lines, read_object
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S, PATIENCE_S, FolderLock, LockHeld, Owner
 from cfmask.runtime.lock import FOLDER as LOCK_FOLDER
-from cfmask.runtime.machine import process_runs, this_machine, writer_of
+from cfmask.runtime.machine import is_abandoned
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import has_secrets
 
 _RECIPE, _EVALUATION = "recipe.json", "evaluation.json"
-
-_ABANDONED_AFTER_S = 3600
-"""A temporary file of a process on another machine: it is written in less."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +234,7 @@ class RunFolder:
             with suppress(OSError):
                 # What only the holder writes, an earlier holder has left; the rest may be another process's.
                 left = any(path.name.startswith(f".{file.name}.") for file in own)
-                if left or _is_abandoned(path, now=(self.root / LOCK_FOLDER).stat().st_mtime):
+                if left or is_abandoned(path, now=(self.root / LOCK_FOLDER).stat().st_mtime):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _attempt_log(self) -> AttemptLog:
@@ -289,13 +286,16 @@ class RunFolder:
         """Whether a start of it has had its models: everything that it needs was in the folder. Raises OSError."""
         return any(isinstance(line.get("from_step"), int) for line in read_lines(self.attempts))
 
-    def allow_step_0(self) -> None:
-        """Let the next start begin again at step 0, if it finds no whole checkpoint.
+    def allow_step_0(self, allowed: bool = True) -> None:
+        """Whether the next start may begin again at step 0, if it finds no whole checkpoint.
 
         Raises:
             UserError: it cannot be written.
         """
-        self._write_mark(self._step_0)
+        if allowed:
+            self._write_mark(self._step_0)
+        else:
+            self.clear_step_0()
 
     def step_0_allowed(self) -> bool:
         """Whether the next start may begin again at step 0. Raises OSError."""
@@ -313,12 +313,16 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """If the run is finished and nobody holds the folder, remove what killed processes have left in it."""
+        """If the run is finished and nobody holds the folder, remove what killed processes have left in it: progress
+        of an evaluation, claims (launch/jobs/claims.py), submitit's pickles of jobs that were never sent."""
         owner = self.owner()
         if owner is None or owner.has_ended():
             with suppress(UserError), self.locked(patience_s=0):
                 if self.results.exists():
                     self.remove_progress()
+                    shutil.rmtree(self.root / ".claims", ignore_errors=True)
+                    for path in self.root.glob(f"jobs/{'[0-9a-f]' * 32}.pkl"):
+                        path.unlink(missing_ok=True)
 
     def drop_results(self) -> None:
         """Let what is finished be done anew."""
@@ -376,21 +380,6 @@ def _exists(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _is_abandoned(path: Path, *, now: float) -> bool:
-    """Whether a hidden file or folder of a run folder is one that a process was killed over.
-
-    Args:
-        now: the time, by the clock of the file system.
-    """
-    writer = writer_of(path)
-    if writer is None:
-        return False
-    machine, pid = writer
-    if machine == this_machine():
-        return pid != os.getpid() and not process_runs(pid)
-    return now - path.stat().st_mtime > _ABANDONED_AFTER_S
 
 
 def find_model(path: str | Path) -> Path:

@@ -17,6 +17,7 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.machine import aside_of
 from launch.jobs import claims, submission, training
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import write_environment
@@ -132,6 +133,16 @@ def test_a_command_that_was_killed_while_it_removed_a_folder_keeps_nobody_out(tm
     os.rename(run.root / ".claims", run.root / f".removing-{closed}")
     assert not take_folder(run, Recipe()).made
     assert claim.mark.exists()
+
+
+def test_what_killed_commands_left_beside_a_folder_goes_with_the_next_command(tmp_path):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    run = RunFolder(tmp_path / "x")
+    theirs = aside_of(run.root).name.replace(f"-{os.getpid()}-", f"-{gone.stdout.strip()}-")
+    for name in (theirs, aside_of(run.root).name, aside_of(tmp_path / "x2").name):
+        (tmp_path / name / ".claims").mkdir(parents=True)
+    take_folder(run, Recipe())
+    assert len(list(tmp_path.iterdir())) == 3 and not (tmp_path / theirs).exists()
 
 
 @pytest.mark.parametrize("name", ["a%a", "a%jb", "%", "a\\b", "a\nb", "a\x07", "x" * 256, "ü" * 128])

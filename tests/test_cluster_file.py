@@ -172,12 +172,14 @@ def test_a_resumed_run_gets_what_it_got_unless_flags_say_otherwise():
     other = allocate("--nodes", 1, "--gpus-per-node", 4, "--time", 30, file=file, last=last)
     assert (other.nodes, other.gpus_per_node, other.gpu_type, other.time_min) == (1, 4, "", 30)
     assert allocate(last=json.loads(json.dumps(other.again))).again == other.again, "and the next time the same"
-    by_tasks = allocate("--tasks-per-node", 3, last=last)
+    by_tasks = allocate("--tasks-per-node", 3, "--gpus-per-node", 0, last=last)
     assert (by_tasks.gpus_per_node, by_tasks.world_size) == (0, 12)
 
 
-def test_who_says_gpus_or_tasks_says_both():
-    assert allocate("--tasks-per-node", 2, file="gpus_per_node = 8").gpus_per_node == 0
+def test_gpus_say_how_many_tasks_there_are_and_tasks_leave_the_gpus():
+    with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node with 8 GPUs, which"):
+        allocate("--tasks-per-node", 2, file="gpus_per_node = 8")
+    assert allocate("--tasks-per-node", 8, file="gpus_per_node = 8").gpus_per_node == 8
     assert allocate("--gpus-per-node", 4, file="gpus_per_node = 0\ntasks_per_node = 2").tasks_per_node == 4
     assert allocate(file="gpus_per_node = 0\ntasks_per_node = 2").world_size == 2
     with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node with 8 GPUs"):

@@ -113,6 +113,13 @@ def test_tasks_of_a_flag_and_the_gpu_of_a_task_in_the_file_go_together():
     assert (a.gpus_per_node, a.gpu_type, a.tasks_per_node) == (4, "a100", 4)
 
 
+def test_tasks_of_a_flag_leave_the_gpus_of_the_file():
+    a = allocate("--tasks-per-node", 4, file="gres = 'gpu:a100:4'")
+    assert (a.gpus_per_node, a.gpu_type, a.tasks_per_node) == (4, "a100", 4)
+    a = allocate("--tasks-per-node", 4, "--gpus-per-node", 0, file="gres = 'gpu:a100:4'")
+    assert (a.gpus_per_node, a.tasks_per_node) == (0, 4)
+
+
 @pytest.mark.parametrize(
     ("flags", "file", "said"),
     [
@@ -123,6 +130,8 @@ def test_tasks_of_a_flag_and_the_gpu_of_a_task_in_the_file_go_together():
         (("--gpus-per-task", 1), "", "say with --tasks-per-node how many"),
         (("--gres", "gpu:4", "--tasks-per-node", 2), "", "--tasks-per-node 2 contradicts --gres with 4 GPUs"),
         (("--exclusive", 4, "--tasks-per-node", 2), "", "--tasks-per-node 2 contradicts --exclusive with 4 GPUs"),
+        (("--tasks-per-node", 2), "gpus_per_node = 4", "--tasks-per-node 2 contradicts --gpus-per-node with 4 GPUs"),
+        (("--tasks-per-node", 2), "gres = 'gpu:a100:4'", "--tasks-per-node 2 contradicts --gres with 4 GPUs"),
         ((), "[sbatch]\nexclusive = true", "exclusive does not stand here: it is the key exclusive"),
         ((), "[sbatch]\ngres = 'gpu:a100:4'", "gres asks for GPUs: one of the keys"),
         ((), "[sbatch]\ngres = 'tmpdisk:1G,gpu'", "gres asks for GPUs"),

@@ -156,6 +156,7 @@ def test_the_command_line_begins_again_at_step_0_only_when_told_to(materials, tm
     run = train(materials, tmp_path / "run", stop_at=9)
     run.checkpoints.rename(tmp_path / "away")
     command = ("--resume", run.root, "--executor", "local", "--gpus-per-node", 0)
+    run.allow_step_0()  # of a submission whose job never started
     refused = made.submit(*command, check=False)
     assert refused.returncode == 1
     assert f"python launch/submit.py --resume {run.root} --from-step-0" in refused.stdout

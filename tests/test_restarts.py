@@ -26,7 +26,7 @@ from launch.jobs.restarts import (
     starts_without_progress,
     verdict,
 )
-from launch.slurm.client import SlurmUnavailable
+from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.texts import parse_records
 
 # --- the budget -------------------------------------------------------------------------------------------------------
@@ -201,7 +201,10 @@ def slurm(monkeypatch) -> list[tuple[str, ...]]:
 
     def answer(job: str) -> JobRecord | None:
         asked.append(("show", job))
-        return asked.answers.pop(0) if len(asked.answers) > 1 else asked.answers[0]
+        given = asked.answers.pop(0) if len(asked.answers) > 1 else asked.answers[0]
+        if isinstance(given, Exception):
+            raise given
+        return given
 
     def requeue(job: str, **given) -> None:
         asked.append(("scontrol", "requeue", job))
@@ -236,6 +239,19 @@ def test_rank_0_requeues_or_leaves_it_to_slurm(tmp_path, slurm, cause, answers, 
     policy(tmp_path).begin(0)
     assert policy(tmp_path).after_stop(cause, progress=10) == code
     assert (REQUEUE in slurm) == requeues
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"), [(Cause.TERMINATED, REQUEUE_IF_PREEMPTED), (Cause.WARNED, 0)], ids=lambda value: str(value)
+)
+def test_the_batch_script_asks_where_commands_of_slurm_fail(tmp_path, slurm, monkeypatch, cause, code):
+    """A container may have the commands and not the keys: nobody would end a rank that waits for an answer."""
+    monkeypatch.setattr(restarts, "_REQUEUE_PATIENCE_S", 0.2)
+    slurm.answers = [SlurmError("`scontrol show job` failed: Protocol authentication error")]
+    policy(tmp_path).begin(0)
+    assert policy(tmp_path).after_stop(cause, progress=10) == code
+    slurm.answers = [SlurmError("once"), record(preempted=True)]
+    assert policy(tmp_path).after_stop(cause, progress=10) == 0 and REQUEUE in slurm
 
 
 def test_a_cancelled_run_ends_whatever_slurm_says(tmp_path, slurm):

@@ -118,14 +118,18 @@ def test_who_holds_the_folder_next_removes_what_killed_processes_left(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_progress_of_a_finished_evaluation_goes_with_the_next_command(tmp_path, finished):
+def test_what_killed_processes_left_in_a_finished_folder_goes_with_the_next_command(tmp_path, finished):
     run = RunFolder(tmp_path)
-    for path in (run.progress, run.head_rows):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / ".claims").mkdir()
+    left = [run.progress, run.head_rows, tmp_path / ".claims/node-1-0a1b2c", tmp_path / f"jobs/{'0a' * 16}.pkl"]
+    stay = tmp_path / "jobs/12_submitted.pkl"
+    for path in (*left, stay):
         path.touch()
     if finished:
         run.results.write_text("{}")
     run.tidy()
-    assert run.progress.exists() != finished and run.head_rows.exists() != finished
+    assert [path.exists() for path in (*left, stay)] == [not finished] * len(left) + [True]
 
 
 def test_one_process_writes_into_a_folder_and_a_killed_one_is_followed_at_once(tmp_path):

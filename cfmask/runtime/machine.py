@@ -10,6 +10,8 @@ import secrets
 from pathlib import Path
 
 _ASIDE = re.compile(r"\.(?P<machine>[0-9a-f]{12})-(?P<pid>[0-9]+)-[0-9a-f]{8}(\.part)?")
+_ABANDONED_AFTER_S = 3600
+"""A temporary file of a process on another machine: it is written in less."""
 
 
 @functools.cache
@@ -62,3 +64,18 @@ def writer_of(aside: Path) -> tuple[str, int] | None:
     """Machine and pid in the name of a temporary file; None where the name has none."""
     found = _ASIDE.fullmatch(aside.name[max(aside.name.rfind("."), 0) :]) or _ASIDE.search(aside.name)
     return (found["machine"], int(found["pid"])) if found else None
+
+
+def is_abandoned(path: Path, *, now: float) -> bool:
+    """Whether a hidden file or folder is one that a process was killed over.
+
+    Args:
+        now: the time, by the clock of the file system.
+    """
+    writer = writer_of(path)
+    if writer is None:
+        return False
+    machine, pid = writer
+    if machine == this_machine():
+        return pid != os.getpid() and not process_runs(pid)
+    return now - path.stat().st_mtime > _ABANDONED_AFTER_S

@@ -247,8 +247,8 @@ class _Ranks:
 
 
 def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> _Ranks:
-    """The GPUs of a node and its ranks. The first layer that says anything of either says both; only
-    --gpus-per-task takes --tasks-per-node from another one, as neither means anything without the other."""
+    """The GPUs of a node and its ranks. The first layer that says anything of either says both; but --tasks-per-node
+    alone leaves the GPUs to the next one, so that nobody trains on CPUs without having asked for it."""
     for layer in layers:
         given = [_flag(name) for name in GPU_SETTINGS if name in layer]
         if len(given) > 1:
@@ -265,6 +265,14 @@ def _ranks(layers: Sequence[Mapping[str, Any]], default_gpus: int) -> _Ranks:
         way, asked = ways[1], speaking[1]["gpus_per_task"]
     elif way is not None:
         asked = speaking[0][way]
+    elif len(ways) > 1 and ways[1] is not None and (gpus := speaking[1][ways[1]][1]):
+        if gpus != tasks:
+            raise UserError(
+                f"--tasks-per-node {tasks} contradicts {_flag(ways[1])} with {gpus} GPUs, which the cluster file or "
+                "the run's last submission asks for: there is one task for each GPU. Give "
+                f"--gpus-per-node {tasks}, or --gpus-per-node 0 to train on CPUs."
+            )
+        way, asked = ways[1], speaking[1][ways[1]]
     else:
         return _Ranks("gpus_per_node", ("", 0), 0, tasks or 1)
     if way == "gpus_per_task":

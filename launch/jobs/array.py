@@ -187,8 +187,10 @@ def _follow(work: Work[Item, Result], folder: Path, progress: Callable[[Result],
             )
         time.sleep(_LOOK_S)
         if time.monotonic() > ask_at:
-            with contextlib.suppress(SlurmError):  # it is asked again
+            try:
                 gone = 0 if queue_of_name(work.name) else gone + 1
+            except SlurmError as error:
+                print(f"{error} The jobs go on; it is asked again.", file=sys.stderr, flush=True)
             ask_at = time.monotonic() + _ASK_S
 
 

@@ -12,6 +12,7 @@ before, or has had a job accepted: no command removes it.
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
@@ -25,7 +26,7 @@ from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.runtime.machine import process_runs
+from cfmask.runtime.machine import aside_of, is_abandoned, process_runs
 from launch.jobs.run_state import read_jobs
 
 _CLAIMS, _REMOVING = ".claims", ".removing-"
@@ -69,7 +70,7 @@ class Claim:
         if any(closed.iterdir()) or _in_use(self.run):
             os.rename(closed, self.mark.parent)
             return
-        removed = root.with_name(f".removed-{_process()}-{secrets.token_hex(3)}")
+        removed = aside_of(root)
         os.rename(root, removed)
         shutil.rmtree(removed)
 
@@ -121,6 +122,7 @@ def _claim(run: RunFolder) -> Claim:
     deadline = time.monotonic() + _REMOVED_WITHIN_S
     while True:
         if not run.root.exists() and _make(run.root, mark):
+            _remove_abandoned(run.root)
             return Claim(run, mark, made=True)
         try:
             mark.touch(exist_ok=False)
@@ -146,7 +148,7 @@ def _claim(run: RunFolder) -> Claim:
 def _make(root: Path, mark: Path) -> bool:
     """Whether this call has made the folder, with ``mark`` in it."""
     root.parent.mkdir(parents=True, exist_ok=True)
-    aside = root.with_name(f".making-{_process()}-{secrets.token_hex(3)}")
+    aside = aside_of(root)
     (aside / _CLAIMS).mkdir(parents=True)
     (aside / _CLAIMS / mark.name).touch()
     try:
@@ -157,6 +159,14 @@ def _make(root: Path, mark: Path) -> bool:
         if not root.exists():
             raise
         return False
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what commands that were killed while they made or removed this folder have left beside it."""
+    for path in root.parent.glob(f".{glob.escape(root.name)}.*.part"):
+        with suppress(OSError):
+            if is_abandoned(path, now=root.stat().st_mtime):
+                shutil.rmtree(path)
 
 
 def _in_use(run: RunFolder) -> bool:

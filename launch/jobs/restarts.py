@@ -67,7 +67,7 @@ _SETTLED_S = 10.0
 """A TERM that Slurm's record does not explain within this time was sent by somebody else."""
 _ASK_AGAIN_S = 2.0
 _REQUEUE_PATIENCE_S = 120.0
-"""How long a controller that does not answer is asked for a requeue; then the batch script tries."""
+"""How long Slurm is asked for a requeue, or asked again after an error; then the batch script tries."""
 _KILL_WAIT_S = 30.0
 """Slurm's default between TERM and KILL of a job that it ends (KillWait)."""
 _LOCAL_S = 45.0
@@ -330,7 +330,12 @@ class Restarts:
         if not shutil.which("scontrol"):  # a container: the batch script, outside of it, asks
             self.check_restart(progress)
             return REQUEUE_IF_PREEMPTED if cause is Cause.TERMINATED else REQUEUE_ME
-        decided = self._ask(cause, is_cancelled)
+        try:
+            decided = self._ask(cause, is_cancelled)
+        except SlurmError as error:
+            print(f"{error} The batch script asks.", flush=True)
+            self.check_restart(progress)
+            return REQUEUE_IF_PREEMPTED if cause is Cause.TERMINATED else REQUEUE_ME
         if decided is not Verdict.REQUEUE:
             return 0 if is_cancelled() else STOPPED
         self.check_restart(progress)
@@ -338,10 +343,21 @@ class Restarts:
 
     def _ask(self, cause: Cause, is_cancelled: Callable[[], bool]) -> Verdict:
         """Until there is an answer. Who waits loses nothing: work is saved, and a job that is killed meanwhile becomes
-        what Slurm meant it to become."""
-        settled = time.monotonic() + _SETTLED_S
+        what Slurm meant it to become.
+
+        Raises:
+            SlurmError: Slurm's commands do not work here, as in a container that has them and not the site's keys.
+        """
+        began = time.monotonic()
+        settled = began + _SETTLED_S
         while not is_cancelled():
-            decided = verdict(cause, slurm_record(self.job))
+            try:
+                record = slurm_record(self.job)
+            except SlurmError:
+                if time.monotonic() > began + _REQUEUE_PATIENCE_S:
+                    raise
+                record = None
+            decided = verdict(cause, record)
             if decided is not Verdict.UNKNOWN and (decided is not Verdict.END or time.monotonic() > settled):
                 return decided
             time.sleep(_ASK_AGAIN_S)
@@ -351,14 +367,22 @@ class Restarts:
         """How long this job may go on saving its work, once it was asked to stop."""
         if self.restart is None:
             return _LOCAL_S
-        return seconds_left(slurm_record(self.job), time.time(), kill_wait_s=_kill_wait_s())
+        try:
+            record = slurm_record(self.job)
+        except SlurmError:
+            record = None
+        return seconds_left(record, time.time(), kill_wait_s=_kill_wait_s())
 
 
 # --- asking Slurm -----------------------------------------------------------------------------------------------------
 
 
 def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
-    """None if Slurm does not answer."""
+    """None if Slurm does not answer.
+
+    Raises:
+        SlurmError: its commands fail for another reason.
+    """
     try:
         shown = show_job(job, patience_s=patience_s)
         number = version(patience_s=patience_s)
@@ -368,7 +392,9 @@ def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
         return record
     except SlurmError as error:
         print(f"Slurm does not say how it stands with job {job}: {error}", flush=True)
-        return None
+        if isinstance(error, SlurmUnavailable):
+            return None
+        raise
 
 
 def _preempt_mode(shown: Mapping[str, str], patience_s: float) -> str:

@@ -129,8 +129,8 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     if arguments.dry_run:
         return dry_run(wanted, allocation)
     wanted = take_up(wanted)
-    if arguments.from_step_0:
-        wanted[0].run.allow_step_0()
+    for each in wanted:
+        each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
     if allocation.on_slurm:
         return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
