@@ -52,6 +52,9 @@ from configuration import (
 from processes import POLL, end, family, runs
 from programs import PATH, Failed, Refused, install, missing_programs
 
+PACKAGE_LOCK = Path("/run/lock")
+"""The folder of a lock on this machine's packages."""
+
 # ---------------------------------------------------------------------------------------------------------------- verbs
 
 
@@ -278,10 +281,10 @@ def become_root(arguments: list[str], state: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(state: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = "lock") -> Iterator[None]:
     """Hold the folder for this process: a second `up` or `down` waits for the first."""
-    state.mkdir(parents=True, exist_ok=True)
-    with (state / "lock").open("w") as lock:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -318,12 +321,15 @@ def main(arguments: list[str]) -> int:
             raise Refused(f"Slurm cannot have a state folder with such characters in its path: {state}")
         become_root(arguments, state)
         if options.verb == "up":
-            if missing := missing_programs():
-                if options.no_install:
-                    raise Refused(
-                        f"Slurm is not installed (missing: {', '.join(missing)}), and --no-install was given."
-                    )
-                install()
+            # Of two `up` at once, one installs: apt's own locks make the other one fail, and programs are there a while
+            # before their packages are complete.
+            with locked(PACKAGE_LOCK, "cfmask-slurm-packages.lock"):
+                if missing := missing_programs():
+                    if options.no_install:
+                        raise Refused(
+                            f"Slurm is not installed (missing: {', '.join(missing)}), and --no-install was given."
+                        )
+                    install()
             with locked(state):
                 print(up(state, options.nodes, options.cpus_per_node))
             print(export_line(state))

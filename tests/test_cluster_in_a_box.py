@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
 
+import cluster  # noqa: E402
 import configuration  # noqa: E402
 
 from slurm_fixture import CLUSTER_TOOL, Cluster, tool, wait_until
@@ -159,3 +161,16 @@ def test_up_refuses_a_folder_that_is_not_a_cluster(slurm_cluster: Cluster, tmp_p
     assert done.returncode == 2
     assert re.fullmatch(r"error: .* is not empty and not a cluster of ours\..*\n", done.stderr)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_of_two_that_come_up_at_once_one_installs_the_packages(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """apt's lock on its lists is not waited for: the second one failed, and every test that needed it was skipped."""
+    with (cluster.PACKAGE_LOCK / "cfmask-slurm-packages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = tmp_path / "not a name for a cluster"
+        refused = subprocess.run([sys.executable, str(CLUSTER_TOOL), "up", "--state", str(state)], capture_output=True)
+        assert refused.returncode == 2, "what can be refused is refused at once"
+        second = subprocess.Popen([sys.executable, str(CLUSTER_TOOL), "up", "--state", str(slurm_cluster.state)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(1.5)
+    assert second.wait(60) == 0
