@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from cfmask.checkpoint import CheckpointNotWritten, Writer
 from cfmask.distributed import COLLECTIVE_TIMEOUT
+from cfmask.runtime.heartbeat import CHECKPOINT, beat
 from cfmask.session import SecondsLeft
 
 _MARGIN_S = 10.0
@@ -26,6 +27,7 @@ def wait_for_checkpoint(writer: Writer | None) -> CheckpointNotWritten | None:
     Returns:
         Why the latest checkpoint was not written, on every rank; None if it was.
     """
+    beat(CHECKPOINT)
     outcome = [writer.wait() if writer is not None else None]
     dist.broadcast_object_list(outcome)
     return outcome[0]
@@ -38,6 +40,7 @@ def insist_on_checkpoint(writer: Writer | None, seconds_left: SecondsLeft) -> Ch
     Args:
         seconds_left: asked on rank 0 when the first try has failed.
     """
+    beat(CHECKPOINT)
     if writer is not None and writer.wait() is not None:
         # The other ranks wait in a collective meanwhile.
         most_s = min(_INSIST_S, COLLECTIVE_TIMEOUT.total_seconds() / 2)

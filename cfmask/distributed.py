@@ -28,16 +28,12 @@ import torch.distributed as dist
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
+from cfmask.runtime import heartbeat, nccl
 
-
-def _minutes(variable: str, default: float) -> timedelta:
-    return timedelta(minutes=float(os.environ.get(variable) or default))
-
-
-TIMEOUT = _minutes("CFMASK_RENDEZVOUS_TIMEOUT", 30)
+TIMEOUT = timedelta(seconds=heartbeat.RENDEZVOUS_TIMEOUT_S)
 """How long a rank waits for the others before they train. Generous, because some nodes may start late, and rank 0 may
 be building a zero-shot head meanwhile. In the environment, where launch/submit.py puts it, in minutes."""
-COLLECTIVE_TIMEOUT = _minutes("CFMASK_COLLECTIVE_TIMEOUT", 30)
+COLLECTIVE_TIMEOUT = timedelta(seconds=heartbeat.COLLECTIVE_TIMEOUT_S)
 """How long a collective may take before the job is given up; as above."""
 
 _CONNECT_S = 5.0
@@ -113,6 +109,7 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(place.device)
+        nccl.configure(meeting_folder.parent / "jobs" / "failures", place.attempt)
     if place.nodes > 1:
         _addresses_of_interface()  # gloo's own error names no machine, and comes when all ranks have met
     door = _Door() if place.rank == 0 else None

@@ -19,6 +19,7 @@ from cfmask.data.shards import Manifest
 from cfmask.data.stream import Batch
 from cfmask.errors import UserError
 from cfmask.models.tower import Classifier, Normalise
+from cfmask.runtime.heartbeat import WAITING, beat
 
 BINS = 15
 """Of the confidence, equally wide: as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
@@ -223,11 +224,13 @@ def top1(
     classes = models[0].head.out_features
     answers = (answers or Answers(torch.arange(classes))).to(device)
     counts = Counts(len(models), classes, device)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        beat("evaluating", number)
         pixels = normalise(batch.images.to(device, non_blocking=True))
         labels = batch.labels.to(device, non_blocking=True)
         for i, model in enumerate(models):
             counts.add(i, model(pixels)[1], labels, answers)
+    beat(WAITING)
     if dist.is_initialized():
         counts.sum_over_ranks()
     return counts.scores()

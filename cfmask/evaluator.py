@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from cfmask.agreement import check_agreement
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
@@ -37,6 +38,7 @@ from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder
+from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
@@ -79,6 +81,9 @@ def run_evaluation(
     with session(run, place, failing) as (store, leaving):
         is_main_process = place.rank == 0
         sets = load_sets_of(evaluation, check_files=is_main_process)
+        check_agreement(
+            {"the evaluation": evaluation.to_json(), **{f"the set {name}": each.digest for name, each in sets.items()}}
+        )
         if evaluation.make == "zero-shot":
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)
@@ -354,7 +359,9 @@ class _Counter:
             reducer = AsyncMetricReducer(device)
             if self._bar is not None:
                 self._bar.set_description(name)
-            for batch in self._rounds(manifest, next(iter(models))[0], done):
+            restart_steps()
+            for number, batch in enumerate(self._rounds(manifest, next(iter(models))[0], done)):
+                beat("evaluating", number)
                 if batch is not None:
                     images = batch.images.to(device, non_blocking=True)
                     labels = batch.labels.to(device, non_blocking=True)
@@ -365,6 +372,7 @@ class _Counter:
                 overdue = self.is_main_process and time.monotonic() - self._kept_at > KEEP_S
                 reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
                 reducer.send(done)
+                beat(WAITING)
                 # What the ranks asked for a batch ago: nobody waits for the slowest, and all of them read the same.
                 asked, keep = None, False
                 for reduced in reducer.receive(before=done):
@@ -376,6 +384,8 @@ class _Counter:
                 if asked and done < batches_in_all:
                     raise _Stopped(asked)
             reducer.receive()
+            restart_steps()
+            beat(PREPARING)
         for i, bad in enumerate(total.not_finite.tolist()):
             if bad:
                 raise UserError(

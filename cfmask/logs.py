@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from cfmask.optim import Phase, rates
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
+from cfmask.stragglers import straggler_of
 
 
 class MetricLogger:
@@ -25,6 +27,7 @@ class MetricLogger:
     Args:
         step: that training resumes from, or 0. Curves beyond it are cut.
         schedule: the phases of the run.
+        nodes: of each rank.
         also: other files of the run, whose pending lines are written by ``flush`` too.
     """
 
@@ -34,11 +37,12 @@ class MetricLogger:
         run: RunFolder,
         step: int,
         schedule: tuple[Phase, ...],
+        nodes: Sequence[str] = (),
         *,
         also: Sequence[JsonLines] = (),
     ) -> None:
         self._every, self._total = recipe.run.log_steps, schedule[-1].end
-        self._optim, self._schedule = recipe.optim, schedule
+        self._optim, self._schedule, self._nodes = recipe.optim, schedule, nodes
         self._board: SummaryWriter | None = None
         try:
             self._board = SummaryWriter(str(run.root / "tensorboard"), purge_step=step + 1)
@@ -64,7 +68,7 @@ class MetricLogger:
         means = {name: sum(m[name] for m in taken) / len(taken) for name in result.means} if taken else {}
         eta = (self._total - result.step) * result.samples / samples_per_s
         phase = next(p for p in self._schedule if result.step <= p.end)
-        line = {
+        line: dict[str, Any] = {
             "step": result.step,
             "total_steps": self._total,
             **means,
@@ -73,14 +77,26 @@ class MetricLogger:
             "samples_per_s": samples_per_s,
             "eta_s": eta,
         }
-        names = (*means, "lr", "skipped_steps", "samples_per_s")
+        names: list[str] = [*means, "lr", "skipped_steps", "samples_per_s"]
+        straggler = ""
+        if result.rank_seconds:
+            slowest = max(range(len(result.rank_seconds)), key=result.rank_seconds.__getitem__)
+            line |= {
+                "slowest_rank": slowest,
+                "slowest_rank_node": self._nodes[slowest] if self._nodes else "",
+                "slowest_rank_s": result.rank_seconds[slowest],
+                "median_rank_s": statistics.median_low(result.rank_seconds),
+            }
+            names += ["slowest_rank_s", "median_rank_s"]
+            straggler = straggler_of(line) or ""
         self.add_line(line, {f"train/{name}": line[name] for name in names})
         losses = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
         print(
             f"step {result.step}/{self._total} "
             + (f"{losses} accuracy {means['accuracy']:.1f} % " if means else "no step taken ")
             + (f"skipped {skips.total} " if skips.total else "")
-            + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s",
+            + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s"
+            + (f"; slowest: {straggler}" if straggler else ""),
             flush=True,
         )
         self._window.clear()

@@ -221,6 +221,13 @@ def step_metrics(grad_norm: Tensor, *, stop: str | None, overdue: bool) -> dict[
     return {"grad_norm": Mean(grad_norm), "overdue": Sum(overdue), **stop_metrics(stop)}
 
 
+def rank_metrics(seconds: float, rank: int, world_size: int) -> dict[str, Metric]:
+    """What each rank says of itself, side by side. seconds: of a step, by itself (``StepClock``)."""
+    own = torch.zeros(world_size)
+    own[rank] = seconds
+    return {"rank_seconds": Sum(own)}
+
+
 def stop_metrics(stop: str | None) -> dict[str, Metric]:
     """A rank's request to stop: REQUEUE, QUIT or None. ``stop_of`` reads the ranks' together."""
     return {"quit": Sum(stop == QUIT), "requeue": Sum(stop == REQUEUE)}
@@ -242,6 +249,7 @@ class StepResult:
     means: averages, by name.
     stop: what a rank asked for: REQUEUE, QUIT or None.
     overdue: whether rank 0 asked for a checkpoint.
+    rank_seconds: of a step, each rank by itself, where it was sent; else nothing.
     reduced: all that was sent.
     """
 
@@ -253,6 +261,7 @@ class StepResult:
     means: dict[str, float]
     stop: str | None
     overdue: bool
+    rank_seconds: list[float]
     reduced: Reduced
 
     @classmethod
@@ -266,6 +275,7 @@ class StepResult:
             means={name: reduced.scalar(name) for name in reduced.means},
             stop=stop_of(reduced),
             overdue=bool(reduced.scalar("overdue")),
+            rank_seconds=reduced.values.get("rank_seconds", []),
             reduced=reduced,
         )
 

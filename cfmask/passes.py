@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.data.stream import Batch
 from cfmask.ddp import data_parallel
@@ -26,8 +27,10 @@ from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
+from cfmask.runtime.heartbeat import WAITING, beat
 from cfmask.session import autocast
 from cfmask.step import Metrics, Teachers, training_step
+from cfmask.step_clock import StepClock
 
 GRAPHED_IMAGES = 128
 """The largest micro-batch on a GPU, in images, that ``--cuda-graphs auto`` captures. Times: docs/benchmarks.md."""
@@ -63,11 +66,28 @@ class Passes:
 
     Args:
         student: a Classifier, or DDP around one; parameters that need no gradient are not trained.
+        clock: is told where this rank may begin to wait for others.
     """
 
-    def __init__(self, student: nn.Module, teachers: Teachers, normalise: Normalise, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teachers: Teachers,
+        normalise: Normalise,
+        recipe: Recipe,
+        clock: StepClock | None = None,
+    ) -> None:
         self._student, self._teachers, self._normalise, self._recipe = student, teachers, normalise, recipe
+        self._clock = clock
         self.device = normalise.mean.device
+        if isinstance(student, DistributedDataParallel):
+            student.register_forward_hook(lambda *_: self._may_wait())
+
+    def _may_wait(self) -> None:
+        """What follows may wait for other ranks."""
+        if self._clock is not None:
+            self._clock.end()
+        beat(WAITING)
 
     def __call__(self, inputs: Inputs, *, last: bool) -> Metrics:
         """Add the micro-batch's gradients to the parameters' ``grad``.
@@ -113,10 +133,11 @@ class GraphedPasses(Passes):
         teachers: Teachers,
         normalise: Normalise,
         recipe: Recipe,
+        clock: StepClock | None = None,
         *,
         report: Callable[[str], None],
     ) -> None:
-        super().__init__(model, teachers, normalise, recipe)
+        super().__init__(model, teachers, normalise, recipe, clock)
         self._report = report
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._flat, self._gradients = flat_gradients(self._trained)
@@ -136,6 +157,7 @@ class GraphedPasses(Passes):
             metrics = self._captured.replay(inputs)
         self._between_steps = last
         if last and dist.is_initialized() and dist.get_world_size() > 1:
+            self._may_wait()
             self._flat /= dist.get_world_size()  # before the sum, as DDP does
             dist.all_reduce(self._flat)
         return metrics
@@ -218,7 +240,14 @@ def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
     return recipe.run.cuda_graphs == "on" or images <= GRAPHED_IMAGES
 
 
-def make_passes(model: Classifier, teachers: Teachers, normalise: Normalise, recipe: Recipe, world_size: int) -> Passes:
+def make_passes(
+    model: Classifier,
+    teachers: Teachers,
+    normalise: Normalise,
+    recipe: Recipe,
+    world_size: int,
+    clock: StepClock | None = None,
+) -> Passes:
     """The passes of a phase, whose parameters to train are those that require a gradient. Every rank has to call it.
 
     Rank 0 prints one line if graphs were requested and cannot be used.
@@ -226,11 +255,11 @@ def make_passes(model: Classifier, teachers: Teachers, normalise: Normalise, rec
     rank_0 = not dist.is_initialized() or dist.get_rank() == 0
     report = partial(print, flush=True) if rank_0 else _ignore
     if uses_graphs(recipe, normalise.mean.device, world_size):
-        return GraphedPasses(model, teachers, normalise, recipe, report=report)
+        return GraphedPasses(model, teachers, normalise, recipe, clock, report=report)
     if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
         report("CUDA graphs: not used, because there is no GPU")
     student = data_parallel(model, normalise.mean.device) if dist.is_initialized() else model
-    return Passes(student, teachers, normalise, recipe)
+    return Passes(student, teachers, normalise, recipe, clock)
 
 
 def _ignore(line: str) -> None:

@@ -245,9 +245,13 @@ class RunFolder:
         Raises OSError where the records cannot be read."""
         return self._attempt_log().begin(reached=self.logged_step(), **facts)
 
-    def end_attempt(self, why: str) -> None:
+    def end_attempt(self, why: str, *, died: dict[str, Any] | None = None) -> None:
         """Record why the latest start ends (``AttemptLog.end``)."""
-        self._attempt_log().end(why)
+        self._attempt_log().end(why, died=died)
+
+    def deaths(self, job: str, *, before: str) -> list[dict[str, Any]]:
+        """See ``AttemptLog.deaths``."""
+        return self._attempt_log().deaths(job, before=before)
 
     def begun_by(self, job: str) -> bool:
         """Whether the latest start is this one of a job."""

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from cfmask import resume
+from cfmask.agreement import check_agreement
 from cfmask.checkpoint_state import Skips, State
 from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.data.plan import steps_per_epoch
@@ -26,13 +27,14 @@ from cfmask.files import write_atomically
 from cfmask.logs import MetricLogger
 from cfmask.masking.study import MaskStudy, MaskStudyLog
 from cfmask.memory import choose_micro_batches, explained_out_of_memory
-from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, step_metrics
+from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, phases, rates, take_step
 from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
 from cfmask.session import (
     FINISHED,
@@ -44,6 +46,7 @@ from cfmask.session import (
     choose_arithmetic,
     session,
 )
+from cfmask.step_clock import StepClock
 from cfmask.train_setup import (
     agree_on_checkpoint,
     begin_history,
@@ -102,6 +105,8 @@ def _train(
 
     # --- data and models ------------------------------------------------------------------------------------
     manifest, eval_sets = load_training_sets(recipe.data)
+    sets = (manifest, *eval_sets.values())
+    nodes = check_agreement({"the recipe": recipe.digest(), **{f"the set {each.root}": each.digest for each in sets}})
     label_spaces = {name: answers_of(of_set).to(device) for name, of_set in eval_sets.items()}
     epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
     schedule = phases(recipe, epoch_steps)
@@ -127,22 +132,24 @@ def _train(
     reports = SampleReports(run, epoch_steps)
     if is_main_process:
         attempts = begin_attempt(run, place, from_step=step)
-        logger = MetricLogger(recipe, run, step, schedule, also=[attempts, *reports.files])
+        logger = MetricLogger(recipe, run, step, schedule, nodes, also=[attempts, *reports.files])
         study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
         writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
         print(f"step {step} of {total_steps} ({epoch_steps} an epoch), {place.world_size} ranks, {device}", flush=True)
 
     # --- train --------------------------------------------------------------------------------------------------
     bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
-    reducer = AsyncMetricReducer(device)
+    reducer, clock = AsyncMetricReducer(device), StepClock(device)
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
     for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
+            restart_steps()
+            beat(PREPARING)
             optimizer = begin_phase(phase, model, settings, found)
-            passes = make_passes(model, teachers, normalise, recipe, place.world_size)
+            passes = make_passes(model, teachers, normalise, recipe, place.world_size, clock)
             if writer is not None:
                 writer.reserve(model)
             if current is None:
@@ -150,8 +157,11 @@ def _train(
             current = phase
         while step < (epoch + 1) * epoch_steps:
             step += 1
+            clock.begin()
             for part in range(settings.num_micro_batches):
+                beat("loading data", step)
                 batch = next(batches)
+                beat("computing", step)
                 last = part == settings.num_micro_batches - 1
                 metrics = passes(inputs_of(batch), last=last)
                 reducer.add(micro_batch_metrics(metrics, batch))
@@ -161,7 +171,10 @@ def _train(
             grad_norm = take_step(optimizer, rates(step - 1, phase, settings), settings.clip_norm)
             overdue = writer is not None and writer.overdue
             reducer.add(step_metrics(grad_norm, stop=stop_request(), overdue=overdue))
+            if place.world_size > 1 and step % recipe.run.log_steps == 0:
+                reducer.add(rank_metrics(clock.mean(), place.rank, place.world_size))
             reducer.send(step)
+            beat(WAITING, step)
 
             # The step before this one: it is over, or nearly, while the device has this one to do. All ranks read the
             # same. The steps up to here are waited for where a checkpoint or an evaluation needs them.
@@ -229,6 +242,8 @@ def _train(
                     return stop
 
     # --- finish -------------------------------------------------------------------------------------------------
+    restart_steps()
+    beat(PREPARING)
     if not scores:
         scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, place)
     not_written = wait_for_checkpoint(writer)
@@ -239,8 +254,10 @@ def _train(
         if study_log is not None:
             study_log.flush()
         save_model(run.final, model, models.info)
-        sets = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
-        write_atomically(run.results, json.dumps({"step": step, "skipped_steps": skips.total, "sets": sets}, indent=2))
+        scored = {name: {**asdict(score), "top1": score.top1} for name, score in scores.items()}
+        write_atomically(
+            run.results, json.dumps({"step": step, "skipped_steps": skips.total, "sets": scored}, indent=2)
+        )
         run.end_attempt(FINISHED)
         if skips.in_a_row:
             print(
@@ -261,6 +278,7 @@ def _evaluate(
     """Top-1 on each set, over all ranks. Draws no random number, so training is not changed by it. Waits for the device
     once a set, where its counts are read."""
     scores = {}
+    restart_steps()
     for name, manifest in sets.items():
         batches = eval_batches(
             manifest,
@@ -274,4 +292,6 @@ def _evaluate(
         )
         with autocast(place.device, recipe.run.precision):
             [scores[name]] = top1([model], normalise, batches, place.device, label_spaces[name])
+    restart_steps()
+    beat(PREPARING)
     return scores

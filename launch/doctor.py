@@ -40,7 +40,8 @@ from cfmask.runs import RunFolder  # noqa: E402
 from launch.checks import cluster as of_slurm  # noqa: E402
 from launch.checks import ranks as of_ranks  # noqa: E402
 from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding  # noqa: E402
-from launch.checks.probe import Probe, Report, read_reports, write_and_look  # noqa: E402
+from launch.checks.node import write_and_look  # noqa: E402
+from launch.checks.probe import Probe, Report, read_reports  # noqa: E402
 from launch.jobs import snapshot  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, uncovered  # noqa: E402
 from launch.jobs.batch_script import set_environment, write_environment  # noqa: E402

@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     for status in statuses:
         for note in status.notes:
             print(f"note: {status.run}: {note}")
+        if status.straggler:
+            print(f"note: {status.run}: slowest: {status.straggler}")
     if slurm.queue is None and any(f.jobs.slurm and not f.finished for f in found):
         print("note: Slurm cannot be asked from here: what waits in its queue is unknown.")
     return 0

@@ -96,6 +96,19 @@ def start(*command: object) -> subprocess.Popen:
     )
 
 
+def assert_same_weights(run: Path, other: Path) -> None:
+    """The last checkpoints, and the models, are bitwise equal."""
+    import torch
+    from safetensors.torch import load_file
+
+    last = [max((each / "checkpoints").glob("step-*")) for each in (run, other)]
+    assert last[0].name == last[1].name
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = (load_file(each / name) for each in last)
+        assert ours and ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in ours), name
+
+
 def logs(run: Path) -> str:
     """The end of every rank's."""
     return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))

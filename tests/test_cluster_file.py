@@ -344,7 +344,7 @@ def test_setup_of_the_cluster_file_cannot_keep_the_batch_script_from_its_last_li
     jobs = tmp_path / "jobs"
     (jobs / "failures").mkdir(parents=True)
     (jobs / "failures/77-0.txt").write_text("rank 1 failed first\n")
-    (jobs / "failures/77-0.lost").touch()
+    (jobs / "failures/77-0.restart").touch()
     a = allocate(file=f"setup = {json.dumps(setup)}\n[environment]\nTOKEN = '$NOT_SET secret'")
     write_environment(a, jobs)
     text, ranks = re.subn(r"^srun .*$", 'echo RANKS "$TOKEN"; (exit 1)', sbatch_file(a, jobs=jobs), flags=re.MULTILINE)
@@ -385,7 +385,7 @@ def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": "1"}
     for lost, said in ((False, "rank 1 failed first\n"), (True, "rank 1 failed first\nrequeue 77\n")):
         if lost:
-            (jobs / "failures/77-1.lost").touch()
+            (jobs / "failures/77-1.restart").touch()
         done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, env=environment)
         assert (done.returncode, done.stdout) == (1, said)
 

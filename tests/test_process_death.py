@@ -48,7 +48,7 @@ def materials(tmp_path_factory) -> Path:
 
 
 def flags(materials: Path, run: Path, *more: object) -> list[object]:
-    here = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 3, "--checkpoint-steps", 2)
+    here = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 3, "--checkpoint-steps", 2, "--retries", 0)
     return [*made.recipe_flags(materials, run), *here, *more]
 
 

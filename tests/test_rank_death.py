@@ -17,10 +17,11 @@ import pytest
 
 import made
 from cfmask.runs import RunFolder
+from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
 from launch.jobs import failures
-from launch.jobs.failures import RankFailure
+from launch.jobs.failure_reports import RankFailure, RankStart, first_failure
 from launch.jobs.run_restarts import restarts_of
 from launch.jobs.run_state import look_at
 from launch.jobs.run_status import status_of
@@ -35,16 +36,43 @@ def failure(rank: int, second: int, error: str = "ValueError: no", **more: objec
     return RankFailure(rank, "n1", f"2026-11-24T12:00:{second:02}.000", error, **{"traceback": "Traceback", **more})
 
 
+def killed(rank: int, second: int) -> RankFailure:
+    return failure(rank, second, "was killed by signal 9", traceback="", kind="killed")
+
+
+def hung(rank: int, second: int, step: int, activity: str = WAITING, state: str = "S") -> RankFailure:
+    return failure(rank, second, "hung", traceback="", kind="hung", step=step, activity=activity, state=state)
+
+
 @pytest.mark.parametrize(
     ("left", "first"),
     [
         ([], None),
         ([failure(0, 2), failure(1, 1, "KeyError: 1")], 1),
-        ([failure(0, 1, broken_off=True), failure(1, 2, "was killed by signal 9", traceback="")], 1),
+        ([failure(0, 1, broken_off=True), killed(1, 2)], 1),
         ([failure(2, 1, broken_off=True), failure(0, 2, broken_off=True, error="RuntimeError: gloo")], 2),
         ([failure(0, 3), failure(2, 1), failure(1, 2)], 0),
-        ([failure(0, 3, "was killed", traceback=""), failure(2, 1, "was killed", traceback="")], 2),
-        ([failure(1, 1, "DistNetworkError: Connection reset by peer"), failure(0, 2, "was killed", traceback="")], 0),
+        (
+            [
+                killed(0, 3),
+                killed(2, 1),
+            ],
+            2,
+        ),
+        (
+            [
+                failure(1, 1, "DistNetworkError: Connection reset by peer"),
+                killed(0, 2),
+            ],
+            0,
+        ),
+        ([hung(0, 1, 6), hung(1, 3, 6, "computing", "T"), hung(2, 2, 6)], 1),
+        ([hung(0, 1, 6), hung(1, 3, 5), hung(2, 2, 6)], 1),
+        ([hung(0, 1, 6), hung(1, 3, 6), hung(2, 2, 6, "loading data")], 2),
+        ([hung(0, 1, 6), hung(2, 2, 6)], 1),
+        ([hung(0, 2, 6), hung(1, 3, 6), hung(2, 1, 6)], 2),
+        ([killed(0, 1), hung(1, 3, 6), hung(2, 2, 6)], 0),
+        ([failure(0, 1, broken_off=True), hung(1, 3, 6, state="T"), hung(2, 2, 6)], 1),
     ],
     ids=[
         "nobody",
@@ -54,10 +82,17 @@ def failure(rank: int, second: int, error: str = "ValueError: no", **more: objec
         "alike: the lowest",
         "killed: by time",
         "before they met",
+        "hung: who is stopped",
+        "hung: who is behind",
+        "hung: who does not wait",
+        "hung: who is not heard of",
+        "hung: nobody is behind",
+        "killed before the others hang",
+        "cut off after it was stopped",
     ],
 )
 def test_who_died_first(left, first):
-    chosen = failures._first(left)
+    chosen = first_failure(left, 3)
     assert (chosen and chosen.rank) == first
 
 
@@ -81,7 +116,7 @@ sys.exit(failures.supervise(rank, Path(sys.argv[1])))
 def supervise(tmp_path) -> Callable[..., subprocess.Popen]:
     """Start rank 0 of job 7, which is of two on this machine: what it does, in a line."""
     (tmp_path / "recipe.json").touch()
-    environment = {**os.environ, "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7"}
+    environment = {**os.environ, "SUBMITIT_EXECUTOR": "local", "SUBMITIT_LOCAL_JOB_ID": "7", "CFMASK_RETRIES": "0"}
     environment |= {f"SUBMITIT_LOCAL_{name}": "0" for name in ("NODEID", "GLOBALID", "LOCALID")}
     environment |= {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_JOB_NUM_NODES": "1"}
 
@@ -101,8 +136,8 @@ def pid_of(run: Path) -> int:
 
 
 def write_failure_of_rank_1(run: Path) -> None:
-    here = failures.RankStart(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
-    here.write_failure("ValueError: planted", "Traceback (most recent call last):\nValueError: planted\n")
+    here = RankStart(RunFolder(run), "7-0", 1, local=True, nodes=1, world_size=2)
+    here.write_failure("ValueError: planted", traceback="Traceback (most recent call last):\nValueError: planted\n")
 
 
 @pytest.mark.parametrize("how", ["time.sleep(600)", "import ctypes; ctypes.PyDLL(None).sleep(600)"])
@@ -136,8 +171,8 @@ def test_a_local_job_within_a_job_of_slurms_that_was_requeued_has_one_name(tmp_p
     monkeypatch.setenv("SLURM_JOB_ID", "99")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = RunFolder(tmp_path)
-    assert failures.RankStart.found(tmp_path).attempt == restarts_of(run).attempt == "7-0"
-    assert failures.RankStart.of_local(run, "7", 0, 1).attempt == "7-0"
+    assert RankStart.found(tmp_path).attempt == restarts_of(run).attempt == "7-0"
+    assert RankStart.of_local(run, "7", 0, 1).attempt == "7-0"
 
 
 @pytest.mark.parametrize("code", [0, 143, 144])
@@ -250,7 +285,8 @@ def died_at(clone: Path) -> float:
 
 
 def submit(clone: Path, materials: Path, *flags: object) -> subprocess.CompletedProcess:
-    recipe = [*made.recipe_flags(materials, clone.parent / "run"), "--epochs", 40, "--eval-sets", "val", *flags]
+    recipe = [*made.recipe_flags(materials, clone.parent / "run"), "--epochs", 40, "--eval-sets", "val", "--retries", 0]
+    recipe += flags
     command = [sys.executable, clone / "launch/submit.py", *recipe]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
     return subprocess.run([str(w) for w in command], capture_output=True, text=True, env=environment, timeout=200)

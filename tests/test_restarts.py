@@ -326,7 +326,7 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, mode, preemp
     )
     (tmp_path / "12-1.txt").write_text("rank 1 failed first\n")
     if lost:
-        (tmp_path / "12-1.lost").touch()
+        (tmp_path / "12-1.restart").touch()
     script = "\n".join([f"status={code}", *batch_script_end(str(tmp_path))])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},

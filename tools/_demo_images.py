@@ -261,8 +261,8 @@ def _clouds(height: int, width: int, rng: Rng) -> Array:
     for cells, weight in ((4, 1.0), (8, 0.5), (16, 0.25)):
         coarse = Image.fromarray(rng.random((cells, cells)).astype(np.float32))
         total += weight * np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-    total -= total.min()
-    return total / total.max()
+    low, high = np.min(total), np.max(total)
+    return (total - low) / (high - low)
 
 
 def _grid(height: int, width: int, rng: Rng) -> Array:

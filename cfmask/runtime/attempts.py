@@ -48,6 +48,7 @@ class AttemptLog:
         line = {"attempt": len(earlier) + 1, "started": now(), **facts, "why_last_ended": why}
         if earlier:
             line |= {"last_ended": ended["ended"] if ended else None, "last_reached": reached}
+            line |= {"last_died": ended["died"]} if ended and ended.get("died") else {}
         self.folder.mkdir(parents=True, exist_ok=True)
         attempts = JsonLines(self.path)
         attempts.add(line)
@@ -59,10 +60,15 @@ class AttemptLog:
                 print(f"warning: {self._end} cannot be removed ({error.strerror})", flush=True)
         return attempts
 
-    def end(self, why: str) -> None:
-        """Record why the latest start ends. On a full disk that is a warning: the end has its own reason."""
+    def end(self, why: str, *, died: dict[str, Any] | None = None) -> None:
+        """Record why the latest start ends. On a full disk that is a warning: the end has its own reason.
+
+        Args:
+            died: which rank has died, and where (launch/jobs/retries.py).
+        """
         try:
             contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
+            contents |= {"died": died} if died else {}
             write_atomically(self._end, json.dumps(contents))
         except OSError as error:
             print(f"warning: {self._end} cannot be written ({error.strerror}): {why}", flush=True)
@@ -81,12 +87,41 @@ class AttemptLog:
         starts = self.lines()
         return bool(starts) and starts[-1].get("job") == job
 
-    def end_failed(self, why: str, *, job: str, reached: int | None = None, **facts: Any) -> None:
+    def deaths(self, job: str, *, before: str) -> list[dict[str, Any]]:
+        """The ``died`` of a job's starts, the latest last.
+
+        Args:
+            job: its number; starts are named after it, "12-0". before: this start's is not among them.
+        """
+        lines = self.lines()
+        found = [
+            line["last_died"]
+            for line, earlier in zip(lines[1:], lines, strict=False)
+            if line.get("last_died") and _job_of(earlier) == job
+        ]
+        ended = self.ended()
+        if ended and ended.get("died") and lines and _job_of(lines[-1]) == job and lines[-1].get("job") != before:
+            found.append(ended["died"])
+        return found
+
+    def end_failed(
+        self,
+        why: str,
+        *,
+        job: str,
+        reached: int | None = None,
+        died: dict[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
         """End this start of a job. If it failed before it was recorded, record it first, with ``facts``, so that the
         end of the one before it stays known."""
         if not self.begun_by(job):
             self.begin(job=job, reached=reached, **facts, from_step=None)
-        self.end(why)
+        self.end(why, died=died)
+
+
+def _job_of(line: dict[str, Any]) -> str:
+    return str(line.get("job")).rpartition("-")[0]
 
 
 def now() -> str:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
+from launch.checks.node import free_bytes, write_and_look
 from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
@@ -227,34 +228,12 @@ def look_around(report: Report, folder: Path, needed: Sequence[str]) -> None:
     report.missing = [path for path in needed if not os.access(path, os.R_OK)]
     report.infiniband = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     report.shared_error, report.clock = write_and_look(folder, f".rank-{report.rank}")
-    report.free = _free(folder)
+    report.free = free_bytes(folder)
     report.file_system = file_system_of(folder.resolve(), Path("/proc/mounts").read_text())
     report.cache = str(cache_folder())
     there = next(path for path in (Path(report.cache), *Path(report.cache).absolute().parents) if path.exists())
-    report.cache_free = _free(there)
+    report.cache_free = free_bytes(there)
     report.cache_error = "" if os.access(there, os.W_OK) else f"{there} is not writable"
-
-
-def write_and_look(folder: Path, name: str) -> tuple[str, list[float]]:
-    """Write a file and look at its time; why that failed, or the bounds of (file system's clock - this machine's), in
-    seconds. A time is taken as up to a clock tick old, or a second where a file system has whole ones."""
-    path = folder / name
-    try:
-        before = time.time()
-        with open(path, "wb") as file:
-            file.write(b"cfmask")
-            file.flush()
-            os.fsync(file.fileno())
-            stamp = os.fstat(file.fileno()).st_mtime_ns
-        after = time.time()
-        whole = path.read_bytes() == b"cfmask"
-        path.unlink()
-    except OSError as error:
-        return f"{error.strerror}: {error.filename or path}", []
-    if not whole:
-        return f"what was written to {path} was not what was read back", []
-    grain = 1.0 if stamp % 1_000_000_000 == 0 else 0.01
-    return "", [stamp / 1e9 - after, stamp / 1e9 + grain - before]
 
 
 def control_group_limits(listed: str, read: Callable[[str, str, str], str | None]) -> tuple[float | None, int | None]:
@@ -309,11 +288,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _free(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
 
 
 def _look_at_gpus(report: Report, place: Place) -> None:

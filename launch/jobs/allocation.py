@@ -22,6 +22,12 @@ from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
 
+_FOR_RANKS = (
+    *("restarts_without_progress", "retries", "health_check"),
+    *("hang_timeout", "rendezvous_timeout", "collective_timeout"),
+)
+"""Settings that ranks find in their environment, as CFMASK_RETRIES."""
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -120,8 +126,8 @@ def resolve_allocation(
     if arguments.after and "dependency" in flags:
         raise UserError("--after and --dependency both say what to wait for. Put all of it into --dependency.")
     limits = {
-        f"CFMASK_{name.upper()}": f"{value(name):g}"
-        for name in ("restarts_without_progress", "rendezvous_timeout", "collective_timeout")
+        f"CFMASK_{name.upper()}": value(name) if isinstance(value(name), str) else f"{value(name):g}"
+        for name in _FOR_RANKS
         if value(name) is not None
     }
     image = file.image if executor == "slurm" else None

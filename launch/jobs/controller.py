@@ -32,8 +32,9 @@ sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).re
 from cfmask.runs import RunFolder  # noqa: E402
 from cfmask.runtime.process import adopt_orphans, kill_children  # noqa: E402
 from launch.jobs import failures  # noqa: E402
+from launch.jobs.failure_reports import RankStart  # noqa: E402
 from launch.jobs.processes import FOLLOWER_FLAG, SAVE_WITHIN_S  # noqa: E402
-from launch.jobs.restarts import REQUEUE_ME  # noqa: E402
+from launch.jobs.restarts import LOCAL_START, REQUEUE_ME  # noqa: E402
 
 _LOOK_S = 0.1
 _REPEAT_S = 0.5
@@ -57,6 +58,7 @@ class Controller:
         self._command = shlex.split(os.environ["SUBMITIT_LOCAL_COMMAND"])
         self._give_up_at = time.monotonic() + float(os.environ["SUBMITIT_LOCAL_TIMEOUT_S"])
         self._ranks: list[subprocess.Popen[bytes]] = []
+        self._start = 0
         self._asked = False
         self._asked_again_at = 0.0
 
@@ -70,8 +72,9 @@ class Controller:
         adopt_orphans()
         while True:
             codes = self._start_once()
-            if self._asked or REQUEUE_ME not in codes:
+            if self._asked or not (REQUEUE_ME in codes or self._start_of(0).mark("restart").exists()):
                 return next((code if code > 0 else 128 - code for code in codes if code), 0)
+            self._start += 1
 
     def _ask_to_end(self, number: int, frame: object) -> None:
         self._asked = True
@@ -90,6 +93,7 @@ class Controller:
                     "SUBMITIT_LOCAL_JOB_ID": str(os.getpid()),
                     "SUBMITIT_LOCAL_LOCALID": str(rank),
                     "SUBMITIT_LOCAL_GLOBALID": str(rank),
+                    LOCAL_START: str(self._start),
                 }
                 log = logs.enter_context(open(self._log(rank), "ab"))
                 self._ranks.append(
@@ -139,9 +143,9 @@ class Controller:
             return False
         return failures.report_for(self._start_of(rank), code, self._log(rank))
 
-    def _start_of(self, rank: int) -> failures.RankStart:
+    def _start_of(self, rank: int) -> RankStart:
         job = str(os.getpid())
-        return failures.RankStart.of_local(self._run, job, rank, self._world_size)
+        return RankStart.of_local(self._run, job, rank, self._world_size, self._start)
 
     def _log(self, rank: int) -> Path:
         return self._run.root / "jobs" / f"{os.getpid()}_{rank}_log.out"

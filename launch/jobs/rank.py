@@ -31,7 +31,7 @@ import submitit
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import failures
+from launch.jobs import failures, health
 from launch.jobs.deadline import stop_time
 from launch.jobs.restarts import Cause, GivenUp, Restarts
 from launch.jobs.run_restarts import restarts_of, saved_progress
@@ -78,6 +78,7 @@ class Job:
 
         # Imported late: handlers first, then the seconds that torch takes.
         from cfmask.distributed import CalledOff, Place
+        from cfmask.runtime.heartbeat import PREPARING, beat
         from cfmask.session import FINISHED, REQUEUE
 
         place = Place(
@@ -89,9 +90,11 @@ class Job:
             cpus=_cpus(environment.num_tasks // environment.num_nodes),
             gpu=self.gpus_per_node > 0,
         )
+        beat(PREPARING)
         try:
             if is_main_process:  # the others may come to another view, a moment before or after: rank 0 tells them
                 _check_start(run, place, restarts)
+            health.check_node(run.root, place)
             outcome = _work(run, place, listener.request, restarts)
         except CalledOff as called_off:
             if called_off.failed:

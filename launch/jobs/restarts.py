@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
 """Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
 
+LOCAL_START = "CFMASK_LOCAL_START"
+"""Environment variable that counts the starts of a local job, from 0 (launch/jobs/controller.py)."""
+
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a rank that has stopped and asks for nothing: the job is over, or Slurm requeues it by itself."""
 REQUEUE_ME = 144
@@ -206,7 +209,7 @@ def restart_of(environment: submitit.JobEnvironment) -> int | None:
 
 def attempt_name(job: str, restart: int | None) -> str:
     """Names a start of a job, the same on all its ranks; ``batch_script_end`` says it in shell."""
-    return f"{job}-{restart or 0}"
+    return f"{job}-{int(os.environ.get(LOCAL_START) or 0) if restart is None else restart}"
 
 
 # --- a job ------------------------------------------------------------------------------------------------------------
@@ -451,7 +454,7 @@ def batch_script_end(failures: str) -> list[str]:
         f'report={failures}/"$attempt"',
         'if [ "$status" -ne 0 ]; then cat "$report.txt" 2>/dev/null; fi',
         "requeue=",
-        f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$report.lost" ]; then requeue=1; fi',
+        f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$report.restart" ]; then requeue=1; fi',
         f'if [ "$status" -eq {REQUEUE_IF_PREEMPTED} ] || [ -n "$requeue" ]; then',
         '    job=$(scontrol --oneliner show job "$SLURM_JOB_ID")',
         "    slurm=$(scontrol --version | tr . ' ' | while read -r _ a b _; do echo $((a * 100 + ${b#0})); done)",
@@ -472,6 +475,13 @@ def batch_script_end(failures: str) -> list[str]:
         "    esac",
         '    case "$job" in *" JobState=RUNNING "* | "") ;; *) requeue= ;; esac  # else Slurm is ending it already',
         "fi",
+        # Slurm ends this script with the requeue, and KillWait later kills it. Only a job that waits can be updated.
+        "trap '' TERM",
         'for again in ${requeue:+1 2 3 4 5 6}; do scontrol requeue "$SLURM_JOB_ID" && break; sleep 10; done',
+        'if [ -n "$requeue" -a -s "$report.exclude" ]; then',
+        "    for again in 1 2 3 4 5; do",
+        '        scontrol update "jobid=$SLURM_JOB_ID" "ExcNodeList=$(cat "$report.exclude")" && break; sleep 1',
+        "    done",
+        "fi",
         'exit "$status"',
     ]

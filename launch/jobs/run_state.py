@@ -108,7 +108,8 @@ class RunState:
     def comes_back(self) -> bool:
         """Whether the latest start ended in order to be repeated."""
         why = str(self.ended["why"]) if self.ended else ""
-        return ("requeue" in why or why.startswith("lost a rank")) and "given up" not in why
+        back = "requeue" in why or why.startswith("lost a rank") or "starts again" in why
+        return back and "given up" not in why
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cfmask.stragglers import straggler_of
 from launch.jobs.run_state import RunState, SlurmAnswers, in_queue
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_completing, is_pending, words
@@ -34,6 +35,7 @@ class Status:
 
     job: the one in the queue, or the process of the local executor.
     next_start: what is known about when.
+    straggler: the rank that holds the others up, while the run trains.
     last_end: why the latest start that has ended did.
     """
 
@@ -46,6 +48,7 @@ class Status:
     eta_s: float | None
     job: str | None
     attempts: int
+    straggler: str | None
     next_start: str | None
     last_end: str | None
     notes: tuple[str, ...]
@@ -66,6 +69,7 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         eta_s=run_state.last.get("eta_s") if runs else None,
         job=job.id if job else str(run_state.jobs.controller) if run_state.jobs.controller else None,
         attempts=len(run_state.attempts),
+        straggler=straggler_of(run_state.last) if runs else None,
         next_start=_next_start(job) if job and is_pending(job.state) and state != "cancelling" else None,
         last_end=_last_end(run_state, slurm, state),
         notes=(*run_state.notes, *_unconfirmed(run_state)),

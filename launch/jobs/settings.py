@@ -13,6 +13,8 @@ from typing import Any
 
 RESTARTS_WITHOUT_PROGRESS = 3
 """The default budget of a job's automatic restarts (restarts.py)."""
+RETRIES = 3
+"""The default for restarts after a rank has died (retries.py)."""
 
 # What a value may be: the words for it in an error, and the TOML types.
 TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
@@ -140,6 +142,16 @@ def patience(text: str) -> float:
     return value
 
 
+def patience_or_0(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else patience(text)
+
+
+def on_or_off(text: str) -> str:
+    if text not in ("on", "off"):
+        raise ValueError("on or off")
+    return text
+
+
 def text(value: str) -> str:
     if not value or re.search(r"[\s\"'\\]", value):
         raise ValueError("a word")
@@ -220,6 +232,34 @@ SETTINGS = (
         f"checkpoint (default: {RESTARTS_WITHOUT_PROGRESS}; 0: none)",
         "N",
         COUNT,
+        slurm=False,
+    ),
+    Setting(
+        "retries",
+        count_or_0,
+        None,
+        "restarts within 24 hours after a rank that died, hung, or found its node unhealthy (default: "
+        f"{RETRIES}; 0: none). A node on which two ranks have died is left out",
+        "N",
+        COUNT,
+        slurm=False,
+    ),
+    Setting(
+        "hang_timeout",
+        patience_or_0,
+        None,
+        "how long a rank that trains may go without progress; at least 20 times as long as its steps take (default: 5; "
+        "0: for ever)",
+        "MIN",
+        NUMBER,
+        slurm=False,
+    ),
+    Setting(
+        "health_check",
+        on_or_off,
+        None,
+        "whether each start checks its nodes first: GPUs, run folder, local disk, clock (default: on)",
+        "on|off",
         slurm=False,
     ),
     Setting(

@@ -6,8 +6,9 @@ Each function raises SlurmError if Slurm cannot be asked.
 from __future__ import annotations
 
 import getpass
+from datetime import datetime
 
-from launch.slurm.client import ANSWER_S, PATIENCE_S, ask
+from launch.slurm.client import ANSWER_S, PATIENCE_S, SlurmError, ask
 from launch.slurm.texts import Node, Qos, default_qos, parse_config, parse_nodes, parse_qos, parse_records
 
 _NODES = "%R|%N|%T|%c|%G"
@@ -18,6 +19,15 @@ _ASSOCIATION = "Account,DefaultQOS,QOS"
 def read_config(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> dict[str, str]:
     """`scontrol show config`."""
     return parse_config(ask("scontrol", "show", "config", patience_s=patience_s, answer_s=answer_s))
+
+
+def controller_clock(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> float:
+    """Unix time, by the controller's clock, to the second."""
+    said = ask("scontrol", "show", "config", patience_s=patience_s, answer_s=answer_s).partition("\n")[0]
+    try:
+        return datetime.fromisoformat(said.rpartition(" ")[2]).timestamp()
+    except ValueError:
+        raise SlurmError(f"`scontrol show config` does not begin with a time: {said!r}") from None
 
 
 def read_partitions(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> list[dict[str, str]]:

@@ -1,0 +1,61 @@
+"""Ranks compare what they have read before they compute: a node with an old copy of a file, or other versions of
+libraries, would train another model without a word."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from cfmask.errors import UserError
+
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "safetensors", "simplejpeg", "pillow")
+
+
+def check_agreement(facts: Mapping[str, str]) -> list[str]:
+    """Compare facts over all ranks: those given, the code, and versions of libraries.
+
+    Args:
+        facts: what a rank has read, by name: digests.
+
+    Returns:
+        The node of each rank.
+
+    Raises:
+        UserError: ranks differ; on all of them.
+    """
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    gathered: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
+    dist.all_gather_object(gathered, (node, {**facts, **_software()}))
+    nodes = [each for each, _ in gathered]
+    first = gathered[0][1]
+    for name in first:
+        others = [rank for rank, (_, found) in enumerate(gathered) if found.get(name) != first[name]]
+        if others:
+            rank = others[0]
+            raise UserError(
+                f"Ranks differ in {name}: rank 0 on {nodes[0]} has {first[name]}, rank {rank} on {nodes[rank]} has "
+                f"{gathered[rank][1].get(name)}"
+                + (f" ({len(others)} ranks differ)" if len(others) > 1 else "")
+                + ". A file system may show an old copy of a file, or that node another environment: start again, or "
+                f"leave the node out with --exclude {nodes[rank]}."
+            )
+    return nodes
+
+
+def _software() -> dict[str, str]:
+    code = Path(__file__).resolve().parents[1]
+    found = {"code": code.name if code.parent.name == "code" else "(a repository)"}  # a snapshot's name is its digest
+    for package in _PACKAGES:
+        try:
+            found[f"the version of {package}"] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[f"the version of {package}"] = "none"
+    if torch.cuda.is_available():
+        found["the kind of GPU"] = torch.cuda.get_device_name()
+    return found
