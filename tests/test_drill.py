@@ -98,7 +98,10 @@ LOST = r"lost a rank without a report: rank {} was cut off"
 STORIES: dict[str, tuple[list[str], str]] = {
     "warned": ([CAME_BACK], "REQUEUED COMPLETED"),
     "requeued": ([STOPPED], "REQUEUED COMPLETED"),
-    "rank-killed": (["failed: rank 1 .*signal 9.*"], "FAILED COMPLETED"),
+    "rank-killed": (["failed: rank 1 .*signal 9.*starts again.*"], "REQUEUED COMPLETED"),
+    "rank-killed-for-good": (["failed: rank 1 .*signal 9.*"], "FAILED COMPLETED"),
+    "rank-hung": (["failed: rank 1 hung: at step .*SIGSTOP.*starts again.*"], "REQUEUED COMPLETED"),
+    "node-unhealthy": (["failed: rank 1: NodeUnhealthy: .*local disk.*without n\\d.*"], "REQUEUED COMPLETED"),
     "cancelled": ([STOPPED], "CANCELLED COMPLETED"),
     "resized": ([STOPPED, STOPPED], "CANCELLED CANCELLED COMPLETED"),
     "preempted": ([CAME_BACK], "(PREEMPTED|REQUEUED) COMPLETED"),

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,11 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made
-from cfmask.runs import RunFolder
 from cfmask.runtime import heartbeat
-from cfmask.runtime.heartbeat import CHECKING, CHECKPOINT, PREPARING, WAITING, Heartbeat
+from cfmask.runtime.heartbeat import CHECKING, CHECKPOINT, PREPARING, Heartbeat
 from cfmask.runtime.jsonl import read_lines
-from cfmask.runtime.machine import process_runs
 from launch.jobs import hangs
 
 # --- the heartbeat ----------------------------------------------------------------------------------------------------
@@ -129,67 +125,65 @@ def materials(tmp_path_factory) -> Path:
     return made.make_materials(tmp_path_factory.mktemp("materials"))
 
 
-def rank_of(run: Path, rank: int) -> int:
-    """The process that trains."""
-    wanted = f"SUBMITIT_LOCAL_GLOBALID={rank}".encode()
-    here = f"CFMASK_LOCAL_JOBS={run / 'jobs'}".encode()
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and process_runs(int(entry.name)):
-            try:
-                variables = (entry / "environ").read_bytes().split(b"\0")
-                if wanted in variables and here in variables and b"_submit" in (entry / "cmdline").read_bytes():
-                    found[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    [child] = [pid for pid, parent in found.items() if parent in found]
-    return child
+IN_TRAINING = """
+import os as _os, signal as _signal, time as _time
+_start, _rank = int(_os.environ.get("CFMASK_LOCAL_START", 0)), int(_os.environ.get("SUBMITIT_LOCAL_GLOBALID", -1))
+def _stop(start, rank):
+    if (start, rank) == (_start, _rank):
+        _os.kill(_os.getpid(), _signal.SIGSTOP)
+"""
+TRAIN = """
+_take_step, _top1, _inputs_of, _steps = take_step, top1, inputs_of, []
+def take_step(*given):
+    _steps.append(1)
+    if len(_steps) == 9:
+        _stop(0, 1)
+    return _take_step(*given)
+def top1(models, normalise, batches, *given):
+    def stopping():
+        for batch in batches:
+            _stop(1, 1)
+            yield batch
+    return _top1(models, normalise, stopping(), *given)
+def inputs_of(batch):
+    if _rank == 1:
+        _time.sleep(0.05)
+    return _inputs_of(batch)
+"""
+CHECKPOINT_WRITER = """
+_real = _write_hashed
+def _write_hashed(*given):
+    _stop(2, 0)
+    return _real(*given)
+"""
 
 
-def test_a_stopped_rank_is_named_and_the_run_starts_again_to_the_same_weights(materials, tmp_path):
-    """Twice: in a step, and in an evaluation. The second start of a rank on the only node leaves no node out."""
-    flags = (
-        "--executor",
-        "local",
-        "--tasks-per-node",
-        2,
-        "--epochs",
-        20,
-        "--checkpoint-steps",
-        4,
-        "--eval-sets",
-        "val",
-    )
+def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(materials, tmp_path):
+    """In a step, in an evaluation, and while a checkpoint is written. Rank 1 is slow all the time, which is seen."""
+    flags = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 3, "--checkpoint-steps", 4)
+    flags += ("--eval-sets", "val", "--eval-steps", 3)
     whole, run = tmp_path / "whole", tmp_path / "run"
     made.submit(*made.recipe_flags(materials, whole), *flags)
-    following = subprocess.Popen(
-        [sys.executable, made.REPO / "launch/submit.py", *map(str, made.recipe_flags(materials, run)), *map(str, flags)]
-        + ["--hang-timeout", "0.05"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    clone = made.plant(
+        tmp_path / "clone", cfmask__train=IN_TRAINING + TRAIN, cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER
     )
-    for stop, reached in enumerate((8, 30)):
-        made.wait_for(run, lambda n=stop: len(read_lines(run / "attempts.jsonl")) > n, f"start {stop + 1}")
-        made.wait_for_step(run, reached)
-        os.kill(rank_of(run, 1), signal.SIGSTOP)
-    said, _ = following.communicate(timeout=200)
-    assert following.returncode == 0, said
-    starts = read_lines(run / "attempts.jsonl")
-    whys = [start["why_last_ended"] for start in starts[1:]]
-    assert len(whys) == 2, said + made.logs(run)
-    for number, why in enumerate(whys, 1):
+    done = made.submit(*made.recipe_flags(materials, run), *flags, "--hang-timeout", 0.1, repository=clone, check=False)
+    assert done.returncode == 0, done.stdout + made.logs(run)
+    starts = read_lines(run / "attempts.jsonl")[1:]
+    for number, (start, rank) in enumerate(zip(starts, (1, 1, 0), strict=True), 1):
         assert re.fullmatch(
-            r"failed: rank 1 hung: at step \d+, .*its process is stopped \(SIGSTOP\).*; starts again "
+            rf"failed: rank {rank} hung: .*its process is stopped \(SIGSTOP\).*; starts again "
             rf"\(retry {number} of 3\)",
-            why,
-        ), why
-    assert [start["last_died"]["rank"] for start in starts[1:]] == [1, 1]
-    [log] = (run / "jobs").glob("*_0_log.out")
-    assert "rank 0 hung: at step" in log.read_text() and WAITING in log.read_text(), "what it waited at"
+            start["why_last_ended"],
+        ), start
+        assert start["last_died"]["rank"] == rank
+    assert "evaluating" in starts[1]["why_last_ended"]
+    log = next((run / "jobs").glob("*_0_log.out")).read_text()
+    assert "rank 0 hung: at step" in log and "stacks of its threads:" in log, "what the other one waited at"
     made.assert_same_weights(run, whole)
-    assert not RunFolder(run).ended() or RunFolder(run).ended()["why"] == "finished"
+    lines = [line for line in read_lines(run / "log.jsonl") if "slowest_rank" in line]
+    assert sum(line["slowest_rank"] == 1 for line in lines) > len(lines) * 0.7
+    assert sorted(line["slowest_rank_s"] for line in lines)[len(lines) // 2] >= 0.05
 
 
 def test_retries_end_and_the_reason_is_said(materials, tmp_path):
@@ -213,3 +207,36 @@ def test_retries_end_and_the_reason_is_said(materials, tmp_path):
     assert ended["why"].endswith("given up: --retries allows 1 within 24 hours")
     assert len(read_lines(run / "attempts.jsonl")) == 2
     assert "The job is not started again: given up: --retries allows 1" in done.stdout
+
+
+@pytest.mark.slurm
+def test_a_node_on_which_ranks_die_twice_is_left_out(slurm_cluster, materials, tmp_path):
+    """On whichever node the job starts, its rank is aborted."""
+    run, die = tmp_path / "run", tmp_path / "die"
+    die.mkdir()
+    (die / "sitecustomize.py").write_text(
+        f"import os, sys, threading, time\nBAD = {str(tmp_path / 'bad')!r}\n"
+        "def later():\n"
+        "    while 'cfmask.train' not in sys.modules: time.sleep(0.1)\n"
+        "    os.abort()\n"
+        "def start(): threading.Thread(target=later, daemon=True).start()\n"
+        "if os.environ.get('SLURM_PROCID') and os.environ.get('SUBMITIT_EXECUTOR') != 'local':\n"
+        "    if not os.path.exists(BAD): open(BAD, 'w').write(os.environ['SLURMD_NODENAME'])\n"
+        "    if open(BAD).read() == os.environ['SLURMD_NODENAME']: os.register_at_fork(after_in_child=start)\n"
+    )
+    paths = os.pathsep.join([str(die), os.environ["PYTHONPATH"]])
+    ranks = ("--tasks-per-node", 1, "--cpus-per-task", 1, "--gpus-per-node", 0, "--time", 30, "--epochs", 1)
+    made.submit(*made.recipe_flags(materials, run), *ranks, env={"PYTHONPATH": paths, "CFMASK_CLUSTER": ""})
+    job = read_lines(run / "jobs/submissions.jsonl")[-1]["job"]
+    for restart in (1, 2):
+        made.wait_for(run, lambda n=restart: slurm_cluster.job(job)["Restarts"] == str(n), f"restart {restart}")
+        if restart == 2:
+            made.wait_for(run, lambda: slurm_cluster.job(job)["ExcNodeList"] != "(null)", "the node is left out", 30)
+        slurm_cluster.start_again_now(job)
+    made.wait_for(run, (run / "results.json").exists, "the results")
+    bad = (tmp_path / "bad").read_text()
+    assert slurm_cluster.job(job)["ExcNodeList"] == bad != slurm_cluster.job(job)["NodeList"]
+    first, second, third = read_lines(run / "attempts.jsonl")
+    assert re.search(r"SIGABRT.*; starts again \(retry 1 of 3\)", second["why_last_ended"])
+    assert re.search(rf"SIGABRT.*; starts again, without {bad} \(retry 2 of 3\)", third["why_last_ended"])
+    assert [second["last_died"]["node"], third["last_died"]["node"]] == [bad, bad]

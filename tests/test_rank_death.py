@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -269,13 +268,8 @@ def plant(tmp_path) -> Callable[..., Path]:
     """A working copy in which ranks die: ends of modules by file. ``stamp`` in it says when."""
 
     def planted(**ends: str) -> Path:
-        for folder in ("cfmask", "launch"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(made.REPO / folder, tmp_path / "clone" / folder, ignore=ignored)
-        for module, end in ends.items():
-            with open(tmp_path / "clone" / f"{module.replace('__', '/')}.py", "a") as file:
-                file.write(RANK.format(stamp=str(tmp_path / "stamp")) + end)
-        return tmp_path / "clone"
+        preamble = RANK.format(stamp=str(tmp_path / "stamp"))
+        return made.plant(tmp_path / "clone", **{module: preamble + end for module, end in ends.items()})
 
     return planted
 

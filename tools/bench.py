@@ -8,6 +8,7 @@
     python tools/bench.py order                     how well the order mixes, beside a full permutation
     python tools/bench.py step                      training steps beside the authors' way: images/s, FLOPs, memory
     python tools/bench.py checkpoint                how long a checkpoint keeps training waiting
+    python tools/bench.py watch                     what heartbeats and times of ranks cost a step
     python tools/bench.py gpu                       all that is worth knowing of this code on this GPU, in minutes
 
 TREE is a folder of class/image.JPEG; without --source photograph-like noise of ImageNet's size is drawn. Peers run in
@@ -39,6 +40,7 @@ BENCHMARKS = {
     "order": "how well the order mixes",
     "step": "training steps",
     "checkpoint": "what a checkpoint costs training",
+    "watch": "what it costs that ranks are watched",
     "gpu": "everything that needs a GPU, within some minutes",
 }
 """Each a module of tools/benchmarks/ of the same name."""
@@ -57,19 +59,19 @@ def parser() -> argparse.ArgumentParser:
     of["convert"].add_argument(
         "--stores", nargs="+", choices=STORES, default=STORES, help="what shards hold (default: all of them)"
     )
-    for name, rounds in (("loader", 5), ("convert", 5), ("resume", 5), ("step", 3), ("checkpoint", 5)):
+    for name, rounds in (("loader", 5), ("convert", 5), ("resume", 5), ("step", 3), ("checkpoint", 5), ("watch", 5)):
         of[name].add_argument(
             "--rounds", type=int, default=rounds, metavar="N", help=f"how often each is measured (default: {rounds})"
         )
     add_step_arguments(of["step"])
-    verb = of["checkpoint"]
-    verb.add_argument(
-        "--model",
-        default="ViT-B-16-quickgelu",
-        metavar="NAME",
-        help="open_clip model, or a configuration's path (default: ViT-B-16-quickgelu)",
-    )
-    add_device_argument(verb)
+    for verb, model in ((of["watch"], "ViT-B-32-quickgelu"), (of["checkpoint"], "ViT-B-16-quickgelu")):
+        verb.add_argument(
+            "--model",
+            default=model,
+            metavar="NAME",
+            help=f"open_clip model, or a configuration's path (default: {model})",
+        )
+        add_device_argument(verb)
     verb.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write to (default: a temporary one)")
     add_gpu_arguments(of["gpu"])
     return top

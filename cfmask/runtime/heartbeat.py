@@ -71,7 +71,7 @@ class Heartbeat:
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
         self._steps: deque[float] = deque(maxlen=_RECENT)
-        self._step, self._step_began = -1, 0.0
+        self._step, self._step_began, self._limit_s = -1, 0.0, COLLECTIVE_TIMEOUT_S
         self._write(PREPARING)
 
     def activate(self) -> None:
@@ -95,23 +95,23 @@ class Heartbeat:
             now = time.monotonic()
             if self._step >= 0 and step == self._step + 1:
                 self._steps.append(now - self._step_began)
+                self._limit_s = self._limit_of_steps()
             self._step, self._step_began = step, now
         self._write(activity)
 
     def restart(self) -> None:
         """The next steps are of another kind (another phase, an evaluation): their time is not known yet."""
         self._steps.clear()
-        self._step = -1
+        self._step, self._limit_s = -1, COLLECTIVE_TIMEOUT_S
 
-    @property
-    def limit_s(self) -> float:
+    def _limit_of_steps(self) -> float:
         """Seconds that an activity of a step may take."""
         if len(self._steps) < _FIRST_STEPS:
             return COLLECTIVE_TIMEOUT_S
         return max(HANG_TIMEOUT_S, _FACTOR * max(self._steps)) if HANG_TIMEOUT_S else float("inf")
 
     def _write(self, activity: str) -> None:
-        limit_s = self.limit_s
+        limit_s = self._limit_s
         if activity in (PREPARING, CHECKPOINT):
             limit_s = RENDEZVOUS_TIMEOUT_S + COLLECTIVE_TIMEOUT_S  # torch's own limits say more, and come first
         elif activity == CHECKING:

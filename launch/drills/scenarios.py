@@ -12,6 +12,7 @@ from pathlib import Path
 from cfmask.runtime.jsonl import read_lines
 from launch.drills.environment import Drill, DrillEnvironment
 from launch.drills.faults import (
+    NO_LOCAL_DISK,
     QUOTA_EXCEEDED,
     SLOW_CHECKPOINTS,
     SLOW_SHARDS,
@@ -125,7 +126,7 @@ def _ended(run: RunHandle, env: DrillEnvironment, state: str, *, within_s: float
             raise DrillFailed(f"job {run.job} is {state}, and its processes {left} are still there")
 
 
-_KILL_RANK = """
+_SIGNAL_RANK = """
 rank=
 for each in /proc/[0-9]*; do
     variables=$(tr '\\0' '\\n' < $each/environ 2>/dev/null) || continue
@@ -135,21 +136,53 @@ for each in /proc/[0-9]*; do
 done
 for each in $rank; do
     parent=$(sed 's/.*) //' /proc/$each/stat | cut -d' ' -f2)
-    case " $rank " in *" $parent "*) kill -9 $each ;; esac
+    case " $rank " in *" $parent "*) kill -{signal} $each ;; esac
 done
 """
-"""Of the two processes that a rank is (launch/jobs/failures.py), kill the child: it trains, and takes the memory."""
+"""Of the two processes that a rank is (launch/jobs/failures.py), the child: it trains, and takes the memory."""
 
 
-def _rank_killed(run: RunHandle, env: DrillEnvironment) -> Poll:
-    run.submit()
-    yield from run.reach(HALF)
+def _signal_last_rank(run: RunHandle, signal: str) -> None:
     last = int(read_lines(run.folder.attempts)[-1]["world_size"]) - 1
     there = (f"--jobid={run.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={run.nodes()[-1]}")
+    ask("srun", *there, "--input=none", "sh", "-c", _SIGNAL_RANK.format(job=run.job, rank=last, signal=signal))
+
+
+def _rank_signalled(what: str, signal: str, *flags: str) -> Callable[[RunHandle, DrillEnvironment], Poll]:
+    """The scenario in which the last rank gets a signal half way, and the job starts again."""
+
+    def scenario(run: RunHandle, env: DrillEnvironment) -> Poll:
+        run.submit(*flags)
+        yield from run.reach(HALF)
+        run.record_fault(what)
+        _signal_last_rank(run, signal)
+        yield from run.restart()
+        yield from run.finish()
+
+    return scenario
+
+
+def _rank_killed_for_good(run: RunHandle, env: DrillEnvironment) -> Poll:
+    run.submit("--retries", "0")
+    yield from run.reach(HALF)
     run.record_fault("rank killed")
-    ask("srun", *there, "--input=none", "sh", "-c", _KILL_RANK.format(job=run.job, rank=last))
+    _signal_last_rank(run, "KILL")
     yield from _ended(run, env, "FAILED", within_s=30)
     run.resume()
+    yield from run.finish()
+
+
+def _unhealthy_node(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """One of the job's nodes has no space on its local disk: the next start does not get it."""
+    full = Injection(env.folder / "unhealthy", NO_LOCAL_DISK)
+    full.mark.touch()
+    with full.inherited():
+        run.submit()
+    run.record_fault("no local disk")
+    yield from run.restart()
+    [bad] = (path.name.removeprefix("mark.") for path in full.mark.parent.glob("mark.n*"))
+    if bad in run.nodes():
+        raise DrillFailed(f"the second start has {bad} again, which failed its check: {run.nodes()}")
     yield from run.finish()
 
 
@@ -376,6 +409,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
 _STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
 _KILLED = "killed without notice"
+_AGAIN = r"; starts again.* \(retry 1 of 3\)"
 _LOST = rf"lost a rank without a report.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
@@ -396,7 +430,26 @@ DRILLS = (
         ends=_CAME_BACK,
     ),
     Drill("requeued", "scontrol requeue", _restarts_after("requeue", requeue), _STOPPED),
-    Drill("rank-killed", "SIGKILL of one rank, as when memory runs out; --resume", _rank_killed, "failed.*"),
+    Drill(
+        name="rank-killed",
+        what="SIGKILL of one rank, as when memory runs out",
+        scenario=_rank_signalled("rank killed", "KILL"),
+        ends=rf"failed: rank \d+ was killed .*{_AGAIN}",
+    ),
+    Drill("rank-killed-for-good", "the same with --retries 0; --resume", _rank_killed_for_good, "failed.*"),
+    Drill(
+        name="rank-hung",
+        what="SIGSTOP of one rank",
+        scenario=_rank_signalled("rank stopped", "STOP", "--hang-timeout", "0.2"),
+        ends=rf"failed: rank \d+ hung.*is stopped.*{_AGAIN}",
+    ),
+    Drill(
+        name="node-unhealthy",
+        what="no space on the local disk of one node; the next start does not get the node",
+        scenario=_unhealthy_node,
+        ends=r"failed: rank \d+: NodeUnhealthy.*; starts again, without \S+ \(retry 1 of 3\)",
+        nodes=2,
+    ),
     Drill("cancelled", "scancel; it has to stay away; --resume", _cancelled, _STOPPED),
     Drill(
         name="resized",
