@@ -48,10 +48,10 @@ class Status:
     eta_s: float | None
     job: str | None
     attempts: int
-    straggler: str | None
     next_start: str | None
     last_end: str | None
     notes: tuple[str, ...]
+    straggler: str | None = None
 
 
 def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
