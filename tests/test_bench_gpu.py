@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -57,15 +56,13 @@ def dry(tmp_path_factory):
     """Folder and output of a whole dry run, and the processor time that it took, in seconds."""
     out = tmp_path_factory.mktemp("gpu")
     command = [sys.executable, REPO / "tools/bench.py", "gpu", "--dry", "--out", out]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-5000:]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return out, done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return out, done
 
 
 def test_every_part_runs_on_a_cpu(dry):
-    out, done, _ = dry
+    out, done = dry
     results = results_of(out)
     assert list(results) and set(results) == set(PARTS)
     assert {name: of["status"] for name, of in results.items()} == dict.fromkeys(PARTS, "ran")
@@ -108,11 +105,6 @@ def test_the_report_has_what_it_is_for(dry):
     assert set(results["profile"]) == {"ViT-B-16-quickgelu 512", "ViT-B-32-quickgelu 32"}
     report = (dry[0] / "report.md").read_text()
     assert "NCCL refuses two ranks on one GPU" in report and "Dry run" in report
-
-
-def test_the_dry_run_takes_less_than_two_minutes(dry):
-    """Of processor time: what else this machine is busy with is not its fault."""
-    assert dry[2] < 120
 
 
 # --- parts that go wrong --------------------------------------------------------------------------------------------

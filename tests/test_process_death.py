@@ -135,7 +135,7 @@ BEFORE = ("rank 0", "rank 1")
 
 @pytest.mark.parametrize(
     ("victim", "step"),
-    [("supervisor 1", None), ("supervisor 0", 4), ("controller", 4), ("controller", None), ("follower", 4)],
+    [("supervisor 1", None), ("controller", 4), ("follower", 4)],
     ids=lambda value: {None: "before the ranks have met", 4: "in training"}.get(value, value),
 )
 def test_a_killed_process_ends_the_run_and_the_same_command_resumes(materials, undisturbed, tmp_path, victim, step):
@@ -160,7 +160,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(materials, u
     assert_nothing_stays(run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_the_command_that_follows_a_run_ends_it(materials, tmp_path, number):
     """In training: after a checkpoint. The command is in a session of its own, as of a terminal."""
     run = tmp_path / "run"
