@@ -10,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from cfmask.checkpoint_state import Skips
+from cfmask.curves import curves_of
 from cfmask.data import receipts
 from cfmask.evaluate import Score
 from cfmask.metrics import StepResult
@@ -77,7 +78,6 @@ class MetricLogger:
             "samples_per_s": samples_per_s,
             "eta_s": eta,
         }
-        names: list[str] = [*means, "lr", "skipped_steps", "samples_per_s"]
         straggler = ""
         if result.rank_seconds:
             slowest = max(range(len(result.rank_seconds)), key=result.rank_seconds.__getitem__)
@@ -87,9 +87,8 @@ class MetricLogger:
                 "slowest_rank_s": result.rank_seconds[slowest],
                 "median_rank_s": statistics.median_low(result.rank_seconds),
             }
-            names += ["slowest_rank_s", "median_rank_s"]
             straggler = straggler_of(line) or ""
-        self.add_line(line, {f"train/{name}": line[name] for name in names})
+        self.add_line(line)
         losses = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
         print(
             f"step {result.step}/{self._total} "
@@ -111,17 +110,15 @@ class MetricLogger:
         """
         top1 = {name: score.top1 for name, score in scores.items()}
         passes = int(epoch) if epoch == int(epoch) else epoch
-        self.add_line(
-            {"step": step, "epoch": passes, "eval": top1}, {f"eval/{name}": value for name, value in top1.items()}
-        )
+        self.add_line({"step": step, "epoch": passes, "eval": top1})
         print(f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.2f} %" for name, value in top1.items()), flush=True)
         self._since += seconds
 
-    def add_line(self, line: dict[str, Any], curves: Mapping[str, float]) -> None:
-        """Write a line of log.jsonl, and points of curves at its ``step``."""
+    def add_line(self, line: dict[str, Any]) -> None:
+        """Write a line of log.jsonl, and the points of its curves (``curves_of``)."""
         self._log.add(line)
         self._log.write()
-        self._draw(curves, line["step"])
+        self._draw(curves_of(line), line["step"])
 
     def flush(self) -> None:
         """Write what is pending. Called before a checkpoint: what is logged after it is logged again by a resumed run,

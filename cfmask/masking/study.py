@@ -9,7 +9,6 @@ import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,9 +105,7 @@ class MaskStudyLog:
         if len(total) > 1:
             total[ALL] = functools.reduce(operator.add, total.values())
         result = {name: sums.to_result() for name, sums in total.items()}
-        self._logger.add_line(
-            {"step": step, "epoch": epoch, "thresholds": THRESHOLDS, _NAME: result}, _curves_of(result)
-        )
+        self._logger.add_line({"step": step, "epoch": epoch, "thresholds": THRESHOLDS, _NAME: result})
         for name, of_group in result.items():
             best = max(range(len(THRESHOLDS)), key=lambda i: of_group["iou"][i] or 0.0)
             iou = of_group["iou"][best]
@@ -122,13 +119,3 @@ class MaskStudyLog:
             self._lines.add({"step": self._step, "tallies": tallies})
             self._since_checkpoint = {}
         self._lines.write()
-
-
-def _curves_of(result: dict[str, dict[str, Any]]) -> dict[str, float]:
-    return {
-        f"{_NAME}_{name}/{rate}_at_{threshold:g}": value
-        for name, of_group in result.items()
-        for rate in ("image_masking_rate", "object_masking_rate", "iou")
-        for threshold, value in zip(THRESHOLDS, of_group[rate], strict=True)
-        if value is not None
-    }

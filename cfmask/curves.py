@@ -1,0 +1,38 @@
+"""What a run shows of itself elsewhere, by name: the curves of log.jsonl's lines, and the accuracies of results.json.
+TensorBoard and Weights & Biases have the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_NO_CURVES = ("step", "total_steps", "eta_s", "slowest_rank")
+
+
+def curves_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Points of curves at a line's ``step``: averages of training steps, top-1 by set, how far masks fall on objects,
+    or the rate of an evaluation."""
+    if "eval" in line:
+        return {f"eval/{name}": top1 for name, top1 in line["eval"].items()}
+    if "overlap" in line:
+        return {
+            f"overlap_{group}/{rate}_at_{threshold:g}": value
+            for group, of_group in line["overlap"].items()
+            for rate in ("image_masking_rate", "object_masking_rate", "iou")
+            for threshold, value in zip(line["thresholds"], of_group[rate], strict=True)
+            if value is not None
+        }
+    kind = "evaluation" if "set" in line else "train"
+    numbers = {name: value for name, value in line.items() if name not in _NO_CURVES and isinstance(value, int | float)}
+    return {f"{kind}/{name}": value for name, value in numbers.items()}
+
+
+def top1_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a results.json, in percent: by set, or of an evaluation by model and set."""
+    if "models" in results:
+        return {model["name"]: _by_set(model["sets"]) for model in results["models"]}
+    return _by_set(results["sets"])
+
+
+def _by_set(sets: Mapping[str, Any]) -> dict[str, float]:
+    return {name: score["top1"] for name, score in sets.items()}
