@@ -132,7 +132,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
     job = executor.submit(Job(run.root, 0, time_limit_min=0.35, pace_s=4.0))  # 18.9 s, in which it makes no 6 steps
     assert job.result() == "finished"
     whys = [attempt["why_last_ended"] for attempt in read_lines(run.attempts)[1:]]
-    assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\)", why) for why in whys)
+    assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\), at the time limit", why) for why in whys)
 
 
 def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):

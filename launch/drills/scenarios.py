@@ -23,6 +23,7 @@ from launch.drills.faults import (
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.materials import MAKE_SHARDS
+from launch.jobs.deadline import AT_TIME_LIMIT
 from launch.slurm.client import ask
 from launch.slurm.control import cancel, requeue
 from launch.slurm.submission import submit
@@ -407,6 +408,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
+_AT_LIMIT = _CAME_BACK + AT_TIME_LIMIT
 _STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
 _KILLED = "killed without notice"
 _AGAIN = r"; starts again.* \(retry 1 of 3\)"
@@ -414,7 +416,7 @@ _LOST = rf"lost a rank without a report.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
     # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.
-    Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_CAME_BACK}(; {_CAME_BACK})*", lasts_s=120),
+    Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_AT_LIMIT}(; {_AT_LIMIT})*", lasts_s=120),
     Drill("first-node-lost", "the job's first node dies", _first_node_lost, _LOST, "cluster", nodes=2),
     Drill(
         name="preempted-5-times",

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.texts import seconds
 
+AT_TIME_LIMIT = ", at the time limit"
+"""What a start records behind why it has stopped, to tell it from one that was preempted."""
 _PATIENCE_S = 10.0
 _MARGIN_S = 180.0
 

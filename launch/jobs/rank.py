@@ -32,7 +32,7 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch.jobs import failures, health
-from launch.jobs.deadline import stop_time
+from launch.jobs.deadline import AT_TIME_LIMIT, stop_time
 from launch.jobs.restarts import Cause, GivenUp, Restarts
 from launch.jobs.run_restarts import restarts_of, saved_progress
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from cfmask.distributed import Place
     from cfmask.session import StopRequest
 
+_NOTICE_EARLIER_S = 60.0
+"""Slurm's USR2 before the time limit may come so much earlier than the deadline, at most."""
 _LOOK_S = 5
 """Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
 
@@ -106,6 +108,8 @@ class Job:
         if not is_main_process:
             sys.exit(0)
         cause = Cause.WARNED if outcome == REQUEUE else Cause.TERMINATED
+        if cause is Cause.WARNED and listener.is_near_deadline() and (ended := run.ended()):
+            run.end_attempt(ended["why"] + AT_TIME_LIMIT)
         try:
             code = restarts.after_stop(cause, saved_progress(run), lambda: run.cancelled() is not None)
         except GivenUp as given_up:
@@ -193,6 +197,10 @@ class _Listener:
             self._requeue = True
         else:
             self._quit = True
+
+    def is_near_deadline(self) -> bool:
+        """Whether a stop that was asked for is that of the time limit: Slurm's notice comes at about the same time."""
+        return time.monotonic() > self.deadline - _NOTICE_EARLIER_S
 
     def request(self) -> str | None:
         from cfmask.session import QUIT, REQUEUE
