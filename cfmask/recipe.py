@@ -547,6 +547,16 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+def preset_of(recipe: Recipe) -> str | None:
+    """The preset that a resolved recipe has method and schedule of; None if flags have changed these."""
+    for name, preset in PRESETS.items():
+        if (preset.method.name, preset.optim.schedule) == (recipe.method.name, recipe.optim.schedule):
+            method = dataclasses.replace(preset.method, ensemble=recipe.method.ensemble)
+            if _resolved_method(method) == recipe.method:
+                return name
+    return None
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """The recipe in a file.
 
