@@ -67,7 +67,10 @@ _WAIT = {"patience_s": 10.0, "answer_s": 20.0}
 """For each of Slurm's commands."""
 _LOOK_S = 1  # between looks at the job
 _NOTICES = ("srun: ", "slurmstepd: error: *** ", "submitit ")  # in a log: that all is over, and not why
-_NO_USE = ("dependency", "array_parallelism", "restarts_without_progress", "rendezvous_timeout", "collective_timeout")
+_NO_USE = (
+    *("dependency", "array_parallelism", "restarts_without_progress", "rendezvous_timeout", "collective_timeout"),
+    *("notify", "wandb"),
+)
 
 
 def parser() -> argparse.ArgumentParser:

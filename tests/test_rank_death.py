@@ -340,11 +340,17 @@ LOCAL = {
 @pytest.mark.parametrize(("ends", "expected"), LOCAL.values(), ids=LOCAL)
 def test_on_this_machine(plant, materials, tmp_path, ends, expected):
     clone, run = plant(**ends), tmp_path / "run"
-    done = submit(clone, materials, "--executor", "local", "--tasks-per-node", 2, "--checkpoint-steps", 3)
+    ranks = ("--executor", "local", "--tasks-per-node", 2)
+    notify = f"cat >> {tmp_path}/news; exit 0"
+    done = submit(clone, materials, *ranks, "--checkpoint-steps", 3, "--notify", notify)
     assert time.time() - died_at(clone) < WITHIN_S
     assert done.returncode == 1
     assert processes_of(run) == []
     assert_the_story_is_told(run, *expected)
+    [news] = read_lines(tmp_path / "news")
+    assert (news["event"], news["why"], news["attempt"]) == ("failed", f"failed: {expected[0]}", 1)
+    holding = [path.name for path in run.rglob("*") if path.is_file() and notify.encode() in path.read_bytes()]
+    assert holding == ["notify.sh"], "the command may hold a secret"
     assert "The run did not finish. rank " in done.stdout and log_of_rank_0(run).splitlines()[-1] in done.stdout
 
 
@@ -365,7 +371,8 @@ SLURM = {
 def test_on_slurm(slurm_cluster: Cluster, plant, materials, tmp_path, ends, expected):
     clone, run = plant(**ends), tmp_path / "run"
     ranks = ("--nodes", 2, "--tasks-per-node", 1, "--cpus-per-task", 1, "--gpus-per-node", 0, "--time", 30)
-    done = submit(clone, materials, *ranks)
+    slow = f"sleep 1; cat >> {tmp_path}/news; sleep 600"  # hears a TERM of srun, and a KILL after KillWait (5 s)
+    done = submit(clone, materials, *ranks, "--notify", slow)
     name = next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("job "))
     wait_until(lambda: (tmp_path / "stamp").exists(), "a rank dies", 100)
     slurm_cluster.wait_for_state(name, "FAILED", WITHIN_S)
@@ -374,3 +381,5 @@ def test_on_slurm(slurm_cluster: Cluster, plant, materials, tmp_path, ends, expe
     assert processes_of(run) == []
     assert_the_story_is_told(run, *expected)
     assert read_lines(run / "attempts.jsonl")[-1]["job"] == f"{name}-0"
+    [news] = read_lines(tmp_path / "news")
+    assert (news["event"], news["job"], news["why"]) == ("failed", name, f"failed: {expected[0]}")

@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 # What a cluster, or a terminal, sends to every process of a job. One of them answers.
@@ -37,14 +38,15 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def kill_children(within_s: float = 5.0) -> None:
+def kill_children(within_s: float = 5.0, *, but: Collection[int] = ()) -> None:
     """SIGKILL to every child of this process, and to theirs where orphans are adopted, until none is left.
 
     Args:
         within_s: after which those that hang in the kernel are left to it.
+        but: pids of children that are left alone.
     """
     deadline = time.monotonic() + within_s
-    while (children := _children()) and time.monotonic() < deadline:
+    while (children := [pid for pid in _children() if pid not in but]) and time.monotonic() < deadline:
         for pid in children:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)

@@ -21,6 +21,8 @@ from cfmask.errors import UserError
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
+from launch.jobs.wandb_sender import VARIABLE as WANDB_VARIABLE
+from launch.jobs.wandb_sender import is_installed as wandb_is_installed
 
 _FOR_RANKS = (
     *("restarts_without_progress", "retries", "health_check"),
@@ -40,6 +42,8 @@ class Allocation:
         and how many ranks there were.
     visible_gpus: of this machine, one for each local rank, as entries for CUDA_VISIBLE_DEVICES.
     mounts: of the container, if there is an image.
+    notify: the command that hears of the run's end (notify.py). It may hold a secret, and so is in no variable that a
+        job's processes inherit, nor in ``again``.
     """
 
     executor: str
@@ -67,6 +71,7 @@ class Allocation:
     image: str | None = None
     mounts: tuple[str, ...] = ()
     sbatch: Mapping[str, Any] = field(default_factory=dict)
+    notify: str | None = field(default=None, repr=False)
 
     @property
     def time_min(self) -> int | None:
@@ -118,7 +123,7 @@ def resolve_allocation(
         default_gpus = 0 if installed is None or visible is None else len(visible)
         ranks = _ranks(layers, default_gpus)
         shown = first_visible(ranks.gpus, visible)
-    not_again = ("dependency", "array_parallelism", *GPU_SETTINGS)
+    not_again = ("dependency", "array_parallelism", "notify", *GPU_SETTINGS)
     again = {k: v for k, v in {**(last or {}), **flags}.items() if k not in not_again}
     again |= {"nodes": value("nodes"), ranks.gpus_from: ranks.asked, "tasks_per_node": ranks.tasks}
     if executor == "debug" and ranks.tasks > 1:
@@ -130,6 +135,9 @@ def resolve_allocation(
         for name in _FOR_RANKS
         if value(name) is not None
     }
+    if project := value("wandb"):
+        limits[WANDB_VARIABLE] = project
+    _check_beside_rank_0(executor, {name: value(name) for name in ("notify", "wandb") if value(name)})
     image = file.image if executor == "slurm" else None
     # Exactly this one: NCCL alone would take any interface whose name begins so.
     interface = value("interface")
@@ -160,6 +168,7 @@ def resolve_allocation(
         image=image,
         mounts=file.mounts if executor == "slurm" else (),
         sbatch=file.sbatch if executor == "slurm" else {},
+        notify=value("notify"),
     )
 
 
@@ -221,6 +230,17 @@ def _refuse_slurm_flags(arguments: argparse.Namespace, flags: Mapping[str, Any],
     idle += ["--after"] if arguments.after else []
     if idle:
         raise UserError(f"{', '.join(idle)} would do nothing: it is for Slurm, and {why}. Leave it out.")
+
+
+def _check_beside_rank_0(executor: str, asked: Mapping[str, Any]) -> None:
+    """Refuse what could not be done for --notify and --wandb (rank_0.py)."""
+    if executor == "debug" and asked:
+        flags = " and ".join(_flag(name) for name in asked)
+        raise UserError(f"{flags} would do nothing with --executor debug: no process waits for its rank. Use local.")
+    if "wandb" in asked and not wandb_is_installed():
+        if executor == "local":
+            raise UserError(f"--wandb needs the package wandb: {sys.executable} -m pip install wandb")
+        print("warning: --wandb: this Python has no package wandb, which a job's has to have.", file=sys.stderr)
 
 
 def _read_file(file: ClusterFile) -> dict[str, Any]:

@@ -53,6 +53,7 @@ from launch.jobs.failure_reports import (
 from launch.jobs.hangs import Hang, HangWatch
 from launch.jobs.health import NodeUnhealthy
 from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
+from launch.jobs.rank_0 import BesideRank0, tell_end
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED
 from launch.jobs.retries import Decision, decide
 
@@ -148,20 +149,36 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
 
     for number in JOB_SIGNALS:
         signal.signal(number, pass_on)
+    beside = BesideRank0(here.run, here.attempt, here.rank)
     code = _wait(child, here, parent, watch)
-    kill_children()  # what the rank has started and not ended
+    kill_children(but=beside.pids)  # what the rank has started and not ended
     if code in _AGREED_ENDS:
+        beside.end(failed=None)
         return code
+    _report_end(here, code)
+    beside.end(failed=f"exit code {code}", node=_node_of_failure(here))
+    return code
+
+
+def _report_end(here: RankStart, code: int) -> None:
+    """Say why the job ends, for a rank that has ended badly."""
     text = ""
     try:
         if here.file.exists():
             time.sleep(_LISTEN_S)
         text = _conclude(here, spoken=code == _RAISED)
     except OSError as error:
-        print(f"warning: the failure report of {run} cannot be made: {error}", file=sys.stderr, flush=True)
+        print(f"warning: the failure report of {here.run.root} cannot be made: {error}", file=sys.stderr, flush=True)
     if here.local and here.rank == 0:
         print(text, end="", flush=True)
-    return code
+
+
+def _node_of_failure(here: RankStart) -> str | None:
+    """Of the rank that died first, if it has left a report that can be read."""
+    with contextlib.suppress(OSError):
+        failure = first_failure(here.reports(), here.world_size)
+        return failure.node if failure else None
+    return None
 
 
 def _wait(child: int, here: RankStart, parent: int, watch: HangWatch) -> int:
@@ -270,6 +287,8 @@ def conclude_for(here: RankStart, log: Path) -> None:
     if text and here.rank == 0:
         with open(log, "a") as file:
             file.write(text)
+    if here.rank == 0:
+        tell_end(here.run, here.attempt, failed="lost the process that waits for rank 0", node=_node_of_failure(here))
 
 
 def _conclude(here: RankStart, *, spoken: bool) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,20 @@ def text(value: str) -> str:
     return value
 
 
+def command(text: str) -> str:
+    """One that sh can read."""
+    complaint = subprocess.run(["sh", "-n", "-c", text], capture_output=True, text=True).stderr.strip()
+    if complaint or not text.strip():
+        raise ValueError(f"a command of the shell ({complaint or 'it is empty'})")
+    return text
+
+
+def wandb_project(text: str) -> str:
+    if not re.fullmatch(r"([\w-]+/)?[\w.-]{1,128}", text):
+        raise ValueError("PROJECT or ENTITY/PROJECT, of letters, digits, - and _")
+    return text
+
+
 SETTINGS = (
     Setting("nodes", count, 1, "machines (default: 1)", "N", COUNT),
     Setting(
@@ -278,6 +293,24 @@ SETTINGS = (
         "how long ranks wait for each other in a step before the job is given up (default: 30)",
         "MIN",
         NUMBER,
+        slurm=False,
+    ),
+    Setting(
+        "notify",
+        command,
+        None,
+        "run by sh in the run folder, on rank 0, when the run has finished or failed, was given up, or was preempted 5 "
+        "times within 24 hours, with a JSON object on standard input: event, run, job, attempt, step, total_steps, "
+        "why, node, time, top1. It may take 30 s. How it ends changes nothing about the run",
+        "COMMAND",
+        slurm=False,
+    ),
+    Setting(
+        "wandb",
+        wandb_project,
+        None,
+        "send the history of log.jsonl, the recipe and the results to Weights & Biases, too; needs the package wandb",
+        "[ENTITY/]PROJECT",
         slurm=False,
     ),
 )

@@ -37,6 +37,7 @@ from launch.jobs.batch_script import (
     write_environment,
 )
 from launch.jobs.claims import Claim, take_folder
+from launch.jobs.notify import keep_command
 from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
 from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
 from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
@@ -274,6 +275,7 @@ def enqueue(
             jobs_folder = each.run.root / "jobs"
             jobs_folder.mkdir(exist_ok=True)
             write_environment(allocation, jobs_folder)
+            keep_command(allocation.notify, each.run)
         batch.link_runs()
         executor = batch.executor(allocation, snapshots[0].digest)
         jobs = send(executor, work)
@@ -350,6 +352,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     run = planned.run
     code = keep_code(run)
     (run.root / "jobs").mkdir(exist_ok=True)
+    keep_command(allocation.notify, run)
     work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN)
     if allocation.executor == "debug":
         job = submitit.DebugExecutor(run.root / "jobs").submit(work)

@@ -34,6 +34,7 @@ from launch.jobs.allocation import (
 )
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
+from launch.jobs.notify import kept_setting
 from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
 from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments
 from launch.jobs.submission import (
@@ -204,7 +205,8 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
         raise UserError(f"--from-step-0 would do nothing: {run.root} is an evaluation, which has no checkpoints.")
     last = last_submission(run)
     same = last is not None and last["executor"] == choose_executor(arguments)
-    allocation = resolve_allocation(arguments, file, last["allocation"] if last is not None and same else None)
+    before = {**last["allocation"], **kept_setting(run)} if last is not None and same else None
+    allocation = resolve_allocation(arguments, file, before)
     had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
     if isinstance(work, Recipe) and had not in (None, allocation.world_size):
         print(
