@@ -21,12 +21,11 @@ from cfmask.errors import UserError
 from launch.jobs.cluster_file import ClusterFile
 from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
-from launch.jobs.wandb_sender import VARIABLE as WANDB_VARIABLE
 from launch.jobs.wandb_sender import is_installed as wandb_is_installed
 
 _FOR_RANKS = (
     *("restarts_without_progress", "retries", "health_check"),
-    *("hang_timeout", "rendezvous_timeout", "collective_timeout"),
+    *("hang_timeout", "rendezvous_timeout", "collective_timeout", "wandb"),
 )
 """Settings that ranks find in their environment, as CFMASK_RETRIES."""
 
@@ -135,8 +134,6 @@ def resolve_allocation(
         for name in _FOR_RANKS
         if value(name) is not None
     }
-    if project := value("wandb"):
-        limits[WANDB_VARIABLE] = project
     _check_beside_rank_0(executor, {name: value(name) for name in ("notify", "wandb") if value(name)})
     image = file.image if executor == "slurm" else None
     # Exactly this one: NCCL alone would take any interface whose name begins so.
