@@ -2,7 +2,8 @@
 
 #SBATCH …                 the allocation
 (                         a shell of its own, so that nothing in the cluster file's setup (set -e, exit, a trap,
-  setup                   exec) can keep the last lines from running
+                          exec) can keep the last lines from running
+  setup
   . JOBS/environment.sh   [environment] of the cluster file; mode 600, because tokens are kept there
   srun … start.py         the ranks
 )
@@ -26,6 +27,8 @@ ENVIRONMENT = "environment.sh"
 """In a job's folder jobs/."""
 NO_LIMIT_MIN = 525_600
 """Where a number has to be given, and there is no time limit: a year."""
+_ALL_MEMBERS = 1_000_000_000
+"""Of an array: so many may run at once."""
 _RANKS_ENDED_WELL = 99
 """Exit code of the inner shell after ranks that all exited with 0: a setup that exits with 0 ends it with 0."""
 
@@ -45,7 +48,6 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "mem": a.memory,
         "exclude": a.exclude,
         "dependency": a.dependency,
-        "array_parallelism": a.array_parallelism,
     }
     sbatch = {name.replace("_", "-"): value for name, value in a.sbatch.items()}
     container = [f"--container-image={a.image}"] if a.image else []
@@ -59,6 +61,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "time": a.time_min or NO_LIMIT_MIN,
         "signal_delay_s": NOTICE_S if a.time_min is None else min(NOTICE_S, 6 * a.time_min),
         "stderr_to_stdout": True,
+        "array_parallelism": a.array_parallelism or _ALL_MEMBERS,  # submitit's default is 256
         # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
         # not (a site's WaitTime), while rank 0 writes the results.
         "srun_args": [
@@ -71,7 +74,8 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
             *a.srun_args,
         ],
         "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
-        "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],  # "": the last line may end with a backslash
+        # "": the last line of a setup may end with a backslash.
+        "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],
         "teardown": [*_after_ranks(), ")", *_end(jobs)],
         **{key: value for key, value in given.items() if value is not None},
     }

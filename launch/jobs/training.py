@@ -34,18 +34,10 @@ from launch.jobs.allocation import (
 )
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
+from launch.jobs.planning import AnyPlanned, Planned, left_out, take_up
 from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
 from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments
-from launch.jobs.submission import (
-    AnyPlanned,
-    Planned,
-    dry_run,
-    last_submission,
-    left_out,
-    run_here,
-    submit_to_slurm,
-    take_up,
-)
+from launch.jobs.submission import dry_run, last_submission, run_here, submit_to_slurm
 
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:
