@@ -40,6 +40,7 @@ class Allocation:
         and how many ranks there were.
     visible_gpus: of this machine, one for each local rank, as entries for CUDA_VISIBLE_DEVICES.
     mounts: of the container, if there is an image.
+    chain: of a job of a chain (chain.py), the jobs before it; None: it is no job of one.
     """
 
     executor: str
@@ -59,6 +60,7 @@ class Allocation:
     memory: str | None = None
     exclude: str | None = None
     dependency: str | None = None
+    chain: tuple[str, ...] | None = None
     array_parallelism: int | None = None
     setup: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 #SBATCH …                 the allocation
 (                         a shell of its own, so that nothing in the cluster file's setup (set -e, exit, a trap,
                           exec) can keep the last lines from running
+  exit, if it is done     in a job of a chain
   setup
   . JOBS/environment.sh   [environment] of the cluster file; mode 600, because tokens are kept there
   srun … start.py         the ranks
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs.allocation import Allocation
+from launch.jobs.chain import VARIABLE as CHAIN
 from launch.jobs.restarts import batch_script_end
 
 NOTICE_S = 120
@@ -75,7 +77,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         ],
         "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
         # "": the last line of a setup may end with a backslash.
-        "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],
+        "setup": ["(", *_unless_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
         "teardown": [*_after_ranks(), ")", *_end(jobs)],
         **{key: value for key, value in given.items() if value is not None},
     }
@@ -100,6 +102,18 @@ def _gpu_request(allocation: Allocation, other_gres: str | None) -> dict[str, An
     return {"gpus-per-node": f"{kind}{a.gpus_per_node}"}
 
 
+def _unless_done(allocation: Allocation, jobs: str) -> list[str]:
+    """A job of a chain whose run is finished or cancelled ends here, in a second and on one node: ranks would find out
+    only when all of them have imported torch."""
+    if allocation.chain is None:
+        return []
+    lines = []
+    for mark, what in (("results.json", "finished"), ("cancelled.json", "cancelled")):
+        lines.append(f"if [ -e {jobs}/../{mark} ]; then")
+        lines += [f'    echo "not started: the run is {what}"', f"    exit {_RANKS_ENDED_WELL}", "fi"]
+    return lines
+
+
 def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
     """The setup's shell options end with it: they would decide about lines that are not the user's, and -x would print
     what is exported."""
@@ -107,6 +121,8 @@ def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
     if allocation.gpus_from == "exclusive" and allocation.gpus_per_node:
         # Where Slurm manages the GPUs, the job has all of them, and a step those that it asks for.
         lines.append(f'if [ -n "$SLURM_GPUS_ON_NODE" ]; then export SLURM_GRES=gpu:{allocation.gpus_per_node}; fi')
+    if allocation.chain is not None:
+        lines.append(f"export {CHAIN}={','.join(allocation.chain)}")
     if allocation.environment:
         lines.append(f". {jobs}/{ENVIRONMENT} || exit 1")
     return lines

@@ -29,11 +29,13 @@ class Planned(Generic[Work]):
     """A job that is to be submitted, and its run folder.
 
     claim: this command's use of the folder, from ``take_up`` on.
+    behind: jobs of the run that are there already, and that have to end before this one starts.
     """
 
     run: RunFolder
     work: Work
     claim: Claim | None = None
+    behind: tuple[str, ...] = ()
 
 
 AnyPlanned = Planned[Recipe | Evaluation]
@@ -52,9 +54,11 @@ def left_out(run: RunFolder, *, sweep: bool) -> bool:
     if queued := queued_job(run):
         what = f"Job {queued} is there for {run.root} already"
         if not sweep:
+            root = shlex.quote(str(run.root))
             raise UserError(
                 f"{what}, and goes on by itself. To change something about it, end it first: python launch/cancel.py "
-                f"{shlex.quote(str(run.root))}"
+                f"{root}. To queue N jobs behind it, each of which resumes the run: python launch/submit.py --resume "
+                f"{root} --chain N"
             )
         print(f"{what}: left out")
         return True
@@ -73,6 +77,24 @@ def left_out(run: RunFolder, *, sweep: bool) -> bool:
     return False
 
 
+def behind_its_jobs(planned: Planned[Work]) -> Planned[Work]:
+    """The same, to start when the run's jobs that are there have ended.
+
+    Raises:
+        UserError: they are being cancelled, or Slurm cannot be asked.
+    """
+    run = planned.run
+    if run.results.exists() or not (jobs := live_jobs(run)):
+        return planned
+    if told := run.cancelled():
+        raise UserError(
+            f"{run.root} was cancelled by {told['by']}, and job {_shown(jobs[0])} is not gone yet. Give the same "
+            "command again when it is."
+        )
+    print(f"{run.root}: behind job {', '.join(map(_shown, jobs))}")
+    return replace(planned, behind=tuple(job.id for job in jobs))
+
+
 def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
     """Make the folders, or see that each is for its work and nobody is at it.
 
@@ -83,6 +105,8 @@ def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
     try:
         for each in planned:
             taken.append(replace(each, claim=take_folder(each.run, each.work)))
+            if each.behind:
+                continue  # the folder is held by a job of the run, or will be
             wait_until_gone(each.run)
             with each.run.locked():
                 pass  # another job on this folder is refused here rather than in the queue

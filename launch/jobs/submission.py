@@ -1,4 +1,4 @@
-"""How planned jobs go out: to Slurm as a job or as arrays; or one after the other on this machine.
+"""How planned jobs go out: to Slurm as a job, as arrays or as chains; or one after the other on this machine.
 
 A job trains by a Recipe or does an Evaluation; nothing here depends on which. Every job runs a copy of the code that
 lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl.
@@ -13,7 +13,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import ENVIRONMENT, NO_LIMIT_MIN, set_environment, write_environment
 from launch.jobs.planning import AnyPlanned, drop
 from launch.jobs.processes import ending_signals
-from launch.jobs.sbatch import ArrayPart, array_id, send, slurm_executor, split_array
+from launch.jobs.sbatch import ArrayPart, after_end, array_id, send, slurm_executor, split_array
 from launch.slurm.site import max_array_members
 from launch.slurm.submission import SubmissionUnknown, test_only
 
@@ -87,13 +87,17 @@ class Batch:
                 (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
 
 
-def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
-    """Print what would be submitted, and what Slurm says to it."""
+def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation, *, chain: int = 0) -> int:
+    """Print what would be submitted, and what Slurm says to it. chain: see ``submit_to_slurm``."""
     where = ", ".join(str(each.run.root) for each in planned)
     if allocation.on_slurm:
-        parts = list(_parts(planned, allocation))
-        allocation, first = parts[0].allocation(allocation, []), planned[: len(parts[0].members)]
-        more = f"{_jobs(len(planned))} as {len(parts)} arrays; this is the first one.\n" if parts[1:] else ""
+        if chain:
+            allocation, first = chained(allocation, [], planned[0].behind), planned[:1]
+            more = f"A chain of {_jobs(chain)} for each run; this is the first one of {planned[0].run.root}.\n"
+        else:
+            parts = list(_parts(planned, allocation))
+            allocation, first = parts[0].allocation(allocation, []), planned[: len(parts[0].members)]
+            more = f"{_jobs(len(planned))} as {len(parts)} arrays; this is the first one.\n" if parts[1:] else ""
         executor = Batch.of(first).executor(allocation, snapshot.digest_of(REPO))
         text = executor.batch_script(len(first))
         print(mask_secrets(f"\n{more}{text}"))
@@ -111,23 +115,75 @@ def _jobs(number: int) -> str:
 # --- on Slurm ---------------------------------------------------------------------------------------------------------
 
 
-def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
-    """Submit them, and show progress until the job ends, if that is wanted. pace_s: see ``Job``."""
+def submit_to_slurm(
+    planned: Sequence[AnyPlanned], allocation: Allocation, *, chain: int = 0, follow: bool, pace_s: float = 0.0
+) -> int:
+    """Submit them, and show progress until the job ends, if that is wanted.
+
+    Args:
+        chain: so many jobs for each, one after the other; 0: one.
+        pace_s: see ``Job``.
+    """
     from launch.jobs.follow import follow_run
 
-    submitted = 0
+    if chain:
+        for number, each in enumerate(planned):
+            try:
+                _submit_chain(each, allocation, chain, pace_s)
+            except BaseException:
+                drop(planned[number + 1 :])
+                raise
+    else:
+        submitted = 0
+        try:
+            for part in enqueue_all(planned, allocation, pace_s=pace_s):
+                for each, job in part:
+                    _announce(each.run, job, allocation)
+                submitted += len(part)
+        except UserError as error:
+            if not submitted:
+                raise
+            raise UserError(
+                f"{error} {submitted} of {len(planned)} runs have been submitted; the same command submits the rest."
+            ) from None
+    return follow_run(planned[0].run) if follow else 0
+
+
+def _submit_chain(planned: AnyPlanned, allocation: Allocation, length: int, pace_s: float) -> None:
+    """Raises UserError if Slurm does not take all of them. Those that it took stay."""
+    root = shlex.quote(str(planned.run.root))
+    before: list[str] = []
     try:
-        for part in enqueue_all(planned, allocation, pace_s=pace_s):
-            for each, job in part:
-                _announce(each.run, job, allocation)
-            submitted += len(part)
+        for _ in range(length):
+            job_allocation = chained(allocation, before, planned.behind)
+            [job] = enqueue([planned], job_allocation, pace_s=pace_s, tell=(lambda line: None) if before else print)
+            if not before:
+                _announce(planned.run, job, allocation)
+            before.append(job.job_id)
     except UserError as error:
-        if not submitted:
+        if not before:
             raise
         raise UserError(
-            f"{error} {submitted} of {len(planned)} runs have been submitted; the same command submits the rest."
+            f"{error} {len(before)} of {length} jobs of the chain were accepted, and stay: {', '.join(before)}. To add "
+            f"the others: python launch/submit.py --resume {root} --chain {length - len(before)}"
         ) from None
-    return follow_run(planned[0].run) if follow else 0
+    if before[1:]:
+        print(
+            f"then {', '.join(before[1:])}: each resumes the run when the one before has ended, also after scancel. To "
+            f"end them all: python launch/cancel.py {root}",
+            flush=True,
+        )
+
+
+def chained(allocation: Allocation, before: Sequence[str], behind: Sequence[str]) -> Allocation:
+    """That of the next job of a chain.
+
+    Args:
+        before: the jobs of the chain that have been submitted.
+        behind: what the first one waits for. --dependency is for all of them: while it does not hold, the end of a job
+            that was taken out of the queue must not start the next one.
+    """
+    return replace(after_end(allocation, before[-1:] or behind), chain=tuple(before))
 
 
 def enqueue_all(
