@@ -129,10 +129,13 @@ def test_attempts_and_accounting_tell_what_happened(cluster, done, name):
 
 
 @pytest.mark.slurm
-def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done):
-    told = whys(done / "time-limit")
-    assert told and all(re.fullmatch(CAME_BACK, why) for why in told)
-    assert "TIMEOUT" not in lives(cluster, done / "time-limit")
+@pytest.mark.parametrize(
+    ("name", "story"), [("time-limit", CAME_BACK), ("chain", CAME_BACK + r"; job \d+ resumes the run")]
+)
+def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done, name, story):
+    told = whys(done / name)
+    assert told and all(re.fullmatch(story, why) for why in told)
+    assert "TIMEOUT" not in lives(cluster, done / name)
 
 
 @pytest.mark.slurm
