@@ -54,12 +54,13 @@ class Chain:
     def later_jobs(self) -> list[str]:
         """The run's jobs that are queued behind this one, of this chain or of one that was added to it; the first one
         resumes the run. Where Slurm cannot be asked (a container), some of them may have been cancelled."""
-        jobs = read_jobs(self.run).slurm
-        later = jobs[jobs.index(self.job) + 1 :] if self.job in jobs else ()
+        # By their numbers: times of files are those of several login nodes.
+        alone = (int(job) for job in read_jobs(self.run).slurm if job.isdigit())
+        later = [str(job) for job in sorted(alone) if job > int(self.job)]
         with suppress(SlurmError):
             there = queue(later, patience_s=_PATIENCE_S)
             return [job for job in later if job in there]
-        return list(later)
+        return later
 
     def leave_out(self, nodes: Sequence[str]) -> None:
         """Keep the later jobs from these nodes."""
