@@ -48,8 +48,10 @@ from launch.jobs.batch_script import set_environment, write_environment  # noqa:
 from launch.jobs.claims import check_path  # noqa: E402
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file  # noqa: E402
 from launch.jobs.local import local_executor  # noqa: E402
+from launch.jobs.planning import Planned  # noqa: E402
+from launch.jobs.sbatch import send  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
-from launch.jobs.submission import Batch, Planned, send  # noqa: E402
+from launch.jobs.submission import Batch  # noqa: E402
 from launch.slurm import site as slurm_site  # noqa: E402
 from launch.slurm.client import SlurmError, show_job  # noqa: E402
 from launch.slurm.control import cancel  # noqa: E402

@@ -10,7 +10,8 @@ The same command again submits what is missing, failed or was cancelled, and not
 is there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder.
 Without Slurm the same jobs are done one after the other.
 
-Flags of submit.py apply to all training runs, but for those that a row decides.
+Flags of submit.py apply to all training runs, but for those that a row decides. Runs that wait for the same jobs are an
+array; --array-parallelism says how many of its members may run at once.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ from launch.jobs import training  # noqa: E402
 from launch.jobs.allocation import Allocation, resolve_allocation, warn_of_paths_outside  # noqa: E402
 from launch.jobs.claims import check_path  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
+from launch.jobs.planning import Planned, take_up  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
-from launch.jobs.run_state import in_queue, look_at  # noqa: E402
+from launch.jobs.run_state import jobs_in_queue, look_at  # noqa: E402
 from launch.jobs.run_status import ENDED, Status, status_of  # noqa: E402
+from launch.jobs.sbatch import after_success  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.status_table import duration  # noqa: E402
-from launch.jobs.submission import Planned, after, enqueue, run_one_here, take_up  # noqa: E402
+from launch.jobs.submission import enqueue_all, run_one_here  # noqa: E402
 from launch.paper import cost  # noqa: E402
 from launch.paper.plan import (  # noqa: E402
     DONE,
@@ -62,6 +65,8 @@ from launch.paper.plan import (  # noqa: E402
     Node,
     Plan,
     Setup,
+    arrays,
+    awaited,
     choose_rows,
     paper_plan,
     still_needed,
@@ -139,9 +144,11 @@ def main(argv: list[str] | None = None) -> int:
     warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
     print(overview(scene, seen))
     print(estimate(scene, seen, arguments.tflops))
-    chosen = to_submit(scene.plan, {name: each.state for name, each in seen.items()})
+    states = {name: each.state for name, each in seen.items()}
+    chosen = to_submit(scene.plan, states)
     if arguments.dry_run:
-        print(f"Would submit {_jobs(len(chosen))}. Everything checked; nothing was queued.")
+        how = _in_arrays(arrays(chosen, states)) if allocation.on_slurm else ""
+        print(f"Would submit {_jobs(len(chosen))}{how}. Everything checked; nothing was queued.")
         return 0
     code = 0
     if chosen:
@@ -176,8 +183,6 @@ def _refuse(arguments: argparse.Namespace) -> None:
         given = getattr(arguments, what) or []
         if len(set(given)) != len(given):
             raise UserError(f"--{what} names one of them twice: {' '.join(map(str, given))}.")
-    if arguments.array_parallelism:
-        raise UserError("--array-parallelism would do nothing: these jobs are no array.")
     if arguments.tflops is not None and not 0 < arguments.tflops < float("inf"):
         raise UserError(f"--tflops is {arguments.tflops}; it must be a number above 0.")
 
@@ -238,6 +243,9 @@ class Scene:
             class_names=tuple(display for _, display in classes),
         )
         plan = paper_plan(choose_rows(arguments.rows, setup), setup)
+        together = arrays(plan.nodes.values(), dict.fromkeys(plan.nodes, MISSING))
+        if arguments.array_parallelism and all(len(array) == 1 for array in together):
+            raise UserError("--array-parallelism would do nothing: no two jobs of this plan wait for the same jobs.")
         return cls(plan, setup, base, start, allocation, arguments.arch, foreign)
 
     def folder(self, name: str) -> RunFolder:
@@ -368,11 +376,17 @@ class Scene:
 
 @dataclass(frozen=True)
 class Seen:
-    """state: plan.DONE and so on. status: what launch/status.py says. job: the one in Slurm's queue."""
+    """state: plan.DONE and so on. status: what launch/status.py says. jobs: those in Slurm's queue, several if it is a
+    chain; the last one ends well when the results are there."""
 
     state: str
     status: Status
-    job: SlurmJob | None = None
+    jobs: tuple[SlurmJob, ...] = ()
+
+    @property
+    def job(self) -> SlurmJob | None:
+        """The one that runs, or will first."""
+        return next(iter(self.jobs), None)
 
 
 def look(scene: Scene) -> dict[str, Seen]:
@@ -380,21 +394,23 @@ def look(scene: Scene) -> dict[str, Seen]:
     found, slurm = look_at([scene.folder(name) for name in scene.plan.nodes])
     seen = {}
     for name, run_state in zip(scene.plan.nodes, found, strict=True):
-        status, job = status_of(run_state, slurm), in_queue(run_state, slurm)
+        status, jobs = status_of(run_state, slurm), tuple(jobs_in_queue(run_state, slurm))
         blind = scene.allocation.on_slurm and slurm.queue is None
-        if blind and run_state.jobs.slurm and status.state in ENDED and not run_state.finished:
+        known = run_state.jobs.slurm or run_state.jobs.unconfirmed
+        if blind and known and status.state in ENDED and not run_state.finished:
             status = replace(status, state="unknown")  # Slurm may have requeued a job that says it has ended
-        seen[name] = Seen(judge(status, job), status, job)
+        seen[name] = Seen(judge(status, next(iter(jobs), None)), status, jobs)
         if seen[name].state == DONE and is_of_other_models(read_object(run_state.run.results) or {}):
             seen[name] = Seen(MISSING, status)
     return seen
 
 
-def _take_up(run: RunFolder, node: Node, before: Seen) -> Planned[Recipe | Evaluation]:
-    """Make the folder, or see that it is this node's and nobody is at it; of other models' results it is rid."""
-    [planned] = take_up([Planned(run, node.work)])
-    if before.status.state == "finished":
-        run.drop_results()
+def _take_up(scene: Scene, nodes: Sequence[Node], seen: Mapping[str, Seen]) -> list[Planned[Recipe | Evaluation]]:
+    """Make the folders, or see that each is its node's and nobody is at it; of other models' results they are rid."""
+    planned = take_up([Planned(scene.folder(node.name), node.work) for node in nodes])
+    for node in nodes:
+        if seen[node.name].status.state == "finished":
+            scene.folder(node.name).drop_results()
     return planned
 
 
@@ -478,6 +494,11 @@ def _jobs(number: int) -> str:
     return f"{number} job" + ("s" if number != 1 else "")
 
 
+def _in_arrays(groups: Sequence[Sequence[Node]]) -> str:
+    sizes = [len(group) for group in groups if len(group) > 1]
+    return f", {sum(sizes)} of them in {len(sizes)} array" + ("s" if len(sizes) > 1 else "") if sizes else ""
+
+
 # --- what it costs ----------------------------------------------------------------------------------------------------
 
 
@@ -542,7 +563,8 @@ def _hours(value: float) -> str:
 
 
 def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
-    """A job for each node that lacks one, after the jobs of those that it takes models of.
+    """A job for each node that lacks one, after the jobs of those that it takes models of. Those that wait for the same
+    jobs are members of an array.
 
     Raises:
         UserError: Slurm cannot be asked, or does not take a job. What was submitted stays.
@@ -555,38 +577,40 @@ def send(scene: Scene, seen: Mapping[str, Seen]) -> int:
             + (f" and {len(blind) - 1} more" if len(blind) > 1 else "")
             + ": nothing was submitted. The same command goes on when squeue answers."
         )
-    jobs = {
-        name: each.job.id for name, each in seen.items() if each.job is not None and each.state in (QUEUED, WAITING)
-    }
+    jobs = {name: each.jobs[-1].id for name, each in seen.items() if each.jobs and each.state in (QUEUED, WAITING)}
     chosen = to_submit(scene.plan, states)
-    for number, node in enumerate(chosen):
-        run, before = scene.folder(node.name), seen[node.name]
-        awaited = [name for name in node.after if states[name] != DONE]
-        if elsewhere := [name for name in awaited if name not in jobs]:
+    submitted = 0
+    for group in arrays(chosen, states):
+        waits = awaited(group[0], states)
+        if elsewhere := [name for name in waits if name not in jobs]:
             raise UserError(
                 f"{elsewhere[0]} is under way without a job of Slurm ({seen[elsewhere[0]].status.state}), and "
-                f"{node.name} cannot be told to wait for it. The same command goes on when it has ended."
+                f"{group[0].name} cannot be told to wait for it. The same command goes on when it has ended."
             )
-        if before.job is not None:
-            print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
-            cancel(before.job.id)
-        elif why := _why_again(before):
-            print(f"{node.name} {why}: submitted again")
-        planned = _take_up(run, node, before)
+        for node in group:
+            before = seen[node.name]
+            if before.job is not None:
+                print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
+                cancel(*(job.id for job in before.jobs))
+            elif why := _why_again(before):
+                print(f"{node.name} {why}: submitted again")
+        planned = _take_up(scene, group, seen)
         allocation = scene.allocation
-        if isinstance(node.work, Evaluation):
+        if isinstance(group[0].work, Evaluation):
             allocation = on_one_node(allocation)
-        if awaited:  # what the flags say to wait for, those have waited for already
-            allocation = after(replace(allocation, dependency=None), [jobs[name] for name in awaited])
+        if waits:  # what the flags say to wait for, those have waited for already
+            allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
         try:
-            [job] = enqueue([planned], allocation, tell=lambda line: None)
+            for part in enqueue_all(planned, allocation, tell=lambda line: None):
+                for each, job in part:
+                    name = each.run.root.name
+                    jobs[name] = job.job_id
+                    print(f"{name}: job {job.job_id}" + (f" after {', '.join(waits)}" if waits else ""))
+                submitted += len(part)
         except UserError as error:
             raise UserError(
-                f"{error} {number} of {_jobs(len(chosen))} have been submitted; the same command submits the rest."
+                f"{error} {submitted} of {_jobs(len(chosen))} have been submitted; the same command submits the rest."
             ) from None
-        jobs[node.name] = job.job_id
-        states[node.name] = QUEUED
-        print(f"{node.name}: job {job.job_id}" + (f" after {', '.join(awaited)}" if awaited else ""))
     print(
         f"{_jobs(len(chosen))} submitted on {scene.allocation}. The same command shows the table as it grows, and "
         f"submits what has failed; python launch/status.py {scene.setup.folder} shows the jobs."
@@ -625,7 +649,7 @@ def do_here(scene: Scene, seen: Mapping[str, Seen]) -> int:
         before = seen[node.name]
         why = _why_again(before)
         print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: it goes on)" if why else ""), flush=True)
-        planned = _take_up(scene.folder(node.name), node, before)
+        [planned] = _take_up(scene, [node], seen)
         code = run_one_here(planned, scene.allocation, follow=True)
         if code > 128:  # a signal is for all of them
             return code

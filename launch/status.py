@@ -23,6 +23,8 @@ What a run can be:
     dead            no job, no heartbeat, and no word of its own
     unknown         Slurm would know, and cannot be asked from here
 
+A job's number with (+2) behind it: two more jobs of the run wait for its end (submit.py --chain).
+
 `submit.py --resume RUN` resumes any of them that has ended and is not finished.
 
 All of this stands in run folders; what Slurm alone knows comes from one squeue, and one sacct where a job has ended

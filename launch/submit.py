@@ -5,6 +5,7 @@
     python launch/submit.py --shards DIR --preset ft --seed 1             vanilla fine-tuning
     python launch/submit.py --presets ft fd-clean --seeds 0 1 2           six runs as one job array, a folder each
     python launch/submit.py --resume RUN                                  go on with a run, whatever became of it
+    python launch/submit.py --shards DIR --chain 5                        five jobs, each of which resumes the run
 
 A cluster file (slurm/cluster.toml is the template) says what a cluster is like, and where its shards are; flags win.
 The same command again finds the same run folder, and goes on from its last checkpoint. Settings that are

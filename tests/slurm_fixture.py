@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,6 +82,9 @@ class Cluster:
     def pid(self, daemon: str) -> int:
         """Return the process id of a daemon: slurmctld, slurmd-n1, slurmd-n2, slurmdbd, mariadbd, munged."""
         return json.loads((self.state / "cluster.json").read_text())["daemons"][daemon]["pid"]
+
+    def kill(self, daemon: str) -> None:
+        os.kill(self.pid(daemon), signal.SIGKILL)
 
     def revive(self) -> None:
         """Start those daemons again that were killed."""

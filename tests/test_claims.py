@@ -18,10 +18,11 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import aside_of
-from launch.jobs import claims, submission, training
+from launch.jobs import claims, planning, submission, training
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import write_environment
 from launch.jobs.claims import take_folder
+from launch.jobs.planning import Planned, take_up
 from slurm_fixture import wait_until
 
 
@@ -162,7 +163,8 @@ def test_a_refused_submission_leaves_the_run_that_another_command_has_submitted(
 ):
     """Slurm refuses the first command; before it says so, the same command is given elsewhere."""
     monkeypatch.setattr(submission.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(submission, "queued_job", lambda run: None)
+    monkeypatch.setattr(planning, "queued_job", lambda run: None)
+    monkeypatch.setattr(submission, "max_array_members", lambda: None)
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
@@ -203,7 +205,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
     sent = []
     for name in names:
         for members in ([tmp_path / "alone" / name], [tmp_path / "swept" / name / member for member in "01"]):
-            batch = submission.Batch.of([submission.Planned(RunFolder(member), Recipe()) for member in members])
+            batch = submission.Batch.of([Planned(RunFolder(member), Recipe()) for member in members])
             for member in members:
                 (member / "jobs").mkdir(parents=True)
                 write_environment(allocation, member / "jobs")
@@ -228,7 +230,7 @@ def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     second.root.mkdir()
     (second.root / "foreign").touch()
-    planned = [submission.Planned(run, Recipe()) for run in (first, second)]
+    planned = [Planned(run, Recipe()) for run in (first, second)]
     with pytest.raises(UserError, match="neither empty nor the folder"):
-        submission.take_up(planned)
+        take_up(planned)
     assert contents(tmp_path) == ["second"] and contents(second.root) == ["foreign"]

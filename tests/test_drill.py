@@ -92,6 +92,7 @@ STOPPED, CAME_BACK, KILLED = (
     r"stopped at step \d+ \(requeue\)",
     "killed without notice",
 )
+AT_LIMIT = CAME_BACK + ", at the time limit"
 LOST = r"lost a rank without a report: rank {} was cut off"
 # What attempts.jsonl says of each start's end, and the accounting. Who is warned may be gone before Slurm preempts it;
 # which of those that see a node go is first, Slurm or the ranks, is a matter of a moment.
@@ -129,18 +130,24 @@ def test_attempts_and_accounting_tell_what_happened(cluster, done, name):
 
 
 @pytest.mark.slurm
-def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done):
-    told = whys(done / "time-limit")
-    assert told and all(re.fullmatch(CAME_BACK, why) for why in told)
-    assert "TIMEOUT" not in lives(cluster, done / "time-limit")
+@pytest.mark.parametrize(
+    ("name", "story"), [("time-limit", AT_LIMIT), ("chain", AT_LIMIT + r"; job \d+ resumes the run")]
+)
+def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done, name, story):
+    told = whys(done / name)
+    assert told and all(re.fullmatch(story, why) for why in told)
+    assert "TIMEOUT" not in lives(cluster, done / name)
 
 
 @pytest.mark.slurm
 def test_who_hears_of_it_loses_no_step_and_who_does_not_goes_on_from_the_last_checkpoint(done):
     lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in DRILLS if each.trains}
-    unheard = ("rank-killed", "preempted-while-writing", "node-lost", "first-node-lost", "full-disk")
+    unheard = ("rank-killed", "rank-killed-for-good", "rank-hung", "preempted-while-writing")
+    unheard += ("node-lost", "first-node-lost", "full-disk")
     assert {name: steps for name, steps in lost.items() if name not in unheard and steps} == {}
-    assert all(lost[name] <= 20 for name in ("rank-killed", "node-lost", "first-node-lost")), "--checkpoint-steps is 20"
+    assert all(lost[name] <= 20 for name in ("rank-killed", "rank-hung", "node-lost", "first-node-lost")), (
+        "--checkpoint-steps is 20"
+    )
     assert 0 < lost["preempted-while-writing"] <= 40, "to the one before the torn one"
     assert not list((done / "preempted-while-writing/checkpoints").glob(".step-*")), "the torn one is gone"
 

@@ -36,6 +36,8 @@ from launch.paper.plan import (
     Plan,
     Row,
     Setup,
+    arrays,
+    awaited,
     choose_rows,
     in_order,
     paper_plan,
@@ -110,6 +112,32 @@ def test_once_submitted_nothing_is_missing_and_when_all_is_done_nothing_is_left(
     after = states | {node.name: QUEUED for node in to_submit(plan, states)}
     assert to_submit(plan, after) == []
     assert still_needed(plan, dict.fromkeys(states, DONE)) == []
+
+
+@given(plans())
+def test_arrays_are_of_jobs_that_wait_for_the_same_and_come_after_all_that_they_wait_for(drawn):
+    plan, states = drawn
+    chosen = to_submit(plan, states)
+    groups = arrays(chosen, states)
+    assert sorted(node.name for group in groups for node in group) == sorted(node.name for node in chosen)
+    submitted: set[str] = set()
+    for group in groups:
+        [waits] = {frozenset(awaited(node, states)) for node in group}
+        assert waits == {name for name in group[0].after if states[name] != DONE}
+        assert all(states[name] in (QUEUED, WAITING) or name in submitted for name in waits), "it has a job to wait for"
+        assert len({type(node.work) for node in group}) == 1, "their allocations differ"
+        submitted |= {node.name for node in group}
+    keys = [(type(group[0].work), frozenset(awaited(group[0], states))) for group in groups]
+    assert len(set(keys)) == len(keys), "what can go together does"
+
+
+def test_the_arrays_of_the_paper():
+    nodes = paper_plan(choose_rows(None, setup()), setup()).nodes
+    sizes = {group[0].kind: len(group) for group in arrays(nodes.values(), dict.fromkeys(nodes, MISSING))}
+    many = {kind: size for kind, size in sizes.items() if size > 1}
+    assert many == {"ft": 3 * (1 + 1 + 9), f"soup-of-0-1-2-{HEADLINE}": 3}, (
+        "trainings from zero-shot, and from the soup"
+    )
 
 
 def test_circles_and_strangers_are_refused():
@@ -359,6 +387,7 @@ def start(words: list[str]) -> subprocess.Popen:
         (("--tflops", 0), "--tflops is 0.0"),
         (("--batch-size", 512, "--lanes", 16), "do not fill one global batch of 512"),
         (("--tasks-per-node", 3), "3 workers cannot share 4 lanes"),
+        (("--array-parallelism", 2), "--array-parallelism would do nothing"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
 )
@@ -575,7 +604,7 @@ def submits(words: list[str], capsys) -> tuple[dict[str, str], str]:
     capsys.readouterr()
     assert reproduce.main(words) == 0
     said = capsys.readouterr().out
-    return dict(re.findall(r"^(\S+): job (\d+)(?: after .*)?$", said, re.MULTILINE)), said
+    return dict(re.findall(r"^(\S+): job ([\d_]+)(?: after .*)?$", said, re.MULTILINE)), said
 
 
 def all_finished(out: Path, names: list[str]) -> bool:

@@ -18,7 +18,8 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.submission import Planned, enqueue, take_up
+from launch.jobs.planning import Planned, take_up
+from launch.jobs.submission import enqueue
 from launch.submit import parser
 from slurm_fixture import wait_until
 

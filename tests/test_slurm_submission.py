@@ -14,8 +14,9 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch import cancel
-from launch.jobs import submission
-from launch.jobs.run_state import read_jobs
+from launch.jobs import planning, submission
+from launch.jobs.run_state import in_queue, look_at, read_jobs
+from launch.jobs.run_status import status_of
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.queue import SlurmJob
 from launch.slurm.submission import SubmissionUnknown
@@ -46,28 +47,28 @@ def queue_shows(*rows: tuple[str, str]) -> str:
 
 @pytest.mark.parametrize("answer", [AWAY, TIMED_OUT, "echo 'Protocol authentication error' >&2; exit 1"])
 def test_a_run_is_not_submitted_again_while_slurm_cannot_be_asked(fake: FakeSlurm, run, answer, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(submission, "_ASK_S", 0.0)
+    monkeypatch.setattr(planning, "_ASK_S", 0.0)
     fake.will("squeue", answer)
-    assert submission.queued_job(run) is None, "it was never sent to Slurm"
+    assert planning.queued_job(run) is None, "it was never sent to Slurm"
     submitted(run, "12")
     for sweep in (False, True):
         with pytest.raises(UserError, match="job 12.*unknown whether.*Nothing was submitted"):
-            submission.left_out(run, sweep=sweep)
+            planning.left_out(run, sweep=sweep)
 
 
 def test_a_run_that_says_it_ended_is_not_resubmitted_either_while_the_controller_is_away(fake, run, monkeypatch):  # noqa: F811
     """It may have been preempted, and be in the queue again."""
-    monkeypatch.setattr(submission, "_ASK_S", 0.0)
+    monkeypatch.setattr(planning, "_ASK_S", 0.0)
     submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)
     run.end_attempt("stopped at step 70 (quit)")
     fake.will("squeue", AWAY)
     with pytest.raises(UserError, match="Nothing was submitted"):
-        submission.queued_job(run)
+        planning.queued_job(run)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert submission.queued_job(run) is None, "a machine without Slurm"
+    assert planning.queued_job(run) is None, "a machine without Slurm"
     submitted(run, "13")
     with pytest.raises(UserError, match=r"\(job 13\).*no squeue on this machine"):
-        submission.queued_job(run)
+        planning.queued_job(run)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_run_that_says_it_ended_is_not_resubmitted_either_while_the_controller
 )
 def test_which_jobs_keep_a_run_from_being_submitted(fake, run, state, there):  # noqa: F811
     fake.will("squeue", queue_shows(("12", state)))
-    queued = submission.queued_job(submitted(run, "12"))
+    queued = planning.queued_job(submitted(run, "12"))
     assert queued == (f"12 ({state.lower()})" if there else None)
 
 
@@ -85,19 +86,19 @@ def test_a_job_that_is_being_requeued_keeps_its_run_from_being_submitted(fake, r
     fake.will("squeue", queue_shows(("12", "COMPLETING")))
     for why, there in (("stopped at step 7 (requeue)", True), ("stopped at step 7 (quit)", False)):
         run.end_attempt(why)
-        assert (submission.queued_job(run) is not None) == there
+        assert (planning.queued_job(run) is not None) == there
     run.end_attempt("stopped at step 7 (requeue)")
     run.cancel()
-    assert submission.queued_job(run) is None, "it finds the mark"
+    assert planning.queued_job(run) is None, "it finds the mark"
 
 
 def test_a_job_whose_command_was_killed_before_it_heard_from_sbatch_is_found(fake, run):  # noqa: F811
     script = run.root / "jobs/.submission_file_0123.sh"
     script.touch()
     fake.will("squeue", f"echo '12|{script}'", queue_shows(("12", "PENDING")))
-    assert submission.queued_job(run) == "12 (pending)"
+    assert planning.queued_job(run) == "12 (pending)"
     fake.will("squeue", "true")
-    assert submission.queued_job(run) is None, "sbatch had not been called, or the job is over"
+    assert planning.queued_job(run) is None, "sbatch had not been called, or the job is over"
 
 
 def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # noqa: F811
@@ -107,11 +108,24 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     (sweep / "44_submission.sh").touch()
     assert read_jobs(run).slurm == ("44_1",)
     fake.will("squeue", queue_shows(("44_1", "PENDING")))
-    assert submission.queued_job(run) == "44_1 (pending)"
+    assert planning.queued_job(run) == "44_1 (pending)"
     (sweep / "44_submission.sh").rename(sweep / ".submission_file_0123.sh")
     fake.will("squeue", *["echo '44|.submission_file_0123.sh'", queue_shows(("44_1", "PENDING"))])
-    assert submission.queued_job(run) is not None
+    assert planning.queued_job(run) is not None
     assert "--jobs=44_1" in fake.calls("squeue")[-1], "not the other members, which are no reason to refuse this run"
+
+
+def test_what_an_interrupted_plan_may_have_submitted_as_an_array_is_found(fake, run):  # noqa: F811
+    sweep = run.root.parent / ".sweeps/20260101-000000-1"
+    sweep.mkdir(parents=True)
+    (sweep / "3").symlink_to(run.root)
+    (sweep / ".submission_file_0123.sh").touch()
+    fake.will("squeue", "echo '44|.submission_file_0123.sh'", queue_shows(("44_3", "PENDING"), ("44_4", "PENDING")))
+    [run_state], slurm = look_at([run])
+    assert status_of(run_state, slurm).state == "queued" and in_queue(run_state, slurm).id == "44_3"
+    fake.will("squeue", "true")
+    [run_state], slurm = look_at([run])
+    assert status_of(run_state, slurm).state == "never started", "sbatch had not been called"
 
 
 def test_a_job_that_sbatch_did_not_confirm_is_cancelled(fake, run):  # noqa: F811
@@ -137,8 +151,8 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
 
     from launch.jobs.allocation import Allocation
 
-    planned = submission.take_up(
-        [submission.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
+    planned = planning.take_up(
+        [planning.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
     )
     real = JobPaths.move_temporary_file
 
@@ -160,7 +174,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
     assert list((tmp_path / "runs").glob("*/jobs/.submission_file*")) == [] or accepted
     if accepted:
         fake.will("squeue", queue_shows())
-        assert submission.queued_job(planned[0].run) is None, "the same command may be given again"
+        assert planning.queued_job(planned[0].run) is None, "the same command may be given again"
 
 
 def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys):

@@ -26,9 +26,10 @@ from cfmask.secrets import mask_secrets  # noqa: E402
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
 from launch.jobs.claims import check_path, take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
+from launch.jobs.planning import Planned, left_out, take_up  # noqa: E402
 from launch.jobs.processes import ending_signals, silence_output  # noqa: E402
 from launch.jobs.settings import add_allocation_arguments, given_flags  # noqa: E402
-from launch.jobs.submission import Planned, dry_run, left_out, run_here, submit_to_slurm, take_up  # noqa: E402
+from launch.jobs.submission import dry_run, run_here, submit_to_slurm  # noqa: E402
 from tools._shared import DATA_HELP  # noqa: E402
 
 if TYPE_CHECKING:

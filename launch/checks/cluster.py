@@ -306,7 +306,7 @@ def check_requeue(job: Mapping[str, str], asked: Mapping[str, object] | None) ->
         return Finding("requeue", OK, f"the job went back into the queue at its own wish (by {how})")
     said = str(asked.get("said") or "no scontrol on the node, and the batch script had no success either")
     change = (
-        f"ask for the right to requeue one's own jobs ({ADMINISTRATOR}, 4). Until then a run that reaches its time "
-        "limit is over until submit.py --resume RUN"
+        f"ask for the right to requeue one's own jobs ({ADMINISTRATOR}, 4). Until then, submit.py --chain N queues N "
+        "jobs, of which each resumes the run"
     )
     return Finding("requeue", PROBLEM, f"the job ended instead of going back into the queue: {said}", change)

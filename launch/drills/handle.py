@@ -20,7 +20,7 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch.jobs import training
-from launch.jobs.submission import last_submission
+from launch.jobs.submission import submissions
 from launch.slurm.client import ask, show_job
 from launch.slurm.control import cancel, start_now
 from launch.slurm.queue import host_names
@@ -99,6 +99,7 @@ class RunHandle:
         self._submit(["--resume", str(self.folder.root), *more])
 
     def _submit(self, flags: Sequence[str]) -> None:
+        before = len(submissions(self.folder))
         parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
         training.add_submit_arguments(parser)
         complaints = io.StringIO()
@@ -110,18 +111,22 @@ class RunHandle:
         except SystemExit:  # argparse
             said = complaints.getvalue().strip().rpartition("\n")[2]
             raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {said}") from None
-        submission = last_submission(self.folder)
-        if submission is None:
+        jobs = [line["job"] for line in submissions(self.folder)[before:]]
+        if not jobs:
             raise DrillFailed(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
-        self.job, self._asked, self._restarts = submission["job"], 0.0, 0
-        self.jobs.append(self.job)
+        self.jobs += jobs
+        self.follow(jobs[0])
+
+    def follow(self, job: str) -> None:
+        """Watch this job from now on."""
+        self.job, self._asked, self._restarts = job, 0.0, 0
 
     def follow_job_of(self, folder: Path) -> None:
         """Follow the first task of the array that a command, run in this folder, has in the queue; if it has one."""
         for line in ask("squeue", "--noheader", "--format=%F %Z").splitlines():
             array, _, where = line.strip().partition(" ")
             if Path(where) == folder:
-                self.job, self._asked, self._restarts = f"{array}_0", 0.0, 0
+                self.follow(f"{array}_0")
                 self.jobs.append(array)
 
     def record_fault(self, what: str) -> None:

@@ -61,6 +61,24 @@ def _time_limit(run: RunHandle, env: DrillEnvironment) -> Poll:
     yield from run.finish(restarts=True)
 
 
+def _chain(run: RunHandle, env: DrillEnvironment) -> Poll:
+    """Jobs of a chain run into their time limits, until one finishes the run; those behind it have nothing to do."""
+    run.submit("--time", "2", "--chain", "5")
+    surplus = 0
+    for job in list(run.jobs):
+        finished = run.folder.results.exists()
+        run.follow(job)
+        yield from run.ended("COMPLETED")
+        if run.job_field("Restarts") != "0":
+            raise DrillFailed(f"job {job} of the chain was requeued")
+        if finished:
+            surplus += 1
+            if "is finished" not in run.log(job):
+                raise DrillFailed(f"the log of job {job} does not say that the run is finished")
+    if not surplus:
+        raise DrillFailed("the last job of the chain finished the run: none was left that has nothing to do")
+
+
 def _preempt(run: RunHandle, env: DrillEnvironment) -> Poll:
     """Submit a job that takes the run's nodes; wait until the run's job runs again."""
     nodes = run.nodes()
@@ -410,6 +428,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 _CAME_BACK = r"stopped at step \d+ \(requeue\)"
 _AT_LIMIT = _CAME_BACK + AT_TIME_LIMIT
 _STOPPED = r"stopped at step \d+ \((requeue|quit)\)"
+_HANDED_OVER = rf"{_AT_LIMIT}; job \d+ resumes the run"
 _KILLED = "killed without notice"
 _AGAIN = r"; starts again.* \(retry 1 of 3\)"
 _LOST = rf"lost a rank without a report.*|{_KILLED}"
@@ -417,6 +436,13 @@ UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _
 DRILLS = (
     # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.
     Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_AT_LIMIT}(; {_AT_LIMIT})*", lasts_s=120),
+    Drill(
+        name="chain",
+        what="a chain of five jobs, each with a time limit of two minutes",
+        scenario=_chain,
+        ends=f"{_HANDED_OVER}(; {_HANDED_OVER})*",
+        lasts_s=100,
+    ),
     Drill("first-node-lost", "the job's first node dies", _first_node_lost, _LOST, "cluster", nodes=2),
     Drill(
         name="preempted-5-times",

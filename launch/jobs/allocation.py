@@ -43,6 +43,7 @@ class Allocation:
     mounts: of the container, if there is an image.
     notify: the command that hears of the run's end (notify.py). It may hold a secret, and so is in no variable that a
         job's processes inherit, nor in ``again``.
+    chain: of a job of a chain (chain.py), the jobs before it; None: it is no job of one.
     """
 
     executor: str
@@ -62,6 +63,7 @@ class Allocation:
     memory: str | None = None
     exclude: str | None = None
     dependency: str | None = None
+    chain: tuple[str, ...] | None = None
     array_parallelism: int | None = None
     setup: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)

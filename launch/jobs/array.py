@@ -42,10 +42,12 @@ from launch.jobs.array_arguments import Array
 from launch.jobs.array_task import FINISHED, FUNCTION, ArrayTask
 from launch.jobs.batch_script import write_environment
 from launch.jobs.claims import check_path
-from launch.jobs.submission import REPO, send, slurm_executor
+from launch.jobs.sbatch import array_id, send, slurm_executor, split_array
+from launch.jobs.submission import REPO
 from launch.slurm.client import SlurmError
 from launch.slurm.control import cancel
 from launch.slurm.queue import queue_of_name
+from launch.slurm.site import max_array_members
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -148,11 +150,19 @@ def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
         _save(folder / f"work/{number}.pkl", list(keyed))
     code = snapshot.take(REPO, folder / "code")
     write_environment(array.allocation, folder / "jobs")
-    executor = slurm_executor(folder / "jobs", work.name, shlex.quote(str(folder)), code.digest, array.allocation)
-    tasks = [ArrayTask(folder, number, array.workers, array.allocation.time_min) for number in range(count)]
-    jobs = send(executor, tasks)
+    accepted: list[str] = []
+    try:
+        for part in split_array(count, max_array_members() if count > 1 else None, array.allocation.array_parallelism):
+            allocation = part.allocation(array.allocation, accepted)
+            executor = slurm_executor(folder / "jobs", work.name, shlex.quote(str(folder)), code.digest, allocation)
+            tasks = [ArrayTask(folder, number, array.workers, allocation.time_min) for number in part.members]
+            accepted.append(array_id(send(executor, tasks)))
+    except BaseException:
+        with contextlib.suppress(SlurmError):
+            cancel(*accepted)  # all tasks are followed, or none
+        raise
     print(
-        f"array job {jobs[0].job_id.partition('_')[0]} of {count} tasks, code {code}; logs {folder / 'jobs'}",
+        f"array job {', '.join(accepted)} of {count} tasks, code {code}; logs {folder / 'jobs'}",
         file=sys.stderr,
         flush=True,
     )

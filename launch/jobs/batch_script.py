@@ -2,7 +2,9 @@
 
 #SBATCH …                 the allocation
 (                         a shell of its own, so that nothing in the cluster file's setup (set -e, exit, a trap,
-  setup                   exec) can keep the last lines from running
+                          exec) can keep the last lines from running
+  exit, if it is done     in a job of a chain
+  setup
   . JOBS/environment.sh   [environment] of the cluster file; mode 600, because tokens are kept there
   srun … start.py         the ranks
 )
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.jobs.allocation import Allocation
+from launch.jobs.chain import VARIABLE as CHAIN
 from launch.jobs.restarts import batch_script_end
 
 NOTICE_S = 120
@@ -26,6 +29,8 @@ ENVIRONMENT = "environment.sh"
 """In a job's folder jobs/."""
 NO_LIMIT_MIN = 525_600
 """Where a number has to be given, and there is no time limit: a year."""
+_ALL_MEMBERS = 1_000_000_000
+"""Of an array: so many may run at once."""
 _RANKS_ENDED_WELL = 99
 """Exit code of the inner shell after ranks that all exited with 0: a setup that exits with 0 ends it with 0."""
 
@@ -45,7 +50,6 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "mem": a.memory,
         "exclude": a.exclude,
         "dependency": a.dependency,
-        "array_parallelism": a.array_parallelism,
     }
     sbatch = {name.replace("_", "-"): value for name, value in a.sbatch.items()}
     container = [f"--container-image={a.image}"] if a.image else []
@@ -59,6 +63,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "time": a.time_min or NO_LIMIT_MIN,
         "signal_delay_s": NOTICE_S if a.time_min is None else min(NOTICE_S, 6 * a.time_min),
         "stderr_to_stdout": True,
+        "array_parallelism": a.array_parallelism or _ALL_MEMBERS,  # submitit's default is 256
         # srun does not inherit sbatch's --cpus-per-task. One dead rank must end the job; one that has ended well must
         # not (a site's WaitTime), while rank 0 writes the results.
         "srun_args": [
@@ -71,7 +76,8 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
             *a.srun_args,
         ],
         "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
-        "setup": ["(", *a.setup, "", *_before_ranks(a, jobs)],  # "": the last line may end with a backslash
+        # "": the last line of a setup may end with a backslash.
+        "setup": ["(", *_unless_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
         "teardown": [*_after_ranks(), ")", *_end(jobs)],
         **{key: value for key, value in given.items() if value is not None},
     }
@@ -96,6 +102,18 @@ def _gpu_request(allocation: Allocation, other_gres: str | None) -> dict[str, An
     return {"gpus-per-node": f"{kind}{a.gpus_per_node}"}
 
 
+def _unless_done(allocation: Allocation, jobs: str) -> list[str]:
+    """A job of a chain whose run is finished or cancelled ends here, in a second and on one node: ranks would find out
+    only when all of them have imported torch."""
+    if allocation.chain is None:
+        return []
+    lines = []
+    for mark, what in (("results.json", "finished"), ("cancelled.json", "cancelled")):
+        lines.append(f"if [ -e {jobs}/../{mark} ]; then")
+        lines += [f'    echo "not started: the run is {what}"', f"    exit {_RANKS_ENDED_WELL}", "fi"]
+    return lines
+
+
 def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
     """The setup's shell options end with it: they would decide about lines that are not the user's, and -x would print
     what is exported."""
@@ -103,6 +121,8 @@ def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
     if allocation.gpus_from == "exclusive" and allocation.gpus_per_node:
         # Where Slurm manages the GPUs, the job has all of them, and a step those that it asks for.
         lines.append(f'if [ -n "$SLURM_GPUS_ON_NODE" ]; then export SLURM_GRES=gpu:{allocation.gpus_per_node}; fi')
+    if allocation.chain is not None:
+        lines.append(f"export {CHAIN}={','.join(allocation.chain)}")
     if allocation.environment:
         lines.append(f". {jobs}/{ENVIRONMENT} || exit 1")
     return lines

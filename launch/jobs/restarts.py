@@ -12,7 +12,8 @@ This is decided here and nowhere else, for training, evaluation and the array ta
 of a preempted job. A job may be restarted ``--restarts-without-progress`` times in a row without progress; then it is
 given up. Progress is a number that only grows when work is saved: the step of the newest checkpoint, counted images,
 items done. Starts that died before they could record anything count too: Slurm says how often the job has come back
-(SLURM_RESTART_COUNT). A new submission has a job number, and so a budget, of its own.
+(SLURM_RESTART_COUNT). A new submission has a job number, and so a budget, of its own. The jobs of a chain (chain.py)
+have one budget together, and none of them requeues itself.
 
 **Who repeats it.** Slurm requeues a job by itself when a node fails, when somebody calls `scontrol requeue`, and when
 it is preempted and killed. What a preempted job that ends within its grace time becomes depends on the version:
@@ -49,6 +50,8 @@ from launch.slurm.texts import parse_records, seconds
 
 if TYPE_CHECKING:
     import submitit
+
+    from launch.jobs.chain import Chain
 
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
 """Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
@@ -221,7 +224,7 @@ class Restarts:
 
     log: where its starts are recorded. job: its number, "123" or "123_4". restart: how often Slurm has started it
     again; None on the local executor. limit: the budget. resume: the command that starts it with a fresh budget. unit:
-    of the progress.
+    of the progress. chain: None if it is no job of one.
     """
 
     log: AttemptLog
@@ -230,6 +233,7 @@ class Restarts:
     limit: int
     resume: str
     unit: str = "step"
+    chain: Chain | None = None
 
     @classmethod
     def of_this_job(
@@ -260,7 +264,7 @@ class Restarts:
         Raises:
             GivenUp: it would be one more than the budget has.
         """
-        self._check(len(self._recorded()) if self.restart is None else self.restart, progress)
+        self._check(len(self._recorded()) if self.restart is None else self._earlier() + self.restart, progress)
 
     def begin(self, progress: int, **facts: Any) -> None:
         """Record this start. Raises OSError."""
@@ -272,29 +276,36 @@ class Restarts:
         Raises:
             GivenUp: the budget is spent.
         """
-        self._check(len(self._recorded()) if self.restart is None else self.restart + 1, progress)
+        self._check(len(self._recorded()) if self.restart is None else self._earlier() + self.restart + 1, progress)
 
     def _check(self, restart: int, progress: int) -> None:
         idle = starts_without_progress(self._recorded(), restart, progress)
         if restart == 0 or idle <= self.limit:
             return
         starts = "one start" if idle == 1 else f"{idle} starts in a row"
+        who = f"job {self.job}" if self.chain is None else f"the chain up to job {self.job}"
         raise GivenUp(
-            f"given up: job {self.job} made no progress beyond {self.unit} {progress} in {starts}, and "
+            f"given up: {who} made no progress beyond {self.unit} {progress} in {starts}, and "
             f"--restarts-without-progress allows {self.limit}. {self._causes(idle)} Mend the cause, or allow more with "
             f"--restarts-without-progress; then: {self.resume}"
         )
 
+    def _earlier(self) -> int:
+        """Starts of the jobs before this one in its chain."""
+        return self.chain.first_starts(self.log.lines())[self.job] if self.chain else 0
+
     def _recorded(self) -> list[Start]:
-        """This job's starts that know their progress. A local job's number is that of a process, which may come again:
-        there, those at the end count."""
+        """This job's starts that know their progress, and those of the jobs before it in its chain. A local job's
+        number is that of a process, which may come again: there, those at the end count."""
         found: list[Start] = []
-        for line in self.log.lines():
+        lines = self.log.lines()
+        first = self.chain.first_starts(lines) if self.chain else {self.job: 0}
+        for line in lines:
             job, _, count = str(line.get("job")).rpartition("-")
-            if job != self.job:
+            if job not in first:
                 found = [] if self.restart is None else found
             elif isinstance(line.get("from_step"), int):
-                number = len(found) if self.restart is None else int(count)
+                number = len(found) if self.restart is None else first[job] + int(count)
                 found.append(Start(number, line["from_step"]))
         return found
 
@@ -330,6 +341,8 @@ class Restarts:
                 return STOPPED
             self.check_restart(progress)
             return REQUEUE_ME
+        if self.chain is not None:
+            return self._hand_over(cause, progress, is_cancelled)
         if not shutil.which("scontrol"):  # a container: the batch script, outside of it, asks
             self.check_restart(progress)
             return REQUEUE_IF_PREEMPTED if cause is Cause.TERMINATED else REQUEUE_ME
@@ -343,6 +356,35 @@ class Restarts:
             return 0 if is_cancelled() else STOPPED
         self.check_restart(progress)
         return 0 if _is_requeued(self.job) else REQUEUE_ME
+
+    def _hand_over(self, cause: Cause, progress: int, is_cancelled: Callable[[], bool]) -> int:
+        """``after_stop`` in a job of a chain: where another one would requeue itself, the next job resumes."""
+        try:
+            decided = self._ask(cause, is_cancelled) if shutil.which("scontrol") else verdict(cause, None)
+        except SlurmError:
+            decided = verdict(cause, None)
+        if decided is not Verdict.REQUEUE:
+            return 0 if is_cancelled() else STOPPED
+        self.check_restart(progress)
+        resumes = f"job {self.next_job()} resumes the run"
+        if ended := self.log.ended():
+            self.log.end(f"{ended['why']}; {resumes}")
+        print(resumes, flush=True)
+        return 0
+
+    def next_job(self) -> str:
+        """The job of the chain that resumes when this one has ended.
+
+        Raises:
+            GivenUp: there is none.
+        """
+        later = self.chain.later_jobs() if self.chain else []
+        if not later:
+            raise GivenUp(
+                f"given up: job {self.job} is the last of its chain, and {self.log.folder} is not finished. To resume "
+                f"from its last checkpoint: {self.resume}"
+            )
+        return later[0]
 
     def _ask(self, cause: Cause, is_cancelled: Callable[[], bool]) -> Verdict:
         """Until there is an answer. Who waits loses nothing: work is saved, and a job that is killed meanwhile becomes

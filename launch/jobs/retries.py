@@ -4,9 +4,10 @@
     a rank has died       killed by a signal, hung, an error of its GPU, or its node failed the check: ``--retries``
                           within 24 hours, and the restart policy
     a rank has raised     no: the next start would raise it again
+    in a chain            no: the next job of the chain resumes (chain.py)
 
 A node on which two ranks of a job have died is left out at its next start, one that failed the check at once. They stay
-with the job, for as long as it keeps its number, as sbatch's --exclude does.
+with the job, for as long as it keeps its number, as sbatch's --exclude does; in a chain, with the jobs behind it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,13 @@ def decide(here: RankStart, failure: RankFailure) -> Decision:
     if failure.kind not in DEATHS or not here.run.has_work():
         return Decision(failure.why)
     died = {"rank": failure.rank, "node": failure.node, "kind": failure.kind, "time": time.time()}
-    earlier = here.run.deaths(here.job, before=here.attempt)
+    chain = restarts_of(here.run).chain
+    jobs = (*chain.before, here.job) if chain else (here.job,)
+    earlier = [death for job in jobs for death in here.run.deaths(job, before=here.attempt)]
+    if chain:
+        chain.leave_out(_left_out(here, [*earlier, died]))
+        next_one = _refusal(here)
+        return Decision(f"{failure.why}; {next_one}", f"{next_one}\n", died=died)
     limit = int(os.environ.get(VARIABLE) or RETRIES)
     recent = sum(death["time"] > time.time() - _WINDOW_S for death in earlier)
     if not limit:
@@ -77,11 +84,12 @@ def _refusal(here: RankStart) -> str | None:
     """Why the job is not to come back; None if it is."""
     if cancelled := here.run.cancelled():
         return f"cancelled by {cancelled['by']}"
+    restarts = restarts_of(here.run)
     try:
-        restarts_of(here.run).check_restart(saved_progress(here.run))
+        restarts.check_restart(saved_progress(here.run))
+        return f"job {restarts.next_job()} resumes the run" if restarts.chain else None
     except UserError as refused:  # given up; or the recipe cannot be read
         return str(refused)
-    return None
 
 
 def _left_out(here: RankStart, deaths: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.patience import StorageUnavailable
+from launch.jobs.chain import Chain
 from launch.jobs.restarts import Restarts
 
 if TYPE_CHECKING:
@@ -21,12 +23,14 @@ if TYPE_CHECKING:
 
 def restarts_of(run: RunFolder, environment: submitit.JobEnvironment | None = None) -> Restarts:
     """For the job that this process is part of."""
-    return Restarts.of_this_job(
+    restarts = Restarts.of_this_job(
         AttemptLog(run.root),
         resume=f"python launch/submit.py --resume {shlex.quote(str(run.root))}",
         unit="image" if (run.root / "evaluation.json").exists() else "step",
         environment=environment,
     )
+    chain = None if restarts.restart is None else Chain.of_job(run, restarts.job)
+    return restarts if chain is None else replace(restarts, chain=chain, resume=f"{restarts.resume} --chain N")
 
 
 def saved_progress(run: RunFolder) -> int:

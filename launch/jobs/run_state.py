@@ -8,9 +8,11 @@ What it means is judged in ``run_status.py``. Nothing here needs torch.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,7 +110,7 @@ class RunState:
     def comes_back(self) -> bool:
         """Whether the latest start ended in order to be repeated."""
         why = str(self.ended["why"]) if self.ended else ""
-        back = "requeue" in why or why.startswith("lost a rank") or "starts again" in why
+        back = "requeue" in why or why.startswith("lost a rank") or "starts again" in why or "resumes the run" in why
         return back and "given up" not in why
 
 
@@ -146,7 +148,7 @@ def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[R
     Args:
         history: ask also how earlier starts of jobs have ended.
     """
-    found = [read_state(run) for run in runs]
+    found = [_with_accepted(read_state(run)) for run in runs]
     queue = ask_queue(sorted({job for each in found if not each.finished for job in each.jobs.slurm}))
     if queue is None:
         return found, SlurmAnswers()
@@ -156,6 +158,18 @@ def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[R
         if history or not (run_state.finished or waits or run_state.ended or run_state.owner):
             silent.update(run_state.jobs.slurm)
     return found, SlurmAnswers(queue, _ask_history(sorted(silent)))
+
+
+def _with_accepted(run_state: RunState) -> RunState:
+    """The same, with the jobs that Slurm has accepted and sbatch has not confirmed among the others."""
+    if run_state.finished or not run_state.jobs.unconfirmed:
+        return run_state
+    try:
+        accepted = accepted_jobs(run_state.run, run_state.jobs, patience_s=0)
+    except SlurmError:
+        return run_state
+    jobs = replace(run_state.jobs, slurm=(*run_state.jobs.slurm, *accepted), any=True) if accepted else run_state.jobs
+    return replace(run_state, jobs=jobs)
 
 
 def read_state(run: RunFolder) -> RunState:
@@ -245,8 +259,26 @@ def read_jobs(run: RunFolder, attempts: Sequence[dict[str, Any]] = ()) -> Jobs:
 
 def sweep_links(run: RunFolder) -> list[Path]:
     """Where sweeps have this run as a member: .sweeps/NAME/NUMBER."""
-    links = (each for each in (run.root.parent / ".sweeps").glob("*/*") if each.name.isdigit() and each.is_symlink())
-    return [each for each in links if each.resolve() == run.root.resolve()]
+    root = run.root.resolve()
+    found: list[Path] = []
+    for sweep in (run.root.parent / ".sweeps").glob("*"):
+        with suppress(FileNotFoundError):  # of a command that was refused
+            found += _members(sweep, sweep.stat().st_mtime_ns).get(root, ())
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _members(sweep: Path, changed: int) -> dict[Path, list[Path]]:
+    """Links in a sweep's folder by the run folders that they lead to. Read once for all of its runs.
+
+    Args:
+        changed: when the folder was, as its mtime says.
+    """
+    found: dict[Path, list[Path]] = {}
+    for link in sweep.iterdir() if sweep.is_dir() else ():
+        if link.name.isdigit() and link.is_symlink():
+            found.setdefault(link.resolve(), []).append(link)
+    return found
 
 
 def accepted_jobs(run: RunFolder, jobs: Jobs, *, patience_s: float) -> list[str]:
@@ -283,7 +315,12 @@ def _ask_history(jobs: Sequence[str]) -> tuple[SacctRecord, ...]:
         return ()
 
 
+def jobs_in_queue(run_state: RunState, slurm: SlurmAnswers) -> list[SlurmJob]:
+    """The run's jobs in Slurm's queue, those that run before those that wait, else in the order of their submission."""
+    jobs = [slurm.queue[job] for job in run_state.jobs.slurm if job in slurm.queue] if slurm.queue else []
+    return sorted(jobs, key=lambda job: is_pending(job.state))
+
+
 def in_queue(run_state: RunState, slurm: SlurmAnswers) -> SlurmJob | None:
     """The run's job in Slurm's queue, one that runs before one that waits."""
-    jobs = [slurm.queue[job] for job in run_state.jobs.slurm if job in slurm.queue] if slurm.queue else []
-    return min(jobs, key=lambda job: is_pending(job.state), default=None)
+    return next(iter(jobs_in_queue(run_state, slurm)), None)

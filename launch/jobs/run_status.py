@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.stragglers import straggler_of
-from launch.jobs.run_state import RunState, SlurmAnswers, in_queue
+from launch.jobs.run_state import RunState, SlurmAnswers, in_queue, jobs_in_queue
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_completing, is_pending, words
 
@@ -37,6 +37,7 @@ class Status:
     next_start: what is known about when.
     straggler: the rank that holds the others up, while the run trains.
     last_end: why the latest start that has ended did.
+    waiting: more of the run's jobs that wait in the queue: of a chain.
     """
 
     run: str
@@ -52,6 +53,7 @@ class Status:
     last_end: str | None
     notes: tuple[str, ...]
     straggler: str | None = None
+    waiting: int = 0
 
 
 def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
@@ -68,6 +70,7 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         loss=run_state.last.get("loss"),
         eta_s=run_state.last.get("eta_s") if runs else None,
         job=job.id if job else str(run_state.jobs.controller) if run_state.jobs.controller else None,
+        waiting=max(0, len(jobs_in_queue(run_state, slurm)) - 1),
         attempts=len(run_state.attempts),
         straggler=straggler_of(run_state.last) if runs else None,
         next_start=_next_start(job) if job and is_pending(job.state) and state != "cancelling" else None,

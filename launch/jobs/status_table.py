@@ -24,7 +24,7 @@ def table(statuses: Iterable[Status]) -> str:
                 _number(s.samples_per_s, ".0f"),
                 _number(s.loss, ".4g"),
                 duration(s.eta_s),
-                s.job,
+                f"{s.job} (+{s.waiting})" if s.waiting else s.job,
                 str(s.attempts),
                 s.next_start,
                 s.last_end,

@@ -1,4 +1,4 @@
-"""How planned jobs go out: by one sbatch, as a job or an array of jobs; or one after the other on this machine.
+"""How planned jobs go out: to Slurm as a job, as arrays or as chains; or one after the other on this machine.
 
 A job trains by a Recipe or does an Evaluation; nothing here depends on which. Every job runs a copy of the code that
 lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl.
@@ -7,42 +7,28 @@ lies in its run folder (snapshot.py), and is noted in RUN/jobs/submissions.jsonl
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import shlex
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation
-from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.secrets import mask_secrets
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import (
-    ENVIRONMENT,
-    NO_LIMIT_MIN,
-    rank_command,
-    set_environment,
-    slurm_parameters,
-    write_environment,
-)
-from launch.jobs.claims import Claim, take_folder
+from launch.jobs.batch_script import ENVIRONMENT, NO_LIMIT_MIN, set_environment, write_environment
 from launch.jobs.notify import keep_command
-from launch.jobs.processes import controller_of, ending_signals, is_ending, wait_until_gone
-from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
-from launch.slurm.client import SlurmError, SlurmMissing, ignored_options
-from launch.slurm.queue import queue
-from launch.slurm.states import is_completing
+from launch.jobs.planning import AnyPlanned, drop
+from launch.jobs.processes import ending_signals
+from launch.jobs.sbatch import ArrayPart, after_end, array_id, send, slurm_executor, split_array
+from launch.slurm.site import max_array_members
 from launch.slurm.submission import SubmissionUnknown, test_only
 
 if TYPE_CHECKING:
@@ -50,27 +36,7 @@ if TYPE_CHECKING:
 
     from launch.slurm.executor import SlurmExecutor
 
-T = TypeVar("T")
-Work = TypeVar("Work", bound=Recipe | Evaluation, covariant=True)
-
 REPO = Path(__file__).resolve().parents[2]
-_ASK_S = 20.0
-"""How long whoever submits waits for a controller that does not answer."""
-
-
-@dataclass(frozen=True)
-class Planned(Generic[Work]):
-    """A job that is to be submitted, and its run folder.
-
-    claim: this command's use of the folder, from ``take_up`` on.
-    """
-
-    run: RunFolder
-    work: Work
-    claim: Claim | None = None
-
-
-AnyPlanned = Planned[Recipe | Evaluation]
 
 
 @dataclass(frozen=True)
@@ -122,114 +88,20 @@ class Batch:
                 (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
 
 
-def slurm_executor(
-    folder: Path, name: str, run: str, digest: str, allocation: Allocation, *, logs: str | None = None
-) -> SlurmExecutor:
-    """submitit's executor, for jobs that run the snapshot of this digest.
-
-    Args:
-        folder: gets what submitit writes.
-        name: of the job.
-        run: the folder that has the job's code/ and jobs/, as a word of the shell.
-        logs: beginning of the logs' paths, with sbatch's patterns; by default they lie in ``folder``.
-    """
-    from launch.slurm.executor import SlurmExecutor
-
-    parameters = slurm_parameters(allocation, name, f"{run}/jobs")
-    if logs:
-        parameters["srun_args"].append(f"--output={logs}_%t_log.out")
-        parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
-    executor = SlurmExecutor(
-        folder, max_num_timeout=1000, python=rank_command(allocation.python, f"{run}/code/{digest}")
-    )
-    executor.update_parameters(**parameters)
-    return executor
-
-
-# --- before a job goes out --------------------------------------------------------------------------------------------
-
-
-def left_out(run: RunFolder, *, sweep: bool) -> bool:
-    """Whether a run needs no job; says why.
-
-    Raises:
-        UserError: it is the only one, and has one already.
-    """
-    if run.results.exists():
-        run.tidy()
-        print(f"{run.root} is finished" + (": left out" if sweep else f":\n{run.results.read_text()}"))
-        return True
-    if queued := queued_job(run):
-        what = f"Job {queued} is there for {run.root} already"
-        if not sweep:
-            raise UserError(
-                f"{what}, and goes on by itself. To change something about it, end it first: python launch/cancel.py "
-                f"{shlex.quote(str(run.root))}"
-            )
-        print(f"{what}: left out")
-        return True
-    if (controller := controller_of(run)) and not is_ending(controller):
-        what = f"Job {controller} on this machine is there for {run.root} already"
-        if not sweep:
-            raise UserError(
-                f"{what}. To see its progress: python launch/status.py {shlex.quote(str(run.root))} --follow; to end "
-                f"it: python launch/cancel.py {shlex.quote(str(run.root))}"
-            )
-        print(f"{what}: left out")
-        return True
-    if sweep and (told := run.cancelled()):
-        print(f"{run.root} was cancelled by {told['by']}: left out. To go on with it: submit.py --resume {run.root}")
-        return True
-    return False
-
-
-def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
-    """Make the folders, or see that each is for its work and nobody is at it.
-
-    Raises:
-        UserError: one of them is another's; those that this command has made are removed again.
-    """
-    taken: list[Planned[Work]] = []
-    try:
-        for each in planned:
-            taken.append(replace(each, claim=take_folder(each.run, each.work)))
-            wait_until_gone(each.run)
-            with each.run.locked():
-                pass  # another job on this folder is refused here rather than in the queue
-            if told := each.run.clear_cancelled():
-                print(f"{each.run.root} was cancelled by {told['by']}; it goes on now")
-    except BaseException:
-        drop(taken)
-        raise
-    return taken
-
-
-def drop(taken: Sequence[Planned[Any]]) -> None:
-    """Nothing was submitted: remove the folders that this command has made and nobody else uses."""
-    for each in taken:
-        if each.claim is not None:
-            each.claim.abandon()
-
-
-def after(allocation: Allocation, jobs: Sequence[str]) -> Allocation:
-    """The same for a job that starts when these have ended well, beside what it is to wait for anyway.
-
-    A job that is preempted or requeued keeps its number, and has not ended. Of one that has failed, Slurm takes those
-    that wait for it out of the queue: without --kill-on-invalid-dep they would wait for ever.
-    """
-    if not jobs:
-        return allocation
-    waits = ",".join(filter(None, [allocation.dependency, "afterok:" + ":".join(jobs)]))
-    return replace(allocation, dependency=waits, sbatch={**allocation.sbatch, "kill-on-invalid-dep": "yes"})
-
-
-def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
-    """Print what would be submitted, and what Slurm says to it."""
+def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation, *, chain: int = 0) -> int:
+    """Print what would be submitted, and what Slurm says to it. chain: see ``submit_to_slurm``."""
     where = ", ".join(str(each.run.root) for each in planned)
     if allocation.on_slurm:
-        executor = Batch.of(planned).executor(allocation, snapshot.digest_of(REPO))
-        text = executor.batch_script(len(planned))
-        print(mask_secrets(f"\n{text}"))
+        if chain:
+            allocation, first = chained(allocation, [], planned[0].behind), planned[:1]
+            more = f"A chain of {_jobs(chain)} for each run; this is the first one of {planned[0].run.root}.\n"
+        else:
+            parts = list(_parts(planned, allocation))
+            allocation, first = parts[0].allocation(allocation, []), planned[: len(parts[0].members)]
+            more = f"{_jobs(len(planned))} as {len(parts)} arrays; this is the first one.\n" if parts[1:] else ""
+        executor = Batch.of(first).executor(allocation, snapshot.digest_of(REPO))
+        text = executor.batch_script(len(first))
+        print(mask_secrets(f"\n{more}{text}"))
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
         print(test_only(text))
@@ -237,17 +109,112 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation) -> int:
     return 0
 
 
+def _jobs(number: int) -> str:
+    return f"{number} job" + ("s" if number != 1 else "")
+
+
 # --- on Slurm ---------------------------------------------------------------------------------------------------------
 
 
-def submit_to_slurm(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
-    """One sbatch for all of them, and progress until the job ends, if that is wanted. pace_s: see ``Job``."""
+def submit_to_slurm(
+    planned: Sequence[AnyPlanned], allocation: Allocation, *, chain: int = 0, follow: bool, pace_s: float = 0.0
+) -> int:
+    """Submit them, and show progress until the job ends, if that is wanted.
+
+    Args:
+        chain: so many jobs for each, one after the other; 0: one.
+        pace_s: see ``Job``.
+    """
     from launch.jobs.follow import follow_run
 
-    jobs = enqueue(planned, allocation, pace_s=pace_s)
-    for each, job in zip(planned, jobs, strict=True):
-        _announce(each.run, job, allocation)
+    if chain:
+        for number, each in enumerate(planned):
+            try:
+                _submit_chain(each, allocation, chain, pace_s)
+            except BaseException:
+                drop(planned[number + 1 :])
+                raise
+    else:
+        submitted = 0
+        try:
+            for part in enqueue_all(planned, allocation, pace_s=pace_s):
+                for each, job in part:
+                    _announce(each.run, job, allocation)
+                submitted += len(part)
+        except UserError as error:
+            if not submitted:
+                raise
+            raise UserError(
+                f"{error} {submitted} of {len(planned)} runs have been submitted; the same command submits the rest."
+            ) from None
     return follow_run(planned[0].run) if follow else 0
+
+
+def _submit_chain(planned: AnyPlanned, allocation: Allocation, length: int, pace_s: float) -> None:
+    """Raises UserError if Slurm does not take all of them. Those that it took stay."""
+    root = shlex.quote(str(planned.run.root))
+    before: list[str] = []
+    try:
+        for _ in range(length):
+            job_allocation = chained(allocation, before, planned.behind)
+            [job] = enqueue([planned], job_allocation, pace_s=pace_s, tell=(lambda line: None) if before else print)
+            if not before:
+                _announce(planned.run, job, allocation)
+            before.append(job.job_id)
+    except UserError as error:
+        if not before:
+            raise
+        raise UserError(
+            f"{error} {len(before)} of {length} jobs of the chain were accepted, and stay: {', '.join(before)}. To add "
+            f"the others: python launch/submit.py --resume {root} --chain {length - len(before)}"
+        ) from None
+    if before[1:]:
+        print(
+            f"then {', '.join(before[1:])}: each resumes the run when the one before has ended, also after scancel. To "
+            f"end them all: python launch/cancel.py {root}",
+            flush=True,
+        )
+
+
+def chained(allocation: Allocation, before: Sequence[str], behind: Sequence[str]) -> Allocation:
+    """That of the next job of a chain.
+
+    Args:
+        before: the jobs of the chain that have been submitted.
+        behind: what the first one waits for. --dependency is for all of them: while it does not hold, the end of a job
+            that was taken out of the queue must not start the next one.
+    """
+    return replace(after_end(allocation, before[-1:] or behind), chain=tuple(before))
+
+
+def enqueue_all(
+    planned: Sequence[AnyPlanned],
+    allocation: Allocation,
+    *,
+    pace_s: float = 0.0,
+    tell: Callable[[str], object] = print,
+) -> Iterator[list[tuple[AnyPlanned, submitit.Job[Any]]]]:
+    """As few sbatch as the site's limit on arrays allows; yields the jobs of each when it has been accepted. Arguments
+    are those of ``enqueue``.
+
+    Raises:
+        UserError: Slurm does not take one. What it took before stays; for the others, see ``enqueue``.
+    """
+    left, accepted = list(planned), list[str]()
+    try:
+        for part in _parts(planned, allocation):
+            here, left = left[: len(part.members)], left[len(part.members) :]
+            jobs = enqueue(here, part.allocation(allocation, accepted), pace_s=pace_s, tell=tell)
+            accepted.append(array_id(jobs))
+            yield list(zip(here, jobs, strict=True))
+    except BaseException:
+        drop(left)
+        raise
+
+
+def _parts(planned: Sequence[AnyPlanned], allocation: Allocation) -> list[ArrayPart]:
+    largest = max_array_members() if len(planned) > 1 else None
+    return split_array(len(planned), largest, allocation.array_parallelism)
 
 
 def enqueue(
@@ -293,26 +260,6 @@ def enqueue(
     for each, job, code in zip(planned, jobs, snapshots, strict=True):
         _record(each, job.job_id, allocation, code)
     return jobs
-
-
-def send(executor: SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
-    """One sbatch.
-
-    Raises:
-        SlurmError: Slurm does not take it.
-    """
-    _tell_of_ignored_options()
-    return _undisturbed(lambda: executor.submit_array(work))
-
-
-@functools.cache
-def _tell_of_ignored_options() -> None:
-    """Once a command, which may submit many jobs."""
-    if ignored := ignored_options():
-        print(
-            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
-            file=sys.stderr,
-        )
 
 
 # --- on this machine --------------------------------------------------------------------------------------------------
@@ -391,43 +338,14 @@ def keep_code(run: RunFolder, tell: Callable[[str], object] = print) -> snapshot
 
 
 def last_submission(run: RunFolder) -> Mapping[str, Any] | None:
-    """job, submitted, code, executor, allocation (``Allocation.again``); None before the first."""
-    lines = read_lines(_submissions(run))
+    """The last of ``submissions``; None before the first."""
+    lines = submissions(run)
     return lines[-1] if lines else None
 
 
-def queued_job(run: RunFolder) -> str | None:
-    """The job of the run that waits or runs, and its state; None if there is none.
-
-    Raises:
-        UserError: Slurm may have one, and cannot be asked.
-    """
-    run_state = read_state(run)
-    jobs = read_jobs(run, run_state.attempts)
-    if not jobs.slurm and not jobs.unconfirmed:
-        return None
-    try:
-        found = queue(jobs.slurm, patience_s=_ASK_S)
-        found |= queue(accepted_jobs(run, jobs, patience_s=_ASK_S), patience_s=_ASK_S)
-    except SlurmMissing:
-        if run_state.says_it_ended:
-            return None  # the folder has come to a machine without Slurm
-        raise _cannot_be_asked(run, jobs, "there is no squeue on this machine") from None
-    except SlurmError as error:
-        raise _cannot_be_asked(run, jobs, str(error)) from None
-    # One that has asked to be requeued is COMPLETING until all its nodes have let go of it, and PENDING then.
-    returns = run_state.comes_back and run_state.cancelled is None
-    alive = [job for job in found.values() if returns or not is_completing(job.state)]
-    return next((f"{job.id} ({job.state.lower()})" for job in alive), None)
-
-
-def _cannot_be_asked(run: RunFolder, jobs: Jobs, why: str) -> UserError:
-    job = f"job {jobs.slurm[-1]}" if jobs.slurm else "a job that was not confirmed"
-    return UserError(
-        f"{run.root} was submitted to Slurm ({job}), and it is unknown whether a job of it is queued or runs: {why} "
-        "Nothing was submitted, because a second job must not be queued. Give the same command again when squeue "
-        "answers, on a machine that has it."
-    )
+def submissions(run: RunFolder) -> list[dict[str, Any]]:
+    """Each job of the run that was accepted: job, submitted, code, executor, allocation (``Allocation.again``)."""
+    return read_lines(_submissions(run))
 
 
 def _submissions(run: RunFolder) -> Path:
@@ -445,12 +363,3 @@ def _record(planned: AnyPlanned, job_id: str, allocation: Allocation, code: snap
     append_lines(_submissions(planned.run), [line])
     if planned.claim is not None:
         planned.claim.keep()
-
-
-def _undisturbed(submit: Callable[[], T]) -> T:
-    """Ctrl-C is for this process: sbatch would die of it."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return submit()
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -35,18 +35,10 @@ from launch.jobs.allocation import (
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
 from launch.jobs.notify import kept_setting
+from launch.jobs.planning import AnyPlanned, Planned, behind_its_jobs, left_out, take_up
 from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
-from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments
-from launch.jobs.submission import (
-    AnyPlanned,
-    Planned,
-    dry_run,
-    last_submission,
-    left_out,
-    run_here,
-    submit_to_slurm,
-    take_up,
-)
+from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
+from launch.jobs.submission import dry_run, last_submission, run_here, submit_to_slurm
 
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:
@@ -66,6 +58,14 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
     p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
+    p.add_argument(
+        "--chain",
+        type=argument_type(count),
+        metavar="N",
+        help="queue N jobs for each run, for sites where a job may not requeue itself: each starts when the one before "
+        "has ended in whatever way, resumes the run, and ends at once if the run is finished. With --resume, they "
+        "queue up behind the run's jobs that are there",
+    )
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -124,17 +124,47 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
             each.run.claim(each.work)
     if not sweep and arguments.array_parallelism:
         raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
-    wanted = [each for each in planned if not left_out(each.run, sweep=sweep)]
+    if arguments.chain:
+        check_chain(arguments, allocation)
+        if arguments.resume:
+            planned = [behind_its_jobs(each) for each in planned]
+    wanted = [each for each in planned if each.behind or not left_out(each.run, sweep=sweep)]
     if not wanted:
         return 0
+    chain = arguments.chain or 0
     if arguments.dry_run:
-        return dry_run(wanted, allocation)
+        return dry_run(wanted, allocation, chain=chain)
+    if arguments.from_step_0 and wanted[0].behind:
+        raise UserError(
+            f"--from-step-0 is for a run that has no job, and job {wanted[0].behind[0]} is there: it would be allowed "
+            "to begin again, too. End it first, with launch/cancel.py."
+        )
     wanted = take_up(wanted)
     for each in wanted:
-        each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
+        if not each.behind:
+            each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
     if allocation.on_slurm:
-        return submit_to_slurm(wanted, allocation, follow=bool(arguments.follow), pace_s=pace_s)
+        return submit_to_slurm(wanted, allocation, chain=chain, follow=bool(arguments.follow), pace_s=pace_s)
     return run_here(wanted, allocation, follow=arguments.follow is not False)
+
+
+def check_chain(arguments: argparse.Namespace, allocation: Allocation) -> None:
+    """Raises UserError: --chain would do nothing, or contradicts another flag."""
+    if not allocation.on_slurm:
+        raise UserError(
+            f"--chain would do nothing: its jobs wait for each other in Slurm's queue, and --executor is "
+            f"{allocation.executor}. Leave it out."
+        )
+    if arguments.retries is not None:
+        raise UserError(
+            "--retries would do nothing with --chain: after any end of a job, the next one of the chain starts. "
+            "--restarts-without-progress limits how many of them do so in vain."
+        )
+    if arguments.array_parallelism:
+        raise UserError(
+            "--array-parallelism would do nothing with --chain: each run of the sweep has a chain of its own, because "
+            "an array waits for whole arrays, or for the success of their members."
+        )
 
 
 # --- which runs ---------------------------------------------------------------------------------------------------

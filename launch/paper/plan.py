@@ -249,3 +249,21 @@ def to_submit(plan: Plan, states: Mapping[str, str]) -> list[Node]:
         if states[node.name] == MISSING or stale:
             chosen[node.name] = node
     return list(chosen.values())
+
+
+def arrays(chosen: Iterable[Node], states: Mapping[str, str]) -> list[list[Node]]:
+    """What of the nodes that get a job goes out together, as an array: trainings that wait for the same jobs, and
+    evaluations that do. Each array after those that it waits for; a node that waits for others than any is alone.
+
+    Args:
+        chosen: in order, as ``to_submit`` gives them.
+    """
+    found: dict[tuple[bool, frozenset[str]], list[Node]] = {}
+    for node in chosen:
+        found.setdefault((isinstance(node.work, Recipe), frozenset(awaited(node, states))), []).append(node)
+    return list(found.values())
+
+
+def awaited(node: Node, states: Mapping[str, str]) -> list[str]:
+    """The nodes whose jobs it waits for."""
+    return [name for name in node.after if states[name] != DONE]

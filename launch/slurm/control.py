@@ -3,7 +3,9 @@ was lost, after a look whether it was carried out."""
 
 from __future__ import annotations
 
-from launch.slurm.client import PATIENCE_S, SlurmError, SlurmUnavailable, carry_out, show_job
+from collections.abc import Sequence
+
+from launch.slurm.client import PATIENCE_S, SlurmError, SlurmUnavailable, ask, carry_out, show_job
 from launch.slurm.queue import queue
 from launch.slurm.states import is_completing, is_pending, is_running
 
@@ -70,6 +72,15 @@ def start_now(job: str, *, patience_s: float = PATIENCE_S) -> None:
         return not is_pending(show_job(job, patience_s=0).get("JobState", ""))
 
     carry_out("scontrol", "update", f"jobid={job}", "StartTime=now", is_done=is_done, patience_s=patience_s)
+
+
+def leave_out(job: str, nodes: Sequence[str], *, patience_s: float = PATIENCE_S) -> None:
+    """Keep a job that waits from these nodes, and from no others.
+
+    Raises:
+        SlurmError: Slurm refuses, or nobody answers.
+    """
+    ask("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(nodes)}", patience_s=patience_s)
 
 
 def _restarts(record: dict[str, str]) -> int:

@@ -9,7 +9,7 @@ import getpass
 from datetime import datetime
 
 from launch.slurm.client import ANSWER_S, PATIENCE_S, SlurmError, ask
-from launch.slurm.texts import Node, Qos, default_qos, parse_config, parse_nodes, parse_qos, parse_records
+from launch.slurm.texts import Node, Qos, array_limit, default_qos, parse_config, parse_nodes, parse_qos, parse_records
 
 _NODES = "%R|%N|%T|%c|%G"
 _QOS = "Name,Preempt,PreemptMode,GraceTime"
@@ -28,6 +28,11 @@ def controller_clock(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER
         return datetime.fromisoformat(said.rpartition(" ")[2]).timestamp()
     except ValueError:
         raise SlurmError(f"`scontrol show config` does not begin with a time: {said!r}") from None
+
+
+def max_array_members(*, patience_s: float = PATIENCE_S) -> int | None:
+    """The most members that a job array may have here (``array_limit``)."""
+    return array_limit(read_config(patience_s=patience_s))
 
 
 def read_partitions(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> list[dict[str, str]]:

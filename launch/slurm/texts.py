@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -23,6 +24,14 @@ def parse_config(text: str) -> dict[str, str]:
     """`scontrol show config`: NAME = VALUE lines; what has no value says (null)."""
     pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+\s*=", line))
     return {name.strip(): "" if value.strip() == "(null)" else value.strip() for name, value in pairs}
+
+
+def array_limit(config: Mapping[str, str]) -> int | None:
+    """The most members that a job array may have, by `scontrol show config`; 0 where there are no arrays; None if it
+    does not say. MaxArraySize is the largest index + 1; an administrator may have set fewer members than that."""
+    limits = re.findall(r"\bmax_array_tasks=(\d+)", config.get("SchedulerParameters", ""))
+    limits += re.findall(r"^\d+$", config.get("MaxArraySize", ""))
+    return min(map(int, limits), default=None)
 
 
 def seconds(text: str) -> float:
