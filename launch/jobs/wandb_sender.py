@@ -159,7 +159,7 @@ class Sender:
         try:
             self._write_folder(resumes=True)
         except Exception as error:
-            _say(f"warning: {_one_line(error)}; tried again at the end")
+            _say(f"warning: the history could not be sent, and is tried again at the end: {_one_line(error)}")
         while not self._has_ended(3600):
             pass
         if not self._comes_back():  # else the next start writes what is missing
