@@ -25,6 +25,7 @@ from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe
 from cfmask.session import choose_arithmetic
 from cfmask.step import Teachers, training_step
+from cfmask.step_clock import StepClock
 from test_step import METHODS, assert_same_gradients, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, KEYS_197, KEYS_257, Geometry
 
@@ -317,6 +318,21 @@ def test_a_run_that_was_killed_and_resumed_ends_bitwise_equal(materials, tmp_pat
     assert "CUDA graphs:" not in made.logs(tmp_path / "whole")
 
 
+def test_a_rank_that_hangs_leaves_nccls_flight_recorder(materials, tmp_path):
+    """The check of the node has passed before; the rank's thread sleeps in the middle of a step."""
+    hang = "\nimport time as _time\n_take_step, _taken = take_step, []\n"
+    hang += "def take_step(*given):\n    _taken.append(1)\n    _time.sleep(600 * (len(_taken) == 9))\n"
+    hang += "    return _take_step(*given)\n"
+    clone, run = made.plant(tmp_path / "clone", cfmask__train=hang), tmp_path / "run"
+    flags = [*made.recipe_flags(materials, run), "--model", materials / "k197.json", "--epochs", 3, "--retries", 0]
+    flags += ["--pretrained", materials / "k197.safetensors", "--executor", "local", "--gpus-per-node", 1]
+    ended = made.submit(*flags, "--hang-timeout", 0.2, repository=clone, check=False)
+    assert ended.returncode == 1 and "hung: at step 9" in ended.stdout, ended.stdout + made.logs(run)
+    assert "take_step" in made.logs(run), "its stacks"
+    [recorded] = (run / "jobs/failures").glob("*.nccl_0")
+    assert recorded.stat().st_size > 0
+
+
 # --- waits ------------------------------------------------------------------------------------------------------------
 
 
@@ -333,8 +349,13 @@ def test_a_bf16_step_never_waits_for_the_device(method, kind):
     optimizer = adamw(student.parameters(), phase, Recipe().resolved().optim)
     run = kind(student, teachers, normalise, recipe_of(method), **options_of(kind))
 
+    clock = StepClock(torch.device("cuda"))
+
     def step() -> torch.Tensor:
+        clock.begin()
         run(inputs, last=True)
+        clock.end()
+        clock.mean()
         return take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
 
     step()  # libraries are loaded and workspaces allocated the first time

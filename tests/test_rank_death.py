@@ -162,6 +162,25 @@ def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
     assert "rank 0 was killed by signal 9" in RunFolder(tmp_path).ended()["why"]
 
 
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE)", True),
+        ("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting.", True),
+        ("ncclUnhandledCudaError: Call to CUDA function failed.", False),
+        ("double free or corruption", False),
+    ],
+)
+def test_nccls_watchdog_that_aborts_a_rank_is_a_lost_connection(supervise, tmp_path, said, lost):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs/7_0_log.out").write_text(f"step 5\n{said}\nterminate called after throwing …\n")
+    process = supervise("os.abort()")
+    process.communicate(timeout=WITHIN_S)
+    report = json.loads((tmp_path / "jobs/failures/7-0_0.json").read_text())
+    assert (report["broken_off"], report["kind"]) == (lost, "killed")
+    assert report["error"] == (said if lost else "was killed by signal 6 (SIGABRT)")
+
+
 def test_a_local_job_within_a_job_of_slurms_that_was_requeued_has_one_name(tmp_path, monkeypatch):
     """Otherwise its ranks would count as not begun, and be killed without a checkpoint."""
     local = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_GLOBALID": "0", "LOCAL_LOCALID": "0", "LOCAL_NTASKS": "1"}

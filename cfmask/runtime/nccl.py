@@ -5,7 +5,7 @@
     TORCH_NCCL_DUMP_ON_TIMEOUT       written to a file where a collective times out
     TORCH_NCCL_DEBUG_INFO_PIPE_FILE  and where the process that waits for a rank asks for it, because the rank hangs
 
-The files are RUN/jobs/failures/123-0_nccl_RANK; `python -m torch.distributed.flight_recorder.fr_trace -j -p 123-0_nccl_
+The files are RUN/jobs/failures/123-0.nccl_RANK; `python -m torch.distributed.flight_recorder.fr_trace -j -p 123-0.nccl_
 RUN/jobs/failures` compares them. What a user sets wins.
 """
 
@@ -26,7 +26,7 @@ def configure(folder: Path, attempt: str) -> None:
         folder: for the flight recorder's files.
         attempt: names this start of the job.
     """
-    dump = str(folder / f"{attempt}_nccl_")
+    dump = str(folder / f"{attempt}.nccl_")
     settings = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -41,15 +41,21 @@ def configure(folder: Path, attempt: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def dump_flight_recorder(attempt: str, rank: int) -> None:
+def dump_flight_recorder(attempt: str, rank: int) -> bool:
     """Ask a rank of this machine for its collectives; a thread of torch's writes them, whatever the rank hangs in.
-    Without NCCL there is no such pipe, and nothing is done."""
+    Without NCCL there is no such pipe.
+
+    Returns:
+        Whether it was asked.
+    """
     with contextlib.suppress(OSError):
         pipe = os.open(f"{_pipe(attempt)}{rank}.pipe", os.O_WRONLY | os.O_NONBLOCK)
         try:
             os.write(pipe, b"1")
+            return True
         finally:
             os.close(pipe)
+    return False
 
 
 def _pipe(attempt: str) -> str:

@@ -221,13 +221,14 @@ def _wait(child: int, here: RankStart, parent: int, watch: HangWatch) -> int:
 
 
 def _report_hang(here: RankStart, hang: Hang, watch: HangWatch) -> None:
-    stacks = watch.stacks()
-    nccl.dump_flight_recorder(here.attempt, here.rank)
-    beat = hang.beat
+    # Before: a rank that is stopped runs for its stacks only.
+    recorded = nccl.dump_flight_recorder(here.attempt, here.rank)
+    stacks, beat = watch.stacks(), hang.beat
     here.write_failure(
         hang.error, kind=HUNG, step=beat.step, activity=beat.activity, state=hang.state, stacks=mask_secrets(stacks)
     )
-    print(f"rank {here.rank} {hang.error}; stacks of its threads:\n{stacks}", flush=True)
+    where = f"; NCCL's flight recorder: {here.mark('nccl_')}{here.rank}" if recorded else ""
+    print(f"rank {here.rank} {hang.error}{where}; stacks of its threads:\n{stacks}", flush=True)
 
 
 def _watchdog_said(log: Path) -> str | None:

@@ -37,20 +37,39 @@ def run(arguments: argparse.Namespace) -> str:
         }
         measured: dict[str, list[float]] = {name: [] for name in rounds}
         steps: list[float] = []
+        watched: list[float] = []
+        clock = StepClock(device)
         for _ in range(arguments.rounds):  # in turns: a busy machine is busy for all of them
             for name, do in rounds.items():
                 measured[name].append(do())
-            began = time.perf_counter()
-            step()
-            steps.append(1e6 * (time.perf_counter() - began))
+            steps.append(_timed(step))
+            watched.append(_timed(lambda: _watched(step, clock)))
     finally:
         dist.destroy_process_group()
     of_step = statistics.median(steps)
     all_of_it = [sum(each) for each in zip(*measured.values(), strict=True)]
     rows = [_row(name, values, of_step) for name, values in {**measured, "all of it": all_of_it}.items()]
     rows.append(_row(f"a step on {BATCH} images, no CAM, no teacher", steps, of_step))
+    rows.append(_row("the same, watched", watched, of_step))
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return report("watch", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}."])
+
+
+def _timed(do: Callable[[], object]) -> float:
+    """Microseconds."""
+    began = time.perf_counter()
+    do()
+    return 1e6 * (time.perf_counter() - began)
+
+
+def _watched(step: Callable[[], None], clock: StepClock) -> None:
+    beat("loading data", 1)
+    clock.begin()
+    beat("computing", 1)
+    clock.end()
+    beat(WAITING)
+    step()
+    beat(WAITING, 1)
 
 
 def _row(name: str, values: list[float], of_step: float) -> list[str]:
