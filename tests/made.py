@@ -89,7 +89,7 @@ def submit(*flags: object, check: bool = True, repository: Path = REPO, **popen)
     """`python launch/submit.py …` with one thread a process."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
     command = [sys.executable, str(repository / "launch/submit.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **popen)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **popen)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done

@@ -359,7 +359,7 @@ def flags(materials: Path, out: Path, *more: object) -> list[str]:
 def call(words: list[str], *, check: bool = True, **popen) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(made.REPO / "launch/reproduce.py"), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **popen)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200, **popen)
     assert not check or done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
