@@ -3,8 +3,6 @@ libraries, would train another model without a word."""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cfmask.errors import UserError
+from cfmask.runtime.machine import node_name
 
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "safetensors", "simplejpeg", "pillow")
 
@@ -29,7 +28,7 @@ def check_agreement(facts: Mapping[str, str]) -> list[str]:
     Raises:
         UserError: ranks differ; on all of them.
     """
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    node = node_name()
     gathered: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
     dist.all_gather_object(gathered, (node, {**facts, **_software()}))
     nodes = [each for each, _ in gathered]

@@ -29,6 +29,7 @@ import torch.distributed as dist
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime import heartbeat, nccl
+from cfmask.runtime.machine import node_name
 
 TIMEOUT = timedelta(seconds=heartbeat.RENDEZVOUS_TIMEOUT_S)
 """How long a rank waits for the others before they train. Generous, because some nodes may start late, and rank 0 may
@@ -297,7 +298,7 @@ def _addresses_of_interface() -> list[str]:
     addresses = interface_addresses()
     for name in chosen:
         if not any(interface == name for interface, _ in addresses):
-            machine = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            machine = node_name()
             raise UserError(
                 f"There is no network interface {name} with an address on {machine}; those are "
                 f"{', '.join(f'{i} ({a})' for i, a in addresses)}. Check --interface, and interface in the cluster "

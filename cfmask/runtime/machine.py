@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import secrets
+import socket
 from pathlib import Path
 
 _ASIDE = re.compile(r"\.(?P<machine>[0-9a-f]{12})-(?P<pid>[0-9]+)-[0-9a-f]{8}(\.part)?")
@@ -19,6 +20,11 @@ def this_machine() -> str:
     """Tells apart machines of one name, boots of one machine, and containers that number processes for themselves."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     return hashlib.sha256((boot + os.readlink("/proc/self/ns/pid")).encode()).hexdigest()[:12]
+
+
+def node_name() -> str:
+    """As Slurm names this machine, which may differ from its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def process_runs(pid: int) -> bool:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
+from cfmask.runtime.machine import node_name
 from launch.checks.node import free_bytes, write_and_look
 from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
 from launch.slurm.client import SlurmError
@@ -140,7 +141,7 @@ class Probe:
         report = Report(
             rank=environment.global_rank,
             local_rank=environment.local_rank,
-            node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            node=node_name(),
             host=socket.gethostname(),
         )
         report.write(self.folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from cfmask.files import write_atomically
 from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.machine import node_name
 from launch.jobs.restarts import attempt_name, restart_of
 
 RAISED, KILLED, HUNG, DEVICE, UNHEALTHY = "raised", "killed", "hung", "device", "unhealthy"
@@ -30,10 +30,6 @@ RAISED, KILLED, HUNG, DEVICE, UNHEALTHY = "raised", "killed", "hung", "device", 
 has failed its check (health.py)."""
 DEATHS = (KILLED, HUNG, DEVICE, UNHEALTHY)
 """Those that another start, or another node, may not meet again."""
-
-
-def this_node() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @dataclass(frozen=True)
@@ -136,7 +132,7 @@ class RankStart:
         """
         now = time.time()
         clock = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(now)) + f".{int(now * 1000) % 1000:03}"
-        report = {"rank": self.rank, "node": this_node(), "time": clock, "error": error, **facts}
+        report = {"rank": self.rank, "node": node_name(), "time": clock, "error": error, **facts}
         try:
             if self.file.exists():
                 return

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cfmask.errors import UserError
 from cfmask.runtime.heartbeat import CHECKING, beat
-from cfmask.runtime.machine import probe_in
+from cfmask.runtime.machine import node_name, probe_in
 from launch.checks.node import file_clock, free_bytes
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
@@ -42,7 +41,7 @@ class NodeUnhealthy(UserError):
     """This node cannot do its part; another one may."""
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"node {os.environ.get('SLURMD_NODENAME') or socket.gethostname()} is unhealthy: {what}")
+        super().__init__(f"node {node_name()} is unhealthy: {what}")
 
 
 def check_node(folder: Path, place: Place) -> None:

@@ -24,7 +24,6 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from cfmask.files import write_atomically
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import now
 from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.machine import node_name
 from cfmask.secrets import MASK, mask_secrets
 from launch.jobs.deadline import AT_TIME_LIMIT
 from launch.jobs.run_state import RunState
@@ -79,7 +79,7 @@ class News:
             step=run_state.step or 0,
             total_steps=run_state.last.get("total_steps"),
             why=mask_secrets(why),
-            node=node or os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            node=node or node_name(),
             top1=top1_of(results) if results else {},
         )
 
