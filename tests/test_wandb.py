@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -166,23 +167,27 @@ def server() -> Iterator[tuple[dict[str, str], dict[str, Run]]]:
         yield {**environment, "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}, runs
 
 
-def start(run: RunFolder, environment: dict[str, str]) -> subprocess.Popen:
-    """A sender beside a rank that goes on."""
+@contextlib.contextmanager
+def sending(run: RunFolder, environment: dict[str, str]) -> Iterator[None]:
+    """A sender beside a rank that goes on; it is killed in the end."""
     command = [sys.executable, "-c", SENDER.format(repo=str(made.REPO), init_s=30, plant=""), UNTIL_EOF]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, str(run.root), "lab/imagenet"], env={**os.environ, **environment}, stdin=subprocess.PIPE
     )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_online_each_step_is_sent_once_although_the_sender_is_killed(run, server):
     environment, runs = server
     take_steps(run, 70, committed=50)
-    process = start(run, environment)
-    wait_until(lambda: runs and [*runs.values()][0].steps[-1:] == [50], "steps up to the checkpoint", 60)
-    append_lines(run.committed, [{"step": 70}])
-    wait_until(lambda: [*runs.values()][0].steps[-1:] == [70], "and those up to the next one", 60)
-    process.kill()
-    process.wait()
+    with sending(run, environment):
+        wait_until(lambda: runs and [*runs.values()][0].steps[-1:] == [50], "steps up to the checkpoint", 60)
+        append_lines(run.committed, [{"step": 70}])
+        wait_until(lambda: [*runs.values()][0].steps[-1:] == [70], "and those up to the next one", 60)
 
     take_steps(run, 150, committed=150)
     # Nobody but the server knows what was sent, and it does not answer: a folder could repeat steps.
