@@ -26,6 +26,8 @@ from pathlib import Path
 
 import pytest
 
+from cfmask.runtime.machine import process_runs
+
 CLUSTER_TOOL = Path(__file__).resolve().parents[1] / "slurm" / "cluster.py"
 
 # Takes the cluster down when its standard input ends: when the session says so, and as well when the session is killed.
@@ -83,8 +85,11 @@ class Cluster:
         """Return the process id of a daemon: slurmctld, slurmd-n1, slurmd-n2, slurmdbd, mariadbd, munged."""
         return json.loads((self.state / "cluster.json").read_text())["daemons"][daemon]["pid"]
 
-    def kill(self, daemon: str) -> None:
-        os.kill(self.pid(daemon), signal.SIGKILL)
+    def stop(self, daemon: str) -> None:
+        """End a daemon in an orderly way: killed, slurmctld forgets the ends of jobs, and requeues them."""
+        pid = self.pid(daemon)
+        os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not process_runs(pid), f"{daemon} has ended", 60)
 
     def revive(self) -> None:
         """Start those daemons again that were killed."""

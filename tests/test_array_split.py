@@ -108,7 +108,7 @@ def small_arrays(slurm_cluster: Cluster) -> Iterator[Cluster]:
 
     def restart(conf: str) -> None:
         slurm_cluster.conf.write_text(conf)
-        slurm_cluster.kill("slurmctld")
+        slurm_cluster.stop("slurmctld")
         slurm_cluster.revive()
 
     restart(f"{before}\nMaxArraySize=2\n")

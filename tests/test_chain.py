@@ -411,7 +411,8 @@ def test_a_chain_ends_with_the_weights_of_an_uninterrupted_run_and_its_last_job_
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     run, alone = tmp_path / "run", tmp_path / "alone"
     recipe = [*made.recipe_flags(materials, run), "--epochs", 40, "--checkpoint-steps", 1000, "--gpus-per-node", 0]
-    made.submit(*recipe, "--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30, "--chain", 2)
+    one_rank = ("--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
+    made.submit(*recipe, *one_rank, "--chain", 2)
     first, second = jobs_of(run)
     command = [sys.executable, str(REPO / "launch/status.py"), str(run), "--follow"]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -445,8 +446,8 @@ def test_a_chain_ends_with_the_weights_of_an_uninterrupted_run_and_its_last_job_
     hours, minutes, seconds = map(int, slurm_cluster.job(fourth)["RunTime"].split(":"))
     assert 3600 * hours + 60 * minutes + seconds <= 20, "it is over in seconds"
 
-    here = ("--executor", "local", "--tasks-per-node", 1)
-    made.submit(*recipe[: recipe.index("--run")], "--run", alone, *recipe[recipe.index("--run") + 2 :], *here)
+    recipe[recipe.index("--run") + 1] = alone
+    made.submit(*recipe, *one_rank, "--follow")
     for file in ("model.safetensors", "optimizer.safetensors"):
         ours, theirs = (load_file(each / "checkpoints/step-00000240" / file) for each in (run, alone))
         assert ours.keys() == theirs.keys()

@@ -21,6 +21,7 @@ from cfmask.runs import RunFolder
 from cfmask.secrets import has_secrets, mask_secrets
 from launch.jobs import failures, submission, training
 from launch.jobs.allocation import Allocation
+from launch.jobs.planning import Planned
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -165,6 +166,6 @@ def test_a_dry_run_shows_no_secret_of_the_setup(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submission, "test_only", lambda text: "would start" if SECRET in text else "")
     setup = (f"pip install --index-url {WITH_SECRETS[0]} x",)
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", setup=setup)
-    submission.dry_run([submission.Planned(RunFolder(tmp_path / "x"), Recipe())], allocation)
+    submission.dry_run([Planned(RunFolder(tmp_path / "x"), Recipe())], allocation)
     said = capsys.readouterr().out
     assert SECRET not in said and "--index-url https://***@host/shards x" in said and "would start" in said
