@@ -224,6 +224,7 @@ def top1(
     classes = models[0].head.out_features
     answers = (answers or Answers(torch.arange(classes))).to(device)
     counts = Counts(len(models), classes, device)
+    beat("evaluating")  # the first batch included
     for number, batch in enumerate(batches):
         beat("evaluating", number)
         pixels = normalise(batch.images.to(device, non_blocking=True))

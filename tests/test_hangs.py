@@ -147,7 +147,7 @@ def top1(models, normalise, batches, *given):
     return _top1(models, normalise, stopping(), *given)
 def inputs_of(batch):
     if _rank == 1:
-        _time.sleep(0.05)
+        _time.sleep(0.15)
     return _inputs_of(batch)
 """
 CHECKPOINT_WRITER = """
@@ -167,7 +167,7 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
     clone = made.plant(
         tmp_path / "clone", cfmask__train=IN_TRAINING + TRAIN, cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER
     )
-    done = made.submit(*made.recipe_flags(materials, run), *flags, "--hang-timeout", 0.1, repository=clone, check=False)
+    done = made.submit(*made.recipe_flags(materials, run), *flags, "--hang-timeout", 0.3, repository=clone, check=False)
     assert done.returncode == 0, done.stdout + made.logs(run)
     starts = read_lines(run / "attempts.jsonl")[1:]
     for number, (start, rank) in enumerate(zip(starts, (1, 1, 0), strict=True), 1):
@@ -182,8 +182,8 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
     assert "rank 0 hung: at step" in log and "stacks of its threads:" in log, "what the other one waited at"
     made.assert_same_weights(run, whole)
     lines = [line for line in read_lines(run / "log.jsonl") if "slowest_rank" in line]
-    assert sum(line["slowest_rank"] == 1 for line in lines) > len(lines) * 0.7
-    assert sorted(line["slowest_rank_s"] for line in lines)[len(lines) // 2] >= 0.05
+    assert sum(line["slowest_rank"] == 1 for line in lines) > len(lines) * 0.5
+    assert sorted(line["slowest_rank_s"] for line in lines)[len(lines) // 2] >= 0.15
 
 
 def test_retries_end_and_the_reason_is_said(materials, tmp_path):
