@@ -309,7 +309,7 @@ def test_a_second_job_on_the_folder_is_refused_and_the_first_goes_on(slurm_clust
 @pytest.mark.slurm
 def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster, materials, tmp_path):
     run = tmp_path / "run"
-    name = submit(materials, run)
+    name = submit(materials, run, "--retries", 0)
     wait_for_step(run, 8)
     os.kill(RunFolder(run).owner().pid, signal.SIGKILL)
     slurm_cluster.wait_for_state(name, "FAILED", 60)
