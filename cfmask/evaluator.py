@@ -81,9 +81,8 @@ def run_evaluation(
     with session(run, place, failing) as (store, leaving):
         is_main_process = place.rank == 0
         sets = load_sets_of(evaluation, check_files=is_main_process)
-        check_agreement(
-            {"the evaluation": evaluation.to_json(), **{f"the set {name}": each.digest for name, each in sets.items()}}
-        )
+        asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
+        check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
         if evaluation.make == "zero-shot":
             rank_0_first(store, place, "the zero-shot head", lambda: _make_zero_shot(evaluation, run, sets, place))
         counter = _Counter(evaluation, run, place, sets, stop_request)

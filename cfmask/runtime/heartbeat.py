@@ -36,15 +36,15 @@ _FIRST_STEPS = 5
 """Steps until their time is known: kernels are chosen and compiled, graphs captured, caches filled."""
 
 
-def minutes(variable: str, default: float) -> float:
-    """Seconds that a variable of the job's environment gives in minutes (launch/jobs/allocation.py)."""
-    return 60 * float(os.environ.get(variable) or default)
+def _seconds(variable: str, default_min: float) -> float:
+    """Of a variable of the job's environment, which is in minutes (launch/jobs/allocation.py)."""
+    return 60 * float(os.environ.get(variable) or default_min)
 
 
-RENDEZVOUS_TIMEOUT_S = minutes("CFMASK_RENDEZVOUS_TIMEOUT", 30)
-COLLECTIVE_TIMEOUT_S = minutes("CFMASK_COLLECTIVE_TIMEOUT", 30)
+RENDEZVOUS_TIMEOUT_S = _seconds("CFMASK_RENDEZVOUS_TIMEOUT", 30)
+COLLECTIVE_TIMEOUT_S = _seconds("CFMASK_COLLECTIVE_TIMEOUT", 30)
 """How long ranks may wait for each other until steps have been taken (cfmask/distributed.py)."""
-HANG_TIMEOUT_S = minutes("CFMASK_HANG_TIMEOUT", 5)
+HANG_TIMEOUT_S = _seconds("CFMASK_HANG_TIMEOUT", 5)
 """How long a rank may go without progress after that, at least; 0: as long as it likes."""
 
 

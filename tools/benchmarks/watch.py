@@ -77,48 +77,44 @@ def _row(name: str, values: list[float], of_step: float) -> list[str]:
     return [name, *numbers, f"{100 * statistics.median(values) / of_step:.3f} %"]
 
 
+def _per_step(do: Callable[[int], object]) -> Callable[[], float]:
+    """Measures what is done at a step: microseconds."""
+    return lambda: _timed(lambda: [do(step) for step in range(STEPS)]) / STEPS
+
+
 def _beats() -> Callable[[], float]:
     Heartbeat().activate()
 
-    def do() -> float:
-        began = time.perf_counter()
-        for step in range(STEPS):
-            beat("loading data", step)
-            beat("computing", step)
-            beat(WAITING)
-            beat(WAITING, step)
-        return 1e6 * (time.perf_counter() - began) / STEPS
+    def do(step: int) -> None:
+        beat("loading data", step)
+        beat("computing", step)
+        beat(WAITING)
+        beat(WAITING, step)
 
-    return do
+    return _per_step(do)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
     clock = StepClock(device)
 
-    def do() -> float:
-        began = time.perf_counter()
-        for step in range(STEPS):
-            clock.begin()
-            clock.end()
-            if step % Recipe().run.log_steps == 0:
-                clock.mean()
-        return 1e6 * (time.perf_counter() - began) / STEPS
+    def do(step: int) -> None:
+        clock.begin()
+        clock.end()
+        if step % Recipe().run.log_steps == 0:
+            clock.mean()
 
-    return do
+    return _per_step(do)
 
 
 def _times(device: torch.device) -> Callable[[], float]:
     """Added to what is reduced anyway: 256 bytes more in one reduction of so many are not seen."""
     reducer = AsyncMetricReducer(device)
 
-    def do() -> float:
-        began = time.perf_counter()
-        for step in range(STEPS):
-            if step % Recipe().run.log_steps == 0:
-                reducer.add(rank_metrics(0.1, 0, RANKS))
-        return 1e6 * (time.perf_counter() - began) / STEPS
+    def do(step: int) -> None:
+        if step % Recipe().run.log_steps == 0:
+            reducer.add(rank_metrics(0.1, 0, RANKS))
 
-    return do
+    return _per_step(do)
 
 
 def _train_step(model_name: str, device: torch.device) -> Callable[[], None]:
