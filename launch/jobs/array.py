@@ -107,20 +107,22 @@ def run_array(
         return []
     check_path(folder)
     with sole_writer(folder):
-        if queue_of_name(work.name):
-            if not (folder / "results").is_dir():
-                raise UserError(
-                    f"Jobs of an earlier command are in the queue (squeue --name {work.name}), and their results are "
-                    f"not in {array.logs}: it had another --logs, or was given in another directory. Give the same "
-                    f"--logs, or end the jobs: scancel --name {work.name}"
-                )
-            print(
-                f"jobs of an earlier command are in the queue: following them (squeue --name {work.name})", flush=True
+        is_followed = bool(queue_of_name(work.name))
+        if is_followed and not (folder / "results").is_dir():
+            raise UserError(
+                f"Jobs of an earlier command are in the queue (squeue --name {work.name}), and their results are "
+                f"not in {array.logs}: it had another --logs, or was given in another directory. Give the same "
+                f"--logs, or end the jobs: scancel --name {work.name}"
             )
-        else:
-            warn_of_paths_outside(array.allocation, folder, *paths)
-            _submit(work, array, folder)
-        try:
+        try:  # from here on an end of this command, at whatever moment it comes, is one of the jobs too
+            if is_followed:
+                print(
+                    f"jobs of an earlier command are in the queue: following them (squeue --name {work.name})",
+                    flush=True,
+                )
+            else:
+                warn_of_paths_outside(array.allocation, folder, *paths)
+                _submit(work, array, folder)
             results = _follow(work, folder, progress)
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and goes_on:
@@ -130,14 +132,14 @@ def run_array(
                     flush=True,
                 )
             else:
-                cancel(*queue_of_name(work.name))
+                _cancel(work.name)
             raise
         _clean_up(work.name, folder)
     return results
 
 
 def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
-    """Nobody is in the queue who might need what is in the folder."""
+    """Nobody is in the queue who might need what is in the folder. All tasks are accepted, or the caller cancels."""
     for old in folder.iterdir():
         if old.is_dir():
             shutil.rmtree(old)
@@ -151,21 +153,24 @@ def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
     code = snapshot.take(REPO, folder / "code")
     write_environment(array.allocation, folder / "jobs")
     accepted: list[str] = []
-    try:
-        for part in split_array(count, max_array_members() if count > 1 else None, array.allocation.array_parallelism):
-            allocation = part.allocation(array.allocation, accepted)
-            executor = slurm_executor(folder / "jobs", work.name, shlex.quote(str(folder)), code.digest, allocation)
-            tasks = [ArrayTask(folder, number, array.workers, allocation.time_min) for number in part.members]
-            accepted.append(array_id(send(executor, tasks)))
-    except BaseException:
-        with contextlib.suppress(SlurmError):
-            cancel(*accepted)  # all tasks are followed, or none
-        raise
+    for part in split_array(count, max_array_members() if count > 1 else None, array.allocation.array_parallelism):
+        allocation = part.allocation(array.allocation, accepted)
+        executor = slurm_executor(folder / "jobs", work.name, shlex.quote(str(folder)), code.digest, allocation)
+        tasks = [ArrayTask(folder, number, array.workers, allocation.time_min) for number in part.members]
+        accepted.append(array_id(send(executor, tasks)))
     print(
         f"array job {', '.join(accepted)} of {count} tasks, code {code}; logs {folder / 'jobs'}",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _cancel(name: str) -> None:
+    """End the jobs of a command that ends; why it ends matters more than that they could not be ended."""
+    try:
+        cancel(*queue_of_name(name))
+    except SlurmError as error:
+        print(f"The jobs go on: {error} `scancel --name {name}` ends them.", file=sys.stderr, flush=True)
 
 
 def _save(path: Path, value: object) -> None:
