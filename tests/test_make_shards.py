@@ -19,8 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
+from cfmask.convert import collection, conversion
 from cfmask.convert.planning import hold_out
-from cfmask.data import imagenet, images, sources
+from cfmask.convert.sources import files
+from cfmask.data import imagenet, images
 from cfmask.data.shards import ShardReader, load_index, load_manifest, write_shard
 from cfmask.data.stream import eval_batches
 from cfmask.files import sole_writer
@@ -541,8 +543,8 @@ def test_a_tar_that_was_cut_is_refused(tmp_path, capsys):
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "tree", imagenet_files("train"))
-    usage = make_shards.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(make_shards.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
+    usage = conversion.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     message = refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out")
     assert "need about 0.1 MB, and the disk has 0.0 MB left" in message
     assert not (tmp_path / "out").exists()
@@ -593,8 +595,8 @@ def test_a_dry_run_says_how_much_and_writes_nothing(tmp_path, capsys, monkeypatc
         assert f"train: 20 images, 1 shards, about {sizes[0]} in" in printed
         assert f"val: 8 images, 1 shards, about {sizes[1]} in" in printed
         assert "Nothing was written" in printed and not (tmp_path / "out").exists()
-    usage = make_shards.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(make_shards.shutil, "disk_usage", lambda path: usage._replace(free=4_000_000))
+    usage = conversion.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=4_000_000))
     large = ("--dry-run", "--store", "crop-raw")
     assert "need about 4.3 MB" in refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out", *large)
     assert not (tmp_path / "out").exists()
@@ -607,7 +609,8 @@ def test_the_estimate_is_close(tmp_path):
         args = make_shards.parser().parse_args(
             [*("folder", "--source", str(tmp_path / "tree"), "--out", str(tmp_path / store), "--store", store)]
         )
-        [split] = make_shards.plan_all(make_shards.collect(args), args)
+        request = make_shards.request_of(args)
+        [split] = conversion.plan_all(collection.collect(request), request)
         made = sum(path.stat().st_size for path in split.folder.glob("train-*"))
         assert abs(sum(task.num_bytes for task in split.tasks) / made - 1) < tolerance
 
@@ -722,7 +725,7 @@ def test_a_holdout_is_stratified_taken_out_of_train_and_independent_of_order(tmp
 def test_shares_of_a_holdout_are_within_one_of_proportion(n):
     rng = np.random.default_rng(n)
     found = [
-        sources.LabelledImage(f"c{c:02d}", f"{i}.jpg", sources.Blob("", 0, 0, 0, 0))
+        files.LabelledImage(f"c{c:02d}", f"{i}.jpg", files.Blob("", 0, 0, 0, 0))
         for c, size in enumerate(rng.integers(1, 100, 20))
         for i in range(size)
     ]

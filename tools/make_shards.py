@@ -32,315 +32,25 @@ with its policy; the manifest's bad_samples counts the images that were left out
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.convert.planning import (  # noqa: E402
-    Classes,
-    Store,
-    Task,
-    claim,
-    hold_out,
-    is_made,
-    plan_split,
-    read_classes,
-)
-from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, make_all, make_shard, preload  # noqa: E402
-from cfmask.data import benchmarks, imagenet, images, shards, sources  # noqa: E402
+from cfmask.convert.collection import Request, collect  # noqa: E402
+from cfmask.convert.conversion import MakeAll, Split, check_space, convert_split, free_space, plan_all  # noqa: E402
+from cfmask.convert.planning import Task, is_made  # noqa: E402
+from cfmask.convert.sources.imagenet import DEVKIT  # noqa: E402
+from cfmask.convert.tarscan import shown_size  # noqa: E402
+from cfmask.convert.writing import make_all, make_shard, preload  # noqa: E402
+from cfmask.data import benchmarks, images  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.files import remove_leftovers, sole_writer, write_atomically  # noqa: E402
-from cfmask.runtime.progress import progress_bar  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
-BAD_SAMPLES = "bad_samples.jsonl"
 _SHIFTED_WITH_WNIDS = [b.name for b in benchmarks.SHIFTED if b is not benchmarks.OBJECTNET]
-
-
-# --- what is to be converted ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Collection:
-    """The images of a source, with what their folders mean.
-
-    class_ids: by class folder. accepted: as the manifest's. facts: for the manifest's ``made``.
-    """
-
-    tree: sources.Tree
-    classes: Classes
-    class_ids: dict[str, int]
-    accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    border: int = 0
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def collect(args: argparse.Namespace) -> Collection:
-    """List the source and check it against what is known of the set.
-
-    Raises:
-        UserError: nothing to convert, strangers in the source, or counts that deviate.
-    """
-    listed = read_classes(args.classes) if args.verb == "folder" and args.classes else None
-    with progress_bar(desc="listing the source", unit=" files") as bar:
-        if args.verb == "folder":
-            tree = sources.folder_tree(args.source, split=args.split, tick=bar.update)
-            classes = listed or tuple((folder, folder) for folder in tree.folders)
-            found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
-        elif args.verb == "imagenet":
-            tree = sources.imagenet_tree(args.source, split=args.split, devkit=args.devkit, tick=bar.update)
-            found = Collection(tree, imagenet.classes(), {wnid: i for i, wnid in enumerate(imagenet.wnids())})
-        elif args.verb == "objectnet":
-            objectnet = sources.objectnet_tree(args.source, mappings=args.mappings, tick=bar.update)
-            found = Collection(
-                objectnet.tree,
-                imagenet.classes(),
-                {folder: ids[0] for folder, ids in objectnet.class_ids.items()},
-                accepted={ids[0]: ids for ids in objectnet.class_ids.values() if len(ids) > 1},
-                border=0 if args.border_removed else 2,
-                facts={"border_removed_before": args.border_removed, "left_out_by_design": objectnet.left_out},
-            )
-        else:
-            tree, class_ids = sources.benchmark_tree(args.source, args.verb, tick=bar.update)
-            found = Collection(tree, imagenet.classes(), class_ids)
-    if strangers := sorted(set(found.tree.folders) - set(found.class_ids)):
-        raise UserError(
-            f"{args.source} has class folders that {args.classes} does not list: {', '.join(strangers[:5])}"
-            f"{' …' if len(strangers) > 5 else ''}. Add them to the list, or move them out of the source."
-        )
-    if args.verb != "folder":
-        check_counts(found, args)
-    if args.verb in ("imagenet", "folder") and args.holdout is not None:
-        take_holdout(found, args)
-    return found
-
-
-def check_counts(found: Collection, args: argparse.Namespace) -> None:
-    """Raises: UserError: a set has other numbers of images or classes than a whole copy of it."""
-    for split, of_split in found.tree.splits.items():
-        expected = benchmarks.BENCHMARKS.get(split)
-        if expected is None:
-            continue
-        by_folder = Counter(image.folder for image in of_split)
-        labels = {found.class_ids[folder] for folder in by_folder}
-        right = {i for label in labels for i in found.accepted.get(label, (label,))}
-        deviations = expected.deviations(by_folder, len(right))
-        if deviations and not args.allow_count_mismatch:
-            raise UserError(
-                f"{args.source} has {'; '.join(deviations)} for the set {split}: it is not a whole copy of it, and "
-                f"accuracies on it would not be comparable. Get the missing part or move out what is too much; "
-                f"--allow-count-mismatch converts it as it is, and says so in the manifest."
-            )
-        if deviations:
-            print(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
-            found.facts.setdefault("count_mismatch", {})[split] = deviations
-
-
-def take_holdout(found: Collection, args: argparse.Namespace) -> None:
-    """Move images from the split train to a split holdout."""
-    splits = found.tree.splits
-    if "train" not in splits or "holdout" in splits:
-        raise UserError(
-            f"--holdout takes images out of a split called train and makes a split called holdout of them; the source "
-            f"has {', '.join(splits)}. Leave --holdout out, or convert the training set with it."
-        )
-    splits["train"], splits["holdout"] = hold_out(splits["train"], args.holdout, seed=args.seed)
-    found.facts["holdout"] = args.holdout
-
-
-# --- one split ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """A set to be made. made: facts of how, for the manifest; they begin with what identifies the plan to people."""
-
-    folder: Path
-    tasks: list[Task]
-    found: Collection
-    made: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-
-def plan_all(found: Collection, args: argparse.Namespace) -> list[Split]:
-    size = args.image_size or 224
-    store = Store(args.store, None if args.store == images.ORIGINAL else size, found.border)
-    splits = []
-    for name, of_split in found.tree.splits.items():
-        folder = args.out / name
-        facts = {
-            "source": args.source.name,
-            "images": len(of_split),
-            "classes": len(found.classes),
-            "store": store.name,
-            "image_size": store.image_size,
-            "seed": args.seed,
-            "samples_per_shard": args.samples_per_shard,
-            **{key: value for key, value in found.facts.items() if key != "count_mismatch"},
-        }
-        if name in found.facts.get("count_mismatch", {}):
-            facts["count_mismatch"] = found.facts["count_mismatch"][name]
-        tasks = plan_split(
-            folder,
-            of_split,
-            classes=found.classes,
-            class_ids=found.class_ids,
-            store=store,
-            seed=args.seed,
-            samples_per_shard=args.samples_per_shard,
-        )
-        splits.append(Split(folder, tasks, found, facts))
-    return splits
-
-
-def _size(n: int) -> str:
-    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
-
-
-def check_space(out: Path, tasks: list[Task]) -> None:
-    """Raises: UserError: what is still to be made does not fit on the disk."""
-    needed = sum(task.num_bytes for task in tasks)
-    free = free_space(out)
-    if needed > free:
-        raise UserError(
-            f"The shards in {out} need about {_size(needed)}, and the disk has {_size(free)} left. Free some space, or "
-            f"choose an --out on another disk."
-        )
-
-
-def free_space(folder: Path) -> int:
-    """Bytes that a folder, which need not exist yet, can take."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def convert_split(split: Split, args: argparse.Namespace, array: Array | None) -> None:
-    """Make what is missing of one split, then its manifest."""
-    begun = time.monotonic()
-    folder, name, tasks = split.folder, split.name, split.tasks
-    # Jobs of a Slurm array do not take the lock. Two that make one shard write the same bytes aside, under names of
-    # their own, and rename: that does no harm.
-    with sole_writer(folder):
-        claim(folder, tasks[0].plan, split.made)
-        missing = [task for task in tasks if not is_made(task)]
-        total = sum(len(task.samples) for task in tasks)
-        to_do = sum(len(task.samples) for task in missing)
-        if len(missing) < len(tasks):
-            print(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
-        done_bytes = 0
-        with progress_bar(total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing) as bar:
-
-            def report(made: tuple[int, int]) -> None:
-                nonlocal done_bytes
-                n, n_bytes = made
-                done_bytes += n_bytes
-                bar.set_postfix_str(f"{done_bytes / 1e6 / (time.monotonic() - begun):.1f} MB/s", refresh=False)
-                bar.update(n)
-
-            if array is not None:
-                convert_on_slurm(split, missing, array, args.source, report)
-            else:
-                workers = args.workers or len(os.sched_getaffinity(0))
-                make_all(missing, workers=workers, progress=report)
-        manifest, kept = commit(split, args)
-        remove_leftovers(folder)
-    seconds = time.monotonic() - begun
-    rate = f", {to_do / seconds:.0f} images/s" if to_do else ""
-    print(
-        f"{name}: {manifest.num_samples} images of {sum(n > 0 for n in manifest.class_counts)} classes "
-        f"(of {manifest.num_classes}), shards: {len(tasks)}, {_size(manifest.num_bytes)} in {folder} "
-        f"({seconds:.0f} s{rate})"
-    )
-    if manifest.bad_samples or kept:
-        print(
-            f"{name}: {manifest.bad_samples} images were left out because they do not decode, {kept} other oddities "
-            f"were dealt with; {folder / BAD_SAMPLES} lists them all"
-        )
-
-
-def convert_on_slurm(
-    split: Split, missing: list[Task], array: Array, source: Path, report: Callable[[tuple[int, int]], object]
-) -> None:
-    """Make the missing shards in a job array. Ctrl-C leaves it in the queue."""
-    from launch.jobs.array import Work, run_array
-
-    work = Work(
-        kind="shards",
-        identity=f"{split.folder}{split.tasks[0].plan}",
-        function=make_shard,
-        items=missing,
-        keys=[task.tar.stem for task in missing],
-        preload=preload(missing),
-    )
-    run_array(work, array, progress=report, paths=[split.folder, source], goes_on=True)
-
-
-def commit(split: Split, args: argparse.Namespace) -> tuple[shards.Manifest, int]:
-    """The list of bad samples and the manifest, from the plan and the indexes alone.
-
-    Returns:
-        The manifest, and how many issues there are beside images that were left out.
-
-    Raises:
-        UserError: not one image could be decoded.
-    """
-    found, folder = split.found, split.folder
-    entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in split.tasks), strict=True)
-    issues = [
-        {"name": f"{empty}/", "class": found.class_ids.get(empty), "issue": "no image in it", "policy": NO_IMAGES}
-        for empty in found.tree.empty.get(split.name, [])
-    ]
-    issues += sorted(
-        (issue for index in indexes for issue in index.about["issues"]),
-        key=lambda issue: (issue["name"], issue["issue"]),
-    )
-    if issues:
-        write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(issue) + "\n" for issue in issues))
-    else:
-        (folder / BAD_SAMPLES).unlink(missing_ok=True)
-    bad = sum(issue["policy"] == LEFT_OUT for issue in issues)
-    if not any(entry.samples for entry in entries):
-        raise UserError(
-            f"None of the {bad} images of the split {split.name} decodes; {folder / BAD_SAMPLES} has the reasons. Is "
-            f"the source what it should be?"
-        )
-    store = split.tasks[0].store
-    manifest = shards.Manifest(
-        root=folder,
-        split=split.name,
-        store=store.name,
-        image_size=store.image_size,
-        border=store.border_left,
-        accepted=found.accepted,
-        classes=found.classes,
-        class_counts=shards.class_counts_of(indexes, len(found.classes)),
-        shards=entries,
-        bad_samples=bad,
-        made={
-            "tool": f"make_shards {args.verb}",
-            **split.made,
-            "ignored": len(found.tree.ignored),
-            "plan": split.tasks[0].plan,
-        },
-    )
-    shards.write_manifest(manifest)
-    return manifest, len(issues) - bad
-
-
-# --- command line ---------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
@@ -360,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         "--devkit",
         type=Path,
         metavar="FILE",
-        help=f"{sources.DEVKIT}: labels of a val set that is not sorted into class folders (default: in --source)",
+        help=f"{DEVKIT}: labels of a val set that is not sorted into class folders (default: in --source)",
     )
     known = [net, verb("imagenet-v2", "ImageNet-V2, matched frequency; folders are class numbers or wnids")]
     for name in _SHIFTED_WITH_WNIDS:
@@ -449,32 +159,65 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--workers would do nothing with --executor slurm: --cpus-per-task says how many there are.")
 
 
+def request_of(args: argparse.Namespace) -> Request:
+    given = {field.name: getattr(args, field.name) for field in fields(Request) if hasattr(args, field.name)}
+    for name in ("source", "out"):
+        given[name] = given[name].expanduser().absolute()
+    if args.verb == "imagenet" and args.split == "all":
+        given["split"] = None
+    return Request(kind=args.verb, **given)
+
+
+def on_this_machine(workers: int | None) -> MakeAll:
+    """Make shards in processes of this machine, by default one a core."""
+    return lambda _, tasks, report: make_all(tasks, workers=workers or len(os.sched_getaffinity(0)), progress=report)
+
+
+def on_slurm(array: Array, source: Path) -> MakeAll:
+    """Make shards in a job array. Ctrl-C leaves it in the queue."""
+    from launch.jobs.array import Work, run_array
+
+    def make(split: Split, tasks: list[Task], report: Callable[[tuple[int, int]], object]) -> None:
+        work = Work(
+            kind="shards",
+            identity=f"{split.folder}{tasks[0].plan}",
+            function=make_shard,
+            items=tasks,
+            keys=[task.tar.stem for task in tasks],
+            preload=preload(tasks),
+        )
+        run_array(work, array, progress=report, paths=[split.folder, source], goes_on=True)
+
+    return make
+
+
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_arguments(args)
     array = resolve_array(args)
-    args.source, args.out = args.source.expanduser().absolute(), args.out.expanduser().absolute()
-    found = collect(args)
+    request = request_of(args)
+    found = collect(request)
     if ignored := found.tree.ignored:
         print(f"{len(ignored)} files are no images by their names and stay out, {ignored[0]} for one")
     if left_out := found.facts.get("left_out_by_design"):
         print(f"{left_out} images are in folders that do not overlap with ImageNet, and stay out")
-    splits = plan_all(found, args)
+    splits = plan_all(found, request)
     if args.dry_run:
         for split in splits:
             total = sum(task.num_bytes for task in split.tasks)
             print(
-                f"{split.name}: {split.made['images']} images, {len(split.tasks)} shards, about {_size(total)} in "
+                f"{split.name}: {split.made['images']} images, {len(split.tasks)} shards, about {shown_size(total)} in "
                 f"{split.folder}"
             )
-    check_space(args.out, [task for split in splits for task in split.tasks if not is_made(task)])
+    check_space(request.out, [task for split in splits for task in split.tasks if not is_made(task)])
     if args.dry_run:
-        print(f"The disk has {_size(free_space(args.out))} left. Nothing was written.")
+        print(f"The disk has {shown_size(free_space(request.out))} left. Nothing was written.")
         return 0
+    make = on_this_machine(args.workers) if array is None else on_slurm(array, request.source)
     try:
         for split in splits:
-            convert_split(split, args, array)
+            convert_split(split, request, make)
     except KeyboardInterrupt:
         print("\nFinished shards are kept; the same command makes those that are missing.", file=sys.stderr)
         raise

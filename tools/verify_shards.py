@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.data import remote, tarscan  # noqa: E402
+from cfmask.convert import tarscan  # noqa: E402
+from cfmask.data import remote  # noqa: E402
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import remove_leftovers, write_atomically  # noqa: E402

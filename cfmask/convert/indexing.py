@@ -14,9 +14,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from cfmask.convert import tarscan
 from cfmask.convert.labels import IMAGES, LABEL_OPTIONS, Label, group, image_of, label_of, label_of_key, no_images
 from cfmask.convert.planning import Classes
-from cfmask.data import imagenet, images, shards, tarscan
+from cfmask.data import imagenet, images, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, write_atomically
 

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from cfmask.data import images, tarscan
+from cfmask.convert import tarscan
+from cfmask.data import images
 from cfmask.errors import UserError
 
 LABEL_FIELDS = ("label", "cls", "class_id", "class")

@@ -12,8 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from cfmask.convert.sources.files import LabelledImage
 from cfmask.data import images, plan, shards
-from cfmask.data.sources import LabelledImage
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 

@@ -1,0 +1,140 @@
+"""What a source holds, checked against what is known of the set, and its holdout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cfmask.convert.planning import Classes, hold_out, read_classes
+from cfmask.convert.sources.files import Tree
+from cfmask.convert.sources.folder import folder_tree
+from cfmask.convert.sources.imagenet import imagenet_tree
+from cfmask.convert.sources.objectnet import objectnet_tree
+from cfmask.convert.sources.shifted import benchmark_tree
+from cfmask.data import benchmarks, imagenet, images
+from cfmask.errors import UserError
+from cfmask.runtime.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, and into what.
+
+    kind: imagenet, imagenet-v2, imagenet-r, imagenet-a, imagenet-sketch, objectnet or folder.
+    source: folder or archive. out: gets a folder for each split.
+    split: the one to convert; None: all there are. folder: also the name of the one that the source is.
+    holdout: images to take out of train into a split of that name.
+    allow_count_mismatch: convert a copy of a known set that lacks images or classes.
+    devkit: imagenet; labels of a validation set that is not sorted into class folders.
+    mappings, border_removed: objectnet; its mapping files, and whether this copy has lost its red border.
+    classes: folder; class list.
+    """
+
+    kind: str
+    source: Path
+    out: Path
+    seed: int = 0
+    samples_per_shard: int = 1000
+    store: str = images.ORIGINAL
+    image_size: int | None = None
+    split: str | None = None
+    holdout: int | None = None
+    allow_count_mismatch: bool = False
+    devkit: Path | None = None
+    mappings: Path | None = None
+    border_removed: bool = False
+    classes: Path | None = None
+
+
+@dataclass(frozen=True)
+class Collection:
+    """The images of a source, with what their folders mean.
+
+    class_ids: by class folder. accepted: as the manifest's. facts: for the manifest's ``made``.
+    """
+
+    tree: Tree
+    classes: Classes
+    class_ids: dict[str, int]
+    accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    border: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def collect(request: Request) -> Collection:
+    """List the source and check it against what is known of the set.
+
+    Raises:
+        UserError: nothing to convert, strangers in the source, or counts that deviate.
+    """
+    listed = read_classes(request.classes) if request.classes else None
+    with progress_bar(desc="listing the source", unit=" files") as bar:
+        if request.kind == "folder":
+            tree = folder_tree(request.source, split=request.split, tick=bar.update)
+            classes = listed or tuple((folder, folder) for folder in tree.folders)
+            found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
+        elif request.kind == "imagenet":
+            tree = imagenet_tree(request.source, split=request.split, devkit=request.devkit, tick=bar.update)
+            found = Collection(tree, imagenet.classes(), {wnid: i for i, wnid in enumerate(imagenet.wnids())})
+        elif request.kind == "objectnet":
+            objectnet = objectnet_tree(request.source, mappings=request.mappings, tick=bar.update)
+            found = Collection(
+                objectnet.tree,
+                imagenet.classes(),
+                {folder: ids[0] for folder, ids in objectnet.class_ids.items()},
+                accepted={ids[0]: ids for ids in objectnet.class_ids.values() if len(ids) > 1},
+                border=0 if request.border_removed else 2,
+                facts={"border_removed_before": request.border_removed, "left_out_by_design": objectnet.left_out},
+            )
+        else:
+            tree, class_ids = benchmark_tree(request.source, request.kind, tick=bar.update)
+            found = Collection(tree, imagenet.classes(), class_ids)
+    if strangers := sorted(set(found.tree.folders) - set(found.class_ids)):
+        raise UserError(
+            f"{request.source} has class folders that {request.classes} does not list: {', '.join(strangers[:5])}"
+            f"{' …' if len(strangers) > 5 else ''}. Add them to the list, or move them out of the source."
+        )
+    if request.kind != "folder":
+        check_counts(found, request)
+    if request.holdout is not None:
+        take_holdout(found, request.holdout, seed=request.seed)
+    return found
+
+
+def check_counts(found: Collection, request: Request) -> None:
+    """Raises: UserError: a set has other numbers of images or classes than a whole copy of it."""
+    for split, of_split in found.tree.splits.items():
+        expected = benchmarks.BENCHMARKS.get(split)
+        if expected is None:
+            continue
+        by_folder = Counter(image.folder for image in of_split)
+        labels = {found.class_ids[folder] for folder in by_folder}
+        right = {i for label in labels for i in found.accepted.get(label, (label,))}
+        deviations = expected.deviations(by_folder, len(right))
+        if deviations and not request.allow_count_mismatch:
+            raise UserError(
+                f"{request.source} has {'; '.join(deviations)} for the set {split}: it is not a whole copy of it, and "
+                f"accuracies on it would not be comparable. Get the missing part or move out what is too much; "
+                f"--allow-count-mismatch converts it as it is, and says so in the manifest."
+            )
+        if deviations:
+            print(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
+            found.facts.setdefault("count_mismatch", {})[split] = deviations
+
+
+def take_holdout(found: Collection, n: int, *, seed: int) -> None:
+    """Move ``n`` images from the split train to a split holdout.
+
+    Raises:
+        UserError: there is no split train, or a split holdout already.
+    """
+    splits = found.tree.splits
+    if "train" not in splits or "holdout" in splits:
+        raise UserError(
+            f"--holdout takes images out of a split called train and makes a split called holdout of them; the source "
+            f"has {', '.join(splits)}. Leave --holdout out, or convert the training set with it."
+        )
+    splits["train"], splits["holdout"] = hold_out(splits["train"], n, seed=seed)
+    found.facts["holdout"] = n

@@ -1,0 +1,63 @@
+"""Any tree of classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cfmask.convert.sources.files import SPLITS, LabelledImage, Listing, Tick, Tree, chosen_tree, find_images
+from cfmask.errors import UserError
+
+
+def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
+    """class/image or split/class/image, below any number of leading folders.
+
+    Args:
+        split: chooses one split of several; names the one there is where no folder does.
+
+    Raises:
+        UserError: no class folders, folders of different depth, a split that cannot be told.
+    """
+    listing = Listing(source, tick)
+    found, ignored = find_images(listing)
+    loose = next((file for file in found if len(file.parts) < 2), None)
+    if loose or not found:
+        raise UserError(
+            f"{source} holds no class folders{f' ({loose.parts[-1]} lies at its top)' if loose else ' with images'}: "
+            f"it has to look like <class>/<image> or <split>/<class>/<image>."
+        )
+    leading = _common_prefix({file.parts[:-2] for file in found})
+    depths = {len(file.parts) - len(leading) - 2: file for file in found}
+    if set(depths) - {0, 1} or len(depths) > 1:
+        examples = " and ".join("/".join(file.parts) for _, file in sorted(depths.items())[:2])
+        raise UserError(
+            f"The images of {source} do not lie at one depth of <class>/<image> or <split>/<class>/<image>: "
+            f"{examples}. Move what does not belong out of the source, or name a folder further down as --source."
+        )
+    images: dict[str, list[LabelledImage]] = {}
+    below = [parts for parts in listing.folders if parts[: len(leading)] == leading]
+    if 1 in depths:
+        for file in found:
+            name = file.parts[len(leading)]
+            images.setdefault(SPLITS.get(name.lower(), name), []).append(
+                LabelledImage(file.parts[-2], file.parts[-1], file.blob)
+            )
+        seen = [(parts[-2], parts[-1]) for parts in below if len(parts) == len(leading) + 2]
+        return chosen_tree(source, images, [(SPLITS.get(s.lower(), s), c) for s, c in seen], ignored, split)
+    # Nothing above the classes tells splits apart, unless it is named like one.
+    above = leading[-1] if leading else source.name
+    which = SPLITS.get(above.lower()) or split
+    if which is None:
+        raise UserError(
+            f"{source} holds class folders ({found[0].parts[-2]}, …) but nothing says which split they are: add "
+            f"--split NAME (train, val, …)."
+        )
+    images[which] = [LabelledImage(file.parts[-2], file.parts[-1], file.blob) for file in found]
+    return chosen_tree(
+        source, images, [(which, parts[-1]) for parts in below if len(parts) == len(leading) + 1], ignored, split
+    )
+
+
+def _common_prefix(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(os.path.commonprefix([list(path) for path in paths]))
