@@ -153,6 +153,16 @@ def test_masks_that_cannot_be_used_are_left_out_with_a_warning(materials, tmp_pa
     assert overlaps(run)[0]["overlap"]["bird"]["images"] == 15
 
 
+def test_masks_of_other_samples_are_refused_before_training(materials, tmp_path):
+    """Nothing would be measured: here they are named as the photographs were, and not by key."""
+    for path in (materials / "masks").glob(f"{WNIDS[1]}_*"):
+        (tmp_path / path.name.removeprefix(f"{WNIDS[1]}_")).write_bytes(path.read_bytes())
+    recipe = recipe_of(materials)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, segmentation=str(tmp_path)))
+    with pytest.raises(UserError, match="has no mask of any sample of dog, bird .* by the samples' keys alone"):
+        train(recipe, tmp_path / "run")
+
+
 def test_it_is_refused_where_there_is_no_cam(materials):
     for method in (Method(name="vanilla"), Method(mask="random"), Method(mask="none")):
         with pytest.raises(UserError, match="--segmentation would do nothing"):

@@ -17,7 +17,9 @@ from PIL import Image
 import made
 from cfmask.data import imagenet
 from cfmask.data.images import crop, crop_mask
-from cfmask.data.segmentation import categories, class_groups, decode_runs, open_masks, segmented_samples
+from cfmask.data.mask_files import decode_runs
+from cfmask.data.segmentation import categories, class_groups, open_masks
+from cfmask.data.segmented import segmented_samples
 from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from cfmask.data import imagenet
 from cfmask.data.images import crop, decode
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.masks import normalised
+from cfmask.masking.validator import Validation, method_to_validate
 from cfmask.models.head import build_tower, load_model, model_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from tools import make_shards, validate_masks
 from tools._demo_images import CLASSES, draw_image
+from tools._shared import recorded_method
 from towers import ODD
 
 WNIDS = tuple(imagenet.wnids()[i] for i in (1, 80, 151, 281))  # goldfish; a bird, a dog, a cat
@@ -148,7 +151,7 @@ def test_table_and_pictures(scene, tmp_path, capsys):
 def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert validate_masks.main(command(scene, whole, "--count", 0)) == 0
-    part, shards_done = validate_masks.Validation.part, []
+    part, shards_done = Validation.part, []
 
     def part_until(self, shard, *arguments):
         if len(shards_done) == 2:
@@ -156,7 +159,7 @@ def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, mo
         shards_done.append(shard.name)
         return part(self, shard, *arguments)
 
-    monkeypatch.setattr(validate_masks.Validation, "part", part_until)
+    monkeypatch.setattr(Validation, "part", part_until)
     assert validate_masks.main(command(scene, stopped, "--count", 0)) == 130
     assert not (stopped / "results.json").exists()
     with open(stopped / "parts.jsonl", "a") as file:
@@ -167,7 +170,7 @@ def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, mo
         assert shard.name not in shards_done
         return part(self, shard, *arguments)
 
-    monkeypatch.setattr(validate_masks.Validation, "part", part_of_the_rest)
+    monkeypatch.setattr(Validation, "part", part_of_the_rest)
     assert validate_masks.main(command(scene, stopped, "--count", 0)) == 0
     assert results(stopped)["models"] == results(whole)["models"]
     # Another question is not put together with these answers.
@@ -181,12 +184,11 @@ def test_a_run_is_asked_about_its_own_masks(scene, tmp_path):
     (run / "model.safetensors").write_bytes((scene / "a.safetensors").read_bytes())
     recipe = Recipe(method=Method(mask="context", fill="multi-fill", threshold=0.25, first_block=1)).resolved()
     (run / "recipe.json").write_text(recipe.to_json())
-    arguments = validate_masks.parser().parse_args(command(scene, tmp_path))
-    assert validate_masks.method_of(str(run), arguments) == dataclasses.replace(
+    recorded = recorded_method(run)
+    assert method_to_validate(recorded, mask=None, cam=None, first_block=None) == dataclasses.replace(
         recipe.method, beta=30.0, temperature=None
     )
-    arguments.mask = "object"
-    changed = validate_masks.method_of(str(run), arguments)
+    changed = method_to_validate(recorded, mask="object", cam=None, first_block=None)
     assert (changed.mask, changed.threshold, changed.first_block) == ("object", 0.6, 1)
 
 
@@ -299,13 +301,8 @@ def test_masks_of_a_trained_tower_fall_on_real_dogs_cats_and_birds(tmp_path, cap
 
     (tmp_path / "classes.txt").write_text("".join(f"{name}\t{name}\n" for name in known))
     made.convert(tmp_path / "images", tmp_path / "shards", "--classes", str(tmp_path / "classes.txt"))
-    asked = [
-        str(tmp_path / "model.safetensors"),
-        "--shards",
-        str(tmp_path / "shards"),
-        "--segmentation",
-        str(annotations),
-    ]
+    asked = [str(tmp_path / "model.safetensors"), "--shards", str(tmp_path / "shards")]
+    asked += ["--segmentation", str(annotations)]
     out = ["--out", str(tmp_path / "out"), "--groups", "dog", "cat", "bird", "all"]
     assert validate_masks.main([*asked, *out]) == 0
     groups = results(tmp_path / "out")["models"][0]["groups"]
@@ -313,3 +310,15 @@ def test_masks_of_a_trained_tower_fall_on_real_dogs_cats_and_birds(tmp_path, cap
     on_object, by_chance = (groups["all"][name][2] for name in ("object_masking_rate", "image_masking_rate"))
     print(f"at 0.3, {100 * on_object:.0f} % of the object is masked and {100 * by_chance:.0f} % of the image")
     assert on_object > by_chance + 0.15
+
+    # The same photographs without shards, and the PNGs in the zip that COCO distributes, give the same numbers.
+    with zipfile.ZipFile(annotations.with_suffix(".zip"), "w") as archive:
+        for path in annotations.with_suffix("").iterdir():
+            archive.writestr(f"panoptic_train2017/{path.name}", path.read_bytes())
+    images = ["--images", str(tmp_path / "images"), "--panoptic-pngs", str(annotations.with_suffix(".zip"))]
+    named = ["--segmentation", str(annotations), "--out", str(tmp_path / "photos"), "--groups", "dog", "cat", "bird"]
+    assert validate_masks.main([asked[0], *images, *named, "--count", "5"]) == 0
+    for name, found in results(tmp_path / "photos")["models"][0]["groups"].items():
+        assert found.pop("images") == groups[name].pop("images")
+        for rate, values in found.items():
+            assert values == pytest.approx(groups[name][rate], abs=1e-9)

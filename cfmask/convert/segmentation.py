@@ -18,7 +18,8 @@ from PIL import Image
 from cfmask.convert.mask2former import Segmenter, category_labels, read_config
 from cfmask.convert.planning import is_made
 from cfmask.data import images, shards
-from cfmask.data.segmentation import MADE_BY, categories, class_groups, facts_of
+from cfmask.data.segmentation import MADE_BY, categories, class_groups
+from cfmask.data.segmented import facts_of
 from cfmask.data.shards import Manifest, ShardReader, load_sets
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers

@@ -10,12 +10,14 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cfmask.data.segmentation import ALL, ObjectReader, categories, class_groups, open_masks
+from cfmask.data.segmentation import ALL, Masks, ObjectReader, categories, class_groups, open_masks
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import Batch
+from cfmask.errors import UserError
 from cfmask.logs import MetricLogger
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
 from cfmask.metrics import Metric, StepResult, Sum
@@ -42,14 +44,26 @@ class MaskStudy:
 
     @classmethod
     def of(cls, segmentation: str, manifest: Manifest, model: Classifier, device: torch.device) -> MaskStudy:
-        """A study of a training set with the masks in ``segmentation``, a folder or shards."""
+        """A study of a training set with the masks in ``segmentation``.
+
+        Raises:
+            UserError: they cannot be read, or no sample of the groups has one.
+        """
         groups = class_groups(manifest.classes)
         if len(groups) > 1:
             del groups[ALL]  # the others' sum
         shown = categories(manifest.classes)
+        masks, wanted = open_masks(segmentation), sorted(frozenset().union(*groups.values()))
+        if not _has_any(masks, manifest, wanted):
+            raise UserError(
+                f"--segmentation {segmentation} has no mask of any sample of {', '.join(groups)} in {manifest.root}: "
+                f"nothing would be measured. In training, masks are found by the samples' keys alone: name them by key "
+                f"(tools/validate_masks.py finds them by file names too). COCO annotations fit shards whose keys are "
+                f"COCO's file names without ending."
+            )
         reader = ObjectReader(
-            masks=open_masks(segmentation),
-            classes={i: shown[i] for i in frozenset().union(*groups.values())},
+            masks=masks,
+            classes={i: shown[i] for i in wanted},
             size=model.image_size,
             patch_size=model.patch_size,
         )
@@ -69,6 +83,12 @@ class MaskStudy:
         """The tallies by group whose vectors are ``values``, one after the other."""
         size = len(values) // len(self.groups)
         return {name: Tally.from_vector(values[i * size : (i + 1) * size]) for i, name in enumerate(self.groups)}
+
+
+def _has_any(masks: Masks, manifest: Manifest, wanted: Sequence[int]) -> bool:
+    """Whether a sample of these class ids has a mask. Most sets tell by their first shard."""
+    indexes = map(manifest.open_index, manifest.shards)
+    return any(masks.has(key.decode()) for i in indexes for key in i.keys[np.isin(i.labels, wanted)].tolist())
 
 
 class MaskStudyLog:

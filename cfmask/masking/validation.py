@@ -19,11 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfmask.errors import UserError
 from cfmask.masking.fills import CONTEXT, OBJECT
 from cfmask.masking.masks import context_mask, object_mask
 
 THRESHOLDS = tuple(n / 10 for n in range(1, 10))
 """At which masks are validated, unless others are asked for."""
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Raises UserError: thresholds of a CAM that are out of range, or there twice."""
+    if not all(0 <= threshold < 1 for threshold in thresholds):
+        raise UserError("--thresholds must lie in 0…1, 1 excluded: no patch's relevance is above its image's maximum.")
+    if len(set(thresholds)) != len(thresholds):
+        raise UserError(f"--thresholds has a value twice: {' '.join(map(str, thresholds))}.")
 
 
 @dataclass(frozen=True)

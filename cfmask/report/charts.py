@@ -35,7 +35,7 @@ def bar_chart(rows: Sequence[Row], path: Path, split: Split | None = None) -> No
         UserError: nothing to show, or the picture cannot be written.
     """
     split = checked_split(rows, split)
-    plt = _pyplot()
+    plt = pyplot()
     estimates, labels = [row.estimates(split) for row in rows], list(split.columns)
     names = [row.name for row in rows]
     figure, axis = plt.subplots(figsize=(_WIDTH, 3.6 + _legend_height(names)), layout="constrained")
@@ -91,7 +91,7 @@ def reliability_chart(models: Sequence[ModelResult], path: Path, split: Split | 
         UserError: nothing to show, or the picture cannot be written.
     """
     split = checked_split([Row(model.name, (model,)) for model in models], split)
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     sets = {label: n for label, n in split.columns.items() if n is not None and any(n in m.sets for m in models)}
@@ -166,7 +166,7 @@ def sweep_chart(results: Results, path: Path, split: Split | None = None) -> Non
     home = next((label for label in columns if split.columns[label] == split.in_distribution), None)
     shifted = AVERAGE if AVERAGE in series else next((c for c in columns if split.columns[c] in split.shifted), None)
 
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     both = home is not None and shifted is not None
@@ -263,7 +263,7 @@ def effective_robustness(
     split = split or Split.of_rows(points)
     panels = robustness_panels(points, [row.name for row in points if row.name in fit_on] + sorted(fit_on), split)
     values = effective_values(panels)
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.lines import Line2D
 
     columns = 2 if len(panels) == 4 else min(3, len(panels))
@@ -429,10 +429,10 @@ def _save(figure: Any, path: Path) -> None:
     except ValueError as error:
         raise UserError(f"{path} is no picture that can be written: {error}. Name it .png, .pdf or .svg.") from error
     finally:
-        _pyplot().close(figure)
+        pyplot().close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")

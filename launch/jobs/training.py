@@ -312,8 +312,8 @@ def check(
         )
     if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
         raise UserError(
-            f"--segmentation {recipe.data.segmentation}: there is nothing. Give what tools/validate_masks.py takes: a "
-            "folder of PNGs, COCO annotations, or masks that tools/segment.py made."
+            f"--segmentation {recipe.data.segmentation}: no such file or directory. Give what tools/validate_masks.py "
+            "takes: a folder of PNGs, COCO annotations, or masks that tools/segment.py made."
         )
     for name in recipe.data.eval_sets:
         check_same_classes(load_set(shards, name), train)

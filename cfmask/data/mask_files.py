@@ -1,0 +1,198 @@
+"""Segmentation masks as files: PNGs, COCO's run-length encoding, and which sample a file belongs to."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from cfmask.errors import UserError
+
+Mask = NDArray[np.bool_]
+"""(H, W): where the object is."""
+
+
+def shown_size(shape: Sequence[int]) -> str:
+    """(H, W) as people write it: W × H."""
+    height, width = shape
+    return f"{width} × {height}"
+
+
+class Names:
+    """Mask files or entries, by the names under which a sample may look for them. A bare name that two of them share
+    finds neither."""
+
+    def __init__(self, found: Sequence[Path]) -> None:
+        self._known: dict[str, Path | None] = {}
+        for path in found:
+            stem = path.with_suffix("")
+            for name in {stem.name, "/".join(stem.parts[-2:])}:
+                self._known[name] = None if name in self._known else path
+
+    def find(self, key: str, name: str) -> Path | None:
+        """key: of the sample. name: of the file that its image was (folder/file), or ""."""
+        parts = Path(name).with_suffix("").parts if name else ()
+        for candidate in (key, "/".join(parts[-2:]), parts[-1] if parts else ""):
+            if found := self._known.get(candidate):
+                return found
+        return None
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}).") from None
+
+
+# --- PNG --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_png(shown: object, data: bytes) -> Iterator[Image.Image]:
+    """A PNG whose pixels are not read yet. What goes wrong while it is open becomes a UserError; shown: its name."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            yield image
+    except UserError:
+        raise
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(f"{shown} cannot be read as a PNG ({error}).") from None
+
+
+def read_object_mask(shown: object, data: bytes) -> Mask:
+    """The mask in a PNG of one object: 0, and one other value where the object is.
+
+    Raises:
+        UserError: it is no such PNG.
+    """
+    with open_png(shown, data) as image:
+        pixels = np.array(image)
+        if image.mode == "P":  # tools that compress PNGs reorder palettes: white may be index 0
+            black = ~np.array(image.convert("RGB")).any(2)
+            if not np.array_equal(black, pixels == 0):
+                raise UserError(
+                    f"{shown} has a palette whose index 0 is not black, so it is unclear which of its pixels are the "
+                    f"object. Save it in greyscale, 0 where the object is not."
+                )
+    there: Mask = pixels != 0
+    if pixels.ndim == 2 and (pixels.dtype == bool or ((pixels == pixels.max()) == there).all() or not there.any()):
+        return there
+    what = f"{len(np.unique(pixels))} values" if pixels.ndim == 2 else f"{pixels.shape[2]} channels"
+    hint = " If it is a PNG of COCO's panoptic format, give the JSON of its annotations instead."
+    raise UserError(
+        f"{shown} is no mask of one object: it has {what}, where a mask has one channel, 0 for what is not the object "
+        f"and one other value for what is.{hint if pixels.ndim == 3 else ''}"
+    )
+
+
+def read_segment_ids(shown: object, data: bytes, size: tuple[int, int]) -> NDArray[np.int32]:
+    """The segment ids in a PNG of COCO's panoptic format: R + 256 G + 65536 B.
+
+    Args:
+        size: height and width that it has to have.
+
+    Returns:
+        (H, W); 0 for pixels of no segment.
+
+    Raises:
+        UserError: it has another size or another pixel format.
+    """
+    with open_png(shown, data) as image:
+        if image.size != size[::-1]:
+            raise UserError(
+                f"{shown} has {shown_size(image.size[::-1])} pixels, its image has {shown_size(size)} according to the "
+                f"annotations. Ids cannot be resized: take the PNGs that were distributed with the annotations."
+            )
+        depth = data[24]  # of the header; Pillow cuts 16 bits to 8 without a word
+        if image.mode not in ("RGB", "RGBA") or depth != 8:
+            raise UserError(
+                f"{shown} is no PNG of COCO's segment ids: those have three channels of 8 bits (R + 256 G + 65536 B), "
+                f"this one has {depth} bits and Pillow's mode {image.mode}. Take the PNGs that were distributed with "
+                f"the annotations, not ones that were converted or drawn for viewing."
+            )
+        pixels = np.array(image)
+    if pixels.shape[2] == 4 and (pixels[..., 3] != 255).any():
+        raise UserError(
+            f"{shown} has transparent pixels, whose segment ids are not certain: COCO's PNGs have three channels."
+        )
+    return pixels[..., :3].astype(np.int32) @ np.array([1, 256, 256**2], np.int32)
+
+
+# --- run-length encoding ----------------------------------------------------------------------------------------------
+
+
+def decode_mask(entry: Any, path: Path) -> Mask:
+    """A run-length encoded mask of the file ``path``: ``{"size": [H, W], "counts": …}``.
+
+    Raises:
+        UserError: it is polygons, or no run-length encoding.
+    """
+    if isinstance(entry, list):
+        raise UserError(
+            f"{path} holds polygons, whose pixels depend on who draws them. Of COCO, give the panoptic annotations "
+            f"(panoptic_val2017.json, with its PNGs), which hold exact pixels; encode masks of your own run by run."
+        )
+    try:
+        (height, width), counts = entry["size"], entry["counts"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f'{path} holds no run-length encoded mask: that is {{"size": [height, width], "counts": …}}.'
+        ) from None
+    try:
+        return decode_runs(counts, height, width)
+    except UserError as reason:
+        raise UserError(f"{path} holds a mask that cannot be decoded: {reason}.") from None
+
+
+def decode_runs(counts: str | Sequence[int], height: int, width: int) -> Mask:
+    """COCO's run-length encoding → bool (height, width).
+
+    Args:
+        counts: lengths of runs of pixels that are not and are the object, in turn, beginning with the first; columns
+            one after the other. Or COCO's compressed text of them: six bits a character from "0" on, five of the number
+            with the lowest first and one that says that it goes on; from the fourth on, differences to the one before
+            the last. (pycocotools, maskApi.c)
+
+    Raises:
+        UserError: they do not add up to height · width, or are no such text. The message is the reason alone.
+    """
+    if not all(isinstance(side, int) and side > 0 for side in (height, width)):
+        raise UserError(f"its size is {height!r} × {width!r}")
+    if not isinstance(counts, str | list | tuple):
+        raise UserError(f"its counts are a {type(counts).__name__}")
+    runs = _uncompressed(counts) if isinstance(counts, str) else list(counts)
+    if not all(isinstance(run, int) and run >= 0 for run in runs):
+        raise UserError("its counts are not all whole numbers of 0 or more")
+    if sum(runs) != height * width:
+        raise UserError(f"its runs have {sum(runs)} pixels, and {height} × {width} are {height * width}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _uncompressed(text: str) -> list[int]:
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64:
+            raise UserError(f"{character!r} is no character of compressed counts")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    if shift:
+        raise UserError("its compressed counts end within a number")
+    return runs

@@ -1,0 +1,324 @@
+"""Samples with the masks of their objects: of a set of shards, or the photographs that COCO annotations are of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfmask.data import images
+from cfmask.data.coco import CocoImage, CocoMasks
+from cfmask.data.filetree import FileTree
+from cfmask.data.mask_files import Mask, shown_size
+from cfmask.data.segmentation import Classes, Masks, categories
+from cfmask.data.shards import Manifest, ShardReader
+from cfmask.errors import UserError
+
+_T = TypeVar("_T")
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A sample and where its object is.
+
+    key: of the sample in its set.
+    classes: class ids, of which one is the sample's: several where only its COCO category is known.
+    image: uint8 (3, S, S).
+    mask: bool (S, S); None if there is none for it.
+    """
+
+    key: str
+    classes: tuple[int, ...]
+    image: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive samples that are finished together.
+
+    name: unique in the set. place: where they are, for messages. ids: of the samples.
+    """
+
+    name: str
+    place: str
+    ids: Sequence[int]
+
+
+class SegmentedSet(Protocol):
+    """Samples with masks.
+
+    where: folder or URL of the images. digest: a hash that changes with images or masks. classes: of the model.
+    chunks: its samples. left_out: images that are annotated but not there. note: for whoever reads the numbers, or "".
+    """
+
+    where: str
+    digest: str
+    classes: Classes
+    chunks: list[Chunk]
+    left_out: list[str]
+    note: str
+
+    def samples(self, ids: Sequence[int]) -> Iterator[Segmented]:
+        """In the order of ``ids``. Raises UserError if one of them, or its mask, cannot be used."""
+        ...
+
+
+def _in_order(read: Callable[[int], _T], ids: Sequence[int], threads: int) -> Iterator[_T]:
+    """``read`` of each id in order, by so many threads ahead of the caller; 0: when it is asked for."""
+    if threads == 0:
+        yield from map(read, ids)
+        return
+    with ThreadPoolExecutor(threads, thread_name_prefix="cfmask-masks") as pool:
+        under_way: deque[Future[_T]] = deque()
+        try:
+            for sample_id in ids:
+                under_way.append(pool.submit(read, sample_id))
+                if len(under_way) > 8 * threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+class SegmentedShards:
+    """The samples of a set of shards that are of certain classes.
+
+    Args:
+        wanted: class ids.
+        image_size: of the crop.
+        threads: that read and decode; 0 does it in the caller's.
+
+    Raises:
+        UserError: the set has no sample of these classes.
+    """
+
+    def __init__(
+        self, manifest: Manifest, masks: Masks, *, wanted: frozenset[int], image_size: int, threads: int
+    ) -> None:
+        self.where = str(manifest.root)
+        self.classes: Classes = manifest.classes
+        self.digest = hashlib.sha256(f"{manifest.digest} {masks.digest()}".encode()).hexdigest()
+        self.left_out: list[str] = []
+        self.note = ""
+        self.chunks: list[Chunk] = []
+        first, labels = 0, sorted(wanted)
+        for shard in manifest.shards:
+            rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, labels))
+            if len(rows):
+                self.chunks.append(Chunk(shard.name, str(manifest.place(shard)), (first + rows).tolist()))
+            first += shard.samples
+        if not self.chunks:
+            names = ", ".join(manifest.classes[i][1] for i in labels[:5])
+            raise UserError(f"{manifest.root} has no sample of {names}{', …' if len(labels) > 5 else ''}.")
+        self._manifest, self._masks, self._size, self._threads = manifest, masks, image_size, threads
+        self._category = categories(manifest.classes).__getitem__
+
+    def samples(self, ids: Sequence[int]) -> Iterator[Segmented]:
+        return segmented_samples(
+            self._manifest,
+            ids,
+            self._masks,
+            image_size=self._size,
+            category=self._category,
+            threads=self._threads,
+        )
+
+
+def segmented_samples(
+    manifest: Manifest,
+    ids: Sequence[int],
+    masks: Masks,
+    *,
+    image_size: int,
+    category: Callable[[int], str],
+    threads: int,
+) -> Iterator[Segmented]:
+    """Samples of a set with their masks, in the order of ``ids``.
+
+    Args:
+        category: COCO's name of what a class id's samples show.
+        threads: that read and decode; 0 does it in this one, when a sample is asked for.
+
+    Raises:
+        UserError: a sample or its mask cannot be read, or the mask is of another size than the image.
+    """
+    with ShardReader(manifest) as reader:
+
+        def read(sample_id: int) -> Segmented:
+            sample = reader.read(sample_id)
+            key, label = sample["__key__"], sample["__label__"]
+            extension = next((name for name in sample if name in images.MEMBERS), None)
+            if extension is None:
+                raise UserError(f"Sample {key} of shard {sample['__url__']} has no image among its members.")
+            about = facts_of(sample)
+            image = images.pixels(sample[extension], extension, image_size, border=manifest.border)
+            mask = masks.read(key, about.get("name", ""), category(label))
+            if mask is None:
+                return Segmented(key, (label,), image, None)
+            _check_size(mask, sample, extension, about, manifest, image_size)
+            if manifest.border and not manifest.image_size:
+                mask = mask[manifest.border : -manifest.border, manifest.border : -manifest.border]
+            return Segmented(key, (label,), image, images.crop_mask(torch.from_numpy(mask.copy()), image_size))
+
+        yield from _in_order(read, ids, threads)
+
+
+def facts_of(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What make_shards wrote beside a sample's image (name, width, height …); {} for shards of another maker."""
+    try:
+        facts = json.loads(bytes(sample.get("json", b"{}")))
+    except ValueError:
+        return {}
+    known = isinstance(facts, dict) and isinstance(facts.get("name"), str) and {"width", "height"} <= facts.keys()
+    return facts if known else {}
+
+
+def _check_size(
+    mask: Mask, sample: Mapping[str, Any], extension: str, about: Mapping[str, Any], manifest: Manifest, size: int
+) -> None:
+    if about:
+        right = (about["height"], about["width"])
+    elif manifest.image_size:
+        return  # crops of another maker: nothing tells what they were cut from
+    else:
+        facts = images.inspect(sample[extension])
+        right = (facts.height, facts.width)
+    # Of a crop, a mask of the crop is as good.
+    if mask.shape != right and not (manifest.image_size and mask.shape == (size, size)):
+        raise UserError(
+            f"The mask of sample {sample['__key__']} has {shown_size(mask.shape)} pixels, its image had "
+            f"{shown_size(right)}: it is the mask of another image, or of a resized one. Masks belong to the images as "
+            f"they were before any resizing."
+        )
+
+
+# --- COCO's photographs -----------------------------------------------------------------------------------------------
+
+
+class SegmentedPhotos:
+    """The photographs of COCO annotations that show the categories of certain classes: a sample for each photograph and
+    category in it.
+
+    The annotations know a category (dog) and no class (Chihuahua), so a sample's ``classes`` are all of the model's
+    classes of the category.
+
+    Args:
+        photos: folder or zip with the files that the annotations name.
+        classes: the model's.
+        groups: class ids by group. A group has to be one or several whole categories.
+        allow_missing: leave out photographs that are not in ``photos``.
+        image_size: of the crop.
+        threads: that read and decode; 0 does it in the caller's.
+
+    Raises:
+        UserError: a group that the annotations cannot tell, no photograph of the groups, or missing ones.
+    """
+
+    def __init__(
+        self,
+        masks: CocoMasks,
+        photos: Path,
+        classes: Classes,
+        groups: Mapping[str, frozenset[int]],
+        *,
+        allow_missing: bool,
+        image_size: int,
+        threads: int,
+    ) -> None:
+        self.where = str(photos)
+        self.classes: Classes = classes
+        self._masks, self._tree, self._size, self._threads = masks, FileTree(photos), image_size, threads
+        self._members = _members(classes, groups)
+        self._samples: list[tuple[CocoImage, str, str]] = []  # image, category, path in the tree
+        self.left_out: list[str] = []
+        self.note = (
+            "The annotations know categories alone: the CAM is that of the model's most probable class of the category."
+        )
+        taken: dict[str, CocoImage] = {}
+        shown = masks.images_with(self._members)
+        for image, category in shown:
+            path = self._tree.find(image.file)
+            if path is None:
+                self.left_out.append(image.file)
+            elif taken.setdefault(path, image) is not image:
+                raise UserError(
+                    f"{photos / path} would be two images of the annotations, {taken[path].file} and {image.file}. "
+                    f"Give the folder that the file names of the annotations begin at."
+                )
+            else:
+                self._samples.append((image, category, path))
+        if not shown:
+            raise UserError(f"No image of the annotations shows {', '.join(self._members)}. Choose other --groups.")
+        if not self._samples or (self.left_out and not allow_missing):
+            raise UserError(
+                f"{photos} lacks {len(self.left_out)} of {len(shown)} images that the annotations have of "
+                f"{', '.join(self._members)}, {self.left_out[0]} for one. Give the folder or zip of the photographs "
+                f"that they belong to (val2017 for panoptic_val2017.json). --allow-missing-masks leaves out the images "
+                f"that are missing, if there are any others, and says how many."
+            )
+        count = len(self._samples)
+        self.chunks = [
+            Chunk(f"samples {first} to {end - 1}", str(photos), range(first, end))
+            for first in range(0, count, _CHUNK)
+            for end in (min(first + _CHUNK, count),)
+        ]
+        self.digest = hashlib.sha256(f"{masks.digest()} {self._tree.digest(taken)}".encode()).hexdigest()
+
+    def samples(self, ids: Sequence[int]) -> Iterator[Segmented]:
+        return _in_order(self._read, ids, self._threads)
+
+    def _read(self, sample_id: int) -> Segmented:
+        image, category, path = self._samples[sample_id]
+        shown = self._tree.place / path
+        data = self._tree.read(path)
+        try:
+            pixels = images.decode(data)
+            if pixels.shape[1:] != image.size:
+                raise UserError(
+                    f"it has {shown_size(pixels.shape[1:])} pixels, {shown_size(image.size)} according to the "
+                    f"annotations. It is another image, or was resized or turned: take the photographs as they are "
+                    f"distributed"
+                )
+            cropped = images.crop(pixels, self._size)
+        except UserError as reason:
+            raise UserError(f"{shown} cannot be used: {reason}.") from None
+        mask = torch.from_numpy(self._masks.mask(image, category).copy())
+        return Segmented(
+            f"{image.file} ({category})", self._members[category], cropped, images.crop_mask(mask, self._size)
+        )
+
+
+def _members(classes: Classes, groups: Mapping[str, frozenset[int]]) -> dict[str, tuple[int, ...]]:
+    """Class ids by category, of the categories of groups.
+
+    Raises:
+        UserError: a group that has only some of a category's classes.
+    """
+    names = categories(classes)
+    found: dict[str, tuple[int, ...]] = {}
+    for group, ids in groups.items():
+        for category in sorted({names[i] for i in ids}):
+            whole = tuple(i for i, name in enumerate(names) if name == category)
+            if strangers := [i for i in whole if i not in ids]:
+                raise UserError(
+                    f"The annotations tell a {category} and not its kind, so nothing says which images are of the "
+                    f"group {group}: {classes[strangers[0]][1]} is a {category} too. Choose whole categories "
+                    f"(--groups {category})."
+                )
+            found[category] = whole
+    return found

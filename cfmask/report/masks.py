@@ -1,0 +1,235 @@
+"""What a validation of masks found: a table, curves over thresholds, and a contact sheet.
+
+table.md  results.json      image masking rate, object masking rate and IoU by model, group and threshold
+curves.png                  the same over thresholds
+sheet.png                   of the last model: image, object, mask, overlap
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfmask.data.segmented import Segmented
+from cfmask.errors import UserError
+from cfmask.files import write_atomically
+from cfmask.masking.validation import add_up, coverage, masks_at, rates
+from cfmask.masking.validator import Part, Tallies, Validation
+from cfmask.report.charts import pyplot
+from cfmask.report.tables import table
+
+RATES = ("image masking rate", "object masking rate", "IoU")
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """A validation, what its parts add up to, and the keys of samples without a mask."""
+
+    validation: Validation
+    totals: Tallies
+    missing: list[str]
+
+    @classmethod
+    def of(cls, validation: Validation, parts: Sequence[Part]) -> _Findings:
+        totals = [add_up(of_model) for of_model in zip(*(p.tallies for p in parts if p.tallies), strict=True)]
+        return cls(validation, totals, [key for part in parts for key in part.missing])
+
+
+def write_report(
+    out: Path, validation: Validation, parts: Sequence[Part], *, segmentation: str, count: int, seed: int
+) -> tuple[str, list[Path]]:
+    """Write the files named above into ``out``.
+
+    Args:
+        segmentation: path of the masks.
+        count: images on the contact sheet; 0 draws none.
+        seed: of the choice of these images.
+
+    Returns:
+        the table, and the files.
+
+    Raises:
+        UserError: a sample of the contact sheet cannot be read, or none has an object.
+        OSError: a file cannot be written.
+    """
+    findings = _Findings.of(validation, parts)
+    text = _as_text(findings)
+    write_atomically(out / "table.md", text + "\n")
+    results = {
+        "set": validation.segmented.where,
+        "segmentation": segmentation,
+        "thresholds": list(validation.thresholds),
+        "without_mask": len(findings.missing),
+        "without_image": len(validation.segmented.left_out),
+        "models": [
+            {
+                "model": path,
+                "mask": method.mask,
+                "cam": method.cam,
+                "first_block": method.first_block,
+                "groups": {group: sums.to_result() for group, sums in of_model.items()},
+            }
+            for path, method, of_model in zip(validation.paths, validation.methods, findings.totals, strict=True)
+        ],
+    }
+    write_atomically(out / "results.json", json.dumps(results, indent=2))
+    _draw_curves(out / "curves.png", findings)
+    written = [out / "table.md", out / "results.json", out / "curves.png"]
+    if count:
+        _draw_sheet(out / "sheet.png", validation, _choose(validation, count, seed))
+        written.append(out / "sheet.png")
+    return text, written
+
+
+def _as_text(findings: _Findings) -> str:
+    """A table a model: thresholds × groups × rates."""
+    validation, totals = findings.validation, findings.totals
+    blocks = []
+    for path, method, of_model in zip(validation.paths, validation.methods, totals, strict=True):
+        header = ["threshold", *(f"{group}: {rate}" for group in of_model for rate in ("image", "object", "IoU"))]
+        columns = [values for sums in of_model.values() for values in sums.means()]
+        rows = [
+            [f"{threshold:g}", *("–" if c[i] != c[i] else f"{100 * c[i]:.1f}" for c in columns)]
+            for i, threshold in enumerate(validation.thresholds)
+        ]
+        blocks.append(f"{path}: {method.mask} mask by {method.cam}, %\n\n{table(header, rows)}")
+    counts = ", ".join(
+        f"{group} {int(sums.images)} ({int(sums.images - sums.with_object)})" for group, sums in totals[0].items()
+    )
+    notes = [f"Images (without a pixel of the object): {counts}."]
+    for why, names in (("they have no mask", findings.missing), ("they are missing", validation.segmented.left_out)):
+        if names:
+            notes.append(f"Left out, because {why}: {len(names)}, {names[0]} for one.")
+    if validation.segmented.note:
+        notes.append(validation.segmented.note)
+    return "\n\n".join([*blocks, " ".join(notes)])
+
+
+def _draw_curves(out: Path, findings: _Findings) -> None:
+    """Rates over thresholds: a panel a rate and group, a line a model."""
+    plt = pyplot()
+    totals, paths, thresholds = findings.totals, findings.validation.paths, findings.validation.thresholds
+    groups = list(totals[0])
+    figure, axes = plt.subplots(
+        len(groups),
+        len(RATES),
+        figsize=(3.4 * len(RATES), 2.5 * len(groups) + 0.5),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    order = np.argsort(thresholds)
+    x = np.array(thresholds)[order]
+    for row, group in zip(axes, groups, strict=True):
+        for number, (axis, rate) in enumerate(zip(row, RATES, strict=True)):
+            for path, of_model in zip(paths, totals, strict=True):
+                values = 100 * np.array(of_model[group].means()[number])[order]
+                axis.plot(x, values, "o-", markersize=3, linewidth=1.2, label=path)
+            if rate == RATES[1] and len(paths) == 1:
+                by_chance = 100 * np.array(totals[0][group].means()[0])[order]
+                axis.plot(x, by_chance, ":", color="grey", linewidth=1, label="by chance")
+            axis.grid(alpha=0.3)
+            axis.set_ylim(-3, 103)  # a line at 0 or 100 is seen whole
+            if group == groups[0]:
+                axis.set_title(f"{rate}, %", fontsize=9)
+            if group == groups[-1]:
+                axis.set_xlabel("threshold", fontsize=8)
+        count = int(totals[0][group].images)
+        row[0].set_ylabel(f"{group} ({count} image{'s' * (count != 1)})", fontsize=9)
+    handles, labels = axes[0][1].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=max(1, min(3, 120 // max(map(len, labels)))), fontsize=8
+    )
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+# --- contact sheet ----------------------------------------------------------------------------------------------------
+
+
+def _choose(validation: Validation, count: int, seed: int) -> list[Segmented]:
+    """Samples to look at: of each group in turn, with an object where there is one."""
+    rng = np.random.default_rng(seed)
+    everything = [i for chunk in validation.segmented.chunks for i in chunk.ids]
+    ids = rng.permutation(everything)[: 8 * count].tolist()
+    found = [sample for sample in validation.segmented.samples(ids) if sample.mask is not None and sample.mask.any()]
+    single = {name: ids for name, ids in validation.groups.items() if len(validation.groups) == 1 or name != "all"}
+    queues = [[s for s in found if s.classes[0] in classes] for classes in single.values()]
+    chosen: list[Segmented] = []
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            if queue and len(chosen) < count:
+                sample = queue.pop(0)
+                if all(sample is not other for other in chosen):
+                    chosen.append(sample)
+    return sorted(chosen, key=lambda sample: (sample.classes, sample.key))
+
+
+def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented]) -> None:
+    """Contact sheet of the last model: image, M_seg, M_CAM and their overlap at the threshold of its method."""
+    plt = pyplot()
+    model, method = validation.models[-1], validation.methods[-1]
+    assert method.threshold is not None and method.mask is not None
+    if not samples:
+        raise UserError(
+            "None of the samples chosen for the contact sheet has a mask with a pixel in it: --count 0 draws none."
+        )
+    cam, classes = validation.relevance(model, method, samples)
+    mask = masks_at(cam, [method.threshold], method.mask)
+    segmentation = torch.stack([s.mask for s in samples if s.mask is not None])
+    found = rates(mask.cpu(), coverage(segmentation, model.patch_size))
+
+    size, patch = model.image_size, model.patch_size
+    figure, axes = plt.subplots(
+        len(samples), 4, figsize=(8, 2.15 * len(samples) + 0.5), squeeze=False, layout="constrained"
+    )
+    for i, (row, sample) in enumerate(zip(axes, samples, strict=True)):
+        picture = sample.image.permute(1, 2, 0).numpy()
+        grid = mask[i, 0].cpu().view(model.visual.grid_size).numpy().repeat(patch, 0).repeat(patch, 1)
+        masked = np.zeros((size, size), bool)
+        masked[: grid.shape[0], : grid.shape[1]] = grid
+        there = segmentation[i].numpy()
+        row[0].imshow(picture)
+        row[1].imshow(_lit(picture, there))
+        row[2].imshow(_lit(picture, masked))
+        row[3].imshow(_overlap(picture, there, masked))
+        row[0].set_title(validation.segmented.classes[int(classes[i])][1], fontsize=8)
+        row[1].set_title(f"object: {_percent(there.mean())} of the image", fontsize=8)
+        row[2].set_title(f"{method.mask} mask: {_percent(found.image[i, 0])} of the image", fontsize=8)
+        row[3].set_title(f"{_percent(found.object[i, 0])} of the object, IoU {_percent(found.iou[i, 0])}", fontsize=8)
+        for axis in row:
+            axis.set_axis_off()
+    figure.suptitle(
+        f"threshold {method.threshold:g}; right: green is both, orange object alone, blue mask alone", fontsize=9
+    )
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def _percent(share: float | Tensor) -> str:
+    value = 100 * float(share)
+    return f"{value:.1f} %" if 0 < value < 1 else f"{value:.0f} %"
+
+
+def _lit(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture, pale where the mask is not."""
+    shown = picture.copy()
+    shown[~mask] = 255 - (255 - shown[~mask]) // 5
+    return shown
+
+
+def _overlap(picture: np.ndarray, there: np.ndarray, masked: np.ndarray) -> np.ndarray:
+    """The picture in grey; where it is object or mask or both, coloured."""
+    grey = picture.mean(2, keepdims=True).repeat(3, 2) * 0.5 + 96
+    colours = {(True, True): (0, 158, 115), (True, False): (213, 94, 0), (False, True): (0, 114, 178)}
+    for (in_object, in_mask), colour in colours.items():
+        rows = (there == in_object) & (masked == in_mask)
+        grey[rows] = 0.45 * grey[rows] + 0.55 * np.array(colour)
+    return grey.astype(np.uint8)
