@@ -22,6 +22,7 @@ from PIL import Image
 from cfmask.convert import collection, conversion
 from cfmask.convert.planning import hold_out
 from cfmask.convert.sources import files
+from cfmask.convert.sources.blobs import Blob, SourceFile
 from cfmask.data import imagenet, images
 from cfmask.data.shards import ShardReader, load_index, load_manifest, write_shard
 from cfmask.data.stream import eval_batches
@@ -725,7 +726,7 @@ def test_a_holdout_is_stratified_taken_out_of_train_and_independent_of_order(tmp
 def test_shares_of_a_holdout_are_within_one_of_proportion(n):
     rng = np.random.default_rng(n)
     found = [
-        files.LabelledImage(f"c{c:02d}", f"{i}.jpg", files.Blob("", 0, 0, 0, 0))
+        files.LabelledImage(f"c{c:02d}", f"{i}.jpg", Blob(SourceFile("", 0, 0), 0, 0))
         for c, size in enumerate(rng.integers(1, 100, 20))
         for i in range(size)
     ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from cfmask.convert.sources.blobs import Blob, SourceBytes, SourceFile
 from cfmask.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -24,53 +25,12 @@ SPLITS = {
 }
 
 
-class Blob(NamedTuple):
-    """``size`` bytes at ``offset`` of a file: a whole file, or a member of a tar (or of a tar in a tar).
-    file_size, mtime_ns: of the file when it was listed."""
-
-    path: str
-    offset: int
-    size: int
-    file_size: int
-    mtime_ns: int
-
-    def read(self) -> bytes:
-        """The bytes.
-
-        Raises:
-            UserError: they cannot be read, or the file is not the one that was listed.
-        """
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                now = os.fstat(descriptor)
-                data = os.pread(descriptor, self.size, self.offset)
-                while len(data) < self.size and (
-                    more := os.pread(descriptor, self.size - len(data), self.offset + len(data))
-                ):
-                    data += more  # a file system may give less than was asked for, though most never do
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise UserError(
-                f"The source {self.path} cannot be read ({error.strerror}). Mend that, then run the same command "
-                f"again: finished shards are kept."
-            ) from None
-        if (now.st_size, now.st_mtime_ns) != (self.file_size, self.mtime_ns) or len(data) < self.size:
-            what = "size" if now.st_size != self.file_size else "time of change"
-            raise UserError(
-                f"The source {self.path} changed since it was listed: its {what} is another. Finished shards are kept, "
-                f"and the same command goes on with the rest; convert from a source that nobody writes to."
-            )
-        return data
-
-
 class LabelledImage(NamedTuple):
     """folder: the class folder; file: the file's name in it."""
 
     folder: str
     file: str
-    blob: Blob
+    blob: SourceBytes
 
     @property
     def name(self) -> str:
@@ -91,7 +51,7 @@ class Tree:
 
 class Found(NamedTuple):
     parts: tuple[str, ...]
-    blob: Blob
+    blob: SourceBytes
 
 
 Tick = Callable[[], object]
@@ -110,9 +70,7 @@ class Listing:
         if self.source.is_dir():
             yield from self._folder(self.source, ())
         elif self.source.is_file():
-            status = self.source.stat()
-            whole = Blob(str(self.source), 0, status.st_size, status.st_size, status.st_mtime_ns)
-            yield from self.tar(whole, (self.source.name,))
+            yield from self.tar(Blob.whole(SourceFile.listed(self.source)), (self.source.name,))
         else:
             raise UserError(f"There is no source {self.source}: --source takes a folder or a tar of images.")
 
@@ -129,9 +87,7 @@ class Listing:
                 yield from self._folder(Path(entry.path), (*parts, entry.name))
             elif entry.is_file():
                 self.tick()
-                status = entry.stat()
-                blob = Blob(entry.path, 0, status.st_size, status.st_size, status.st_mtime_ns)
-                yield Found((*parts, entry.name), blob)
+                yield Found((*parts, entry.name), Blob.whole(SourceFile.of(entry.path, entry.stat())))
 
     def tar(self, tar: Blob, shown: tuple[str, ...]) -> Iterator[Found]:
         """Files in a tar that lies at ``tar`` (a file, or inside another tar). Reads headers only."""
@@ -148,8 +104,7 @@ class Listing:
                             continue
                         if member.isfile():
                             self.tick()
-                            at = tar.offset + member.offset_data
-                            yield Found(parts, Blob(tar.path, at, member.size, tar.file_size, tar.mtime_ns))
+                            yield Found(parts, Blob(tar.file, tar.offset + member.offset_data, member.size))
                         elif member.isdir():
                             self.folders.add(parts)
                     end = archive.offset

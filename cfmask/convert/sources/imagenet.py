@@ -46,7 +46,7 @@ def imagenet_tree(source: Path, *, split: str | None, devkit: Path | None, tick:
                 listing.folders.add(("train", file.removesuffix(".tar")))
                 for inner in listing.tar(found.blob, found.parts):
                     add(Found(("train", file.removesuffix(".tar"), inner.parts[-1]), inner.blob), None)
-        elif file in (TRAIN_TAR, VAL_TAR) and found.blob.offset == 0:
+        elif file in (TRAIN_TAR, VAL_TAR):
             of_tar = "train" if file == TRAIN_TAR else "val"
             if split in (of_tar, None):
                 for inner in listing.tar(found.blob, found.parts):
