@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask import recipe  # noqa: E402
-from cfmask.convert.planning import read_classes  # noqa: E402
+from cfmask.convert.tables import read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.data.shards import load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402

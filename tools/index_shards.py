@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cfmask.convert import tarscan  # noqa: E402
 from cfmask.convert.indexing import Task, commit, find_tars, index_shard, is_indexed  # noqa: E402
 from cfmask.convert.labels import LABEL_FIELDS, find_label  # noqa: E402
-from cfmask.convert.planning import Classes, read_classes  # noqa: E402
+from cfmask.convert.tables import Classes, read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import sole_writer  # noqa: E402

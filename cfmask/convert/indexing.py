@@ -16,7 +16,7 @@ import numpy as np
 
 from cfmask.convert import tarscan
 from cfmask.convert.labels import IMAGES, LABEL_OPTIONS, Label, group, image_of, label_of, label_of_key, no_images
-from cfmask.convert.planning import Classes
+from cfmask.convert.tables import Classes
 from cfmask.data import imagenet, images, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, write_atomically

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from cfmask.convert.sources.files import LabelledImage
+from cfmask.convert.tables import Classes
 from cfmask.data import images, plan, shards
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
-
-Classes = tuple[tuple[str, str], ...]
 
 PLAN = "plan.json"
 """In the folder of a set: the plan that its shards are of."""
@@ -215,26 +214,3 @@ def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:
         raise UserError(f"{folder} holds tars that this program did not begin there. {remedy}.")
     else:
         write_atomically(path, json.dumps({"plan": identity, **facts}, indent=1).encode())
-
-
-def read_classes(path: Path) -> Classes:
-    """A class list: one `folder<TAB>display name` a line, class 0 first.
-
-    Raises:
-        UserError: the file is missing, a line has no tab, or a folder is there twice.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The class list {path} cannot be read ({error}).") from None
-    classes: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
-        folder, tab, name = line.partition("\t")
-        if not (tab and folder.strip() and name.strip()):
-            raise UserError(f"{path}, line {number}: expected a folder, a tab and a display name, got {line!r}.")
-        if folder in classes:
-            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
-        classes[folder] = name.strip()
-    if not classes:
-        raise UserError(f"The class list {path} is empty.")
-    return tuple(classes.items())

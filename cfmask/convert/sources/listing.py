@@ -1,0 +1,345 @@
+"""A walk over a source: the files of a folder, a tar or a zip archive, and all that is there and stays out."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import posixpath
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cfmask.convert.sources import zips
+from cfmask.convert.sources.blobs import Blob, SourceBytes, SourceFile
+from cfmask.convert.tarscan import Kind, TarWalk
+from cfmask.errors import UserError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+# Why files stay out of a set.
+HIDDEN = "hidden by its name"
+NO_IMAGE = "no image by its name"
+ARCHIVE = "an archive in the source, not looked into"
+
+_ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+
+Parts = tuple[str, ...]
+Tick = Callable[[], object]
+
+
+def is_image(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+
+
+class Absent(NamedTuple):
+    """Stands for the bytes of an image that has a name in the source and no bytes: a dangling link, a named pipe, …
+    why: in words."""
+
+    path: str
+    why: str
+
+    @property
+    def size(self) -> int:
+        return 0
+
+    def read(self) -> bytes:
+        raise UserError(f"{self.path} cannot be read: it is {self.why}.")
+
+
+class Found(NamedTuple):
+    """parts: of the path below the source."""
+
+    parts: Parts
+    blob: SourceBytes
+
+
+@dataclass
+class _Group:
+    """Files that stay out for one reason and end alike. common: folders that all of them are in."""
+
+    first: str
+    common: Parts
+    files: int = 0
+
+
+class StaysOut:
+    """Files that stay out of a set, counted by reason and ending: Kaggle's ImageNet has half a million annotations."""
+
+    def __init__(self) -> None:
+        self._groups: dict[tuple[str, str], _Group] = {}
+
+    def add(self, parts: Parts, why: str) -> None:
+        suffix = ".*" if why == HIDDEN else f"*{os.path.splitext(parts[-1])[1]}"
+        group = self._groups.setdefault((why, suffix), _Group("/".join(parts), parts[:-1]))
+        group.files += 1
+        group.common = tuple(os.path.commonprefix([group.common, parts[:-1]]))
+
+    def count(self, *reasons: str) -> int:
+        """How many files stay out; for these reasons, or for all."""
+        return sum(group.files for (why, _), group in self._groups.items() if not reasons or why in reasons)
+
+    def issues(self) -> list[dict[str, Any]]:
+        """A line of bad_samples.jsonl each, but for the policy."""
+        return [
+            {
+                "name": group.first if group.files == 1 else "/".join((*group.common, "**", suffix)),
+                "files": group.files,
+                "issue": why,
+            }
+            for (why, suffix), group in sorted(self._groups.items())
+        ]
+
+    def lines(self) -> list[str]:
+        """For people, a line a reason."""
+        by_reason: dict[str, list[_Group]] = {}
+        for (why, _), group in self._groups.items():
+            by_reason.setdefault(why, []).append(group)
+        return [
+            f"{sum(group.files for group in groups)} files stay out ({why}), {groups[0].first} for one"
+            for why, groups in by_reason.items()
+        ]
+
+
+@dataclass
+class Listing:
+    """A walk over a source.
+
+    tick: called for each file. folders: every folder that was met, also those in which nothing is. stays_out: files
+    that are not given to whoever walks; he adds those of which he makes no use.
+    """
+
+    source: Path
+    tick: Tick
+    folders: set[Parts] = field(default_factory=set)
+    stays_out: StaysOut = field(default_factory=StaysOut)
+
+    def __iter__(self) -> Iterator[Found]:
+        """Every file below a folder or in an archive, but hidden ones (macOS's ._name among them).
+
+        Raises:
+            UserError: there is no source, or it cannot be listed completely.
+        """
+        try:
+            status = os.stat(self.source)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"There is no source {self.source} ({reason}): --source takes a folder of images, or a tar or zip "
+                f"archive."
+            ) from None
+        if stat.S_ISDIR(status.st_mode):
+            yield from self._folder(str(self.source), (), ((status.st_dev, status.st_ino),))
+        elif stat.S_ISREG(status.st_mode):
+            yield from self.archive(Blob.whole(SourceFile.of(self.source, status)), (self.source.name,))
+        else:
+            raise UserError(f"The source {self.source} is {_kind(status.st_mode)}, not a folder, tar or zip archive.")
+
+    def images(self) -> Iterator[Found]:
+        """The files that are images by their names; others stay out."""
+        for found in self:
+            if is_image(found.parts[-1]):
+                yield found
+            else:
+                self.leave(found)
+
+    def leave(self, found: Found, why: str | None = None) -> None:
+        """``found`` stays out; by default because it is no image by its name."""
+        packed = found.parts[-1].lower().endswith(_ARCHIVE_SUFFIXES)
+        self.stays_out.add(found.parts, why or (ARCHIVE if packed else NO_IMAGE))
+
+    def _absent(self, parts: Parts, path: str, why: str) -> Iterator[Found]:
+        if is_image(parts[-1]):
+            yield Found(parts, Absent(path, why))
+        else:
+            self.stays_out.add(parts, why)
+
+    def _folder(self, folder: str, parts: Parts, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
+        """above: device and inode of the folder and of all that it is in."""
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"The folder {folder} cannot be listed ({error.strerror}).") from None
+        for entry in entries:
+            here = (*parts, entry.name)
+            if entry.name.startswith("."):
+                self.stays_out.add(here, HIDDEN)
+                continue
+            try:
+                status = entry.stat()
+            except OSError as error:
+                if not entry.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise UserError(f"{entry.path} cannot be looked at ({error.strerror}).") from None
+                loops = error.errno == errno.ELOOP
+                why = "a link that leads to itself" if loops else "a link to a file that does not exist"
+                yield from self._absent(here, entry.path, why)
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                identity = (status.st_dev, status.st_ino)
+                if identity in above:
+                    self.stays_out.add(here, "a link to a folder that it is in")
+                else:
+                    self.folders.add(here)
+                    yield from self._folder(entry.path, here, (*above, identity))
+            elif stat.S_ISREG(status.st_mode):
+                self.tick()
+                yield Found(here, Blob.whole(SourceFile.of(entry.path, status)))
+            else:
+                yield from self._absent(here, entry.path, _kind(status.st_mode))
+
+    # --- archives ---
+
+    def archive(self, archive: SourceBytes, shown: Parts) -> Iterator[Found]:
+        """Files in a tar or zip archive: the source itself, or a tar in it. Reads no data of files.
+
+        A link in it is the file, or the folder of files, that it leads to.
+
+        Raises:
+            UserError: the archive is compressed as a whole, cut, damaged, or holds a file in a layout that cannot be
+                read in place.
+        """
+        name = "/".join(shown)
+        if not isinstance(archive, Blob):
+            raise UserError(f"{self.source} holds the archive {name}, which cannot be read in place: unpack it first.")
+        is_zip = archive.offset == 0 and archive.file.read(0, min(4, archive.size)) in zips.MAGIC
+
+        def entries() -> Iterator[_Entry]:
+            return _zip_entries(archive.file) if is_zip else _tar_entries(archive, name)
+
+        links: dict[Parts, Parts | None] = {}
+        for parts, kind, blob, target in entries():
+            if _is_hidden(parts):
+                if kind is not Kind.FOLDER:
+                    self.stays_out.add(parts, HIDDEN)
+            elif kind is Kind.FILE:
+                self.tick()
+                yield Found(parts, blob)
+            elif kind is Kind.FOLDER:
+                self.folders.add(parts)
+            elif kind in (Kind.HARD_LINK, Kind.SYMBOLIC_LINK):
+                links[parts] = _target(parts, target, from_top=kind is Kind.HARD_LINK)
+            elif kind is Kind.SPARSE:
+                raise UserError(
+                    f"{name} holds {'/'.join(parts)} as a sparse file, which cannot be read in place: write the tar "
+                    f"again without --sparse, or unpack it."
+                )
+            else:
+                yield from self._absent(parts, archive.path, "a named pipe, a device or another special file")
+        if links:
+            yield from self._linked(entries(), links, archive.path)
+
+    def _linked(self, entries: Iterator[_Entry], links: dict[Parts, Parts | None], path: str) -> Iterator[Found]:
+        """What links of an archive lead to, under the links' names. links: target by link, None for one outside."""
+        by_target: dict[Parts, list[Parts]] = {}
+        for link, target in links.items():
+            if target is not None and link[: len(target)] != target:
+                by_target.setdefault(target, []).append(link)
+        followed: set[Parts] = set()
+        for parts, kind, blob, _ in entries:
+            if kind not in (Kind.FILE, Kind.FOLDER):
+                continue
+            paths: list[tuple[Parts, tuple[Parts, ...]]] = [(parts, ())]
+            for there, via in paths:  # grows: what a link leads to may be, or lie in, what another one leads to
+                for n in range(1, len(there) + 1):
+                    paths += [((*link, *there[n:]), (*via, link)) for link in by_target.get(there[:n], ()) if link not in via]
+            for alias, via in paths[1:]:
+                followed.update(via)
+                if kind is Kind.FOLDER:
+                    self.folders.add(alias)
+                elif _is_hidden(alias):
+                    self.stays_out.add(alias, HIDDEN)
+                else:
+                    self.tick()
+                    yield Found(alias, blob)
+        for link in sorted(links.keys() - followed):
+            target = links[link]
+            loops = target is not None and link[: len(target)] == target
+            why = "a link that leads to itself or to a folder that it is in" if loops else "a link to a file that does not exist in the archive"
+            yield from self._absent(link, path, why)
+
+
+class _Entry(NamedTuple):
+    """An entry of an archive. target: of a link."""
+
+    parts: Parts
+    kind: Kind
+    blob: SourceBytes
+    target: str
+
+
+def _tar_entries(tar: Blob, name: str) -> Iterator[_Entry]:
+    with _read_errors(tar.path), open(tar.path, "rb") as file:
+        for entry in TarWalk(_Window(file, tar), name):
+            if parts := _parts(entry.name):
+                blob = Blob(tar.file, tar.offset + entry.offset, entry.size)
+                yield _Entry(parts, entry.kind, blob, entry.target)
+
+
+def _zip_entries(file: SourceFile) -> Iterator[_Entry]:
+    for entry in zips.entries(file):
+        if parts := _parts(entry.name):
+            kind = Kind.FOLDER if entry.is_folder else Kind.SYMBOLIC_LINK if entry.is_link else Kind.FILE
+            target = os.fsdecode(entry.data.read()) if entry.is_link else ""
+            yield _Entry(parts, kind, entry.data, target)
+
+
+@contextmanager
+def _read_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"The source {path} cannot be read ({error.strerror}).") from None
+
+
+def _parts(name: str) -> Parts:
+    # One string for each folder, not one for each of its images.
+    return tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
+
+
+def _is_hidden(parts: Parts) -> bool:
+    return any(part.startswith(".") and part != ".." for part in parts)
+
+
+def _target(link: Parts, target: str, *, from_top: bool) -> Parts | None:
+    """Where a link of an archive leads; None: out of the archive."""
+    if target.startswith("/") and not from_top:
+        return None
+    path = posixpath.normpath("/".join(((*link[:-1],) if not from_top else ()) + (target.lstrip("/"),)))
+    parts = _parts(path)
+    return None if ".." in parts else parts
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISDIR: "a folder", stat.S_ISREG: "a file"}
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
+
+
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, part: Blob):
+        self._file, self._part, self._at = file, part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._part.size)[whence]
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        self._file.seek(self._part.offset + self._at)
+        data = self._file.read(max(0, min(len(buffer), self._part.size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)

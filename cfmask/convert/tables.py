@@ -1,0 +1,160 @@
+"""Tables in text files, as people, spreadsheets and programs write them: class lists, label files, solution files.
+
+Taken: UTF-8 with or without a byte order mark, UTF-16 with one; any line ends; cells in double quotes; empty lines and
+empty columns at the end. Refused, with what to do: other encodings, spreadsheets' own formats, unpaired quotes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cfmask.errors import UserError
+
+Classes = tuple[tuple[str, str], ...]
+
+TAB, SEMICOLON, COMMA = "\t", ";", ","
+_SPACES = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_INVISIBLE = re.compile("[\u00a0\u1680\u2000-\u200f\u2028-\u202f\u205f\u2060\u3000\ufeff]")
+_NO_TEXT = {
+    b"PK\3\4": "a zip archive or an .xlsx or .ods workbook",
+    b"\xd0\xcf\x11\xe0": "an .xls workbook",
+    b"\x1f\x8b": "compressed with gzip",
+    b"PAR1": "a Parquet file",
+}
+
+
+class Row(NamedTuple):
+    """number: of the line in the file where the row ends, from 1. cells: without empty ones at the end."""
+
+    number: int
+    cells: tuple[str, ...]
+
+
+def read_text(path: Path, what: str) -> str:
+    """A text file that ``what`` ("class list", …) names in errors.
+
+    Raises:
+        UserError: it cannot be read, or is no text.
+    """
+    try:
+        return decode(path.read_bytes(), f"The {what} {path}")
+    except OSError as error:
+        raise UserError(f"The {what} {path} cannot be read ({error.strerror}).") from None
+
+
+def decode(data: bytes, subject: str) -> str:
+    """Raises: UserError: ``data`` is no text. ``subject`` begins the message."""
+    for magic, kind in _NO_TEXT.items():
+        if data.startswith(magic):
+            raise UserError(f"{subject} is {kind}, not a text file: export or unpack it as text, tab-separated.")
+    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
+    try:
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{subject} is neither UTF-8 nor UTF-16 (byte {error.start}): save it as UTF-8 (in Excel: 'CSV UTF-8')."
+        ) from None
+    if "\0" in text:
+        raise UserError(f"{subject} holds NUL characters: save it as UTF-8 (in Excel: 'CSV UTF-8').")
+    return text
+
+
+def parse(text: str, delimiter: str) -> list[Row]:
+    """The rows of a table, empty ones left out; cells lose the white space around them.
+
+    Raises:
+        ValueError: a quote is not closed or is followed by more text; the message says where.
+    """
+    rows = []
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            while cells and not cells[-1]:
+                cells.pop()
+            if cells:
+                rows.append(Row(reader.line_num, tuple(cells)))
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num}: {error}") from None
+    return rows
+
+
+def parse_any(text: str, fits: Callable[[Sequence[Row]], bool], subject: str) -> list[Row]:
+    """The rows of a table whose cells are separated by tabs if there are any, else by semicolons or commas: by those
+    with which all rows fit.
+
+    Returns:
+        The rows; those of the first kind of separator where none fits, so that the caller can say what is wrong.
+
+    Raises:
+        UserError: quotes that do not fit together, or two readings that both fit.
+    """
+    delimiters = [TAB] if TAB in text else [SEMICOLON, COMMA]
+    readings, problem = [], ""
+    for delimiter in delimiters:
+        try:
+            readings.append(parse(text, delimiter))
+        except ValueError as error:
+            problem = str(error)
+    if not readings:
+        raise UserError(
+            f"{subject}, {problem}: a cell that begins with a double quote has to end with one, and quotes inside it "
+            f"are doubled."
+        )
+    fitting = [rows for rows in readings if fits(rows)]
+    if len(fitting) > 1:
+        raise UserError(f"{subject} can be read as separated by semicolons and by commas: separate its cells by tabs.")
+    return (fitting or readings)[0]
+
+
+def whole_number(text: str) -> int | None:
+    """The number that is written as ASCII digits without a sign, leading zeros or anything else; None otherwise.
+    ``int`` would also take "1_000", "+3", " 3" and digits of other scripts."""
+    return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else None
+
+
+_FOLDER_HEADERS = {"folder", "directory", "class", "class folder", "class_folder", "wnid", "synset", "id", "class id"}
+_NAME_HEADERS = {"name", "display name", "display_name", "class name", "class_name", "classname", "label", "words"}
+
+
+def read_classes(path: Path) -> Classes:
+    """A class list: a row `folder, display name` a class, class 0 first, separated by tabs (or by semicolons or commas,
+    as spreadsheets export). A header row is left out.
+
+    Returns:
+        (folder, display name) by class id.
+
+    Raises:
+        UserError: the file is no table of two columns, or a folder is there twice.
+    """
+    subject = f"The class list {path}"
+    text = read_text(path, "class list")
+    rows = parse_any(text, lambda rows: all(len(row.cells) == 2 and all(row.cells) for row in rows), subject)
+    if rows and len(rows[0].cells) == 2:
+        first, second = (cell.lower() for cell in rows[0].cells)
+        if first in _FOLDER_HEADERS and second in _NAME_HEADERS:
+            rows = rows[1:]
+    classes: dict[str, str] = {}
+    for number, cells in rows:
+        if len(cells) != 2 or not all(cells):
+            raise UserError(
+                f"{path}, line {number}: expected a folder, a tab and a display name, got {len(cells)} cells "
+                f"({', '.join(map(repr, cells[:4]))})."
+            )
+        folder, name = cells
+        if invisible := _INVISIBLE.search(folder):
+            raise UserError(
+                f"{path}, line {number}: the folder {folder!r} holds the character U+{ord(invisible[0]):04X}, which "
+                f"looks like a space or like nothing: write the folder's name as it is on disk."
+            )
+        if folder in classes:
+            raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
+        classes[folder] = _SPACES.sub(" ", name)
+    if not classes:
+        raise UserError(f"The class list {path} is empty.")
+    return tuple(classes.items())
