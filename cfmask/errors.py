@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from cfmask.runtime.output import escape_unencodable_output
 from cfmask.secrets import mask_secrets
 
 
@@ -20,10 +21,12 @@ class UserError(ValueError):
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a command's ``main``: a UserError becomes ``error: <message>`` on stderr and exit status 2,
-    Ctrl-C exit status 130; anything else keeps its traceback, because it is a defect of ours."""
+    Ctrl-C exit status 130; anything else keeps its traceback, because it is a defect of ours. Names of files can be
+    printed whatever bytes they are of."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
+        escape_unencodable_output()
         try:
             return main(*args, **kwargs) or 0
         except UserError as error:

@@ -41,7 +41,8 @@ def write_atomically(path: Path, data: str | bytes, *, private: bool = False) ->
         with open(aside, "wb") as file:
             if private:
                 os.fchmod(file.fileno(), 0o600)
-            file.write(data.encode() if isinstance(data, str) else data)
+            # A name of a file in a text need not be UTF-8.
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -164,7 +164,10 @@ def test_objectnet_is_labelled_by_its_own_mapping(tmp_path, capsys):
     sources = [tree, tar, tree / "objectnet-1.0", tree / "objectnet-1.0" / "images"]
     for n, source in enumerate(sources):
         assert convert("objectnet", source, tmp_path / str(n)) == 0
-        assert "3 images are in folders that do not overlap with ImageNet" in capsys.readouterr().out
+        assert (
+            "Stay out (in a folder of ObjectNet that does not overlap with ImageNet): 3 files"
+            in capsys.readouterr().out
+        )
         manifest = load_manifest(tmp_path / str(n) / "objectnet")
         assert labels_of(manifest.root) == {f"{f}/{i}.png": ids[0] for f, ids in IDS.items() for i in range(3)}
         assert manifest.accepted == {409: (409, 530), 418: (418, 563, 749)}
@@ -199,7 +202,8 @@ def test_what_is_smaller_than_its_border_is_left_out(tmp_path):
     for store in images.STORES:
         assert convert("objectnet", tree, tmp_path / store, "--store", store) == 0
         assert load_manifest(tmp_path / store / "objectnet").bad_samples == 1
-        [line] = (tmp_path / store / "objectnet" / "bad_samples.jsonl").read_text().splitlines()
+        line, jars = (tmp_path / store / "objectnet" / "bad_samples.jsonl").read_text().splitlines()
+        assert '"objectnet-1.0/images/jar/**/*.png", "files": 3' in jars
         assert "nothing is left of its 9x4 pixels" in line
 
 

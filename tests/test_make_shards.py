@@ -234,7 +234,7 @@ def test_a_class_list_orders_and_names_the_classes(tmp_path, capsys):
     manifest = load_manifest(tmp_path / "out" / "val")
     assert manifest.classes == (("b", "the b"), ("c", "the c"), ("a", "the a")) and manifest.class_counts == (1, 0, 1)
     listed.write_text("b\tthe b\n")
-    assert "does not list: a." in refused(capsys, "folder", tmp_path / "val", tmp_path / "x", "--classes", listed)
+    assert "does not list: 'a'." in refused(capsys, "folder", tmp_path / "val", tmp_path / "x", "--classes", listed)
     listed.write_text("b the b\n")
     assert "line 1: expected a folder, a tab" in refused(
         capsys, "folder", tmp_path / "val", tmp_path / "x", "--classes", listed
@@ -321,8 +321,10 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
     folder = tmp_path / "out" / "train"
     assert "5 images were left out" in printed and "9 other oddities" in printed
     assert str(folder / "bad_samples.jsonl") in printed
-    assert "1 files are no images by their names" in printed and "boxes.txt" in printed
+    boxes = {"name": f"train/{WNIDS[0]}/boxes.txt", "files": 1, "issue": "no image by its name", "policy": "stays out"}
+    assert "Stay out (no image by its name): 1 files" in printed and "boxes.txt" in printed
     listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert listed.pop() == boxes
     empty = listed.pop(0)
     assert empty == {"name": f"{WNIDS[1]}/", "class": 0, "issue": "no image in it", "policy": "class has no images"}
     assert [entry["name"] for entry in listed] == [f"{WNIDS[0]}/{name}" for name in sorted(ODD)]
@@ -534,7 +536,7 @@ def test_a_tar_that_was_cut_is_refused(tmp_path, capsys):
     for cut, message in [
         (boundary, "without an end-of-archive mark"),
         (boundary + 700, "cut or damaged"),
-        (0, "cannot be read"),
+        (0, "is an empty file"),
     ]:
         (tmp_path / "set.tar").write_bytes(whole[:cut])
         assert message in refused(capsys, "imagenet", tmp_path / "set.tar", tmp_path / "out")

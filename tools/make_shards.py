@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Convert images to shards: plain WebDataset tars, an index beside each, one manifest a set.
 
-    python tools/make_shards.py imagenet --source DIR_OR_TAR --out DIR    ImageNet, as folders or as the official tars
-    python tools/make_shards.py imagenet-v2 --source … --out DIR          also -r, -a, -sketch, and objectnet
-    python tools/make_shards.py folder --source DIR_OR_TAR --out DIR      any tree of [split/]class/image
+    python tools/make_shards.py imagenet --source SOURCE --out DIR      ImageNet: folders, official tars, Kaggle's zip
+    python tools/make_shards.py imagenet-v2 --source … --out DIR        also -r, -a, -sketch, and objectnet
+    python tools/make_shards.py folder --source SOURCE --out DIR        any tree of [split/]class/image
+    python tools/make_shards.py folder --source SOURCE --labels FILE    images and labels that a CSV or TSV file names
+
+SOURCE is a folder, or a tar or zip archive, which is read in place.
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
@@ -22,11 +25,17 @@ with its policy; the manifest's bad_samples counts the images that were left out
     extension contradicts the content                               kept, under the extension of its content
     names that make the same key                                    kept, its key numbered
     class folder without an image                                   class has no images
+    an image that is a dangling link, a named pipe or a device      left out
+    links to images in folders and archives                         followed
+    files that are no images by their names, hidden files, links
+    to nothing, archives inside the source, ImageNet's test set     stay out, counted
     a known set with other numbers of images or classes             error first of all; --allow-count-mismatch: kept,
                                                                     and the manifest says so
     a folder that is no class; one name twice in a class            error first of all
-    a source that changes or cannot be read, a tar that was cut     error; finished shards are kept
-    files that are no images by their names                         stay out, counted
+    an archive that was cut or goes on after its end, sparse or
+    encrypted files in it                                           error first of all
+    labels of one image that contradict each other                  error first of all
+    a source that changes or cannot be read                         error; finished shards are kept
 """
 
 from __future__ import annotations
@@ -35,137 +44,27 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.convert.collection import Request, collect  # noqa: E402
+from cfmask.convert.arguments import add_sets, check_arguments, request_of  # noqa: E402
+from cfmask.convert.collection import collect  # noqa: E402
 from cfmask.convert.conversion import MakeAll, Split, check_space, convert_split, free_space, plan_all  # noqa: E402
 from cfmask.convert.planning import Task, is_made  # noqa: E402
-from cfmask.convert.sources.imagenet import DEVKIT  # noqa: E402
 from cfmask.convert.tarscan import shown_size  # noqa: E402
 from cfmask.convert.writing import make_all, make_shard, preload  # noqa: E402
-from cfmask.data import benchmarks, images  # noqa: E402
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import exits_cleanly  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
-
-_SHIFTED_WITH_WNIDS = [b.name for b in benchmarks.SHIFTED if b is not benchmarks.OBJECTNET]
 
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="SET")
-
-    def verb(name: str, about: str) -> argparse.ArgumentParser:
-        return verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
-
-    net = verb("imagenet", "ImageNet (ILSVRC2012), classes in the order of the 1000 sorted wnids")
-    net.add_argument(
-        "--split", choices=("train", "val", "all"), default="all", help="which to convert (default: all there are)"
-    )
-    net.add_argument(
-        "--devkit",
-        type=Path,
-        metavar="FILE",
-        help=f"{DEVKIT}: labels of a val set that is not sorted into class folders (default: in --source)",
-    )
-    known = [net, verb("imagenet-v2", "ImageNet-V2, matched frequency; folders are class numbers or wnids")]
-    for name in _SHIFTED_WITH_WNIDS:
-        if name != benchmarks.IMAGENET_V2.name:
-            known.append(verb(name, f"ImageNet-{name.rpartition('-')[2].title()}; a folder a wnid"))
-    objects = verb("objectnet", "the part of ObjectNet that overlaps with ImageNet, from the unpacked archive")
-    objects.add_argument(
-        "--mappings", type=Path, metavar="DIR", help="ObjectNet's mapping files (default: in --source or beside it)"
-    )
-    objects.add_argument(
-        "--border-removed",
-        action="store_true",
-        help="this copy's red border has been removed (default: 2 pixels are cut off each side, here for crops, by the "
-        "reader for originals)",
-    )
-    known.append(objects)
-    tree = verb("folder", "any tree of [split/]class/image")
-    tree.add_argument("--split", metavar="NAME", help="convert this split alone, or name the one that the tree is")
-    tree.add_argument(
-        "--classes",
-        type=Path,
-        metavar="FILE",
-        help="a line `folder<TAB>display name` a class, class 0 first (default: the folders, sorted)",
-    )
-    for p in known:
-        p.add_argument(
-            "--allow-count-mismatch",
-            action="store_true",
-            help="convert a copy that has not the set's images or classes; the manifest says so",
-        )
-    for p in (net, tree):
-        p.add_argument(
-            "--holdout",
-            type=int,
-            metavar="N",
-            help="take N images out of train, stratified by class, into a set `holdout` (the paper's: 10240)",
-        )
-    for p in (*known, tree):
-        add_common_arguments(p)
+    for verb in add_sets(top.add_subparsers(dest="verb", required=True, metavar="SET")):
+        add_array_arguments(verb)
     return top
-
-
-def add_common_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument(
-        "--source",
-        type=Path,
-        required=True,
-        metavar="DIR_OR_TAR",
-        help="folder of images, or a tar, which is read in place",
-    )
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of shards a set")
-    p.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the order of samples, and of --holdout (default: 0)"
-    )
-    p.add_argument(
-        "--samples-per-shard",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="at most so many (default: 1000, about 110 MB of ImageNet)",
-    )
-    p.add_argument(
-        "--store",
-        choices=images.STORES,
-        default=images.ORIGINAL,
-        help="original: the source's bytes; crop-jpeg, crop-raw: the recipe's centre crop, made once; raw ones are "
-        "bitwise identical and need no decoder (default: original)",
-    )
-    p.add_argument("--image-size", type=int, metavar="S", help="side of the crops of a crop store (default: 224)")
-    p.add_argument("--dry-run", action="store_true", help="say what would be made and how large it is; write nothing")
-    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
-    add_array_arguments(p)
-
-
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises: UserError: values that are too small, or flags that would do nothing."""
-    for flag in ("samples_per_shard", "workers", "image_size"):
-        if (value := getattr(args, flag)) is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
-    if args.image_size and args.store == images.ORIGINAL:
-        raise UserError(
-            "--image-size is the side of the crops of a crop store, and --store original keeps images as they are: "
-            "leave it out, or choose --store crop-jpeg or crop-raw."
-        )
-    if args.executor == "slurm" and args.workers:
-        raise UserError("--workers would do nothing with --executor slurm: --cpus-per-task says how many there are.")
-
-
-def request_of(args: argparse.Namespace) -> Request:
-    given = {field.name: getattr(args, field.name) for field in fields(Request) if hasattr(args, field.name)}
-    for name in ("source", "out"):
-        given[name] = given[name].expanduser().absolute()
-    if args.verb == "imagenet" and args.split == "all":
-        given["split"] = None
-    return Request(kind=args.verb, **given)
 
 
 def on_this_machine(workers: int | None) -> MakeAll:
@@ -198,10 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     array = resolve_array(args)
     request = request_of(args)
     found = collect(request)
-    if ignored := found.tree.ignored:
-        print(f"{len(ignored)} files are no images by their names and stay out, {ignored[0]} for one")
-    if left_out := found.facts.get("left_out_by_design"):
-        print(f"{left_out} images are in folders that do not overlap with ImageNet, and stay out")
+    for line in found.tree.stays_out.lines():
+        print(line)
     splits = plan_all(found, request)
     if args.dry_run:
         for split in splits:

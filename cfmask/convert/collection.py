@@ -7,15 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfmask.convert.planning import Classes, hold_out, read_classes
+from cfmask.convert.class_order import classes_in_order
+from cfmask.convert.planning import hold_out
 from cfmask.convert.sources.files import Tree
 from cfmask.convert.sources.folder import folder_tree
 from cfmask.convert.sources.imagenet import imagenet_tree
+from cfmask.convert.sources.labels_file import labels_file_tree
 from cfmask.convert.sources.objectnet import objectnet_tree
 from cfmask.convert.sources.shifted import benchmark_tree
+from cfmask.convert.tables import Classes, read_classes
 from cfmask.data import benchmarks, imagenet, images
 from cfmask.errors import UserError
 from cfmask.runtime.progress import progress_bar
+
+_TABLES = (".csv", ".tsv", ".txt")
 
 
 @dataclass(frozen=True)
@@ -27,9 +32,11 @@ class Request:
     split: the one to convert; None: all there are. folder: also the name of the one that the source is.
     holdout: images to take out of train into a split of that name.
     allow_count_mismatch: convert a copy of a known set that lacks images or classes.
-    devkit: imagenet; labels of a validation set that is not sorted into class folders.
+    devkit: imagenet; file of labels of a validation set that is not sorted into class folders.
     mappings, border_removed: objectnet; its mapping files, and whether this copy has lost its red border.
     classes: folder; class list.
+    class_to_idx: folder; file with torchvision's mapping of class folders to class ids.
+    labels: folder; table of paths and labels.
     """
 
     kind: str
@@ -46,6 +53,8 @@ class Request:
     mappings: Path | None = None
     border_removed: bool = False
     classes: Path | None = None
+    class_to_idx: Path | None = None
+    labels: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +79,16 @@ def collect(request: Request) -> Collection:
         UserError: nothing to convert, strangers in the source, or counts that deviate.
     """
     listed = read_classes(request.classes) if request.classes else None
+    if request.class_to_idx:
+        listed = classes_in_order(request.class_to_idx, listed)
+    labels = request.labels or (request.source if request.source.suffix.lower() in _TABLES else None)
     with progress_bar(desc="listing the source", unit=" files") as bar:
-        if request.kind == "folder":
+        if request.kind == "folder" and labels:
+            tree, classes = labels_file_tree(
+                request.source, labels, split=request.split, classes=listed, tick=bar.update
+            )
+            found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
+        elif request.kind == "folder":
             tree = folder_tree(request.source, split=request.split, tick=bar.update)
             classes = listed or tuple((folder, folder) for folder in tree.folders)
             found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
@@ -93,8 +110,9 @@ def collect(request: Request) -> Collection:
             found = Collection(tree, imagenet.classes(), class_ids)
     if strangers := sorted(set(found.tree.folders) - set(found.class_ids)):
         raise UserError(
-            f"{request.source} has class folders that {request.classes} does not list: {', '.join(strangers[:5])}"
-            f"{' …' if len(strangers) > 5 else ''}. Add them to the list, or move them out of the source."
+            f"{request.source} has class folders that {request.classes or request.class_to_idx} does not list: "
+            f"{', '.join(map(repr, strangers[:5]))}{' …' if len(strangers) > 5 else ''}. Add them to the list, or move "
+            f"them out of the source."
         )
     if request.kind != "folder":
         check_counts(found, request)

@@ -12,8 +12,10 @@ from typing import Any
 
 from cfmask.convert.collection import Collection, Request
 from cfmask.convert.planning import Store, Task, claim, is_made, plan_split
+from cfmask.convert.sources.files import why_absent
+from cfmask.convert.sources.objectnet import NO_OVERLAP
 from cfmask.convert.tarscan import shown_size
-from cfmask.convert.writing import LEFT_OUT, NO_IMAGES
+from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT
 from cfmask.data import images, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, sole_writer, write_atomically
@@ -124,8 +126,8 @@ def convert_split(split: Split, request: Request, make: MakeAll) -> None:
     )
     if manifest.bad_samples or kept:
         print(
-            f"{name}: {manifest.bad_samples} images were left out because they do not decode, {kept} other oddities "
-            f"were dealt with; {folder / BAD_SAMPLES} lists them all"
+            f"{name}: {manifest.bad_samples} images were left out because they have no bytes or do not decode, {kept} "
+            f"other oddities were dealt with; {folder / BAD_SAMPLES} lists them all"
         )
 
 
@@ -133,26 +135,38 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
     """The list of bad samples and the manifest, from the plan and the indexes alone.
 
     Returns:
-        The manifest, and how many issues there are beside images that were left out.
+        The manifest, and how many issues there are beside images that were left out and files that stay out.
 
     Raises:
         UserError: not one image could be decoded.
     """
-    found, folder = split.found, split.folder
+    found, folder, tree = split.found, split.folder, split.found.tree
     entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in split.tasks), strict=True)
     issues = [
         {"name": f"{empty}/", "class": found.class_ids.get(empty), "issue": "no image in it", "policy": NO_IMAGES}
-        for empty in found.tree.empty.get(split.name, [])
+        for empty in tree.empty.get(split.name, [])
+    ]
+    absent = [
+        {
+            "name": _printable(image.name),
+            "class": found.class_ids[image.folder],
+            "bytes": 0,
+            "issue": why_absent(image),
+            "policy": LEFT_OUT,
+        }
+        for image in tree.absent.get(split.name, [])
     ]
     issues += sorted(
-        (issue for index in indexes for issue in index.about["issues"]),
+        [*absent, *(issue for index in indexes for issue in index.about["issues"])],
         key=lambda issue: (issue["name"], issue["issue"]),
     )
+    bad = sum(issue["policy"] == LEFT_OUT for issue in issues)
+    kept = len(issues) - bad
+    issues += [{**issue, "name": _printable(issue["name"]), "policy": STAYS_OUT} for issue in tree.stays_out.issues()]
     if issues:
         write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(issue) + "\n" for issue in issues))
     else:
         (folder / BAD_SAMPLES).unlink(missing_ok=True)
-    bad = sum(issue["policy"] == LEFT_OUT for issue in issues)
     if not any(entry.samples for entry in entries):
         raise UserError(
             f"None of the {bad} images of the split {split.name} decodes; {folder / BAD_SAMPLES} has the reasons. Is "
@@ -173,9 +187,14 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
         made={
             "tool": f"make_shards {request.kind}",
             **split.made,
-            "ignored": len(found.tree.ignored),
+            "ignored": tree.stays_out.count() - tree.stays_out.count(NO_OVERLAP),
             "plan": split.tasks[0].plan,
         },
     )
     shards.write_manifest(manifest)
-    return manifest, len(issues) - bad
+    return manifest, kept
+
+
+def _printable(name: str) -> str:
+    """A name that any reader of JSON takes, also where its bytes on disk are not UTF-8."""
+    return name.encode(errors="backslashreplace").decode()

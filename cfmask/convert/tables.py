@@ -89,7 +89,7 @@ def parse_any(text: str, fits: Callable[[Sequence[Row]], bool], subject: str) ->
     with which all rows fit.
 
     Returns:
-        The rows; those of the first kind of separator where none fits, so that the caller can say what is wrong.
+        The rows; where none fits, those of the most cells, so that the caller can say what is wrong.
 
     Raises:
         UserError: quotes that do not fit together, or two readings that both fit.
@@ -101,15 +101,15 @@ def parse_any(text: str, fits: Callable[[Sequence[Row]], bool], subject: str) ->
             readings.append(parse(text, delimiter))
         except ValueError as error:
             problem = str(error)
-    if not readings:
+    fitting = [rows for rows in readings if rows and fits(rows)]
+    if problem and not fitting:
         raise UserError(
             f"{subject}, {problem}: a cell that begins with a double quote has to end with one, and quotes inside it "
             f"are doubled."
         )
-    fitting = [rows for rows in readings if fits(rows)]
     if len(fitting) > 1:
         raise UserError(f"{subject} can be read as separated by semicolons and by commas: separate its cells by tabs.")
-    return (fitting or readings)[0]
+    return (fitting or sorted(readings, key=lambda rows: -max((len(row.cells) for row in rows), default=0)))[0]
 
 
 def whole_number(text: str) -> int | None:

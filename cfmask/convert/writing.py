@@ -24,6 +24,7 @@ _AS_STORED = "kept, orientation not applied"
 _BY_CONTENT = "kept, under the extension of its content"
 _NUMBERED = "kept, its key numbered"
 NO_IMAGES = "class has no images"
+STAYS_OUT = "stays out"
 
 
 def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, int]], object] = ignore) -> None:

@@ -1,9 +1,18 @@
-"""Standard output of a process that goes on when its log cannot be written: a full disk must not end a training."""
+"""Standard output that cannot end a process: neither by a character that it cannot encode nor, in a training, by a disk
+that is full."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any, TextIO
+
+
+def escape_unencodable_output() -> None:
+    """Let ``print`` write a backslash escape for what the encoding of standard output or error cannot express: names of
+    files may be any bytes, and PYTHONIOENCODING or the locale may ask for a strict encoding or for ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a caller replaced it
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _LenientStream:
@@ -31,4 +40,5 @@ class _LenientStream:
 
 def tolerate_lost_output() -> None:
     """Let ``print`` succeed in this process where standard output or error cannot be written, on a full disk say."""
+    escape_unencodable_output()
     sys.stdout, sys.stderr = _LenientStream(sys.stdout), _LenientStream(sys.stderr)  # type: ignore[assignment]

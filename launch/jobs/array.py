@@ -81,7 +81,7 @@ class Work(Generic[Item, Result]):
 
     @property
     def name(self) -> str:
-        return f"cfmask-{self.kind}-{hashlib.sha256(self.identity.encode()).hexdigest()[:12]}"
+        return f"cfmask-{self.kind}-{hashlib.sha256(os.fsencode(self.identity)).hexdigest()[:12]}"
 
 
 def run_array(

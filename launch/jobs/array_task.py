@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.output import escape_unencodable_output
 from cfmask.runtime.pool import map_in_processes
 from cfmask.secrets import mask_secrets
 from launch.jobs.restarts import Cause, Restarts
@@ -43,6 +44,7 @@ class ArrayTask:
     time_limit_min: int | None
 
     def __call__(self) -> None:
+        escape_unencodable_output()
         log, restarts = self._log(), self._restarts()
         keyed = self._load(f"{self.number}.pkl")
         missing = self._missing(keyed)

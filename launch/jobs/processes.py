@@ -66,7 +66,7 @@ def silence_output() -> None:
 
 def processes_of(run: RunFolder) -> list[int]:
     """All processes of the run's jobs on this machine; not those of other users."""
-    wanted = f"{JOBS_VARIABLE}={(run.root / 'jobs').resolve()}".encode()
+    wanted = os.fsencode(f"{JOBS_VARIABLE}={(run.root / 'jobs').resolve()}")
     found = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):

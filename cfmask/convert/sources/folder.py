@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cfmask.convert.sources.files import SPLITS, LabelledImage, Listing, Tick, Tree, chosen_tree, find_images
+from cfmask.convert.sources.files import SPLITS, LabelledImage, Tree, chosen_tree
+from cfmask.convert.sources.listing import Listing, Tick
 from cfmask.errors import UserError
 
 
@@ -20,12 +21,13 @@ def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
         UserError: no class folders, folders of different depth, a split that cannot be told.
     """
     listing = Listing(source, tick)
-    found, ignored = find_images(listing)
+    found = list(listing.images())
     loose = next((file for file in found if len(file.parts) < 2), None)
     if loose or not found:
+        others = "".join(f" {line}." for line in listing.stays_out.lines())
         raise UserError(
             f"{source} holds no class folders{f' ({loose.parts[-1]} lies at its top)' if loose else ' with images'}: "
-            f"it has to look like <class>/<image> or <split>/<class>/<image>."
+            f"it has to look like <class>/<image> or <split>/<class>/<image>, or needs --labels FILE.{others}"
         )
     leading = _common_prefix({file.parts[:-2] for file in found})
     depths = {len(file.parts) - len(leading) - 2: file for file in found}
@@ -44,7 +46,7 @@ def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
                 LabelledImage(file.parts[-2], file.parts[-1], file.blob)
             )
         seen = [(parts[-2], parts[-1]) for parts in below if len(parts) == len(leading) + 2]
-        return chosen_tree(source, images, [(SPLITS.get(s.lower(), s), c) for s, c in seen], ignored, split)
+        return chosen_tree(listing, images, [(SPLITS.get(s.lower(), s), c) for s, c in seen], split)
     # Nothing above the classes tells splits apart, unless it is named like one.
     above = leading[-1] if leading else source.name
     which = SPLITS.get(above.lower()) or split
@@ -54,9 +56,8 @@ def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
             f"--split NAME (train, val, …)."
         )
     images[which] = [LabelledImage(file.parts[-2], file.parts[-1], file.blob) for file in found]
-    return chosen_tree(
-        source, images, [(which, parts[-1]) for parts in below if len(parts) == len(leading) + 1], ignored, split
-    )
+    seen_classes = [(which, parts[-1]) for parts in below if len(parts) == len(leading) + 1]
+    return chosen_tree(listing, images, seen_classes, split)
 
 
 def _common_prefix(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

@@ -25,6 +25,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 HIDDEN = "hidden by its name"
 NO_IMAGE = "no image by its name"
 ARCHIVE = "an archive in the source, not looked into"
+DANGLING = "a link to a file that is not there"
+LOOP = "a link to itself or to a folder that it is in"
 
 _ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
@@ -79,9 +81,9 @@ class StaysOut:
         group.files += 1
         group.common = tuple(os.path.commonprefix([group.common, parts[:-1]]))
 
-    def count(self, *reasons: str) -> int:
-        """How many files stay out; for these reasons, or for all."""
-        return sum(group.files for (why, _), group in self._groups.items() if not reasons or why in reasons)
+    def count(self, reason: str | None = None) -> int:
+        """How many files stay out; for this reason, or for any."""
+        return sum(group.files for (why, _), group in self._groups.items() if reason in (None, why))
 
     def issues(self) -> list[dict[str, Any]]:
         """A line of bad_samples.jsonl each, but for the policy."""
@@ -100,7 +102,7 @@ class StaysOut:
         for (why, _), group in self._groups.items():
             by_reason.setdefault(why, []).append(group)
         return [
-            f"{sum(group.files for group in groups)} files stay out ({why}), {groups[0].first} for one"
+            f"Stay out ({why}): {sum(group.files for group in groups)} files, such as {groups[0].first}"
             for why, groups in by_reason.items()
         ]
 
@@ -174,14 +176,12 @@ class Listing:
             except OSError as error:
                 if not entry.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                     raise UserError(f"{entry.path} cannot be looked at ({error.strerror}).") from None
-                loops = error.errno == errno.ELOOP
-                why = "a link that leads to itself" if loops else "a link to a file that does not exist"
-                yield from self._absent(here, entry.path, why)
+                yield from self._absent(here, entry.path, LOOP if error.errno == errno.ELOOP else DANGLING)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 identity = (status.st_dev, status.st_ino)
                 if identity in above:
-                    self.stays_out.add(here, "a link to a folder that it is in")
+                    self.stays_out.add(here, LOOP)
                 else:
                     self.folders.add(here)
                     yield from self._folder(entry.path, here, (*above, identity))
@@ -245,7 +245,8 @@ class Listing:
             paths: list[tuple[Parts, tuple[Parts, ...]]] = [(parts, ())]
             for there, via in paths:  # grows: what a link leads to may be, or lie in, what another one leads to
                 for n in range(1, len(there) + 1):
-                    paths += [((*link, *there[n:]), (*via, link)) for link in by_target.get(there[:n], ()) if link not in via]
+                    onward = [link for link in by_target.get(there[:n], ()) if link not in via]
+                    paths += [((*link, *there[n:]), (*via, link)) for link in onward]
             for alias, via in paths[1:]:
                 followed.update(via)
                 if kind is Kind.FOLDER:
@@ -258,8 +259,7 @@ class Listing:
         for link in sorted(links.keys() - followed):
             target = links[link]
             loops = target is not None and link[: len(target)] == target
-            why = "a link that leads to itself or to a folder that it is in" if loops else "a link to a file that does not exist in the archive"
-            yield from self._absent(link, path, why)
+            yield from self._absent(link, path, LOOP if loops else DANGLING)
 
 
 class _Entry(NamedTuple):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfmask.convert.sources.files import LabelledImage, Listing, Tick, Tree, chosen_tree, find_images
+from cfmask.convert.sources.files import LabelledImage, Tree, chosen_tree
+from cfmask.convert.sources.listing import Listing, Tick
 from cfmask.data import benchmarks, imagenet
 from cfmask.errors import UserError
 
@@ -19,7 +20,7 @@ def benchmark_tree(source: Path, name: str, *, tick: Tick) -> tuple[Tree, dict[s
         UserError: nothing to convert, or a folder that is no class of this set.
     """
     listing = Listing(source, tick)
-    found, ignored = find_images(listing)
+    found = list(listing.images())
     folders = {file.parts[-2] for file in found if len(file.parts) > 1}
     class_ids = {wnid: imagenet.wnids().index(wnid) for wnid in benchmarks.wnids(name)}
     what = f"one of the {len(class_ids)} wnids of {name} (such as {next(iter(class_ids))})"
@@ -37,4 +38,4 @@ def benchmark_tree(source: Path, name: str, *, tick: Tick) -> tuple[Tree, dict[s
             )
         images.append(LabelledImage(folder, file.parts[-1], file.blob))
     seen = [(name, parts[-1]) for parts in listing.folders if parts[-1] in class_ids]
-    return chosen_tree(source, {name: images} if images else {}, seen, ignored, None), class_ids
+    return chosen_tree(listing, {name: images} if images else {}, seen, None), class_ids
