@@ -124,8 +124,17 @@ def test_links_in_folders_and_archives_are_followed_and_dangling_ones_are_listed
                 info = zipfile.ZipInfo(name)
                 info.create_system, info.external_attr = 3, 0o120777 << 16
                 opened.writestr(info, target)
-    del FOLLOWED["train/b/hard.jpg"]
-    assert listed(packed)[0] == {**FOLLOWED, "train/b/outside.jpg": DANGLING}
+    expected = {name: data for name, data in FOLLOWED.items() if name != "train/b/hard.jpg"}
+    assert listed(packed)[0] == {**expected, "train/b/outside.jpg": DANGLING}
+
+
+def test_links_to_folders_that_are_not_there_are_refused(tmp_path):
+    tree = write_tree(tmp_path / "tree", FILES)
+    os.symlink("../../pool/dogs", tree / "train/dogs")
+    archive = write_links(write_tar(tmp_path / "set.tar", FILES), {"train/dogs": "../../pool/dogs"})
+    for source in (tree, archive):
+        with pytest.raises(UserError, match="train/dogs of .* nobody can tell how many images are missing"):
+            listed(source)
 
 
 def test_images_that_are_dangling_links_are_counted_and_listed(tmp_path, capsys):

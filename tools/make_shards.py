@@ -27,11 +27,12 @@ with its policy; the manifest's bad_samples counts the images that were left out
     class folder without an image                                   class has no images
     an image that is a dangling link, a named pipe or a device      left out
     links to images in folders and archives                         followed
-    files that are no images by their names, hidden files, links
-    to nothing, archives inside the source, ImageNet's test set     stay out, counted
+    files that are no images by their names, hidden files,
+    archives inside the source, ImageNet's test set                 stay out, counted by reason and ending
     a known set with other numbers of images or classes             error first of all; --allow-count-mismatch: kept,
                                                                     and the manifest says so
-    a folder that is no class; one name twice in a class            error first of all
+    a folder that is no class; one name twice in a class; a link
+    to a folder that is not there                                   error first of all
     an archive that was cut or goes on after its end, sparse or
     encrypted files in it                                           error first of all
     labels of one image that contradict each other                  error first of all

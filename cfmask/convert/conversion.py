@@ -142,11 +142,11 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
     """
     found, folder, tree = split.found, split.folder, split.found.tree
     entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in split.tasks), strict=True)
-    issues = [
+    issues: list[dict[str, Any]] = [
         {"name": f"{empty}/", "class": found.class_ids.get(empty), "issue": "no image in it", "policy": NO_IMAGES}
         for empty in tree.empty.get(split.name, [])
     ]
-    absent = [
+    absent: list[dict[str, Any]] = [
         {
             "name": _printable(image.name),
             "class": found.class_ids[image.folder],

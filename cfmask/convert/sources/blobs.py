@@ -143,12 +143,16 @@ class ZipEntry(NamedTuple):
         return self.file.path
 
     def read(self) -> bytes:
-        header = self.file.read(self.offset, _LOCAL_HEADER.size)
-        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if signature != b"PK\3\4":
+        data = b""
+        with self.file.opened() as descriptor:
+            header = read_at(descriptor, self.offset, _LOCAL_HEADER.size)
+            begins = len(header) == _LOCAL_HEADER.size and header.startswith(b"PK\3\4")
+            if begins:
+                *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+                start = self.offset + _LOCAL_HEADER.size + name_length + extra_length
+                data = read_at(descriptor, start, self.stored)
+        if not begins:
             raise self._damaged("no entry begins there")
-        start = self.offset + _LOCAL_HEADER.size + name_length + extra_length
-        data = self.file.read(start, self.stored)
         if self.method == DEFLATED:
             try:
                 # One byte more than there should be is enough to know; a bomb is not unpacked.

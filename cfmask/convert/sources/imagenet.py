@@ -27,9 +27,9 @@ TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 TEST_SET = "of the test set, which has no labels"
 
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
-_VAL = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.JPEG")
-_TEST = re.compile(r"ILSVRC2012_test_(\d{8})(?:_n\d{8})?\.JPEG")
-_LOOSE_TRAIN = re.compile(r"n\d{8}_\d+_n\d{8}\.JPEG")  # as the Hugging Face hub's archives name them
+_VAL = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.(?i:jpe?g)")
+_TEST = re.compile(r"ILSVRC2012_test_(\d{8})(?:_n\d{8})?\.(?i:jpe?g)")
+_LOOSE_TRAIN = re.compile(r"n\d{8}_\d+_n\d{8}\.(?i:jpe?g)")  # as the Hugging Face hub's archives name them
 _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
 
 

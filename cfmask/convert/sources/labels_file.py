@@ -195,14 +195,14 @@ def _classes_of(lines: Sequence[_Line], classes: Classes | None, file: Path) -> 
         by_name.setdefault(folder, set()).add(folder)
         by_name.setdefault(name, set()).add(folder)
     folders = {}
-    for label, line in first.items():
+    for label, at in first.items():
         number = numbers[label]
         readings = set(by_name.get(label, ()))
         if number is not None and number < len(classes):
             readings.add(classes[number][0])
         if len(readings) != 1:
             why = "is no class of the list" if not readings else f"is {' or '.join(sorted(readings))} of the list"
-            raise _no_class(file, line, label, why)
+            raise _no_class(file, at, label, why)
         folders[label] = readings.pop()
     return folders, classes
 

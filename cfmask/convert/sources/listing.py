@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from cfmask.convert.sources import zips
 from cfmask.convert.sources.blobs import Blob, SourceBytes, SourceFile
@@ -25,9 +25,10 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 HIDDEN = "hidden by its name"
 NO_IMAGE = "no image by its name"
 ARCHIVE = "an archive in the source, not looked into"
-DANGLING = "a link to a file that is not there"
+DANGLING = "a link to a file or folder that is not there"
 LOOP = "a link to itself or to a folder that it is in"
 
+_MAX_DEPTH = 100
 _ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 
 Parts = tuple[str, ...]
@@ -157,11 +158,18 @@ class Listing:
     def _absent(self, parts: Parts, path: str, why: str) -> Iterator[Found]:
         if is_image(parts[-1]):
             yield Found(parts, Absent(path, why))
+        elif why == DANGLING and not os.path.splitext(parts[-1])[1]:
+            raise UserError(
+                f"{'/'.join(parts)} of {self.source} is {why}. If it leads to a folder, nobody can tell how many images "
+                "are missing: copy the folder as well, or delete the link."
+            )
         else:
             self.stays_out.add(parts, why)
 
     def _folder(self, folder: str, parts: Parts, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
         """above: device and inode of the folder and of all that it is in."""
+        if len(parts) > _MAX_DEPTH:
+            raise UserError(f"The folders of {self.source} lie in each other more than {_MAX_DEPTH} deep: {folder}.")
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -273,7 +281,7 @@ class _Entry(NamedTuple):
 
 def _tar_entries(tar: Blob, name: str) -> Iterator[_Entry]:
     with _read_errors(tar.path), open(tar.path, "rb") as file:
-        for entry in TarWalk(_Window(file, tar), name):
+        for entry in TarWalk(cast(IO[bytes], _Window(file, tar)), name):
             if parts := _parts(entry.name):
                 blob = Blob(tar.file, tar.offset + entry.offset, entry.size)
                 yield _Entry(parts, entry.kind, blob, entry.target)
