@@ -160,8 +160,8 @@ class Listing:
             yield Found(parts, Absent(path, why))
         elif why == DANGLING and not os.path.splitext(parts[-1])[1]:
             raise UserError(
-                f"{'/'.join(parts)} of {self.source} is {why}. If it leads to a folder, nobody can tell how many images "
-                "are missing: copy the folder as well, or delete the link."
+                f"{'/'.join(parts)} of {self.source} is {why}. If it leads to a folder, nobody can tell how many "
+                "images are missing: copy the folder as well, or delete the link."
             )
         else:
             self.stays_out.add(parts, why)
