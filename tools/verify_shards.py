@@ -23,7 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.convert import tarscan  # noqa: E402
+from cfmask.convert import verification  # noqa: E402
+from cfmask.convert.tarscan import shown_size  # noqa: E402
 from cfmask.data import remote  # noqa: E402
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
@@ -38,7 +39,7 @@ class Findings:
     """What was found out about a set. problems: by shard's name, "" for those of the set itself."""
 
     manifest: Manifest
-    problems: dict[str, list[tarscan.Problem]] = field(default_factory=dict)
+    problems: dict[str, list[verification.Problem]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -59,11 +60,11 @@ def find_sets(given: str) -> list[Manifest]:
     return [load_manifest(folder, check_files=False)]
 
 
-def checks_of(manifest: Manifest, full: bool) -> list[tarscan.Check]:
+def checks_of(manifest: Manifest, full: bool) -> list[verification.Check]:
     root = Path(manifest.root)
     foreign = manifest.made.get("tool") == "index_shards"
     return [
-        tarscan.Check(
+        verification.Check(
             root=root,
             shard=shard,
             store=manifest.store,
@@ -78,7 +79,7 @@ def checks_of(manifest: Manifest, full: bool) -> list[tarscan.Check]:
     ]
 
 
-def findings_of(manifest: Manifest, verdicts: list[tarscan.Verdict], full: bool) -> Findings:
+def findings_of(manifest: Manifest, verdicts: list[verification.Verdict], full: bool) -> Findings:
     """Put a set's verdicts together, with what only the whole set can tell."""
     found = Findings(manifest, {verdict.name: list(verdict.problems) for verdict in verdicts if verdict.problems})
     if all(verdict.class_counts or not manifest.num_classes for verdict in verdicts):
@@ -92,7 +93,7 @@ def findings_of(manifest: Manifest, verdicts: list[tarscan.Verdict], full: bool)
                 f"{wrong[0]} there are {counts[wrong[0]]} samples, not {manifest.class_counts[wrong[0]]}"
             )
             remedy = "Delete the manifest and run the conversion (or tools/index_shards.py) again: it writes it anew."
-            found.problems[""] = [tarscan.Problem("histogram", what, remedy)]
+            found.problems[""] = [verification.Problem("histogram", what, remedy)]
     names = {shard.name for shard in manifest.shards}
     for extra in sorted({path.name for path in Path(manifest.root).glob("*.tar")} - names):
         found.warnings.append(f"{extra} is not in the manifest: nobody reads it. Is it of another set?")
@@ -116,7 +117,7 @@ def show(found: Findings) -> None:
     state = "all good" if not found.problems else f"{bad} BAD of them" if bad else "BAD manifest"
     print(
         f"{manifest.root}: {len(manifest.shards)} shards, {state}; {manifest.num_samples} samples, "
-        f"{tarscan.shown_size(manifest.num_bytes)}"
+        f"{shown_size(manifest.num_bytes)}"
     )
 
 
@@ -182,11 +183,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if good else 1
 
 
-def verify(items: list[tarscan.Check], array: Array | None, workers: int) -> list[tarscan.Verdict]:
+def verify(items: list[verification.Check], array: Array | None, workers: int) -> list[verification.Verdict]:
     begun, done, bad = time.monotonic(), 0, 0
     with progress_bar(total=len(items), desc="verifying", unit=" shards") as bar:
 
-        def progress(verdict: tarscan.Verdict) -> None:
+        def progress(verdict: verification.Verdict) -> None:
             nonlocal done, bad
             done, bad = done + verdict.bytes, bad + bool(verdict.problems)
             rate = f"{done / 1e6 / (time.monotonic() - begun):.0f} MB/s"
@@ -200,14 +201,14 @@ def verify(items: list[tarscan.Check], array: Array | None, workers: int) -> lis
             work = Work(
                 kind="verify",
                 identity=json.dumps([(os.path.abspath(item.root), item.shard.name, item.full) for item in items]),
-                function=tarscan.check,
+                function=verification.check,
                 items=items,
                 keys=[f"{number:06d}-{item.shard.name}" for number, item in enumerate(items)],
                 preload=preload,
             )
             return run_array(work, array, progress=progress, paths=sorted({item.root for item in items}))
         return map_in_processes(
-            tarscan.check,
+            verification.check,
             items,
             workers=workers,
             preload=preload,

@@ -1,7 +1,7 @@
-"""What a tar holds, from its headers alone; and whether a shard is what its index and its manifest say.
+"""What a tar holds, from its headers alone.
 
-    scan(tar)      every member that WebDataset would see, and where the archive ends
-    check(Check)   quick: sizes, index, end mark, a few headers;  full: every byte, checksum, header, label, image
+    TarWalk(file, name)   every entry of a tar, links and sparse files among them; refuses a tar that is not whole
+    scan(tar)             the members that WebDataset sees, and the images that it does not see
 
 Names follow WebDataset's rule: a member's key is its path up to the first dot of the last component, the rest its
 extension, in small letters. Members without a dot, hidden files, and ``__meta__`` are not seen.
@@ -9,28 +9,156 @@ extension, in small letters. Members without a dot, hidden files, and ``__meta__
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import enum
 import re
 import tarfile
-import warnings
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import IO, NamedTuple
 
 from cfmask.data import images
-from cfmask.data.shards import Index, Shard, index_path, parse_index
 from cfmask.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__(/|$)")
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"LZIP": "lzip",
+    b"\x5d\0\0": "lzma",
+    b"\x1f\x9d": "compress",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+}
+_IMAGE_SUFFIXES = {*images.MEMBERS, "gif", "tiff"} - {images.RAW}
+
+
+class Kind(enum.Enum):
+    """What an entry of a tar is."""
+
+    FILE = "file"
+    FOLDER = "folder"
+    HARD_LINK = "hard link"
+    SYMBOLIC_LINK = "symbolic link"
+    SPARSE = "sparse file"
+    OTHER = "special file"
+
+
+class Entry(NamedTuple):
+    """A header of a tar: ``size`` bytes of data lie at ``offset``, but for links (no data) and sparse files (their
+    data has another layout). target: the path that a link names, else ""."""
+
+    name: str
+    kind: Kind
+    offset: int
+    size: int
+    target: str
+
+
+def packing(start: bytes) -> str | None:
+    """The name of the compression or archive format of a file that begins with these bytes; None for others."""
+    return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
+
+
+class TarWalk:
+    """The entries of a tar (ustar, GNU, PAX) in order, from its headers of 512 bytes each; data is skipped.
+
+    Iterating raises UserError where the tar is compressed, cut or damaged, or where data follows its end-of-archive
+    mark: readers stop at the mark, so that what follows would be left out without an error.
+
+    Args:
+        file: open at the tar, for reading and seeking.
+        shown: its name in errors.
+    """
+
+    def __init__(self, file: IO[bytes], shown: str):
+        self._file, self._shown = file, shown
+        self.end = 0
+        """Offset of the end-of-archive mark, when the walk is done."""
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._file.seek(0)
+        at = 0
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+                while (info := archive.next()) is not None:
+                    archive.members = []  # type: ignore[attr-defined]  # they would stay in memory
+                    if info.size < 0 or archive.offset <= at:
+                        raise tarfile.ReadError("a header has a negative size")
+                    at = archive.offset
+                    yield Entry(info.name, _kind(info), info.offset_data, info.size, info.linkname)
+                self.end = archive.offset
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError) as error:
+            raise UserError(self._damage(error, at)) from None
+        if problem := end_problem(self._file, self.end):
+            raise UserError(f"{self._shown} {problem[0]}. {problem[1]}")
+
+    def _damage(self, error: Exception, at: int) -> str:
+        self._file.seek(0)
+        start = self._file.read(_BLOCK)
+        if at:  # there was an entry: it is a tar
+            return f"{self._shown} cannot be read after byte {at} ({error}): it is cut or damaged. {_GET_AGAIN}"
+        if kind := packing(start):
+            archive = kind in ("zip", "7z", "rar")
+            return (
+                f"{self._shown} is {'an archive of another kind' if archive else 'compressed'} ({kind}), whatever its "
+                f"name says, and files in it cannot be read by offset. Unpack it"
+                f"{' and write what is in it to a tar' if archive else ': images do not get smaller by it anyway'}."
+            )
+        if not start:
+            return f"{self._shown} is an empty file. {_GET_AGAIN}"
+        if start.startswith(b"version https://git-lfs"):
+            return f"{self._shown} is a pointer of Git LFS, not the file itself. Get the file with `git lfs pull`."
+        if start.isascii() and b"\0" not in start:
+            return f"{self._shown} is no tar: it begins with the text {start[:40].decode()!r}. {_GET_AGAIN}"
+        return f"{self._shown} cannot be read as a tar ({error}): it is cut or damaged. {_GET_AGAIN}"
+
+
+def _kind(info: tarfile.TarInfo) -> Kind:
+    if info.issparse():
+        return Kind.SPARSE
+    if info.isreg():
+        return Kind.FILE
+    kinds = {tarfile.DIRTYPE: Kind.FOLDER, tarfile.LNKTYPE: Kind.HARD_LINK, tarfile.SYMTYPE: Kind.SYMBOLIC_LINK}
+    return kinds.get(info.type, Kind.OTHER)
+
+
+def end_problem(file: IO[bytes], end: int) -> tuple[str, str] | None:
+    """What is wrong with the end of a tar whose headers stop at ``end``, and what to do; None if nothing is.
+
+    A tar that was cut between two members ends like a whole one, but for its end-of-archive mark.
+    """
+    file.seek(end)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        return "ends without an end-of-archive mark: it was cut between two members", _GET_AGAIN
+    if any(block):
+        return f"has a damaged header at byte {end}", _GET_AGAIN
+    while block := file.read(1 << 20):  # a tar may be filled up with zeros, to any size
+        if any(block):
+            at = (len(block) - len(block.lstrip(b"\0"))) // _BLOCK * _BLOCK
+            try:
+                tarfile.TarInfo.frombuf(block[at : at + _BLOCK], "utf-8", "surrogateescape")
+            except tarfile.TarError:
+                return "goes on after its end-of-archive mark: it was overwritten or damaged", _GET_AGAIN
+            return (
+                "goes on after its end-of-archive mark with another tar: tars were joined by `cat`, and readers stop "
+                "at the mark",
+                "Extract it with `tar --extract --ignore-zeros` and write one tar of all of it, or join the original "
+                "tars with `tar --concatenate`.",
+            )
+    return None
+
+
+_GET_AGAIN = "Download or copy it again: what is missing from it would be left out by readers without an error."
+
+
+# --- as WebDataset sees it ------------------------------------------------------------------------------------------
 
 
 class Member(NamedTuple):
@@ -47,386 +175,75 @@ class Member(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """members: in the order of the tar. end: offset of its end-of-archive mark."""
+    """members: in the order of the tar. unseen: names of images that WebDataset's readers do not see, with the reason.
+    end: offset of the end-of-archive mark."""
 
     members: list[Member]
+    unseen: list[tuple[str, str]]
     end: int
 
 
 def scan(tar: Path) -> Contents:
-    """Read the headers of a tar (ustar, GNU and PAX), 512 bytes each; data is skipped.
+    """The members of a tar.
 
     Raises:
-        UserError: the tar is compressed, cut, damaged or sparse, or more follows its end.
+        UserError: the tar is compressed, cut or damaged, or more follows its end.
         OSError: it cannot be read.
     """
-    members = []
+    members: list[Member] = []
+    unseen: list[tuple[str, str]] = []
     with open(tar, "rb", buffering=0) as file:
-        magic = file.read(8)
-        for mark, packing in _PACKED.items():
-            if magic.startswith(mark):
-                raise UserError(
-                    f"{tar} is compressed ({packing}), and samples of a compressed tar cannot be found by offset. "
-                    f"Unpack it: images do not get smaller by it anyway."
-                )
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                for info in _infos(archive):
-                    if (name := split_name(info)) is None:
-                        continue
-                    if info.issparse():
-                        raise UserError(f"{tar} holds {info.name} as a sparse file: write it without tar's --sparse.")
-                    members.append(Member(*name, info.offset_data, info.size))
-                end = archive.offset
-        except tarfile.TarError as error:
-            raise UserError(f"{tar} is no whole tar ({error}): it is cut or damaged. {_GET_AGAIN}") from None
-        if problem := _end_problem(file, end):
-            raise UserError(f"{tar} {problem}. {_GET_AGAIN}")
-    return Contents(members, end)
+        walk = TarWalk(file, str(tar))
+        for entry in walk:
+            name = split_name(entry.name)
+            if name is not None and entry.kind is Kind.FILE:
+                members.append(Member(*name, entry.offset, entry.size))
+            elif reason := _unseen(entry, name is not None):
+                unseen.append((_escaped(entry.name), reason))
+    return Contents(members, unseen, walk.end)
 
 
-_GET_AGAIN = "Get it again from where it came from: samples are missing from it that no reader would miss."
-
-
-def split_name(info: tarfile.TarInfo) -> tuple[str, str] | None:
-    """(key, extension) of a member, None if WebDataset does not see it. Characters that are not utf-8 are escaped."""
-    if not info.isreg() or _META.match(info.name):
+def _unseen(entry: Entry, has_key: bool) -> str | None:
+    """Why an image, or the label of one, is left out; None for what is neither."""
+    file = entry.name.rpartition("/")[2]
+    suffix = file.rpartition(".")[2].lower()
+    if file.startswith(".") or suffix not in {*_IMAGE_SUFFIXES, "cls", "json"} or _META.match(entry.name):
         return None
-    match = _NAME.fullmatch(info.name.encode(errors="backslashreplace").decode())
+    if entry.kind is Kind.FILE:
+        return None if has_key or suffix not in _IMAGE_SUFFIXES else "white space in its extension"
+    if entry.kind is Kind.FOLDER:
+        return None
+    if entry.kind is Kind.SPARSE:
+        return "a sparse file, which cannot be read in place: write the tar without --sparse"
+    return f"a {entry.kind.value}{f' to {_escaped(entry.target)}' if entry.target else ''}, which readers pass over"
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) of a file, None if WebDataset does not see it. Characters that are not utf-8 are escaped."""
+    if _META.match(name):
+        return None
+    match = _NAME.fullmatch(_escaped(name))
     # The index separates its extensions by spaces; no reader asks for one with a space in it.
     return (match[1], match[2].lower()) if match and not re.search(r"\s", match[2]) else None
 
 
-def parse_label(data: bytes) -> int | None:
-    """What a ``.cls`` member says: a number in ASCII."""
-    return int(data) if re.fullmatch(rb"\s*\d{1,9}\s*", data) else None
-
-
-def shown_size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-
-
-def _infos(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (info := archive.next()) is not None:
-        archive.members = []  # type: ignore[attr-defined]  # they would stay in memory
-        yield info
-
-
-def _end_problem(file: BinaryIO, end: int) -> str | None:
-    """Why a tar whose headers stop at ``end`` does not end there as it should. A tar that was cut between two members
-    ends like a whole one, but for its end-of-archive mark."""
-    tail = os.pread(file.fileno(), 1 << 16, end)
-    if len(tail) < _BLOCK:
-        return "ends without an end-of-archive mark: it was cut between two members"
-    if any(tail[:_BLOCK]):
-        return f"has a damaged header at byte {end}"
-    if any(tail):
-        return "goes on after its end-of-archive mark, where readers stop: two tars were joined, or it was overwritten"
-    return None
-
-
-def _padded(size: Any) -> Any:
-    return size + -size % _BLOCK
-
-
-# --- is a shard what it should be -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Check:
-    """A shard, and what its manifest says of it.
-
-    label_from: where the index's labels came from: "cls", "json" (then ``label_field``), "key"; "" if the members all
-    say the same. foreign: the shard is of another maker, and was indexed. full: read everything.
-    """
-
-    root: Path
-    shard: Shard
-    store: str
-    image_size: int | None
-    num_classes: int
-    label_from: str
-    label_field: str
-    foreign: bool
-    full: bool
-
-
-@dataclass(frozen=True)
-class Problem:
-    """kind: for programs. what: for people, without the shard's name. remedy: what to do. samples: all it is about."""
-
-    kind: str
-    what: str
-    remedy: str
-    samples: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """class_counts: samples by class id, () where the index cannot be trusted. bytes: that were looked at or vouched
-    for, for rates."""
-
-    name: str
-    problems: tuple[Problem, ...]
-    class_counts: tuple[int, ...]
-    bytes: int
-
-
-def check(item: Check) -> Verdict:
-    """Look at one shard. Raises nothing that the shard could cause: whatever is wrong is in the verdict."""
-    problems: list[Problem] = []
-    index = _check_index(item, problems)
-    try:
-        with open(item.root / item.shard.name, "rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != item.shard.bytes:
-                what = f"has {size} bytes, the manifest says {item.shard.bytes}: it is cut or was replaced"
-                problems.append(Problem("size", what, _again(item)))
-            else:
-                if index is not None:
-                    problems += _check_layout(file, index, item, size)
-                if item.full:
-                    problems += _check_contents(file, index, item)
-    except FileNotFoundError:
-        problems.append(Problem("missing", "is not there", _again(item)))
-    except OSError as error:
-        remedy = "Look at the file's permissions and at the disk, then verify again."
-        problems.append(Problem("unreadable", f"cannot be read ({error.strerror})", remedy))
-    counts: tuple[int, ...] = ()
-    if index is not None and not any(problem.kind == "label-range" for problem in problems):
-        counts = tuple(np.bincount(index.labels, minlength=item.num_classes).tolist())
-    return Verdict(item.shard.name, tuple(problems), counts, item.shard.bytes)
-
-
-def _again(item: Check) -> str:
-    if item.foreign:
-        return "Get the shard again from where it came from, then run tools/index_shards.py on the folder."
-    return (
-        "Delete the tar and its index, then copy both again from where the set came from, or run the conversion "
-        "again: it makes what is missing."
-    )
-
-
-def _index_again(item: Check) -> str:
-    if item.foreign:
-        return "Delete the index and run tools/index_shards.py on the folder."
-    return "Copy it again from where the set came from, or delete it and run the conversion again."
-
-
-def _check_index(item: Check, problems: list[Problem]) -> Index | None:
-    """The index, None if it is not the one that the manifest names."""
-    path, shard = index_path(item.root / item.shard.name), item.shard
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        problems.append(Problem("index-missing", f"its index {path.name} is not there", _index_again(item)))
-        return None
-    except OSError as error:
-        what = f"its index {path.name} cannot be read ({error.strerror})"
-        problems.append(Problem("unreadable", what, "Look at the file's permissions and at the disk."))
-        return None
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        what = f"its index {path.name} is not the one that the manifest names: it is damaged, or of another conversion"
-        problems.append(Problem("index", what, _index_again(item)))
-        return None
-    try:
-        index = parse_index(data, path.name)
-    except UserError:
-        problems.append(Problem("index", f"its index {path.name} cannot be read", _index_again(item)))
-        return None
-
-    def wrong(kind: str, what: str) -> None:
-        problems.append(Problem(kind, what, _index_again(item)))
-
-    if len(index) != shard.samples:
-        wrong("count", f"its index has {len(index)} samples, the manifest says {shard.samples}")
-    if (index.about.get("bytes"), index.about.get("sha256")) != (shard.bytes, shard.sha256):
-        wrong("index", "its index was written for a tar of other size or sha256 than the manifest names")
-    if len(index) and not (0 <= index.labels.min() and index.labels.max() < item.num_classes):
-        found = f"{index.labels.min()} … {index.labels.max()}"
-        wrong("label-range", f"its index has labels {found}, and the set has classes 0 … {item.num_classes - 1}")
-    if len(set(index.keys.tolist())) != len(index):
-        wrong("duplicate", "a key is there twice in its index")
-    if (lacking := np.flatnonzero(index.image < 0)).size:
-        names = tuple(index.keys[row].decode() for row in lacking)
-        problems.append(Problem("no-image", f"{_count(names, 'sample')} without an image", _index_again(item), names))
-    return index
-
-
-def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[Problem]:
-    """Do the index's members fill the tar without a gap, does it end as a tar, are a few headers where they should
-    be?"""
-    order = np.argsort(index.offset, kind="stable")
-    starts, sizes = index.offset[order], index.size[order]
-    ends = _padded(starts + sizes)
-    before = np.append(0, ends)[: len(ends)]  # where the headers of each member begin
-    gaps = starts - before
-    # Our own shards have one header a member and nothing else; others have PAX headers, folders, samples left out.
-    fits = bool((gaps >= _BLOCK).all() if item.foreign else (gaps == _BLOCK).all())
-    last = int(ends[-1]) if len(ends) else 0
-    end = int(index.about.get("end", last))
-    if max(last, end) > size:
-        what = f"ends at byte {size}, and its index names members up to byte {last}: it was cut before it was indexed"
-        return [Problem("end", what, _again(item))]
-    if not fits or end < last:
-        what = f"its index names {len(order)} members, and they do not follow each other as in a tar"
-        return [Problem("count", what, _index_again(item))]
-    problems = []
-    if reason := _end_problem(file, end):
-        problems.append(Problem("end", reason, _again(item)))
-    for at in sorted({int(at) for at in np.linspace(0, len(order) - 1, 5)} if len(order) else ()):
-        name = _member_name(index, int(order[at]))
-        found = _member_at(file, int(before[at]), int(starts[at]))
-        if found is None or (found.name, found.size) != (name, sizes[at]):
-            there = f"there is {found.name} of {found.size} bytes" if found else "there is no sound header"
-            what = f"{name} of {sizes[at]} bytes should be at byte {starts[at]}, and {there}"
-            problems.append(Problem("header", what, _again(item)))
-    return problems
-
-
-def _member_name(index: Index, member: int) -> str:
-    row = int(np.searchsorted(index.first, member, side="right")) - 1
-    return f"{index.keys[row].decode()}.{index.extensions[int(index.extension[member])]}"
-
-
-def _member_at(file: BinaryIO, start: int, offset: int) -> Member | None:
-    """The member whose data is at ``offset``, reading headers from ``start`` on."""
+def member_at(file: IO[bytes], start: int, offset: int) -> Member | None:
+    """The member whose data is at ``offset``, with the headers read from ``start`` on; None if there is none."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in _infos(archive):
+            for info in archive:
                 if info.offset_data >= offset:
-                    name = split_name(info)
+                    name = split_name(info.name)
                     return Member(*name, offset, info.size) if name and info.offset_data == offset else None
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
         pass
     return None
 
 
-# --- every byte -----------------------------------------------------------------------------------------------------
+def _escaped(name: str) -> str:
+    return name.encode(errors="backslashreplace").decode()
 
 
-class _Findings:
-    """Names by kind, of which one line each is made."""
-
-    def __init__(self) -> None:
-        self.names: dict[str, list[str]] = {}
-
-    def add(self, kind: str, name: str, reason: str = "") -> None:
-        self.names.setdefault(kind, []).append(f"{name} ({reason})" if reason else name)
-
-
-def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Problem]:
-    """One pass over the bytes, in the order of the tar; then the headers, which are in the page cache by now."""
-    import torch
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
-    digest = hashlib.sha256() if item.shard.sha256 else None
-    found = _Findings()
-    at = 0
-    if index is not None:
-        rows = np.repeat(np.arange(len(index)), np.diff(index.first))
-        image_members = set(index.image.tolist())
-        for member in np.argsort(index.offset, kind="stable").tolist():
-            offset, size = int(index.offset[member]), int(index.size[member])
-            if offset < at:
-                break  # the layout's problem is reported already
-            if digest:
-                for part in _read(file, at, offset - at):
-                    digest.update(part)
-            data = b"".join(_read(file, offset, size))
-            at = offset + size
-            if digest:
-                digest.update(data)
-            name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
-            if len(data) < size or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
-                found.add("crc", name)
-            elif member in image_members:
-                if reason := _image_problem(data, extension, item):
-                    found.add("decode", name, reason)
-            elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
-                found.add("label", name, reason)
-    if digest:
-        for part in _read(file, at, item.shard.bytes - at):
-            digest.update(part)
-    problems = [Problem(kind, *_SAMPLE_WORDS[kind](item, names), tuple(names)) for kind, names in found.names.items()]
-    if digest and digest.hexdigest() != item.shard.sha256:
-        problems.append(Problem("sha256", "its sha256 is not the manifest's", _again(item)))
-    return problems + _check_headers(index, item)
-
-
-_SAMPLE_WORDS = {
-    "crc": lambda item, names: (
-        f"{_count(names, 'member')} with other bytes than were written: {_some(names)}",
-        _again(item),
-    ),
-    "decode": lambda item, names: (
-        f"{_count(names, 'image')} of no use: {_some(names)}",
-        "Copying again does not help where checksums agree: take the image out of the source, or mend it there, and "
-        "make the shard again.",
-    ),
-    "label": lambda item, names: (f"{_count(names, 'label')} other than the index's: {_some(names)}", _again(item)),
-}
-
-
-def _check_headers(index: Index | None, item: Check) -> list[Problem]:
-    """Every header, against the index."""
-    try:
-        contents = scan(item.root / item.shard.name)
-    except UserError as error:
-        return [Problem("headers", f"cannot be walked: {error}", _again(item))]
-    if index is None:
-        return []
-    places = zip(index.offset.tolist(), index.size.tolist(), strict=True)
-    named = {offset: (_member_name(index, i), size) for i, (offset, size) in enumerate(places)}
-    left_out = {entry.get("name") for entry in index.about.get("bad", ())}
-    there = {member.offset: (member.name, member.size) for member in contents.members if member.key not in left_out}
-    if named == there:
-        return []
-    differing = sorted(offset for offset in named.keys() | there.keys() if named.get(offset) != there.get(offset))
-    names = tuple((named.get(offset) or there[offset])[0] for offset in differing)
-    what = f"{_count(names, 'member')} of the tar and its index differ in name, place or size: {_some(names)}"
-    return [Problem("table", what, _again(item), names)]
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> Iterable[bytes]:
-    while size > 0 and (part := os.pread(file.fileno(), min(size, 1 << 22), offset)):
-        yield part
-        offset, size = offset + len(part), size - len(part)
-
-
-def _image_problem(data: bytes, extension: str, item: Check) -> str:
-    try:
-        if extension == images.RAW:
-            images.pixels(data, extension, item.image_size or 0)
-            return ""
-        height, width = images.decode(data).shape[1:]
-    except UserError as error:
-        return str(error)
-    if item.store != images.ORIGINAL and (height, width) != (item.image_size, item.image_size):
-        return f"a crop of {width}×{height}, not {item.image_size}×{item.image_size}"
-    return ""
-
-
-def _label_problem(data: bytes, extension: str, label: int, item: Check) -> str:
-    if extension == "cls" and item.label_from in ("", "cls"):
-        return "" if parse_label(data) == label else f"{data[:20]!r}, index {label}"
-    if extension == "json" and item.label_from in ("", "json"):
-        try:
-            found: Any = json.loads(data).get(item.label_field)
-        except (ValueError, AttributeError):
-            return "not a JSON object"
-        return "" if found == label or (found is None and not item.label_from) else f"{found!r}, index {label}"
-    return ""
-
-
-def _count(names: Iterable[str], noun: str) -> str:
-    number = len(tuple(names))
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
+def shown_size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

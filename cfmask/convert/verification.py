@@ -1,0 +1,312 @@
+"""Whether a shard is what its index and its manifest say.
+
+quick: sizes, index, end mark, a few headers, every label;  full: every byte, checksum, header and image as well
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from cfmask.convert import labels, tarscan
+from cfmask.data import images
+from cfmask.data.shards import Index, Shard, index_path, parse_index
+from cfmask.errors import UserError
+
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Check:
+    """A shard, and what its manifest says of it.
+
+    label_from: where the index's labels came from: "cls", "json" (then ``label_field``), "key"; "" if the members all
+    say the same. foreign: the shard is of another maker, and was indexed. full: read everything.
+    """
+
+    root: Path
+    shard: Shard
+    store: str
+    image_size: int | None
+    num_classes: int
+    label_from: str
+    label_field: str
+    foreign: bool
+    full: bool
+
+
+@dataclass(frozen=True)
+class Problem:
+    """kind: for programs. what: for people, without the shard's name. remedy: what to do. samples: all it is about."""
+
+    kind: str
+    what: str
+    remedy: str
+    samples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """class_counts: samples by class id, () where the index cannot be trusted. bytes: that were looked at or vouched
+    for, for rates."""
+
+    name: str
+    problems: tuple[Problem, ...]
+    class_counts: tuple[int, ...]
+    bytes: int
+
+
+def check(item: Check) -> Verdict:
+    """Look at one shard. Raises nothing that the shard could cause: whatever is wrong is in the verdict."""
+    problems: list[Problem] = []
+    index = _check_index(item, problems)
+    try:
+        with open(item.root / item.shard.name, "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != item.shard.bytes:
+                what = f"has {size} bytes, the manifest says {item.shard.bytes}: it is cut or was replaced"
+                problems.append(Problem("size", what, _again(item)))
+            else:
+                if index is not None:
+                    problems += _check_layout(file, index, item, size)
+                if item.full:
+                    problems += _check_contents(file, index, item)
+    except FileNotFoundError:
+        problems.append(Problem("missing", "is not there", _again(item)))
+    except OSError as error:
+        remedy = "Look at the file's permissions and at the disk, then verify again."
+        problems.append(Problem("unreadable", f"cannot be read ({error.strerror})", remedy))
+    counts: tuple[int, ...] = ()
+    if index is not None and not any(problem.kind == "label-range" for problem in problems):
+        counts = tuple(np.bincount(index.labels, minlength=item.num_classes).tolist())
+    return Verdict(item.shard.name, tuple(problems), counts, item.shard.bytes)
+
+
+def _again(item: Check) -> str:
+    if item.foreign:
+        return "Get the shard again from where it came from, then run tools/index_shards.py on the folder."
+    return (
+        "Delete the tar and its index, then copy both again from where the set came from, or run the conversion "
+        "again: it makes what is missing."
+    )
+
+
+def _index_again(item: Check) -> str:
+    if item.foreign:
+        return "Delete the index and run tools/index_shards.py on the folder."
+    return "Copy it again from where the set came from, or delete it and run the conversion again."
+
+
+def _check_index(item: Check, problems: list[Problem]) -> Index | None:
+    """The index, None if it is not the one that the manifest names."""
+    path, shard = index_path(item.root / item.shard.name), item.shard
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        problems.append(Problem("index-missing", f"its index {path.name} is not there", _index_again(item)))
+        return None
+    except OSError as error:
+        what = f"its index {path.name} cannot be read ({error.strerror})"
+        problems.append(Problem("unreadable", what, "Look at the file's permissions and at the disk."))
+        return None
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        what = f"its index {path.name} is not the one that the manifest names: it is damaged, or of another conversion"
+        problems.append(Problem("index", what, _index_again(item)))
+        return None
+    try:
+        index = parse_index(data, path.name)
+    except UserError:
+        problems.append(Problem("index", f"its index {path.name} cannot be read", _index_again(item)))
+        return None
+
+    def wrong(kind: str, what: str) -> None:
+        problems.append(Problem(kind, what, _index_again(item)))
+
+    if len(index) != shard.samples:
+        wrong("count", f"its index has {len(index)} samples, the manifest says {shard.samples}")
+    if (index.about.get("bytes"), index.about.get("sha256")) != (shard.bytes, shard.sha256):
+        wrong("index", "its index was written for a tar of other size or sha256 than the manifest names")
+    if len(index) and not (0 <= index.labels.min() and index.labels.max() < item.num_classes):
+        found = f"{index.labels.min()} … {index.labels.max()}"
+        wrong("label-range", f"its index has labels {found}, and the set has classes 0 … {item.num_classes - 1}")
+    if len(set(index.keys.tolist())) != len(index):
+        wrong("duplicate", "a key is there twice in its index")
+    if (lacking := np.flatnonzero(index.image < 0)).size:
+        names = tuple(index.keys[row].decode() for row in lacking)
+        problems.append(Problem("no-image", f"{_count(names, 'sample')} without an image", _index_again(item), names))
+    return index
+
+
+def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[Problem]:
+    """Do the index's members fill the tar without a gap, does it end as a tar, are a few headers where they should
+    be?"""
+    order = np.argsort(index.offset, kind="stable")
+    starts, sizes = index.offset[order], index.size[order]
+    ends = starts + sizes
+    ends += -ends % _BLOCK
+    before = np.append(0, ends)[: len(ends)]  # where the headers of each member begin
+    gaps = starts - before
+    # Our own shards have one header a member and nothing else; others have PAX headers, folders, samples left out.
+    fits = bool((gaps >= _BLOCK).all() if item.foreign else (gaps == _BLOCK).all())
+    last = int(ends[-1]) if len(ends) else 0
+    end = int(index.about.get("end", last))
+    if max(last, end) > size:
+        what = f"ends at byte {size}, and its index names members up to byte {last}: it was cut before it was indexed"
+        return [Problem("end", what, _again(item))]
+    if not fits or end < last:
+        what = f"its index names {len(order)} members, and they do not follow each other as in a tar"
+        return [Problem("count", what, _index_again(item))]
+    problems = []
+    if problem := tarscan.end_problem(file, end):
+        problems.append(Problem("end", problem[0], _again(item)))
+    for at in sorted({int(at) for at in np.linspace(0, len(order) - 1, 5)} if len(order) else ()):
+        name = _member_name(index, int(order[at]))
+        found = tarscan.member_at(file, int(before[at]), int(starts[at]))
+        if found is None or (found.name, found.size) != (name, sizes[at]):
+            there = f"there is {found.name} of {found.size} bytes" if found else "there is no sound header"
+            what = f"{name} of {sizes[at]} bytes should be at byte {starts[at]}, and {there}"
+            problems.append(Problem("header", what, _again(item)))
+    return problems
+
+
+def _member_name(index: Index, member: int) -> str:
+    row = int(np.searchsorted(index.first, member, side="right")) - 1
+    return f"{index.keys[row].decode()}.{index.extensions[int(index.extension[member])]}"
+
+
+# --- every byte -----------------------------------------------------------------------------------------------------
+
+
+class _Findings:
+    """Names by kind, of which one line each is made."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, kind: str, name: str, reason: str = "") -> None:
+        self.names.setdefault(kind, []).append(f"{name} ({reason})" if reason else name)
+
+
+def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Problem]:
+    """One pass over the bytes, in the order of the tar; then the headers, which are in the page cache by now."""
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
+    digest = hashlib.sha256() if item.shard.sha256 else None
+    found = _Findings()
+    at = 0
+    if index is not None:
+        rows = np.repeat(np.arange(len(index)), np.diff(index.first))
+        image_members = set(index.image.tolist())
+        for member in np.argsort(index.offset, kind="stable").tolist():
+            offset, size = int(index.offset[member]), int(index.size[member])
+            if offset < at:
+                break  # the layout's problem is reported already
+            if digest:
+                for part in _read(file, at, offset - at):
+                    digest.update(part)
+            data = b"".join(_read(file, offset, size))
+            at = offset + size
+            if digest:
+                digest.update(data)
+            name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
+            if len(data) < size or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
+                found.add("crc", name)
+            elif member in image_members:
+                if reason := _image_problem(data, extension, item):
+                    found.add("decode", name, reason)
+            elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
+                found.add("label", name, reason)
+    if digest:
+        for part in _read(file, at, item.shard.bytes - at):
+            digest.update(part)
+    problems = [Problem(kind, *_SAMPLE_WORDS[kind](item, names), tuple(names)) for kind, names in found.names.items()]
+    if digest and digest.hexdigest() != item.shard.sha256:
+        problems.append(Problem("sha256", "its sha256 is not the manifest's", _again(item)))
+    return problems + _check_headers(index, item)
+
+
+_SAMPLE_WORDS = {
+    "crc": lambda item, names: (
+        f"{_count(names, 'member')} with other bytes than were written: {_some(names)}",
+        _again(item),
+    ),
+    "decode": lambda item, names: (
+        f"{_count(names, 'image')} of no use: {_some(names)}",
+        "Copying again does not help where checksums agree: take the image out of the source, or mend it there, and "
+        "make the shard again.",
+    ),
+    "label": lambda item, names: (f"{_count(names, 'label')} other than the index's: {_some(names)}", _again(item)),
+}
+
+
+def _check_headers(index: Index | None, item: Check) -> list[Problem]:
+    """Every header, against the index."""
+    try:
+        contents = tarscan.scan(item.root / item.shard.name)
+    except UserError as error:
+        return [Problem("headers", f"cannot be walked: {error}", _again(item))]
+    if index is None:
+        return []
+    places = zip(index.offset.tolist(), index.size.tolist(), strict=True)
+    named = {offset: (_member_name(index, i), size) for i, (offset, size) in enumerate(places)}
+    left_out = {entry.get("name") for entry in index.about.get("bad", ())}
+    there = {member.offset: (member.name, member.size) for member in contents.members if member.key not in left_out}
+    if named == there:
+        return []
+    differing = sorted(offset for offset in named.keys() | there.keys() if named.get(offset) != there.get(offset))
+    names = tuple((named.get(offset) or there[offset])[0] for offset in differing)
+    what = f"{_count(names, 'member')} of the tar and its index differ in name, place or size: {_some(names)}"
+    return [Problem("table", what, _again(item), names)]
+
+
+def _read(file: BinaryIO, offset: int, size: int) -> Iterable[bytes]:
+    while size > 0 and (part := os.pread(file.fileno(), min(size, 1 << 22), offset)):
+        yield part
+        offset, size = offset + len(part), size - len(part)
+
+
+def _image_problem(data: bytes, extension: str, item: Check) -> str:
+    try:
+        if extension == images.RAW:
+            images.pixels(data, extension, item.image_size or 0)
+            return ""
+        height, width = images.decode(data).shape[1:]
+    except UserError as error:
+        return str(error)
+    if item.store != images.ORIGINAL and (height, width) != (item.image_size, item.image_size):
+        return f"a crop of {width}×{height}, not {item.image_size}×{item.image_size}"
+    return ""
+
+
+def _label_problem(data: bytes, extension: str, label: int, item: Check) -> str:
+    if extension == "cls" and item.label_from in ("", "cls"):
+        return "" if labels.class_id_of(data) == label else f"{data[:20]!r}, index {label}"
+    if extension == "json" and item.label_from in ("", "json"):
+        try:
+            found: Any = json.loads(data).get(item.label_field)
+        except (ValueError, AttributeError):
+            return "not a JSON object"
+        return "" if found == label or (found is None and not item.label_from) else f"{found!r}, index {label}"
+    return ""
+
+
+def _count(names: Iterable[str], noun: str) -> str:
+    number = len(tuple(names))
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
