@@ -11,7 +11,7 @@ from cfmask.convert.sources.files import LabelledImage, Listing, Tick, Tree, cho
 from cfmask.data import benchmarks
 from cfmask.errors import UserError
 
-_MAPPINGS = FOLDERS, OBJECTS, LABELS, NUMBERS = (
+MAPPINGS = FOLDERS, OBJECTS, LABELS, NUMBERS = (
     "folder_to_objectnet_label.json",
     "objectnet_to_imagenet_1k.json",
     "imagenet_to_label_2012_v2",
@@ -43,20 +43,21 @@ def objectnet_tree(source: Path, *, mappings: Path | None, tick: Tick) -> Object
     for file in listing:
         if is_image(file.parts[-1]):
             found.append(file)
-        elif file.parts[-1] in _MAPPINGS:
+        elif file.parts[-1] in MAPPINGS:
             contents[file.parts[-1]] = file.blob.read()
         else:
             ignored.append("/".join(file.parts))
     if mappings is not None or not contents:
         mappings = mappings or source.parent / "mappings"
-        contents = {name: (mappings / name).read_bytes() for name in _MAPPINGS if (mappings / name).is_file()}
-    if missing := [name for name in _MAPPINGS if name not in contents]:
+        contents = _mapping_files(mappings)
+    if missing := [name for name in MAPPINGS if name not in contents]:
         raise UserError(
             f"ObjectNet's own mapping files say which of its folders are which of ImageNet's classes, and "
             f"{', '.join(missing)} cannot be found in {mappings or source}. They are in the archive, in "
             f"objectnet-1.0/mappings: name that folder with --mappings."
         )
-    known, class_ids = _objectnet_classes(contents)
+    labels, class_ids = classes_of(contents)
+    known = sorted(labels)
     images, left_out = [], 0
     for file in found:
         folder = file.parts[-2] if len(file.parts) > 1 else "no folder"
@@ -74,8 +75,18 @@ def objectnet_tree(source: Path, *, mappings: Path | None, tick: Tick) -> Object
     return ObjectNet(chosen_tree(source, {name: images} if images else {}, seen, ignored, None), class_ids, left_out)
 
 
-def _objectnet_classes(files: dict[str, bytes]) -> tuple[list[str], dict[str, tuple[int, ...]]]:
-    """All folders, and the class ids of each that overlaps with ImageNet.
+def _mapping_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in MAPPINGS if (folder / name).is_file()}
+
+
+def read_mappings(folder: Path) -> dict[str, bytes] | None:
+    """The contents of the mapping files by name; None if one of them is not in the folder."""
+    files = _mapping_files(folder)
+    return files if len(files) == len(MAPPINGS) else None
+
+
+def classes_of(files: dict[str, bytes]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
+    """ObjectNet's label of each folder, and the class ids of each folder that overlaps with ImageNet.
 
     FOLDERS: folder → ObjectNet's label. OBJECTS: label → texts of ImageNet classes, joined by "; ". LABELS: a text a
     line; the line's number, from 0, counts as the devkit's ILSVRC2012_ID does. NUMBERS: class id → that number.
@@ -99,4 +110,4 @@ def _objectnet_classes(files: dict[str, bytes]) -> tuple[list[str], dict[str, tu
             f"ObjectNet's mapping files do not fit together ({error!r}): copy all of objectnet-1.0/mappings from the "
             f"archive again."
         ) from None
-    return sorted(label_of), class_ids
+    return label_of, class_ids
