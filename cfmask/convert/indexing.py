@@ -126,18 +126,16 @@ def _index(task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat
     members: list[tarscan.Member] = []
     several = wnids = agreeing = 0
     of_wnid = {wnid: i for i, wnid in enumerate(imagenet.wnids())}
-    unseen = {name: reason for name, reason in contents.unseen}
+    unseen = dict(contents.unseen)
     for key, fields in samples.items():
         image = image_of(fields)
         if image is None:
             continue
         found = label_of(file, key, fields, task.label, task.ids)
         if isinstance(found, str):
-            link = unseen.get(f"{key}.{task.label.source}")
-            raise UserError(
-                f"Sample {key} of {task.tar} has no label: {found}{f'; there is {link}' if link else ''}. "
-                f"{LABEL_OPTIONS}"
-            )
+            name = f"{key}.{task.label.source}"
+            link = f"; {name} is {unseen[name]}" if name in unseen else ""
+            raise UserError(f"Sample {key} of {task.tar} has no label: {found}{link}. {LABEL_OPTIONS}")
         if task.class_ids:
             if found >= len(task.class_ids):
                 raise UserError(

@@ -221,7 +221,7 @@ def find_label(tars: Sequence[Path], asked: str | None, field: str | None, ids: 
             raise UserError(
                 f"Sample {key} of {tar} has no label: it has {', '.join(fields)}, its .json has the fields "
                 f"{', '.join(facts) or '(none)'}, of which none of {', '.join(LABEL_FIELDS)} is a number"
-                f"{', and its key does not begin with a wnid or another class' if asked is None else ''}. {LABEL_OPTIONS}"
+                f"{', and its key does not begin with a wnid or class' if asked is None else ''}. {LABEL_OPTIONS}"
             )
     raise no_images(tars[0].parent, reason)
 

@@ -80,7 +80,8 @@ def check(item: Check) -> Verdict:
                 problems.append(Problem("size", what, _again(item)))
             else:
                 if index is not None:
-                    problems += _check_layout(file, index, item, size) or _check_labels(file, index, item)
+                    checks = (_check_frame, _check_layout) if item.foreign else (_check_layout, _check_labels)
+                    problems += checks[0](file, index, item) or checks[1](file, index, item)
                 if item.full:
                     problems += _check_contents(file, index, item)
     except FileNotFoundError:
@@ -149,7 +150,7 @@ def _check_index(item: Check, problems: list[Problem]) -> Index | None:
     return index
 
 
-def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[Problem]:
+def _check_layout(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
     """Do the index's members fill the tar without a gap, does it end as a tar, are a few headers where they should
     be?"""
     order = np.argsort(index.offset, kind="stable")
@@ -161,7 +162,7 @@ def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[
     # Our own shards have one header a member and nothing else; others have PAX headers, folders, samples left out.
     fits = bool((gaps >= _BLOCK).all() if item.foreign else (gaps == _BLOCK).all())
     last = int(ends[-1]) if len(ends) else 0
-    end = int(index.about.get("end", last))
+    size, end = item.shard.bytes, int(index.about.get("end", last))
     if max(last, end) > size:
         what = f"ends at byte {size}, and its index names members up to byte {last}: it was cut before it was indexed"
         return [Problem("end", what, _again(item))]
@@ -181,16 +182,19 @@ def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[
     return problems
 
 
+def _check_frame(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
+    """Are headers and labels of another program's tar those that were indexed?"""
+    if "frame" not in index.about:
+        what = "was indexed by an earlier version, which kept no digest of its labels"
+        return [Problem("old-index", what, _index_again(item))]
+    if frame_digest(file.fileno(), index) != index.about["frame"]:
+        what = "has other headers or labels than when it was indexed: it was changed since"
+        return [Problem("changed", what, _again(item))]
+    return []
+
+
 def _check_labels(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
-    """Are the tar's labels those of the index? A tar of the same size and layout may have got others since."""
-    if item.foreign:
-        if "frame" not in index.about:
-            what = "was indexed by an earlier version, which kept no digest of its labels"
-            return [Problem("old-index", what, _index_again(item))]
-        if frame_digest(file.fileno(), index) != index.about["frame"]:
-            what = "has other headers or labels than when it was indexed: it was changed since"
-            return [Problem("changed", what, _again(item))]
-        return []
+    """Are the labels of a tar of ours those of the index? One of the same size and layout may have got others."""
     if item.full:
         return []  # compared with everything else
     found = _Findings()
