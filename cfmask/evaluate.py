@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfmask.data import benchmarks, imagenet
+from cfmask.data import benchmarks
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import Batch
 from cfmask.errors import UserError
@@ -52,14 +52,8 @@ def answers_of(manifest: Manifest) -> Answers:
         subset = set(benchmarks.wnids(manifest.split))
         return Answers(torch.tensor([i for i, (wnid, _) in enumerate(manifest.classes) if wnid in subset]))
     if manifest.split == benchmarks.OBJECTNET.name:
-        return Answers(torch.tensor(_right_ids(manifest)), _right(manifest))
+        return Answers(torch.tensor(benchmarks.right_ids(manifest)), _right(manifest))
     return Answers(torch.arange(classes), _right(manifest) if manifest.accepted else None)
-
-
-def _right_ids(manifest: Manifest) -> list[int]:
-    """Ids that are a right answer to some image."""
-    seen = (label for label, count in enumerate(manifest.class_counts) if count)
-    return sorted({i for label in seen for i in manifest.accepted.get(label, (label,))})
 
 
 def _right(manifest: Manifest) -> Tensor:
@@ -75,18 +69,11 @@ def check_set(manifest: Manifest, *, allow_count_mismatch: bool = False) -> None
     Raises:
         UserError: other counts, or other classes, than the set of this name has.
     """
-    known = benchmarks.BENCHMARKS.get(manifest.split)
-    wnids = [wnid for wnid, _ in manifest.classes]
-    if known is None or (known in (benchmarks.TRAIN, benchmarks.VAL) and tuple(wnids) != imagenet.wnids()):
-        return  # everybody's sets are called train and val
-    counts = {wnid: n for wnid, n in zip(wnids, manifest.class_counts, strict=True) if n}
-    deviations = known.deviations(counts, len(_right_ids(manifest)))
-    if known is not benchmarks.OBJECTNET and (foreign := sorted(set(counts) - set(benchmarks.wnids(known.name)))):
-        deviations.append(f"images of {len(foreign)} classes that are not its, such as {foreign[0]}")
+    deviations = benchmarks.deviations_of(manifest)
     if deviations and not allow_count_mismatch:
         raise UserError(
-            f"{manifest.root} is no whole copy of {known.name}: {', '.join(deviations)}. Convert a whole copy, or take "
-            "this one with --allow-count-mismatch."
+            f"{manifest.root} is no whole copy of {manifest.split}: {', '.join(deviations)}. Convert a whole copy, or "
+            "take this one with --allow-count-mismatch."
         )
 
 

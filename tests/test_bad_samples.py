@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.data import shards
+from cfmask.data import shard_index
 from cfmask.runtime.jsonl import read_lines
 from tools import audit
 
@@ -32,7 +32,7 @@ def materials(tmp_path_factory) -> Path:
 
 def rot(tar: Path, row: int) -> str:
     """Flip a bit of a row's image; its key."""
-    index = shards.load_index(tar)
+    index = shard_index.load_index(tar)
     data = bytearray(tar.read_bytes())
     data[index.offset[index.image[row]] + 40] ^= 1
     tar.write_bytes(data)
@@ -58,7 +58,7 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
     share = ("--max-bad-share", 0.5)
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     gone = materials / "shards/train/train-000001.tar"
-    key = shards.load_index(materials / "shards/train/train-000004.tar").keys[3].decode()
+    key = shard_index.load_index(materials / "shards/train/train-000004.tar").keys[3].decode()
 
     # The shard goes once the job is under way: a launch would refuse it.
     for run in (alone, stopped):

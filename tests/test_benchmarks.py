@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cfmask.data import benchmarks, imagenet, images
-from cfmask.data.shards import ShardReader, load_manifest
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import load_manifest
 from test_make_shards import convert, picture, pixels_of, refused, write_tar, write_tree
 from tools import make_shards
 

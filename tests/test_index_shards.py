@@ -12,8 +12,10 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from cfmask.data import imagenet, shards
-from cfmask.data.shards import ShardReader, load_manifest
+from cfmask.convert import shard_writer
+from cfmask.data import imagenet, shard_index
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import load_manifest
 from tools import index_shards, verify_shards
 
 CLASSES = "cat\tthe cat\ndog\tthe dog\nowl\tthe owl\neel\tthe eel\n"
@@ -69,7 +71,7 @@ def timm(folder: Path) -> None:
         write_tar(folder / f"imagenet1k-train-{s:04d}.tar", files)
 
 
-def shard_writer(folder: Path) -> None:
+def webdatasets_writer(folder: Path) -> None:
     folder.mkdir(parents=True)
     with wds.ShardWriter(str(folder / "part-%06d.tar"), maxcount=3, verbose=0) as sink:
         for n in range(7):
@@ -149,7 +151,7 @@ def snapshot(folder: Path) -> dict:
         (img2dataset, 8, "json"),
         (open_clip, 4, "cls"),
         (timm, 6, "cls"),
-        (shard_writer, 7, "cls"),
+        (webdatasets_writer, 7, "cls"),
         (long_names(tarfile.PAX_FORMAT), 4, "cls"),
         (long_names(tarfile.GNU_FORMAT), 4, "cls"),
         (folders, 4, "cls"),
@@ -180,8 +182,8 @@ def test_samples_are_those_that_webdataset_reads(tmp_path, names, index, style, 
         image = next(iter(reader.read_images([count - 1])))
         [name] = [name for name in image if not name.startswith("__")]
         assert name in ("jpg", "jpeg", "webp") and bytes(image[name]) == jpeg(count - 1)
-    for mode in ("--quick", "--full"):
-        assert verify_shards.main([str(folder), mode, "--workers", "1"]) == 0
+    for mode in ((), ("--full",)):
+        assert verify_shards.main([str(folder), *mode, "--workers", "1"]) == 0
 
 
 def test_interleaved_samples_are_put_together(tmp_path, names, index):
@@ -276,8 +278,8 @@ def test_samples_without_an_image_are_left_out_and_listed(tmp_path, names, index
     assert load_manifest(tmp_path / "train").bad_samples == 1
     listed = [json.loads(line) for line in (tmp_path / "train/bad_samples.jsonl").read_text().splitlines()]
     assert listed == [{"name": "lost", "shard": "0.tar", "reason": "no image among its members (cls, json)"}]
-    for mode in ("--quick", "--full"):
-        assert verify_shards.main([str(tmp_path / "train"), mode, "--workers", "1"]) == 0
+    for mode in ((), ("--full",)):
+        assert verify_shards.main([str(tmp_path / "train"), *mode, "--workers", "1"]) == 0
 
 
 def test_imagenets_classes_are_taken_only_where_something_says_so(tmp_path, index):
@@ -356,7 +358,7 @@ def test_folders_that_cannot_be_a_set_are_refused(tmp_path, names, index, monkey
     img2dataset(tmp_path / "up/train")
     assert "there are some in" in index(tmp_path / "up")[2]
     (tmp_path / "up/train/00002.tar.gz").write_bytes(b"")
-    assert "00002.tar.gz is compressed" in index(tmp_path / "up/train")[2]
+    assert "00002.tar.gz is compressed by its name, and empty" in index(tmp_path / "up/train")[2]
     timm(tmp_path / "mixed")
     write_tar(tmp_path / "mixed/imagenet1k-validation-00.tar", [])
     status, _, errors = index(tmp_path / "mixed")
@@ -368,11 +370,11 @@ def test_folders_that_cannot_be_a_set_are_refused(tmp_path, names, index, monkey
 
 def test_shards_of_make_shards_are_left_alone(tmp_path, index):
     (tmp_path / "train").mkdir()
-    shards.write_shard(tmp_path / "train/train-000000.tar", [("a", 0, {"jpg": jpeg(0), "cls": b"0"})])
-    before = shards.index_path(tmp_path / "train/train-000000.tar").read_bytes()
+    shard_writer.write_shard(tmp_path / "train/train-000000.tar", [("a", 0, {"jpg": jpeg(0), "cls": b"0"})])
+    before = shard_index.index_path(tmp_path / "train/train-000000.tar").read_bytes()
     status, _, errors = index(tmp_path / "train")
     assert status == 2 and "have their indexes from make_shards" in errors
-    assert shards.index_path(tmp_path / "train/train-000000.tar").read_bytes() == before
+    assert shard_index.index_path(tmp_path / "train/train-000000.tar").read_bytes() == before
 
 
 def test_what_is_indexed_is_skipped_and_what_changed_is_not(tmp_path, names, index):

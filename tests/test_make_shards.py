@@ -21,10 +21,13 @@ from PIL import Image
 
 from cfmask.convert import collection, conversion
 from cfmask.convert.planning import hold_out
+from cfmask.convert.shard_writer import write_shard
 from cfmask.convert.sources import files
 from cfmask.convert.sources.blobs import Blob, SourceFile
 from cfmask.data import imagenet, images
-from cfmask.data.shards import ShardReader, load_index, load_manifest, write_shard
+from cfmask.data.shard_index import load_index
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.files import sole_writer
 from tools import make_shards

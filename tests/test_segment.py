@@ -14,7 +14,8 @@ import made
 from cfmask.convert import mask2former
 from cfmask.data import imagenet
 from cfmask.data.segmentation import open_masks
-from cfmask.data.shards import ShardReader, load_manifest
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
 from tools import segment, validate_masks, verify_shards
 from towers import TINY

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from cfmask.data import shards
-from cfmask.data.shards import Manifest, SampleError, ShardReader, load_manifest, write_manifest, write_shard
+from cfmask.convert import shard_writer
+from cfmask.convert.shard_writer import write_shard
+from cfmask.data import shard_index
+from cfmask.data.shard_reader import SampleError, ShardReader
+from cfmask.data.shards import Manifest, load_manifest, write_manifest
 from cfmask.errors import UserError
 
 CLASSES = (("n01", "one"), ("n02", "two"), ("n03", "three"))
@@ -31,7 +34,7 @@ def make_set(folder, counts=(4, 0, 3, 5)):
             number += 1
         tar = folder / f"train-{s:06d}.tar"
         write_shard(tar, samples)
-        shard, index = shards.shard_and_index(tar)
+        shard, index = shard_writer.shard_and_index(tar)
         entries.append(shard)
         indexes.append(index)
     manifest = Manifest(
@@ -39,7 +42,7 @@ def make_set(folder, counts=(4, 0, 3, 5)):
         split="train",
         store="original",
         classes=CLASSES,
-        class_counts=shards.class_counts_of(indexes, 3),
+        class_counts=shard_writer.class_counts_of(indexes, 3),
         shards=tuple(entries),
         made={"tool": "test"},
     )
@@ -159,7 +162,7 @@ def test_missing_and_torn_shards_are_named_at_loading(made):
     with pytest.raises(UserError, match="train-000002.tar of the manifest beside it cannot be found"):
         load_manifest(made.root)
     tar.write_bytes(whole)
-    shards.index_path(tar).unlink()
+    shard_index.index_path(tar).unlink()
     with pytest.raises(UserError, match="has no index train-000002.index.safetensors"):
         load_manifest(made.root)
 
@@ -167,7 +170,7 @@ def test_missing_and_torn_shards_are_named_at_loading(made):
 def test_a_flipped_bit_is_found_when_its_sample_is_read(made):
     tar = made.root / "train-000003.tar"
     data = bytearray(tar.read_bytes())
-    data[shards.load_index(tar).offset[3] + 5] ^= 1  # second sample's first member
+    data[shard_index.load_index(tar).offset[3] + 5] ^= 1  # second sample's first member
     tar.write_bytes(data)
     with ShardReader(load_manifest(made.root)) as reader:
         assert reader.read(7)["__key__"] == "sample_7"
@@ -211,7 +214,7 @@ def test_a_set_behind_a_url_reads_as_the_folder_does_and_a_copy_that_rots_is_fet
             assert ours == theirs
     [copy] = (tmp_path / "cache").glob("train-000003.tar.*")
     data = bytearray(copy.read_bytes())
-    data[shards.load_index(made.root / "train-000003.tar").offset[3] + 5] ^= 1
+    data[shard_index.load_index(made.root / "train-000003.tar").offset[3] + 5] ^= 1
     copy.write_bytes(data)
     with ShardReader(there) as remote:
         assert remote.read(8)["__key__"] == "sample_8"

@@ -19,8 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cfmask.data import images, plan, receipts, shards, stream
-from cfmask.data.shards import Manifest, ShardReader, load_manifest, write_manifest, write_shard
+from cfmask.convert import shard_writer
+from cfmask.convert.shard_writer import write_shard
+from cfmask.data import images, plan, receipts, shard_index, shard_reader, stream
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import Manifest, load_manifest, write_manifest
 from cfmask.data.stream import Batch, eval_batches, train_batches
 from cfmask.errors import UserError
 from cfmask.masking.fills import DrawSpec, concat, draw
@@ -58,7 +61,7 @@ def make_set(folder, data_of=picture, store="original"):
             number += 1
         tar = folder / f"train-{s:06d}.tar"
         write_shard(tar, samples)
-        shard, index = shards.shard_and_index(tar)
+        shard, index = shard_writer.shard_and_index(tar)
         entries.append(shard)
         indexes.append(index)
     write_manifest(
@@ -68,7 +71,7 @@ def make_set(folder, data_of=picture, store="original"):
             store=store,
             image_size=SIZE if store != "original" else None,
             classes=tuple((f"n{c}", f"class {c}") for c in range(10)),
-            class_counts=shards.class_counts_of(indexes, 10),
+            class_counts=shard_writer.class_counts_of(indexes, 10),
             shards=tuple(entries),
         )
     )
@@ -288,7 +291,7 @@ def test_an_evaluation_of_a_set_whose_shard_vanished_names_it(quick_retries, tmp
 
 @pytest.fixture
 def quick_retries(monkeypatch):
-    monkeypatch.setattr(shards, "RETRY_S", (0.01, 0.01))
+    monkeypatch.setattr(shard_reader, "RETRY_S", (0.01, 0.01))
 
 
 def expected_with_stand_ins(whole, bad_ids, epoch=1):
@@ -326,7 +329,7 @@ def test_the_next_good_sample_of_the_lane_stands_in_for_a_bad_one(quick_retries,
         else:
             bad_ids = {13}
             data = bytearray(tar.read_bytes())
-            data[shards.load_index(tar).offset[0] + 5] ^= 1
+            data[shard_index.load_index(tar).offset[0] + 5] ^= 1
             tar.write_bytes(data)
     keys = expected_with_stand_ins(whole, bad_ids)
     labels = [[int(key[1:]) % 10 for key in row] for row in keys]
@@ -384,7 +387,7 @@ def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, 
     if damage != "another size":
         tar = raw.root / "train-000001.tar"
         data = bytearray(tar.read_bytes())
-        data[shards.load_index(tar).offset[0] + 200] ^= 1
+        data[shard_index.load_index(tar).offset[0] + 200] ^= 1
         tar.write_bytes(data)
     whole = list(train(manifest))
     keys = expected_with_stand_ins(whole, {13})
@@ -408,7 +411,7 @@ def test_an_error_that_passes_is_waited_for(quick_retries, manifest, monkeypatch
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(descriptor, buffers, offset)
 
-    monkeypatch.setattr(shards.os, "preadv", fails_at_times)
+    monkeypatch.setattr(shard_reader.os, "preadv", fails_at_times)
     again = list(train(manifest, workers=2))
     assert len(failures) > 3
     for a, b in zip(again, whole, strict=True):

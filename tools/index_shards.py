@@ -6,17 +6,18 @@ manifest. The tars stay as they are; their headers and their labels are read, no
     python tools/index_shards.py DIR --label-field class_id --classes names.tsv
     python tools/index_shards.py DIR --checksums                    reads everything once, so that rot is found later
 
-    DIR/00000.tar   00000.index.safetensors  …  manifest.json  bad_samples.jsonl (samples without an image)
+    python tools/index_shards.py DIR --split imagenet-a             CLIP-benchmark's wds_imagenet-a, -r, v2, …: labels
+                                                                    mapped by its classnames.txt
 
-DIR is one split. Shards that have their index already are skipped: stopped at any moment, the same command indexes the
-others.
+    DIR/00000.tar   00000.index.safetensors  …  manifest.json  bad_samples.jsonl (what is left out)
+
+DIR is one split. Shards that have their index already, and did not change since, are skipped: stopped at any moment,
+the same command indexes the others. After a tar was changed, run it again: an old index is refused.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
 import sys
 import time
@@ -25,7 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.convert import tarscan  # noqa: E402
-from cfmask.convert.indexing import Task, commit, find_tars, index_shard, is_indexed  # noqa: E402
+from cfmask.convert.clip_benchmark import find_mapping  # noqa: E402
+from cfmask.convert.indexed_set import commit, find_tars  # noqa: E402
+from cfmask.convert.indexing import Task, index_shard, is_indexed, plan_tasks  # noqa: E402
 from cfmask.convert.labels import LABEL_FIELDS, find_label  # noqa: E402
 from cfmask.convert.tables import Classes, read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
@@ -58,6 +61,18 @@ def parser() -> argparse.ArgumentParser:
         "keys' wnids or all of the labels 0 … 999 say so)",
     )
     p.add_argument(
+        "--mappings",
+        type=Path,
+        metavar="DIR",
+        help="folder of ObjectNet's mapping files, for CLIP-benchmark's wds_objectnet (default: looked for beside its "
+        "classnames.txt)",
+    )
+    p.add_argument(
+        "--allow-count-mismatch",
+        action="store_true",
+        help="take a set that has a benchmark's name (imagenet-v2, …) and other numbers of images or classes than it",
+    )
+    p.add_argument(
         "--checksums", action="store_true", help="read everything, and record CRC and sha256 for verify_shards --full"
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
@@ -78,12 +93,13 @@ def main(argv: list[str] | None = None) -> int:
         classes = imagenet.classes()
     elif args.classes:
         classes = read_classes(Path(args.classes).expanduser())
-    ids = {name: i for i, (name, _) in enumerate(classes or imagenet.classes())}
-    label = find_label(tars, args.label_from, args.label_field, ids)
-    # Of the class list, only labels from keys depend.
-    listed = hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest()[:16] if label.source == "key" else ""
-    settings = json.dumps([*label, listed])
-    tasks = [Task(tar, label, ids if listed else {}, args.checksums, settings) for tar in tars]
+    # A class list that is given goes before the set's own.
+    mapping = None if args.classes not in (None, "imagenet") else find_mapping(folder, tars, args.mappings)
+    if args.mappings and mapping is None:
+        raise UserError("--mappings goes with a classnames.txt of CLIP-benchmark, and none is used: leave it out.")
+    keyed = classes or imagenet.classes()
+    label = find_label(tars, args.label_from, args.label_field, {name: i for i, (name, _) in enumerate(keyed)})
+    tasks = plan_tasks(tars, label, keyed, mapping, checksums=args.checksums)
     missing = [task for task in tasks if not is_indexed(task)]
     if len(missing) < len(tasks):
         print(f"{len(tasks) - len(missing)} of {len(tasks)} shards have their index already")
@@ -93,7 +109,15 @@ def main(argv: list[str] | None = None) -> int:
         except KeyboardInterrupt:
             print("\nFinished indexes are kept; the same command makes those that are missing.", file=sys.stderr)
             raise
-        manifest = commit(folder, args.split or folder.name, tars, classes, label)
+        manifest = commit(
+            folder,
+            args.split or folder.name,
+            tars,
+            classes,
+            label,
+            mapping=mapping,
+            allow_count_mismatch=args.allow_count_mismatch,
+        )
     source = f"the json's {label.field!r}" if label.source == "json" else f"the {label.source}"
     print(
         f"{folder}: {manifest.num_samples} samples of {sum(n > 0 for n in manifest.class_counts)} classes (of "

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """See whether sets of shards are what they were when they were made.
 
-    python tools/verify_shards.py shards             every set in the folder, quick: sizes, counts, indexes, labels'
-                                                     histogram, end marks, a few headers of each tar; reads no images
+    python tools/verify_shards.py shards             every set in the folder, quick: sizes, counts, indexes, every
+                                                     label, end marks, a few headers of each tar; reads no images
     python tools/verify_shards.py shards/val --full  reads everything: sha256, every member's CRC, every label, and
                                                      every image decodes
     python tools/verify_shards.py shards --full --executor slurm --array 32 --cpus-per-task 8
@@ -18,91 +18,18 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.convert import verification  # noqa: E402
+from cfmask.convert.set_verification import Findings, as_json, checks_of, find_sets, findings_of  # noqa: E402
 from cfmask.convert.tarscan import shown_size  # noqa: E402
-from cfmask.data import remote  # noqa: E402
-from cfmask.data.shards import MANIFEST, Manifest, load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import remove_leftovers, write_atomically  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
-
-
-@dataclass
-class Findings:
-    """What was found out about a set. problems: by shard's name, "" for those of the set itself."""
-
-    manifest: Manifest
-    problems: dict[str, list[verification.Problem]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-def find_sets(given: str) -> list[Manifest]:
-    """The set that ``given`` is, or all those in it.
-
-    Raises:
-        UserError: there is none, one of them has no manifest or a damaged one, or it is a URL.
-    """
-    if remote.is_remote(given):
-        raise UserError(f"{given} is a URL, and shards are verified where their files are: run this there.")
-    folder = Path(given).expanduser().absolute()
-    if folder.is_dir() and not (folder / MANIFEST).exists():
-        children = [child for child in sorted(folder.iterdir()) if child.is_dir()]
-        # A child with tars and no manifest is a conversion that was not finished: loading it says so.
-        if sets := [child for child in children if (child / MANIFEST).exists() or any(child.glob("*.tar"))]:
-            return [load_manifest(child, check_files=False) for child in sets]
-    return [load_manifest(folder, check_files=False)]
-
-
-def checks_of(manifest: Manifest, full: bool) -> list[verification.Check]:
-    root = Path(manifest.root)
-    foreign = manifest.made.get("tool") == "index_shards"
-    return [
-        verification.Check(
-            root=root,
-            shard=shard,
-            store=manifest.store,
-            image_size=manifest.image_size,
-            num_classes=manifest.num_classes,
-            label_from=manifest.made["label_from"] if foreign else "",
-            label_field=manifest.made["label_field"] if foreign else "class",
-            foreign=foreign,
-            full=full,
-        )
-        for shard in manifest.shards
-    ]
-
-
-def findings_of(manifest: Manifest, verdicts: list[verification.Verdict], full: bool) -> Findings:
-    """Put a set's verdicts together, with what only the whole set can tell."""
-    found = Findings(manifest, {verdict.name: list(verdict.problems) for verdict in verdicts if verdict.problems})
-    if all(verdict.class_counts or not manifest.num_classes for verdict in verdicts):
-        counts = [sum(of_class) for of_class in zip(*(verdict.class_counts for verdict in verdicts), strict=True)]
-        wrong = [
-            i for i, (ours, theirs) in enumerate(zip(counts, manifest.class_counts, strict=True)) if ours != theirs
-        ]
-        if wrong:
-            what = (
-                f"the manifest's class histogram is not that of the indexes, for {len(wrong)} classes: of class "
-                f"{wrong[0]} there are {counts[wrong[0]]} samples, not {manifest.class_counts[wrong[0]]}"
-            )
-            remedy = "Delete the manifest and run the conversion (or tools/index_shards.py) again: it writes it anew."
-            found.problems[""] = [verification.Problem("histogram", what, remedy)]
-    names = {shard.name for shard in manifest.shards}
-    for extra in sorted({path.name for path in Path(manifest.root).glob("*.tar")} - names):
-        found.warnings.append(f"{extra} is not in the manifest: nobody reads it. Is it of another set?")
-    if full and any(not shard.sha256 for shard in manifest.shards):
-        found.warnings.append(
-            "it was indexed without --checksums: bytes that changed, and still decode, are not found. "
-            "`python tools/index_shards.py … --checksums` makes a record from now on."
-        )
-    return found
 
 
 def show(found: Findings) -> None:
@@ -121,29 +48,14 @@ def show(found: Findings) -> None:
     )
 
 
-def as_json(found: Findings) -> dict:
-    manifest = found.manifest
-    return {
-        "set": str(manifest.root),
-        "shards": len(manifest.shards),
-        "samples": manifest.num_samples,
-        "bytes": manifest.num_bytes,
-        "bad_shards": len(found.problems.keys() - {""}),
-        "problems": [
-            {"shard": name, **asdict(problem)} for name, problems in found.problems.items() for problem in problems
-        ],
-        "warnings": found.warnings,
-    }
-
-
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("sets", nargs="+", metavar="SET", help="folder of a set, or of several")
-    mode = p.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="read headers and indexes (default)")
-    mode.add_argument("--full", action="store_true", help="read and decode everything")
+    p.add_argument(
+        "--full", action="store_true", help="read and decode everything (default: sizes, indexes, labels, some headers)"
+    )
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the findings to as well")
     add_array_arguments(p)

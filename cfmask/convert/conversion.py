@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfmask.convert import shard_writer
 from cfmask.convert.collection import Collection, Request
 from cfmask.convert.planning import Store, Task, claim, is_made, plan_split
 from cfmask.convert.sources.files import why_absent
@@ -141,7 +142,7 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
         UserError: not one image could be decoded.
     """
     found, folder, tree = split.found, split.folder, split.found.tree
-    entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in split.tasks), strict=True)
+    entries, indexes = zip(*(shard_writer.shard_and_index(task.tar) for task in split.tasks), strict=True)
     issues: list[dict[str, Any]] = [
         {"name": f"{empty}/", "class": found.class_ids.get(empty), "issue": "no image in it", "policy": NO_IMAGES}
         for empty in tree.empty.get(split.name, [])
@@ -181,7 +182,7 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
         border=store.border_left,
         accepted=found.accepted,
         classes=found.classes,
-        class_counts=shards.class_counts_of(indexes, len(found.classes)),
+        class_counts=shard_writer.class_counts_of(indexes, len(found.classes)),
         shards=entries,
         bad_samples=bad,
         made={

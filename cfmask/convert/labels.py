@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -55,6 +55,41 @@ def group(tar: Path, members: Sequence[tarscan.Member]) -> tuple[dict[str, Field
     return samples, len(split)
 
 
+def left_out(samples: dict[str, Fields], unseen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(name, reason) of each sample without an image, and of each further image that is of no sample.
+
+    Args:
+        unseen: as of ``tarscan.Contents``.
+    """
+    links: dict[str, str] = {}
+    for name, reason in unseen:
+        split = tarscan.split_name(name)
+        if split is None or split[0] not in samples:
+            yield name, reason
+        elif image_of(samples[split[0]]) is None:
+            links[split[0]] = f"{name} is {reason}"
+    for key, fields in samples.items():
+        image = image_of(fields)
+        dotted = [member.name for name, member in fields.items() if "." in name and name.rpartition(".")[2] in IMAGES]
+        if image is None:
+            yield (
+                key,
+                links.get(key) or (_dots(dotted) if dotted else f"no image among its members ({', '.join(fields)})"),
+            )
+        else:
+            # "1.png" beside "jpg" is a mask of it, as a rule; "2.jpg" may be another sample's image.
+            for name in dotted:
+                if name.endswith(f".{image}"):
+                    yield name, _dots([name])
+
+
+def _dots(names: Sequence[str]) -> str:
+    return (
+        f"a key ends at the first dot of a file's name, so that {', '.join(names[:3])}{' …' if len(names) > 3 else ''} "
+        f"{'is' if len(names) == 1 else 'are'} no sample's image: write the shard again with names that have one dot"
+    )
+
+
 def image_of(fields: Fields) -> str | None:
     return next((name for name in IMAGES if name in fields), None)
 
@@ -63,27 +98,53 @@ def _read(file: BinaryIO, member: tarscan.Member) -> bytes:
     return os.pread(file.fileno(), member.size, member.offset)
 
 
-def _json(file: BinaryIO, fields: Fields) -> dict[str, Any]:
+def _json(file: BinaryIO, fields: Fields) -> dict[str, Any] | None:
+    """The fields of a sample's .json; None if it is no JSON object."""
+    return json_fields(_read(file, fields["json"])) if "json" in fields else {}
+
+
+def json_fields(data: bytes) -> dict[str, Any] | None:
+    """The fields of a JSON object; None if the bytes are not one."""
     try:
-        found = json.loads(_read(file, fields["json"])) if "json" in fields else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = json.loads(data)
+    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits, and for odd encodings
+        return None
+    return found if isinstance(found, dict) else None
+
+
+_MOST = 10**9
 
 
 def class_id_of(data: bytes) -> int | None:
-    """The number that a ``.cls`` member is; None for anything else."""
+    """The number that a ``.cls`` member is, in decimal digits; None for anything else."""
     return int(data) if re.fullmatch(rb"\s*\d{1,9}\s*", data) else None
 
 
-def _is_label(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def class_id_in(value: Any) -> int | None:
+    """The class id that a value of a ``.json`` is: a whole number, also where it was written as a float (tables with
+    missing values make 3.0 of 3); None for anything else, true and false among it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MOST:  # nan compares false
+        return None
+    return int(value) if value == int(value) else None
 
 
 def label_of_key(key: str, ids: dict[str, int]) -> int | None:
-    """n01440764_10026 and n01440764/10026 both say it; so may both at once, if they agree."""
-    parts = key.split("/")
-    found = {ids[name] for name in (parts[-1].partition("_")[0], *parts[-2:-1]) if name in ids}
+    """The class of a key that begins with it (n01440764_10026, Faces_easy_0001), or lies in its folder
+    (n01440764/10026), or both.
+
+    Of classes whose names begin alike, the longest that the key begins with; None where another reading remains.
+    """
+    *folders, name = key.split("/")
+    ends = [at for at in range(1, len(name) + 1) if name[:at] in ids and not name[at : at + 1].isalpha()]
+    found = {ids[folders[-1]]} if folders and folders[-1] in ids else set()
+    if ends:
+        longest = ends[-1]
+        # "Faces_easy-1" may be Faces' or Faces_easy's; "a_1" may be image 1 of the class a, or of the class a_1.
+        clear = name[longest : longest + 1] == "_" or (longest == len(name) and len(ends) == 1)
+        if clear:
+            found.add(ids[name[:longest]])
+        elif any(name[at : at + 1] in ("_", "") for at in ends):
+            return None
     return found.pop() if len(found) == 1 else None
 
 
@@ -94,20 +155,31 @@ def label_of(file: BinaryIO, key: str, fields: Fields, label: Label, ids: dict[s
             return f"it has no .cls (it has {', '.join(fields)})"
         data = _read(file, fields["cls"])
         found = class_id_of(data)
-        return f"its .cls is {data[:30]!r}, no number" if found is None else found
+        return f"its .cls is {_shown(data)}, no number in decimal digits" if found is None else found
     if label.source == "json":
+        if "json" not in fields:
+            return f"it has no .json (it has {', '.join(fields)})"
         facts = _json(file, fields)
-        if not _is_label(facts.get(label.field)):
-            return (
-                f"its .json's field {label.field!r} is {facts[label.field]!r}, no class number"
-                if label.field in facts
-                else f"its .json has no field {label.field!r} (it has {', '.join(facts) or 'none'})"
-                if "json" in fields
-                else f"it has no .json (it has {', '.join(fields)})"
-            )
-        return facts[label.field]
+        if facts is None:
+            return f"its .json is no JSON object: {_shown(_read(file, fields['json']))}"
+        if label.field not in facts:
+            return f"its .json has no field {label.field!r} (it has {', '.join(facts) or 'none'})"
+        found = class_id_in(facts[label.field])
+        return (
+            f"its .json's field {label.field!r} is {_shown(facts[label.field])}, no class number"
+            if found is None
+            else found
+        )
     found = label_of_key(key, ids)
-    return "its key does not begin with a class of the list (or with two)" if found is None else found
+    return "its key does not begin with a class of the list, or may begin with two" if found is None else found
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= 40 else f"{shown[:40]}…"
 
 
 def find_label(tars: Sequence[Path], asked: str | None, field: str | None, ids: dict[str, int]) -> Label:
@@ -120,20 +192,23 @@ def find_label(tars: Sequence[Path], asked: str | None, field: str | None, ids: 
         return Label(asked)
     if field is not None:
         return Label("json", field)
+    reason = ""
     for tar in tars:
-        samples, _ = group(tar, tarscan.scan(tar).members)
+        contents = tarscan.scan(tar)
+        samples, _ = group(tar, contents.members)
+        reason = reason or next((why for _, why in left_out(samples, contents.unseen)), "")
         kept = [(key, fields) for key, fields in samples.items() if image_of(fields)][:100]
         if not kept:
             continue
         with open(tar, "rb", buffering=0) as file:
             key, fields = kept[0]
-            facts = _json(file, fields)
-            named = next((name for name in LABEL_FIELDS if _is_label(facts.get(name))), None)
+            facts = _json(file, fields) or {}
+            named = next((name for name in LABEL_FIELDS if class_id_in(facts.get(name)) is not None), None)
             if asked is None and "cls" in fields:
                 for key, fields in kept if named else ():
                     ours = label_of(file, key, fields, Label("cls"), ids)
-                    theirs = _json(file, fields).get(str(named))
-                    if ours != theirs:
+                    theirs = (_json(file, fields) or {}).get(str(named))
+                    if ours != class_id_in(theirs):
                         raise UserError(
                             f"Sample {key} of {tar} has the label {ours} in its .cls and {theirs} in its .json's field "
                             f"{named!r}. Say which is meant: --label-from cls, or --label-from json."
@@ -146,12 +221,14 @@ def find_label(tars: Sequence[Path], asked: str | None, field: str | None, ids: 
             raise UserError(
                 f"Sample {key} of {tar} has no label: it has {', '.join(fields)}, its .json has the fields "
                 f"{', '.join(facts) or '(none)'}, of which none of {', '.join(LABEL_FIELDS)} is a number"
-                f"{', and its key does not begin with a wnid' if asked is None else ''}. {LABEL_OPTIONS}"
+                f"{', and its key does not begin with a wnid or class' if asked is None else ''}. {LABEL_OPTIONS}"
             )
-    raise no_images(tars[0].parent)
+    raise no_images(tars[0].parent, reason)
 
 
-def no_images(folder: Path) -> UserError:
+def no_images(folder: Path, reason: str) -> UserError:
+    """reason: of a sample that is left out, "" if there is no sample."""
     return UserError(
-        f"No sample of {folder} has an image (a member called {', '.join(IMAGES)}): there is nothing to train on."
+        f"No sample of {folder} has an image (a member called {', '.join(IMAGES)}): there is nothing to train on"
+        f"{f'. The first sample: {reason}' if reason else ''}."
     )

@@ -12,6 +12,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from cfmask.convert import shard_writer
 from cfmask.convert.sources.files import LabelledImage
 from cfmask.convert.tables import Classes
 from cfmask.data import images, plan, shards
@@ -185,7 +186,7 @@ class Planned(Protocol):
 
 def is_made(task: Planned) -> bool:
     """Whether a shard of this very plan is there, whole: its index is its commit record."""
-    about = shards.vouched_for(task.tar)
+    about = shard_writer.committed_about(task.tar)
     return about is not None and about.get("plan") == task.plan
 
 

@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cfmask.convert import shard_writer
 from cfmask.convert.mask2former import Segmenter, category_labels, read_config
 from cfmask.convert.planning import is_made
 from cfmask.data import images, shards
 from cfmask.data.segmentation import MADE_BY, categories, class_groups
 from cfmask.data.segmented import facts_of
-from cfmask.data.shards import Manifest, ShardReader, load_sets
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import Manifest, load_sets
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers
 from cfmask.runtime.pool import worker_number
@@ -121,7 +123,7 @@ def segment_shard(task: Task) -> int:
     if not is_made(task):
         about: dict[str, Any] = {"plan": task.plan, "without_object": 0}
         try:
-            shards.write_shard(task.tar, _samples(task, about), about=about)
+            shard_writer.write_shard(task.tar, _samples(task, about), about=about)
         except OSError as error:
             raise UserError(f"{task.tar} cannot be written ({error.strerror}).") from None
     return len(task.ids)
@@ -193,13 +195,13 @@ def _segmenter(name: str, device: str) -> Segmenter:
 
 def commit_masks(folder: Path, of: Manifest, tasks: list[Task], facts: dict[str, Any]) -> Manifest:
     """The manifest, from the indexes alone."""
-    entries, indexes = zip(*(shards.shard_and_index(task.tar) for task in tasks), strict=True)
+    entries, indexes = zip(*(shard_writer.shard_and_index(task.tar) for task in tasks), strict=True)
     manifest = Manifest(
         root=folder,
         split=folder.name,
         store=images.ORIGINAL,
         classes=of.classes,
-        class_counts=shards.class_counts_of(indexes, of.num_classes),
+        class_counts=shard_writer.class_counts_of(indexes, of.num_classes),
         shards=entries,
         made={
             "tool": MADE_BY,

@@ -6,7 +6,6 @@ quick: sizes, index, end mark, a few headers, every label;  full: every byte, ch
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 import warnings
@@ -14,13 +13,14 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from cfmask.convert import labels, tarscan
 from cfmask.data import images
-from cfmask.data.shards import Index, Shard, index_path, parse_index
+from cfmask.data.shard_index import INDEX_AGAIN, Index, frame_digest, index_path, parse_index
+from cfmask.data.shards import Shard
 from cfmask.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -31,7 +31,8 @@ class Check:
     """A shard, and what its manifest says of it.
 
     label_from: where the index's labels came from: "cls", "json" (then ``label_field``), "key"; "" if the members all
-    say the same. foreign: the shard is of another maker, and was indexed. full: read everything.
+    say the same. class_ids: what the tar's numbers mean, where they count in a class list of their own. foreign: the
+    shard is of another maker, and was indexed. full: read everything.
     """
 
     root: Path
@@ -41,6 +42,7 @@ class Check:
     num_classes: int
     label_from: str
     label_field: str
+    class_ids: tuple[int, ...]
     foreign: bool
     full: bool
 
@@ -78,7 +80,8 @@ def check(item: Check) -> Verdict:
                 problems.append(Problem("size", what, _again(item)))
             else:
                 if index is not None:
-                    problems += _check_layout(file, index, item, size)
+                    checks = (_check_frame, _check_layout) if item.foreign else (_check_layout, _check_labels)
+                    problems += checks[0](file, index, item) or checks[1](file, index, item)
                 if item.full:
                     problems += _check_contents(file, index, item)
     except FileNotFoundError:
@@ -94,7 +97,7 @@ def check(item: Check) -> Verdict:
 
 def _again(item: Check) -> str:
     if item.foreign:
-        return "Get the shard again from where it came from, then run tools/index_shards.py on the folder."
+        return INDEX_AGAIN
     return (
         "Delete the tar and its index, then copy both again from where the set came from, or run the conversion "
         "again: it makes what is missing."
@@ -103,7 +106,7 @@ def _again(item: Check) -> str:
 
 def _index_again(item: Check) -> str:
     if item.foreign:
-        return "Delete the index and run tools/index_shards.py on the folder."
+        return "Run tools/index_shards.py on the folder."
     return "Copy it again from where the set came from, or delete it and run the conversion again."
 
 
@@ -147,7 +150,7 @@ def _check_index(item: Check, problems: list[Problem]) -> Index | None:
     return index
 
 
-def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[Problem]:
+def _check_layout(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
     """Do the index's members fill the tar without a gap, does it end as a tar, are a few headers where they should
     be?"""
     order = np.argsort(index.offset, kind="stable")
@@ -159,7 +162,7 @@ def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[
     # Our own shards have one header a member and nothing else; others have PAX headers, folders, samples left out.
     fits = bool((gaps >= _BLOCK).all() if item.foreign else (gaps == _BLOCK).all())
     last = int(ends[-1]) if len(ends) else 0
-    end = int(index.about.get("end", last))
+    size, end = item.shard.bytes, int(index.about.get("end", last))
     if max(last, end) > size:
         what = f"ends at byte {size}, and its index names members up to byte {last}: it was cut before it was indexed"
         return [Problem("end", what, _again(item))]
@@ -179,6 +182,31 @@ def _check_layout(file: BinaryIO, index: Index, item: Check, size: int) -> list[
     return problems
 
 
+def _check_frame(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
+    """Are headers and labels of another program's tar those that were indexed?"""
+    if "frame" not in index.about:
+        what = "was indexed by an earlier version, which kept no digest of its labels"
+        return [Problem("old-index", what, _index_again(item))]
+    if frame_digest(file.fileno(), index) != index.about["frame"]:
+        what = "has other headers or labels than when it was indexed: it was changed since"
+        return [Problem("changed", what, _again(item))]
+    return []
+
+
+def _check_labels(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
+    """Are the labels of a tar of ours those of the index? One of the same size and layout may have got others."""
+    if item.full:
+        return []  # compared with everything else
+    found = _Findings()
+    rows = np.repeat(np.arange(len(index)), np.diff(index.first))
+    number = index.extensions.index("cls") if "cls" in index.extensions else -1
+    for member in np.flatnonzero(index.extension == number).tolist():
+        data = os.pread(file.fileno(), int(index.size[member]), int(index.offset[member]))
+        if reason := _label_problem(data, "cls", int(index.labels[rows[member]]), item):
+            found.add("label", _member_name(index, member), reason)
+    return found.problems(item)
+
+
 def _member_name(index: Index, member: int) -> str:
     row = int(np.searchsorted(index.first, member, side="right")) - 1
     return f"{index.keys[row].decode()}.{index.extensions[int(index.extension[member])]}"
@@ -195,6 +223,9 @@ class _Findings:
 
     def add(self, kind: str, name: str, reason: str = "") -> None:
         self.names.setdefault(kind, []).append(f"{name} ({reason})" if reason else name)
+
+    def problems(self, item: Check) -> list[Problem]:
+        return [Problem(kind, *_SAMPLE_WORDS[kind](item, names), tuple(names)) for kind, names in self.names.items()]
 
 
 def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Problem]:
@@ -231,7 +262,7 @@ def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Pr
     if digest:
         for part in _read(file, at, item.shard.bytes - at):
             digest.update(part)
-    problems = [Problem(kind, *_SAMPLE_WORDS[kind](item, names), tuple(names)) for kind, names in found.names.items()]
+    problems = found.problems(item)
     if digest and digest.hexdigest() != item.shard.sha256:
         problems.append(Problem("sha256", "its sha256 is not the manifest's", _again(item)))
     return problems + _check_headers(index, item)
@@ -244,8 +275,11 @@ _SAMPLE_WORDS = {
     ),
     "decode": lambda item, names: (
         f"{_count(names, 'image')} of no use: {_some(names)}",
-        "Copying again does not help where checksums agree: take the image out of the source, or mend it there, and "
-        "make the shard again.",
+        "Get the shard again from where it came from, or write it without the samples named; then run "
+        "tools/index_shards.py on the folder."
+        if item.foreign
+        else "Copying again does not help where checksums agree: take the image out of the source, or mend it there, "
+        "and make the shard again.",
     ),
     "label": lambda item, names: (f"{_count(names, 'label')} other than the index's: {_some(names)}", _again(item)),
 }
@@ -291,15 +325,22 @@ def _image_problem(data: bytes, extension: str, item: Check) -> str:
 
 
 def _label_problem(data: bytes, extension: str, label: int, item: Check) -> str:
-    if extension == "cls" and item.label_from in ("", "cls"):
-        return "" if labels.class_id_of(data) == label else f"{data[:20]!r}, index {label}"
-    if extension == "json" and item.label_from in ("", "json"):
-        try:
-            found: Any = json.loads(data).get(item.label_field)
-        except (ValueError, AttributeError):
+    """Why a member with a label does not say the index's; "" if it does, or is not asked."""
+    if extension not in ("cls", "json") or item.label_from not in ("", extension):
+        return ""
+    if extension == "cls":
+        number, shown = labels.class_id_of(data), repr(data[:20])
+    else:
+        facts = labels.json_fields(data)
+        if facts is None:
             return "not a JSON object"
-        return "" if found == label or (found is None and not item.label_from) else f"{found!r}, index {label}"
-    return ""
+        value = facts.get(item.label_field)
+        if value is None and not item.label_from:
+            return ""
+        number, shown = labels.class_id_in(value), f"{value!r}"[:40]
+    if number is not None and item.class_ids:
+        number = item.class_ids[number] if number < len(item.class_ids) else None
+    return "" if number == label else f"{shown}, index {label}"
 
 
 def _count(names: Iterable[str], noun: str) -> str:

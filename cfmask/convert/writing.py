@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
-from cfmask.data import images, shards
+from cfmask.data import images
 from cfmask.errors import UserError
 from cfmask.runtime.pool import ignore, map_in_processes
 
@@ -78,7 +79,7 @@ def make_shard(task: Task) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
-            shards.write_shard(task.tar, samples(), about={"plan": task.plan, "issues": issues})
+            shard_writer.write_shard(task.tar, samples(), about={"plan": task.plan, "issues": issues})
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cfmask.data import imagenet
+from cfmask.data.shards import Manifest
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,26 @@ SHIFTED = (IMAGENET_V2, IMAGENET_R, IMAGENET_SKETCH, OBJECTNET, IMAGENET_A)
 """The five whose mean is the robustness average, in the order of the paper's tables."""
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (TRAIN, VAL, *SHIFTED)}
+
+
+def deviations_of(manifest: Manifest) -> list[str]:
+    """What a set has otherwise than a whole copy of the known set of its name, in words; [] for a whole one, and for a
+    set that is not known. Everybody's sets are called train and val: these are known only with ImageNet's classes."""
+    known = BENCHMARKS.get(manifest.split)
+    classes = [wnid for wnid, _ in manifest.classes]
+    if known is None or (known in (TRAIN, VAL) and tuple(classes) != imagenet.wnids()):
+        return []
+    counts = {wnid: n for wnid, n in zip(classes, manifest.class_counts, strict=True) if n}
+    deviations = known.deviations(counts, len(right_ids(manifest)))
+    if known is not OBJECTNET and (foreign := sorted(set(counts) - set(wnids(known.name)))):
+        deviations.append(f"images of {len(foreign)} classes that are not its, such as {foreign[0]}")
+    return deviations
+
+
+def right_ids(manifest: Manifest) -> list[int]:
+    """Class ids that are a right answer to some image of a set, sorted."""
+    seen = (label for label, count in enumerate(manifest.class_counts) if count)
+    return sorted({i for label in seen for i in manifest.accepted.get(label, (label,))})
 
 
 def wnids(name: str) -> tuple[str, ...]:

@@ -40,6 +40,14 @@ def _wnids(file: str) -> tuple[str, ...]:
 
 
 @functools.cache
+def lemmas() -> tuple[tuple[str, ...], ...]:
+    """WordNet's names of the 1000 classes, by class id: ("tench", "Tinca tinca"), …"""
+    lines = (_package_folder("timm") / "data" / "_info" / "imagenet_synset_to_lemma.txt").read_text().splitlines()
+    of_wnid = dict(line.split("\t", 1) for line in lines)
+    return tuple(tuple(of_wnid[wnid].split(", ")) for wnid in wnids())
+
+
+@functools.cache
 def class_names() -> tuple[str, ...]:
     """open_clip's (OpenAI's) 1000 class names, by class id."""
     path = _package_folder("open_clip") / "zero_shot_metadata.py"

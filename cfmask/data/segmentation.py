@@ -27,7 +27,8 @@ from cfmask.data import imagenet, images
 from cfmask.data.coco import CocoMasks
 from cfmask.data.filetree import FileTree
 from cfmask.data.mask_files import Mask, Names, decode_mask, read_json, read_object_mask
-from cfmask.data.shards import MANIFEST, Manifest, ShardReader, load_manifest
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import MANIFEST, Manifest, load_manifest
 from cfmask.errors import UserError
 from cfmask.masking.validation import Coverage, coverage
 

@@ -20,7 +20,8 @@ from cfmask.data.coco import CocoImage, CocoMasks
 from cfmask.data.filetree import FileTree
 from cfmask.data.mask_files import Mask, shown_size
 from cfmask.data.segmentation import Classes, Masks, categories
-from cfmask.data.shards import Manifest, ShardReader
+from cfmask.data.shard_reader import ShardReader
+from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
 
 _T = TypeVar("_T")

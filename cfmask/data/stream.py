@@ -31,7 +31,8 @@ from torch import Tensor
 from cfmask import pinned
 from cfmask.data import images, plan, receipts
 from cfmask.data.segmentation import ObjectReader
-from cfmask.data.shards import Manifest, SampleError, ShardReader, Target
+from cfmask.data.shard_reader import SampleError, ShardReader, Target
+from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import Coverage, nothing_known
@@ -305,19 +306,23 @@ class _EvalSource:
 # --- the pipeline's stages ------------------------------------------------------------------------------------------
 
 
-def _decode(sample: dict[str, Any], image_size: int, border: int) -> dict[str, Any]:
+def _decode(sample: dict[str, Any], image_size: int, manifest: Manifest) -> dict[str, Any]:
     """Bytes to pixels, ``image``; a raw crop has been read to where it belongs."""
     if "__error__" in sample or images.RAW in sample:
         return sample
     extension = next(name for name in sample if not name.startswith("__"))
     try:
-        sample["image"] = images.pixels(sample[extension], extension, image_size, border=border)
+        sample["image"] = images.pixels(sample[extension], extension, image_size, border=manifest.border)
     except UserError as reason:
         key, shard = sample["__key__"], sample["__url__"]
-        message = (
-            f"Sample {key} of shard {shard} cannot be used: {reason}. Its bytes are as they were written, so convert "
-            f"the set again: the conversion leaves out what does not decode, and lists it."
+        remedy = (
+            "Indexing reads no images. Get the shard again from where it came from, or write it without this sample; "
+            "then run tools/index_shards.py on the folder again."
+            if manifest.is_indexed
+            else "Its bytes are as they were written, so convert the set again: the conversion leaves out what does "
+            "not decode, and lists it."
         )
+        message = f"Sample {key} of shard {shard} cannot be used: {reason}. {remedy}"
         sample["__error__"] = SampleError(message, key=key, shard=shard, reason=str(reason))
     return sample
 
@@ -384,7 +389,7 @@ class _Filler:
         target = in_place if self._source.manifest.store == images.CROP_RAW else None
         return wds.DataPipeline(
             lambda: reader.read_images(ids, target),
-            wds.map(lambda sample: _decode(sample, self._size, self._source.manifest.border)),
+            wds.map(lambda sample: _decode(sample, self._size, self._source.manifest)),
         )
 
     def _stand_in(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:

@@ -59,7 +59,8 @@ def make_counted_set(folder: Path) -> None:
     """A set that counts ImageNet's shards and samples, 1,281,167; those of a shard share one JPEG."""
     import dataclasses
 
-    from cfmask.data import shards
+    from cfmask.convert import shard_writer
+    from cfmask.data import shard_index, shards
 
     folder.mkdir(parents=True, exist_ok=True)
     total, count = 1_281_167, 1282
@@ -69,7 +70,7 @@ def make_counted_set(folder: Path) -> None:
     for n in range(count):
         tar = folder / f"train-{n:06d}.tar"
         rows = bounds[n + 1] - bounds[n]
-        one = shards.write_shard(tar, [("x", 0, {"jpg": photo, "cls": b"0"})])
+        one = shard_writer.write_shard(tar, [("x", 0, {"jpg": photo, "cls": b"0"})])
         index = dataclasses.replace(
             one,
             keys=np.array([f"s{i}" for i in range(bounds[n], bounds[n + 1])], dtype=np.bytes_),
@@ -80,8 +81,8 @@ def make_counted_set(folder: Path) -> None:
             size=np.tile(one.size, rows),
             crc32=np.tile(one.crc32, rows),
         )
-        shards.write_index(shards.index_path(tar), index)
-        shard, index = shards.shard_and_index(tar)
+        shard_index.write_index(shard_index.index_path(tar), index)
+        shard, index = shard_writer.shard_and_index(tar)
         entries.append(shard)
         indexes.append(index)
     shards.write_manifest(
@@ -90,7 +91,7 @@ def make_counted_set(folder: Path) -> None:
             split="train",
             store="original",
             classes=tuple((f"n{c:08d}", f"class {c}") for c in range(1000)),
-            class_counts=shards.class_counts_of(indexes, 1000),
+            class_counts=shard_writer.class_counts_of(indexes, 1000),
             shards=tuple(entries),
         )
     )

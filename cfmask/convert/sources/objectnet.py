@@ -89,6 +89,12 @@ def _mapping_files(folder: Path) -> dict[str, bytes]:
         raise UserError(f"ObjectNet's mapping files in {folder} cannot be read ({error.strerror}).") from None
 
 
+def read_mappings(folder: Path) -> dict[str, bytes] | None:
+    """The contents of the mapping files by name; None if one of them is not in the folder."""
+    files = _mapping_files(folder)
+    return files if len(files) == len(MAPPINGS) else None
+
+
 def classes_of(files: dict[str, bytes]) -> tuple[dict[str, str], dict[str, tuple[int, ...]]]:
     """ObjectNet's label of each folder, and the class ids of each folder that overlaps with ImageNet.
 

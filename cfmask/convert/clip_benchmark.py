@@ -1,0 +1,193 @@
+"""CLIP-benchmark's WebDataset copies (``wds_imagenet-a``, ``wds_objectnet``, …): labels count within their class list.
+
+    wds_imagenet-a/classnames.txt      a class name a line: the label 0 is the first
+    wds_imagenet-a/test/nshards.txt    how many tars there are: 0.tar, 1.tar, …
+    wds_imagenet-a/test/0.tar          s0000000.cls, s0000000.webp (or .jpg, .png), …
+
+Labels are mapped to ImageNet's class ids by class names, checked at every position of the list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfmask.convert.sources import objectnet
+from cfmask.data import benchmarks, imagenet
+from cfmask.errors import UserError
+
+CLASS_NAMES, SHARD_COUNT = "classnames.txt", "nshards.txt"
+_OTHER_NAMES = 0.1
+"""Share of names that may differ from ours: WordNet's, OpenAI's and their versions are not spelled alike everywhere."""
+
+
+@dataclass(frozen=True)
+class ClassMapping:
+    """What the labels of a set mean.
+
+    source: the file that names the classes.
+    ids: by label, all class ids of ImageNet that are right for it, sorted; the first one stands for it.
+    name: of the benchmark that has just this class list; "" if several have it, or none.
+    """
+
+    source: Path
+    ids: tuple[tuple[int, ...], ...]
+    name: str = ""
+
+    @property
+    def accepted(self) -> dict[int, tuple[int, ...]]:
+        """As the manifest's."""
+        return {ids[0]: ids for ids in self.ids if len(ids) > 1}
+
+
+def find_mapping(folder: Path, tars: Sequence[Path], mappings: Path | None) -> ClassMapping | None:
+    """What the labels of a folder of tars mean, if it is a copy of CLIP-benchmark; None for others.
+
+    Args:
+        mappings: folder of ObjectNet's mapping files; by default they are looked for beside the class list.
+
+    Raises:
+        UserError: tars or the class list are missing, or the classes are not ImageNet's beyond doubt.
+    """
+    # The folder may be a link to the copy, or hold links to its tars.
+    bases = dict.fromkeys((folder, folder.resolve(), tars[0].resolve().parent))
+    counted = next((base / SHARD_COUNT for base in bases if (base / SHARD_COUNT).is_file()), None)
+    if counted is not None:
+        _check_shard_count(counted, tars)
+    places = list(dict.fromkeys(place for base in bases for place in (base, base.parent)))
+    lists = [place / CLASS_NAMES for place in places if (place / CLASS_NAMES).is_file()]
+    if not lists:
+        if counted is None:
+            return None
+        raise UserError(
+            f"{folder} is a copy of CLIP-benchmark ({SHARD_COUNT} says so), whose labels count within a class list of "
+            f"its own, and there is no {CLASS_NAMES} in it or above it: copy that file too, into {folder}. If the "
+            f"labels count otherwise, take {SHARD_COUNT} out of the folder and give --classes."
+        )
+    names = _read_names(lists[0])
+    if other := next((path for path in lists[1:] if _read_names(path) != names), None):
+        raise UserError(f"{lists[0]} and {other} name different classes: leave the one that is of {folder}.")
+    return _map(lists[0], names, mappings, places)
+
+
+def _check_shard_count(path: Path, tars: Sequence[Path]) -> None:
+    text = _read_text(path).strip()
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise UserError(f"{path} says {text[:40]!r}, where a number of tars should be: copy it again.")
+    expected, found = {f"{n}.tar" for n in range(int(text))}, {tar.name for tar in tars}
+    if expected != found:
+        odd = sorted(expected - found) or sorted(found - expected)
+        raise UserError(
+            f"{path} says that there are {text} tars, 0.tar to {int(text) - 1}.tar, and "
+            f"{', '.join(odd[:5])}{' …' if len(odd) > 5 else ''} {'is' if len(odd) == 1 else 'are'} "
+            f"{'missing: copy what is missing' if expected - found else 'too much: take them out of the folder'}."
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}).") from None
+
+
+def _read_names(path: Path) -> list[str]:
+    names = [line.strip() for line in _read_text(path).rstrip().split("\n")]
+    if not all(names):
+        raise UserError(f"{path}, line {names.index('') + 1}: there is no class name on the line.")
+    return names
+
+
+def _map(path: Path, names: list[str], mappings: Path | None, places: Sequence[Path]) -> ClassMapping:
+    known = {
+        "": range(len(imagenet.wnids())),
+        **{
+            benchmark.name: [imagenet.wnids().index(wnid) for wnid in benchmarks.wnids(benchmark.name)]
+            for benchmark in (benchmarks.IMAGENET_R, benchmarks.IMAGENET_A)
+        },
+    }
+    for name, ids in known.items():
+        if _is_list(names, ids):
+            return ClassMapping(path, tuple((i,) for i in ids), name)
+    if (found := _objectnet(names, mappings, places)) is not None:
+        return ClassMapping(path, found, benchmarks.OBJECTNET.name)
+    return ClassMapping(path, tuple((i,) for i in _by_name(path, names)))
+
+
+def _normal(name: str) -> str:
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+
+
+def _names_of(class_id: int) -> set[str]:
+    return {_normal(imagenet.class_names()[class_id]), *map(_normal, imagenet.lemmas()[class_id])}
+
+
+def _is_list(names: list[str], ids: Sequence[int]) -> bool:
+    """Whether these are the names of these classes in this order, of which a few may be spelled otherwise."""
+    if len(names) != len(ids):
+        return False
+    every = set().union(*map(_names_of, range(len(imagenet.wnids()))))
+    unlike = [name for name, i in zip(map(_normal, names), ids, strict=True) if name not in _names_of(i)]
+    # A name of another class means that the order is another one.
+    return len(unlike) <= _OTHER_NAMES * len(ids) and not every.intersection(unlike)
+
+
+def _objectnet(names: list[str], mappings: Path | None, places: Sequence[Path]) -> tuple[tuple[int, ...], ...] | None:
+    """The class ids of ObjectNet's classes, which are sorted by folder; None if the names are not theirs."""
+    folders = [mappings] if mappings else [path for place in places for path in (place, place / "mappings")]
+    files = next((files for folder in folders if (files := objectnet.read_mappings(folder))), None)
+    if files is None:
+        if mappings or len(names) == benchmarks.OBJECTNET.classes:
+            raise UserError(
+                f"The {len(names)} classes are not ImageNet's by their names (the first is {names[0]!r}). If they are "
+                f"ObjectNet's, its mapping files ({', '.join(objectnet.MAPPINGS)}) say which classes of ImageNet they "
+                f"are: name their folder with --mappings{f'; {mappings} lacks some of them' if mappings else ''}. They "
+                f"are in ObjectNet's archive, in objectnet-1.0/mappings."
+            )
+        return None
+    labels, class_ids = objectnet.classes_of(files)
+    theirs = sorted(class_ids)
+    if [_normal(labels[folder]) for folder in theirs] != list(map(_normal, names)):
+        return None
+    return tuple(class_ids[folder] for folder in theirs)
+
+
+def _by_name(path: Path, names: list[str]) -> list[int]:
+    """Class ids of another list of ImageNet's classes, by open_clip's names. A name of two classes ("missile") is the
+    one that the order tells, if the list is in ImageNet's order."""
+    of_name: dict[str, list[int]] = {}
+    for i, name in enumerate(map(_normal, imagenet.class_names())):
+        of_name.setdefault(name, []).append(i)
+    candidates = [of_name.get(name, []) for name in map(_normal, names)]
+    if unknown := [name for name, ids in zip(names, candidates, strict=True) if not ids]:
+        raise UserError(
+            f"{path} names {len(unknown)} of {len(names)} classes otherwise than open_clip names ImageNet's classes, "
+            f"such as {unknown[0]!r}, so nothing says which class ids its labels are. For a set of other classes, give "
+            f"its class list with --classes FILE (a line `folder<TAB>display name` a class, in {path.name}'s order)."
+        )
+    first, last = _lowest(candidates), _lowest([[-i for i in reversed(ids)] for ids in reversed(candidates)])
+    if first and last and first == [-i for i in reversed(last)]:
+        return first
+    if unclear := [name for name, ids in zip(names, candidates, strict=True) if len(ids) > 1]:
+        raise UserError(
+            f"{path} has the class name {unclear[0]!r}, which two classes of ImageNet have, and the order of the list "
+            f"does not tell which is meant. Give a class list with --classes FILE (a line `wnid<TAB>display name` a "
+            f"class, in {path.name}'s order)."
+        )
+    ids = [ids[0] for ids in candidates]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path} names a class twice: labels of either would be the same class. Copy it again.")
+    return ids
+
+
+def _lowest(candidates: Sequence[Sequence[int]]) -> list[int] | None:
+    """The lowest ids that rise from one to the next; None if there are none."""
+    found: list[int] = []
+    for ids in candidates:
+        following = [i for i in ids if not found or i > found[-1]]
+        if not following:
+            return None
+        found.append(following[0])
+    return found
