@@ -2,8 +2,8 @@
 
 They are those of submit.py, but for the ones that ask for ranks: a task of such an array is one process on one node,
 with workers of its own. So the cluster file's nodes, GPUs, cores and network, which are meant for training, do not
-count here; its partition, account, qos, wckey, constraint, memory, exclude, setup, [environment], [container], srun_args,
-[sbatch] and python do.
+count here; its partition, account, qos, wckey, constraint, memory, exclude, setup, [environment], [container],
+srun_args, [sbatch] and python do.
 """
 
 from __future__ import annotations
