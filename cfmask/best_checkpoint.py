@@ -107,7 +107,7 @@ def best_checkpoint(recipe: Recipe, log: Path, checkpoints: Path, *, verify: boo
             raise CheckpointDamaged.of(path, f"{MODEL} is not what was written")
     except CheckpointDamaged as error:
         raise UserError(f"{error} {others}") from None
-    if state.top1.get(on) != scores[step]:
+    if state.top1.get(on, scores[step]) != scores[step]:  # checkpoints of early versions have no accuracies
         raise UserError(
             f"{path} and {log} disagree on the accuracy on {on} after step {step} ({state.top1.get(on)} % and "
             f"{scores[step]} %): one of the two belongs to another run. Name the checkpoint to evaluate by its path, "

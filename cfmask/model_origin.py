@@ -45,7 +45,8 @@ class ModelOrigin:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelOrigin:
-        return cls(**{name: values.get(name) for name in cls.__dataclass_fields__})
+        known: dict[str, Any] = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**known)
 
 
 def origin_of(model: str | Path) -> ModelOrigin:

@@ -10,6 +10,10 @@ The same command again submits what is missing, failed or was cancelled, and not
 is there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder.
 Without Slurm the same jobs are done one after the other.
 
+A held-out set is needed (make_shards.py --holdout 10240), so that 1,270,927 images of ImageNet are trained on. Runs are
+evaluated on it at the ends of their epochs, and rows are of the checkpoint that is best there, as the authors'; with
+--checkpoint last, of the last one.
+
 Flags of submit.py apply to all training runs, but for those that a row decides. Runs that wait for the same jobs are an
 array; --array-parallelism says how many of its members may run at once.
 """

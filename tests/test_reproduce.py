@@ -651,7 +651,7 @@ def test_a_soup_of_another_program_becomes_a_model_file(materials, tmp_path, fak
 
 def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(materials, tmp_path):
     out = tmp_path / "out"
-    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 60)
+    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 40)
     first = start([*words, "--checkpoint-steps", "20"])
     made.wait_for(out / "ft-s0", lambda: (RunFolder(out / "ft-s0").logged_step() or 0) > 30, "the run trains")
     made.kill_all(first)

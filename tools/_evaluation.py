@@ -167,6 +167,11 @@ def _chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
 def _check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bool) -> None:
     """Refuse sets that choose and should not (``check_selection``), or say what they have chosen."""
     on_test_set = False
+    if evaluation.make == "wise-ft" and evaluation.holdout is not None and len(evaluation.alphas) == 1:
+        raise UserError(
+            f"--holdout {evaluation.holdout} would do nothing: it chooses among several α, and there is one. Leave it "
+            "out, or give more --alphas."
+        )
     if evaluation.holdout is not None:
         where = find_set(evaluation.shards, evaluation.holdout)
         what = f"--holdout {evaluation.holdout}"
