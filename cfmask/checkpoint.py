@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfmask.best_checkpoint import POINTER
 from cfmask.checkpoint_state import (
     MODEL,
     OPTIMIZER,
@@ -49,7 +50,7 @@ from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
 from cfmask.pinned import pinned_bytes
-from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.jsonl import JsonLines, read_object
 from cfmask.runtime.patience import patiently
 
 # Written and hashed in pieces, during which other threads run.
@@ -115,6 +116,8 @@ class Writer:
         self._begun = time.monotonic()
         _remove_leftovers(folder)
         self._whole = _top1_of_intact(folder, resumed.step) if resumed is not None else {}
+        if resumed is not None:
+            self._warn_of_lost_best(resumed.step)
         self._point_at_best()
 
     def __enter__(self) -> Writer:
@@ -241,12 +244,24 @@ class Writer:
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
+    def _warn_of_lost_best(self, resumed_step: int) -> None:
+        """Say so if the best checkpoint of the steps up to the resumed one is gone: best.json will name another."""
+        was = read_object(self._folder / POINTER) or {}
+        step = was.get("step")
+        if isinstance(step, int) and step <= resumed_step and step not in self._whole:
+            print(
+                f"warning: the checkpoint of step {step}, the best on {was.get('set')} with {was.get('top1')} %, is "
+                "gone or damaged. The run's log still names it: evaluating the run's best checkpoint is refused unless "
+                "a later one is better.",
+                flush=True,
+            )
+
     def _point_at_best(self) -> None:
         """Write best.json, if it does not say so already."""
         best = best_of(self._whole, self._keep.best_on)
         if best is None:
             return
-        pointer = self._folder / "best.json"
+        pointer = self._folder / POINTER
         contents = json.dumps({"step": best[0], "set": self._keep.best_on, "top1": best[1]}) + "\n"
         try:
             if not pointer.exists() or pointer.read_text() != contents:

@@ -14,6 +14,8 @@ An evaluation has a run folder like a training run (runs.py), with evaluation.js
          "interval": [low, high],                                       95 %, Wilson's
          "ece": …, "calibration": [[samples, correct, sum of confidences], …],   by 15 bins of the confidence
          "per_class": {"n01443537": [correct, total], …}}}}],
+     "checkpoints": [{"file": "RUN/checkpoints/step-00024810/model.safetensors", "run": "RUN", "step": 24810,
+         "chosen": "best on holdout", "chosen_on": "holdout", "top1": 76.3}],    of each model that was taken
      "chosen": 1, "chosen_on": "holdout",      row of "models" that model.safetensors is, and the set that chose it
      "ingredients": ["…"]}                     of a soup, in the order they went in
 
@@ -47,7 +49,8 @@ class Evaluation(Record):
         gets a zero-shot head for the classes of the first set. wise-ft: ``models`` are ZERO and FINE, mixed at each of
         ``alphas``. uniform-soup, greedy-soup: ``models`` are averaged, all of them, or each that does not make
         accuracy on ``holdout`` worse, best first.
-    models: what runs.find_model takes.
+    models: what runs.find_model takes, when the evaluation begins: RUN/checkpoints/best.json is the best checkpoint of
+        a run that may still have to be trained.
     shards, sets: folders or URLs of sets (shards.find_set); sets may be empty where something is made.
     holdout: the set that chooses among several alphas, or a greedy soup's ingredients. Never a test set.
     batch_size: images that go through a model together. Part of the result's last bits, not of a rank: batches are the

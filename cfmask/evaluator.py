@@ -35,9 +35,10 @@ from cfmask.evaluate import Counts, answers_of, check_classes, check_set
 from cfmask.evaluation import Evaluation, files_of
 from cfmask.files import read_bytes, replace_tensors, write_atomically
 from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
+from cfmask.model_origin import origin_of
 from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.runs import RunFolder
+from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
@@ -80,6 +81,9 @@ def run_evaluation(
     choose_arithmetic(evaluation.precision, deterministic=True)
     with session(run, place, failing) as (store, leaving):
         is_main_process = place.rank == 0
+        asked_for = evaluation
+        # A run's best checkpoint is known when the run has ended, which may be long after the evaluation was queued.
+        evaluation = replace(evaluation, models=tuple(str(find_model(path)) for path in evaluation.models))
         sets = load_sets_of(evaluation, check_files=is_main_process)
         asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
         check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
@@ -99,7 +103,11 @@ def run_evaluation(
                 run.end_attempt(f"stopped after {counter.images} images ({asked})")
             return asked
         if is_main_process:
-            facts = {"evaluation": json.loads(mask_secrets(evaluation.to_json())), "of": files_of(evaluation)}
+            facts = {
+                "evaluation": json.loads(mask_secrets(asked_for.to_json())),
+                "of": files_of(asked_for) | files_of(evaluation),
+                "checkpoints": [origin_of(path).to_json() for path in evaluation.models],
+            }
             write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
             run.remove_progress()
             attempts.write()

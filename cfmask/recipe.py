@@ -31,7 +31,9 @@ PAPER_VALUES = {
     ("object", "multi-fill"): 0.6,
     ("context", "multi-fill"): 0.3,
 }
-
+GAMMA = {"kd": 30.0, "wise-kd": 1.0}
+"""Weight of the distillation of logits, by method: the authors' code gives it to FT + KD with their --w_distill of 30;
+the paper states 1 for WiSE-KD (appendix A.3)."""
 
 AUTO: Literal["auto"] = "auto"
 """Of --micro-batches: to be chosen by the first start (cfmask/memory.py)."""
@@ -116,7 +118,11 @@ class Method:
         "first block that relevance uses; later ones only, because early ones are noisy (the paper's: 0, all)",
     )
     beta: float | None = setting(None, "weight β of the feature distillation (the paper's: 30)")
-    gamma: float | None = setting(None, "weight γ of the distillation of logits (the paper's: 1)")
+    gamma: float | None = setting(
+        None,
+        "weight γ of the distillation of logits (kd: 30, as in the authors' code; wise-kd: 1, as in the paper's "
+        "appendix A.3)",
+    )
     temperature: float | None = setting(None, "temperature of the distillation of logits (the paper's: 10)")
     ensemble: str | None = setting(
         None,
@@ -200,10 +206,12 @@ class Optim:
     micro_batches_for: int | None = setting(
         None, "number of ranks that --micro-batches auto was resolved for; none if a number was given", recorded=True
     )
-    lr: float | None = setting(None, "peak learning rate (3e-5; 1e-3 where only the head is trained)")
+    lr: float | None = setting(
+        None, "peak learning rate (3e-5; 1e-3 where only the head is trained, 3e-5 there too in the authors' code)"
+    )
     schedule: str = setting(
         "cosine",
-        "the learning rate's way: linear warm-up, cosine to 0 (cosine); or as in the authors' code, up and down by "
+        "learning-rate schedule: linear warm-up, cosine to 0 (cosine); or as in the authors' code, up and down by "
         "cosines while AdamW's β1 goes from 0.95 to 0.85 and back (one-cycle)",
         choices=("cosine", "one-cycle"),
     )
@@ -455,7 +463,7 @@ def _resolved_method(method: Method) -> Method:
         cam=cam,
         first_block=(method.first_block or 0) if cam == "relevance" else None,
         beta=_default(method.beta, 30.0) if features else None,
-        gamma=_default(method.gamma, 1.0) if logits else None,
+        gamma=_default(method.gamma, GAMMA[method.name]) if logits else None,
         temperature=_default(method.temperature, 10.0) if logits else None,
     )
     for name in ("threshold", "rate"):
@@ -543,14 +551,19 @@ PRESETS: dict[str, Recipe] = {
     },
     "grad-cam": Recipe(method=Method(mask="object", fill="single-fill", cam="grad-cam")),
     "wise-kd": Recipe(method=Method(name="wise-kd", mask="object", fill="single-fill")),
-    "released-code": Recipe(method=Method(mask="object", fill="single-fill"), optim=Optim(schedule="one-cycle")),
+    # The authors' code: the method, unless --method names another. Its learning rate is the same whatever is trained,
+    # and it has no autocast. (Their PyTorch 1.11 multiplied matrices in TF32 on Ampere GPUs: --precision tf32.)
+    "released-code": Recipe(optim=Optim(schedule="one-cycle", lr=3e-5), run=Run(precision="fp32")),
 }
 
 
 def preset_of(recipe: Recipe) -> str | None:
-    """The preset that a resolved recipe has method and schedule of; None if flags have changed these."""
+    """The preset that a resolved recipe has the method of, and what else the preset decides (schedule, learning rate,
+    precision); None if flags have changed these."""
     for name, preset in PRESETS.items():
-        if (preset.method.name, preset.optim.schedule) == (recipe.method.name, recipe.optim.schedule):
+        decided = (preset.method.name, preset.optim.schedule, preset.optim.lr, preset.run.precision)
+        found = (recipe.method.name, recipe.optim.schedule, recipe.optim.lr, recipe.run.precision)
+        if all(ours in (None, "auto", theirs) for ours, theirs in zip(decided, found, strict=True)):
             method = dataclasses.replace(preset.method, ensemble=recipe.method.ensemble)
             if _resolved_method(method) == recipe.method:
                 return name

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfmask.best_checkpoint import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.checkpoint_state import step_of
 from cfmask.errors import UserError
@@ -287,6 +288,10 @@ class RunFolder:
             logged=max([*logged, *reached]),
         )
 
+    def best(self, *, verify: bool = True) -> BestCheckpoint:
+        """The run's best checkpoint on its held-out set (``best_checkpoint``, with what it raises)."""
+        return best_checkpoint(self.recipe(), self.log, self.checkpoints, verify=verify)
+
     def has_started(self) -> bool:
         """Whether a start of it has had its models: everything that it needs was in the folder. Raises OSError."""
         return any(isinstance(line.get("from_step"), int) for line in read_lines(self.attempts))
@@ -388,13 +393,15 @@ def _exists(path: Path) -> bool:
 
 
 def find_model(path: str | Path) -> Path:
-    """The model file that a path names: a model file itself, a checkpoint folder, or a run folder (its trained model,
-    or its latest checkpoint's while it is not finished).
+    """The model file that a path names: a model file itself, a checkpoint folder, a run folder (its trained model, or
+    its latest checkpoint's while it is not finished), or RUN/checkpoints/best.json (the best checkpoint's).
 
     Raises:
         UserError: there is none.
     """
     path = Path(path)
+    if path.name == POINTER:
+        return RunFolder(path.parent.parent).best().model
     if path.is_file():
         return path
     candidates = [path / "model.safetensors", *sorted(path.glob("checkpoints/step-*/model.safetensors"), reverse=True)]

@@ -225,7 +225,9 @@ def _train(
                 logger.flush()
                 if study_log is not None:
                     study_log.flush()
-                top1s = {name: score.top1 for name, score in scores.items()} if epoch_end else {}
+                # The end of an epoch of lp-ft that trains the head alone is no candidate for the best checkpoint.
+                candidate = epoch_end and phase == schedule[-1]
+                top1s = {name: score.top1 for name, score in scores.items()} if candidate else {}
                 writer.start(State(step, manifest.digest, consumed, skips, top1s, inputs), model, optimizer)
             if too_many_bad:
                 not_written = wait_for_checkpoint(writer)

@@ -10,6 +10,10 @@ The same command again submits what is missing, failed or was cancelled, and not
 is there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder.
 Without Slurm the same jobs are done one after the other.
 
+A held-out set is needed (make_shards.py --holdout 10240), so that 1,270,927 images of ImageNet are trained on. Runs are
+evaluated on it at the ends of their epochs, and rows are of the checkpoint that is best there, as the authors'; with
+--checkpoint last, of the last one.
+
 Flags of submit.py apply to all training runs, but for those that a row decides. Runs that wait for the same jobs are an
 array; --array-parallelism says how many of its members may run at once.
 """
@@ -36,6 +40,7 @@ from cfmask.data.benchmarks import SHIFTED, VAL  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
+from cfmask.model_origin import BEST, LAST, ModelOrigin, checkpoint_note  # noqa: E402
 from cfmask.models.head import ModelInfo, check_architecture, check_head, model_info, read_info  # noqa: E402
 from cfmask.models.weights import find_weights  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
@@ -55,6 +60,7 @@ from launch.jobs.settings import add_allocation_arguments  # noqa: E402
 from launch.jobs.status_table import duration  # noqa: E402
 from launch.jobs.submission import enqueue_all, run_one_here  # noqa: E402
 from launch.paper import cost  # noqa: E402
+from launch.paper.holdout import add_holdout_arguments, check_holdout, settle_choice  # noqa: E402
 from launch.paper.plan import (  # noqa: E402
     DONE,
     HEADLINE,
@@ -124,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
         f"plan's runs; before there are any, {GPU_TFLOPS:g}, {CPU_TFLOPS:g} on CPUs)",
     )
     p.add_argument("--allow-count-mismatch", action="store_true", help="take known sets that have other counts")
+    add_holdout_arguments(p)
     add_allocation_arguments(p)
     add_recipe_arguments(p)
     return p
@@ -143,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     scene.check(seen)
     warn_of_paths_outside(allocation, scene.setup.folder, scene.base.data.shards)
     print(overview(scene, seen))
+    print(scene.selection)
     print(estimate(scene, seen, arguments.tflops))
     states = {name: each.state for name, each in seen.items()}
     chosen = to_submit(scene.plan, states)
@@ -192,9 +200,14 @@ def _refuse(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A plan and where it is done. base: what all training runs have in common. start: what the zero-shot model is, and
-    with it all that come of it. arch: of ARCHITECTURES, if it is OpenAI's. foreign_soup: the file that Setup.soup is to
-    be made of."""
+    """A plan and where it is done.
+
+    base: what all training runs have in common.
+    start: what the zero-shot model is, and with it all that come of it.
+    arch: of ARCHITECTURES, if it is OpenAI's.
+    foreign_soup: the file that Setup.soup is to be made of.
+    selection: what is trained on, what is held out and which checkpoints count, in sentences.
+    """
 
     plan: Plan
     setup: Setup
@@ -203,12 +216,22 @@ class Scene:
     allocation: Allocation
     arch: str | None = None
     foreign_soup: Path | None = None
+    selection: str = ""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, file: Any, allocation: Allocation) -> Scene:
         """Raises UserError if flags, sets or model do not go together."""
+        model_name = vars(arguments)["model.name"]
+        folder = (arguments.out or Path("reproductions") / Path(model_name).stem).resolve()
+        checkpoint = settle_choice(arguments, file, read_object(folder / "plan.json"))
         base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
-        folder = (arguments.out or Path("reproductions") / Path(base.model.name).stem).resolve()
+        selection = check_holdout(
+            base,
+            arguments.sets,
+            without=arguments.without_holdout,
+            allow_count_mismatch=arguments.allow_count_mismatch,
+            select_on_test_set=arguments.select_on_test_set,
+        )
         evaluation = Evaluation(
             shards=base.data.shards,
             sets=tuple(arguments.sets),
@@ -233,6 +256,7 @@ class Scene:
             pretrained=base.model.pretrained,
             seeds=tuple(arguments.seeds),
             soup=folder / "soup.safetensors" if foreign else given,
+            checkpoint=checkpoint,
         )
         classes = training.load_set(base.data.shards, arguments.sets[0]).classes
         own = read_info(base.model.pretrained) if Path(base.model.pretrained).is_file() else None
@@ -246,7 +270,9 @@ class Scene:
         together = arrays(plan.nodes.values(), dict.fromkeys(plan.nodes, MISSING))
         if arguments.array_parallelism and all(len(array) == 1 for array in together):
             raise UserError("--array-parallelism would do nothing: no two jobs of this plan wait for the same jobs.")
-        return cls(plan, setup, base, start, allocation, arguments.arch, foreign)
+        which = f"best on {base.run.best_on}" if checkpoint == BEST else "last"
+        selection += f" Rows are of each run's checkpoint that is {which}."
+        return cls(plan, setup, base, start, allocation, arguments.arch, foreign, selection)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.setup.folder / name)
@@ -265,6 +291,7 @@ class Scene:
             "sets": list(self.setup.evaluation.sets),
             "allow_count_mismatch": self.setup.evaluation.allow_count_mismatch,
             "soup": str(self.foreign_soup or self.setup.soup) if self.setup.soup else None,
+            "checkpoint": self.setup.checkpoint,
         }
 
     def check(self, seen: Mapping[str, Seen]) -> None:
@@ -318,6 +345,7 @@ class Scene:
         kept = read_object(self.setup.folder / "plan.json")
         if kept is None:
             return
+        kept = {"checkpoint": LAST} | kept  # plans of earlier versions had no choice
         ours = json.loads(json.dumps(self.identity))  # lists for tuples, as in the file
         differences = [
             f"{name}: {kept.get(name)} → {value}"
@@ -706,11 +734,13 @@ def show_table(scene: Scene) -> None:
 
     folder = scene.setup.folder
     rows, found, missing = [], {}, []
+    origins: dict[str, list[ModelOrigin]] = {}
     for row in scene.plan.rows:
         done = [name for name in row.found_in if scene.folder(name).results.exists()]
         models = []
         for name in done:
             results = reports.read_results(folder / name)
+            origins.setdefault(row.word, []).extend(origin for origin in results.origins if origin.run is not None)
             models.append(results.models[results.chosen or 0])
         if len(done) < len(row.found_in):
             missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds there)" if done else ""))
@@ -723,11 +753,15 @@ def show_table(scene: Scene) -> None:
     home, *shifted = scene.setup.evaluation.sets
     split = reports.Split(home, tuple(shifted))
     published = _published(reports.PUBLISHED.get(scene.arch or "", {}))
-    table = reports.comparison(rows, published, split) if published else reports.markdown_table(rows, split)
+    note = checkpoint_note({LABELS[word]: of_row for word, of_row in origins.items()})
+    if published:
+        table = reports.comparison(rows, published, split, note=note)
+    else:
+        table = reports.markdown_table(rows, split, note=note)
     if missing:
         table += f"\n\nNot there yet: {'; '.join(missing)}."
     write_atomically(folder / "table.md", table + "\n")
-    write_atomically(folder / "table.tex", reports.latex_table(rows, split) + "\n")
+    write_atomically(folder / "table.tex", reports.latex_table(rows, split, note=note) + "\n")
     numbers = []
     for row, shown in zip(scene.plan.rows, rows, strict=True):
         different = reports.differences(shown, published.get(row.label, {}), split)
@@ -737,6 +771,7 @@ def show_table(scene: Scene) -> None:
                 "label": row.label,
                 "seeds": found[row.word],
                 "of": len(row.found_in),
+                "checkpoints": [origin.to_json() for origin in origins.get(row.word, [])],
                 "top1": {
                     label: {"value": e.value, "low": e.low, "high": e.high, "sd": e.sd, "noise": e.noise}
                     | (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import re
@@ -18,8 +19,10 @@ from launch.jobs.allocation import (
     Allocation,
     resolve_allocation,
 )
+from launch.jobs.array_arguments import add_array_arguments, resolve_array
 from launch.jobs.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
 from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
+from launch.jobs.sbatch import after_success, slurm_executor
 from launch.jobs.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
 from launch.submit import parser
 
@@ -74,6 +77,26 @@ def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_
 @pytest.mark.parametrize("example", sorted((REPO / "slurm/examples").glob("*.toml")), ids=lambda path: path.stem)
 def test_the_examples_are_valid(example):
     sbatch_file(resolve_allocation(parser().parse_args([]), read_cluster_file(example)))
+
+
+def test_the_wckey_reaches_every_kind_of_job_and_stays_when_it_is_resumed(tmp_path):
+    def asked(allocation) -> list[str]:
+        text = slurm_executor(tmp_path, "x", "/runs/x", "0", allocation).batch_script()
+        return [line for line in text.splitlines() if line.startswith("#SBATCH --wckey")]
+
+    old_place = "[sbatch]\nwckey = 'old'"
+    first = allocate("--wckey", "mine", file=old_place)
+    assert asked(first) == ["#SBATCH --wckey=mine"], "the flag comes first"
+    assert asked(allocate(file=old_place)) == ["#SBATCH --wckey=old"]
+    assert asked(allocate(file="wckey = 'lab'")) == ["#SBATCH --wckey=lab"]
+    assert asked(allocate()) == []
+    for later in (after_success(first, ["7"]), dataclasses.replace(first, chain=("7",)), allocate(last=first.again)):
+        assert asked(later) == ["#SBATCH --wckey=mine"]
+    Path("cluster.toml").write_text("wckey = 'lab'")
+    array = argparse.ArgumentParser()
+    add_array_arguments(array)
+    for flags, key in (([], "lab"), (["--wckey", "mine"], "mine")):
+        assert resolve_array(array.parse_args(["--executor", "slurm", *flags])).allocation.wckey == key
 
 
 def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):

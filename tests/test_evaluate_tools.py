@@ -17,7 +17,11 @@ import torch
 from PIL import Image
 
 import made
+from cfmask.distributed import Place
+from cfmask.evaluation import Evaluation
+from cfmask.evaluator import run_evaluation
 from cfmask.models.head import load_model
+from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
@@ -149,6 +153,93 @@ def test_soups_are_stirred_and_said_what_went_in(shown, capsys, tmp_path):
     assert "no. 1" in printed and "greedy-soup" in printed and (tmp_path / "greedy/model.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def trained(shown):
+    """A run of three epochs that was evaluated on val at their ends."""
+    recipe = Recipe(
+        model=Model(name=str(shown / "zero.json"), pretrained=str(shown / "zero.safetensors")),
+        method=Method(name="vanilla"),
+        data=Data(shards=str(shown / "shards"), eval_sets=("val",), loader_workers=0),
+        optim=Optim(epochs=3, batch_size=5, lanes=1, warmup_steps=1, lr=1e-2),
+        run=Run(precision="fp32", best_on="val", keep_checkpoints=1),
+    )
+    return made.train(recipe.resolved(), shown / "run")
+
+
+def test_the_best_checkpoint_is_a_choice_and_results_and_tables_say_which_it_is(shown, trained, capsys, tmp_path):
+    best = trained.best()
+    given = {"last": trained.final, "best": best.model}
+    for choice, file in given.items():
+        out, plain = tmp_path / choice, tmp_path / f"{choice}-by-path"
+        command = [str(trained.root), *sets(shown, "train"), "--out", str(out), "--checkpoint", choice]
+        assert evaluate.main(command) == 0
+        printed = capsys.readouterr()
+        assert evaluate.main([str(file), *sets(shown, "train"), "--out", str(plain)]) == 0
+        capsys.readouterr()
+        [row], [same] = read_results(out).models, read_results(plain).models
+        assert row.sets["train"] == same.sets["train"]
+        [origin] = json.loads((out / "results.json").read_text())["checkpoints"]
+        said = {"step": best.step, "chosen": "best on val"} if choice == "best" else {"step": 9, "chosen": "last"}
+        assert {name: origin[name] for name in said} == said and origin["run"] == str(trained.root)
+        for text in (printed.out, (out / "table.md").read_text(), (out / "table.tex").read_text()):
+            assert f"step {said['step']}, {said['chosen']}" in " ".join(text.replace("%", "").split())
+    assert f"the best checkpoint is that of step {best.step}" in printed.err
+
+
+def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_for_it(shown, trained, tmp_path):
+    best = load_model(trained.best().model)[0].state_dict()
+    zero = load_model(trained.initial)[0].state_dict()
+    command = [str(trained.initial), str(trained.root), "--checkpoint", "best", "--out", str(tmp_path / "mixed")]
+    assert wise_ft.main(command) == 0
+    mixed = load_model(tmp_path / "mixed/model.safetensors")[0].state_dict()
+    torch.testing.assert_close(mixed["head.weight"], 0.5 * zero["head.weight"] + 0.5 * best["head.weight"])
+    assert soup.main([*command[:-1], str(tmp_path / "soup")]) == 0
+    # As launch/reproduce.py names it, before there is a run.
+    pointer = str(trained.checkpoints / "best.json")
+    work = Evaluation(make="uniform-soup", models=(str(trained.initial), pointer))
+    run = RunFolder(tmp_path / "later")
+    run.claim(work)
+    run_evaluation(work, run, Place())
+    result = json.loads(run.results.read_text())
+    assert pointer in result["of"] and str(trained.best().model) in result["of"]
+    assert [each["chosen"] for each in result["checkpoints"]] == ["where training starts", "best on val"]
+    assert load_model(run.final)[0].state_dict().keys() == best.keys()
+
+
+def test_what_has_no_best_checkpoint_is_refused(shown, trained, tmp_path, capsys):
+    def says(*words: object) -> str:
+        assert (
+            evaluate.main([*map(str, words), *sets(shown), "--checkpoint", "best", "--out", str(tmp_path / "o")]) == 2
+        )
+        return capsys.readouterr().err
+
+    assert "--checkpoint best would do nothing" in says(shown / "zero.safetensors")
+    best = trained.best().model.parent
+    best.rename(tmp_path / "moved")
+    try:
+        assert f"The best checkpoint of {trained.root}, {best.name}, is gone" in says(trained.root)
+    finally:
+        (tmp_path / "moved").rename(best)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("tool", "more"), [(wise_ft, ["--alphas", "0", "1"]), (soup, ["--greedy"])], ids=["wise_ft", "soup"]
+)
+def test_nothing_is_chosen_on_a_test_set_without_a_word(shown, tmp_path, capsys, tool, more):
+    other = shown / "shards/objectnet"
+    if not other.exists():
+        other.symlink_to("train")
+    command = [*models(shown, "zero", "fine"), *more, *sets(shown), "--out", str(tmp_path / "out")]
+    assert tool.main([*command, "--holdout", "objectnet"]) == 2
+    assert "--holdout objectnet chooses a model on objectnet, which is a test set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert tool.main([*command, "--holdout", "objectnet", "--select-on-test-set", "--dry-run"]) == 0
+    assert "warning: --holdout objectnet chooses" in capsys.readouterr().err
+    assert tool.main([*command, "--holdout", "train", "--select-on-test-set"]) == 2
+    assert "--select-on-test-set would do nothing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("tool", "command", "reason"),
     [
@@ -162,6 +253,7 @@ def test_soups_are_stirred_and_said_what_went_in(shown, capsys, tmp_path):
         (wise_ft, ["zero", "two"], "has 2 classes"),
         (wise_ft, ["zero", "fine", "--alphas", "2"], "must lie in 0…1"),
         (wise_ft, ["zero", "fine", "--alphas", "0", "1", "--holdout", "val", "--sets", "val"], "cannot test it"),
+        (wise_ft, ["zero", "fine", "--alphas", "0.5", "--holdout", "val"], "there is one"),
         (soup, ["zero"], "two models or more"),
         (soup, ["zero", "fine", "--holdout", "val"], "would do nothing"),
         (soup, ["zero", "fine", "--greedy", "--sets", "val"], "name it with --holdout"),

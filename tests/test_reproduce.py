@@ -22,6 +22,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
+from launch.jobs import training
 from launch.jobs.run_status import Status
 from launch.paper import cost
 from launch.paper.plan import (
@@ -46,6 +47,8 @@ from launch.paper.plan import (
     with_needed,
 )
 from launch.slurm.queue import SlurmJob
+from launch.submit import main as submit_main
+from launch.submit import parser as submit_parser
 from slurm_fixture import Cluster, wait_until
 
 STATES = (DONE, QUEUED, WAITING, MISSING)
@@ -342,7 +345,8 @@ def nobodys_cluster_file(monkeypatch):
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     root = made.make_materials(tmp_path_factory.mktemp("materials"), per_class=16)
-    (root / "shards/shifted").symlink_to("val")
+    for name in ("shifted", "holdout"):
+        (root / f"shards/{name}").symlink_to("val")
     return root
 
 
@@ -419,9 +423,11 @@ zero-shot                     make the head, evaluate  –
          └─ wise-kd-eval × 3  evaluate                 –""".splitlines()
     )
     assert f"0 of 19 jobs done, in {out}" in said and "Would submit 19 jobs" in said
-    # 48 images; an epoch is 3 steps of 16. 3 runs each of FT, FT + FD and WiSE-KD; 10 evaluations of 2 × 48 images.
+    assert "Trains on 48 images; 48 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
+    # 48 images; an epoch is 3 steps of 16, and an evaluation of the 48 that are held out. 3 runs each of FT, FT + FD
+    # and WiSE-KD; 10 evaluations of 2 × 48 images.
     flops = cost.forward_flops(json.loads((materials / "tiny.json").read_text()))
-    training = 3 * 96 * (2.8 + 3.73 + 8.45) * flops / 0.5e12 / 3600
+    training = 3 * 96 * (2.8 + 3.73 + 8.45 + 3) * flops / 0.5e12 / 3600
     total = training + 10 * 96 * flops / 0.5e12 / 3600
     assert f"About {total:.2g} hours of a rank, of which {total:.2g} are left ({training:.2g} of them training)" in said
     assert "0.5 TFLOP/s of each rank (--tflops)" in said
@@ -465,6 +471,9 @@ def fake_jobs(monkeypatch):
         work = planned.work
         planned.run.final.write_bytes(name.encode())
         results = {"step": 1, "sets": {}}
+        if isinstance(work, Recipe):
+            planned.run.checkpoints.mkdir(exist_ok=True)
+            (planned.run.checkpoints / "best.json").write_text(f'{{"of": "{name}"}}')
         if isinstance(work, Evaluation):
             score = {"correct": 3, "total": 4, "top1": 75.0, "interval": [30.0, 95.0], "ece": 0.1}
             score |= {"calibration": [[4, 3, 3.0]], "per_class": {"n": [3, 4]}}
@@ -473,6 +482,11 @@ def fake_jobs(monkeypatch):
                 "of": {p: [os.stat(p).st_size, os.stat(p).st_mtime_ns] for p in work.models},
                 "sets": {each: {"samples": 4, "classes": 1} for each in work.sets},
                 "models": [{"name": name, "sets": dict.fromkeys(work.sets, score)}],
+                "checkpoints": [
+                    {"file": p, "run": str(Path(p).parents[1]), "step": 7, "chosen": "best on holdout"}
+                    for p in work.models
+                    if p.endswith("best.json")
+                ],
             }
         planned.run.results.write_text(json.dumps(results))
         return 0
@@ -542,6 +556,82 @@ def test_a_run_that_is_gone_is_not_missed_once_its_row_is_there_and_a_new_one_is
     assert reproduce.main(words) == 0 and fake_jobs.done == ["ft-eval-s0"], "it was of the model that is gone"
 
 
+def test_rows_are_of_the_best_checkpoints_unless_the_last_are_asked_for():
+    last = setup()
+    best = dataclasses.replace(last, checkpoint="best")
+    for s, name in ((last, "model.safetensors"), (best, "checkpoints/best.json")):
+        nodes = paper_plan(choose_rows(None, s), s).nodes
+        assert nodes["ft-eval-s0"].work.models == (f"/out/ft-s0/{name}",)
+        assert nodes["wise-ft-s0"].work.models == ("/out/zero-shot/model.safetensors", f"/out/ft-s0/{name}")
+        assert nodes["soup-of-0-1-2"].work.models == tuple(f"/out/ft-s{seed}/{name}" for seed in (0, 1, 2))
+        assert nodes["wise-kd-s0"].work.method.ensemble == "/out/wise-ft-s0/model.safetensors"
+
+
+def test_the_choice_of_checkpoints_is_said_and_kept_and_a_plan_of_before_keeps_the_last(
+    materials, tmp_path, capsys, fake_jobs
+):
+    rows = ("--rows", "ft", "wise-ft", "--seeds", 0)
+    best = flags(materials, tmp_path / "best", *HERE, *rows)
+    assert reproduce.main(best) == 0
+    table = (tmp_path / "best/table.md").read_text()
+    assert "FT: best on holdout, step 7. WiSE-FT, α = 0.5: best on holdout, step 7." in table
+    written = json.loads((tmp_path / "best/results.json").read_text())
+    assert written["plan"]["checkpoint"] == "best" and written["rows"][0]["checkpoints"][0]["step"] == 7
+    assert RunFolder(tmp_path / "best/ft-s0").recipe().data.eval_sets == ("holdout",)
+    assert reproduce.main([*best, "--checkpoint", "last"]) == 2
+    assert "holds another plan: checkpoint: best → last" in capsys.readouterr().err
+    # A plan of a version that knew no choice and evaluated nothing while it trained.
+    out = tmp_path / "before"
+    words = flags(materials, out, *HERE, *rows)
+    assert reproduce.main([*words, "--checkpoint", "last"]) == 0
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan.pop("checkpoint") == "last" and plan["recipe"]["data"]["eval_sets"] == []
+    (out / "plan.json").write_text(json.dumps(plan))
+    fake_jobs.done = []
+    assert reproduce.main(words) == 0 and fake_jobs.done == []
+    assert "each run's checkpoint that is last" in capsys.readouterr().out
+
+
+def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in ("train", "val", "shifted"):
+        (shards / name).symlink_to(materials / "shards" / name)
+    words = flags(materials, tmp_path / "out", *HERE, "--rows", "ft", "--shards", shards, "--dry-run")
+    assert reproduce.main(words) == 2
+    assert f"There is no held-out set at {shards / 'holdout'}" in capsys.readouterr().err
+    assert reproduce.main([*words, "--without-holdout"]) == 0
+    said = capsys.readouterr()
+    assert "Trains on 48 images; none are held out. Rows are of each run's checkpoint that is last." in said.out
+    assert "warning: no set is held out" in said.err
+    assert reproduce.main([*words, "--without-holdout", "--checkpoint", "best"]) == 2
+    (shards / "objectnet").symlink_to(materials / "shards/val")
+    chosen = ["--eval-sets", "objectnet", "--best-on", "objectnet"]
+    assert reproduce.main([*words, *chosen]) == 2
+    assert "The set objectnet chooses a model on objectnet, which is a test set" in capsys.readouterr().err
+    assert reproduce.main([*words, *chosen, "--select-on-test-set"]) == 0
+
+
+def test_a_run_keeps_no_checkpoint_by_a_test_set_without_a_word(materials, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, target in (("train", "train"), ("objectnet", "val")):
+        (shards / name).symlink_to(materials / "shards" / target)
+    run = tmp_path / "run"
+    words = [*made.recipe_flags(materials, run), "--shards", shards, *HERE, "--method", "vanilla", "--eval-sets"]
+    words = [*map(str, words), "objectnet", "--best-on", "objectnet", "--dry-run"]
+    assert submit_main(words) == 2
+    assert "--best-on objectnet chooses a model on objectnet, which is a test set" in capsys.readouterr().err
+    assert submit_main([*words, "--select-on-test-set"]) == 0
+    assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
+    arguments = submit_parser().parse_args(words)
+    file = SimpleNamespace(values={}, path=None, environment={}, image=None)
+    [planned] = training.plan(arguments, file, reproduce.resolve_allocation(arguments, file))
+    planned.run.claim(planned.work)
+    assert submit_main(words) == 0, "a run that was begun so goes on"
+    assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
+
+
 def test_a_soup_of_another_program_becomes_a_model_file(materials, tmp_path, fake_jobs):
     import torch
     from safetensors.torch import load_file
@@ -561,7 +651,7 @@ def test_a_soup_of_another_program_becomes_a_model_file(materials, tmp_path, fak
 
 def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(materials, tmp_path):
     out = tmp_path / "out"
-    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 100)
+    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 40)
     first = start([*words, "--checkpoint-steps", "20"])
     made.wait_for(out / "ft-s0", lambda: (RunFolder(out / "ft-s0").logged_step() or 0) > 30, "the run trains")
     made.kill_all(first)
@@ -580,6 +670,10 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
         assert rows[word]["val"]["value"] == model["sets"]["val"]["top1"]
         assert rows[word]["shifted"]["value"] == model["sets"]["shifted"]["top1"]
     assert (out / "bars.png").stat().st_size > 5000
+    best = RunFolder(out / "ft-s0").best()
+    assert f"FT: best on holdout, step {best.step}" in table
+    [origin] = json.loads((out / "ft-eval-s0/results.json").read_text())["checkpoints"]
+    assert (origin["file"], origin["step"], origin["top1"]) == (str(best.model), best.step, best.top1)
     # An evaluation goes on like any run.
     (out / "ft-eval-s0/results.json").unlink()
     made.submit("--resume", out / "ft-eval-s0", "--executor", "local")

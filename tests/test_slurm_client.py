@@ -211,6 +211,24 @@ def test_a_refusal_is_not_repeated(fake):
 
 
 @pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("Batch job submission failed: Invalid wckey specification", "--wckey NAME.*sacctmgr show wckey"),
+        ("Batch job submission failed: Invalid account or account/partition combination specified", "--account NAME"),
+        ("Batch job submission failed: Invalid qos specification", "--qos NAME"),
+        ("invalid partition specified: nope", "--partition NAME.*sinfo"),
+        ("Batch job submission failed: Invalid feature specification", "--constraint"),
+        ("Batch job submission failed: Job violates accounting/QOS policy", "policy$"),
+    ],
+)
+def test_a_refused_setting_is_told_with_its_flag(fake, said, remedy):
+    for command in ("submit", "test_only"):
+        fake.will("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
+        with pytest.raises(SlurmError, match=f"does not take the job: {said}.*{remedy}|{said}$"):
+            submission.submit(SCRIPT) if command == "submit" else submission.test_only("#!/bin/sh")
+
+
+@pytest.mark.parametrize(
     ("printed", "job"),
     [
         ("Submitted batch job 12", "12"),

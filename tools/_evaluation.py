@@ -14,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from cfmask.best_checkpoint import POINTER  # noqa: E402
 from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, VAL  # noqa: E402
 from cfmask.data.remote import is_remote  # noqa: E402
+from cfmask.data.shards import find_set, manifest_if_there  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
+from cfmask.model_origin import BEST, CHOICES, LAST, describe, is_training_run, origin_of  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model  # noqa: E402
 from cfmask.runtime.jsonl import read_object  # noqa: E402
 from cfmask.secrets import mask_secrets  # noqa: E402
+from cfmask.selection import FLAG, FLAG_HELP, check_selection, known_test_set, refuse_idle_flag  # noqa: E402
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision  # noqa: E402
 from launch.jobs.claims import check_path, take_folder  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
@@ -63,6 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
         help="folder for results.json, table.md, table.tex and pictures; the same command goes on in it "
         "(default: evaluations/<tool>-<hash>)",
     )
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHOICES,
+        default=LAST,
+        help="which checkpoint the folder of a training run stands for: that of its last step, or of the epoch's end "
+        "that was best on the run's held-out set, as in the authors' evaluation (default: last). The path of a model "
+        "file or checkpoint folder is taken as it is",
+    )
+    parser.add_argument(FLAG, action="store_true", help=FLAG_HELP)
     parser.add_argument(
         "--allow-count-mismatch", action="store_true", help="take a known set that has other counts than it should"
     )
@@ -117,8 +130,9 @@ def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, 
     if shards and not is_remote(shards):
         shards = str(Path(shards).resolve())
     holdout = making.pop("holdout", None)
+    models = _chosen_models(making.pop("models"), arguments.checkpoint)
     evaluation = Evaluation(
-        models=tuple(str(find_model(path).resolve()) for path in making.pop("models")),
+        models=tuple(str(find_model(path).resolve()) for path in models),
         shards=shards,
         sets=tuple(_folder(shards, name) for name in arguments.sets),
         holdout=None if holdout is None else _folder(shards, holdout),
@@ -128,8 +142,55 @@ def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, 
         allow_count_mismatch=arguments.allow_count_mismatch,
         **making,
     ).checked()
+    _check_choices(evaluation, models, allowed=arguments.select_on_test_set)
     _check(evaluation)
     return evaluation
+
+
+def _chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
+    """Models as the flags name them, with --checkpoint applied to the folders of training runs. Raises UserError if it
+    would do nothing."""
+    runs = [Path(path) for path in paths if is_training_run(path)]
+    if checkpoint == BEST:
+        if not runs:
+            raise UserError(
+                f"--checkpoint {BEST} would do nothing: none of the models is the folder of a training run, and other "
+                "paths are taken as they are. Leave it out, or name the run's folder."
+            )
+        return [RunFolder(path).checkpoints / POINTER if path in runs else path for path in map(Path, paths)]
+    for path in runs:
+        if not RunFolder(path).final.exists():
+            print(f"note: {path} has not finished: its latest checkpoint stands for it.", file=sys.stderr)
+    return [Path(path) for path in paths]
+
+
+def _check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bool) -> None:
+    """Refuse sets that choose and should not (``check_selection``), or say what they have chosen."""
+    on_test_set = False
+    if evaluation.make == "wise-ft" and evaluation.holdout is not None and len(evaluation.alphas) == 1:
+        raise UserError(
+            f"--holdout {evaluation.holdout} would do nothing: it chooses among several α, and there is one. Leave it "
+            "out, or give more --alphas."
+        )
+    if evaluation.holdout is not None:
+        where = find_set(evaluation.shards, evaluation.holdout)
+        what = f"--holdout {evaluation.holdout}"
+        on_test_set = check_selection(what, evaluation.holdout, manifest_if_there(where), allowed=allowed)
+    for path, file in zip(models, evaluation.models, strict=True):
+        origin = origin_of(file)
+        if path.name != POINTER or origin.run is None or origin.chosen_on is None:
+            continue
+        accuracy = f"{origin.top1:.2f} % on {origin.chosen_on}"
+        print(f"{origin.run}: the best checkpoint is that of step {origin.step} ({accuracy}).", file=sys.stderr)
+        manifest = manifest_if_there(find_set(RunFolder(Path(origin.run)).recipe().data.shards, origin.chosen_on))
+        what = f"The best checkpoint of {origin.run}"
+        on_test_set |= check_selection(what, origin.chosen_on, manifest, allowed=allowed)
+        if origin.chosen_on in evaluation.sets:
+            print(
+                f"warning: {origin.chosen_on} has chosen the checkpoint of {origin.run}: it is overrated there.",
+                file=sys.stderr,
+            )
+    refuse_idle_flag(allowed, on_test_set)
 
 
 def _folder(shards: str, name: str) -> str:
@@ -243,10 +304,11 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
     if not results.sets:
         return
     rows = named_rows(results, names)
-    text = report.markdown_table(rows, results.split)
+    note = _note(results, names)
+    text = report.markdown_table(rows, results.split, note=note)
     print(text)
     write_atomically(run.root / "table.md", f"# {title}\n\n{text}\n")
-    write_atomically(run.root / "table.tex", report.latex_table(rows, results.split) + "\n")
+    write_atomically(run.root / "table.tex", report.latex_table(rows, results.split, note=note) + "\n")
     report.bar_chart(rows, run.root / "bars.png", results.split)
     called = results.models
     if names:
@@ -254,6 +316,17 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
     report.reliability_chart(called, run.root / "reliability.png", results.split)
     written = ["results.json", "table.md", "table.tex", "bars.png", "reliability.png"]
     print(f"\n{run.root}: {', '.join(written)}")
+
+
+def _note(results: Results, names: Sequence[str]) -> str:
+    """What has chosen the models of a table, in sentences."""
+    files = [origin.file for origin in results.origins]
+    called = names if len(names) == len(files) else short_names(files) if files else []
+    parts = [describe(results.origins, dict(zip(files, called, strict=True)))]
+    if results.chosen_on is not None:
+        test_set = " (a test set)" if known_test_set(results.chosen_on) else ""
+        parts.append(f"Chosen on {results.chosen_on}{test_set}.")
+    return " ".join(filter(None, parts))
 
 
 def named_rows(results: Results, names: Sequence[str]) -> list[Row]:

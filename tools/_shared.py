@@ -15,7 +15,10 @@ from cfmask.runs import find_model
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from cfmask.models.tower import Classifier
 
-MODEL_HELP = "model file, run folder (its trained model, or its latest checkpoint's) or checkpoint folder"
+MODEL_HELP = (
+    "model file, run folder (its trained model, or its latest checkpoint's), checkpoint folder, or "
+    "RUN/checkpoints/best.json (the best checkpoint's)"
+)
 DATA_HELP = "folder with a folder of shards a set, or its URL"
 
 

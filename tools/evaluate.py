@@ -8,6 +8,8 @@
 
 ImageNet-R and -A are answered among their 200 classes, ObjectNet among its 125 ids, whose several are all right; a copy
 of a known set that is not whole is refused. Stopped at any moment, the same command goes on behind what was counted.
+RUN is the run's last checkpoint; with --checkpoint best, the one that was best on its held-out set, as the authors
+evaluate. results.json and the tables say which step it is, and what chose it.
 """
 
 from __future__ import annotations

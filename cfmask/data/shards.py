@@ -179,6 +179,14 @@ def load_sets(
     return {name: load_manifest(find_set(where, name), cache=cache, check_files=check_files) for name in names}
 
 
+def manifest_if_there(where: str | Path) -> Manifest | None:
+    """A set's manifest, without a look at its shards; None where there is none, or it cannot be read from here."""
+    try:
+        return load_manifest(where, check_files=False)
+    except UserError:
+        return None
+
+
 def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check_files: bool = True) -> Manifest:
     """Read SET/manifest.json and check that every shard and index is there, at its size.
 

@@ -15,6 +15,7 @@ from scipy.special import stdtrit
 from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, SHIFTED, VAL
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
+from cfmask.model_origin import ModelOrigin
 
 IMAGENET = (VAL.name, "imagenet")
 """Names that ImageNet's validation set goes by."""
@@ -74,7 +75,11 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A results.json. chosen: index into ``models``, and chosen_on the set that chose it; None where nothing chose."""
+    """A results.json.
+
+    chosen: index into ``models``, and chosen_on the set that chose it; None where nothing chose.
+    origins: of the models that the evaluation took, in its order; empty in results of earlier versions.
+    """
 
     evaluation: Evaluation
     sets: dict[str, SetInfo]
@@ -82,6 +87,7 @@ class Results:
     chosen: int | None = None
     chosen_on: str | None = None
     ingredients: tuple[str, ...] = ()
+    origins: tuple[ModelOrigin, ...] = ()
 
     @property
     def split(self) -> Split:
@@ -146,6 +152,7 @@ def _results(content: Mapping[str, Any]) -> Results:
         chosen,
         content.get("chosen_on"),
         tuple(content.get("ingredients") or ()),
+        tuple(ModelOrigin.from_json(each) for each in content.get("checkpoints") or ()),
     )
 
 

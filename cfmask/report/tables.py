@@ -84,10 +84,13 @@ def differences(row: Row, published: Mapping[str, float | None], split: Split | 
 
 
 def markdown_table(
-    rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1
+    rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
 ) -> str:
     """Top-1 in percent, with a line below that says what the numbers are. The best of a column is bold (all that look
     the same with so many digits).
+
+    Args:
+        note: more sentences for that line.
 
     Raises:
         UserError: no row, or none with a set.
@@ -95,10 +98,13 @@ def markdown_table(
     split = checked_split(rows, split)
     cells = _cells(rows, split, uncertainty, digits, " ± ", "({}–{})", "**{}**", "–")
     lines = [[markdown_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
-    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + _note(rows, split, uncertainty)
+    below = " ".join(filter(None, [_note(rows, split, uncertainty), note]))
+    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + below
 
 
-def latex_table(rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1) -> str:
+def latex_table(
+    rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
+) -> str:
     r"""The same as a tabular, for \input in a paper; needs the package booktabs.
 
     Raises:
@@ -109,7 +115,8 @@ def latex_table(rows: Sequence[Row], split: Split | None = None, *, uncertainty:
     cells = _cells(rows, split, uncertainty, digits, r" $\pm$ ", interval, r"\textbf{{{}}}", "--")
     lines = [[latex_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
     header = ["", *map(latex_text, split.columns)]
-    comments = [f"% {line}" for line in textwrap.wrap(_note(rows, split, uncertainty), 110)]
+    said = " ".join(filter(None, [_note(rows, split, uncertainty), note]))
+    comments = [f"% {line}" for line in textwrap.wrap(said, 110)]
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
@@ -126,13 +133,18 @@ def latex_table(rows: Sequence[Row], split: Split | None = None, *, uncertainty:
 
 
 def comparison(
-    rows: Sequence[Row], published: Mapping[str, Mapping[str, float | None]], split: Split | None = None
+    rows: Sequence[Row],
+    published: Mapping[str, Mapping[str, float | None]],
+    split: Split | None = None,
+    *,
+    note: str = "",
 ) -> str:
     """Rows beside the published numbers, as a Markdown table of three lines a row: ours, published, and ours less
     published, with ▲ or ▼ if that is more than noise (``Difference``) and ≈ if it is not.
 
     Args:
         published: by the row's name, such as PUBLISHED["ViT-B-16"]; a row that it lacks has no number there.
+        note: more sentences for the line below.
 
     Raises:
         UserError: no row, or none with a set.
@@ -152,7 +164,7 @@ def comparison(
         "published numbers' own noise is not known, and not counted."
     )
     header = table(["top-1 %", *map(markdown_text, labels)], lines)
-    return f"{header}\n\n{_note(rows, split, uncertainty=True)} {rule}"
+    return f"{header}\n\n" + " ".join(filter(None, [_note(rows, split, uncertainty=True), note, rule]))
 
 
 def latex_text(text: str) -> str:

@@ -59,6 +59,7 @@ class Allocation:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    wckey: str | None = None
     constraint: str | None = None
     memory: str | None = None
     exclude: str | None = None
@@ -155,6 +156,7 @@ def resolve_allocation(
         partition=value("partition"),
         account=value("account"),
         qos=value("qos"),
+        wckey=value("wckey"),
         constraint=value("constraint"),
         memory=value("memory"),
         exclude=value("exclude"),

@@ -2,8 +2,8 @@
 
 They are those of submit.py, but for the ones that ask for ranks: a task of such an array is one process on one node,
 with workers of its own. So the cluster file's nodes, GPUs, cores and network, which are meant for training, do not
-count here; its partition, account, qos, constraint, memory, exclude, setup, [environment], [container], srun_args,
-[sbatch] and python do.
+count here; its partition, account, qos, wckey, constraint, memory, exclude, setup, [environment], [container],
+srun_args, [sbatch] and python do.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _HELP = {
     "finishing an item (default: 3; 0: none)",
 }
 _FLAGS = (
-    *("cpus_per_task", "time", "partition", "account", "qos", "constraint", "memory", "exclude", "dependency"),
+    *("cpus_per_task", "time", "partition", "account", "qos", "wckey", "constraint", "memory", "exclude", "dependency"),
     *("array_parallelism", "restarts_without_progress"),
 )
 _FROM_FILE = {
-    *("time", "partition", "account", "qos", "constraint", "memory", "exclude", "restarts_without_progress"),
+    *("time", "partition", "account", "qos", "wckey", "constraint", "memory", "exclude", "restarts_without_progress"),
     *("setup", "srun_args", "python"),
 }
 

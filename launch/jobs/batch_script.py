@@ -46,12 +46,15 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         "partition": a.partition,
         "account": a.account,
         "qos": a.qos,
+        "wckey": a.wckey,
         "constraint": a.constraint,
         "mem": a.memory,
         "exclude": a.exclude,
         "dependency": a.dependency,
     }
     sbatch = {name.replace("_", "-"): value for name, value in a.sbatch.items()}
+    if a.wckey is not None:
+        sbatch.pop("wckey", None)  # cluster files may have it under [sbatch]; the flag and the key come first
     container = [f"--container-image={a.image}"] if a.image else []
     container += [f"--container-mounts={','.join(a.mounts)}"] if a.mounts else []
     return {

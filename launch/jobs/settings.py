@@ -224,6 +224,13 @@ SETTINGS = (
     Setting("partition", text, None, "Slurm partition", "NAME"),
     Setting("account", text, None, "Slurm account", "NAME"),
     Setting("qos", text, None, "Slurm quality of service", "NAME"),
+    Setting(
+        "wckey",
+        text,
+        None,
+        "Slurm's workload characterization key, where a site checks it (default: your default key)",
+        "NAME",
+    ),
     Setting("constraint", text, None, "features that nodes must have", "LIST"),
     Setting(
         "memory",

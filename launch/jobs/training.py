@@ -24,6 +24,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
+from cfmask.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag
 from launch.jobs.allocation import (
     Allocation,
     check_arithmetic,
@@ -66,6 +67,7 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
         "has ended in whatever way, resumes the run, and ends at once if the run is finished. With --resume, they "
         "queue up behind the run's jobs that are there",
     )
+    p.add_argument(FLAG, action="store_true", help=f"--best-on may {FLAG_HELP}")
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -105,10 +107,15 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         print(mask_secrets(first.work.to_json()))
         for other in others:
             print(mask_secrets(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}"))
+    on_test_set = False
     for each in planned:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
+            # A run that was begun with this choice goes on with it.
+            allowed = arguments.select_on_test_set or each.run.has_work()
+            on_test_set |= check_best_on(each.work, allowed=allowed)
+    refuse_idle_flag(arguments.select_on_test_set, on_test_set)
     work = planned[0].work
     warn_of_paths_outside(
         allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
@@ -348,6 +355,14 @@ def check(
     else:
         # Here, not in the job: compute nodes often have no network.
         find_weights(recipe.model.name, pretrained)
+
+
+def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:
+    """``check_selection`` for the set that chooses a run's best checkpoint, with what it returns and raises."""
+    name = recipe.run.best_on
+    if name is None:
+        return False
+    return check_selection(f"--best-on {name}", name, load_set(recipe.data.shards, name), allowed=allowed)
 
 
 @functools.cache

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cfmask.best_checkpoint import POINTER
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
+from cfmask.model_origin import BEST, LAST
 from cfmask.recipe import Recipe
 
 HEADLINE = "object-mask-single-fill"
@@ -99,6 +101,8 @@ class Setup:
     folder: absolute; a run folder in it for each node. recipe_of: the resolved recipe of a preset, seed, start and
     ensemble (both files, the latter of wise-kd). evaluation: shards, sets, precision …, as all of them have it.
     soup: a model file to start the soup's rows from; None: the plan's own.
+    checkpoint: which checkpoint of a training run is evaluated, mixed and averaged: "best" (on the held-out set) or
+        "last".
     """
 
     folder: Path
@@ -108,10 +112,15 @@ class Setup:
     pretrained: str
     seeds: tuple[int, ...]
     soup: Path | None = None
+    checkpoint: str = LAST
 
     def model(self, node: str) -> Path:
-        """The model that a node makes or trains, when it is done."""
+        """The model that an evaluation makes."""
         return self.folder / node / "model.safetensors"
+
+    def trained_model(self, node: str) -> Path:
+        """The model of a training run that counts; its path, as an evaluation takes it when the run has ended."""
+        return self.folder / node / "checkpoints" / POINTER if self.checkpoint == BEST else self.model(node)
 
 
 def choose_rows(words: Sequence[str] | None, setup: Setup) -> tuple[str, ...]:
@@ -158,12 +167,12 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
         return add(Node(preset if start is zero else f"{start.kind}-{preset}", seed, recipe, tuple(needs)))
 
     def evaluated(run: Node) -> Node:
-        work = replace(setup.evaluation, make="nothing", models=(str(setup.model(run.name)),))
+        work = replace(setup.evaluation, make="nothing", models=(str(setup.trained_model(run.name)),))
         return add(Node(f"{run.kind}-eval", run.seed, work, (run.name,)))
 
     def wise_ft(seed: int) -> Node:
         fine = trained("ft", seed)
-        models = str(setup.model(zero.name)), str(setup.model(fine.name))
+        models = str(setup.model(zero.name)), str(setup.trained_model(fine.name))
         work = replace(setup.evaluation, make="wise-ft", models=models, alphas=(ALPHA,))
         return add(Node("wise-ft", seed, work, (zero.name, fine.name)))
 
@@ -171,7 +180,9 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
         if setup.soup is not None:
             return add(Node("soup", None, replace(setup.evaluation, make="nothing", models=(str(setup.soup),))))
         fine = [trained("ft", seed).name for seed in setup.seeds]
-        work = replace(setup.evaluation, make="uniform-soup", models=tuple(str(setup.model(name)) for name in fine))
+        work = replace(
+            setup.evaluation, make="uniform-soup", models=tuple(str(setup.trained_model(name)) for name in fine)
+        )
         # Its ingredients are in its name: with another seed it is another soup, and this one stays what it is.
         return add(Node("soup-of-" + "-".join(map(str, setup.seeds)), None, work, tuple(fine)))
 

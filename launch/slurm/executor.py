@@ -26,7 +26,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        # submitit's default is "submitit", which sites that track wckeys refuse. One of [sbatch] stands beside this.
+        # submitit's default is "submitit", which sites that check wckeys refuse.
         self.parameters["wckey"] = None
         self._accepted: str | None = None
 

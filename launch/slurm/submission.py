@@ -17,6 +17,32 @@ from launch.slurm.control import cancel
 ANSWER_S = 300.0
 """Seconds that one sbatch may take: a controller that is full makes it wait and try again for two minutes."""
 _ASK_AGAIN_S = 2.0
+_REMEDIES = (
+    (
+        r"wckey",
+        "This site checks workload characterization keys: give one of yours with --wckey NAME, or wckey in the cluster "
+        "file. `sacctmgr show wckey where user=$USER` lists them; an administrator adds them.",
+    ),
+    (
+        r"Invalid account",
+        "Give an account of yours with --account NAME, or account in the cluster file. "
+        "`sacctmgr show assoc where user=$USER format=account,partition,qos` lists them.",
+    ),
+    (
+        r"Invalid qos",
+        "Give a quality of service that your account has with --qos NAME, or qos in the cluster file. "
+        "`sacctmgr show assoc where user=$USER format=account,partition,qos` lists them.",
+    ),
+    (
+        r"invalid partition",
+        "Give a partition with --partition NAME, or partition in the cluster file. `sinfo -s` lists them.",
+    ),
+    (
+        r"Invalid feature",
+        "Features are asked for with --constraint, or constraint in the cluster file. `sinfo -o '%N %f'` lists them.",
+    ),
+)
+"""What to do about a refusal, by a part of Slurm's message (slurm_errno.c), in any case. The first that matches."""
 _SETTLES_S = 10.0
 """A request whose answer was lost may still wait in the controller. Slurm's own MessageTimeout is as long."""
 
@@ -140,6 +166,8 @@ def _job_id(text: str) -> str | None:
 
 
 def _refusal(text: str) -> str:
-    """sbatch's own words."""
+    """sbatch's own words, and what to do where a setting is what it refuses."""
     lines = (line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.strip().splitlines())
-    return f"Slurm does not take the job: {'; '.join(lines)}"
+    words = "; ".join(lines)
+    remedy = next((remedy for part, remedy in _REMEDIES if re.search(part, words, re.IGNORECASE)), None)
+    return f"Slurm does not take the job: {words}" + (f". {remedy}" if remedy else "")

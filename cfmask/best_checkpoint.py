@@ -1,0 +1,116 @@
+"""Which checkpoint of a run is best on its held-out set.
+
+The authors evaluate the epoch's end that has the best top-1 on the held-out images, the first of equals. The run's log
+has the accuracy of every epoch's end, so that a best checkpoint which was deleted, damaged or never written is an
+error, and the second best does not take its place unnoticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfmask.checkpoint_state import MODEL, CheckpointDamaged, found, read_state
+from cfmask.errors import UserError
+from cfmask.files import sha256_of
+from cfmask.recipe import Recipe
+from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.patience import patiently
+
+POINTER = "best.json"
+"""In RUN/checkpoints: names the best checkpoint. As the path of a model it means that checkpoint's model."""
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The best of a run's epoch ends up to now.
+
+    model: its model file.
+    step: the optimizer step that it was written after.
+    on: the set that chose it.
+    top1: its accuracy there, in percent.
+    """
+
+    model: Path
+    step: int
+    on: str
+    top1: float
+
+
+def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, float]:
+    """Top-1 in percent on the set that chooses, at the ends of epochs, by step: what the log says, and what checkpoints
+    say where the log lacks a line. The epochs of lp-ft that train the head alone are left out.
+
+    Args:
+        log: RUN/log.jsonl.
+        checkpoints: RUN/checkpoints.
+
+    Raises:
+        StorageUnavailable: a file could not be read.
+    """
+    on, probing = recipe.run.best_on or "", recipe.optim.probe_epochs or 0
+    scores: dict[int, float] = {}
+    left_out = set()
+    for line in patiently(lambda: read_lines(log), str(log)):
+        of_line, epoch = line.get("eval"), line.get("epoch")
+        # Evaluations between epochs' ends (--eval-steps) have a fraction for their epoch, and no checkpoint.
+        if isinstance(of_line, dict) and on in of_line and isinstance(epoch, int):
+            if epoch > probing:
+                scores[int(line["step"])] = float(of_line[on])
+            else:
+                left_out.add(int(line["step"]))
+    for path in patiently(lambda: found(checkpoints), str(checkpoints)):
+        with contextlib.suppress(CheckpointDamaged):
+            state = read_state(path)
+            if on in state.top1 and state.step not in left_out:
+                scores.setdefault(state.step, state.top1[on])
+    return scores
+
+
+def best_checkpoint(recipe: Recipe, log: Path, checkpoints: Path, *, verify: bool = True) -> BestCheckpoint:
+    """The best checkpoint of a run, compared with what its log says.
+
+    Args:
+        recipe: the run's.
+        log: RUN/log.jsonl.
+        checkpoints: RUN/checkpoints.
+        verify: read the whole model file, and compare its sha256.
+
+    Raises:
+        UserError: the run has chosen none, or the one that was best is not there any more, or not whole.
+        StorageUnavailable: a file could not be read.
+    """
+    run, on = checkpoints.parent, recipe.run.best_on
+    if on is None:
+        raise UserError(
+            f"{run} has no best checkpoint: it was trained without a set to choose on. Evaluate its last one "
+            "(--checkpoint last), or train with --eval-sets holdout."
+        )
+    scores = epoch_end_scores(recipe, log, checkpoints)
+    if not scores:
+        raise UserError(
+            f"{run} has no best checkpoint yet: no end of an epoch has an accuracy on {on}. Wait for the end of an "
+            "epoch, or evaluate its last checkpoint (--checkpoint last)."
+        )
+    step = max(scores, key=lambda each: (scores[each], -each))
+    path = checkpoints / f"step-{step:08d}"
+    others = (
+        f"It was the best on {on} ({scores[step]:.2f} %), and no other takes its place by itself. Bring it back, train "
+        f"the run again, or choose another: --checkpoint last, or the path of a folder in {checkpoints}."
+    )
+    try:
+        state = read_state(path) if path.is_dir() else None
+        if state is None:
+            raise UserError(f"The best checkpoint of {run}, {path.name}, is gone or was never written. {others}")
+        if verify and patiently(lambda: sha256_of(path / MODEL), str(path / MODEL)) != state.sha256[MODEL]:
+            raise CheckpointDamaged.of(path, f"{MODEL} is not what was written")
+    except CheckpointDamaged as error:
+        raise UserError(f"{error} {others}") from None
+    if state.top1.get(on, scores[step]) != scores[step]:  # checkpoints of early versions have no accuracies
+        raise UserError(
+            f"{path} and {log} disagree on the accuracy on {on} after step {step} ({state.top1.get(on)} % and "
+            f"{scores[step]} %): one of the two belongs to another run. Name the checkpoint to evaluate by its path, "
+            "or train the run again."
+        )
+    return BestCheckpoint(path / MODEL, step, on, scores[step])
