@@ -113,8 +113,13 @@ def test_links_in_folders_and_archives_are_followed_and_dangling_ones_are_listed
     assert stays_out == {("train/**/.*", HIDDEN): 2, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
 
     archive = write_links(write_tar(tmp_path / "set.tar", {**FILES, "train/a/._1.jpg": b"fork"}), LINKS)
+    with tarfile.open(archive, "a") as opened:
+        pipe = tarfile.TarInfo("train/b/pipe.jpg")
+        pipe.type = tarfile.FIFOTYPE
+        opened.addfile(pipe)
     found, stays_out = listed(archive)
-    assert found == {**FOLLOWED, "train/b/outside.jpg": DANGLING}
+    special = "a named pipe, a device or another special file"
+    assert found == {**FOLLOWED, "train/b/outside.jpg": DANGLING, "train/b/pipe.jpg": special}
     assert stays_out == {("train/a/._1.jpg", HIDDEN): 1, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
 
     packed = write_zip(tmp_path / "set.zip", FILES)
@@ -414,20 +419,20 @@ def table(folder, text, name="labels.csv"):
 @pytest.mark.parametrize(
     "text",
     [
-        "0/0.jpg,dog\n0/1.jpg,cat\n1/2.jpg,dog\n1/3.jpg,cat\n",
-        "\ufeffpath;label\r\n0/0.jpg;dog\r\n./0/1.jpg;cat\r\n1//2.jpg;dog\r\n1/3.jpg;cat\r\n;\r\n",
-        "Width\tClass Name\tFile Name\n9\tdog\t0/0.jpg\n9\tcat\t0\\1.jpg\n9\tdog\t1/2.jpg\n9\tcat\t1/../1/3.jpg\n",
-        '"0/0.jpg","dog"\n"0/1.jpg","cat"\n"1/2.jpg","dog"\n"1/3.jpg","cat"',
-        "0/0.jpg,dog\n0/1.jpg,cat\n1/2.jpg,dog\n1/3.jpg,cat\n".encode("utf-16"),
+        "0/0.jpg,my dog\n0/1.jpg,cat\n1/2.jpg,my\u00a0dog\n1/3.jpg,cat\n",
+        "\ufeffpath;label\r\n0/0.jpg;my dog\r\n./0/1.jpg;cat\r\n1//2.jpg;my dog\r\n1/3.jpg;cat\r\n;\r\n",
+        "Width\tClass Name\tFile Name\n9\tmy dog\t0/0.jpg\n9\tcat\t0\\1.jpg\n9\tmy dog\t1/2.jpg\n9\tcat\t./1/3.jpg\n",
+        '"0/0.jpg","my dog"\n"0/1.jpg","cat"\n"1/2.jpg","my dog"\n"1/3.jpg","cat"',
+        "0/0.jpg,my dog\n0/1.jpg,cat\n1/2.jpg,my dog\n1/3.jpg,cat\n".encode("utf-16"),
     ],
 )
 def test_a_table_of_paths_and_labels_is_a_source_however_it_is_written(text, tmp_path, photos):
     labels = table(tmp_path, text)
-    expected = {"0/0.jpg": "dog", "0/1.jpg": "cat", "1/2.jpg": "dog", "1/3.jpg": "cat"}
+    expected = {"0/0.jpg": "my dog", "0/1.jpg": "cat", "1/2.jpg": "my dog", "1/3.jpg": "cat"}
     archive = write_zip(tmp_path / "photos.zip", {f"{p.parent.name}/{p.name}": b"" for p in photos.glob("*/*")})
     for source in (photos, archive):
         found, classes = labels_in(source, labels=labels, split="train")
-        assert found == {"train": expected} and classes == (("cat", "cat"), ("dog", "dog"))
+        assert found == {"train": expected} and classes == (("cat", "cat"), ("my dog", "my dog"))
     assert labels_in(table(photos, text), split="val")[0] == {"val": expected}
 
 
@@ -464,6 +469,7 @@ def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_d
         ("0/0.jpg,007\n", "the label '007'"),
         ("0/0.jpg,nan\n", "the label 'nan'"),
         ("0/0.jpg,\n", "rows of 1 cells"),
+        ("0/0.jpg,d\u200bog\n", "U+200B"),
         ("0/0.jpg,dog\n0/1.jpg\n", "line 2: expected path, label"),
         ("path,class,label\n0/0.jpg,a,b\n", "several columns for the label"),
         ("path,kind\n0/0.jpg,a\n", "no column for the label"),
@@ -575,7 +581,8 @@ def test_names_that_are_not_utf8_are_converted_and_printed_under_any_locale(tmp_
         return done.stdout + done.stderr
 
     assert "such as a/n\\udce9.txt" in said("utf-8:strict", 0, "--split", "train")
-    assert load_manifest(tmp_path / "out/train").num_samples == 2
+    manifest = load_manifest(tmp_path / "out/train")
+    assert manifest.num_samples == 2 and manifest.classes == (("a", "a"), ("\udce4", "\\udce4"))
     lines = (tmp_path / "out/train/bad_samples.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["name"] == "a/n\\udce9.txt"
     assert "tr\\udcff holds class folders" in said("ascii:strict", 2)

@@ -22,7 +22,7 @@ HEAVY = ("audit", "export", "segment", "show_masks", "validate_masks")
 
 OWN_WORDS = {
     *("--out", "--seed", "--split", "--classes", "--groups", "--images", "--source", "--precision", "--model"),
-    *("--pretrained", "--allow-count-mismatch", "--dry-run", "--holdout"),
+    *("--pretrained", "--allow-count-mismatch", "--dry-run", "--holdout", "--mappings"),
 }
 """Flags of one name whose help has to say what of the verb they are: of what the seed is, say."""
 SLURM = ("as a Slurm array", "allocation")

@@ -18,6 +18,7 @@ from cfmask.convert.sources.shifted import benchmark_tree
 from cfmask.convert.tables import Classes, read_classes
 from cfmask.data import benchmarks, imagenet, images
 from cfmask.errors import UserError
+from cfmask.runtime.output import printable
 from cfmask.runtime.progress import progress_bar
 
 _TABLES = (".csv", ".tsv", ".txt")
@@ -90,7 +91,7 @@ def collect(request: Request) -> Collection:
             found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
         elif request.kind == "folder":
             tree = folder_tree(request.source, split=request.split, tick=bar.update)
-            classes = listed or tuple((folder, folder) for folder in tree.folders)
+            classes = listed or tuple((folder, printable(folder)) for folder in tree.folders)
             found = Collection(tree, classes, {folder: i for i, (folder, _) in enumerate(classes)})
         elif request.kind == "imagenet":
             tree = imagenet_tree(request.source, split=request.split, devkit=request.devkit, tick=bar.update)

@@ -20,6 +20,7 @@ from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT
 from cfmask.data import images, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, sole_writer, write_atomically
+from cfmask.runtime.output import printable
 from cfmask.runtime.progress import progress_bar
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -149,7 +150,7 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
     ]
     absent: list[dict[str, Any]] = [
         {
-            "name": _printable(image.name),
+            "name": printable(image.name),
             "class": found.class_ids[image.folder],
             "bytes": 0,
             "issue": why_absent(image),
@@ -163,7 +164,7 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
     )
     bad = sum(issue["policy"] == LEFT_OUT for issue in issues)
     kept = len(issues) - bad
-    issues += [{**issue, "name": _printable(issue["name"]), "policy": STAYS_OUT} for issue in tree.stays_out.issues()]
+    issues += [{**issue, "name": printable(issue["name"]), "policy": STAYS_OUT} for issue in tree.stays_out.issues()]
     if issues:
         write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(issue) + "\n" for issue in issues))
     else:
@@ -194,8 +195,3 @@ def commit(split: Split, request: Request) -> tuple[shards.Manifest, int]:
     )
     shards.write_manifest(manifest)
     return manifest, kept
-
-
-def _printable(name: str) -> str:
-    """A name that any reader of JSON takes, also where its bytes on disk are not UTF-8."""
-    return name.encode(errors="backslashreplace").decode()

@@ -118,6 +118,18 @@ def whole_number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"0|[1-9][0-9]{0,8}", text) else None
 
 
+def plain_spaces(text: str) -> str:
+    """A name with plain spaces instead of non-breaking and other wide or narrow ones, so that it equals its like.
+
+    Raises:
+        ValueError: it holds a character that cannot be seen.
+    """
+    text = _SPACES.sub(" ", text)
+    if invisible := _INVISIBLE.search(text):
+        raise ValueError(f"{text!r} holds the character U+{ord(invisible[0]):04X}, which cannot be seen")
+    return text
+
+
 _FOLDER_HEADERS = {"folder", "directory", "class", "class folder", "class_folder", "wnid", "synset", "id", "class id"}
 _NAME_HEADERS = {"name", "display name", "display_name", "class name", "class_name", "classname", "label", "words"}
 
@@ -154,7 +166,10 @@ def read_classes(path: Path) -> Classes:
             )
         if folder in classes:
             raise UserError(f"{path}, line {number}: the folder {folder!r} has a line before this one.")
-        classes[folder] = _SPACES.sub(" ", name)
+        try:
+            classes[folder] = plain_spaces(name)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: the display name {error}. Delete it.") from None
     if not classes:
         raise UserError(f"The class list {path} is empty.")
     return tuple(classes.items())

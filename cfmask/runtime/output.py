@@ -15,6 +15,12 @@ def escape_unencodable_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def printable(name: str) -> str:
+    """The name of a file as text that can be encoded, whatever bytes it is of on disk: those that are not UTF-8 become
+    backslash escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 class _LenientStream:
     """A text stream that drops what cannot be written."""
 

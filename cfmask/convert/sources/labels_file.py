@@ -129,7 +129,11 @@ def _read(file: Path) -> list[_Line]:
             raise UserError(
                 f"{file}, line {row.number}: expected {', '.join(columns)}, got {','.join(row.cells)[:80]!r}."
             )
-        lines.append(_Line(row.number, cells["path"], cells["label"], cells.get("split", "")))
+        try:
+            label = tables.plain_spaces(cells["label"])
+        except ValueError as error:
+            raise UserError(f"{file}, line {row.number}: the label {error}. Delete it.") from None
+        lines.append(_Line(row.number, cells["path"], label, cells.get("split", "")))
     return lines
 
 
