@@ -85,8 +85,10 @@ def test_a_tar_of_another_program_that_got_other_labels_is_refused(tmp_path, cap
     capsys.readouterr()
     assert verify(folder) == 1
     assert "0.tar: has other headers or labels than when it was indexed" in capsys.readouterr().out
+    digest = load_manifest(folder).digest
     index(folder, *flags)
     assert labels_of(folder) == [1, 0, 3] and verify(folder) == 0
+    assert load_manifest(folder).digest != digest, "results on the old labels are not those on the new ones"
 
 
 @pytest.mark.parametrize("flags", [(), ("--checksums",)])
@@ -99,6 +101,8 @@ def test_a_copy_is_no_change_and_a_change_of_a_copy_is_one(tmp_path, flags):
     os.chmod(folder / "0.tar", 0o600)
     for where in (folder, copy):
         assert labels_of(where) == [0, 1, 2] and verify(where) == 0 and verify(where, "--full") == 0
+    index(copy, *flags)
+    assert load_manifest(copy).digest == load_manifest(folder).digest
     write(copy / "0.tar", [2, 1, 2])
     assert "run tools/index_shards.py on the folder again" in refused(copy)
 

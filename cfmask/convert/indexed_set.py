@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import re
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -169,11 +171,12 @@ def commit(
     indexes = {tar: index for tar, (_, index) in entries.items()}
     bad = [entry for index in indexes.values() for entry in index.about["bad"]]
     classes = choose_classes(given, label, mapping, indexes)
-    made = {
+    made: dict[str, Any] = {
         "tool": shard_index.INDEXED_BY,
         "label_from": label.source,
         "label_field": label.field,
         "checksums": all(shard.sha256 for shard, _ in entries.values()),
+        "samples_sha256": _samples_sha256(indexes.values()),
     }
     border = 0
     if mapping is not None:
@@ -213,6 +216,14 @@ def commit(
     if bad:
         print(f"{len(bad)} samples have no image and are left out; {folder / BAD_SAMPLES} lists them")
     return manifest
+
+
+def _samples_sha256(indexes: Iterable[shard_index.Index]) -> str:
+    """Of all keys and labels: sets that differ in these alone are different sets."""
+    digest = hashlib.sha256()
+    for index in indexes:
+        digest.update(b"\0".join([*index.keys.tolist(), index.labels.astype("<i4").tobytes()]))
+    return digest.hexdigest()
 
 
 def _check_benchmark(manifest: shards.Manifest, mapping: ClassMapping | None, allow: bool) -> None:

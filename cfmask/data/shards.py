@@ -105,8 +105,10 @@ class Manifest:
     @functools.cached_property
     def digest(self) -> str:
         """16 hexadecimal digits that two sets share only if their samples are the same, in the same order; as far as
-        sizes tell, for shards that were indexed without reading them all."""
-        content = [self.classes, self.class_counts, [(s.samples, s.bytes, s.sha256) for s in self.shards]]
+        keys, labels and sizes tell, for shards that were indexed without reading them all."""
+        content: list[Any] = [self.classes, self.class_counts, [(s.samples, s.bytes, s.sha256) for s in self.shards]]
+        if self.is_indexed and "samples_sha256" in self.made:
+            content.append(self.made["samples_sha256"])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
