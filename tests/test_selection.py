@@ -13,7 +13,8 @@ from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, State, encode
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import wnids
 from cfmask.data.receipts import Consumed
-from cfmask.data.shards import Manifest, Shard, index_name, write_manifest
+from cfmask.data.shard_index import index_name
+from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
 from cfmask.model_origin import ModelOrigin, checkpoint_note, describe, origin_of
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
