@@ -46,9 +46,9 @@ class Evaluation(Record):
     """What an evaluation does. All paths are absolute.
 
     make: nothing: ``models`` are evaluated as they are. zero-shot: ``architecture`` with the weights ``pretrained``
-        gets a zero-shot head for the classes of the first set. wise-ft: ``models`` are ZERO and FINE, mixed at each of
-        ``alphas``. uniform-soup, greedy-soup: ``models`` are averaged, all of them, or each that does not make
-        accuracy on ``holdout`` worse, best first.
+        (and ``mean`` and ``std``, as in recipe.Model) gets a zero-shot head for the classes of the first set. wise-ft:
+        ``models`` are ZERO and FINE, mixed at each of ``alphas``. uniform-soup, greedy-soup: ``models`` are averaged,
+        all of them, or each that does not make accuracy on ``holdout`` worse, best first.
     models: what runs.find_model takes, when the evaluation begins: RUN/checkpoints/best.json is the best checkpoint of
         a run that may still have to be trained.
     shards, sets: folders or URLs of sets (shards.find_set); sets may be empty where something is made.
@@ -65,6 +65,8 @@ class Evaluation(Record):
     alphas: tuple[float, ...] = ()
     architecture: str = ""
     pretrained: str = ""
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     shards: str = ""
     sets: tuple[str, ...] = ()
     holdout: str | None = None

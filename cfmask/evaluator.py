@@ -36,7 +36,8 @@ from cfmask.evaluation import Evaluation, files_of
 from cfmask.files import read_bytes, replace_tensors, write_atomically
 from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.model_origin import origin_of
-from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, save_model
+from cfmask.models.head import ModelInfo, check_same_kind, load_model, save_model
+from cfmask.models.initial import initial_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
@@ -285,7 +286,14 @@ def _make_zero_shot(evaluation: Evaluation, run: RunFolder, sets: dict[str, Mani
     classes = next(iter(sets.values())).classes
     rows = run.head_rows
     model, info = initial_model(
-        evaluation.architecture, evaluation.pretrained, None, classes, str(place.device), kept_rows=rows
+        evaluation.architecture,
+        evaluation.pretrained,
+        None,
+        classes,
+        str(place.device),
+        mean=evaluation.mean,
+        std=evaluation.std,
+        kept_rows=rows,
     )
     save_model(run.final, model, info)
     rows.unlink(missing_ok=True)

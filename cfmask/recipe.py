@@ -70,6 +70,12 @@ class Model:
         "openai",
         "open_clip tag, or the path of a checkpoint (open_clip's .pt/.safetensors, or a cfmask model)",
     )
+    mean: tuple[float, ...] | None = setting(
+        None,
+        "mean of the pixels, R G B in 0…1, that --pretrained was trained with, where neither the file, nor an "
+        "open_clip_config.json beside it, nor open_clip's tags of the model say it",
+    )
+    std: tuple[float, ...] | None = setting(None, "standard deviation of the pixels, R G B, to go with --mean")
     head: str | None = setting(
         None,
         "cfmask model file (.safetensors) to take the head from; by default the head in --pretrained, or else "

@@ -25,7 +25,8 @@ from cfmask.distributed import Place
 from cfmask.errors import UserError
 from cfmask.files import digest_of_tensors
 from cfmask.masking.fills import DrawSpec
-from cfmask.models.head import ModelInfo, check_same_kind, initial_model, load_model, read_info, save_model
+from cfmask.models.head import ModelInfo, check_same_kind, load_model, read_info, save_model
+from cfmask.models.initial import initial_model
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
@@ -101,6 +102,8 @@ def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, pl
             recipe.model.head,
             manifest.classes,
             device=str(place.device),
+            mean=recipe.model.mean,
+            std=recipe.model.std,
         )
         save_model(run.initial, model, info)
     if recipe.method.ensemble is not None and not _is_there(run, run.ensemble):

@@ -41,8 +41,8 @@ from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
 from cfmask.model_origin import BEST, LAST, ModelOrigin, checkpoint_note  # noqa: E402
-from cfmask.models.head import ModelInfo, check_architecture, check_head, model_info, read_info  # noqa: E402
-from cfmask.models.weights import find_weights  # noqa: E402
+from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info  # noqa: E402
+from cfmask.models.initial import check_initial_model, initial_model, model_info  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
 from cfmask.runtime.jsonl import read_lines, read_object  # noqa: E402
@@ -254,15 +254,18 @@ class Scene:
             evaluation=evaluation,
             architecture=base.model.name,
             pretrained=base.model.pretrained,
+            mean=base.model.mean,
+            std=base.model.std,
             seeds=tuple(arguments.seeds),
             soup=folder / "soup.safetensors" if foreign else given,
             checkpoint=checkpoint,
         )
         classes = training.load_set(base.data.shards, arguments.sets[0]).classes
-        own = read_info(base.model.pretrained) if Path(base.model.pretrained).is_file() else None
+        model = base.model
+        own = read_info(model.pretrained) if Path(model.pretrained).is_file() else None
         start = replace(
-            own or model_info(base.model.name, base.model.pretrained),
-            name=base.model.name,
+            own or model_info(model.name, model.pretrained, mean=model.mean, std=model.std),
+            name=model.name,
             classes=tuple(wnid for wnid, _ in classes),
             class_names=tuple(display for _, display in classes),
         )
@@ -324,6 +327,8 @@ class Scene:
                 check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
             if node.work.make == "zero-shot":
                 self._check_start()
+        if self.foreign_soup is not None and self.setup.soup is not None and not self.setup.soup.exists():
+            check_initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
         if self.setup.soup is not None and self.foreign_soup is None:
             info = read_info(self.setup.soup)
             assert info is not None
@@ -331,15 +336,9 @@ class Scene:
             check_architecture(info, self.start, str(self.setup.soup))
 
     def _check_start(self) -> None:
-        pretrained = self.setup.pretrained
-        own = read_info(pretrained) if Path(pretrained).is_file() else None
-        if own is None:
-            # Here, not in the job: compute nodes often have no network.
-            find_weights(self.setup.architecture, pretrained)
-            return
-        check_architecture(own, model_info(self.setup.architecture), pretrained)
-        if own.classes:
-            check_head(pretrained, self.start.classes)
+        # Here, not in the job: compute nodes often have no network.
+        model = self.base.model
+        check_initial_model(model.name, model.pretrained, None, self._classes, mean=model.mean, std=model.std)
 
     def _check_folder(self) -> None:
         kept = read_object(self.setup.folder / "plan.json")
@@ -387,14 +386,22 @@ class Scene:
                 write_atomically(folder / "plan.json", kept, private=has_secrets(kept))
             yield
 
+    @property
+    def _classes(self) -> list[tuple[str, str]]:
+        return list(zip(self.start.classes, self.start.class_names, strict=True))
+
+    @property
+    def _soup_start(self) -> tuple[str, str, None, list[tuple[str, str]]]:
+        """Arguments of initial_model for --soup's state dict, which is a start of the same model as --pretrained."""
+        return self.base.model.name, str(self.foreign_soup), None, self._classes
+
     def make_soup(self) -> None:
         """A cfmask model file of the state dict that --soup names."""
         if self.foreign_soup is None or self.setup.soup is None or self.setup.soup.exists():
             return
-        from cfmask.models.head import initial_model, save_model
+        from cfmask.models.head import save_model
 
-        classes = list(zip(self.start.classes, self.start.class_names, strict=True))
-        model, info = initial_model(self.base.model.name, str(self.foreign_soup), None, classes, keep_head=True)
+        model, info = initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
         save_model(self.setup.soup, model, info)
         print(f"{self.foreign_soup}, with its head, is {self.setup.soup} now")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 
 import open_clip
 import pytest
@@ -15,8 +14,10 @@ from torch.nn import functional as F
 
 import made
 from cfmask.data import imagenet
-from cfmask.models.head import initial_model, load_model, openai_templates, read_info, warn_of_preprocessing
+from cfmask.models.head import load_model, read_info
+from cfmask.models.initial import initial_model
 from cfmask.models.tower import Normalise
+from cfmask.models.zero_shot import openai_templates
 from tools import build_head, evaluate
 from towers import ODD, TINY, tiny_clip
 
@@ -237,7 +238,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
         (["--model", "ViT-B-32", "--pretrained", "openai"], "Use --model ViT-B-32-quickgelu"),
         (["--model", "ViT-B-32"], "trained with QuickGELU and --model ViT-B-32 computes GELU"),
         (["--model", "ViT-B-16-quickgelu"], "Choose the --model that they were made with"),
-        (["--model", "RN50-quickgelu", "--pretrained", "{tmp}/tiny.pt"], "not those of the image tower of RN50"),
+        (["--model", "RN50-quickgelu", "--pretrained", "{tmp}/tiny.pt"], "its image tower is a ResNet"),
         (["--out", "{tmp}/head.pt"], "ends in .safetensors"),
     ],
 )
@@ -260,36 +261,6 @@ def test_weights_of_another_architecture_are_refused_with_the_ones_that_they_fit
     assert "its shapes are those of ViT-S-32, ViT-S-32-alt" in capsys.readouterr().err
     assert build_head.main(["--model", "ViT-S-32", *flags]) == 2
     assert "image tower only" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("preprocess", "told"),
-    [
-        ({}, ()),
-        ({"resize_mode": "shortest", "interpolation": "bicubic"}, ()),
-        ({"resize_mode": "squash"}, ("'squash', not of the short side",)),
-        ({"resize_mode": "squash", "interpolation": "bilinear"}, ("'squash'", "bilinear interpolation, not bicubic")),
-    ],
-)
-def test_weights_for_images_made_ready_in_another_way_come_with_a_warning(tmp_path, tiny, preprocess, told):
-    """SigLIP's and DFN's are squashed, MobileCLIP's and CLIPA's resized bilinearly."""
-    config = json.loads(open(tiny[1]).read())
-    config["preprocess_cfg"] |= preprocess
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    given = (None, str(tmp_path / "open_clip_config.json"), tiny[2])
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert build(given, tmp_path / "head.safetensors", "--classes", str(class_file(tmp_path))) == 0
-    said = [str(warning.message) for warning in caught if "made ready in another way" in str(warning.message)]
-    assert len(said) == bool(told) and all(words in said[0] for words in told)
-
-
-def test_a_tag_of_open_clip_says_how_its_images_are_made_ready():
-    with pytest.warns(UserWarning, match="zero-shot accuracies will differ"):
-        warn_of_preprocessing("ViT-B-16-SigLIP", "webli")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_preprocessing("ViT-B-32-quickgelu", "openai")
 
 
 def with_tokenizer(tmp_path, tiny):

@@ -12,7 +12,8 @@ import torch
 
 from cfmask.data.images import crop
 from cfmask.data.shards import load_manifest
-from cfmask.models.head import initial_model, load_model
+from cfmask.models.head import load_model
+from cfmask.models.initial import initial_model
 from cfmask.models.tower import encode
 from tools import _demo_images as images
 from tools import make_shards

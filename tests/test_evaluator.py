@@ -444,7 +444,7 @@ def test_a_zero_shot_model_is_made_once_and_evaluated(materials, tmp_path):
     clip = tiny_clip()
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     config = tmp_path / "clip.json"
-    config.write_text(json.dumps(TINY.info().config))
+    config.write_text(TINY.config())
     what = evaluation(
         materials, make="zero-shot", models="", architecture=str(config), pretrained=str(tmp_path / "clip.pt")
     )

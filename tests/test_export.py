@@ -9,20 +9,28 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from cfmask.data.images import crop
+from cfmask.errors import UserError
 from cfmask.files import written_aside
+from cfmask.models import export as exporting
 from cfmask.models.head import build_tower, load_model, read_info, save_model
+from cfmask.models.initial import describe
+from cfmask.models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from cfmask.models.tower import Normalise
 from made import CLASSES, REPO
 from tools import build_head, export
-from towers import ODD, TINY, tiny_clip
+from towers import MEAN, ODD, STD, TINY, tiny_clip
 
 WANT = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(bool(WANT), reason=f"not installed: {' '.join(WANT)} (tests/requirements.txt)")
@@ -54,7 +62,7 @@ def of(path: Path) -> tuple[str, Path]:
 def registered(monkeypatch):
     """open_clip's list of models, whose additions end with the test."""
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [*open_clip.factory._MODEL_CONFIG_PATHS])
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {})
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {**open_clip.factory._MODEL_CONFIGS})
 
 
 def plain_tower(model):
@@ -64,22 +72,52 @@ def plain_tower(model):
     return tower.eval()
 
 
+def pasted(printed: str) -> dict[str, Any]:
+    """What the printed lines define."""
+    found: dict[str, Any] = {}
+    exec(printed.partition("To load it:\n")[2], found)
+    return found
+
+
 @pytest.mark.parametrize("ending", [".safetensors", ".pt"])
-def test_open_clip_loads_the_checkpoint_and_gives_equal_features(tuned, tmp_path, registered, ending, capsys):
+def test_the_printed_lines_load_the_checkpoint_and_its_preprocessing(tuned, tmp_path, registered, ending, capsys):
     model, path, clip = tuned
-    out = tmp_path / f"new/robust{ending}"
+    out = tmp_path / f"it's new/ViT-B-32{ending}"  # a name that open_clip has a model of
     assert run(path, "open-clip", out, *of(path)) == 0
-    assert f'open_clip.create_model("tiny", pretrained="{out}")' in capsys.readouterr().out
-    open_clip.add_model_config(tmp_path / "tiny.json")
-    loaded = open_clip.create_model("tiny", pretrained=str(out)).eval()
-    pixels = torch.randn(3, 3, TINY.image, TINY.image)
+    assert "ViT-B-32.open_clip" not in open_clip.list_models()
+    path.with_suffix(".json").unlink(missing_ok=True)
+    (tmp_path / "tiny.json").unlink()  # the export is whole without the files that it was made of
+    found = pasted(capsys.readouterr().out)
+    loaded = found["model"].eval()
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (61, 40, 3), dtype=np.uint8))
+    pixels = found["preprocess"](image)[None]
+    ours = Normalise(MEAN, STD)(crop(torch.from_numpy(np.array(image)).permute(2, 0, 1), TINY.image))[None]
+    assert (pixels - ours).abs().max() < 2.01 / 255 / min(STD)
     texts = open_clip.SimpleTokenizer(context_length=16)(["a cat", "two dogs"])
     with torch.no_grad():
         assert torch.equal(loaded.encode_image(pixels), plain_tower(model)(pixels))
         torch.testing.assert_close(loaded.encode_image(pixels), model.encode(pixels), rtol=1e-5, atol=1e-5)
         assert torch.equal(loaded.encode_text(texts), clip.encode_text(texts))
     assert torch.equal(loaded.logit_scale, clip.logit_scale)
-    assert [entry.name for entry in out.parent.iterdir()] == [out.name], "nothing is left aside"
+    written = {out.name, "ViT-B-32.open_clip.json"}
+    assert {entry.name for entry in out.parent.iterdir()} == written, "nothing is left aside"
+
+    # It is a start again, and what it was trained with is in the file.
+    (tmp_path / "again.json").write_text(json.dumps(TINY.info().config))
+    info = describe(str(tmp_path / "again.json"), str(out)).info
+    assert (info.mean, info.std) == (MEAN, STD)
+    with pytest.raises(UserError, match="given in two ways"):
+        describe(str(tmp_path / "again.json"), str(out), mean=[0.5] * 3, std=[0.5] * 3)
+
+
+def test_a_model_of_open_clips_needs_no_file_beside_it(tmp_path, registered):
+    (tmp_path / "ViT-B-32-quickgelu.json").write_text("{}")
+    config = open_clip.get_model_config("ViT-B-32-quickgelu")
+    info = dataclasses.replace(TINY.info(), name=str(tmp_path / "ViT-B-32-quickgelu.json"), config=config)
+    told = exporting.how_to_create(info, tmp_path / "a.pt").splitlines()[-1]
+    assert "(model_name='ViT-B-32-quickgelu', pretrained=" in told and f"image_mean={MEAN}, image_std={STD})" in told
+    plain = dataclasses.replace(info, mean=OPENAI_MEAN, std=OPENAI_STD)
+    assert "image_mean" not in exporting.how_to_create(plain, tmp_path / "a.pt")
 
 
 def test_a_hub_folder_loads_with_its_preprocessing_and_comes_back(tuned, tmp_path, capsys):
@@ -124,7 +162,7 @@ def test_onnxruntime_gives_equal_features_and_logits_for_any_batch(tuned, tmp_pa
 
     model, path, _ = tuned
     if large:
-        monkeypatch.setattr(export, "_ONNX_BYTES", 1000)
+        monkeypatch.setattr(exporting, "_ONNX_BYTES", 1000)
     out = tmp_path / "new/robust.onnx"
     assert run(path, "onnx", out) == 0
     written = {out.name, f"{out.name}.data"} if large else {out.name}
@@ -157,7 +195,7 @@ def test_onnx_that_computes_something_else_is_not_left_there(tuned, tmp_path, mo
 
 
 def test_a_checkpoint_that_computes_something_else_is_not_left_there(tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "whole_clip", lambda *_: tiny_clip(seed=9).state_dict())
+    monkeypatch.setattr(exporting, "whole_clip", lambda *_: tiny_clip(seed=9).state_dict())
     for kind, name in (("open-clip", "robust.pt"), ("hub", "robust")):
         with pytest.raises(RuntimeError, match="open_clip computes other features"):
             run(tuned[1], kind, tmp_path / "new" / name, *of(tuned[1]))
@@ -182,7 +220,7 @@ export.main({["tuned.safetensors", "--format", "open-clip", *map(str, of(tuned[1
     [left] = out.parent.iterdir()
     assert (left / out.name).read_bytes() == b"torn"
     assert run(tuned[1], "open-clip", out, *of(tuned[1])) == 0
-    assert [entry.name for entry in out.parent.iterdir()] == [out.name]
+    assert {entry.name for entry in out.parent.iterdir()} == {out.name, "robust.open_clip.json"}
     open_clip.load_checkpoint(tiny_clip(), str(out))
 
 

@@ -16,16 +16,15 @@ from torch import nn
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
 from cfmask.files import save_tensors
-from cfmask.models import head, tower
+from cfmask.models import preprocessing, tower
 from cfmask.models.head import (
     build_tower,
     check_head,
-    initial_model,
     load_model,
-    model_info,
     read_info,
     save_model,
 )
+from cfmask.models.initial import initial_model, model_info
 from cfmask.models.tower import Classifier, Compiled, Normalise, adopt, encode
 from cfmask.models.weights import find_weights
 from made import CLASSES, save_tiny_model
@@ -142,7 +141,7 @@ def test_a_model_file_that_is_not_what_its_header_says_is_refused(tmp_path):
 def test_a_whole_clip_checkpoint_gives_tower_and_zero_shot_head(tmp_path, suffix):
     clip = tiny_clip()
     config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY.info().config))
+    config.write_text(TINY.config())
     path = tmp_path / f"clip{suffix}"
     if suffix == ".pt":
         torch.save({"state_dict": {f"module.{k}": v for k, v in clip.state_dict().items()}}, path)
@@ -168,7 +167,7 @@ def test_a_whole_clip_checkpoint_gives_tower_and_zero_shot_head(tmp_path, suffix
 
 def test_an_image_tower_alone_needs_a_head(tmp_path):
     config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY.info().config))
+    config.write_text(TINY.config())
     path = tmp_path / "tower.pt"
     torch.save(build_tower(TINY.info()).state_dict(), path)
     with pytest.raises(UserError, match="--head"):
@@ -209,7 +208,7 @@ def test_missing_files_and_unknown_names_are_refused(tmp_path):
     garbage = tmp_path / "garbage.pt"
     garbage.write_bytes(b"not a checkpoint")
     config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY.info().config))
+    config.write_text(TINY.config())
     with pytest.raises(UserError, match="cannot be read as a checkpoint"):
         initial_model(str(config), str(garbage), None, NAMED)
 
@@ -222,7 +221,7 @@ def test_a_pickle_that_would_run_code_is_not_unpickled(tmp_path):
     path = tmp_path / "evil.pt"
     torch.save({"state_dict": Evil()}, path)
     config = tmp_path / "tiny.json"
-    config.write_text(json.dumps(TINY.info().config))
+    config.write_text(TINY.config())
     with pytest.raises(UserError, match="cannot be read"):
         initial_model(str(config), str(path), None, NAMED)
     assert not (tmp_path / "owned").exists()
@@ -253,5 +252,5 @@ def test_pixels_enter_the_tower_as_in_open_clips_own_preprocessing():
 
 
 def test_the_mean_and_deviation_of_a_model_that_says_nothing_are_open_clips():
-    assert head.OPENAI_MEAN == open_clip.OPENAI_DATASET_MEAN
-    assert head.OPENAI_STD == open_clip.OPENAI_DATASET_STD
+    assert preprocessing.OPENAI_MEAN == open_clip.OPENAI_DATASET_MEAN
+    assert preprocessing.OPENAI_STD == open_clip.OPENAI_DATASET_STD

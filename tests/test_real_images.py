@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cfmask.data.images import crop, decode
 from cfmask.masking.cam import Relevance
 from cfmask.masking.masks import object_mask
-from cfmask.models.head import build_tower, model_info
+from cfmask.models.head import build_tower
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from made import REPO
 

@@ -48,7 +48,8 @@ def released(kind: str, clip: nn.Module, head: nn.Linear) -> dict[str, torch.Ten
 def test_a_run_starts_from_it(materials, tmp_path, kind):
     clip, head = tiny_clip(seed=7).eval(), nn.Linear(TINY.embed, len(made.CLASSES))
     torch.save(released(kind, clip, head), tmp_path / "released.pt")
-    model, start = materials / "tiny.json", tmp_path / "start.safetensors"
+    model, start = materials / "clip.json", tmp_path / "start.safetensors"
+    model.write_text(TINY.config())
     keep = ["--keep-head"] if kind != "FLYP" else []  # FLYP tunes both towers: its head is what its text tower makes
     flags = ["--model", model, "--pretrained", tmp_path / "released.pt", "--classes", materials / "names.tsv"]
     assert build_head.main([*map(str, flags), *keep, "--device", "cpu", "--out", str(start)]) == 0

@@ -23,7 +23,8 @@ from cfmask.data.images import crop, decode
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.masks import normalised
 from cfmask.masking.validator import Validation, method_to_validate
-from cfmask.models.head import build_tower, load_model, model_info, save_model
+from cfmask.models.head import build_tower, load_model, save_model
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from tools import make_shards, validate_masks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -15,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cfmask.errors import UserError
-from cfmask.models.weights import find_weights, in_open_clips_names, read_config, read_weights
-from towers import TINY, tiny_clip
+from cfmask.models.initial import describe
+from cfmask.models.weights import find_weights, in_open_clips_names, read_weights
+from towers import MEAN, TINY, tiny_clip
 
 # Making such archives is deprecated; there are those that were made. And torch wonders about WiSE-FT's pickles.
 pytestmark = [
@@ -33,6 +35,10 @@ def clip():
 
 def wrapped(state, prefix, **more):
     return {**{f"{prefix}{name}": value for name, value in state.items()}, **more}
+
+
+def renamed(state, part, by):
+    return {name.replace(part, by): value for name, value in state.items()}
 
 
 def same(state, expected):
@@ -61,7 +67,11 @@ def test_whatever_a_clip_is_wrapped_in_its_names_are_open_clips_again(parts, dat
 
 
 @pytest.mark.parametrize(
-    "kind", ["plain", "ddp", "wise-ft", "flyp", "soup", "lightning", "tower", "safetensors", "old"]
+    "kind",
+    [
+        *("plain", "ddp", "wise-ft", "flyp", "soup", "lightning", "tower", "safetensors", "old"),
+        *("compiled", "compiled tower", "compiled blocks", "ddp in compile", "ddp tower"),
+    ],
 )
 def test_the_checkpoints_that_people_have(clip, tmp_path, kind):
     state = clip.state_dict()
@@ -77,13 +87,20 @@ def test_the_checkpoints_that_people_have(clip, tmp_path, kind):
         "soup": wrapped(visual, "model.", **head),
         "lightning": {"state_dict": wrapped(state, "net.clip."), "hyper_parameters": {"lr": 1e-3}, "loops": [1, "x"]},
         "tower": {name.removeprefix("visual."): value for name, value in visual.items()},
+        "compiled": wrapped(state, "_orig_mod."),
+        "compiled tower": renamed(state, "visual.", "visual._orig_mod."),
+        "compiled blocks": renamed(state, "resblocks.1.", "resblocks.1._orig_mod."),
+        "ddp in compile": renamed(wrapped(state, "_orig_mod.module."), "visual.", "visual._fsdp_wrapped_module."),
+        "ddp tower": renamed(state, "visual.", "visual.module."),
     }
     if kind == "safetensors":  # whatever it is called
         save_file(state, path)
     else:
         torch.save(saved.get(kind, state), path, _use_new_zipfile_serialization=kind != "old")
-    found = read_weights(path)
+    found, shapes = read_weights(path), read_weights(path, shapes_only=True)
     assert same(found.state, visual if kind in ("soup", "tower") else state)
+    assert shapes.state.keys() == found.state.keys() and all(value.is_meta for value in shapes.state.values())
+    assert all(value.shape == shapes.state[name].shape for name, value in found.state.items())
     assert (found.head is not None) == (kind in ("wise-ft", "soup"))
     if found.head is not None:
         assert torch.equal(found.head[0], weight) and torch.equal(found.head[1], bias)
@@ -93,7 +110,7 @@ def test_openais_state_dicts_are_known_by_their_extra_entries(clip, tmp_path):
     markers = {name: torch.tensor(7) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save({**clip.state_dict(), **markers}, tmp_path / "openai.pt")
     found = read_weights(tmp_path / "openai.pt")
-    assert found.quick_gelu and same(found.state, clip.state_dict())
+    assert found.quick_gelu and found.openai and same(found.state, clip.state_dict())
 
 
 def test_what_could_be_meant_in_two_ways_is_refused(clip):
@@ -103,6 +120,12 @@ def test_what_could_be_meant_in_two_ways_is_refused(clip):
     heads = {"head.weight": torch.ones(2, 8), "model.classification_head.weight": torch.ones(2, 8)}
     with pytest.raises(UserError, match="holds 2 heads, head and model.classification_head"):
         in_open_clips_names({**wrapped(state, "model."), **heads})
+    with pytest.raises(UserError, match="holds visual.proj twice, as visual.proj and visual._orig_mod.proj"):
+        in_open_clips_names({**state, "visual._orig_mod.proj": state["visual.proj"]})
+    with pytest.raises(UserError, match="names of Hugging Face's transformers"):
+        in_open_clips_names({"vision_model.encoder.layers.0.layer_norm1.weight": torch.ones(2)})
+    with pytest.raises(UserError, match="its image tower is timm's"):
+        in_open_clips_names({"visual.trunk.blocks.0.norm1.weight": torch.ones(2)})
     with pytest.raises(UserError, match="no visual.conv1.weight among its 1 tensors.*fc.weight"):
         in_open_clips_names({"fc.weight": torch.ones(2)})
 
@@ -111,7 +134,7 @@ def test_what_could_be_meant_in_two_ways_is_refused(clip):
 
 
 @pytest.mark.parametrize("how", ["scripted", "traced"])
-def test_an_archive_of_a_whole_clip_is_openais(tmp_path, clip, how):
+def test_an_archive_of_a_whole_clip_is_read_without_its_code(tmp_path, clip, how):
     path = tmp_path / "archive.pt"
     if how == "scripted":
         module = torch.jit.script(clip)
@@ -120,7 +143,7 @@ def test_an_archive_of_a_whole_clip_is_openais(tmp_path, clip, how):
         module = torch.jit.trace(tiny_clip().half().eval(), inputs, strict=False, check_trace=False)
     torch.jit.save(module, path)
     found = read_weights(path)
-    assert found.quick_gelu and found.state.keys() >= clip.state_dict().keys()
+    assert found.quick_gelu and not found.openai and found.state.keys() >= clip.state_dict().keys()
     assert same(found.state, torch.jit.load(path).state_dict())
 
 
@@ -194,24 +217,19 @@ def test_a_torn_file_is_refused(clip, tmp_path, kind):
         read_weights(path)
 
 
-def test_an_archive_is_openais_and_not_for_a_gelu_model(tmp_path):
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_code_of_an_archive_tells_its_activation(tmp_path, quick):
     path = tmp_path / "ViT-B-32.pt"
-    torch.jit.save(torch.jit.script(nn.Linear(3, 2)), path)
-    assert find_weights("ViT-B-32-quickgelu", str(path)) == path
-    with pytest.raises(UserError, match="trained with QuickGELU.*Use --model ViT-B-32-quickgelu"):
-        find_weights("ViT-B-32", str(path))
-    config = tmp_path / "mine.json"
-    config.write_text(json.dumps({**TINY.info().config, "quick_gelu": False}))
-    with pytest.raises(UserError, match='Use --model a configuration .* "quick_gelu": true'):
-        find_weights(str(config), str(path))
+    torch.jit.save(torch.jit.script(tiny_clip(dataclasses.replace(TINY, quick=quick)).eval()), path)
+    shapes = read_weights(path, shapes_only=True)
+    assert shapes.quick_gelu is quick and not shapes.openai and shapes.state["visual.proj"].is_meta
+    (tmp_path / "right.json").write_text(TINY.config(quick_gelu=quick))
+    (tmp_path / "wrong.json").write_text(TINY.config(quick_gelu=not quick))
+    assert describe(str(tmp_path / "right.json"), str(path)).info.mean == MEAN
+    with pytest.raises(UserError, match=f'Use --model a configuration .* "quick_gelu": {json.dumps(quick)}'):
+        describe(str(tmp_path / "wrong.json"), str(path))
 
 
-def test_the_configuration_beside_a_hub_checkpoint_tells_its_activation(clip, tmp_path):
-    path = tmp_path / "open_clip_model.safetensors"
-    save_file(clip.state_dict(), path)
-    config = {"model_cfg": {**TINY.info().config, "quick_gelu": False}, "preprocess_cfg": {"mean": [0.5] * 3}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="trained with GELU.*Use --model ViT-B-32"):
-        find_weights("ViT-B-32-quickgelu", str(path))
-    assert find_weights("ViT-B-32", str(path)) == path
-    assert read_config(str(tmp_path / "open_clip_config.json"))["preprocess_cfg"] == {"mean": [0.5] * 3}
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="is a folder: give the file"):
+        find_weights("ViT-B-32", str(tmp_path))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from open_clip.model import CLIP
@@ -10,6 +13,8 @@ from torch import nn
 
 from cfmask.models.head import ModelInfo, build_tower
 from cfmask.models.tower import Classifier
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,11 @@ class Geometry:
     heads: int = 4
     embed: int = 24
     quick: bool = True
+
+    def config(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD, **changes: Any) -> str:
+        """A configuration file with preprocessing: an open_clip_config.json."""
+        config = {**self.info().config, **changes}
+        return json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}})
 
     @property
     def patches(self) -> int:
@@ -41,7 +51,7 @@ class Geometry:
             "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
         }
         names = tuple(f"n{i:08d}" for i in range(classes))
-        return ModelInfo("tiny", config, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), names, provenance="random weights")
+        return ModelInfo("tiny", config, MEAN, STD, names, provenance="random weights")
 
     def classifier(self, seed: int = 0, classes: int = 5, dtype: torch.dtype = torch.float32) -> Classifier:
         """Weights wide enough that attention is uneven and relevance has structure."""

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.models.head import build_tower, model_info, save_model
+from cfmask.models.head import build_tower, save_model
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import warmup_then_cosine
 from cfmask.recipe import Optim

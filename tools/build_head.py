@@ -9,9 +9,10 @@
 Every tool takes the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
 alone. --pretrained takes OpenAI's archives, open_clip's checkpoints, and state dicts of WiSE-FT, FLYP and model soups.
 
-Weights on a --model with the other activation are refused where they can be told apart: by open_clip's tag, by OpenAI's
-archives, by a Hugging Face repository's configuration beside the file. A bare state dict, OpenAI's as .safetensors say,
-has the same tensors either way: nothing but --model decides, and what comes from OpenAI needs a -quickgelu one.
+What decides the activation, and the mean and standard deviation of the pixels: open_clip's tag; OpenAI's archives; the
+open_clip_config.json of a Hugging Face repository beside the file, whatever the file is called. They are refused on
+another --model. A bare state dict, OpenAI's as .safetensors say, has the same tensors with either activation: nothing
+but --model decides, and what comes from OpenAI needs a -quickgelu one. If nothing says the mean, --mean and --std do.
 
 Stopped at any moment, the same command goes on from the classes that are done.
 """
@@ -33,14 +34,9 @@ from cfmask.data import imagenet  # noqa: E402
 from cfmask.data.shards import load_manifest  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import written_aside  # noqa: E402
-from cfmask.models.head import (  # noqa: E402
-    initial_model,
-    openai_templates,
-    read_info,
-    read_templates,
-    save_model,
-    zero_shot_info,
-)
+from cfmask.models.head import read_info, save_model  # noqa: E402
+from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info  # noqa: E402
+from cfmask.models.zero_shot import openai_templates, read_templates  # noqa: E402
 from tools._shared import add_device_argument  # noqa: E402
 
 
@@ -62,6 +58,14 @@ def main(argv: list[str] | None = None) -> None:
         metavar="TAG_OR_PATH",
         help=f"open_clip tag, or the path of a checkpoint (default: {settings['pretrained'].default})",
     )
+    for setting in ("mean", "std"):
+        parser.add_argument(
+            f"--{setting}",
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{settings[setting].metadata['help']} (default: what these say)",
+        )
     parser.add_argument(
         "--classes",
         default="imagenet",
@@ -97,13 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(arguments.classes)
     templates = read_templates(arguments.templates) if arguments.templates else openai_templates()
     kept_rows = out.with_name(f".{out.name}.rows")
-    if (
-        not arguments.keep_head
-        and out.exists()
-        and read_info(out) == zero_shot_info(name, pretrained, classes, templates)
-    ):
-        print(f"there already: {out}")
-        return
+    settings_given = {"mean": arguments.mean, "std": arguments.std, "keep_head": arguments.keep_head}
+    if not arguments.keep_head and out.exists():
+        start = check_initial_model(name, pretrained, None, classes, **settings_given)
+        if read_info(out) == zero_shot_info(start, templates):
+            print(f"there already: {out}")
+            return
     with written_aside(out) as aside:
         model, info = initial_model(
             name,
@@ -112,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
             classes,
             arguments.device,
             templates=templates,
-            keep_head=arguments.keep_head,
             kept_rows=kept_rows,
+            **settings_given,
         )
         save_model(aside, model, info)
     for leftover in (kept_rows, kept_rows.with_name(f"{kept_rows.name}.part")):

@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_torchscript(path: Path) -> dict[str, Tensor]:
+def read_torchscript(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
     """Tensors of the module in a TorchScript archive by their names in it, without loading its code.
+
+    Args:
+        shapes_only: on the meta device, without reading their bytes.
 
     ``torch.jit.load`` would compile the archive's code, and with it whatever its pickle names. Here data.pkl alone is
     read, where a module is an object of a class ``__torch__.…`` whose state is a dict of its attributes:
@@ -36,10 +39,23 @@ def read_torchscript(path: Path) -> dict[str, Tensor]:
             raise ValueError("the archive has no data.pkl")
         root = main.removesuffix("data.pkl")
         with archive.open(main) as file:
-            module = _ArchiveUnpickler(file, archive, f"{root}data/").load()
+            module = _ArchiveUnpickler(file, archive, f"{root}data/", shapes_only=shapes_only).load()
     if not isinstance(module, _Inert):
         raise pickle.UnpicklingError(f"the archive holds a {type(module).__name__} where a module was expected")
     return dict(_tensors_of(module))
+
+
+def activation_of(path: Path) -> bool | None:
+    """Whether the code in a TorchScript archive computes QuickGELU, x · sigmoid(1.702 x), or GELU; None: both, or
+    neither. The code is searched as text and not run."""
+    check_inflation(path)
+    found = set()
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            if re.fullmatch(r"[^/]+/code/.*\.py", entry):
+                code = archive.read(entry)
+                found |= {quick for quick, name in ((True, b"torch.sigmoid("), (False, b"torch.gelu(")) if name in code}
+    return found.pop() if len(found) == 1 else None
 
 
 _MOST_INFLATION, _CODE_BYTES = 2, 1 << 25
@@ -87,9 +103,9 @@ class _ArchiveUnpickler(pickle.Unpickler):
     What a pickle can do is call what ``find_class`` gives it, and set the state of what that returned.
     """
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str) -> None:
+    def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str, *, shapes_only: bool) -> None:
         super().__init__(file)
-        self._archive, self._folder = archive, folder
+        self._archive, self._folder, self._shapes_only = archive, folder, shapes_only
         self._storages: dict[tuple[Any, str], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -117,9 +133,13 @@ class _ArchiveUnpickler(pickle.Unpickler):
                 raise ValueError(
                     f"the archive's data/{name} has {size} bytes, its tensors need {length * dtype.itemsize}"
                 )
-            data = bytearray(self._archive.read(self._folder + name))
-            # An empty buffer is none to torch.
-            self._storages[dtype, name] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            if self._shapes_only:
+                self._storages[dtype, name] = torch.empty(length, dtype=dtype, device="meta")
+            else:
+                data = bytearray(self._archive.read(self._folder + name))
+                # An empty buffer is none to torch.
+                storage = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+                self._storages[dtype, name] = storage
         return self._storages[dtype, name]
 
 

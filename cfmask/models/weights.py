@@ -5,9 +5,10 @@ told apart by their content and not by the ending of their name: safetensors; wh
 unpickler for weights only; and TorchScript archives, as OpenAI publishes them, by an unpickler that knows tensors and
 plain containers. A pickled module is refused: it cannot be read otherwise.
 
-Names become open_clip's, whatever they were wrapped in:
+Names become open_clip's, whatever the model, or a part of it, was wrapped in:
 
     module.visual.conv1.weight                 →  visual.conv1.weight       DDP
+    visual._orig_mod.conv1.weight              →  visual.conv1.weight       a tower that was compiled
     image_encoder.model.visual.conv1.weight    →  visual.conv1.weight       WiSE-FT
     model.transformer.resblocks.0.ln_1.weight  →  transformer.resblocks.…   FLYP
     conv1.weight                               →  visual.conv1.weight       an image tower on its own
@@ -16,6 +17,7 @@ Names become open_clip's, whatever they were wrapped in:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,55 +28,67 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmask.errors import UserError
-from cfmask.models.torchscript import check_inflation, read_torchscript
+from cfmask.models.architecture import HUB_CONFIG, check_activation, read_config
+from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher that looks for weights needs none of it
     from torch import Tensor
 
-HUB_CONFIG, HUB_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-"""What open_clip calls them in a Hugging Face repository."""
+HUB_WEIGHTS = "open_clip_model.safetensors"
+"""What open_clip calls the weights in a Hugging Face repository."""
+CONFIG_ENTRY = "open_clip_config"
+"""What tools/export.py writes into a checkpoint: the text of its open_clip_config.json, in the metadata of a
+safetensors file, or beside the state dict of one by torch.save."""
 
 # In the state dicts that OpenAI published, and in none that open_clip wrote.
 _OPENAI_MARKERS = ("input_resolution", "context_length", "vocab_size")
 _HEADS = ("classification_head", "head")
+# What wraps a module, or a part of it, and stands in its names as one more part: DDP and DataParallel, torch.compile,
+# FSDP, and its activation checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Weights(NamedTuple):
-    """What a checkpoint holds. state: a CLIP's tensors, or an image tower's, in open_clip's names. head: weight
-    (classes, D) and bias (classes,), of whatever classes. quick_gelu: whether they were trained with it; None: unknown.
+    """What a checkpoint holds.
+
+    state: a CLIP's tensors, or an image tower's, in open_clip's names.
+    head: weight (classes, D) and bias (classes,), of whatever classes.
+    quick_gelu: whether they were trained with it; None: unknown.
+    openai: whether they are known to be OpenAI's.
+    config: the configuration that tools/export.py wrote into the checkpoint (``read_config``).
     """
 
     state: dict[str, Tensor]
     head: tuple[Tensor, Tensor] | None = None
     quick_gelu: bool | None = None
+    openai: bool = False
+    config: dict[str, Any] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Finding
 
 
-def find_weights(name: str, pretrained: str) -> Path:
+def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = None) -> Path:
     """The checkpoint file of a tag (downloaded into open_clip's cache, where there is a network) or a path.
 
-    Raises:
-        UserError: no such file or tag, weights that need the other activation, as far as that can be known without
-            reading them, or no way to get the file; it says which file to put where.
-    """
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model
+    Args:
+        name, config: of the model; None: open_clip's configuration of that name, or the file's.
 
+    Raises:
+        UserError: no such file or tag, a tag whose weights need the other activation, or no way to get the file; it
+            says which file to put where.
+    """
     if os.path.isfile(pretrained):
-        check_activation(name, read_config(name), pretrained, _claimed_activation(Path(pretrained)))
         return Path(pretrained)
-    if os.sep in pretrained or Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors"):
+    if os.path.isdir(pretrained):
+        raise UserError(f"--pretrained {pretrained} is a folder: give the file of the weights in it.")
+    if is_path(pretrained):
         raise UserError(f"--pretrained {pretrained}: there is no such file. Check the path.")
-    tag = get_pretrained_cfg(name, pretrained)
-    if not tag:
-        known = list_pretrained_tags_by_model(name)
-        raise UserError(
-            f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. "
-            + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
-        )
-    check_activation(name, read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
+    from open_clip.pretrained import download_pretrained
+
+    tag = read_tag(name, pretrained)
+    check_activation(name, config or read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
     try:
         return Path(download_pretrained(tag))
     except Exception as error:  # whatever the hub's client raises, the user's remedy is the same
@@ -83,81 +97,57 @@ def find_weights(name: str, pretrained: str) -> Path:
             f"The weights {pretrained!r} of {name} are not in the cache and could not be downloaded "
             f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no details'}). On a "
             f"machine with network access get {source} (for a Hugging Face repository its file "
-            f"{HUB_WEIGHTS}), copy it here, and give its path: --pretrained PATH."
+            f"{HUB_WEIGHTS}, and {HUB_CONFIG} beside it), copy it here, and give its path: --pretrained PATH."
         ) from error
 
 
-def check_activation(name: str, config: Mapping[str, Any], pretrained: str, quick_gelu: bool | None) -> None:
-    """Refuse weights that were trained with the other activation than the model computes.
+def is_path(pretrained: str) -> bool:
+    """Whether --pretrained names a file, which need not exist, and not a tag of open_clip's."""
+    known_endings = (".pt", ".pth", ".bin", ".safetensors")
+    return os.path.exists(pretrained) or os.sep in pretrained or Path(pretrained).suffix in known_endings
 
-    Args:
-        name, config: of the model.
-        quick_gelu: what the weights were trained with; None: unknown.
+
+def read_tag(name: str, pretrained: str) -> dict[str, Any]:
+    """open_clip's configuration of a pretrained tag: where its weights are, and what was done to their images.
 
     Raises:
-        UserError: naming the model to use.
+        UserError: the model has no such tag.
     """
-    if quick_gelu is None or quick_gelu == bool(config.get("quick_gelu", False)):
-        return
-    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
-    right = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
-    if right not in open_clip.list_models():
-        right = f'a configuration (.json) with "quick_gelu": {json.dumps(quick_gelu)}'
+    if tag := get_pretrained_cfg(name, pretrained):
+        return tag
+    known = list_pretrained_tags_by_model(name)
     raise UserError(
-        f"The weights {pretrained!r} were trained with {'QuickGELU' if quick_gelu else 'GELU'} and --model {name} "
-        f"computes {'GELU' if quick_gelu else 'QuickGELU'}: every number would be wrong. Use --model {right}."
+        f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. "
+        + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
     )
 
 
-def _claimed_activation(path: Path) -> bool | None:
-    """What can be told of a checkpoint before it is read."""
-    if _is_torchscript(path):  # those that there are, are OpenAI's
-        return True
-    beside = path.with_name(HUB_CONFIG)
-    if path.name == HUB_WEIGHTS and beside.is_file():
-        return bool(read_config(str(beside)).get("quick_gelu", False))
-    return None
-
-
-def read_config(name: str) -> dict[str, Any]:
-    """An open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …), by open_clip's name or from a
-    .json file: open_clip's own, or the open_clip_config.json of a Hugging Face repository, whose ``preprocess_cfg`` it
-    keeps.
+def config_beside(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The open_clip_config.json in the folder of a checkpoint, whatever the checkpoint is called, and what it says. A
+    link to a checkpoint, as in the Hugging Face cache, has it in the link's folder or in the target's.
 
     Raises:
-        UserError: open_clip knows no such model, or the file is no configuration.
+        UserError: it cannot be read as a configuration.
     """
-    if name.endswith(".json"):
-        try:
-            config = json.loads(Path(name).read_text())
-        except OSError as error:
-            raise UserError(f"No model configuration can be read from {name}: {error.strerror}.") from error
-        except ValueError as error:
-            raise UserError(f"{name} is not a model configuration: it is not valid JSON ({error}).") from error
-        if isinstance(config, dict) and "model_cfg" in config:
-            config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg")}
-    else:
-        import open_clip  # takes seconds, and a .json needs none of it
-
-        config = open_clip.get_model_config(name)
-    if not isinstance(config, dict) or "vision_cfg" not in config or "embed_dim" not in config:
-        import open_clip
-
-        near = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
-        raise UserError(
-            f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
-            f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
-        )
-    return config
+    for folder in dict.fromkeys((Path(os.path.abspath(path)).parent, path.resolve().parent)):
+        beside = folder / HUB_CONFIG
+        if beside.is_file():
+            return beside, read_config(str(beside))
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
     """The tensors of a checkpoint, on the CPU, in the precision they were saved in.
+
+    Args:
+        shapes_only: tensors on the meta device, without values: for a check. What torch.save wrote before PyTorch 1.6
+            has to be read for that; of all others the header is enough.
 
     Raises:
         UserError: not a checkpoint, one that would have to be unpickled, or one without an open_clip image tower.
@@ -166,15 +156,20 @@ def read_weights(path: Path) -> Weights:
 
     with open(path, "rb") as file:
         begin = file.read(64)
+    torchscript, config = _is_torchscript(path), None
     try:
         if begin[8:9] == b"{" and struct.unpack("<Q", begin[:8])[0] <= path.stat().st_size:
-            tensors: Any = read_safetensors(path)
-        elif _is_torchscript(path):
-            tensors = read_torchscript(path)
+            tensors: Any = read_safetensors(path)  # mapped: nothing is read before it is used
+            config = _metadata(path).get(CONFIG_ENTRY)
+        elif torchscript:
+            tensors = read_torchscript(path, shapes_only=shapes_only)
         elif zipfile.is_zipfile(path) or begin[:1] == b"\x80":
-            if zipfile.is_zipfile(path):
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
                 check_inflation(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = True if zipped and shapes_only else None
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            config = tensors.get(CONFIG_ENTRY) if isinstance(tensors, dict) else None
         else:
             raise UserError(
                 f"{path} cannot be read as a checkpoint: it begins with {begin[:24]!r}. "
@@ -207,10 +202,32 @@ def read_weights(path: Path) -> Weights:
                 f"{path} cannot be read as a checkpoint: its tensor {name} of {tuple(tensor.shape)} repeats "
                 f"{tensor.untyped_storage().nbytes()} bytes, which no weights do. Save it with .contiguous()."
             )
+    if shapes_only:
+        flat = {name: tensor.to("meta") for name, tensor in flat.items()}
     try:
-        return in_open_clips_names(flat, openai=_is_torchscript(path))
+        weights = in_open_clips_names(flat)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
+    if torchscript and weights.quick_gelu is None:
+        weights = weights._replace(quick_gelu=activation_of(path))
+    return weights._replace(config=_config_inside(path, config))
+
+
+def _config_inside(path: Path, text: Any) -> dict[str, Any] | None:
+    if not isinstance(text, str):
+        return None
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        found = json.loads(text)
+        return {**found["model_cfg"], "preprocess_cfg": found["preprocess_cfg"]}
+    raise UserError(f"{path}: its {CONFIG_ENTRY} cannot be read. Export the model again.")
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """Of a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def _pickled(path: Path, what: str) -> str:
@@ -251,15 +268,13 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _flat(inner, f"{name}.{key}" if name else str(key))
 
 
-def in_open_clips_names(tensors: Mapping[str, Tensor], *, openai: bool = False) -> Weights:
+def in_open_clips_names(wrapped: Mapping[str, Tensor]) -> Weights:
     """Tensors under the names of the model that they were wrapped in → under open_clip's.
-
-    Args:
-        openai: whether they are known to be OpenAI's, which are trained with QuickGELU.
 
     Raises:
         UserError: no open_clip image tower, more than one, or more than one head; in words that follow the file's name.
     """
+    tensors = _unwrapped(wrapped)
     whole = _prefixes(tensors, "visual.conv1.weight")
     alone = [
         prefix
@@ -268,11 +283,7 @@ def in_open_clips_names(tensors: Mapping[str, Tensor], *, openai: bool = False) 
     ]
     found = whole or alone
     if not found:
-        some = ", ".join(sorted(tensors)[:3])
-        raise UserError(
-            f"holds no open_clip image tower: there is no visual.conv1.weight among its {len(tensors)} tensors"
-            + (f" ({some} …)." if some else ".")
-        )
+        raise UserError(f"holds no open_clip image tower: {_what_else(tensors)}")
     if len(found) > 1:
         raise UserError(
             f"holds {len(found)} image towers, under {' and '.join(map(repr, found))}: save the one that you mean by "
@@ -280,14 +291,43 @@ def in_open_clips_names(tensors: Mapping[str, Tensor], *, openai: bool = False) 
         )
     [prefix] = found
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    openai = openai or all(marker in inner for marker in _OPENAI_MARKERS)
+    openai = all(marker in inner for marker in _OPENAI_MARKERS)
     head = _head(tensors, prefix)
     state = {
         name if whole else f"visual.{name}": value
         for name, value in inner.items()
         if name not in _OPENAI_MARKERS and not name.startswith(tuple(f"{head}." for head in _HEADS))
     }
-    return Weights(state, head, True if openai else None)
+    return Weights(state, head, True if openai else None, openai)
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without the parts that wrappers add, wherever these stand: a part of a model may have been wrapped alone.
+
+    Raises:
+        UserError: two tensors get the same name.
+    """
+    found: dict[str, str] = {}
+    for name in tensors:
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        if plain in found:
+            raise UserError(
+                f"holds {plain} twice, as {found[plain]} and {name}: save the model that you mean by itself."
+            )
+        found[plain] = name
+    return {plain: tensors[name] for plain, name in found.items()}
+
+
+def _what_else(tensors: Mapping[str, Tensor]) -> str:
+    if any("vision_model.encoder.layers." in name for name in tensors):
+        return (
+            "its tensors have the names of Hugging Face's transformers (vision_model.encoder …). Take the "
+            "open_clip version of these weights."
+        )
+    if any("visual.trunk." in name for name in tensors):
+        return "its image tower is timm's (visual.trunk …), which cannot be trained. Choose the weights of a ViT."
+    some = ", ".join(sorted(tensors)[:3])
+    return f"there is no visual.conv1.weight among its {len(tensors)} tensors" + (f" ({some} …)." if some else ".")
 
 
 def _prefixes(tensors: Mapping[str, Tensor], name: str) -> list[str]:

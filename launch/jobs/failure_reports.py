@@ -9,6 +9,7 @@ RUN/jobs/failures/
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import json
 import os
@@ -150,6 +151,24 @@ def report_of(run: RunFolder, job: str) -> str | None:
     """The failure report of the rank that failed first when the job ended last, as text; None if there is none."""
     texts = sorted(folder_of(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
     return texts[-1].read_text(errors="replace") if texts else None
+
+
+_PASSING = ("CalledOff", "GivenUp", "StorageUnavailable")
+"""Exceptions, beside OSError, that say nothing of the next start."""
+
+
+def would_recur(run: RunFolder, job: str) -> bool:
+    """Whether the job ended last because a rank raised an exception, which another start would raise again; unlike a
+    death, or an error of a device, it is not restarted after one."""
+    texts = sorted(folder_of(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
+    found = [read_object(path) for path in folder_of(run).glob(f"{texts[-1].stem}_*.json")] if texts else []
+    left = [RankFailure(**failure) for failure in found if failure]
+    first = first_failure(left, len(left))
+    if first is None or first.kind != RAISED or not first.traceback:
+        return False
+    kind = first.error.partition(":")[0]
+    passing = getattr(builtins, kind, None)
+    return kind not in _PASSING and not (isinstance(passing, type) and issubclass(passing, OSError))
 
 
 # --- which was the first ----------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from launch.jobs.failure_reports import (
     is_device_error,
     report_of,
     says_connection_lost,
+    would_recur,
 )
 from launch.jobs.hangs import Hang, HangWatch
 from launch.jobs.health import NodeUnhealthy
@@ -57,7 +58,7 @@ from launch.jobs.rank_0 import BesideRank0, tell_end
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED
 from launch.jobs.retries import Decision, decide
 
-__all__ = ["conclude_for", "report_for", "report_of", "supervise", "write_failure"]
+__all__ = ["conclude_for", "report_for", "report_of", "supervise", "would_recur", "write_failure"]
 
 _AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
 """Exit codes of a rank that ends as all have agreed to (launch/jobs/restarts.py)."""

@@ -164,7 +164,10 @@ def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
         print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")
     else:
         print(f"The run did not finish. {_failure_report(run, job)}")
-    print(how_to_go_on)
+    if failures.would_recur(run, job):
+        print(f"A new start would fail in the same way: remove the cause first. Then: {how_to_go_on}")
+    else:
+        print(how_to_go_on)
     return 1
 
 

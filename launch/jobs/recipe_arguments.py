@@ -76,7 +76,8 @@ def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
 
 
 def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
-    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``."""
+    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``,
+    ``tuple[float, ...]`` of a value a channel."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint, *others = [part for part in typing.get_args(hint) if part is not type(None)]
         names = [name for part in others for name in typing.get_args(part)]
@@ -84,6 +85,8 @@ def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
             return {"type": _number_or(names), "metavar": "|".join(["N", *names])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[0] is float:
+        return {"nargs": 3, "type": float, "metavar": ("R", "G", "B")}
     if typing.get_origin(hint) is tuple:
         return {"nargs": "*", "type": str, "metavar": "SET"}
     if setting.metadata["choices"]:

@@ -18,8 +18,8 @@ from cfmask.data.plan import lanes_of_rank, steps_per_epoch
 from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
-from cfmask.models.head import ModelInfo, check_architecture, check_head, check_same_kind, model_info, read_info
-from cfmask.models.weights import find_weights
+from cfmask.models.head import ModelInfo, check_architecture, check_head, check_same_kind, read_info
+from cfmask.models.initial import check_initial_model, model_info
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
@@ -286,8 +286,9 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 
 def _absolute(path: str) -> str:
-    """A job starts elsewhere: paths that exist become absolute, names stay."""
-    return str(Path(path).resolve()) if os.path.exists(path) else path
+    """A job starts elsewhere: paths that exist become absolute, names stay. Links are not followed: beside one may lie
+    the configuration of the weights that it leads to."""
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -327,34 +328,40 @@ def check(
     if run.initial.exists():
         return  # the run has its weights and head
     classes = tuple(wnid for wnid, _ in train.classes)
-    pretrained = recipe.model.pretrained
-    own = read_info(pretrained) if os.path.isfile(pretrained) else coming.get(pretrained)
-    if recipe.model.head:
-        check_head(recipe.model.head, classes)
-    elif own is not None and not os.path.isfile(pretrained):
-        if own.classes != classes:
-            raise UserError(
-                f"{pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated first; "
-                f"{train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
-            )
-    elif own is not None and own.classes:
-        check_head(pretrained, classes)
-    asked = model_info(recipe.model.name, pretrained)
-    depth = asked.config["vision_cfg"].get("layers", 12)
-    if recipe.method.first_block is not None and isinstance(depth, int) and recipe.method.first_block >= depth:
+    start = _check_start(recipe, train, coming)
+    depth = start.config["vision_cfg"].get("layers", 12)
+    if recipe.method.first_block is not None and recipe.method.first_block >= depth:
         raise UserError(
             f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
         )
     ensemble = recipe.method.ensemble
     if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
         path = find_model(ensemble)
-        start = own if own is not None else asked
         check_same_kind(read_info(path), replace(start, classes=classes), str(path))
-    if own is not None:
-        check_architecture(own, asked, pretrained)
-    else:
-        # Here, not in the job: compute nodes often have no network.
-        find_weights(recipe.model.name, pretrained)
+
+
+def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo]) -> ModelInfo:
+    """What the run starts from. Here, not in the job: compute nodes often have no network.
+
+    Raises:
+        UserError: weights or head that cannot be had, or do not belong to the model or the classes.
+    """
+    model = recipe.model
+    if os.path.isfile(model.pretrained) or model.pretrained not in coming:
+        return check_initial_model(
+            model.name, model.pretrained, model.head, train.classes, mean=model.mean, std=model.std
+        ).info
+    own = coming[model.pretrained]
+    classes = tuple(wnid for wnid, _ in train.classes)
+    if model.head:
+        check_head(model.head, classes)
+    elif own.classes != classes:
+        raise UserError(
+            f"{model.pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated "
+            f"first; {train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+        )
+    check_architecture(own, model_info(model.name), model.pretrained)
+    return own
 
 
 def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:

@@ -98,8 +98,10 @@ class Plan:
 class Setup:
     """What the rows have in common.
 
-    folder: absolute; a run folder in it for each node. recipe_of: the resolved recipe of a preset, seed, start and
-    ensemble (both files, the latter of wise-kd). evaluation: shards, sets, precision …, as all of them have it.
+    folder: absolute; a run folder in it for each node.
+    recipe_of: the resolved recipe of a preset, seed, start and ensemble (both files, the latter of wise-kd).
+    evaluation: shards, sets, precision …, as all of them have it.
+    architecture, pretrained, mean, std: of the zero-shot model, as in recipe.Model.
     soup: a model file to start the soup's rows from; None: the plan's own.
     checkpoint: which checkpoint of a training run is evaluated, mixed and averaged: "best" (on the held-out set) or
         "last".
@@ -113,6 +115,8 @@ class Setup:
     seeds: tuple[int, ...]
     soup: Path | None = None
     checkpoint: str = LAST
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def model(self, node: str) -> Path:
         """The model that an evaluation makes."""
@@ -150,7 +154,14 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
     zero = Node(
         "zero-shot",
         None,
-        replace(setup.evaluation, make="zero-shot", architecture=setup.architecture, pretrained=setup.pretrained),
+        replace(
+            setup.evaluation,
+            make="zero-shot",
+            architecture=setup.architecture,
+            pretrained=setup.pretrained,
+            mean=setup.mean,
+            std=setup.std,
+        ),
     )
     nodes = {zero.name: zero}
     rows = []

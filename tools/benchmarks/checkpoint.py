@@ -21,7 +21,8 @@ from torch import nn
 from cfmask.checkpoint import Keep, Writer
 from cfmask.checkpoint_state import State
 from cfmask.data.receipts import Consumed
-from cfmask.models.head import build_tower, model_info
+from cfmask.models.head import build_tower
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
 from cfmask.optim import Phase, Rates, adamw, take_step
 from cfmask.recipe import Recipe

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, draw
-from cfmask.models.head import build_tower, model_info
+from cfmask.models.head import build_tower
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, Rates, adamw, take_step
 from cfmask.passes import GraphedPasses, Inputs, Passes

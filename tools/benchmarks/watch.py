@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from cfmask.metrics import AsyncMetricReducer, rank_metrics
-from cfmask.models.head import build_tower, model_info
+from cfmask.models.head import build_tower
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
 from cfmask.optim import Phase, Rates, adamw, take_step
 from cfmask.recipe import Recipe

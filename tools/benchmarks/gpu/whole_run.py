@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from cfmask.models.head import build_tower, model_info, save_model
+from cfmask.models.head import build_tower, save_model
+from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
 from launch.drills.materials import CLASSES, convert, draw_images
 from tools.benchmarks.contenders import REPO

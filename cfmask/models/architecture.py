@@ -1,0 +1,235 @@
+"""open_clip model configurations: how they are read, which of them can be trained here, and when two compute the same.
+
+torch and open_clip are imported only where a function needs them: a launcher checks the configuration of a model file
+without the seconds that they take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfmask.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HUB_CONFIG = "open_clip_config.json"
+"""What open_clip calls the configuration in a Hugging Face repository."""
+
+_CUSTOM_BLOCKS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
+VISION_DEFAULTS: dict[str, Any] = {
+    "layers": 12,
+    "width": 768,
+    "head_width": 64,
+    "mlp_ratio": 4.0,
+    "patch_size": 16,
+    "image_size": 224,
+    "ls_init_value": None,
+    "no_ln_pre": False,
+    "act_kwargs": None,
+    "norm_kwargs": None,
+    "pos_embed_type": "learnable",
+    "pool_type": "tok",
+    "attentional_pool": False,
+    "block_type": None,
+    "timm_model_name": None,
+    **dict.fromkeys(_CUSTOM_BLOCKS, False),
+}
+"""Settings of open_clip's CLIPVisionCfg that decide what an image tower computes, with their defaults."""
+
+IDLE_SETTINGS = (
+    *("patch_dropout", "output_tokens", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads"),
+    *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+)
+"""Settings without effect on the features of a ViT that pools by its class token. Patch dropout is one of training."""
+
+
+def read_config(name: str) -> dict[str, Any]:
+    """An open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …).
+
+    Args:
+        name: open_clip's name of a model; or the path of a .json file, either a model configuration or the
+            open_clip_config.json of a Hugging Face repository, whose ``preprocess_cfg`` is kept.
+
+    Raises:
+        UserError: open_clip has no such model, or the file is not a configuration.
+    """
+    if name.startswith(("hf-hub:", "local-dir:")):
+        raise UserError(
+            f"--model {name}: give the path of the repository's {HUB_CONFIG} in place of the repository, and the path "
+            "of its weights with --pretrained. (On a machine with network access, `hf download OWNER/NAME` gets both.)"
+        )
+    config: Any = None
+    if name.endswith(".json"):
+        try:
+            config = json.loads(Path(name).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"No model configuration can be read from {name}: {error.strerror}.") from error
+        except ValueError as error:
+            raise UserError(f"{name} is not a model configuration: it is not valid JSON ({error}).") from error
+        if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
+            config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg")}
+    else:
+        import open_clip  # takes seconds
+
+        config = open_clip.get_model_config(name)
+    if not isinstance(config, dict) or not isinstance(config.get("vision_cfg"), dict) or "embed_dim" not in config:
+        import open_clip
+
+        near = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
+        raise UserError(
+            f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
+            f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
+        )
+    return config
+
+
+def check_trainable(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose image tower cannot be trained here, by its configuration alone.
+
+    Raises:
+        UserError: one sentence that says why, and what to choose.
+    """
+    if reason := _why_not(config):
+        raise UserError(
+            f"The model {name} cannot be trained: {reason}. Relevance is read from the class token's row of softmax "
+            "attention maps, so the image tower must be open_clip's VisionTransformer with class-token pooling and "
+            "square images: choose one, for example ViT-B-32-quickgelu."
+        )
+
+
+def _why_not(config: Mapping[str, Any]) -> str | None:
+    vision = config["vision_cfg"]
+    if vision.get("timm_model_name"):
+        return f"its image tower is timm's {vision['timm_model_name']}"
+    if isinstance(vision.get("layers"), (list, tuple)):
+        return "its image tower is a ResNet"
+    if "multimodal_cfg" in config:
+        return "it is a CoCa, whose image tower also feeds a text decoder"
+    full = {**VISION_DEFAULTS, **vision}
+    if full["attentional_pool"]:
+        return "its image tower pools by attention"
+    if full["pool_type"] != "tok":
+        return f"its image tower pools by {full['pool_type']!r}, not by the class token"
+    if full["block_type"] not in (None, "default") or any(full[setting] for setting in _CUSTOM_BLOCKS):
+        return "its image tower has blocks with another attention than softmax(q kᵀ/√d)"
+    if full["pos_embed_type"] != "learnable":
+        return f"its positional embedding is {full['pos_embed_type']!r}, which is not trained"
+    if unknown := sorted(set(vision) - set(VISION_DEFAULTS) - set(IDLE_SETTINGS)):
+        return f"vision_cfg has settings that are not known here ({', '.join(unknown)})"
+    return _why_no_geometry(config["embed_dim"], full)
+
+
+def _why_no_geometry(embed_dim: Any, vision: Mapping[str, Any]) -> str | None:
+    """vision: with every default filled in."""
+    image, patch = _side(vision["image_size"]), _side(vision["patch_size"])
+    for setting, value in (("image_size", image), ("patch_size", patch)):
+        if value is None:
+            return f"vision_cfg.{setting} is {vision[setting]!r}, not the side of a square"
+    sizes = {name: vision[name] for name in ("layers", "width", "head_width")} | {"embed_dim": embed_dim}
+    for setting, value in sizes.items():
+        if type(value) is not int or value < 1:
+            return f"{setting} is {value!r}, not a number above 0"
+    if vision["width"] % vision["head_width"]:
+        return f"width {vision['width']} is not a multiple of head_width {vision['head_width']}"
+    assert image is not None and patch is not None
+    if patch > image:
+        return f"patches of {patch} pixels do not fit images of {image}"
+    return None
+
+
+def _side(size: Any) -> int | None:
+    """Of a square that open_clip gives as a number or as (height, width); None if it is not one."""
+    if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return size if type(size) is int and size > 0 else None
+
+
+def image_size_of(config: Mapping[str, Any]) -> int:
+    """Side of a trainable model's images in pixels."""
+    side = _side(config["vision_cfg"].get("image_size", VISION_DEFAULTS["image_size"]))
+    assert side is not None, "check_trainable has refused it"
+    return side
+
+
+def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """In what two configurations' image towers differ, as "vision_cfg.layers (12 and 24)"; empty if they compute the
+    same. A setting that is not given has open_clip's default."""
+    ours, theirs = _vision_of(ours), _vision_of(theirs)
+    return [f"{name} ({ours[name]} and {theirs[name]})" for name in ours if ours[name] != theirs[name]]
+
+
+def _vision_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = config["vision_cfg"]
+    full = {name: vision.get(name, default) for name, default in VISION_DEFAULTS.items()}
+    for name in ("image_size", "patch_size"):
+        full[name] = _side(full[name]) or full[name]
+    flat = {f"vision_cfg.{name}": value for name, value in full.items()}
+    return {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu")), **flat}
+
+
+def text_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The same for the text towers and their tokenizers. Imports open_clip."""
+    from dataclasses import asdict
+
+    from open_clip import CLIPTextCfg
+
+    defaults = {name: value for name, value in asdict(CLIPTextCfg()).items() if name != "hf_model_pretrained"}
+    full = [
+        {name: (of.get("text_cfg") or {}).get(name, value) for name, value in defaults.items()} for of in (ours, theirs)
+    ]
+    return [
+        f"text_cfg.{name} ({full[0][name]} and {full[1][name]})" for name in defaults if full[0][name] != full[1][name]
+    ]
+
+
+def check_activation(name: str, config: Mapping[str, Any], pretrained: str, quick_gelu: bool | None) -> None:
+    """Refuse weights that were trained with the other activation than the model computes.
+
+    Args:
+        name, config: of the model.
+        quick_gelu: what the weights were trained with; None: unknown.
+
+    Raises:
+        UserError: naming the model to use.
+    """
+    if quick_gelu is None or quick_gelu == bool(config.get("quick_gelu", False)):
+        return
+    import open_clip
+
+    right = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
+    if right not in open_clip.list_models():
+        right = f'a configuration (.json) with "quick_gelu": {json.dumps(quick_gelu)}'
+    raise UserError(
+        f"The weights {pretrained!r} were trained with {'QuickGELU' if quick_gelu else 'GELU'} and --model {name} "
+        f"computes {'GELU' if quick_gelu else 'QuickGELU'}: every number would be wrong. Use --model {right}."
+    )
+
+
+def models_like(visual: Mapping[str, Tensor]) -> str:
+    """Which of open_clip's models have an image tower of these shapes, in words that end a sentence; "" if none has.
+
+    Args:
+        visual: an image tower's tensors, without ``visual.``.
+    """
+    import open_clip
+
+    if any(name.startswith("layer1.") for name in visual):
+        return ": they are a ResNet's, which cannot be trained"
+    if "positional_embedding" not in visual or visual["conv1.weight"].dim() != 4:
+        return ""
+    width, _, patch, _ = visual["conv1.weight"].shape
+    blocks = len({name.split(".")[2] for name in visual if name.startswith("transformer.resblocks.")})
+    shape = (width, blocks, patch, len(visual["positional_embedding"]))
+    near = []
+    for name in open_clip.list_models():
+        config = open_clip.get_model_config(name)
+        if not _why_not(config):
+            vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
+            tokens = (image_size_of(config) // vision["patch_size"]) ** 2 + 1
+            if (vision["width"], vision["layers"], vision["patch_size"], tokens) == shape:
+                near.append(name)
+    return f": its shapes are those of {', '.join(near)}" if near else ""

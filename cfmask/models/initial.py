@@ -1,0 +1,371 @@
+"""Where a run's first weights come from: what a checkpoint is, whether it can work, and the model that is made of it.
+
+``check_initial_model`` says all that can be said of a model before it is loaded, from configurations and the headers of
+files. submit.py calls it before a job is queued, and ``initial_model`` before it reads the weights, so that the job is
+refused nothing that its submission was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfmask.errors import UserError
+from cfmask.files import sha256_of
+from cfmask.models.architecture import (
+    check_activation,
+    check_trainable,
+    image_size_of,
+    models_like,
+    read_config,
+    text_differences,
+    vision_differences,
+)
+from cfmask.models.head import ModelInfo, build_tower, check_architecture, check_head, check_whole, read_info
+from cfmask.models.preprocessing import (
+    OPENAI,
+    Preprocessing,
+    Statement,
+    config_statement,
+    flags_statement,
+    of_tags,
+    resolve,
+)
+from cfmask.models.weights import (
+    Weights,
+    config_beside,
+    find_weights,
+    is_path,
+    read_safetensors,
+    read_tag,
+    read_weights,
+)
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a check of a model file needs none of it
+    from torch import Tensor
+
+    from cfmask.models.tower import Classifier
+
+Rgb = Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to start from, described and not yet loaded.
+
+    info: of the model; classes are those of the head that the file has, if it is a cfmask model file.
+    path: the file.
+    shapes: what is in it, on the meta device; None of a cfmask model file, whose header says what it is.
+    configs: of the weights, by source: open_clip_config.json beside them, or what tools/export.py wrote into them.
+    """
+
+    info: ModelInfo
+    path: Path
+    shapes: Weights | None
+    configs: Mapping[str, Mapping[str, Any]]
+
+
+def model_info(
+    name: str,
+    pretrained: str = "",
+    classes: Sequence[str] = (),
+    provenance: str = "",
+    *,
+    mean: Rgb = None,
+    std: Rgb = None,
+    shapes: Weights | None = None,
+) -> ModelInfo:
+    """What a model of this name is: an open_clip name, or the path of a configuration file.
+
+    Args:
+        pretrained: tag or path of its weights, which decide its preprocessing (preprocessing.py); "": it has none, and
+            the preprocessing is the configuration's, or OpenAI's.
+        mean, std: those of the flags.
+        shapes: what is in the file ``pretrained``, where that is known already.
+
+    Raises:
+        UserError: open_clip knows no such model, the file is no configuration, the model cannot be trained here, or
+            its preprocessing is unknown, contradictory, or not what is done here.
+    """
+    config = read_config(name)
+    check_trainable(name, config)
+    own = config.pop("preprocess_cfg", None)
+    size = image_size_of(config)
+    by_config, by_flags = config_statement(f"--model {name}", own, size), flags_statement(mean, std)
+    if pretrained:
+        what = f"the weights {pretrained!r} of {name}"
+        by_weights = _of_weights(name, pretrained, size, shapes)
+        found = resolve([*by_weights, *by_config, *by_flags], what)
+        if not by_weights and not by_config:
+            agreed = of_tags(name, what, given=bool(by_flags), image_size=size)
+            found = found or agreed
+        assert found is not None
+        preprocessing = found
+    else:
+        preprocessing = resolve([*by_config, *by_flags], f"the model {name}") or OPENAI
+    return ModelInfo(name, config, preprocessing.mean, preprocessing.std, tuple(classes), provenance=provenance)
+
+
+def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -> list[Statement]:
+    """What is known of weights without the user; nothing of a file that does not exist."""
+    if not is_path(pretrained):
+        source = f"open_clip's pretrained {pretrained!r} of {name}"
+        return config_statement(source, read_tag(name, pretrained), size)
+    path = Path(pretrained)
+    if not path.is_file():
+        return []
+    shapes = shapes or read_weights(path, shapes_only=True)
+    said = [Statement(f"{pretrained} is OpenAI's", OPENAI)] if shapes.openai else []
+    for source, config in _configs_of(path, shapes).items():
+        said += config_statement(source, config.get("preprocess_cfg"), size)
+    return said
+
+
+def _configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
+    configs: dict[str, Mapping[str, Any]] = {} if shapes.config is None else {str(path): shapes.config}
+    if beside := config_beside(path):
+        configs[str(beside[0])] = beside[1]
+    return configs
+
+
+def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> Start:
+    """Weights and the model that they are for, checked by configurations and the header of the file.
+
+    Args:
+        name, pretrained, mean, std: as the fields of recipe.Model say.
+
+    Raises:
+        UserError: as ``model_info``; or weights that cannot be had, that have other shapes than the model, or that a
+            configuration says to be of another model.
+    """
+    if own := read_info(pretrained) if os.path.isfile(pretrained) else None:
+        return Start(_described(own, name, pretrained, mean, std), Path(pretrained), None, {})
+    config = read_config(name)
+    check_trainable(name, config)
+    path = find_weights(name, pretrained, config)
+    shapes = read_weights(path, shapes_only=True)
+    check_activation(name, config, pretrained, shapes.quick_gelu)
+    configs = _configs_of(path, shapes) if os.path.isfile(pretrained) else {}
+    for source, other in configs.items():
+        check_activation(name, config, pretrained, bool(other.get("quick_gelu")))
+        if different := vision_differences(other, config):
+            raise UserError(
+                f"The weights {pretrained} are of another model than --model {name}, says {source}: they differ in "
+                f"{', '.join(different)}. Give the model that they were made with"
+                + (f": --model {source}." if source.endswith(".json") else ".")
+            )
+    info = model_info(name, pretrained, mean=mean, std=std, shapes=shapes)
+    _check_tower(info, shapes.state, pretrained)
+    return Start(info, path, shapes, configs)
+
+
+def _described(own: ModelInfo, name: str, pretrained: str, mean: Rgb, std: Rgb) -> ModelInfo:
+    """A cfmask model file as a start of a model of this name."""
+    config = read_config(name)
+    preprocess = config.pop("preprocess_cfg", None)
+    check_architecture(own, replace(own, name=name, config=config), pretrained)
+    check_whole(pretrained)
+    said = Statement(f"The header of {pretrained}", Preprocessing(own.mean, own.std))
+    given = config_statement(f"--model {name}", preprocess, image_size_of(config)) + flags_statement(mean, std)
+    resolve([said, *given], f"the model in {pretrained}")
+    return replace(own, name=name)
+
+
+def _check_tower(info: ModelInfo, state: Mapping[str, Tensor], pretrained: str) -> None:
+    """Refuse a state dict that is not that of this image tower."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            expected = build_tower(info).state_dict()
+    except Exception as error:  # whatever open_clip's constructors make of a setting
+        raise UserError(
+            f"The image tower of {info.name} cannot be built ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:160]}). Correct its configuration."
+        ) from error
+    visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if wrong := difference_in_shapes(expected, visual):
+        raise UserError(
+            f"The weights in {pretrained} are not those of the image tower of {info.name}: {wrong}. Choose the --model "
+            f"that they were made with{models_like(visual)}."
+        )
+
+
+def difference_in_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """The first thing in which tensors are not what a model expects, in words; None if they are."""
+    for key, tensor in expected.items():
+        if key not in given:
+            return f"{key} is missing ({sum(key not in given for key in expected)} of {len(expected)} tensors)"
+        if given[key].shape != tensor.shape:
+            return f"{key} has the shape {tuple(given[key].shape)}, the model's {tuple(tensor.shape)}"
+        if not given[key].is_floating_point():
+            return f"{key} is {str(given[key].dtype).removeprefix('torch.')}: quantised weights cannot be trained"
+    if unknown := sorted(set(given) - set(expected)):
+        return f"{unknown[0]} is unknown to the model ({len(unknown)} tensors)"
+    return None
+
+
+def check_initial_model(
+    name: str,
+    pretrained: str,
+    head: str | None,
+    classes: Sequence[tuple[str, str]],
+    *,
+    mean: Rgb = None,
+    std: Rgb = None,
+    keep_head: bool = False,
+) -> Start:
+    """Refuse a start that ``initial_model``, whose arguments these are, could not make a model of.
+
+    Returns:
+        The start, whose info has these classes.
+
+    Raises:
+        UserError: as ``describe``; a head for other classes or of another size; or no head, and none that can be built.
+    """
+    from cfmask.models.zero_shot import check_text_tower
+
+    start = describe(name, pretrained, mean=mean, std=std)
+    info = replace(
+        start.info,
+        classes=tuple(wnid for wnid, _ in classes),
+        class_names=tuple(display for _, display in classes),
+    )
+    if head is not None:
+        check_head(head, info.classes)
+        given = read_info(head)
+        assert given is not None
+        if given.config["embed_dim"] != info.config["embed_dim"]:
+            raise UserError(
+                f"The head in {head} takes {given.config['embed_dim']}-d features, {name} gives "
+                f"{info.config['embed_dim']}-d ones: they belong to different models. Build the head with the tower's "
+                "own model."
+            )
+    elif start.info.classes:
+        check_head(pretrained, info.classes)
+    elif start.shapes is None:
+        raise UserError(f"{pretrained} is a model file without a head or text tower. Give a head with --head.")
+    elif keep_head:
+        _check_foreign_head(start.shapes.head, pretrained, len(classes), info.config["embed_dim"])
+    elif start.shapes.head is not None:
+        raise UserError(
+            f"{pretrained} has a head of {len(start.shapes.head[0])} classes and does not say which they are. Say so: "
+            f"python tools/build_head.py --model {name} --pretrained {pretrained} --keep-head --classes LIST --out FILE"
+            " makes a model file to start from. Or give another head with --head."
+        )
+    else:
+        for source, config in start.configs.items():
+            if different := text_differences(config, info.config):
+                raise UserError(
+                    f"The text tower of {pretrained} is another one than that of --model {name}, says {source}: they "
+                    f"differ in {', '.join(different)}. A zero-shot head would be wrong. Give the model that the "
+                    "weights were made with, or a head with --head."
+                )
+        check_text_tower(info, start.shapes.state)
+    return replace(start, info=info)
+
+
+def _check_foreign_head(head: tuple[Tensor, Tensor] | None, path: str, classes: int, width: int) -> None:
+    if head is None:
+        raise UserError(f"{path} has no head that could be kept: neither classification_head.weight nor head.weight.")
+    weight, bias = head
+    if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(weight) != classes:
+        raise UserError(
+            f"The head in {path} has weights of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}, "
+            f"the class list has {classes} classes. Give the list that the head was trained on, in its order."
+        )
+    if weight.shape[1] != width:
+        raise UserError(f"The head in {path} takes {weight.shape[1]}-d features, the tower gives {width}-d ones.")
+
+
+def initial_model(
+    name: str,
+    pretrained: str,
+    head: str | None,
+    classes: Sequence[tuple[str, str]],
+    device: str = "cpu",
+    *,
+    mean: Rgb = None,
+    std: Rgb = None,
+    templates: Sequence[str] = (),
+    keep_head: bool = False,
+    kept_rows: Path | None = None,
+) -> tuple[Classifier, ModelInfo]:
+    """The model that a run starts from: pre-trained tower, and a head for these classes. One with a zero-shot head is
+    described by ``zero_shot_info``, before it is made.
+
+    Args:
+        name, pretrained, head, mean, std: as the fields of recipe.Model say.
+        classes: (wnid, display name) in the order of class ids.
+        device: where a zero-shot head is computed; the model comes back on the CPU.
+        templates, kept_rows: of a zero-shot head, as in ``zero_shot_weight``; no templates: the 80 of OpenAI.
+        keep_head: take the head in a checkpoint that does not say of which classes it is: of these, in this order.
+
+    Raises:
+        UserError: as ``check_initial_model``.
+    """
+    import torch
+    from torch import nn
+
+    from cfmask.models.tower import Classifier
+    from cfmask.models.zero_shot import openai_templates, zero_shot_weight
+
+    start = check_initial_model(name, pretrained, head, classes, mean=mean, std=std, keep_head=keep_head)
+    info = start.info
+    own = start.shapes is None
+    weights = Weights(read_safetensors(start.path)) if own else read_weights(start.path)
+    visual = {k.removeprefix("visual."): v for k, v in weights.state.items() if k.startswith("visual.")}
+    tower = build_tower(info)
+    try:
+        tower.load_state_dict({key: value.float() for key, value in visual.items()})
+    except RuntimeError as error:  # a model file that is not what its header says
+        raise UserError(
+            f"The weights in {pretrained} are not those of the image tower of {name}: {str(error).splitlines()[-1]}."
+        ) from error
+
+    if head is not None or own:
+        state = read_safetensors(head) if head is not None else weights.state
+        weight, bias = state["head.weight"].float(), state["head.bias"].float()
+        if head is not None:
+            info = replace(info, provenance=f"{info.provenance or start.path.name}; head of {Path(head).name}")
+    elif keep_head:
+        assert weights.head is not None
+        weight, bias = (value.float() for value in weights.head)
+        info = replace(info, provenance=f"{_origin(start)}; its own head")
+    else:
+        templates = templates or openai_templates()
+        info = replace(info, provenance=_zero_shot_provenance(start, templates))
+        weight = zero_shot_weight(info, weights.state, templates, device, kept_rows=kept_rows)
+        bias = torch.zeros(len(classes))
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+    return Classifier(tower, linear), info
+
+
+def zero_shot_info(start: Start, templates: Sequence[str]) -> ModelInfo:
+    """What ``initial_model`` says of a model whose head is zero-shot: two that say the same are the same.
+
+    Args:
+        start: as ``check_initial_model`` returns it.
+    """
+    return replace(start.info, provenance=_zero_shot_provenance(start, templates))
+
+
+def _origin(start: Start) -> str:
+    return f"{start.path.name} (sha256 {sha256_of(start.path)[:16]})"
+
+
+def _zero_shot_provenance(start: Start, templates: Sequence[str]) -> str:
+    import open_clip
+
+    digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]
+    return (
+        f"{_origin(start)}; zero-shot head, {len(templates)} templates (sha256 {digest}), by open_clip "
+        f"{open_clip.__version__}"
+    )

@@ -1,0 +1,216 @@
+"""How images were made ready for weights: mean and standard deviation, which travel with them, and the resize, which is
+the same for all (``data.images.crop``: short side, bicubic, centre crop).
+
+A wrong mean changes every number and raises no error, so it is never assumed. Those who may know, in a run's words:
+
+    the file        a cfmask model file, an archive or state dict of OpenAI's, a checkpoint that tools/export.py wrote
+    the tag         open_clip's configuration of a pretrained tag
+    the folder      ``preprocess_cfg`` of an open_clip_config.json beside the weights, whatever their file is called
+    --model         ``preprocess_cfg`` of a configuration file
+    --mean, --std   the user
+
+All of them that speak must agree. If none does, what open_clip's tags of that model agree on; else it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cfmask.errors import UserError
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""open_clip.OPENAI_DATASET_MEAN and _STD, without the seconds that open_clip takes to import."""
+
+RESIZE_MODE, INTERPOLATIONS = "shortest", ("bicubic", "random")
+"""open_clip's words for the resize of ``data.images.crop``; its "random" is bicubic except in training."""
+_SAME, _LEAST_STD = 1e-6, 1e-3
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Of a tower's input.
+
+    mean, std: per channel (R, G, B), for pixels in 0…1.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"mean {_shown(self.mean)} and standard deviation {_shown(self.std)}"
+
+    def agrees(self, other: Preprocessing) -> bool:
+        pairs = zip((*self.mean, *self.std), (*other.mean, *other.std), strict=True)
+        return all(abs(ours - theirs) <= _SAME for ours, theirs in pairs)
+
+
+OPENAI = Preprocessing(OPENAI_MEAN, OPENAI_STD)
+
+
+class Statement(NamedTuple):
+    """What one source says. source: in words that begin a sentence."""
+
+    source: str
+    preprocessing: Preprocessing
+
+
+def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Statement]:
+    """What --mean and --std say; empty if they were not given.
+
+    Raises:
+        UserError: one without the other, or values that cannot be a mean or standard deviation of pixels in 0…1.
+    """
+    if mean is None and std is None:
+        return []
+    if mean is None or std is None:
+        raise UserError("--mean and --std belong together: give both, R G B each, for pixels in 0…1.")
+    return [Statement("--mean and --std", _values("--mean and --std", mean, std))]
+
+
+def config_statement(source: str, preprocess: Any, image_size: int) -> list[Statement]:
+    """What a ``preprocess_cfg``, or open_clip's configuration of a tag, says; empty if it says nothing of the mean.
+
+    Args:
+        image_size: side of the model's images.
+
+    Raises:
+        UserError: it says how images are resized, and it is not how they are resized here; or it makes no sense.
+    """
+    if not preprocess:
+        return []
+    if not isinstance(preprocess, Mapping):
+        raise UserError(f"{source}: preprocess_cfg is {preprocess!r}, not an object with mean and std.")
+    check_resize(source, preprocess)
+    size = preprocess.get("size")
+    if size is not None and size not in (image_size, [image_size] * 2, (image_size, image_size)):
+        raise UserError(
+            f"{source}: preprocess_cfg has the size {size}, and the model takes images of {image_size} × {image_size} "
+            "pixels (vision_cfg.image_size). One of them is wrong: correct it."
+        )
+    mean, std = preprocess.get("mean"), preprocess.get("std")
+    if mean is None and std is None:
+        return []
+    if mean is None or std is None:
+        raise UserError(f"{source}: preprocess_cfg has {'std' if mean is None else 'mean'} alone. Add the other.")
+    return [Statement(source, _values(source, mean, std))]
+
+
+def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
+    """Refuse weights for images that were resized, or ordered in channels, as they are not here.
+
+    Raises:
+        UserError: such weights would give other numbers than published, without an error.
+    """
+    resize_mode = preprocess.get("resize_mode") or RESIZE_MODE
+    interpolation = preprocess.get("interpolation") or INTERPOLATIONS[0]
+    mode = preprocess.get("mode") or "RGB"
+    wrong = [
+        words
+        for words, is_wrong in (
+            (f"resize_mode is {resize_mode!r}, not {RESIZE_MODE!r}", resize_mode != RESIZE_MODE),
+            (f"interpolation is {interpolation!r}, not {INTERPOLATIONS[0]!r}", interpolation not in INTERPOLATIONS),
+            (f"mode is {mode!r}, not 'RGB'", mode != "RGB"),
+        )
+        if is_wrong
+    ]
+    if wrong:
+        raise UserError(
+            f"{source}: the weights were trained on images made ready in another way ({'; '.join(wrong)}). cfmask "
+            "resizes the short side bicubically and crops the centre, as the paper does, so zero-shot accuracies and "
+            "the distilled features would differ from those of these weights. Choose other weights. To fine-tune these "
+            "all the same, give the path of their file, in a folder without an open_clip_config.json, with --model "
+            f'FILE.json, a model configuration whose "preprocess_cfg" has "resize_mode": "{RESIZE_MODE}", '
+            f'"interpolation": "{INTERPOLATIONS[0]}" and their mean and std.'
+        )
+
+
+def _values(source: str, mean: Any, std: Any) -> Preprocessing:
+    found = []
+    for name, value, least in (("mean", mean, 0.0), ("std", std, _LEAST_STD)):
+        # A single number is open_clip's short way to write three.
+        values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
+        if len(values) != 3 or not all(type(x) in (int, float) and least <= x <= 1 for x in values):
+            raise UserError(
+                f"{source}: {name} is {value!r}; it must be three numbers (R, G, B) in {least:g}…1, for pixels in 0…1."
+            )
+        found.append(tuple(float(x) for x in values))
+    return Preprocessing(*found)
+
+
+def resolve(statements: Sequence[Statement], what: str) -> Preprocessing | None:
+    """What all statements say; None if there is none.
+
+    Args:
+        what: whose preprocessing it is, in words.
+
+    Raises:
+        UserError: they contradict each other.
+    """
+    for other in statements[1:]:
+        if not statements[0].preprocessing.agrees(other.preprocessing):
+            raise UserError(
+                f"The preprocessing of {what} is given in two ways. {statements[0].source}: "
+                f"{statements[0].preprocessing}. {other.source}: {other.preprocessing}. Correct or leave out the one "
+                "that is wrong."
+            )
+    return statements[0].preprocessing if statements else None
+
+
+def of_tags(name: str, what: str, *, given: bool, image_size: int) -> Preprocessing | None:
+    """What open_clip's pretrained tags of a model agree on; with ``given``, of no use but for its errors.
+
+    Args:
+        name: open_clip's name of the model; of a configuration file it knows no tags.
+        what: the weights that it is asked for, in words.
+        given: mean and standard deviation are known already, and the resize alone is asked for.
+
+    Raises:
+        UserError: the tags agree on a resize that is not done here, or they do not agree.
+    """
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for tag in list_pretrained_tags_by_model(name):
+        preprocess = get_pretrained_cfg(name, tag)
+        resize = tuple(preprocess.get(key) for key in ("resize_mode", "interpolation"))
+        normalisation = (
+            () if given else (tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD)))
+        )
+        found.setdefault((*resize, *normalisation), []).append(tag)
+    if len(found) == 1:
+        [tags] = found.values()
+        source = f"open_clip's pretrained {name} ({', '.join(tags[:3])}{' …' if len(tags) > 3 else ''})"
+        [statement] = config_statement(source, get_pretrained_cfg(name, tags[0]), image_size)
+        return statement.preprocessing
+    if given and not found:
+        return None
+    kinds = "; ".join(f"{tags[0]}: {_said(kind)}" for kind, tags in found.items())
+    raise UserError(
+        f"It is not known how images were made ready for {what}: there is no open_clip_config.json beside them, and "
+        + (
+            f"open_clip's pretrained {name} are not all alike ({kinds}). "
+            if found
+            else f"open_clip has no pretrained {name}. "
+        )
+        + "With another mean or standard deviation every number would be wrong, without an error. Copy the "
+        "open_clip_config.json of the repository that they come from beside them, or give "
+        + (
+            "--model FILE.json, a model configuration with preprocess_cfg."
+            if given
+            else "--mean R G B --std R G B (OpenAI's: --mean "
+            f"{' '.join(map(str, OPENAI_MEAN))} --std {' '.join(map(str, OPENAI_STD))}), or --model FILE.json, a model "
+            "configuration with preprocess_cfg."
+        )
+    )
+
+
+def _said(kind: tuple[Any, ...]) -> str:
+    resize_mode, interpolation, *normalisation = kind
+    return ", ".join([f"{resize_mode}, {interpolation}", *(f"mean {_shown(mean)}" for mean in normalisation[:1])])
+
+
+def _shown(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)

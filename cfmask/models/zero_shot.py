@@ -1,0 +1,230 @@
+"""The zero-shot head: a CLIP's text tower on the names of classes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfmask.errors import UserError
+from cfmask.files import replace_tensors
+from cfmask.models.head import ModelInfo, read_info
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor, nn
+
+
+def build_clip(info: ModelInfo, state: Mapping[str, Tensor]) -> nn.Module:
+    """An open_clip CLIP of this kind with these weights, in fp32; what else is in ``state`` is left out.
+
+    Raises:
+        UserError: no text tower, or another model's.
+    """
+    model = _fresh_clip(info)
+    parts = model.state_dict()
+    given = _parts_of_clip(info, parts, state)
+    # () or (1,), between versions of open_clip
+    model.load_state_dict({key: given[key].float().reshape(parts[key].shape) for key in parts})
+    return model.eval()
+
+
+def check_text_tower(info: ModelInfo, shapes: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint that no zero-shot head can be built from.
+
+    Args:
+        shapes: its tensors; the meta device is enough.
+
+    Raises:
+        UserError: it has no text tower, or another model's, or one whose tokenizer or package is not there.
+    """
+    import torch
+
+    if not _has_text_tower(shapes):
+        raise UserError(
+            "The checkpoint has an image tower only, so no zero-shot head can be built from it. Give a head with "
+            "--head, or a whole CLIP checkpoint with --pretrained."
+        )
+    with torch.device("meta"):
+        parts = _fresh_clip(info).state_dict()
+    build_tokenizer(info)
+    _parts_of_clip(info, parts, shapes)
+
+
+def _fresh_clip(info: ModelInfo) -> nn.Module:
+    from open_clip.model import CLIP, CustomTextCLIP
+
+    config = {key: value for key, value in info.config.items() if key != "custom_text"}
+    if not isinstance(config.get("text_cfg"), dict) or "multimodal_cfg" in config:
+        raise UserError(
+            f"{info.name} is no CLIP with an image and a text tower: no zero-shot head can be built from it. Give a "
+            "head with --head."
+        )
+    # Its weights are in the checkpoint: none are downloaded.
+    config["text_cfg"] = {**config["text_cfg"], "hf_model_pretrained": False}
+    try:
+        return (CustomTextCLIP if _has_custom_text(info) else CLIP)(**config)
+    except Exception as error:  # a text tower of another package, which may be missing, or want the network
+        raise UserError(
+            f"The text tower of {info.name} cannot be built ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0][:160]}). Give a head with --head."
+        ) from error
+
+
+def _has_custom_text(info: ModelInfo) -> bool:
+    return bool(info.config.get("custom_text")) or "hf_model_name" in info.config["text_cfg"]
+
+
+def _parts_of_clip(info: ModelInfo, parts: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors by the names that a CLIP has them under, ``parts``.
+
+    Raises:
+        UserError: one is missing, or of another shape.
+    """
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    given = convert_to_custom_text_state_dict(dict(state)) if _has_custom_text(info) else dict(state)
+    if missing := [key for key in parts if key not in given]:
+        raise UserError(
+            f"The weights lack {missing[0]} ({len(missing)} of {len(parts)} tensors) of the CLIP {info.name}: "
+            + ("they are another model's." if _has_text_tower(given) else "they hold no text tower.")
+        )
+    for key, part in parts.items():
+        if given[key].shape != part.shape and not part.numel() == given[key].numel() == 1:
+            raise UserError(
+                f"The weights are not those of the CLIP {info.name}: {key} has the shape {tuple(given[key].shape)}, "
+                f"the model's {tuple(part.shape)}."
+            )
+    return given
+
+
+def _has_text_tower(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith(("transformer.", "text.")) for key in state)
+
+
+def build_tokenizer(info: ModelInfo) -> Any:
+    """open_clip's tokenizer for this model's text tower.
+
+    Raises:
+        UserError: one of Hugging Face's, which cannot be had here.
+    """
+    import open_clip
+
+    text = info.config["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {})}
+    if not text.get("hf_tokenizer_name"):
+        return open_clip.SimpleTokenizer(**options)
+    try:
+        return open_clip.HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except Exception as error:  # no transformers, no network
+        raise UserError(
+            f"{info.name} needs the tokenizer {text['hf_tokenizer_name']} of Hugging Face, which cannot be had "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}). It takes "
+            "`pip install transformers` and, the first time, the network."
+        ) from error
+
+
+def openai_templates() -> tuple[str, ...]:
+    """The 80 templates that OpenAI chose on ImageNet, with {} for the class's name."""
+    import open_clip
+
+    return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """Templates from a file: a sentence a line, with {} where the class's name goes.
+
+    Raises:
+        UserError: no such file, none in it, or a line without {} or with two.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The templates {path} cannot be read ({error}).") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and line.count("{}") != 1:
+            raise UserError(
+                f"{path}, line {number}: a template has one {{}} where the class's name goes, not {line!r}."
+            )
+    templates = tuple(line.strip() for line in lines if line.strip())
+    if not templates:
+        raise UserError(f"{path} holds no templates: a sentence a line, with {{}} where the class's name goes.")
+    return templates
+
+
+# How many go through the text tower together; a head is the same to the bit wherever it was interrupted.
+_CLASSES_AT_A_TIME = 10
+_KEEP_EVERY_S = 5
+
+
+def zero_shot_weight(
+    info: ModelInfo,
+    state: Mapping[str, Tensor],
+    templates: Sequence[str],
+    device: str = "cpu",
+    *,
+    kept_rows: Path | None = None,
+) -> Tensor:
+    """Rows of the zero-shot head (classes, D), fp32: each class's name in every template through the text tower, each
+    text normalised, averaged, normalised again, times exp(logit_scale). The computation is open_clip's own.
+
+    Args:
+        info: with the classes' names, and a provenance that tells these weights and templates from others.
+        state: of the whole CLIP.
+        templates: sentences with a {} for the name.
+        kept_rows: a file in which finished rows are kept, so that the same call goes on after being stopped. It is
+            left there, to be removed when the head is safe. Nobody else may write to it.
+
+    Raises:
+        UserError: as ``build_clip``.
+    """
+    import open_clip
+    import torch
+    from tqdm import tqdm
+
+    clip: Any = build_clip(info, state).to(device)
+    tokenizer = build_tokenizer(info)
+    # Not str.format, which open_clip would use: a template is data, and {0.__class__} is code.
+    sentences = [lambda name, template=template: template.replace("{}", name) for template in templates]
+    rows = _read_rows(kept_rows, info)
+    saved = time.monotonic()
+    with tqdm(
+        total=len(info.classes), initial=len(rows), desc="zero-shot head", unit="class", dynamic_ncols=True
+    ) as bar:
+        try:
+            while len(rows) < len(info.classes):
+                names = info.class_names[len(rows) : len(rows) + _CLASSES_AT_A_TIME]
+                with torch.no_grad():
+                    weight = open_clip.build_zero_shot_classifier(clip, tokenizer, names, sentences, None, device)
+                    rows = torch.cat([rows, (weight.T * clip.logit_scale.exp()).float().cpu()])
+                bar.update(len(names))
+                if kept_rows is not None and time.monotonic() - saved > _KEEP_EVERY_S:
+                    _keep_rows(kept_rows, rows, info)
+                    saved = time.monotonic()
+        finally:
+            if kept_rows is not None and len(rows):
+                _keep_rows(kept_rows, rows, info)
+    return rows
+
+
+def _keep_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
+    """Where that fails it is a warning: they are computed again if they are needed again."""
+    try:
+        replace_tensors(path, {"rows": rows}, info.to_metadata())
+    except OSError as error:
+        print(f"warning: {path} cannot be written ({error.strerror}); the head is built on", flush=True)
+
+
+def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:
+    """The rows of this very head that are in a file; none if there is no such file, or it is another head's."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    none = torch.empty(0, info.config["embed_dim"])
+    if path is None or not path.exists() or read_info(path) != info:
+        return none
+    try:
+        return load_file(path)["rows"]
+    except (SafetensorError, KeyError):
+        return none
