@@ -158,8 +158,8 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
                 f"{', '.join(different)}. Give the model that they were made with"
                 + (f": --model {source}." if source.endswith(".json") else ".")
             )
+    _check_tower(ModelInfo(name, config, OPENAI.mean, OPENAI.std), shapes.state, pretrained)
     info = model_info(name, pretrained, mean=mean, std=std, shapes=shapes)
-    _check_tower(info, shapes.state, pretrained)
     return Start(info, path, shapes, configs)
 
 
@@ -176,7 +176,7 @@ def _described(own: ModelInfo, name: str, pretrained: str, mean: Rgb, std: Rgb) 
 
 
 def _check_tower(info: ModelInfo, state: Mapping[str, Tensor], pretrained: str) -> None:
-    """Refuse a state dict that is not that of this image tower."""
+    """Refuse a state dict that is not that of this image tower, whatever its preprocessing."""
     import torch
 
     try:
