@@ -208,18 +208,18 @@ Weights: {info.provenance}
 
 @torch.no_grad()
 def _check_pixels(
-    clip: nn.Module, preprocess: Callable[[Image.Image], Tensor], model: Classifier, info: ModelInfo
+    clip: Any, preprocess: Callable[[Image.Image], Tensor], model: Classifier, info: ModelInfo
 ) -> None:
     """Compare features of random images, from their pixels on. Raises RuntimeError if they differ."""
     size = model.image_size
     # Their short side is the model's already: what two programs make of a resize differs by rounding.
     pixels = np.random.default_rng(0).integers(0, 256, (2, size, size + 2 * (size // 4), 3), dtype=np.uint8)
-    resize = {key: clip.visual.preprocess_cfg[key] for key in ("resize_mode", "interpolation")}  # type: ignore[index]
+    resize = {key: clip.visual.preprocess_cfg[key] for key in ("resize_mode", "interpolation")}
     if resize != {"resize_mode": RESIZE_MODE, "interpolation": INTERPOLATIONS[0]}:
         raise RuntimeError(f"open_clip resizes images otherwise than cfmask does: {resize}. Nothing was written.")
     theirs = torch.stack([preprocess(Image.fromarray(image)) for image in pixels])
     ours = torch.stack([images.crop(torch.from_numpy(image).permute(2, 0, 1), size) for image in pixels])
-    features = clip.eval().encode_image(theirs)  # type: ignore[operator]
+    features = clip.eval().encode_image(theirs)
     _compare("open_clip", {"features": (features, model.encode(Normalise(info.mean, info.std)(ours)))})
 
 
