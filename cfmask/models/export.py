@@ -207,9 +207,7 @@ Weights: {info.provenance}
 
 
 @torch.no_grad()
-def _check_pixels(
-    clip: Any, preprocess: Callable[[Image.Image], Tensor], model: Classifier, info: ModelInfo
-) -> None:
+def _check_pixels(clip: Any, preprocess: Callable[[Image.Image], Tensor], model: Classifier, info: ModelInfo) -> None:
     """Compare features of random images, from their pixels on. Raises RuntimeError if they differ."""
     size = model.image_size
     # Their short side is the model's already: what two programs make of a resize differs by rounding.
