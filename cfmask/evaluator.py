@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def run_evaluation(
         is_main_process = place.rank == 0
         asked_for = evaluation
         # A run's best checkpoint is known when the run has ended, which may be long after the evaluation was queued.
-        evaluation = replace(evaluation, models=tuple(str(find_model(path)) for path in evaluation.models))
+        models = (patiently(partial(find_model, path), path) for path in evaluation.models)
+        evaluation = replace(evaluation, models=tuple(map(str, models)))
         sets = load_sets_of(evaluation, check_files=is_main_process)
         asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
         check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
