@@ -18,10 +18,16 @@ trace.
 What is done with a source that is not as it should be. All but errors are listed in bad_samples.jsonl, a line an issue
 with its policy; the manifest's bad_samples counts the images that were left out.
 
-    does not decode, is truncated, is a decompression bomb, or has
-    sides that differ by more than a hundred times                  left out
-    CMYK, greyscale, 16-bit, palette, alpha                         kept, read as RGB
+    does not decode, is truncated, claims an absurd size (a
+    decompression bomb), or has sides that differ by more than a
+    hundred times                                                   left out
+    TIFF of floats, signed or 32-bit samples: nothing says which
+    value is black and which white                                  left out
+    CMYK, greyscale, palette, alpha                                 kept, read as RGB
+    16-bit, 12-bit                                                  kept, scaled to 8 bits
+    several pictures in one file (animations, pages)                kept, the first one
     EXIF orientation                                                kept, orientation not applied
+    TIFF orientation                                                kept, orientation applied
     extension contradicts the content                               kept, under the extension of its content
     names that make the same key                                    kept, its key numbered
     class folder without an image                                   class has no images

@@ -21,7 +21,10 @@ from cfmask.runtime.pool import ignore, map_in_processes
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
 LEFT_OUT = "left out"
 _AS_RGB = "kept, read as RGB"
+SCALED = "kept, scaled to 8 bits"
+_FIRST = "kept, the first one"
 _AS_STORED = "kept, orientation not applied"
+_TURNED = "kept, orientation applied"
 _BY_CONTENT = "kept, under the extension of its content"
 _NUMBERED = "kept, its key numbered"
 NO_IMAGES = "class has no images"
@@ -112,7 +115,7 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         note(str(reason), LEFT_OUT)
         return None
     for oddity in facts.oddities:
-        note(oddity, _AS_STORED if oddity.startswith("EXIF") else _AS_RGB)
+        note(oddity, _policy(oddity))
     suffix = image.file.rpartition(".")[2].lower()
     suffix = {"jpeg": "jpg", "tiff": "tif"}.get(suffix, suffix)
     if suffix != facts.extension:
@@ -129,3 +132,10 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         "height": facts.height,
     }
     return {extension: stored, "cls": str(sample.label).encode(), "json": json.dumps(about).encode()}
+
+
+def _policy(oddity: str) -> str:
+    if oddity.endswith("-bit"):
+        return SCALED
+    policies = {"several pictures": _FIRST, "EXIF": _AS_STORED, "TIFF": _TURNED}
+    return next((policy for beginning, policy in policies.items() if oddity.startswith(beginning)), _AS_RGB)
