@@ -56,12 +56,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.convert.arguments import add_sets, check_arguments, request_of  # noqa: E402
-from cfmask.convert.collection import collect  # noqa: E402
-from cfmask.convert.conversion import MakeAll, Split, check_space, convert_split, free_space, plan_all  # noqa: E402
-from cfmask.convert.planning import Task, is_made  # noqa: E402
+from cfmask.convert.collection import Request, collect  # noqa: E402
+from cfmask.convert.conversion import (
+    MakeAll,
+    Split,
+    UnpackAll,
+    check_space,
+    convert_split,
+    free_space,
+    plan_all,
+    to_unpack,
+    unpack_first,
+)  # noqa: E402
+from cfmask.convert.planning import Task  # noqa: E402
 from cfmask.convert.tarscan import shown_size  # noqa: E402
+from cfmask.convert.unpacking import Unpack, remove_unpacked, unpack  # noqa: E402
 from cfmask.convert.writing import make_all, make_shard, preload  # noqa: E402
 from cfmask.errors import exits_cleanly  # noqa: E402
+from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
@@ -77,6 +89,30 @@ def parser() -> argparse.ArgumentParser:
 def on_this_machine(workers: int | None) -> MakeAll:
     """Make shards in processes of this machine, by default one a core."""
     return lambda _, tasks, report: make_all(tasks, workers=workers or len(os.sched_getaffinity(0)), progress=report)
+
+
+def unpacks_on_this_machine(workers: int | None) -> UnpackAll:
+    return lambda files, report: map_in_processes(
+        unpack,
+        files,
+        workers=workers or len(os.sched_getaffinity(0)),
+        describe=lambda file: file.source.path,
+        progress=report,
+    )
+
+
+def unpacks_on_slurm(array: Array, request: Request) -> UnpackAll:
+    """Unpack in a job array. Ctrl-C leaves it in the queue."""
+    from launch.jobs.array import Work, run_array
+
+    def run(files: list[Unpack], report: Callable[[tuple[int, int]], object]) -> None:
+        identity = f"{request.source} {request.out}"
+        work = Work(
+            kind="unpack", identity=identity, function=unpack, items=files, keys=[file.record.stem for file in files]
+        )
+        run_array(work, array, progress=report, paths=[request.out, request.source], goes_on=True)
+
+    return run
 
 
 def on_slurm(array: Array, source: Path) -> MakeAll:
@@ -114,14 +150,22 @@ def main(argv: list[str] | None = None) -> int:
                 f"{split.name}: {split.made['images']} images, {len(split.tasks)} shards, about {shown_size(total)} in "
                 f"{split.folder}"
             )
-    check_space(request.out, [task for split in splits for task in split.tasks if not is_made(task)])
+        if files := to_unpack(splits):
+            print(
+                f"Before that, {len(files)} Parquet files are unpacked: about "
+                f"{shown_size(sum(file.num_bytes for file in files))} in {files[0].record.parent}, removed at the end"
+            )
+    check_space(request.out, splits)
     if args.dry_run:
         print(f"The disk has {shown_size(free_space(request.out))} left. Nothing was written.")
         return 0
     make = on_this_machine(args.workers) if array is None else on_slurm(array, request.source)
+    unpack_all = unpacks_on_this_machine(args.workers) if array is None else unpacks_on_slurm(array, request)
     try:
+        splits = unpack_first(splits, request, unpack_all)
         for split in splits:
             convert_split(split, request, make)
+        remove_unpacked(request.out)
     except KeyboardInterrupt:
         print("\nFinished shards are kept; the same command makes those that are missing.", file=sys.stderr)
         raise

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.convert import shard_writer
-from cfmask.convert.collection import Collection, Request
+from cfmask.convert.collection import Collection, Request, collect
 from cfmask.convert.planning import Store, Task, claim, is_made, plan_split
 from cfmask.convert.sources.files import why_absent
 from cfmask.convert.sources.objectnet import NO_OVERLAP
 from cfmask.convert.tarscan import shown_size
+from cfmask.convert.unpacking import Unpack, pending
 from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT
 from cfmask.data import images, shards
 from cfmask.errors import UserError
@@ -71,14 +72,34 @@ def plan_all(found: Collection, request: Request) -> list[Split]:
     return splits
 
 
-def check_space(out: Path, tasks: list[Task]) -> None:
+def to_unpack(splits: list[Split]) -> list[Unpack]:
+    """What has to be unpacked next, if anything, before the missing shards can be made."""
+    missing = (task for split in splits for task in split.tasks if not is_made(task))
+    return pending(splits[0].found.unpack, lambda: (sample.image.blob.path for t in missing for sample in t.samples))
+
+
+UnpackAll = Callable[[list[Unpack], Callable[[tuple[int, int]], object]], object]
+"""Unpacks files; calls the last argument with (images, bytes) of each."""
+
+
+def unpack_first(splits: list[Split], request: Request, unpack: UnpackAll) -> list[Split]:
+    """Unpack what is needed. Returns: the splits as they are planned then."""
+    while files := to_unpack(splits):
+        with progress_bar(total=sum(file.rows for file in files), desc="unpacking", unit=" images") as bar:
+            unpack(files, lambda done: bar.update(done[0]))
+        splits = plan_all(collect(request), request)
+    return splits
+
+
+def check_space(out: Path, splits: list[Split]) -> None:
     """Raises: UserError: what is still to be made does not fit on the disk."""
-    needed = sum(task.num_bytes for task in tasks)
+    needed = sum(task.num_bytes for split in splits for task in split.tasks if not is_made(task))
+    needed += sum(file.num_bytes for file in to_unpack(splits))
     free = free_space(out)
     if needed > free:
         raise UserError(
-            f"The shards in {out} need about {shown_size(needed)}, and the disk has {shown_size(free)} left. Free some "
-            f"space, or choose an --out on another disk."
+            f"What is to be made in {out} needs about {shown_size(needed)}, and the disk has {shown_size(free)} left. "
+            f"Free some space, or choose an --out on another disk."
         )
 
 

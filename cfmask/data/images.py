@@ -206,7 +206,7 @@ def opened(data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS)) -> Iterator
     except (UserError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
-        kind = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
+        kind = _kind(data)
         what = f"does not decode: damaged, or a kind of {kind} that Pillow does not read" if kind else "not an image"
         raise UserError(f"{what} ({len(data)} bytes)") from None
     except Image.DecompressionBombError as error:
@@ -224,6 +224,16 @@ _MAGIC = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
 }
+
+
+def _kind(data: bytes) -> str:
+    """By its first bytes; "" if they are no image's."""
+    return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "")
+
+
+def extension_of(data: bytes) -> str:
+    """What an image is to be called by its first bytes; "" if they are no image's."""
+    return EXTENSIONS.get(_kind(data).upper(), "")
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
