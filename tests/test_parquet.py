@@ -9,6 +9,7 @@ import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -81,7 +82,8 @@ def test_shards_are_those_of_a_tree_of_the_same_images(hub, tree, tmp_path, caps
     assert {c: n for c, n in enumerate(manifest.class_counts) if n} == dict.fromkeys(CLASSES, 4)
     assert manifest.made["ignored"] == 5
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [".unpacked", "train", "val"]
-    left = {path.name for path in (tmp_path / "b" / ".unpacked").iterdir()}
+    [folder] = (tmp_path / "b" / ".unpacked").iterdir()
+    left = {path.name for path in folder.iterdir()}
     assert left == {"train-00000.json", "train-00001.json", "validation-00000.json"}
 
 
@@ -90,7 +92,12 @@ def test_the_same_command_unpacks_what_missing_shards_need_and_nothing_else(hub,
     assert convert(*arguments) == 0
     made = contents(tmp_path / "out" / "train") | contents(tmp_path / "out" / "val")
     unpacked = []
-    monkeypatch.setattr("tools.make_shards.unpack", lambda task: (unpacked.append(task), unpacking.unpack(task))[1])
+
+    def counted(task):
+        unpacked.append(task)
+        return unpacking.unpack(task)
+
+    monkeypatch.setattr("cfmask.convert.conversion.unpack", counted)
     assert convert(*arguments) == 0 and unpacked == []
     (tmp_path / "out" / "val" / "val-000000.tar").unlink()
     assert convert(*arguments) == 0
@@ -115,9 +122,9 @@ def test_interrupted_unpacking_goes_on_with_the_files_that_are_missing(hub, tmp_
         done.append(task)
         return unpacking.unpack(task)
 
-    monkeypatch.setattr("tools.make_shards.unpack", fails)
+    monkeypatch.setattr("cfmask.convert.conversion.unpack", fails)
     assert convert("imagenet", hub, tmp_path / "out") == 2
-    monkeypatch.setattr("tools.make_shards.unpack", lambda task: (done.append(task), unpacking.unpack(task))[1])
+    monkeypatch.setattr("cfmask.convert.conversion.unpack", lambda task: (done.append(task), unpacking.unpack(task))[1])
     assert convert("imagenet", hub, tmp_path / "out") == 0
     assert len(done) == len({task.record for task in done}) == 3
 
@@ -291,6 +298,24 @@ def test_damaged_files_are_refused(damage, reason, hub, tmp_path, capsys):
     assert convert("imagenet", file, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert any(part in error for part in reason.split("|")) and "Traceback" not in error
+
+
+def test_a_column_of_plain_bytes_and_names_as_spark_writes_them(tmp_path):
+    table = pa.table({"jpg": [picture(n) for n in range(4)], "class": ["b", "a", "b", "a"], "size": [1.0] * 4})
+    folder = tmp_path / "train"
+    folder.mkdir()
+    for n in range(2):
+        pq.write_table(table.slice(2 * n, 2), folder / f"part-0000{n}-4b3c-c000.snappy.parquet")
+    assert convert("folder", folder, tmp_path / "out") == 0
+    assert load_manifest(tmp_path / "out" / "train").classes == (("a", "a"), ("b", "b"))
+    assert samples_of(tmp_path / "out" / "train")["a/train-00001-000001.jpg"] == (0, picture(3))
+
+
+def test_a_split_without_a_label_column_is_in_nobody_s_way_if_another_is_chosen(tmp_path, capsys):
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", train_rows(1), names=NAMES)
+    pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "test-00000-of-00001.parquet")
+    assert "has no label column" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
+    assert convert("imagenet", tmp_path, tmp_path / "out", "--split", "train") == 0
 
 
 def test_columns_that_could_be_meant_are_asked_for(tmp_path, capsys):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfmask.convert import unpacking
 from cfmask.convert.class_order import classes_in_order
 from cfmask.convert.parquet_set import parquet_set
 from cfmask.convert.planning import hold_out
@@ -19,7 +20,6 @@ from cfmask.convert.sources.objectnet import objectnet_tree
 from cfmask.convert.sources.parquet import holds_parquet
 from cfmask.convert.sources.shifted import benchmark_tree
 from cfmask.convert.tables import Classes, read_classes
-from cfmask.convert.unpacking import Unpack
 from cfmask.data import benchmarks, imagenet, images
 from cfmask.errors import UserError
 from cfmask.runtime.output import printable
@@ -79,7 +79,7 @@ class Collection:
     accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     border: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
-    unpack: tuple[Unpack, ...] = ()
+    unpack: tuple[unpacking.Unpack, ...] = ()
 
 
 def collect(request: Request) -> Collection:
@@ -143,7 +143,7 @@ def _collect_parquet(request: Request, listing: Listing, listed: Classes | None)
             )
     found = parquet_set(
         listing,
-        request.out,
+        unpacking.folder_of(request.out, request.kind, request.source),
         kind=request.kind,
         split=request.split,
         classes=listed,

@@ -41,7 +41,7 @@ class ParquetSet:
 
 def parquet_set(
     listing: Listing,
-    out: Path,
+    folder: Path,
     *,
     kind: str,
     split: str | None,
@@ -57,7 +57,7 @@ def parquet_set(
     they give none; in both cases wnids in paths must agree.
 
     Args:
-        out: folder that the images are or will be unpacked below.
+        folder: that the images are or will be unpacked in.
         kind: imagenet, one of the shifted sets, or folder: a set of classes of its own.
         split: chooses one split of several; names the one there is where no file does.
         classes: folder; class list.
@@ -73,8 +73,14 @@ def parquet_set(
             f"{source} holds Parquet files, and ObjectNet is converted from its own archive: its mapping files say "
             f"which of ImageNet's classes each of its folders is."
         )
+
+    def is_wanted(name: str) -> bool:
+        """Whether files of this split are to be read. Names that are no split's may be the chosen one."""
+        name = SPLITS.get(name.lower(), name)
+        return split in (None, name) or name not in SPLITS.values()
+
     files = list_parquet(listing)
-    parts = read_parts(files, image_column=image_column, label_column=label_column, partial=partial)
+    parts = read_parts(files, is_wanted, image_column=image_column, label_column=label_column, partial=partial)
     for part in parts:
         for _ in range(sum(label in _NO_LABEL for label in part.labels)):
             listing.stays_out.add((Path(part.file.path).name,), NO_LABEL)
@@ -95,14 +101,19 @@ def parquet_set(
     for name, of_split in by_split.items():
         taken: set[tuple[str, str]] = set()
         found = sorted(
-            (image for part in of_split for image in _images(part, out, folder_of, taken)),
+            (image for part in of_split for image in _images(part, folder, folder_of, taken)),
             key=lambda image: (image.folder, image.file),
         )
         images[name] = [image for image in found if not isinstance(image.blob, Absent)]
         absent[name] = [image for image in found if isinstance(image.blob, Absent)]
     folders = sorted({image.folder for found in images.values() for image in found})
-    tree = Tree(images, folders, {}, absent, listing.stays_out)
-    return ParquetSet(tree, classes, class_ids, tuple(unpack_of(part, out) for part in chosen))
+    empty = {}
+    if kind == "folder":
+        for name, found in images.items():
+            full = {image.folder for image in found}
+            empty[name] = sorted(folder for folder, _ in classes if folder not in full)
+    tree = Tree(images, folders, empty, absent, listing.stays_out)
+    return ParquetSet(tree, classes, class_ids, tuple(unpack_of(part, folder) for part in chosen))
 
 
 def _by_split(source: Path, parts: list[Part], kind: str, split: str | None) -> dict[str, list[Part]]:
@@ -187,17 +198,16 @@ def _own_classes(source: Path, parts: Sequence[Part], listed: Classes | None) ->
 def _imagenet_classes(source: Path, parts: Sequence[Part], kind: str) -> dict[int | str, str]:
     """Wnid by label, of a set of ImageNet's classes."""
     numbers = kind == benchmarks.IMAGENET_V2.name
-    labels: Sequence[int | str]
+    used = {label for label, _ in _labels(parts)}
+    texts = sorted(label for label in used if isinstance(label, str))
+    folder_of: dict[int | str, str]
     if names := _named(parts):
-        labels, where = range(len(names)), f"The metadata of {parts[0].file.path}"
-        ids = class_ids_of_names(names, numbers=numbers, where=where)
-        used = {label for label, _ in _labels(parts)}
-        folder_of = {label: imagenet.wnids()[i] for label, i in zip(labels, ids, strict=True) if label in used}
-    elif all(isinstance(label, str) for label, _ in _labels(parts)):
-        labels = sorted({str(label) for label, _ in _labels(parts)})
+        ids = class_ids_of_names(names, numbers=numbers, where=f"The metadata of {parts[0].file.path}")
+        folder_of = {label: imagenet.wnids()[i] for label, i in enumerate(ids) if label in used}
+    elif len(texts) == len(used):
         where = f"The column {parts[0].columns.label} of {parts[0].file.path}"
-        ids = class_ids_of_names(labels, numbers=numbers, where=where)
-        folder_of = {label: imagenet.wnids()[i] for label, i in zip(labels, ids, strict=True)}
+        ids = class_ids_of_names(texts, numbers=numbers, where=where)
+        folder_of = {text: imagenet.wnids()[i] for text, i in zip(texts, ids, strict=True)}
     else:
         folder_of = _by_paths(source, parts)
     if strangers := sorted(set(folder_of.values()) - set(benchmarks.wnids(kind))):
@@ -245,10 +255,10 @@ def _check_paths(parts: Sequence[Part], folder_of: dict[int | str, str]) -> None
 
 
 def _images(
-    part: Part, out: Path, folder_of: dict[int | str, str], taken: set[tuple[str, str]]
+    part: Part, unpacked_in: Path, folder_of: dict[int | str, str], taken: set[tuple[str, str]]
 ) -> Iterator[LabelledImage]:
     """The labelled images of a file. taken: names by class that rows before have."""
-    unpacked = read_record(unpack_of(part, out))
+    unpacked = read_record(unpack_of(part, unpacked_in))
     estimate = Blob(part.file, 0, part.num_bytes // max(1, len(part.labels)))
     for row, (label, path) in enumerate(zip(part.labels, part.paths, strict=True)):
         if label is None or label == -1:

@@ -1,7 +1,7 @@
 """Images of Parquet files are unpacked once, each file into one flat file, before they are shuffled into shards.
 
-    OUT/.unpacked/train-00000.json         size of each image and what kind it is: the record that the next is whole
-    OUT/.unpacked/train-00000.json.bytes   the images, one after the other; removed when the set is complete
+    OUT/.unpacked/imagenet-0123abcd/train-00000.json    size and kind of each image: the record that the next is whole
+                                    train-00000.json.bytes     the images, one after the other; removed at the end
 
 Shards are made of samples from all over a set, and a row of a Parquet file cannot be read without the rows about it:
 read in shuffled order, each file would be decompressed hundreds of times. The records are small and stay, so that the
@@ -12,6 +12,7 @@ file that they were made of, so that one that is made again is the same.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -56,8 +57,13 @@ class Unpacked:
     extensions: list[str]
 
 
-def unpack_of(part: Part, out: Path) -> Unpack:
-    record = out / FOLDER / f"{part.split}-{part.number:05d}.json"
+def folder_of(out: Path, kind: str, source: Path) -> Path:
+    """Where a set is unpacked: other sets may be made below the same ``out``, also at the same time."""
+    return out / FOLDER / f"{kind}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
+
+
+def unpack_of(part: Part, folder: Path) -> Unpack:
+    record = folder / f"{part.split}-{part.number:05d}.json"
     return Unpack(part.file, part.columns, len(part.labels), part.num_bytes, record)
 
 
@@ -172,7 +178,7 @@ def _images(task: Unpack) -> Iterable[memoryview | None]:
         )
 
 
-def remove_unpacked(out: Path) -> None:
+def remove_unpacked(files: Iterable[Unpack]) -> None:
     """Remove the unpacked images; their records stay."""
-    for path in (out / FOLDER).glob("*.json.bytes"):
-        path.unlink(missing_ok=True)
+    for file in files:
+        file.bytes_file.unlink(missing_ok=True)

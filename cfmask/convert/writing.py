@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.runtime.pool import ignore, map_in_processes
 
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
 LEFT_OUT = "left out"
@@ -29,22 +28,6 @@ _BY_CONTENT = "kept, under the extension of its content"
 _NUMBERED = "kept, its key numbered"
 NO_IMAGES = "class has no images"
 STAYS_OUT = "stays out"
-
-
-def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, int]], object] = ignore) -> None:
-    """Make shards in processes of this machine. ``progress`` gets what ``make_shard`` returns of each.
-
-    Raises:
-        UserError: the first that a process met. What is finished stays.
-    """
-    map_in_processes(
-        make_shard,
-        tasks,
-        workers=workers,
-        preload=preload(tasks),
-        describe=lambda task: str(task.tar),
-        progress=progress,
-    )
 
 
 def preload(tasks: Sequence[Task]) -> tuple[str, ...]:

@@ -201,7 +201,7 @@ def opened(data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS)) -> Iterator
     try:
         safe = image_headers.safe_to_open(data)
         with Image.open(io.BytesIO(safe), formats=formats) as image:
-            image_headers.check_size(*image.size, len(data))
+            image_headers.check_size(image.width, image.height, len(data))
             yield image
     except (UserError, MemoryError):
         raise

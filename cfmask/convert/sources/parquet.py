@@ -3,6 +3,7 @@
     data/train-00000-of-00294.parquet  …  validation-00000-of-00014.parquet  …  test-00000-of-00028.parquet
     data/train-00000-of-00002-704ee106f89006a9.parquet            an older upload
     default/train/0000.parquet  0001.parquet  …                   the hub's own conversion
+    train/part-00000-….parquet  …                                 as Spark writes it
     test.parquet                                                  one file
 
 Labels are numbers that the file's metadata (``huggingface``) gives names to, or names themselves. Values are compressed
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from cfmask.convert.sources.listing import Listing, is_image
 from cfmask.errors import UserError
 
 _NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})(-[0-9a-f]{16})?")
-_ONLY_NUMBER = re.compile(r"\d{4,}")
+_ONLY_NUMBER = re.compile(r"(?:part[-.])?(?P<number>(?<=part[-.])\d+|\d{4,})([-.].*)?")  # part-…: Spark's and Dask's
 _LFS = b"version https://git-lfs"
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
@@ -102,6 +103,7 @@ def list_parquet(listing: Listing) -> list[Path]:
 
 def read_parts(
     files: Sequence[Path],
+    is_wanted: Callable[[str], bool],
     *,
     image_column: str | None,
     label_column: str | None,
@@ -110,6 +112,7 @@ def read_parts(
     """What the files hold, but for the images, by split and number.
 
     Args:
+        is_wanted: whether a split of this name is to be read.
         image_column, label_column: where several could be meant.
         partial: files of a split may be missing.
 
@@ -120,6 +123,8 @@ def read_parts(
     by_split: dict[str, list[tuple[int, int | None, Path]]] = {}
     for path in files:
         split, number, total = _place(path)
+        if not is_wanted(split):
+            continue
         by_split.setdefault(split, []).append((number, total, path))
     for split, places in by_split.items():
         _check_complete(split, places, partial)
@@ -141,8 +146,8 @@ def _place(path: Path) -> tuple[str, int, int | None]:
     """Split, number and total of a file."""
     if match := _NUMBERED.fullmatch(path.stem):
         return match["split"], int(match["number"]), int(match["total"])
-    if _ONLY_NUMBER.fullmatch(path.stem):
-        return path.parent.name, int(path.stem), None
+    if match := _ONLY_NUMBER.fullmatch(path.stem):
+        return path.parent.name.removesuffix(".parquet"), int(match["number"]), None
     return path.stem, 0, 1
 
 
