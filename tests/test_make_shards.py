@@ -30,7 +30,7 @@ from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.files import sole_writer
-from tools import make_shards
+from tools import make_shards, verify_shards
 
 REPO = Path(__file__).resolve().parents[1]
 SAMPLE = REPO.parent / "shared" / "data" / "imagenet-sample.tar"
@@ -353,7 +353,7 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
     assert f"{WNIDS[0]}_png.{extensions[store]}" in members and f"{WNIDS[0]}_same_name-1.{extensions[store]}" in members
 
 
-def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_made_again(tmp_path, monkeypatch):
+def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_made_again(tmp_path, monkeypatch, capsys):
     write_tree(tmp_path / "tree", {"train/a/deep.png": deep(0), "train/b/plain.JPEG": picture(1)})
     arguments = ("folder", tmp_path / "tree", tmp_path / "out", "--store", "crop-raw", "--image-size", 20)
     monkeypatch.setattr("cfmask.convert.writing.SCALED", "kept, read as RGB")  # as the earlier release lists it
@@ -361,6 +361,8 @@ def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_mad
     monkeypatch.undo()
     made = sorted((tmp_path / "out" / "train").glob("*.tar"))
     before = [path.stat().st_ino for path in made]
+    assert verify_shards.main([str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert "an earlier release took for white" in capsys.readouterr().out
     assert convert(*arguments, "--samples-per-shard", 1) == 0
     assert [path.stat().st_ino != inode for path, inode in zip(made, before, strict=True)].count(True) == 1
     assert convert(*arguments, "--samples-per-shard", 1) == 0

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cfmask.convert import unpacking
-from cfmask.convert.class_names import class_ids_of_names
+from cfmask.convert.class_names import class_ids_of_names, is_list
 from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
@@ -175,20 +175,21 @@ def test_paths_that_contradict_labels_are_refused(tmp_path, capsys):
 
 def test_lists_of_names():
     def ids(names, numbers=False):
-        return class_ids_of_names(names, numbers=numbers, where="The list")
+        return class_ids_of_names(names, wordnet=True, numbers=numbers, where="The list", remedy="Look.")
 
+    assert is_list(NAMES, range(1000)) and is_list([lemmas[0] for lemmas in imagenet.lemmas()], range(1000))
     assert ids(NAMES) == tuple(range(1000))
     odd = list(NAMES)
     odd[517] = "crane2"
-    assert ids(odd) == tuple(range(1000))
+    assert is_list(odd, range(1000)) and not is_list(odd[::-1], range(1000))
     assert ids(["goldfish", "tench, Tinca tinca"]) == (1, 0)
     assert ids(list(benchmarks.wnids("imagenet-r"))) == tuple(map(imagenet.wnids().index, imagenet.r_wnids()))
     assert ids(["0", "1", "10", "2"], numbers=True) == (0, 1, 10, 2)
     assert ids([NAMES[133], "crane", NAMES[135]]) == (133, 134, 135)
     for names, reason in (
         (["crane", NAMES[0]], "two classes of ImageNet have"),
-        (["tench", "unicorn"], "1 class names of 2 that are not ImageNet's, 'unicorn' for one"),
-        (["tench", "n01440764"], "names one class of ImageNet twice"),
+        (["tench", "unicorn"], "names 1 of 2 classes otherwise than .*, such as 'unicorn'"),
+        (["tench", "n01440764"], "names a class twice"),
         ([*NAMES[1:], NAMES[0]][:10] + ["dragonish"], "'dragonish'"),
     ):
         with pytest.raises(UserError, match=reason):

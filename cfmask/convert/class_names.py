@@ -5,71 +5,76 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from itertools import pairwise
 
 from cfmask.data import imagenet
 from cfmask.errors import UserError
 
-_MOST_UNKNOWN = 0.05
-"""Share of a list of all 1000 classes in ImageNet's order whose names may be spelled as nobody else does ("crane2")."""
+_OTHER_NAMES = 0.1
+"""Share of names that may differ from ours: WordNet's, OpenAI's and their versions are not spelled alike everywhere."""
 
 
-def class_ids_of_names(names: Sequence[str], *, numbers: bool, where: str) -> tuple[int, ...]:
+def normal(name: str) -> str:
+    """The words of a name in lower case: what is compared."""
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+
+
+def is_list(names: Sequence[str], ids: Sequence[int]) -> bool:
+    """Whether these are the names of these classes in this order, of which a few may be spelled otherwise."""
+    if len(names) != len(ids):
+        return False
+    unlike = [name for name, i in zip(names, ids, strict=True) if i not in _called(name) and i not in _with(name)]
+    # A name of another class means that the order is another one.
+    return len(unlike) <= _OTHER_NAMES * len(ids) and not any(map(_called, unlike))
+
+
+def class_ids_of_names(
+    names: Sequence[str], *, wordnet: bool, numbers: bool = False, where: str, remedy: str
+) -> tuple[int, ...]:
     """ImageNet's class ids of the classes of a list, which may have any order.
 
+    A name of two classes ("missile") is the one that the order tells, in a list in ImageNet's order.
+
     Args:
+        wordnet: names may also be wnids and WordNet's names; else they are open_clip's, which differ from those of
+            other sets with some of ImageNet's classes.
         numbers: names may be class ids in decimal, as ImageNet-V2's folders are.
-        where: what the list is called in errors.
+        where: what the list is called in errors. remedy: what to do about names that are not ImageNet's.
 
     Raises:
         UserError: a name is no class of ImageNet, or is two and the order of the list does not tell which; two names
             are one class.
     """
+    candidates = [_called(name) if wordnet else tuple(_open_clip().get(normal(name), ())) for name in names]
     if numbers and all(name.isdecimal() and int(name) < len(imagenet.wnids()) for name in names):
-        candidates: list[tuple[int, ...]] = [(int(name),) for name in names]
-    else:
-        candidates = [_classes_called(name) for name in names]
-    unknown = [name for name, ids in zip(names, candidates, strict=True) if not ids]
-    if len(names) == len(imagenet.wnids()) and len(unknown) <= _MOST_UNKNOWN * len(names):
-        # A name of another class would mean that the order is another one.
-        places = enumerate(zip(names, candidates, strict=True))
-        if all(not ids or i in ids or i in _classes_with(name) for i, (name, ids) in places):
-            return tuple(range(len(names)))
-    if unknown:
+        candidates = [(int(name),) for name in names]
+    if unknown := [name for name, ids in zip(names, candidates, strict=True) if not ids]:
         raise UserError(
-            f"{where} has {len(unknown)} class names of {len(names)} that are not ImageNet's, {unknown[0]!r} for one: "
-            f"nothing says which classes its labels are. Is it another set? `make_shards.py folder` converts those."
+            f"{where} names {len(unknown)} of {len(names)} classes otherwise than open_clip{' or WordNet' * wordnet} "
+            f"names ImageNet's, such as {unknown[0]!r}, so nothing says which class ids its labels are. {remedy}"
         )
-    ids = _by_order(candidates)
-    if None in ids:
+    first, last = _lowest(candidates), _lowest([[-i for i in reversed(ids)] for ids in reversed(candidates)])
+    if first and last and first == [-i for i in reversed(last)]:
+        return tuple(first)
+    if unclear := [name for name, ids in zip(names, candidates, strict=True) if len(ids) > 1]:
         raise UserError(
-            f"{where} has the class name {names[ids.index(None)]!r}, which two classes of ImageNet have, and the order "
-            f"of the list does not tell which is meant. Use a copy whose labels are named by wnids."
+            f"{where} has the class name {unclear[0]!r}, which two classes of ImageNet have, and the order of the list "
+            f"does not tell which is meant. {remedy}"
         )
-    found = [i for i in ids if i is not None]
-    if len(set(found)) < len(found):
-        twice = next(name for name, i in zip(names, found, strict=True) if found.count(i) > 1)
-        raise UserError(f"{where} names one class of ImageNet twice, as {twice!r} for one: it is damaged.")
-    return tuple(found)
+    ids = [ids[0] for ids in candidates]
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{where} names a class twice: labels of either would be the same class. Copy it again.")
+    return tuple(ids)
 
 
-def _by_order(candidates: list[tuple[int, ...]]) -> list[int | None]:
-    """The one class of each name; of several the one that the order tells, in a list in ImageNet's order; else None."""
-    ids = [only[0] if len(only) == 1 else None for only in candidates]
-    known = [i for i in ids if i is not None]
-    if any(a >= b for a, b in pairwise(known)):
-        return ids
-    for at, several in enumerate(candidates):
-        if ids[at] is None:
-            before = max((i for i in ids[:at] if i is not None), default=-1)
-            after = min((i for i in ids[at + 1 :] if i is not None), default=len(imagenet.wnids()))
-            between = [i for i in several if before < i < after]
-            ids[at] = between[0] if len(between) == 1 else None
-    return ids
-
-
-def _normal(name: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+def _lowest(candidates: Sequence[Sequence[int]]) -> list[int] | None:
+    """The lowest ids that rise from one to the next; None if there are none."""
+    found: list[int] = []
+    for ids in candidates:
+        following = [i for i in ids if not found or i > found[-1]]
+        if not following:
+            return None
+        found.append(following[0])
+    return found
 
 
 @functools.cache
@@ -79,20 +84,29 @@ def _names() -> tuple[dict[str, list[int]], list[set[str]]]:
     single = []
     for i, (wnid, name) in enumerate(imagenet.classes()):
         lemmas = imagenet.lemmas()[i]
-        for text in {_normal(wnid), _normal(", ".join(lemmas)), _normal(name)}:
+        for text in {normal(wnid), normal(", ".join(lemmas)), normal(name)}:
             whole.setdefault(text, []).append(i)
-        single.append({_normal(lemma) for lemma in lemmas} | {_normal(name)})
+        single.append({normal(lemma) for lemma in lemmas} | {normal(name)})
     return whole, single
 
 
 @functools.cache
-def _classes_called(name: str) -> tuple[int, ...]:
+def _called(name: str) -> tuple[int, ...]:
     """The classes of that whole name; if there is none, those that it is among the names of."""
-    return tuple(_names()[0].get(_normal(name), ())) or _classes_with(name)
+    return tuple(_names()[0].get(normal(name), ())) or _with(name)
 
 
 @functools.cache
-def _classes_with(name: str) -> tuple[int, ...]:
+def _open_clip() -> dict[str, list[int]]:
+    """Class ids by open_clip's name."""
+    ids: dict[str, list[int]] = {}
+    for i, name in enumerate(imagenet.class_names()):
+        ids.setdefault(normal(name), []).append(i)
+    return ids
+
+
+@functools.cache
+def _with(name: str) -> tuple[int, ...]:
     """Classes that have a name, or all of several that are separated by commas."""
-    parts = {_normal(part) for part in name.split(",")}
+    parts = {normal(part) for part in name.split(",")}
     return tuple(i for i, names in enumerate(_names()[1]) if parts <= names)

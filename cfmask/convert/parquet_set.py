@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfmask.convert.class_names import class_ids_of_names
+from cfmask.convert.class_names import class_ids_of_names, is_list
 from cfmask.convert.sources.blobs import Blob
 from cfmask.convert.sources.files import SPLITS, LabelledImage, Tree
 from cfmask.convert.sources.listing import IMAGE_SUFFIXES, Absent, Listing
@@ -201,12 +201,17 @@ def _imagenet_classes(source: Path, parts: Sequence[Part], kind: str) -> dict[in
     used = {label for label, _ in _labels(parts)}
     texts = sorted(label for label in used if isinstance(label, str))
     folder_of: dict[int | str, str]
+    remedy = f"Use a copy whose labels are wnids. If it is not {kind}, `make_shards.py folder` converts it."
     if names := _named(parts):
-        ids = class_ids_of_names(names, numbers=numbers, where=f"The metadata of {parts[0].file.path}")
+        lists = (range(len(imagenet.wnids())), [imagenet.wnids().index(wnid) for wnid in benchmarks.wnids(kind)])
+        ids: Sequence[int] | None = next((ids for ids in lists if is_list(names, ids)), None)
+        if ids is None:
+            where = f"The metadata of {parts[0].file.path}"
+            ids = class_ids_of_names(names, wordnet=True, numbers=numbers, where=where, remedy=remedy)
         folder_of = {label: imagenet.wnids()[i] for label, i in enumerate(ids) if label in used}
     elif len(texts) == len(used):
         where = f"The column {parts[0].columns.label} of {parts[0].file.path}"
-        ids = class_ids_of_names(texts, numbers=numbers, where=where)
+        ids = class_ids_of_names(texts, wordnet=True, numbers=numbers, where=where, remedy=remedy)
         folder_of = {text: imagenet.wnids()[i] for text, i in zip(texts, ids, strict=True)}
     else:
         folder_of = _by_paths(source, parts)

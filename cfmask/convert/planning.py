@@ -187,13 +187,7 @@ class Planned(Protocol):
 def is_made(task: Planned) -> bool:
     """Whether a shard of this very plan is there, whole: its index is its commit record."""
     about = shard_writer.committed_about(task.tar)
-    return about is not None and about.get("plan") == task.plan and not _has_clipped_images(about)
-
-
-def _has_clipped_images(about: Mapping[str, Any]) -> bool:
-    """Whether a shard is of an earlier release, which took all 16-bit grey above 255 for white: it is made again."""
-    clipped = ("16-bit", "kept, read as RGB")
-    return any((issue["issue"], issue["policy"]) == clipped for issue in about.get("issues", ()))
+    return about is not None and about.get("plan") == task.plan and not shard_writer.has_clipped_images(about)
 
 
 def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:

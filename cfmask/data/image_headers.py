@@ -34,23 +34,20 @@ _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 274, 322, 323
 
 
-def check_size(width: int, height: int, num_bytes: int) -> None:
+def check_size(width: int, height: int, num_bytes: int | None) -> None:
     """Refuse what is too large to decode, or is not a picture.
 
     Args:
         width, height: in pixels, as the header claims them.
-        num_bytes: size of the file.
+        num_bytes: size of the file; None if few bytes may be many pixels.
 
     Raises:
         UserError: more pixels than MAX_PIXELS or than the file can hold, or an aspect ratio above MAX_ASPECT.
     """
     check_aspect(width, height)
-    pixels = width * height
-    if pixels > MAX_PIXELS or pixels > max(LARGE, PIXELS_PER_BYTE * num_bytes):
-        raise UserError(
-            f"a decompression bomb: {num_bytes} bytes that claim {width} × {height} pixels, more than "
-            f"{MAX_PIXELS if pixels > MAX_PIXELS else max(LARGE, PIXELS_PER_BYTE * num_bytes)}"
-        )
+    most = MAX_PIXELS if num_bytes is None else min(MAX_PIXELS, max(LARGE, PIXELS_PER_BYTE * num_bytes))
+    if width * height > most:
+        raise UserError(f"a decompression bomb: its header claims {width} × {height} pixels, more than {most}")
 
 
 def check_aspect(width: int, height: int) -> None:

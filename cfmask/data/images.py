@@ -191,8 +191,13 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
 
 
 @contextmanager
-def opened(data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS)) -> Iterator[Image.Image]:
+def opened(
+    data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS), *, is_photograph: bool = True
+) -> Iterator[Image.Image]:
     """An image file as Pillow opens it: its header is read and its size is checked, nothing is decoded.
+
+    Args:
+        is_photograph: as opposed to a mask, which may be large and of few bytes.
 
     Raises:
         UserError: as ``decode``; also of what goes wrong while the image is used.
@@ -201,7 +206,7 @@ def opened(data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS)) -> Iterator
     try:
         safe = image_headers.safe_to_open(data)
         with Image.open(io.BytesIO(safe), formats=formats) as image:
-            image_headers.check_size(image.width, image.height, len(data))
+            image_headers.check_size(image.width, image.height, len(data) if is_photograph else None)
             yield image
     except (UserError, MemoryError):
         raise
