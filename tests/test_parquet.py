@@ -20,6 +20,7 @@ from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
 from made_parquet import write_parquet
 from test_make_shards import contents, convert, refused, samples_of
+from tools import make_shards
 
 NAMES = [", ".join(lemmas) for lemmas in imagenet.lemmas()]  # as ILSVRC/imagenet-1k's metadata has them
 CLASSES = (0, 3, 517, 999)
@@ -299,6 +300,22 @@ def test_damaged_files_are_refused(damage, reason, hub, tmp_path, capsys):
     assert convert("imagenet", file, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert any(part in error for part in reason.split("|")) and "Traceback" not in error
+
+
+def test_counts_of_a_known_set_are_checked_before_anything_is_unpacked(hub, tmp_path, capsys):
+    command = ["imagenet", "--source", str(hub), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert make_shards.main(command) == 2
+    assert "16 images instead of 1,281,167" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_columns_of_odd_types_are_no_labels_and_no_paths(tmp_path):
+    image = pa.array([{"bytes": picture(n), "path": b"\xff"} for n in range(2)])
+    table = pa.table({"image": image, "label": pa.array(["b", "a"]).dictionary_encode(), "score": [0.5, 1.5]})
+    features = {"label": {"_type": "ClassLabel", "names": ["x"]}}
+    table = table.replace_schema_metadata({b"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "train.parquet")
+    assert convert("folder", tmp_path, tmp_path / "out") == 0
+    assert set(samples_of(tmp_path / "out" / "train")) == {"a/train-00000-000001.jpg", "b/train-00000-000000.jpg"}
 
 
 def test_a_column_of_plain_bytes_and_names_as_spark_writes_them(tmp_path):

@@ -220,19 +220,15 @@ def _columns(path: Path, schema: pa.Schema, image_column: str | None, label_colu
     features = _features(schema)
     images = [field.name for field in schema if _is_image(field.type)]
     image = _chosen(path, schema, "image", image_column, images, _IMAGE_NAMES)
-    labels = [name for name, feature in features.items() if _names(feature) is not None and name in schema.names]
-    if not labels:
-        labels = [
-            field.name
-            for field in schema
-            if pa.types.is_integer(field.type)
-            or pa.types.is_string(_values(field.type))
-            or pa.types.is_large_string(_values(field.type))
-        ]
+    numbers = [field.name for field in schema if pa.types.is_integer(_values(field.type))]
+    labels = [name for name in numbers if _names(features.get(name)) is not None]
+    labels = labels or [field.name for field in schema if field.name in numbers or _is_text(field.type)]
     label = _chosen(path, schema, "label", label_column, labels, _LABEL_NAMES)
     kind = schema.field(image).type
     nested = pa.types.is_struct(kind)
-    return Columns(image, nested, nested and kind.get_field_index("path") >= 0, label, _names(features.get(label, {})))
+    at = kind.get_field_index("path") if nested else -1
+    names = _names(features.get(label)) if label in numbers else None
+    return Columns(image, nested, at >= 0 and _is_text(kind.field(at).type), label, names)
 
 
 def _chosen(
@@ -264,6 +260,11 @@ def _shown(schema: pa.Schema) -> str:
 
 def _values(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = _values(kind)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
