@@ -30,7 +30,7 @@ from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.files import sole_writer
-from tools import make_shards
+from tools import make_shards, verify_shards
 
 REPO = Path(__file__).resolve().parents[1]
 SAMPLE = REPO.parent / "shared" / "data" / "imagenet-sample.tar"
@@ -294,18 +294,25 @@ def deep(number):
     return buffer.getvalue()
 
 
+def floats():
+    buffer = io.BytesIO()
+    Image.new("F", (30, 20), 0.5).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
 LEFT_OUT = "left out"
 ODD = {  # file: (its bytes, what is said of it, the policy)
     "text.JPEG": (b"hello", "not an image (5 bytes)", LEFT_OUT),
     "empty.JPEG": (b"", "not an image (0 bytes)", LEFT_OUT),
     "cut.JPEG": (picture(4)[:-200], "does not decode", LEFT_OUT),
     "cutpng.png": (picture(5, "PNG")[:-300], "does not decode", LEFT_OUT),
-    "bomb.png": (bomb(), "exceeds limit", LEFT_OUT),
+    "bomb.png": (bomb(), "decompression bomb", LEFT_OUT),
+    "float.tif": (floats(), "nothing says which of them is black", LEFT_OUT),
     "cmyk.JPEG": (picture(6, mode="CMYK"), "CMYK", "kept, read as RGB"),
     "grey.JPEG": (picture(7, mode="L"), "greyscale", "kept, read as RGB"),
     "palette.png": (picture(8, "PNG", "P"), "palette", "kept, read as RGB"),
     "alpha.png": (picture(9, "PNG", "RGBA"), "alpha", "kept, read as RGB"),
-    "deep.png": (deep(1), "16-bit", "kept, read as RGB"),
+    "deep.png": (deep(1), "16-bit", "kept, scaled to 8 bits"),
     "rotated.JPEG": (rotated(10), "EXIF orientation 6", "kept, orientation not applied"),
     "png.JPEG": (picture(11, "PNG"), "jpg by its name, png by its content", "kept, under the extension of its content"),
     "same_name.png": (picture(12, "PNG"), "its name makes the key of another image", "kept, its key numbered"),
@@ -322,7 +329,7 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
     assert convert("imagenet", tmp_path / "tree", tmp_path / "out", "--store", store) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "out" / "train"
-    assert "5 images were left out" in printed and "9 other oddities" in printed
+    assert "6 images were left out" in printed and "9 other oddities" in printed
     assert str(folder / "bad_samples.jsonl") in printed
     boxes = {"name": f"train/{WNIDS[0]}/boxes.txt", "files": 1, "issue": "no image by its name", "policy": "stays out"}
     assert "Stay out (no image by its name): 1 files" in printed and "boxes.txt" in printed
@@ -336,7 +343,7 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
         assert issue in entry["issue"] and entry["policy"] == policy
         assert (entry["class"], entry["bytes"]) == (3, len(data))
     manifest = load_manifest(folder)
-    assert (manifest.num_samples, manifest.bad_samples, manifest.made["ignored"]) == (10, 5, 1)
+    assert (manifest.num_samples, manifest.bad_samples, manifest.made["ignored"]) == (10, 6, 1)
     kept = {name: data for name, (data, _, policy) in ODD.items() if policy != LEFT_OUT} | PLAIN
     if store == images.ORIGINAL:
         assert samples_of(folder) == {f"{WNIDS[0]}/{name}": (3, data) for name, data in kept.items()}
@@ -344,6 +351,29 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
         members = {name for name in tar.getnames() if not name.endswith(("cls", "json"))}
     extensions = {"original": "png", "crop-jpeg": "jpg", "crop-raw": "npy"}
     assert f"{WNIDS[0]}_png.{extensions[store]}" in members and f"{WNIDS[0]}_same_name-1.{extensions[store]}" in members
+
+
+def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_made_again(tmp_path, monkeypatch, capsys):
+    write_tree(tmp_path / "tree", {"train/a/deep.png": deep(0), "train/b/plain.JPEG": picture(1)})
+    arguments = ("folder", tmp_path / "tree", tmp_path / "out", "--store", "crop-raw", "--image-size", 20)
+    monkeypatch.setattr("cfmask.convert.writing.SCALED", "kept, read as RGB")  # as the earlier release lists it
+    assert convert(*arguments, "--samples-per-shard", 1) == 0
+    monkeypatch.undo()
+    made = sorted((tmp_path / "out" / "train").glob("*.tar"))
+    before = [path.stat().st_ino for path in made]
+    assert verify_shards.main([str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert "an earlier release took for white" in capsys.readouterr().out
+    assert convert(*arguments, "--samples-per-shard", 1) == 0
+    assert [path.stat().st_ino != inode for path, inode in zip(made, before, strict=True)].count(True) == 1
+    assert convert(*arguments, "--samples-per-shard", 1) == 0
+    [crop] = [data for name, (_, data) in raw_crops(tmp_path / "out" / "train").items() if name == "a/deep.png"]
+    assert np.array_equal(crop[0], (np.arange(600, dtype=np.uint16).reshape(20, 30) * 100 >> 8)[:, 5:25])
+
+
+def raw_crops(folder):
+    with ShardReader(load_manifest(folder)) as reader:
+        samples = [reader.read(i) for i in range(2)]
+    return {json.loads(s["json"])["name"]: (int(s["cls"]), np.load(io.BytesIO(s["npy"]))) for s in samples}
 
 
 def test_a_set_of_which_nothing_is_left_is_refused(tmp_path, capsys):

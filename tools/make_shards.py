@@ -6,7 +6,8 @@
     python tools/make_shards.py folder --source SOURCE --out DIR        any tree of [split/]class/image
     python tools/make_shards.py folder --source SOURCE --labels FILE    images and labels that a CSV or TSV file names
 
-SOURCE is a folder, or a tar or zip archive, which is read in place.
+SOURCE is a folder, or a tar or zip archive, which is read in place, or Parquet files as the Hugging Face hub has them,
+which are unpacked once below OUT/.unpacked.
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
@@ -18,10 +19,16 @@ trace.
 What is done with a source that is not as it should be. All but errors are listed in bad_samples.jsonl, a line an issue
 with its policy; the manifest's bad_samples counts the images that were left out.
 
-    does not decode, is truncated, is a decompression bomb, or has
-    sides that differ by more than a hundred times                  left out
-    CMYK, greyscale, 16-bit, palette, alpha                         kept, read as RGB
+    does not decode, is truncated, claims an absurd size (a
+    decompression bomb), or has sides that differ by more than a
+    hundred times                                                   left out
+    TIFF of floats, signed or 32-bit samples: nothing says which
+    value is black and which white                                  left out
+    CMYK, greyscale, palette, alpha                                 kept, read as RGB
+    16-bit, 12-bit                                                  kept, scaled to 8 bits
+    several pictures in one file (animations, pages)                kept, the first one
     EXIF orientation                                                kept, orientation not applied
+    TIFF orientation                                                kept, orientation applied
     extension contradicts the content                               kept, under the extension of its content
     names that make the same key                                    kept, its key numbered
     class folder without an image                                   class has no images
@@ -36,6 +43,10 @@ with its policy; the manifest's bad_samples counts the images that were left out
     an archive that was cut or goes on after its end, sparse or
     encrypted files in it                                           error first of all
     labels of one image that contradict each other                  error first of all
+    rows of Parquet files without a label (null or -1)              stay out, counted
+    rows without the bytes of their image                           left out
+    a set of which a Parquet file is missing or there twice; labels
+    whose classes nothing names                                     error first of all
     a source that changes or cannot be read                         error; finished shards are kept
 """
 
@@ -44,18 +55,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.convert.arguments import add_sets, check_arguments, request_of  # noqa: E402
-from cfmask.convert.collection import collect  # noqa: E402
-from cfmask.convert.conversion import MakeAll, Split, check_space, convert_split, free_space, plan_all  # noqa: E402
-from cfmask.convert.planning import Task, is_made  # noqa: E402
+from cfmask.convert.collection import Request, collect  # noqa: E402
+from cfmask.convert.conversion import (  # noqa: E402
+    Run,
+    check_space,
+    convert_split,
+    free_space,
+    plan_all,
+    to_unpack,
+    unpack_first,
+)
 from cfmask.convert.tarscan import shown_size  # noqa: E402
-from cfmask.convert.writing import make_all, make_shard, preload  # noqa: E402
+from cfmask.convert.unpacking import remove_unpacked  # noqa: E402
 from cfmask.errors import exits_cleanly  # noqa: E402
+from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
@@ -68,27 +86,26 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def on_this_machine(workers: int | None) -> MakeAll:
-    """Make shards in processes of this machine, by default one a core."""
-    return lambda _, tasks, report: make_all(tasks, workers=workers or len(os.sched_getaffinity(0)), progress=report)
+def on_this_machine(workers: int | None) -> Run:
+    """In processes of this machine, by default one a core."""
+
+    def run(*, kind, identity, function, items, describe, preload, progress):
+        workers_ = workers or len(os.sched_getaffinity(0))
+        map_in_processes(function, items, workers=workers_, preload=preload, describe=describe, progress=progress)
+
+    return run
 
 
-def on_slurm(array: Array, source: Path) -> MakeAll:
-    """Make shards in a job array. Ctrl-C leaves it in the queue."""
+def on_slurm(array: Array, request: Request) -> Run:
+    """In a job array. Ctrl-C leaves it in the queue."""
     from launch.jobs.array import Work, run_array
 
-    def make(split: Split, tasks: list[Task], report: Callable[[tuple[int, int]], object]) -> None:
-        work = Work(
-            kind="shards",
-            identity=f"{split.folder}{tasks[0].plan}",
-            function=make_shard,
-            items=tasks,
-            keys=[task.tar.stem for task in tasks],
-            preload=preload(tasks),
-        )
-        run_array(work, array, progress=report, paths=[split.folder, source], goes_on=True)
+    def run(*, kind, identity, function, items, describe, preload, progress):
+        keys = [Path(describe(item)).stem for item in items]
+        work = Work(kind=kind, identity=identity, function=function, items=items, keys=keys, preload=preload)
+        run_array(work, array, progress=progress, paths=[request.out, request.source], goes_on=True)
 
-    return make
+    return run
 
 
 @exits_cleanly
@@ -108,14 +125,21 @@ def main(argv: list[str] | None = None) -> int:
                 f"{split.name}: {split.made['images']} images, {len(split.tasks)} shards, about {shown_size(total)} in "
                 f"{split.folder}"
             )
-    check_space(request.out, [task for split in splits for task in split.tasks if not is_made(task)])
+        if files := to_unpack(splits):
+            print(
+                f"Before that, {len(files)} Parquet files are unpacked: about "
+                f"{shown_size(sum(file.num_bytes for file in files))} in {files[0].record.parent}, removed at the end"
+            )
+    check_space(request.out, splits)
     if args.dry_run:
         print(f"The disk has {shown_size(free_space(request.out))} left. Nothing was written.")
         return 0
-    make = on_this_machine(args.workers) if array is None else on_slurm(array, request.source)
+    run = on_this_machine(args.workers) if array is None else on_slurm(array, request)
     try:
+        splits = unpack_first(splits, request, run)
         for split in splits:
-            convert_split(split, request, make)
+            convert_split(split, request, run)
+        remove_unpacked(found.unpack)
     except KeyboardInterrupt:
         print("\nFinished shards are kept; the same command makes those that are missing.", file=sys.stderr)
         raise

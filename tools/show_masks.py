@@ -21,7 +21,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.data.images import crop, decode  # noqa: E402
+from cfmask.data.images import EXTENSIONS, crop, decode  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import eval_batches  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
@@ -92,7 +92,7 @@ def _method(arguments: argparse.Namespace) -> Method:
 
 
 def _from_files(paths: list[Path], count: int, size: int, info: ModelInfo) -> tuple[Tensor, list[int | None]]:
-    endings = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+    endings = {".jpeg", ".tiff", *(f".{extension}" for extension in EXTENSIONS.values())}
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -108,6 +108,8 @@ def _from_files(paths: list[Path], count: int, size: int, info: ModelInfo) -> tu
             images.append(crop(decode(file.read_bytes()), size))
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+        except UserError as reason:
+            raise UserError(f"{file} cannot be used: {reason}.") from None
         labels.append(info.classes.index(file.parent.name) if file.parent.name in info.classes else None)
     return torch.stack(images), labels
 

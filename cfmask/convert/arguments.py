@@ -110,8 +110,12 @@ def _add_common(p: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="SOURCE",
-        help="folder of images, or a tar or zip archive, which is read in place",
+        help="folder of images, or a tar or zip archive, which is read in place; or Parquet files",
     )
+    for what in ("image", "label"):
+        p.add_argument(
+            f"--{what}-column", metavar="NAME", help=f"Parquet: column of the {what}s, where several could be meant"
+        )
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of shards a set")
     p.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the order of samples, and of --holdout (default: 0)"

@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cfmask.convert.class_names import class_ids_of_names, is_list, normal
 from cfmask.convert.sources import objectnet
 from cfmask.data import benchmarks, imagenet
 from cfmask.errors import UserError
 
 CLASS_NAMES, SHARD_COUNT = "classnames.txt", "nshards.txt"
-_OTHER_NAMES = 0.1
-"""Share of names that may differ from ours: WordNet's, OpenAI's and their versions are not spelled alike everywhere."""
 
 
 @dataclass(frozen=True)
@@ -109,29 +108,17 @@ def _map(path: Path, names: list[str], mappings: Path | None, places: Sequence[P
         },
     }
     for name, ids in known.items():
-        if _is_list(names, ids):
+        if is_list(names, ids):
             return ClassMapping(path, tuple((i,) for i in ids), name)
     if (found := _objectnet(names, mappings, places)) is not None:
         return ClassMapping(path, found, benchmarks.OBJECTNET.name)
-    return ClassMapping(path, tuple((i,) for i in _by_name(path, names)))
-
-
-def _normal(name: str) -> str:
-    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
-
-
-def _names_of(class_id: int) -> set[str]:
-    return {_normal(imagenet.class_names()[class_id]), *map(_normal, imagenet.lemmas()[class_id])}
-
-
-def _is_list(names: list[str], ids: Sequence[int]) -> bool:
-    """Whether these are the names of these classes in this order, of which a few may be spelled otherwise."""
-    if len(names) != len(ids):
-        return False
-    every = set().union(*map(_names_of, range(len(imagenet.wnids()))))
-    unlike = [name for name, i in zip(map(_normal, names), ids, strict=True) if name not in _names_of(i)]
-    # A name of another class means that the order is another one.
-    return len(unlike) <= _OTHER_NAMES * len(ids) and not every.intersection(unlike)
+    remedy = (
+        f"Give its class list with --classes FILE (a line `folder<TAB>display name` a class, in {path.name}'s order; "
+        f"folders of ImageNet's classes are wnids)."
+    )
+    return ClassMapping(
+        path, tuple((i,) for i in class_ids_of_names(names, wordnet=False, where=str(path), remedy=remedy))
+    )
 
 
 def _objectnet(names: list[str], mappings: Path | None, places: Sequence[Path]) -> tuple[tuple[int, ...], ...] | None:
@@ -149,45 +136,6 @@ def _objectnet(names: list[str], mappings: Path | None, places: Sequence[Path]) 
         return None
     labels, class_ids = objectnet.classes_of(files)
     theirs = sorted(class_ids)
-    if [_normal(labels[folder]) for folder in theirs] != list(map(_normal, names)):
+    if [normal(labels[folder]) for folder in theirs] != list(map(normal, names)):
         return None
     return tuple(class_ids[folder] for folder in theirs)
-
-
-def _by_name(path: Path, names: list[str]) -> list[int]:
-    """Class ids of another list of ImageNet's classes, by open_clip's names. A name of two classes ("missile") is the
-    one that the order tells, if the list is in ImageNet's order."""
-    of_name: dict[str, list[int]] = {}
-    for i, name in enumerate(map(_normal, imagenet.class_names())):
-        of_name.setdefault(name, []).append(i)
-    candidates = [of_name.get(name, []) for name in map(_normal, names)]
-    if unknown := [name for name, ids in zip(names, candidates, strict=True) if not ids]:
-        raise UserError(
-            f"{path} names {len(unknown)} of {len(names)} classes otherwise than open_clip names ImageNet's classes, "
-            f"such as {unknown[0]!r}, so nothing says which class ids its labels are. For a set of other classes, give "
-            f"its class list with --classes FILE (a line `folder<TAB>display name` a class, in {path.name}'s order)."
-        )
-    first, last = _lowest(candidates), _lowest([[-i for i in reversed(ids)] for ids in reversed(candidates)])
-    if first and last and first == [-i for i in reversed(last)]:
-        return first
-    if unclear := [name for name, ids in zip(names, candidates, strict=True) if len(ids) > 1]:
-        raise UserError(
-            f"{path} has the class name {unclear[0]!r}, which two classes of ImageNet have, and the order of the list "
-            f"does not tell which is meant. Give a class list with --classes FILE (a line `wnid<TAB>display name` a "
-            f"class, in {path.name}'s order)."
-        )
-    ids = [ids[0] for ids in candidates]
-    if len(set(ids)) < len(ids):
-        raise UserError(f"{path} names a class twice: labels of either would be the same class. Copy it again.")
-    return ids
-
-
-def _lowest(candidates: Sequence[Sequence[int]]) -> list[int] | None:
-    """The lowest ids that rise from one to the next; None if there are none."""
-    found: list[int] = []
-    for ids in candidates:
-        following = [i for i in ids if not found or i > found[-1]]
-        if not following:
-            return None
-        found.append(following[0])
-    return found

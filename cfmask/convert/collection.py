@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfmask.convert import unpacking
 from cfmask.convert.class_order import classes_in_order
+from cfmask.convert.parquet_set import parquet_set
 from cfmask.convert.planning import hold_out
 from cfmask.convert.sources.files import Tree
 from cfmask.convert.sources.folder import folder_tree
 from cfmask.convert.sources.imagenet import imagenet_tree
 from cfmask.convert.sources.labels_file import labels_file_tree
+from cfmask.convert.sources.listing import Listing
 from cfmask.convert.sources.objectnet import objectnet_tree
+from cfmask.convert.sources.parquet import holds_parquet
 from cfmask.convert.sources.shifted import benchmark_tree
 from cfmask.convert.tables import Classes, read_classes
 from cfmask.data import benchmarks, imagenet, images
@@ -38,6 +42,7 @@ class Request:
     classes: folder; class list.
     class_to_idx: folder; file with torchvision's mapping of class folders to class ids.
     labels: folder; table of paths and labels.
+    image_column, label_column: of Parquet files of which several columns could be meant.
     """
 
     kind: str
@@ -56,6 +61,8 @@ class Request:
     classes: Path | None = None
     class_to_idx: Path | None = None
     labels: Path | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class Collection:
     """The images of a source, with what their folders mean.
 
     class_ids: by class folder. accepted: as the manifest's. facts: for the manifest's ``made``.
+    unpack: files of the source whose images have to be unpacked before shards are made of them.
     """
 
     tree: Tree
@@ -71,6 +79,7 @@ class Collection:
     accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     border: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    unpack: tuple[unpacking.Unpack, ...] = ()
 
 
 def collect(request: Request) -> Collection:
@@ -84,7 +93,11 @@ def collect(request: Request) -> Collection:
         listed = classes_in_order(request.class_to_idx, listed)
     labels = request.labels or (request.source if request.source.suffix.lower() in _TABLES else None)
     with progress_bar(desc="listing the source", unit=" files") as bar:
-        if request.kind == "folder" and labels:
+        if holds_parquet(request.source):
+            found = _collect_parquet(request, Listing(request.source, bar.update), listed)
+        elif request.image_column or request.label_column:
+            raise UserError(f"--image-column and --label-column are for Parquet files, and {request.source} has none.")
+        elif request.kind == "folder" and labels:
             tree, classes = labels_file_tree(
                 request.source, labels, split=request.split, classes=listed, tick=bar.update
             )
@@ -120,6 +133,25 @@ def collect(request: Request) -> Collection:
     if request.holdout is not None:
         take_holdout(found, request.holdout, seed=request.seed)
     return found
+
+
+def _collect_parquet(request: Request, listing: Listing, listed: Classes | None) -> Collection:
+    for flag in ("labels", "devkit", "mappings"):
+        if getattr(request, flag):
+            raise UserError(
+                f"--{flag} would do nothing: {request.source} holds Parquet files, which have their labels."
+            )
+    found = parquet_set(
+        listing,
+        unpacking.folder_of(request.out, request.kind, request.source),
+        kind=request.kind,
+        split=request.split,
+        classes=listed,
+        image_column=request.image_column,
+        label_column=request.label_column,
+        partial=request.allow_count_mismatch,
+    )
+    return Collection(found.tree, found.classes, found.class_ids, unpack=found.unpack)
 
 
 def check_counts(found: Collection, request: Request) -> None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cfmask.convert import shard_writer
-from cfmask.convert.collection import Collection, Request
+from cfmask.convert.collection import Collection, Request, collect
 from cfmask.convert.planning import Store, Task, claim, is_made, plan_split
 from cfmask.convert.sources.files import why_absent
 from cfmask.convert.sources.objectnet import NO_OVERLAP
 from cfmask.convert.tarscan import shown_size
-from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT
+from cfmask.convert.unpacking import Unpack, pending, unpack
+from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT, make_shard, preload
 from cfmask.data import images, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, sole_writer, write_atomically
@@ -71,14 +72,59 @@ def plan_all(found: Collection, request: Request) -> list[Split]:
     return splits
 
 
-def check_space(out: Path, tasks: list[Task]) -> None:
+def to_unpack(splits: list[Split]) -> list[Unpack]:
+    """What has to be unpacked next, if anything, before the missing shards can be made."""
+    missing = (task for split in splits for task in split.tasks if not is_made(task))
+    return pending(splits[0].found.unpack, lambda: (sample.image.blob.path for t in missing for sample in t.samples))
+
+
+class Run(Protocol):
+    """Applies a function to items, in processes of this machine or in the tasks of a job array.
+
+    kind, identity: as those of ``launch.jobs.array.Work``. describe: path of what becomes of an item; their stems
+    differ. progress: gets each result, (images, bytes).
+    """
+
+    def __call__(
+        self,
+        *,
+        kind: str,
+        identity: str,
+        function: Callable[[Any], tuple[int, int]],
+        items: Sequence[Any],
+        describe: Callable[[Any], str],
+        preload: tuple[str, ...],
+        progress: Callable[[tuple[int, int]], object],
+    ) -> object: ...
+
+
+def unpack_first(splits: list[Split], request: Request, run: Run) -> list[Split]:
+    """Unpack what is needed. Returns: the splits as they are planned then."""
+    while files := to_unpack(splits):
+        with progress_bar(total=sum(file.rows for file in files), desc="unpacking", unit=" images") as bar:
+            run(
+                kind="unpack",
+                identity=f"{request.source} {request.out}",
+                function=unpack,
+                items=files,
+                describe=lambda file: str(file.record),
+                preload=(),
+                progress=lambda done: bar.update(done[0]),
+            )
+        splits = plan_all(collect(request), request)
+    return splits
+
+
+def check_space(out: Path, splits: list[Split]) -> None:
     """Raises: UserError: what is still to be made does not fit on the disk."""
-    needed = sum(task.num_bytes for task in tasks)
+    needed = sum(task.num_bytes for split in splits for task in split.tasks if not is_made(task))
+    unpacked = sum(file.num_bytes for file in to_unpack(splits))
+    needed += unpacked
     free = free_space(out)
     if needed > free:
         raise UserError(
-            f"The shards in {out} need about {shown_size(needed)}, and the disk has {shown_size(free)} left. Free some "
-            f"space, or choose an --out on another disk."
+            f"The shards {'and the unpacked images ' if unpacked else ''}in {out} need about {shown_size(needed)}, and "
+            f"the disk has {shown_size(free)} left. Free some space, or choose an --out on another disk."
         )
 
 
@@ -89,11 +135,7 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-MakeAll = Callable[[Split, list[Task], Callable[[tuple[int, int]], object]], object]
-"""Makes the shards of some tasks of a split; calls the last argument with (images, bytes of the source) of each."""
-
-
-def convert_split(split: Split, request: Request, make: MakeAll) -> None:
+def convert_split(split: Split, request: Request, run: Run) -> None:
     """Make what is missing of one split, then its manifest."""
     begun = time.monotonic()
     folder, name, tasks = split.folder, split.name, split.tasks
@@ -116,7 +158,15 @@ def convert_split(split: Split, request: Request, make: MakeAll) -> None:
                 bar.set_postfix_str(f"{done_bytes / 1e6 / (time.monotonic() - begun):.1f} MB/s", refresh=False)
                 bar.update(n)
 
-            make(split, missing, report)
+            run(
+                kind="shards",
+                identity=f"{folder}{tasks[0].plan}",
+                function=make_shard,
+                items=missing,
+                describe=lambda task: str(task.tar),
+                preload=preload(missing),
+                progress=report,
+            )
         manifest, kept = commit(split, request)
         remove_leftovers(folder)
     seconds = time.monotonic() - begun

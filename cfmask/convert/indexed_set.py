@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from cfmask.convert.clip_benchmark import ClassMapping
 from cfmask.convert.labels import IMAGES, Label, no_images
@@ -272,9 +270,9 @@ def _border(indexes: dict[Path, shard_index.Index]) -> int:
 def _has_red_frame(data: bytes) -> bool | None:
     """None if the image cannot be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"), np.int64)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with images.opened(data) as image:
+            pixels = np.array(image.convert("RGB"))
+    except UserError:
         return None
     ring = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     red, green, blue = np.median(ring, axis=0)

@@ -187,7 +187,7 @@ class Planned(Protocol):
 def is_made(task: Planned) -> bool:
     """Whether a shard of this very plan is there, whole: its index is its commit record."""
     about = shard_writer.committed_about(task.tar)
-    return about is not None and about.get("plan") == task.plan
+    return about is not None and about.get("plan") == task.plan and not shard_writer.has_clipped_images(about)
 
 
 def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +152,10 @@ def class_counts_of(indexes: Iterable[Index], num_classes: int) -> tuple[int, ..
     for index in indexes:
         total += np.bincount(index.labels, minlength=num_classes)
     return tuple(map(int, total))
+
+
+def has_clipped_images(about: Mapping[str, Any]) -> bool:
+    """Whether a shard, by the ``about`` of its index, is of an earlier release that took all 16-bit grey above 255 for
+    white, and holds such images."""
+    clipped = ("16-bit", "kept, read as RGB")
+    return any((issue.get("issue"), issue.get("policy")) == clipped for issue in about.get("issues", ()))

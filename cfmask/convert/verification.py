@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from cfmask.convert import labels, tarscan
+from cfmask.convert.shard_writer import has_clipped_images
 from cfmask.data import images
 from cfmask.data.shard_index import INDEX_AGAIN, Index, frame_digest, index_path, parse_index
 from cfmask.data.shards import Shard
@@ -147,6 +148,9 @@ def _check_index(item: Check, problems: list[Problem]) -> Index | None:
     if (lacking := np.flatnonzero(index.image < 0)).size:
         names = tuple(index.keys[row].decode() for row in lacking)
         problems.append(Problem("no-image", f"{_count(names, 'sample')} without an image", _index_again(item), names))
+    if item.store != images.ORIGINAL and has_clipped_images(index.about):
+        what = "holds crops of 16-bit grey images that an earlier release took for white"
+        problems.append(Problem("clipped", what, "Run the conversion again: the same command makes this shard again."))
     return index
 
 

@@ -9,39 +9,25 @@ from __future__ import annotations
 import errno
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.runtime.pool import ignore, map_in_processes
 
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
 LEFT_OUT = "left out"
 _AS_RGB = "kept, read as RGB"
+SCALED = "kept, scaled to 8 bits"
+_FIRST = "kept, the first one"
 _AS_STORED = "kept, orientation not applied"
+_TURNED = "kept, orientation applied"
 _BY_CONTENT = "kept, under the extension of its content"
 _NUMBERED = "kept, its key numbered"
 NO_IMAGES = "class has no images"
 STAYS_OUT = "stays out"
-
-
-def make_all(tasks: list[Task], *, workers: int, progress: Callable[[tuple[int, int]], object] = ignore) -> None:
-    """Make shards in processes of this machine. ``progress`` gets what ``make_shard`` returns of each.
-
-    Raises:
-        UserError: the first that a process met. What is finished stays.
-    """
-    map_in_processes(
-        make_shard,
-        tasks,
-        workers=workers,
-        preload=preload(tasks),
-        describe=lambda task: str(task.tar),
-        progress=progress,
-    )
 
 
 def preload(tasks: Sequence[Task]) -> tuple[str, ...]:
@@ -112,7 +98,7 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         note(str(reason), LEFT_OUT)
         return None
     for oddity in facts.oddities:
-        note(oddity, _AS_STORED if oddity.startswith("EXIF") else _AS_RGB)
+        note(oddity, _policy(oddity))
     suffix = image.file.rpartition(".")[2].lower()
     suffix = {"jpeg": "jpg", "tiff": "tif"}.get(suffix, suffix)
     if suffix != facts.extension:
@@ -129,3 +115,10 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         "height": facts.height,
     }
     return {extension: stored, "cls": str(sample.label).encode(), "json": json.dumps(about).encode()}
+
+
+def _policy(oddity: str) -> str:
+    if oddity.endswith("-bit"):
+        return SCALED
+    policies = {"several pictures": _FIRST, "EXIF": _AS_STORED, "TIFF": _TURNED}
+    return next((policy for beginning, policy in policies.items() if oddity.startswith(beginning)), _AS_RGB)

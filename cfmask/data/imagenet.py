@@ -24,6 +24,12 @@ def wnids() -> tuple[str, ...]:
 
 
 @functools.cache
+def wnid_set() -> frozenset[str]:
+    """The 1000 wnids, to look up."""
+    return frozenset(wnids())
+
+
+@functools.cache
 def r_wnids() -> tuple[str, ...]:
     """The 200 wnids of ImageNet-R."""
     return _wnids("imagenet_r_synsets.txt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +10,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from cfmask.data import images
 from cfmask.errors import UserError
 
 Mask = NDArray[np.bool_]
@@ -59,13 +59,16 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def open_png(shown: object, data: bytes) -> Iterator[Image.Image]:
     """A PNG whose pixels are not read yet. What goes wrong while it is open becomes a UserError; shown: its name."""
+    refused: UserError | None = None
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-            yield image
-    except UserError:
-        raise
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{shown} cannot be read as a PNG ({error}).") from None
+        with images.opened(data, ("PNG",), is_photograph=False) as image:
+            try:
+                yield image
+            except UserError as error:  # the caller's own
+                refused = error
+                raise
+    except UserError as error:
+        raise error if error is refused else UserError(f"{shown} cannot be read as a PNG ({error}).") from None
 
 
 def read_object_mask(shown: object, data: bytes) -> Mask:

@@ -13,6 +13,7 @@ A labelled image is found by its folder: the folder that holds it is its class, 
     …-format-val/12/1e2f….jpeg                   ImageNet-V2: a folder a class NUMBER (or a wnid)
     objectnet-1.0/images/alarm_clock/….png       ObjectNet: names of its own, which objectnet-1.0/mappings/ explains
     labels.csv                                   a table of paths and labels
+    data/train-00000-of-00294.parquet            the Hugging Face hub's sets: images and labels in one (parquet.py)
 
 listing.py walks over a source and gives paths and where their bytes are (blobs.py); a module a kind of set says what
 the paths mean (files.py has what they have in common). Links are followed, in archives too. What is not used is counted
