@@ -96,7 +96,8 @@ def test_what_was_accepted_stays_if_slurm_refuses_a_later_array(fake: FakeSlurm,
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     root = made.make_materials(tmp_path_factory.mktemp("materials"), per_class=16)
-    (root / "shards/shifted").symlink_to("val")
+    for name in ("shifted", "holdout"):
+        (root / "shards" / name).symlink_to("val")
     return root
 
 
