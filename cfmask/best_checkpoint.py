@@ -11,7 +11,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfmask.checkpoint_state import MODEL, CheckpointDamaged, found, read_state
+from cfmask.checkpoint_state import MODEL, CheckpointDamaged, found, is_percent, read_state
 from cfmask.errors import UserError
 from cfmask.files import sha256_of
 from cfmask.recipe import Recipe
@@ -53,13 +53,13 @@ def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, 
     scores: dict[int, float] = {}
     left_out = set()
     for line in patiently(lambda: read_lines(log), str(log)):
-        of_line, epoch = line.get("eval"), line.get("epoch")
+        of_line, epoch, step = line.get("eval"), line.get("epoch"), line.get("step")
         # Evaluations between epochs' ends (--eval-steps) have a fraction for their epoch, and no checkpoint.
-        if isinstance(of_line, dict) and on in of_line and isinstance(epoch, int):
-            if epoch > probing:
-                scores[int(line["step"])] = float(of_line[on])
-            else:
-                left_out.add(int(line["step"]))
+        if isinstance(of_line, dict) and on in of_line and isinstance(epoch, int) and isinstance(step, int):
+            if epoch <= probing:
+                left_out.add(step)
+            elif is_percent(of_line[on]):
+                scores[step] = float(of_line[on])
     for path in patiently(lambda: found(checkpoints), str(checkpoints)):
         with contextlib.suppress(CheckpointDamaged):
             state = read_state(path)
@@ -102,7 +102,10 @@ def best_checkpoint(recipe: Recipe, log: Path, checkpoints: Path, *, verify: boo
     try:
         state = read_state(path) if path.is_dir() else None
         if state is None:
-            raise UserError(f"The best checkpoint of {run}, {path.name}, is gone or was never written. {others}")
+            raise UserError(
+                f"The best checkpoint of {run}, {path.name}, is gone or was never written, or a run that is still "
+                f"training is writing it now. {others}"
+            )
         if verify and patiently(lambda: sha256_of(path / MODEL), str(path / MODEL)) != state.sha256[MODEL]:
             raise CheckpointDamaged.of(path, f"{MODEL} is not what was written")
     except CheckpointDamaged as error:

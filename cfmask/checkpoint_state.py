@@ -162,8 +162,13 @@ def _hex(value: Any, digits: int) -> str:
     return value
 
 
+def is_percent(value: Any) -> bool:
+    """Whether a value is a number in 0…100."""
+    return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 100
+
+
 def _percent(value: Any) -> float:
-    if type(value) not in (int, float) or not (math.isfinite(value) and 0 <= value <= 100):
+    if not is_percent(value):
         raise ValueError(f"{value!r} where a percentage belongs")
     return float(value)
 

@@ -89,7 +89,7 @@ class Evaluation(Record):
             raise UserError("Nothing to do: name the models to evaluate.")
         if (self.sets or self.holdout or self.make == "zero-shot") and not self.shards:
             raise UserError("--shards is missing: the folder (or URL) that holds the sets.")
-        for what, names in (("--sets", self.sets), ("--models", self.models), ("--alphas", self.alphas)):
+        for what, names in (("--sets", self.sets), ("MODEL", self.models), ("--alphas", self.alphas)):
             if len(set(names)) != len(names):
                 raise UserError(f"{what} names one of them twice: {' '.join(map(str, names))}.")
         if self.make == "wise-ft" and not self.alphas:

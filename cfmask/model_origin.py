@@ -3,13 +3,15 @@ model that an evaluation takes, and tables say it."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.checkpoint_state import step_of
+from cfmask.checkpoint_state import found, step_of
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import Recipe
@@ -49,6 +51,18 @@ class ModelOrigin:
         return cls(**known)
 
 
+def settled(model: Path) -> Path:
+    """The path of a model file without links and relative parts, except links inside its run folder (checkpoints on
+    another disk): the run is known by where the file lies.
+
+    Args:
+        model: a file, as ``find_model`` gives it.
+    """
+    file = Path(os.path.abspath(model))
+    run = origin_of(file).run
+    return file.resolve() if run is None else Path(run).resolve() / file.relative_to(run)
+
+
 def origin_of(model: str | Path) -> ModelOrigin:
     """What is known of a model file by where it lies. Where the run's records cannot be read, less is known.
 
@@ -85,7 +99,9 @@ def _of_checkpoint(path: Path, run: RunFolder) -> ModelOrigin:
             return ModelOrigin(str(path), str(run.root), step, f"best on {best.on}{so_far}", best.on, best.top1)
     except UserError:
         pass
-    last = step == max((step_of(other) for other in path.parent.parent.glob("step-*")), default=step)
+    last = False
+    with contextlib.suppress(OSError):
+        last = step == max(map(step_of, found(path.parent.parent)), default=step)
     return ModelOrigin(str(path), str(run.root), step, f"{LAST}{so_far}" if last else "named by its path")
 
 

@@ -558,7 +558,8 @@ PRESETS: dict[str, Recipe] = {
     "grad-cam": Recipe(method=Method(mask="object", fill="single-fill", cam="grad-cam")),
     "wise-kd": Recipe(method=Method(name="wise-kd", mask="object", fill="single-fill")),
     # The authors' code: the method, unless --method names another. Its learning rate is the same whatever is trained,
-    # and it has no autocast. (Their PyTorch 1.11 multiplied matrices in TF32 on Ampere GPUs: --precision tf32.)
+    # and it has no autocast. (Their PyTorch 1.11 multiplied matrices in TF32 on Ampere GPUs: --precision tf32.) Of
+    # lp-ft, the first phase's --probe-lr stays to be said: a setting that one method has is not for a preset of all.
     "released-code": Recipe(optim=Optim(schedule="one-cycle", lr=3e-5), run=Run(precision="fp32")),
 }
 

@@ -401,13 +401,23 @@ def find_model(path: str | Path) -> Path:
     """
     path = Path(path)
     if path.name == POINTER:
-        return RunFolder(path.parent.parent).best().model
+        # Absolute: "best.json" alone has no parents. Not resolved: RUN/checkpoints may be a link to another disk.
+        folder = Path(os.path.abspath(path)).parent
+        run = RunFolder(folder.parent)
+        if folder != run.checkpoints:
+            raise UserError(
+                f"{path} does not lie in the folder checkpoints of a run, whose log and checkpoints tell which is the "
+                "best. Name RUN/checkpoints/best.json, or the model file itself."
+            )
+        return run.best().model
     if path.is_file():
         return path
-    candidates = [path / "model.safetensors", *sorted(path.glob("checkpoints/step-*/model.safetensors"), reverse=True)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    checkpoints = path / "checkpoints"
+    for each in patiently(lambda: found_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
+        if (each / "model.safetensors").is_file():
+            return each / "model.safetensors"
     raise UserError(
         f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
         "RUN/model.safetensors, RUN/initial.safetensors or RUN/checkpoints/step-…/model.safetensors."

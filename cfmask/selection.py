@@ -8,55 +8,72 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path, PurePath
 
 from cfmask.data import imagenet
-from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, OBJECTNET, SHIFTED, VAL, wnids
+from cfmask.data.benchmarks import (
+    ALIASES,
+    BENCHMARKS,
+    IMAGENET_A,
+    IMAGENET_R,
+    IMAGENET_SKETCH,
+    OBJECTNET,
+    TRAIN,
+    VAL,
+    wnids,
+)
 from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
 
 HOLDOUT = "holdout"
 """The set that tools/make_shards.py --holdout takes out of the training set."""
+IMAGENET_VAL = "ImageNet's validation set"
 FLAG = "--select-on-test-set"
 FLAG_HELP = (
     "choose on a set that is known as a test set, which is refused otherwise: its accuracies are then too high, and "
     "not comparable with published ones"
 )
 _NAMES = re.compile(
-    r"(wds[^a-z0-9]*)?"
-    r"(imagenet[^a-z0-9]*(v2|r|renditions?|a|adversarial|c|o|sketch|val|validation|test)|objectnet)(?![a-z])"
+    r"(?<![a-z])(imagenet|ilsvrc|in(?=[^a-z]|v2))[^a-z0-9]*(\d+k?[^a-z0-9]*)?(img[^a-z0-9]*)?"
+    r"([raco](?![a-z0-9])|(v2|renditions?|adversarial|sketch|val|validation|test)(?![a-z]))"
+    r"|object[^a-z0-9]?net(?![a-z])"
+    r"|(?<![a-z])test(set)?(?![a-z])"
 )
-"""Names of test sets as people write them, in lower case: imagenetv2-matched-frequency, wds_objectnet …"""
+"""Names of test sets as people write them, in lower case: imagenetv2-matched-frequency, wds_objectnet, in1k-val …"""
 
 
 def known_test_set(name: str, manifest: Manifest | None = None) -> str | None:
     """The test set that a set is, by its name or by what is in it; None if it is not known as one.
 
-    ``val`` and ``imagenet`` are names that everybody uses, and mean ImageNet's only with its 1000 classes. A set is
-    recognised by its counts whatever its folder is called, but for ImageNet-V2, which has as many images and classes as
-    a held-out set of 10,000.
+    Short names (``val``, ``imagenet``, ``v2``, ``r`` …) are used for other data as well, and mean the paper's sets only
+    with ImageNet's 1000 classes. A set is recognised by its counts whatever its folder is called, except ImageNet-V2,
+    which has as many images and classes as a held-out set of 10,000.
 
     Args:
-        name: of its folder.
+        name: of its folder, or a path of it.
         manifest: of the set; None: it is not there to be looked at.
     """
-    names = {name, *([manifest.split] if manifest is not None else [])}
-    for each in names:
-        if each in {benchmark.name for benchmark in SHIFTED} or each == "test":
-            return each
-        if _NAMES.match(each.lower()):
+    names = {PurePath(name).name}
+    if manifest is not None:
+        names |= {manifest.split, *([manifest.root.resolve().name] if isinstance(manifest.root, Path) else [])}
+    for each in sorted(names):
+        if _NAMES.search(each.lower()):
             return each
     if manifest is None or tuple(wnid for wnid, _ in manifest.classes) != imagenet.wnids():
         return None
-    if names & {VAL.name, "imagenet"}:
-        return "ImageNet's validation set"
-    if "holdout" in manifest.made:  # split off the training set by tools/make_shards.py
+    for each in sorted(names):
+        benchmark = ALIASES.get(each.lower(), each)
+        if benchmark in BENCHMARKS and benchmark != TRAIN.name:
+            return IMAGENET_VAL if benchmark == VAL.name else benchmark
+    if manifest.split == HOLDOUT and "holdout" in manifest.made:  # split off the training set by tools/make_shards.py
         return None
     counts = {wnid: n for (wnid, _), n in zip(manifest.classes, manifest.class_counts, strict=True) if n}
-    for benchmark in (VAL, IMAGENET_SKETCH, IMAGENET_R, OBJECTNET, IMAGENET_A):
-        same = (sum(counts.values()), len(counts)) == (benchmark.images, benchmark.classes)
-        even = benchmark is not VAL or set(counts.values()) == {50}
-        if same and even and counts.keys() <= set(wnids(benchmark.name)):
-            return "ImageNet's validation set" if benchmark is VAL else benchmark.name
+    images = sum(counts.values()) + manifest.bad_samples
+    for known in (VAL, IMAGENET_SKETCH, IMAGENET_R, OBJECTNET, IMAGENET_A):
+        same = (images, len(counts)) == (known.images, known.classes)
+        even = known is not VAL or max(counts.values()) == known.images // known.classes
+        if same and even and counts.keys() <= set(wnids(known.name)):
+            return IMAGENET_VAL if known is VAL else known.name
     return None
 
 

@@ -225,13 +225,6 @@ class Scene:
         folder = (arguments.out or Path("reproductions") / Path(model_name).stem).resolve()
         checkpoint = settle_choice(arguments, file, read_object(folder / "plan.json"))
         base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
-        selection = check_holdout(
-            base,
-            arguments.sets,
-            without=arguments.without_holdout,
-            allow_count_mismatch=arguments.allow_count_mismatch,
-            select_on_test_set=arguments.select_on_test_set,
-        )
         evaluation = Evaluation(
             shards=base.data.shards,
             sets=tuple(arguments.sets),
@@ -273,8 +266,17 @@ class Scene:
         together = arrays(plan.nodes.values(), dict.fromkeys(plan.nodes, MISSING))
         if arguments.array_parallelism and all(len(array) == 1 for array in together):
             raise UserError("--array-parallelism would do nothing: no two jobs of this plan wait for the same jobs.")
-        which = f"best on {base.run.best_on}" if checkpoint == BEST else "last"
-        selection += f" Rows are of each run's checkpoint that is {which}."
+        selection = check_holdout(
+            base,
+            arguments.sets,
+            trains=plan.trains,
+            without=arguments.without_holdout,
+            allow_count_mismatch=arguments.allow_count_mismatch,
+            select_on_test_set=arguments.select_on_test_set,
+        )
+        if plan.trains:
+            which = f"best on {base.run.best_on}" if checkpoint == BEST else "last"
+            selection += f" Rows are of each run's checkpoint that is {which}."
         return cls(plan, setup, base, start, allocation, arguments.arch, foreign, selection)
 
     def folder(self, name: str) -> RunFolder:
@@ -283,7 +285,8 @@ class Scene:
     @property
     def sets(self) -> dict[str, Manifest]:
         """All that are read."""
-        names = (*self.setup.evaluation.sets, self.base.data.train_split, *self.base.data.eval_sets)
+        of_training = (self.base.data.train_split, *self.base.data.eval_sets) if self.plan.trains else ()
+        names = (*self.setup.evaluation.sets, *of_training)
         return {name: training.load_set(self.base.data.shards, name) for name in names}
 
     @property
@@ -307,6 +310,7 @@ class Scene:
 
         self._check_folder()
         sets = self.sets
+        first = self.base.data.train_split if self.plan.trains else self.setup.evaluation.sets[0]
         coming = {
             str(self.setup.model(node.name)): self.start
             for node in self.plan.nodes.values()
@@ -323,7 +327,7 @@ class Scene:
                 continue
             node.work.checked()
             for name in node.work.sets:
-                training.check_same_classes(sets[name], sets[self.base.data.train_split])
+                training.check_same_classes(sets[name], sets[first])
                 check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
             if node.work.make == "zero-shot":
                 self._check_start()

@@ -9,14 +9,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made
+from cfmask.data.shards import index_name, load_manifest, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import PRESETS, Recipe
@@ -346,9 +349,19 @@ def nobodys_cluster_file(monkeypatch):
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     root = made.make_materials(tmp_path_factory.mktemp("materials"), per_class=16)
-    for name in ("shifted", "holdout"):
-        (root / f"shards/{name}").symlink_to("val")
+    (root / "shards/shifted").symlink_to("val")
+    put_part(root / "shards/val", root / "shards/holdout")
     return root
+
+
+def put_part(whole: Path, part: Path) -> None:
+    """The first shard of a set as a set of its own."""
+    part.mkdir()
+    manifest = load_manifest(whole)
+    counts = np.bincount(manifest.open_index(manifest.shards[0]).labels, minlength=manifest.num_classes)
+    for name in (manifest.shards[0].name, index_name(manifest.shards[0].name)):
+        (part / name).symlink_to(whole / name)
+    write_manifest(replace(manifest, root=part, shards=manifest.shards[:1], class_counts=tuple(counts.tolist())))
 
 
 HERE = ("--executor", "local", "--tasks-per-node", 2)
@@ -424,7 +437,7 @@ zero-shot                     make the head, evaluate  –
          └─ wise-kd-eval × 3  evaluate                 –""".splitlines()
     )
     assert f"0 of 19 jobs done, in {out}" in said and "Would submit 19 jobs" in said
-    assert "Trains on 48 images; 48 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
+    assert "Trains on 48 images; 10 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
     # 48 images; an epoch is 3 steps of 16, and an evaluation of the 48 that are held out. 3 runs each of FT, FT + FD
     # and WiSE-KD; 10 evaluations of 2 × 48 images.
     flops = cost.forward_flops(json.loads((materials / "tiny.json").read_text()))

@@ -187,13 +187,17 @@ def test_a_test_set_chooses_nothing_unless_it_is_asked_to(capsys):
 # --- the held-out set of a reproduction -------------------------------------------------------------------------------
 
 
+NO_FLAGS = {"trains": True, "without": False, "allow_count_mismatch": False, "select_on_test_set": False}
+
+
 def put_sets(shards: Path, **images: int) -> Recipe:
     """Manifests of ImageNet's classes with these numbers of images, without the images."""
     for name, number in images.items():
         root = shards / name
         root.mkdir(parents=True)
         per_class, more = divmod(number, 1000)
-        made = manifest(name, {wnid: per_class + (i < more) for i, wnid in enumerate(ALL)})
+        split = {} if number == 50_000 else {"source": "ILSVRC", "seed": 0, "holdout": 10_240}
+        made = manifest(name, {wnid: per_class + (i < more) for i, wnid in enumerate(ALL)}, made=split)
         write_manifest(replace(made, root=root))
         (root / made.shards[0].name).touch()
         (root / index_name(made.shards[0].name)).touch()
@@ -216,13 +220,13 @@ def put_sets(shards: Path, **images: int) -> Recipe:
             UserError("The set holdout chooses a model on holdout .*ImageNet's"),
         ),
         ({"train": 10_240, "holdout": 10_240}, {}, UserError("have the same images: none is held out")),
-        ({"train": 1_270_927, "holdout": 10_240}, {"sets": ("val", "holdout")}, UserError("is one of the --sets")),
+        ({"train": 1_270_927, "holdout": 10_240}, {"sets": ("holdout",)}, UserError("is one of the --sets")),
         ({"train": 1_270_927, "holdout": 10_240}, {"select_on_test_set": True}, UserError("would do nothing")),
     ],
 )
 def test_a_reproduction_trains_on_what_is_not_held_out(tmp_path, images, flags, outcome):
     recipe = put_sets(tmp_path, **images)
-    given = {"sets": ("val",), "without": False, "allow_count_mismatch": False, "select_on_test_set": False} | flags
+    given = {**NO_FLAGS, "sets": (), **flags}
     sets = given.pop("sets")
     if isinstance(outcome, UserError):
         with pytest.raises(UserError, match=str(outcome)):
@@ -235,7 +239,7 @@ def test_a_damaged_holdout_is_not_said_to_be_missing(tmp_path):
     recipe = put_sets(tmp_path, train=1_270_927, holdout=10_240)
     (tmp_path / "holdout/manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json cannot be read as a manifest"):
-        holdout.check_holdout(recipe, (), without=False, allow_count_mismatch=False, select_on_test_set=False)
+        holdout.check_holdout(recipe, (), **NO_FLAGS)
 
 
 # --- the authors' numbers ---------------------------------------------------------------------------------------------

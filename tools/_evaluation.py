@@ -15,13 +15,13 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from cfmask.best_checkpoint import POINTER  # noqa: E402
-from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, VAL  # noqa: E402
+from cfmask.data.benchmarks import ALIASES  # noqa: E402
 from cfmask.data.remote import is_remote  # noqa: E402
 from cfmask.data.shards import find_set, manifest_if_there  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation import Evaluation, is_of_other_models  # noqa: E402
 from cfmask.files import write_atomically  # noqa: E402
-from cfmask.model_origin import BEST, CHOICES, LAST, describe, is_training_run, origin_of  # noqa: E402
+from cfmask.model_origin import BEST, CHOICES, LAST, describe, is_training_run, origin_of, settled  # noqa: E402
 from cfmask.models.head import ModelInfo, check_same_kind, read_info  # noqa: E402
 from cfmask.runs import RunFolder, find_model  # noqa: E402
 from cfmask.runtime.jsonl import read_object  # noqa: E402
@@ -38,16 +38,6 @@ from tools._shared import DATA_HELP  # noqa: E402
 
 if TYPE_CHECKING:
     from cfmask.report import ModelResult, Results, Row
-
-ALIASES = {
-    "imagenet": VAL.name,
-    "v2": IMAGENET_V2.name,
-    "r": IMAGENET_R.name,
-    "sketch": IMAGENET_SKETCH.name,
-    "objectnet": OBJECTNET.name,
-    "a": IMAGENET_A.name,
-}
-"""Short names of the paper's six sets."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True) -> None:
@@ -132,7 +122,7 @@ def evaluation_of(arguments: argparse.Namespace, allocation: Allocation | None, 
     holdout = making.pop("holdout", None)
     models = _chosen_models(making.pop("models"), arguments.checkpoint)
     evaluation = Evaluation(
-        models=tuple(str(find_model(path).resolve()) for path in models),
+        models=tuple(str(settled(find_model(path))) for path in models),
         shards=shards,
         sets=tuple(_folder(shards, name) for name in arguments.sets),
         holdout=None if holdout is None else _folder(shards, holdout),
@@ -176,20 +166,29 @@ def _check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: b
         where = find_set(evaluation.shards, evaluation.holdout)
         what = f"--holdout {evaluation.holdout}"
         on_test_set = check_selection(what, evaluation.holdout, manifest_if_there(where), allowed=allowed)
+    steps: dict[tuple[str, int], str] = {}
     for path, file in zip(models, evaluation.models, strict=True):
         origin = origin_of(file)
+        if evaluation.make.endswith("soup") and origin.run is not None and origin.step is not None:
+            other = steps.setdefault((origin.run, origin.step), file)
+            if other != file:
+                raise UserError(
+                    f"{other} and {file} are one model, that of step {origin.step} of {origin.run}, which would count "
+                    "twice in the soup. Leave one of them out."
+                )
         if path.name != POINTER or origin.run is None or origin.chosen_on is None:
             continue
         accuracy = f"{origin.top1:.2f} % on {origin.chosen_on}"
-        print(f"{origin.run}: the best checkpoint is that of step {origin.step} ({accuracy}).", file=sys.stderr)
+        so_far = "" if RunFolder(Path(origin.run)).final.exists() else "; the run has not finished"
+        print(f"{origin.run}: the best checkpoint is that of step {origin.step} ({accuracy}{so_far}).", file=sys.stderr)
         manifest = manifest_if_there(find_set(RunFolder(Path(origin.run)).recipe().data.shards, origin.chosen_on))
         what = f"The best checkpoint of {origin.run}"
         on_test_set |= check_selection(what, origin.chosen_on, manifest, allowed=allowed)
-        if origin.chosen_on in evaluation.sets:
-            print(
-                f"warning: {origin.chosen_on} has chosen the checkpoint of {origin.run}: it is overrated there.",
-                file=sys.stderr,
-            )
+        for name in evaluation.sets:
+            tested = manifest_if_there(find_set(evaluation.shards, name))
+            if name == origin.chosen_on or (manifest and tested and manifest.digest == tested.digest):
+                what = f"{origin.chosen_on} has chosen the checkpoint of {origin.run}"
+                print(f"warning: {what}, which is overrated on {name}.", file=sys.stderr)
     refuse_idle_flag(allowed, on_test_set)
 
 
@@ -222,9 +221,16 @@ def _check(evaluation: Evaluation) -> None:
         infos.append(info)
     if is_remote(evaluation.shards):
         return  # read when they are needed, through the nodes' cache
-    for manifest in load_sets_of(evaluation).values():
+    sets = load_sets_of(evaluation)
+    for manifest in sets.values():
         if infos:
             check_classes(manifest, infos[0].classes)
+    for name in evaluation.sets if evaluation.holdout else ():
+        if sets[name].digest == sets[evaluation.holdout].digest:
+            raise UserError(
+                f"--holdout {evaluation.holdout} and the set {name} of --sets have the same images: a set that chooses "
+                "a model cannot test it as well. Leave one of them out."
+            )
 
 
 def carry_out(
@@ -323,8 +329,15 @@ def _note(results: Results, names: Sequence[str]) -> str:
     files = [origin.file for origin in results.origins]
     called = names if len(names) == len(files) else short_names(files) if files else []
     parts = [describe(results.origins, dict(zip(files, called, strict=True)))]
+    chose = {origin.chosen_on for origin in results.origins if origin.chosen_on is not None}
+    for name in sorted(chose):
+        if name in results.sets:
+            parts.append(f"{name} has chosen a checkpoint, which is overrated on it.")
+        elif known_test_set(name):
+            parts.append(f"{name}, which has chosen a checkpoint, is a test set.")
     if results.chosen_on is not None:
-        test_set = " (a test set)" if known_test_set(results.chosen_on) else ""
+        manifest = manifest_if_there(find_set(results.evaluation.shards, results.chosen_on))
+        test_set = " (a test set)" if known_test_set(results.chosen_on, manifest) else ""
         parts.append(f"Chosen on {results.chosen_on}{test_set}.")
     return " ".join(filter(None, parts))
 

@@ -49,6 +49,16 @@ IMAGENET_A = Benchmark("imagenet-a", 7_500, 200, 200)
 SHIFTED = (IMAGENET_V2, IMAGENET_R, IMAGENET_SKETCH, OBJECTNET, IMAGENET_A)
 """The five whose mean is the robustness average, in the order of the paper's tables."""
 
+ALIASES = {
+    "imagenet": VAL.name,
+    "v2": IMAGENET_V2.name,
+    "r": IMAGENET_R.name,
+    "sketch": IMAGENET_SKETCH.name,
+    "objectnet": OBJECTNET.name,
+    "a": IMAGENET_A.name,
+}
+"""Short names of the paper's six sets."""
+
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (TRAIN, VAL, *SHIFTED)}
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from cfmask.data.filetree import FileTree
+from cfmask.data.filetree import FileTree, posix
 from cfmask.data.mask_files import Mask, Names, decode_mask, read_json, read_segment_ids, shown_size
 from cfmask.errors import UserError
 from cfmask.files import sha256_of
@@ -127,7 +127,8 @@ class CocoMasks:
         if found is None:
             raise UserError(
                 f"{self._path} names {shown}, which cannot be read: there is no such file. The PNGs of COCO's segment "
-                f"ids come with the JSON, as a zip; unpack all of it, or give the zip itself with --panoptic-pngs."
+                f"ids come with the JSON, as a zip; unpack all of it, or give the zip itself with --panoptic-pngs. If "
+                f"the file is there under another spelling, give it the name that the JSON has."
             )
         try:
             data = self._pngs.read(found)
@@ -184,8 +185,9 @@ class CocoMasks:
         files: set[str] = set()
         for entry in entries:
             file, size = entry["file_name"], (entry["height"], entry["width"])
-            if not isinstance(file, str) or not Path(file).name:
+            if not isinstance(file, str) or not Path(posix(file)).name:
                 raise UserError(f"{self._path} has an image whose file_name is {file!r}.")
+            file = posix(file)
             if not all(type(side) is int and side > 0 for side in size):
                 raise UserError(f"{self._path} gives {file} a height and width of {size[0]!r} and {size[1]!r}.")
             if entry["id"] in found or file in files:
@@ -216,8 +218,9 @@ class CocoMasks:
             if strangers := [s["category_id"] for s in segments if s["category_id"] not in self._category_ids]:
                 raise UserError(
                     f"{self._path} has an annotation of {image.file} of the category id {strangers[0]!r}, which is "
-                    f"not among its categories. If the ids are those of a model's outputs (0, 1, 2, …), give "
-                    f"annotations with the ids of the categories, as COCO numbers them (bird 16, cat 17, dog 18)."
+                    f"not among its categories ({self._examples()}). If the ids are those of a model's outputs (0, 1, "
+                    f"2, …), give annotations with the ids of the categories, as COCO numbers them (bird 16, cat 17, "
+                    f"dog 18). Ids that are numbers in one place and text in the other are different ids."
                 )
             image.annotations.append(entry)
         if panoptic and (bare := sum(not image.annotations for image in self._images.values())):
@@ -227,6 +230,11 @@ class CocoMasks:
                 stacklevel=4,
             )
         return panoptic
+
+    def _examples(self) -> str:
+        """Some categories and their ids, as the file writes them."""
+        some = [f"{name} {numbers[0]!r}" for name, numbers in list(self._categories.items())[:3]]
+        return f"{', '.join(some)}{', …' if len(self._categories) > 3 else ''}" if some else "there are none"
 
     def _check_segments(self, image: CocoImage, entry: dict[str, Any]) -> None:
         if image.annotations:

@@ -13,6 +13,11 @@ from pathlib import Path, PurePosixPath
 from cfmask.errors import UserError
 
 
+def posix(name: str) -> str:
+    """A path in a canonical form: Windows' backslashes are slashes, and "./" and double slashes are left out."""
+    return str(PurePosixPath(name.replace("\\", "/")))
+
+
 class FileTree:
     """The files below a folder, or in a zip archive. Hidden files are left out. Threads may share it.
 
@@ -31,8 +36,8 @@ class FileTree:
             if not place.is_dir():
                 self._zip = zipfile.ZipFile(place)
             for path in self._list():
-                self._paths[PurePosixPath(path).name].append(path)
-        except zipfile.BadZipFile as error:
+                self._paths[posix(path).rpartition("/")[2]].append(path)
+        except (zipfile.BadZipFile, ValueError, RuntimeError) as error:  # of names, of a version of the format
             raise UserError(
                 f"{place} is neither a folder nor a whole zip archive ({error}). Download the archive again."
             ) from None
@@ -42,11 +47,19 @@ class FileTree:
     def find(self, name: str) -> str | None:
         """The path of the file ``name``, which may lie in any subfolder; None if there is none.
 
+        ``name`` may begin with folders above or at ``place``: val2017/1.jpg is 1.jpg in a folder (or zip) val2017.
+
         Raises:
             UserError: several files match.
         """
-        ends = self._paths.get(PurePosixPath(name).name, [])
-        found = [path for path in ends if path == name] or [path for path in ends if path.endswith(f"/{name}")]
+        name = posix(name)
+        ends = self._paths.get(name.rpartition("/")[2], [])
+        above = self.place.absolute() if self._zip is None else self.place.absolute().with_suffix("")
+        found = (
+            [path for path in ends if posix(path) == name]
+            or [path for path in ends if posix(path).endswith(f"/{name}")]
+            or [path for path in ends if f"{above}/{posix(path)}".endswith(f"/{name.lstrip('/')}")]
+        )
         if len(found) > 1:
             raise UserError(
                 f"{self.place} holds {name} {len(found)} times ({', '.join(found[:3])}), and nothing says which one is "
@@ -96,7 +109,7 @@ class FileTree:
     def _list(self) -> Iterator[str]:
         if self._zip is not None:
             for entry in self._zip.infolist():
-                parts = entry.filename.split("/")
+                parts = posix(entry.filename).split("/")
                 if not entry.is_dir() and "__MACOSX" not in parts and not any(p.startswith(".") for p in parts):
                     yield entry.filename
             return

@@ -27,9 +27,10 @@ def shown_size(shape: Sequence[int]) -> str:
 
 class Names:
     """Mask files or entries, by the names under which a sample may look for them. A bare name that two of them share
-    finds neither."""
+    finds neither. Where a sample's own folder has masks, those of other folders are not its."""
 
     def __init__(self, found: Sequence[Path]) -> None:
+        self._folders = {path.parent.name for path in found}
         self._known: dict[str, Path | None] = {}
         for path in found:
             stem = path.with_suffix("")
@@ -39,7 +40,10 @@ class Names:
     def find(self, key: str, name: str) -> Path | None:
         """key: of the sample. name: of the file that its image was (folder/file), or ""."""
         parts = Path(name).with_suffix("").parts if name else ()
-        for candidate in (key, "/".join(parts[-2:]), parts[-1] if parts else ""):
+        candidates = [key, "/".join(parts[-2:])]
+        if parts and (len(parts) == 1 or parts[-2] not in self._folders):
+            candidates.append(parts[-1])
+        for candidate in candidates:
             if found := self._known.get(candidate):
                 return found
         return None
@@ -170,6 +174,8 @@ def decode_runs(counts: str | Sequence[int], height: int, width: int) -> Mask:
     """
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise UserError(f"its size is {height!r} × {width!r}")
+    if height * width > 2 * (Image.MAX_IMAGE_PIXELS or 0):
+        raise UserError(f"its size is {height} × {width}, more than any image that is read")
     if not isinstance(counts, str | list | tuple):
         raise UserError(f"its counts are a {type(counts).__name__}")
     runs = _uncompressed(counts) if isinstance(counts, str) else list(counts)

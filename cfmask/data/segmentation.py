@@ -78,14 +78,14 @@ def open_masks(where: str | Path, panoptic_pngs: Path | None = None) -> Masks:
         UserError: there is nothing, or nothing of the forms above.
     """
     path = Path(where)
-    if path.is_file() and path.suffix == ".json":
+    if path.is_file() and path.suffix.lower() == ".json":
         return CocoMasks(path, panoptic_pngs)
     if panoptic_pngs is not None:
         raise UserError(
             f"--panoptic-pngs would do nothing: the PNGs of panoptic annotations belong to a JSON, and --segmentation "
             f"names {path}."
         )
-    if path.is_file() and path.suffix == ".zip":
+    if path.is_file() and path.suffix.lower() == ".zip":
         raise UserError(
             f"{path} is an archive. Unpack it and give the COCO annotation file (.json) or the folder of masks in it; "
             f"the zip of PNGs that lies beside a panoptic JSON can stay packed."
@@ -157,21 +157,23 @@ class _FileMasks:
     """A folder of PNGs and run-length JSONs."""
 
     def __init__(self, root: Path) -> None:
-        found = sorted(path for path in root.rglob("*") if path.suffix in (".png", ".json") and path.is_file())
+        found = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".json") and path.is_file())
         if not found:
             raise UserError(f"{root} holds no masks: there is no .png or .json in it. {_FORMS}")
-        twice = {path.with_suffix("") for path in found if path.suffix == ".json"} & {
-            path.with_suffix("") for path in found if path.suffix == ".png"
-        }
-        if twice:
-            raise UserError(f"{min(twice)} is there as .png and as .json: which of them is the mask? Keep one kind.")
+        endings: dict[Path, list[str]] = {}
+        for path in found:
+            endings.setdefault(path.with_suffix(""), []).append(path.suffix)
+        if twice := [stem for stem, of_stem in endings.items() if len(of_stem) > 1]:
+            raise UserError(
+                f"{twice[0]} is there as {' and as '.join(endings[twice[0]])}: which of them is the mask? Keep one."
+            )
         self._root, self._names = root, Names(found)
 
     def read(self, key: str, name: str, category: str) -> Mask | None:
         path = self._names.find(key, name)
         if path is None:
             return None
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             try:
                 data = path.read_bytes()
             except OSError as error:

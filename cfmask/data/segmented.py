@@ -167,7 +167,10 @@ def segmented_samples(
             if extension is None:
                 raise UserError(f"Sample {key} of shard {sample['__url__']} has no image among its members.")
             about = facts_of(sample)
-            image = images.pixels(sample[extension], extension, image_size, border=manifest.border)
+            try:
+                image = images.pixels(sample[extension], extension, image_size, border=manifest.border)
+            except UserError as reason:
+                raise UserError(f"Sample {key} of shard {sample['__url__']} cannot be used: {reason}.") from None
             mask = masks.read(key, about.get("name", ""), category(label))
             if mask is None:
                 return Segmented(key, (label,), image, None)
@@ -255,7 +258,8 @@ class SegmentedPhotos:
         for image, category in shown:
             path = self._tree.find(image.file)
             if path is None:
-                self.left_out.append(image.file)
+                if image.file not in self.left_out[-1:]:  # of an image with several categories, they follow each other
+                    self.left_out.append(image.file)
             elif taken.setdefault(path, image) is not image:
                 raise UserError(
                     f"{photos / path} would be two images of the annotations, {taken[path].file} and {image.file}. "
@@ -266,10 +270,12 @@ class SegmentedPhotos:
         if not shown:
             raise UserError(f"No image of the annotations shows {', '.join(self._members)}. Choose other --groups.")
         if not self._samples or (self.left_out and not allow_missing):
+            number = len({image.file for image, _ in shown})
             raise UserError(
-                f"{photos} lacks {len(self.left_out)} of {len(shown)} images that the annotations have of "
+                f"{photos} lacks {len(self.left_out)} of {number} images that the annotations have of "
                 f"{', '.join(self._members)}, {self.left_out[0]} for one. Give the folder or zip of the photographs "
-                f"that they belong to (val2017 for panoptic_val2017.json). --allow-missing-masks leaves out the images "
+                f"that they belong to (val2017 for panoptic_val2017.json); files are looked for by their name in the "
+                f"JSON, its folders and the case of its letters included. --allow-missing-masks leaves out the images "
                 f"that are missing, if there are any others, and says how many."
             )
         count = len(self._samples)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from cfmask.data.segmented import Segmented
-from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.masking.validation import add_up, coverage, masks_at, rates
 from cfmask.masking.validator import Part, Tallies, Validation
@@ -55,7 +54,7 @@ def write_report(
         the table, and the files.
 
     Raises:
-        UserError: a sample of the contact sheet cannot be read, or none has an object.
+        UserError: a sample of the contact sheet cannot be read.
         OSError: a file cannot be written.
     """
     findings = _Findings.of(validation, parts)
@@ -81,9 +80,11 @@ def write_report(
     write_atomically(out / "results.json", json.dumps(results, indent=2))
     _draw_curves(out / "curves.png", findings)
     written = [out / "table.md", out / "results.json", out / "curves.png"]
-    if count:
-        _draw_sheet(out / "sheet.png", validation, _choose(validation, count, seed))
+    if count and (samples := _choose(validation, count, seed)):
+        _draw_sheet(out / "sheet.png", validation, samples)
         written.append(out / "sheet.png")
+    elif count:
+        text += "\n\nNo contact sheet: none of the images that were chosen for it has a pixel of the object."
     return text, written
 
 
@@ -177,10 +178,6 @@ def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented])
     plt = pyplot()
     model, method = validation.models[-1], validation.methods[-1]
     assert method.threshold is not None and method.mask is not None
-    if not samples:
-        raise UserError(
-            "None of the samples chosen for the contact sheet has a mask with a pixel in it: --count 0 draws none."
-        )
     cam, classes = validation.relevance(model, method, samples)
     mask = masks_at(cam, [method.threshold], method.mask)
     segmentation = torch.stack([s.mask for s in samples if s.mask is not None])

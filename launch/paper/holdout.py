@@ -13,9 +13,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import TRAIN
-from cfmask.data.shards import find_set, load_manifest, manifest_if_there
+from cfmask.data.shards import Index, Manifest, find_set, load_manifest, manifest_if_there
 from cfmask.errors import UserError
 from cfmask.model_origin import BEST, CHOICES, LAST
 from cfmask.recipe import Recipe
@@ -61,7 +64,11 @@ def settle_choice(arguments: argparse.Namespace, file: ClusterFile, kept: dict[s
         default = kept.get("checkpoint", LAST)
     choice: str = arguments.checkpoint or default
     if choice == BEST and arguments.without_holdout:
-        raise UserError(f"--checkpoint {BEST} and {_WITHOUT} contradict each other: nothing would choose the best one.")
+        asked = f"--checkpoint {BEST}" if arguments.checkpoint else f"The plan that was begun with --checkpoint {BEST}"
+        raise UserError(
+            f"{asked} and {_WITHOUT} contradict each other: nothing would choose the best checkpoint. Leave one of "
+            "them out, or begin another plan with --out."
+        )
     if choice == BEST and not hasattr(arguments, "run.best_on"):
         given = getattr(arguments, "data.eval_sets", file.values.get("eval_sets", ()))
         if HOLDOUT not in given:
@@ -73,6 +80,7 @@ def check_holdout(
     recipe: Recipe,
     sets: Sequence[str],
     *,
+    trains: bool,
     without: bool,
     allow_count_mismatch: bool,
     select_on_test_set: bool,
@@ -82,6 +90,7 @@ def check_holdout(
     Args:
         recipe: what all runs of the plan have in common.
         sets: names of those that the plan evaluates on.
+        trains: whether the plan has a training run; without one, no set is needed beside ``sets``.
         without: whether --without-holdout was given; the others are the flags of these names.
 
     Returns:
@@ -90,6 +99,9 @@ def check_holdout(
     Raises:
         UserError: the held-out set is missing, is a test set, or is not what is missing in the training set.
     """
+    if not trains:
+        refuse_idle_flag(select_on_test_set, False)
+        return "Nothing is trained."
     shards, name = recipe.data.shards, recipe.run.best_on or HOLDOUT
     train = training.load_set(shards, recipe.data.train_split)
     where = find_set(shards, name)
@@ -118,10 +130,11 @@ def check_holdout(
         )
     on_test_set = check_selection(f"The set {name}", name, holdout, allowed=select_on_test_set)
     refuse_idle_flag(select_on_test_set, on_test_set)
-    if name in sets and not select_on_test_set:
+    same = [each for each in sets if each == name or training.load_set(shards, each).digest == holdout.digest]
+    if same and not select_on_test_set:
         raise UserError(
-            f"The set {name} is one of the --sets: a set that chooses checkpoints cannot test them as well. Leave it "
-            "out of them."
+            f"The set {name} is one of the --sets ({same[0]}): a set that chooses checkpoints cannot test them as "
+            "well. Leave it out of them."
         )
     if holdout.digest == train.digest:
         raise UserError(
@@ -129,6 +142,7 @@ def check_holdout(
             f"{_MAKE}."
         )
     training.check_same_classes(holdout, train)
+    _check_disjoint(holdout, train)
     deviations = _deviations(train.num_samples, holdout.num_samples)
     if tuple(wnid for wnid, _ in train.classes) == imagenet.wnids() and deviations:
         if not allow_count_mismatch:
@@ -138,6 +152,66 @@ def check_holdout(
             )
         print(f"warning: {' and '.join(deviations)} (--allow-count-mismatch).", file=sys.stderr)
     return f"Trains on {train.num_samples:,} images; {holdout.num_samples:,} are held out ({name})."
+
+
+def _check_disjoint(holdout: Manifest, train: Manifest) -> None:
+    """See that no held-out image is trained on, as happens when the two sets were split by different seeds.
+
+    One conversion with --holdout splits without overlap, and its facts are in both manifests. Otherwise the indexes of
+    both sets are compared.
+
+    Raises:
+        UserError: images are in both sets.
+    """
+    facts = ("source", "seed", "holdout")
+    ours, theirs = ([of.made.get(fact) for fact in facts] for of in (train, holdout))
+    if ours == theirs and None not in ours:
+        return
+    if isinstance(train.root, str) or isinstance(holdout.root, str):
+        print(
+            f"warning: {holdout.root} and {train.root} are not of one conversion with --holdout, and their samples are "
+            "not compared behind a URL: make sure that no held-out image is trained on.",
+            file=sys.stderr,
+        )
+        return
+    shared = _shared_keys(holdout, train)
+    if shared:
+        raise UserError(
+            f"{len(shared):,} of the {holdout.num_samples:,} images of {holdout.root} are in {train.root} as well, "
+            f"{shared[0]} for one: checkpoints would be chosen on images that they were trained on. Were the two sets "
+            f"split by different seeds or numbers? Convert the training set with {_MAKE}, which makes both."
+        )
+
+
+def _shared_keys(holdout: Manifest, train: Manifest) -> list[str]:
+    """Keys of samples that are in both sets. Sets other than ImageNet may give different images one name (cat/001.jpg):
+    there the images' bytes have to be equal as well. Bytes of different stores cannot be compared."""
+    alike = (holdout.store, holdout.image_size) == (train.store, train.image_size)
+    unique_names = tuple(wnid for wnid, _ in train.classes) == imagenet.wnids()
+    if not (alike or unique_names):
+        return []
+    held: dict[bytes, tuple[int, int | None]] = {}
+    for shard in holdout.shards:
+        held.update(_images_by_key(holdout.open_index(shard)))
+    keys = np.array(list(held), np.bytes_)
+    shared = []
+    for shard in train.shards:
+        index = train.open_index(shard)
+        for key, (size, crc) in _images_by_key(index, np.isin(index.keys, keys)).items():
+            of_held = held[key]
+            same_bytes = size == of_held[0] and (None in (crc, of_held[1]) or crc == of_held[1])
+            if unique_names or same_bytes:
+                shared.append(key.decode())
+    return sorted(shared)
+
+
+def _images_by_key(index: Index, chosen: NDArray[np.bool_] | None = None) -> dict[bytes, tuple[int, int | None]]:
+    """Size and CRC of the images of a shard's samples, or of those ``chosen``; no CRC where none was computed."""
+    rows = np.arange(len(index)) if chosen is None else np.flatnonzero(chosen)
+    members = index.image[rows]
+    sizes = index.size[members].tolist()
+    crcs = index.crc32[members].tolist() if len(index.crc32) else [None] * len(rows)
+    return dict(zip(index.keys[rows].tolist(), zip(sizes, crcs, strict=True), strict=True))
 
 
 def _deviations(trained: int, held_out: int) -> list[str]:

@@ -86,6 +86,11 @@ class Plan:
     rows: tuple[Row, ...]
 
     @property
+    def trains(self) -> bool:
+        """Whether a job of it is a training run."""
+        return any(isinstance(node.work, Recipe) for node in self.nodes.values())
+
+    @property
     def wanted(self) -> set[str]:
         """Nodes whose results make the rows."""
         return {name for row in self.rows for name in row.found_in}
