@@ -238,7 +238,7 @@ def _twice(where: str, **values: Any) -> Callable[[dict], None]:
         (_segment(id=256**3), "the id 16777216"),
         (_segment(id=9), "two segments of 000000000139.jpg the id 9"),
         (_segment(category_id=0), "category id 0, which is not among .*bird 16, cat 17, dog 18"),
-        (_segment(category_id="18"), "category id '18'"),
+        (_segment(category_id="18"), r"category id '18'.*\(bird 16, cat 17, dog 18, …\).*numbers in one place"),
         (_segment(category_id=[18]), "not a file of COCO annotations"),
         (_with("images", height="60"), "a height and width of '60' and 52"),
         (_with("images", width=0), "a height and width of 60 and 0"),
@@ -323,6 +323,26 @@ def test_photographs_come_once_for_each_category_with_their_masks(distributed, t
         assert (sample.key, sample.classes) == (f"{file_name(number)} ({name})", classes)
         assert torch.equal(sample.image, crop(decode((images / file_name(number)).read_bytes()), 32))
         assert torch.equal(sample.mask, crop_mask(torch.from_numpy(object_of(number, category)), 32))
+
+
+def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distributed, tmp_path):
+    raw = json.loads(copy.read_text())
+    for entry, folder in ((raw["images"], "val2017"), (raw["annotations"], "panoptic_val2017")):
+        for image, spelling in zip(entry, (f"{folder}/", f"{folder}\\", f"./{folder}/", ""), strict=True):
+            image["file_name"] = spelling + image["file_name"]
+    copy.write_text(json.dumps(raw))
+    for name in ("val2017", "annotations/panoptic_val2017"):
+        zipped(distributed / name, tmp_path / f"{Path(name).name}.zip")
+    for images in (distributed / "val2017", distributed, tmp_path / "val2017.zip"):
+        assert len(list(photos(tmp_path, images).samples(range(4)))) == 4
+    pngs = CocoMasks(copy, tmp_path / "panoptic_val2017.zip")
+    assert np.array_equal(pngs.read(f"{139:012}", "", "dog"), object_of(139, DOG))
+
+
+def test_images_are_counted_once_whatever_they_show(distributed, tmp_path):
+    shutil.copytree(distributed / "val2017", tmp_path / "images")
+    (tmp_path / "images" / file_name(285)).unlink()  # a cat and a dog
+    assert photos(distributed, tmp_path / "images", allow_missing=True).left_out == [file_name(285)]
 
 
 def test_photographs_that_are_not_the_annotations_are_refused(distributed, tmp_path):
@@ -411,6 +431,34 @@ def test_flags_that_do_not_go_together_are_refused(distributed, tmp_path, monkey
 
 
 # --- folders and zips -------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_zip_from_windows_are_found(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("v\\1.png", "v\\.hidden\\2.png"):
+            archive.writestr(name, name)
+    tree = FileTree(tmp_path / "a.zip")
+    assert tree.read(tree.find("1.png")) == tree.read(tree.find("v/1.png")) == b"v\\1.png"
+    assert tree.find("2.png") is None
+
+
+def test_masks_of_other_folders_and_endings(tmp_path):
+    for name in ("cat/1.png", "dog/2.PNG", "dog/3.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), 255).save(tmp_path / name)
+    masks = open_masks(tmp_path)
+    assert masks.read("key", "dog/2.jpg", "dog").all(), "an ending in capitals"
+    assert masks.read("key", "n02085620/3.jpg", "dog").all(), "a folder that has no masks"
+    assert masks.read("key", "cat/3.jpg", "cat") is None, "the mask of a dog"
+    shutil.copy(tmp_path / "cat/1.png", tmp_path / "cat/1.PNG")
+    with pytest.raises(UserError, match="is there as .PNG and as .png"):
+        open_masks(tmp_path)
+
+
+def test_a_mask_larger_than_any_image_takes_no_memory(tmp_path):
+    (tmp_path / "1.json").write_text(json.dumps({"size": [10**9, 10**9], "counts": [10**18]}))
+    with pytest.raises(UserError, match="more than any image"):
+        open_masks(tmp_path).read("1", "", "dog")
 
 
 def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path):

@@ -206,6 +206,22 @@ def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_
     assert load_model(run.final)[0].state_dict().keys() == best.keys()
 
 
+def test_a_set_that_chose_is_said_and_a_model_is_in_a_soup_once(shown, trained, tmp_path, capsys):
+    (tmp_path / "dev").symlink_to(shown / "shards/val")
+    (tmp_path / "again").symlink_to("dev")
+    command = [str(trained.root), "--shards", str(tmp_path), "--out", str(tmp_path / "o"), "--loader-workers", "0"]
+    assert evaluate.main([*command, "--sets", "dev", "--checkpoint", "best", "--dry-run"]) == 0
+    warned = f"warning: val has chosen the checkpoint of {trained.root}, which is overrated on dev"
+    assert warned in capsys.readouterr().err
+    swept = [str(trained.initial), *command, "--alphas", "0", "1", "--sets", "dev", "--holdout", "again"]
+    assert wise_ft.main(swept) == 2
+    assert "--holdout again and the set dev of --sets have the same images" in capsys.readouterr().err
+    assert soup.main([str(trained.checkpoints / "step-00000009"), *command]) == 2
+    assert "are one model, that of step 9" in capsys.readouterr().err
+    assert soup.main([str(trained.root), *command]) == 2
+    assert "MODEL names one of them twice" in capsys.readouterr().err
+
+
 def test_what_has_no_best_checkpoint_is_refused(shown, trained, tmp_path, capsys):
     def says(*words: object) -> str:
         assert (

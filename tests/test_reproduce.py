@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made
-from cfmask.data.shards import index_name, load_manifest, write_manifest
+from cfmask.data.shard_index import index_name
+from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation import Evaluation
 from cfmask.recipe import PRESETS, Recipe
@@ -606,6 +607,19 @@ def test_the_choice_of_checkpoints_is_said_and_kept_and_a_plan_of_before_keeps_t
     assert "each run's checkpoint that is last" in capsys.readouterr().out
 
 
+def test_the_zero_shot_row_needs_no_training_set(materials, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "val").symlink_to(materials / "shards/val")
+    words = flags(materials, tmp_path / "out", *HERE, "--rows", "zero-shot", "--shards", shards, "--dry-run")
+    words.remove("shifted")
+    assert reproduce.main(words) == 0
+    assert "Nothing is trained." in capsys.readouterr().out
+    assert reproduce.main([*words, "--select-on-test-set"]) == 2
+    assert reproduce.main([*words, "--rows", "ft"]) == 2
+    assert f"There is no folder of shards at {shards / 'train'}" in capsys.readouterr().err
+
+
 def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, tmp_path, capsys):
     shards = tmp_path / "shards"
     shards.mkdir()
@@ -619,6 +633,11 @@ def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, 
     assert "Trains on 48 images; none are held out. Rows are of each run's checkpoint that is last." in said.out
     assert "warning: no set is held out" in said.err
     assert reproduce.main([*words, "--without-holdout", "--checkpoint", "best"]) == 2
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/plan.json").write_text(json.dumps({"checkpoint": "best"}))
+    assert reproduce.main([*words, "--without-holdout"]) == 2
+    assert "The plan that was begun with --checkpoint best and --without-holdout contradict" in capsys.readouterr().err
+    (tmp_path / "out/plan.json").unlink()
     (shards / "objectnet").symlink_to(materials / "shards/val")
     chosen = ["--eval-sets", "objectnet", "--best-on", "objectnet"]
     assert reproduce.main([*words, *chosen]) == 2

@@ -7,16 +7,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, State, encode
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import wnids
 from cfmask.data.receipts import Consumed
-from cfmask.data.shard_index import index_name
+from cfmask.data.shard_index import Index, index_name, write_index
 from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
-from cfmask.model_origin import ModelOrigin, checkpoint_note, describe, origin_of
+from cfmask.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
 from cfmask.runs import RunFolder, find_model
 from cfmask.selection import check_selection, known_test_set, refuse_idle_flag
@@ -54,6 +55,41 @@ def test_the_best_is_the_first_of_equal_ends_of_epochs(tmp_path):
     best = run.best()
     assert (best.step, best.on, best.top1) == (20, "holdout", 80.0), "step 15 is no end of an epoch"
     assert find_model(run.checkpoints / "best.json") == best.model == run.checkpoints / "step-00000020" / MODEL
+
+
+def test_lines_that_a_log_should_not_have_choose_nothing(tmp_path):
+    run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
+    lines = run.log.read_text().splitlines()
+    for step, value in ((40, float("nan")), (50, None), (60, "99"), (70, 1e9), (None, 99.0)):
+        lines.append(json.dumps({"step": step, "epoch": 9, "eval": {"holdout": value}}))
+    repeated = json.dumps({"step": 20, "epoch": 2, "eval": {"holdout": 10.0}})  # of a start that was cut off
+    run.log.write_text("\n".join([repeated, *lines, '{"step": 80, "eval"']))
+    assert run.best().step == 20
+
+
+def test_the_pointer_is_found_from_anywhere_and_belongs_to_the_folder_of_checkpoints(tmp_path, monkeypatch):
+    run = a_run(tmp_path / "run", {10: 70.0, 20: 60.0})
+    best = run.best().model
+    monkeypatch.chdir(run.checkpoints)
+    assert find_model("best.json") == find_model("../checkpoints/best.json") == best
+    (run.checkpoints / "step-00000020.bak").mkdir()
+    (run.checkpoints / "step-00000020.bak" / MODEL).touch()
+    run.final.unlink()
+    assert find_model(run.root) == run.checkpoints / "step-00000020" / MODEL, "a backup is no checkpoint"
+    assert origin_of(run.checkpoints / "step-00000020" / MODEL).chosen == "last"
+    (run.root / "archive").mkdir()
+    with pytest.raises(UserError, match="archive/best.json does not lie in the folder checkpoints of a run"):
+        find_model(run.root / "archive/best.json")
+
+
+def test_checkpoints_on_another_disk_are_the_runs(tmp_path):
+    run = a_run(tmp_path / "run", {10: 70.0, 20: 60.0})
+    run.checkpoints.rename(tmp_path / "elsewhere")
+    run.checkpoints.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "link").symlink_to("run")
+    file = settled(find_model(tmp_path / "link/checkpoints/best.json"))
+    assert file == run.checkpoints / "step-00000010" / MODEL and origin_of(file).chosen_on == "holdout"
+    assert settled(tmp_path / "link/model.safetensors") == run.final
 
 
 def test_a_score_that_the_log_lacks_is_taken_from_the_checkpoint(tmp_path):
@@ -159,6 +195,20 @@ RENDITIONS = dict.fromkeys(wnids("imagenet-r"), 150)
         ("holdout", None, None),
         ("val", None, None),
         ("imagenet-augmented", None, None),
+        ("./objectnet/", None, "objectnet"),
+        ("my-object_net", None, "my-object_net"),
+        ("in1k-val", None, "in1k-val"),
+        ("ILSVRC2012_img_val", None, "ILSVRC2012_img_val"),
+        ("cifar10_test", None, "cifar10_test"),
+        ("inv2", None, "inv2"),
+        ("latest", None, None),
+        ("in-house", None, None),
+        ("imagenet-r50-features", None, None),
+        ("v2", None, None),
+        ("v2", manifest("v2", dict.fromkeys(ALL, 10)), "imagenet-v2"),
+        ("a", replace(manifest("a", {}), classes=(("a", "a"),), class_counts=(1,)), None),
+        ("dev", manifest("dev", EVEN | {ALL[3]: 49}, bad_samples=1), "ImageNet's validation set"),
+        ("dev", manifest("dev", EVEN, made={"holdout": 10_240}), "ImageNet's validation set"),
         ("val", manifest("val", EVEN), "ImageNet's validation set"),
         ("imagenet", manifest("val", EVEN), "ImageNet's validation set"),
         ("dev", manifest("dev", EVEN), "ImageNet's validation set"),
@@ -233,6 +283,49 @@ def test_a_reproduction_trains_on_what_is_not_held_out(tmp_path, images, flags, 
             holdout.check_holdout(recipe, sets, **given)
     else:
         assert holdout.check_holdout(recipe, sets, **given).startswith(outcome)
+
+
+def put_samples(root: Path, names: list[str], pixels: list[int], **made) -> None:
+    """A set of one class, of images with these names and CRCs."""
+    root.mkdir(parents=True)
+    n = len(names)
+    index = Index(
+        keys=np.array(names, np.bytes_),
+        labels=np.zeros(n, np.int32),
+        first=np.arange(n + 1),
+        extensions=("jpg",),
+        extension=np.zeros(n, np.uint8),
+        offset=np.arange(n) * 1024,
+        size=np.full(n, 100),
+        crc32=np.array(pixels, np.uint32),
+        about={},
+    )
+    write_index(root / index_name("a.tar"), index)
+    sha256 = hashlib.sha256((root / index_name("a.tar")).read_bytes()).hexdigest()
+    (root / "a.tar").touch()
+    shard = Shard("a.tar", n, 0, root.name, sha256)
+    write_manifest(Manifest(root, root.name, "original", (("n00000001", "a"),), (n,), (shard,), made=made))
+
+
+def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
+    def check(holdout_made: dict, train_made: dict, folder: str, shared: list[int]) -> str:
+        shards = tmp_path / folder
+        put_samples(shards / "train", ["1", "2", "3"], [11, 12, 13], **train_made)
+        put_samples(shards / "holdout", ["2", "3", "4"], shared, **holdout_made)
+        return holdout.check_holdout(Recipe(data=Data(shards=str(shards))).resolved(), (), **NO_FLAGS)
+
+    seeds = [{"source": "x", "seed": seed, "holdout": 3} for seed in (0, 1)]
+    with pytest.raises(UserError, match="1 of the 3 images of .*holdout are in .*train as well, 3 for one.*seeds"):
+        check(seeds[1], seeds[0], "other-seed", [112, 13, 14])
+    with pytest.raises(UserError, match="2 of the 3 images"):
+        check({}, {}, "indexed", [12, 13, 14])
+    assert check({}, {}, "same-names", [112, 113, 14]).startswith("Trains on 3 images; 3 are held out")
+    assert check(seeds[0], seeds[0], "one-conversion", [112, 113, 14])
+
+
+def test_where_nothing_is_trained_no_held_out_set_is_needed(tmp_path):
+    recipe = Recipe(data=Data(shards=str(tmp_path))).resolved()
+    assert holdout.check_holdout(recipe, ("val",), **{**NO_FLAGS, "trains": False}) == "Nothing is trained."
 
 
 def test_a_damaged_holdout_is_not_said_to_be_missing(tmp_path):

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import TRAIN
-from cfmask.data.shards import Index, Manifest, find_set, load_manifest, manifest_if_there
+from cfmask.data.shard_index import Index
+from cfmask.data.shards import Manifest, find_set, load_manifest, manifest_if_there
 from cfmask.errors import UserError
 from cfmask.model_origin import BEST, CHOICES, LAST
 from cfmask.recipe import Recipe
