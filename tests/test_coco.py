@@ -412,6 +412,24 @@ def test_a_validation_on_the_photographs_ends_and_resumes(distributed, copy, tmp
     assert "a validation of other images or masks" in capsys.readouterr().err
 
 
+def test_objects_that_the_crop_cuts_off_count_as_images_without_one(distributed, copy, tmp_path, capsys):
+    shutil.copytree(distributed / "val2017", tmp_path / "val2017")
+    shutil.copy(distributed / "model.safetensors", tmp_path)
+    for number, segments in ((139, (3_226_956, 70_000, 9)), (285, (6_901_986, 256))):
+        ids = np.zeros(SIZES[number], np.int64)
+        long = ids if number == 139 else ids.T
+        long[: len(segments), 0] = segments  # a pixel each, at an end of the long side
+        colours = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
+        Image.fromarray(colours).save(copy.with_suffix("") / file_name(number, "png"))
+    out = tmp_path / "out"
+    assert validate_masks.main(command(tmp_path, out, "--groups", "dog", "--thresholds", 0.5)) == 0
+    said = capsys.readouterr().out
+    assert "Images (without a pixel of the object): dog 2 (2)." in said and "No contact sheet" in said
+    assert not (out / "sheet.png").exists()
+    [group] = json.loads((out / "results.json").read_text())["models"][0]["groups"].values()
+    assert group["iou"] == group["object_masking_rate"] == [None] and group["image_masking_rate"][0] > 0
+
+
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [

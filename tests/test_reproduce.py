@@ -438,11 +438,11 @@ zero-shot                     make the head, evaluate  –
          └─ wise-kd-eval × 3  evaluate                 –""".splitlines()
     )
     assert f"0 of 19 jobs done, in {out}" in said and "Would submit 19 jobs" in said
-    assert "Trains on 48 images; 10 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
-    # 48 images; an epoch is 3 steps of 16, and an evaluation of the 48 that are held out. 3 runs each of FT, FT + FD
+    assert "Trains on 48 images; 9 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
+    # 48 images; an epoch is 3 steps of 16, and an evaluation of the 9 that are held out. 3 runs each of FT, FT + FD
     # and WiSE-KD; 10 evaluations of 2 × 48 images.
     flops = cost.forward_flops(json.loads((materials / "tiny.json").read_text()))
-    training = 3 * 96 * (2.8 + 3.73 + 8.45 + 3) * flops / 0.5e12 / 3600
+    training = 3 * (96 * (2.8 + 3.73 + 8.45) + 3 * 18) * flops / 0.5e12 / 3600
     total = training + 10 * 96 * flops / 0.5e12 / 3600
     assert f"About {total:.2g} hours of a rank, of which {total:.2g} are left ({training:.2g} of them training)" in said
     assert "0.5 TFLOP/s of each rank (--tflops)" in said

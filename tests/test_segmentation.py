@@ -160,7 +160,7 @@ def test_places_without_masks_are_refused(tmp_path):
         open_masks(tmp_path)
     save_png(tmp_path / "a.png", np.zeros((2, 2)))
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(UserError, match="Keep one kind"):
+    with pytest.raises(UserError, match="Keep one"):
         open_masks(tmp_path)
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": []}))
     with pytest.raises(UserError, match="not a file of COCO annotations"):
