@@ -10,6 +10,9 @@ import re
 import sys
 from pathlib import Path, PurePath
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import (
     ALIASES,
@@ -22,6 +25,7 @@ from cfmask.data.benchmarks import (
     VAL,
     wnids,
 )
+from cfmask.data.shard_index import Index
 from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
 
@@ -112,3 +116,68 @@ def refuse_idle_flag(allowed: bool, on_test_set: bool) -> None:
     """Raises UserError if ``FLAG`` was given and nothing is chosen on a test set."""
     if allowed and not on_test_set:
         raise UserError(f"{FLAG} would do nothing: no set that is known as a test set chooses here. Leave it out.")
+
+
+# --- images that are trained on ---------------------------------------------------------------------------------------
+
+
+def trained_on(chooses: Manifest, train: Manifest) -> str | None:
+    """Which images of a set that chooses are in the training set as well, as happens when the two were split by
+    different seeds; in a sentence, None if there are none.
+
+    One conversion with --holdout splits without overlap, and its facts are in both manifests. Otherwise the indexes of
+    both sets are compared; behind a URL they are not, which is a warning.
+
+    Raises:
+        UserError: an index cannot be read.
+    """
+    facts = ("source", "seed", "holdout")
+    ours, theirs = ([of.made.get(fact) for fact in facts] for of in (train, chooses))
+    if ours == theirs and None not in ours:
+        return None
+    if isinstance(train.root, str) or isinstance(chooses.root, str):
+        print(
+            f"warning: {chooses.root} and {train.root} are not of one conversion with --holdout, and their samples are "
+            "not compared behind a URL: make sure that no image that chooses is trained on.",
+            file=sys.stderr,
+        )
+        return None
+    shared = _shared_keys(chooses, train)
+    if not shared:
+        return None
+    return (
+        f"{len(shared):,} of the {chooses.num_samples:,} images of {chooses.root} are in {train.root} as well, "
+        f"{shared[0]} for one: checkpoints would be chosen on images that they were trained on. Two conversions with "
+        "another seed or number of --holdout split differently."
+    )
+
+
+def _shared_keys(chooses: Manifest, train: Manifest) -> list[str]:
+    """Keys of samples that are in both sets. Sets other than ImageNet may give different images one name (cat/001.jpg):
+    there the images' bytes have to be equal as well. Bytes of different stores cannot be compared."""
+    alike = (chooses.store, chooses.image_size) == (train.store, train.image_size)
+    unique_names = tuple(wnid for wnid, _ in train.classes) == imagenet.wnids()
+    if not (alike or unique_names):
+        return []
+    held: dict[bytes, tuple[int, int | None]] = {}
+    for shard in chooses.shards:
+        held.update(_images_by_key(chooses.open_index(shard)))
+    keys = np.array(list(held), np.bytes_)
+    shared = []
+    for shard in train.shards:
+        index = train.open_index(shard)
+        for key, (size, crc) in _images_by_key(index, np.isin(index.keys, keys)).items():
+            of_held = held[key]
+            same_bytes = size == of_held[0] and (None in (crc, of_held[1]) or crc == of_held[1])
+            if unique_names or same_bytes:
+                shared.append(key.decode())
+    return sorted(shared)
+
+
+def _images_by_key(index: Index, chosen: NDArray[np.bool_] | None = None) -> dict[bytes, tuple[int, int | None]]:
+    """Size and CRC of the images of a shard's samples, or of those ``chosen``; no CRC where none was computed."""
+    rows = np.arange(len(index)) if chosen is None else np.flatnonzero(chosen)
+    members = index.image[rows]
+    sizes = index.size[members].tolist()
+    crcs = index.crc32[members].tolist() if len(index.crc32) else [None] * len(rows)
+    return dict(zip(index.keys[rows].tolist(), zip(sizes, crcs, strict=True), strict=True))

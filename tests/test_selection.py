@@ -21,6 +21,7 @@ from cfmask.model_origin import ModelOrigin, checkpoint_note, describe, origin_o
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
 from cfmask.runs import RunFolder, find_model
 from cfmask.selection import check_selection, known_test_set, refuse_idle_flag
+from launch.jobs.training import check_best_on
 from launch.paper import holdout
 
 # --- the best checkpoint ----------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def put_samples(root: Path, names: list[str], pixels: list[int], **made) -> None
     write_manifest(Manifest(root, root.name, "original", (("n00000001", "a"),), (n,), (shard,), made=made))
 
 
-def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
+def test_held_out_images_that_are_trained_on_are_refused(tmp_path, capsys):
     def check(holdout_made: dict, train_made: dict, folder: str, shared: list[int]) -> str:
         shards = tmp_path / folder
         put_samples(shards / "train", ["1", "2", "3"], [11, 12, 13], **train_made)
@@ -315,12 +316,17 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path):
         return holdout.check_holdout(Recipe(data=Data(shards=str(shards))).resolved(), (), **NO_FLAGS)
 
     seeds = [{"source": "x", "seed": seed, "holdout": 3} for seed in (0, 1)]
-    with pytest.raises(UserError, match="1 of the 3 images of .*holdout are in .*train as well, 3 for one.*seeds"):
+    with pytest.raises(
+        UserError, match="1 of the 3 images of .*holdout are in .*train as well, 3 for one.*another seed"
+    ):
         check(seeds[1], seeds[0], "other-seed", [112, 13, 14])
     with pytest.raises(UserError, match="2 of the 3 images"):
         check({}, {}, "indexed", [12, 13, 14])
     assert check({}, {}, "same-names", [112, 113, 14]).startswith("Trains on 3 images; 3 are held out")
     assert check(seeds[0], seeds[0], "one-conversion", [112, 113, 14])
+    recipe = Recipe(data=Data(shards=str(tmp_path / "indexed"), eval_sets=("holdout",))).resolved()
+    assert not check_best_on(recipe, allowed=False)
+    assert "warning: --best-on holdout: 2 of the 3 images" in capsys.readouterr().err
 
 
 def test_where_nothing_is_trained_no_held_out_set_is_needed(tmp_path):

@@ -225,8 +225,9 @@ def _check(evaluation: Evaluation) -> None:
     for manifest in sets.values():
         if infos:
             check_classes(manifest, infos[0].classes)
-    for name in evaluation.sets if evaluation.holdout else ():
-        if sets[name].digest == sets[evaluation.holdout].digest:
+    holdout = sets.get(evaluation.holdout or "")
+    for name in evaluation.sets:
+        if holdout is not None and sets[name].digest == holdout.digest:
             raise UserError(
                 f"--holdout {evaluation.holdout} and the set {name} of --sets have the same images: a set that chooses "
                 "a model cannot test it as well. Leave one of them out."

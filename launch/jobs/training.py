@@ -24,7 +24,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
-from cfmask.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag
+from cfmask.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
 from launch.jobs.allocation import (
     Allocation,
     check_arithmetic,
@@ -107,14 +107,17 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         print(mask_secrets(first.work.to_json()))
         for other in others:
             print(mask_secrets(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}"))
-    on_test_set = False
+    choices: dict[tuple[object, ...], bool] = {}
     for each in planned:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
             # A run that was begun with this choice goes on with it.
             allowed = arguments.select_on_test_set or each.run.has_work()
-            on_test_set |= check_best_on(each.work, allowed=allowed)
+            choice = (each.work.data.shards, each.work.data.train_split, each.work.run.best_on, allowed)
+            if choice not in choices:  # of a sweep, once
+                choices[choice] = check_best_on(each.work, allowed=allowed)
+    on_test_set = any(choices.values())
     refuse_idle_flag(arguments.select_on_test_set, on_test_set)
     work = planned[0].work
     warn_of_paths_outside(
@@ -365,11 +368,16 @@ def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo
 
 
 def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:
-    """``check_selection`` for the set that chooses a run's best checkpoint, with what it returns and raises."""
+    """``check_selection`` for the set that chooses a run's best checkpoint, with what it returns and raises. Warns of
+    images in it that are trained on."""
     name = recipe.run.best_on
     if name is None:
         return False
-    return check_selection(f"--best-on {name}", name, load_set(recipe.data.shards, name), allowed=allowed)
+    chooses, train = (load_set(recipe.data.shards, each) for each in (name, recipe.data.train_split))
+    on_test_set = check_selection(f"--best-on {name}", name, chooses, allowed=allowed)
+    if shared := trained_on(chooses, train):
+        print(f"warning: --best-on {name}: {shared}", file=sys.stderr)
+    return on_test_set
 
 
 @functools.cache

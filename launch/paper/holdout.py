@@ -13,17 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import TRAIN
-from cfmask.data.shard_index import Index
-from cfmask.data.shards import Manifest, find_set, load_manifest, manifest_if_there
+from cfmask.data.shards import find_set, load_manifest, manifest_if_there
 from cfmask.errors import UserError
 from cfmask.model_origin import BEST, CHOICES, LAST
 from cfmask.recipe import Recipe
-from cfmask.selection import FLAG, FLAG_HELP, HOLDOUT, check_selection, refuse_idle_flag
+from cfmask.selection import FLAG, FLAG_HELP, HOLDOUT, check_selection, refuse_idle_flag, trained_on
 from launch.jobs import training
 from launch.jobs.cluster_file import ClusterFile
 
@@ -143,7 +139,8 @@ def check_holdout(
             f"{_MAKE}."
         )
     training.check_same_classes(holdout, train)
-    _check_disjoint(holdout, train)
+    if shared := trained_on(holdout, train):
+        raise UserError(f"{shared} Convert the training set with {_MAKE}, which makes both without overlap.")
     deviations = _deviations(train.num_samples, holdout.num_samples)
     if tuple(wnid for wnid, _ in train.classes) == imagenet.wnids() and deviations:
         if not allow_count_mismatch:
@@ -153,66 +150,6 @@ def check_holdout(
             )
         print(f"warning: {' and '.join(deviations)} (--allow-count-mismatch).", file=sys.stderr)
     return f"Trains on {train.num_samples:,} images; {holdout.num_samples:,} are held out ({name})."
-
-
-def _check_disjoint(holdout: Manifest, train: Manifest) -> None:
-    """See that no held-out image is trained on, as happens when the two sets were split by different seeds.
-
-    One conversion with --holdout splits without overlap, and its facts are in both manifests. Otherwise the indexes of
-    both sets are compared.
-
-    Raises:
-        UserError: images are in both sets.
-    """
-    facts = ("source", "seed", "holdout")
-    ours, theirs = ([of.made.get(fact) for fact in facts] for of in (train, holdout))
-    if ours == theirs and None not in ours:
-        return
-    if isinstance(train.root, str) or isinstance(holdout.root, str):
-        print(
-            f"warning: {holdout.root} and {train.root} are not of one conversion with --holdout, and their samples are "
-            "not compared behind a URL: make sure that no held-out image is trained on.",
-            file=sys.stderr,
-        )
-        return
-    shared = _shared_keys(holdout, train)
-    if shared:
-        raise UserError(
-            f"{len(shared):,} of the {holdout.num_samples:,} images of {holdout.root} are in {train.root} as well, "
-            f"{shared[0]} for one: checkpoints would be chosen on images that they were trained on. Were the two sets "
-            f"split by different seeds or numbers? Convert the training set with {_MAKE}, which makes both."
-        )
-
-
-def _shared_keys(holdout: Manifest, train: Manifest) -> list[str]:
-    """Keys of samples that are in both sets. Sets other than ImageNet may give different images one name (cat/001.jpg):
-    there the images' bytes have to be equal as well. Bytes of different stores cannot be compared."""
-    alike = (holdout.store, holdout.image_size) == (train.store, train.image_size)
-    unique_names = tuple(wnid for wnid, _ in train.classes) == imagenet.wnids()
-    if not (alike or unique_names):
-        return []
-    held: dict[bytes, tuple[int, int | None]] = {}
-    for shard in holdout.shards:
-        held.update(_images_by_key(holdout.open_index(shard)))
-    keys = np.array(list(held), np.bytes_)
-    shared = []
-    for shard in train.shards:
-        index = train.open_index(shard)
-        for key, (size, crc) in _images_by_key(index, np.isin(index.keys, keys)).items():
-            of_held = held[key]
-            same_bytes = size == of_held[0] and (None in (crc, of_held[1]) or crc == of_held[1])
-            if unique_names or same_bytes:
-                shared.append(key.decode())
-    return sorted(shared)
-
-
-def _images_by_key(index: Index, chosen: NDArray[np.bool_] | None = None) -> dict[bytes, tuple[int, int | None]]:
-    """Size and CRC of the images of a shard's samples, or of those ``chosen``; no CRC where none was computed."""
-    rows = np.arange(len(index)) if chosen is None else np.flatnonzero(chosen)
-    members = index.image[rows]
-    sizes = index.size[members].tolist()
-    crcs = index.crc32[members].tolist() if len(index.crc32) else [None] * len(rows)
-    return dict(zip(index.keys[rows].tolist(), zip(sizes, crcs, strict=True), strict=True))
 
 
 def _deviations(trained: int, held_out: int) -> list[str]:
