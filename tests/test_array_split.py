@@ -24,7 +24,7 @@ from launch.jobs.submission import submit_to_slurm
 from launch.slurm.texts import array_limit, parse_config
 from slurm_fixture import Cluster
 from test_array import start as start_array
-from test_reproduce import ON_ONE_NODE, submits
+from test_reproduce import ON_ONE_NODE, put_part, submits
 from test_reproduce import flags as plan_flags
 from test_slurm_client import FakeSlurm, fake  # noqa: F401
 
@@ -96,8 +96,8 @@ def test_what_was_accepted_stays_if_slurm_refuses_a_later_array(fake: FakeSlurm,
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
     root = made.make_materials(tmp_path_factory.mktemp("materials"), per_class=16)
-    for name in ("shifted", "holdout"):
-        (root / "shards" / name).symlink_to("val")
+    (root / "shards/shifted").symlink_to("val")
+    put_part(root / "shards/val", root / "shards/holdout")
     return root
 
 
