@@ -17,7 +17,7 @@ for folder in (REPO, REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-# In what tests start, open_clip does not find transformers: that is two seconds of every rank (lean/transformers.py).
+# What tests start does not import what it does not call: that is half the time of every rank's start.
 LEAN = REPO / "tests/lean"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
 
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def with_transformers(monkeypatch):
-    """What the test starts finds transformers."""
+def all_imports(monkeypatch):
+    """What the test starts imports all that it does outside of tests (lean/sitecustomize.py)."""
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != str(LEAN)))

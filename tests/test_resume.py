@@ -106,7 +106,10 @@ def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed
     assert_same_end(run, undisturbed)
 
 
-def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(materials, undisturbed, tmp_path):
+def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(
+    materials, undisturbed, tmp_path, all_imports
+):
+    """Its ranks import packages that those of other tests do without: nothing depends on that."""
     run = tmp_path / "run"
     process = made.start(*flags(materials, run))
     wait_for_step(run, 7, process)

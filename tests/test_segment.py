@@ -20,7 +20,7 @@ from cfmask.errors import UserError
 from tools import segment, validate_masks, verify_shards
 from towers import TINY
 
-pytestmark = pytest.mark.usefixtures("with_transformers")
+pytestmark = pytest.mark.usefixtures("all_imports")
 
 WNIDS = tuple(imagenet.wnids()[i] for i in (1, 80, 151))  # goldfish; a bird, a dog
 CATEGORIES = ("person", "bird", "cat", "dog", "grass")
