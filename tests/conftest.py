@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Started in the background, a shell lets it ignore Ctrl-C, and everything that it starts: tests send that signal.
@@ -60,6 +61,20 @@ LONGEST = (
 )
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Print the files that took longest, if any took a minute; each worker works on one file at a time."""
+    seconds = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.location[0]] += report.duration
+    if seconds and max(seconds.values()) >= 60:
+        terminalreporter.section("slowest files")
+        for file, took in seconds.most_common(15):
+            terminalreporter.write_line(f"{took:6.0f} s  {file}")
+        terminalreporter.write_line(f"{seconds.total():6.0f} s  all files")
+
+
 def pytest_collection_modifyitems(items):
     """Files that take minutes first: several are worked on at once, and none of these should be left for the end."""
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
@@ -68,6 +83,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def all_imports(monkeypatch):
-    """What the test starts imports all that it does outside of tests (lean/sitecustomize.py)."""
+    """What the test starts imports all that it does outside of tests (lean/lean.py)."""
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != str(LEAN)))

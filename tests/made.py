@@ -85,21 +85,43 @@ def plant(clone: Path, **ends: str) -> Path:
     return clone
 
 
-def submit(*flags: object, check: bool = True, repository: Path = REPO, **popen) -> subprocess.CompletedProcess:
-    """`python launch/submit.py …` with one thread a process."""
+SUBMIT_PACED = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from launch import submit
+from cfmask.errors import exits_cleanly
+pace_s = float(sys.argv.pop(1))
+sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_s=pace_s))())
+"""
+
+
+def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0) -> list[str]:
+    """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step: on a busy machine too, a run that is to be
+    disturbed does not finish before, and it leaves the machine to others."""
+    program = ["-c", SUBMIT_PACED, str(repository), str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
+    return [sys.executable, *program, *map(str, flags)]
+
+
+def submit(
+    *flags: object, check: bool = True, repository: Path = REPO, pace_s: float = 0.0, **popen
+) -> subprocess.CompletedProcess:
+    """``submit_command``, with one thread a process, until it ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
-    command = [sys.executable, str(repository / "launch/submit.py"), *map(str, flags)]
+    command = submit_command(*flags, repository=repository, pace_s=pace_s)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **popen)
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
 
 
-def start(*command: object) -> subprocess.Popen:
-    """`python launch/submit.py …` in a process group of its own, not waited for."""
+PACE_S = 0.05
+
+
+def start(*flags: object, pace_s: float = PACE_S) -> subprocess.Popen:
+    """``submit_command`` in a process group of its own, not waited for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, str(REPO / "launch/submit.py"), *map(str, command)],
+        submit_command(*flags, pace_s=pace_s),
         start_new_session=True,
         env=environment,
         stdout=subprocess.DEVNULL,

@@ -202,7 +202,7 @@ def on_slurm(materials: Path, run: Path, *more: object) -> list[object]:
 
 
 def submit(materials: Path, run: Path, *more: object) -> str:
-    done = made.submit(*on_slurm(materials, run, *more))
+    done = made.submit(*on_slurm(materials, run, *more), pace_s=made.PACE_S)
     return next(line.split()[1] for line in done.stdout.splitlines() if line.startswith("job "))
 
 
@@ -318,7 +318,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
     [file] = (run / ".owner").iterdir()
     file = file.rename(file.with_name(f"n17,another machine,4711,{name}-0,0a1b2c3d"))
     os.utime(file, (time.time() - 75,) * 2)
-    told = made.submit(*on_slurm(materials, run)).stdout
+    told = made.submit(*on_slurm(materials, run), pace_s=made.PACE_S).stdout
     assert f"{run} was held by job {name}-0, process 4711 on n17, which was not heard of for 6" in told
     wait_until(lambda: len(read_lines(run / "attempts.jsonl")) == 2, "the second start", 90)
     assert state_of(run) == "running"
@@ -329,7 +329,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
 def test_one_run_of_a_sweep_is_cancelled_and_the_other_goes_on(slurm_cluster: Cluster, materials, tmp_path):
     flags = on_slurm(materials, Path("unused"), "--nodes", 1, "--seeds", 0, 1)
     cut = flags.index("--run")
-    made.submit(*flags[:cut], *flags[cut + 2 :], cwd=tmp_path)
+    made.submit(*flags[:cut], *flags[cut + 2 :], cwd=tmp_path, pace_s=made.PACE_S)
     first, second = sorted(path for path in (tmp_path / "runs").iterdir() if path.name[0] != ".")
     try:
         wait_for_step(first, 2)
@@ -347,7 +347,7 @@ def test_one_run_of_a_sweep_is_cancelled_and_the_other_goes_on(slurm_cluster: Cl
 @pytest.mark.slurm
 def test_following_a_job_survives_its_requeue(slurm_cluster: Cluster, materials, tmp_path):
     run = tmp_path / "run"
-    name = submit(materials, run, "--epochs", 80)
+    name = submit(materials, run, "--epochs", 40)
     command = [sys.executable, REPO / "launch/status.py", run, "--follow"]
     following = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1

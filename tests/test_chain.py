@@ -412,13 +412,13 @@ def test_a_chain_ends_with_the_weights_of_an_uninterrupted_run_and_its_last_job_
     run, alone = tmp_path / "run", tmp_path / "alone"
     recipe = [*made.recipe_flags(materials, run), "--epochs", 40, "--checkpoint-steps", 1000, "--gpus-per-node", 0]
     one_rank = ("--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
-    made.submit(*recipe, *one_rank, "--chain", 2)
+    made.submit(*recipe, *one_rank, "--chain", 2, pace_s=made.PACE_S)
     first, second = jobs_of(run)
     command = [sys.executable, str(REPO / "launch/status.py"), str(run), "--follow"]
     following = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         wait_for_step(run, 5)
-        made.submit("--resume", run, "--chain", 2)
+        made.submit("--resume", run, "--chain", 2, pace_s=made.PACE_S)
         _, _, third, fourth = jobs_of(run)
         assert f"afterany:{second}(unfulfilled)" in slurm_cluster.job(third)["Dependency"].split(",")
         slurm_cluster.call("scancel", "--signal=USR2", first)
@@ -459,7 +459,7 @@ def test_a_chain_is_cancelled_as_a_whole(slurm_cluster: Cluster, materials, tmp_
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     run = tmp_path / "run"
     flags = [*made.recipe_flags(materials, run), "--epochs", 400, "--gpus-per-node", 0, "--cpus-per-task", 1]
-    made.submit(*flags, "--time", 30, "--chain", 3)
+    made.submit(*flags, "--time", 30, "--chain", 3, pace_s=made.PACE_S)
     wait_for_step(run, 3)
     done = subprocess.run(
         [sys.executable, str(REPO / "launch/cancel.py"), str(run)], capture_output=True, text=True, timeout=240

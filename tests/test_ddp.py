@@ -258,7 +258,7 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
                     *(sys.executable, "-c", f"import test_ddp; test_ddp.meet_on_a_machine({rank}, {str(tmp_path)!r})"),
                 ],
                 cwd=Path(__file__).parent,
-                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+                env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
                 text=True,
             )

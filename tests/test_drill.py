@@ -32,9 +32,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Eight nodes of one CPU: four runs at once, each with nodes of its own."""
+    """Twelve nodes of one CPU: six runs at once, each with nodes of its own. Most of a drill is waiting."""
     try:
-        with running_cluster("--nodes", "8", "--cpus-per-node", "1") as cluster, pytest.MonkeyPatch.context() as patch:
+        with running_cluster("--nodes", "12", "--cpus-per-node", "1") as cluster, pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", str(cluster.conf))
             yield cluster
     except CannotBeHad as reason:
@@ -45,7 +45,7 @@ def cluster() -> Iterator[Cluster]:
 def done(cluster, tmp_path_factory) -> Path:
     """All drills, by the command that a user types."""
     folder = tmp_path_factory.mktemp("drills") / "all"
-    command = [sys.executable, REPO / "launch/drill.py", "--folder", folder, "--pace", 0.12, "--at-once", 4]
+    command = [sys.executable, REPO / "launch/drill.py", "--folder", folder, "--pace", 0.12, "--at-once", 6]
     command += ["--patience", 12, "--nodes", 2, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 30]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
     ended = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)

@@ -301,7 +301,7 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
-        "import sys, time, importlib.abc\n"
+        "import lean, sys, time, importlib.abc\n"
         "class Find(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'cfmask.evaluator':\n"
@@ -314,7 +314,7 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
         "            s.eval_batches = slowly\n"
         "sys.meta_path.insert(0, Find())\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{made.REPO}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{os.environ['PYTHONPATH']}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_until(lambda: (out / "attempts.jsonl").exists(), "the evaluation to begin", 60)
     time.sleep(1)

@@ -265,7 +265,7 @@ def interpret_all(path: str) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     path = tmp_path_factory.mktemp("interpreted") / "results.pkl"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
     done = subprocess.run([sys.executable, __file__, path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return pickle.loads(path.read_bytes())

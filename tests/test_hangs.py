@@ -192,7 +192,7 @@ def test_retries_end_and_the_reason_is_said(materials, tmp_path):
     die = tmp_path / "die"
     die.mkdir()
     (die / "sitecustomize.py").write_text(
-        "import os, sys, threading, time\n"
+        "import lean, os, sys, threading, time\n"
         "def later():\n"
         "    while 'cfmask.train' not in sys.modules: time.sleep(0.1)\n"
         "    os.abort()\n"
@@ -215,7 +215,7 @@ def test_a_node_on_which_ranks_die_twice_is_left_out(slurm_cluster, materials, t
     run, die = tmp_path / "run", tmp_path / "die"
     die.mkdir()
     (die / "sitecustomize.py").write_text(
-        f"import os, sys, threading, time\nBAD = {str(tmp_path / 'bad')!r}\n"
+        f"import lean, os, sys, threading, time\nBAD = {str(tmp_path / 'bad')!r}\n"
         "def later():\n"
         "    while 'cfmask.train' not in sys.modules: time.sleep(0.1)\n"
         "    os.abort()\n"

@@ -83,8 +83,9 @@ def test_a_gpu_copies_into_it_without_a_wait():
 
 def run(code: str, settings: str = "") -> str:
     """A process of its own: the allocator's settings are a process's."""
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": settings, "PYTHONPATH": str(made.REPO)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    environment = {**os.environ, "PYTORCH_ALLOC_CONF": settings}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=made.REPO, capture_output=True, text=True, env=environment, check=True)
     return done.stdout.strip()
 
 

@@ -67,7 +67,7 @@ class Command:
 
     @classmethod
     def start(cls, run: Path, *command: object) -> Command:
-        words = [sys.executable, str(REPO / "launch/submit.py"), *map(str, command)]
+        words = made.submit_command(*command, pace_s=made.PACE_S)
         output = open(run.parent / "output.txt", "w")  # noqa: SIM115
         return cls(subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True), run)
 
@@ -194,7 +194,7 @@ def test_a_run_that_is_not_followed_goes_on_by_itself_and_is_refused_a_second_ti
     """Its output may be read to the end: nothing of the run holds it open."""
     run = tmp_path / "run"
     more = ("--epochs", 400, "--no-follow")
-    done = made.submit(*flags(materials, run, *more))
+    done = made.submit(*flags(materials, run, *more), pace_s=made.PACE_S)
     controller = processes.controller_of(RunFolder(run))
     assert f"job {controller} on " in done.stdout
     again = made.submit(*flags(materials, run, *more), check=False)

@@ -743,7 +743,7 @@ def test_a_plan_of_dependent_jobs_survives_a_requeue_and_the_loss_of_who_submitt
     slurm_cluster: Cluster, materials, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 60)
+    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 120)
     words += ["--checkpoint-steps", "20"]
     names = ["zero-shot", "ft-s0", "ft-eval-s0", "wise-ft-s0"]
     # Killed while it submits: what it has submitted stays, and the same command adds the others.
@@ -773,7 +773,7 @@ def test_what_waits_for_a_job_that_fails_leaves_the_queue_and_is_submitted_with_
     slurm_cluster: Cluster, materials, tmp_path, capsys
 ):
     out = tmp_path / "out"
-    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 60)
+    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 120)
     jobs, _ = submits(words, capsys)
     assert list(jobs) == ["zero-shot", "ft-s0", "ft-eval-s0", "wise-ft-s0"]
     made.wait_for_step(out / "ft-s0", 5)

@@ -26,6 +26,7 @@ from launch.jobs.rank import Job
 from launch.jobs.recipe_arguments import recipe_from
 
 STEPS = 18  # 3 epochs of 6
+PACE_S = 0.1  # a step of a run that is disturbed: it must not finish before
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path, kills):
     run = tmp_path / "run"
     for step in kills:
-        process = made.start(*flags(materials, run))
+        process = made.start(*flags(materials, run), pace_s=PACE_S)
         wait_for_step(run, step, process)
         made.kill_all(process)
         assert not (run / "results.json").exists()
@@ -93,7 +94,7 @@ def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undist
 
 def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = made.start(*flags(materials, run))
+    process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 13, process)
     made.kill_all(process)
     newest = max((run / "checkpoints").glob("step-*"))
@@ -111,7 +112,7 @@ def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(
 ):
     """Its ranks import packages that those of other tests do without: nothing depends on that."""
     run = tmp_path / "run"
-    process = made.start(*flags(materials, run))
+    process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 7, process)
     os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # one rank alone hears of it
     assert process.wait(timeout=120) == 0
@@ -132,7 +133,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
     executor = submitit.LocalExecutor(run.root / "jobs")
     executor.update_parameters(timeout_min=60, stderr_to_stdout=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    job = executor.submit(Job(run.root, 0, time_limit_min=0.35, pace_s=4.0))  # 18.9 s, in which it makes no 6 steps
+    job = executor.submit(Job(run.root, 0, time_limit_min=0.25, pace_s=4.0))  # 13.5 s; 6 steps take 24 s
     assert job.result() == "finished"
     whys = [attempt["why_last_ended"] for attempt in read_lines(run.attempts)[1:]]
     assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\), at the time limit", why) for why in whys)
@@ -140,7 +141,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
 
 def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    process = made.start(*flags(materials, run))
+    process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 6, process)
     for pid in made.ranks_of(process):
         os.kill(pid, signal.SIGTERM)
@@ -173,7 +174,7 @@ def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
     more = ("--tasks-per-node", 4, "--loader-workers", 0)
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     made.submit(*flags(materials, alone, *more))
-    process = made.start(*flags(materials, killed, *more))
+    process = made.start(*flags(materials, killed, *more), pace_s=PACE_S)
     wait_for_step(killed, 9, process)
     made.kill_all(process)
     made.submit(*flags(materials, killed, *more))
@@ -183,7 +184,7 @@ def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
 def test_a_run_killed_between_checkpoints_by_the_clock_ends_bit_identical(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     more = ("--checkpoint-steps", 999, "--checkpoint-minutes", 1e-9)
-    process = made.start(*flags(materials, run, *more))
+    process = made.start(*flags(materials, run, *more), pace_s=PACE_S)
     wait_for_step(run, 9, process)
     made.kill_all(process)
     made.submit(*flags(materials, run, *more))

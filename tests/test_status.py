@@ -29,7 +29,7 @@ from launch.slurm.queue import SacctRecord, SlurmJob
 from slurm_fixture import wait_until
 
 REPO = Path(__file__).resolve().parents[1]
-EPOCHS = 80  # long enough to be disturbed
+EPOCHS = 40  # long enough to be disturbed
 
 
 # --- made folders -------------------------------------------------------------------------------------------------

@@ -52,11 +52,7 @@ def flags(materials: Path, *more: object) -> list[object]:
 
 def submit(repo: Path, *words: object, check: bool = True, **popen) -> subprocess.CompletedProcess:
     """``made.submit`` with the code of another working copy."""
-    command = [sys.executable, str(repo / "launch/submit.py"), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, **popen)
-    assert not check or done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+    return made.submit(*words, check=check, repository=repo, **popen)
 
 
 def break_code(repo: Path) -> None:
@@ -265,8 +261,8 @@ def test_what_slurm_refuses_is_told_in_its_own_words_and_leaves_nothing(slurm_cl
 @pytest.mark.slurm
 def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themselves(slurm_cluster, materials, tmp_path):
     """Two runs; one is requeued by an administrator, the other is cancelled and resumed."""
-    words = flags(materials, *ON_ONE_NODE, "--seeds", 0, 1, "--epochs", 30, "--checkpoint-steps", 20)
-    done = made.submit(*words, cwd=tmp_path)
+    words = flags(materials, *ON_ONE_NODE, "--seeds", 0, 1, "--epochs", 15, "--checkpoint-steps", 20)
+    done = made.submit(*words, cwd=tmp_path, pace_s=made.PACE_S)
     (first, requeued), (second, cancelled) = jobs_of(done).items()
     array = first.partition("_")[0]
     assert (first, second) == (f"{array}_0", f"{array}_1")
@@ -290,8 +286,8 @@ def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themsel
 
 @pytest.mark.slurm
 def test_a_requeued_job_runs_the_code_it_was_submitted_with(slurm_cluster, materials, clone, tmp_path):
-    words = flags(materials, *ON_TWO_NODES, "--epochs", 30, "--checkpoint-steps", 20, "--run", tmp_path / "run")
-    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone)).items()
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--checkpoint-steps", 20, "--run", tmp_path / "run")
+    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone, pace_s=made.PACE_S)).items()
     wait_for_step(run, 25)
     break_code(clone)
     slurm_cluster.call("scontrol", "requeue", job)
@@ -327,8 +323,8 @@ def test_a_rank_without_scontrol_is_requeued_by_the_batch_script(slurm_cluster, 
     (tmp_path / "python").write_text(f'#!/bin/sh\nexport PATH=/nowhere\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     (tmp_path / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
-    words = flags(materials, *ON_TWO_NODES, "--epochs", 40, "--cluster", "cluster.toml")
-    [(job, run)] = jobs_of(made.submit(*words, cwd=tmp_path)).items()
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--cluster", "cluster.toml")
+    [(job, run)] = jobs_of(made.submit(*words, cwd=tmp_path, pace_s=made.PACE_S)).items()
     wait_for_step(run, 5)
     slurm_cluster.call("scancel", "--signal=USR2", job)
     slurm_cluster.start_again_now(job)

@@ -2,10 +2,11 @@
 
     python3 tools/test.py                     all of it, except the sweeps marked slow
     python3 tools/test.py --slow              those too
+    python3 tools/test.py --quick             an answer in two minutes: the linters, and tests that start no processes
     python3 tools/test.py tests/test_step.py -k relevance     what follows goes to pytest
 
 pytest runs even if a linter complains, so that one run shows everything; the exit code is 0 only if all passed.
-Tests that were skipped are listed at the end with the reason.
+Tests that were skipped are listed at the end with the reason, and the files that took longest with their seconds.
 """
 
 import os
@@ -14,31 +15,37 @@ import sys
 
 import _bootstrap
 
-WORKERS = str(min(4, len(os.sched_getaffinity(0))))
+WORKERS = str(min(4, 1 + len(os.sched_getaffinity(0))))
+"""One more than there are cores: much of what tests do is wait, for a Slurm or a run that they have started."""
+QUICK = (
+    *("checkpoint", "checkpoint_state", "cluster_file", "demo_parts", "health", "images", "optim", "passes", "plan"),
+    *("recipe", "restarts", "run_restarts", "runs", "secrets", "shards", "slurm_client", "step", "validation"),
+    *("weights",),
+)
+"""What --quick runs of tests/."""
 
 
 def main(arguments: list) -> int:
-    slow = "--slow" in arguments
-    arguments = [argument for argument in arguments if argument != "--slow"]
-    pytest_options = [] if slow else ["-m", "not slow"]
+    slow, quick = "--slow" in arguments, "--quick" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--slow", "--quick")]
+    pytest_options = [] if slow else ["-m", "not slow and not slurm" if quick else "not slow"]
+    pytest_options += [f"tests/test_{name}.py" for name in QUICK] if quick else []
     checks = {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
         "mypy": ["mypy"],
-        # Threads of many small test processes on few cores only get into each other's way; but most of what these tests
-        # do is wait for processes that they have started, so several files are worked on at once.
         "pytest": [
             *("pytest", "--numprocesses", WORKERS, "--dist", "loadfile", "--no-loadscope-reorder"),
             *pytest_options,
             *arguments,
         ],
     }
-    if not slow:
+    if not slow and not quick:
         print("Left out: the sweeps marked slow; python3 tools/test.py --slow runs them too.", flush=True)
     failed = []
     for name, command in checks.items():
         print(f"== {name}", flush=True)
-        environment = dict(os.environ, OMP_NUM_THREADS="1")
+        environment = dict(os.environ, OMP_NUM_THREADS="1")  # threads of many processes are in each other's way
         if subprocess.run([sys.executable, "-m", *command], cwd=_bootstrap.ROOT, env=environment).returncode:
             failed.append(name)  # pytest's 5 included: no tests found is a failure
     if failed:

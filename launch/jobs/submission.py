@@ -265,11 +265,11 @@ def enqueue(
 # --- on this machine --------------------------------------------------------------------------------------------------
 
 
-def run_here(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool) -> int:
+def run_here(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
     """One after the other, on this machine; one that fails does not keep the others."""
     failed = []
     for each in planned:
-        code = run_one_here(each, allocation, follow=follow)
+        code = run_one_here(each, allocation, follow=follow, pace_s=pace_s)
         if code > 128:  # a signal is for all of them
             return code
         if code:
@@ -279,11 +279,12 @@ def run_here(planned: Sequence[AnyPlanned], allocation: Allocation, *, follow: b
     return 1 if failed else 0
 
 
-def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -> int:
+def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
     """One, on this machine.
 
     Args:
         follow: show its progress until it has ended; else it is left to itself.
+        pace_s: see ``Job``.
 
     Returns:
         0 if it is finished (or left to itself), 1 if it failed or was cancelled, 128 + the number of the signal that
@@ -300,7 +301,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool) -
     code = keep_code(run)
     (run.root / "jobs").mkdir(exist_ok=True)
     keep_command(allocation.notify, run)
-    work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN)
+    work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN, pace_s)
     if allocation.executor == "debug":
         job = submitit.DebugExecutor(run.root / "jobs").submit(work)
         _record(planned, job.job_id, allocation, code)

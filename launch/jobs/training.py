@@ -86,7 +86,8 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     """Plan, check and submit what the flags of ``add_submit_arguments`` ask for.
 
     Args:
-        pace_s: seconds that its runs wait at each step (``Job``), for fault injection by launch/drill.py.
+        pace_s: seconds that its runs wait at each step (``Job``), for fault injection by launch/drill.py
+            and by tests.
 
     Returns:
         The exit code of submit.py.
@@ -155,7 +156,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
             each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
     if allocation.on_slurm:
         return submit_to_slurm(wanted, allocation, chain=chain, follow=bool(arguments.follow), pace_s=pace_s)
-    return run_here(wanted, allocation, follow=arguments.follow is not False)
+    return run_here(wanted, allocation, follow=arguments.follow is not False, pace_s=pace_s)
 
 
 def check_chain(arguments: argparse.Namespace, allocation: Allocation) -> None:

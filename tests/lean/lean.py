@@ -1,0 +1,103 @@
+"""Shortens the start of the processes that tests start: Python runs sitecustomize.py first, because conftest.py puts
+this folder on PYTHONPATH. A test with a sitecustomize.py of its own imports this module there.
+
+Most of the suite's time goes to ranks, several hundred of them, that import torch and open_clip. Half of that is spent
+on packages that these, torchvision and torch.optim import, and that training does not call:
+
+    transformers     cannot be imported: open_clip does without it, and only tools/segment.py uses it
+                     (the fixture ``all_imports``)
+    timm             is imported when something of it is called, and with it wandb, which it imports
+    torch._dynamo    is imported when something of it is used, by torch.compile for example, other than what stands in
+                     ``STAND_INS``: decorators of functions that torch.compile leaves alone, which change nothing where
+                     nothing is compiled
+    torch._inductor  the same; torch.use_deterministic_algorithms imports it for its configuration
+
+``test_resume.py`` compares a run of ranks that import everything with one of ranks that do not.
+"""
+
+import importlib
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType, SimpleNamespace
+
+
+def _later(module: str, name: str):
+    """A function or class that is imported when it is called."""
+    return lambda *args, **kwargs: getattr(_real(module), name)(*args, **kwargs)
+
+
+STAND_INS = {
+    "timm": {},
+    "timm.layers": {
+        name: _later("timm.layers", name) for name in ("RotAttentionPool2d", "AttentionPool2d", "Mlp", "to_2tuple")
+    },
+    "torch._dynamo": {
+        "disable": lambda fn=None, *_, **__: (lambda function: function) if fn is None else fn,
+        "graph_break": lambda: None,
+        "trace_rules": SimpleNamespace(clear_lru_cache=lambda: None),
+    },
+    "torch._dynamo.utils": {
+        "get_optimize_ddp_mode": lambda: "ddp_optimizer",  # the default, which changes nothing but compiled models
+        "is_compile_supported": _later("torch._dynamo.utils", "is_compile_supported"),
+    },
+    "torch._inductor": {},
+}
+"""Modules, and what they give without being imported: what the import of open_clip, an optimizer and DDP ask for."""
+PACKAGES = ("timm", "torch._dynamo", "torch._inductor")
+LIGHT = ("torch._inductor.config", "torch._inductor.custom_graph_pass")
+"""Modules that are imported as ever, without what their package imports."""
+
+
+class _StandIn(ModuleType):
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(_real(self.__name__), name)
+
+
+def _package_of(module: str) -> str | None:
+    """The package with stand-ins that a module is or is part of."""
+    return next((name for name in PACKAGES if f"{module}.".startswith(f"{name}.")), None)
+
+
+def _real(module: str) -> ModuleType:
+    """Import a module, and its package, in the place of what stands in."""
+    package = _package_of(module)
+    for name in [name for name in STAND_INS if _package_of(name) == package]:
+        del STAND_INS[name]
+        sys.modules.pop(name, None)
+    found = importlib.import_module(module)
+    for name in LIGHT:
+        if name.startswith(f"{package}.") and name in sys.modules:
+            setattr(sys.modules[package], name.rpartition(".")[2], sys.modules[name])
+    return found
+
+
+class _Lean(MetaPathFinder, Loader):
+    def find_spec(self, name, path=None, target=None):
+        if name == "transformers":
+            raise ImportError("transformers is hidden from the processes of these tests (tests/lean)")
+        if name in STAND_INS:
+            if (real := PathFinder.find_spec(name, path)) is None:
+                return None
+            spec = ModuleSpec(name, self, origin=real.origin)
+            spec.submodule_search_locations = real.submodule_search_locations
+            return spec
+        if name not in LIGHT and _package_of(name) in STAND_INS:  # another module of it
+            module = _real(name)
+            del sys.modules[name]  # Python would import it again by its own spec; create_module gives it back
+            return ModuleSpec(name, self, loader_state=(module, module.__spec__))
+        return None
+
+    def create_module(self, spec):
+        return spec.loader_state[0] if spec.loader_state else _StandIn(spec.name)
+
+    def exec_module(self, module):
+        if isinstance(module, _StandIn):
+            vars(module).update(STAND_INS[module.__name__])
+        else:
+            module.__spec__ = module.__spec__.loader_state[1]
+
+
+sys.meta_path.insert(0, _Lean())
