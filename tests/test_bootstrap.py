@@ -390,6 +390,12 @@ def test_a_lint_error_fails_the_checks_and_the_tests_still_run(project: Path) ->
     assert code == 1 and "1 passed" in lines[-2] and lines[-1] == "FAILED: ruff check, ruff format"
 
 
+def test_files_of_the_quick_tests_are_there() -> None:
+    from tools.test import QUICK
+
+    assert [name for name in QUICK if not (REPO / f"tests/test_{name}.py").exists()] == []
+
+
 def test_no_tests_at_all_is_a_failure(project: Path) -> None:
     code, lines = check(project)
     assert code == 1 and lines[-1] == "FAILED: pytest"

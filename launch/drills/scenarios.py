@@ -434,7 +434,7 @@ _AGAIN = r"; starts again.* \(retry 1 of 3\)"
 _LOST = rf"lost a rank without a report.*|{_KILLED}"
 UNDISTURBED = Drill("undisturbed", "nothing: the others are compared with it", _undisturbed)
 DRILLS = (
-    # The longest first: others are done beside them, and a node that is lost is not revived by the next that is.
+    # The longest first: others are done beside them. Not both that lose a node: who revives one revives the other.
     Drill("time-limit", "a time limit of two minutes", _time_limit, f"{_AT_LIMIT}(; {_AT_LIMIT})*", lasts_s=120),
     Drill(
         name="chain",
@@ -494,6 +494,7 @@ DRILLS = (
         ends="(failed|not started).*",
         nodes=2,
     ),
+    Drill("node-lost", "another of its nodes dies", _node_lost, _LOST, "cluster", nodes=2),
     Drill(
         name="unreadable-at-resume",
         what="EIO from its checkpoints: for good, and for some seconds; --resume",
@@ -530,7 +531,6 @@ DRILLS = (
         needs="cluster",
         flags=("--partition", "abrupt"),
     ),
-    Drill("node-lost", "another of its nodes dies", _node_lost, _LOST, "cluster", nodes=2),
     Drill(
         name="full-disk",
         what="no space for checkpoints; space again; --resume",
