@@ -57,8 +57,10 @@ def poisoned():
 
 
 LONGEST = (
-    *("drill", "rank_death", "reproduce", "async_checkpoint", "sweep", "methods", "cancel", "doctor", "resume"),
-    *("memory", "metrics", "relevance_kernel", "bench_gpu", "fused"),
+    # Those that wait for Slurm beside those that compute.
+    *("drill", "resume", "reproduce", "sweep", "rank_death", "cancel", "fused", "doctor", "bench_gpu", "chain"),
+    *("hangs", "relevance_kernel", "process_death", "bootstrap", "array", "async_checkpoint", "array_split", "status"),
+    *("wandb", "cluster_in_a_box", "make_shards_slurm", "memory", "methods", "metrics"),
 )
 
 

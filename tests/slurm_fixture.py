@@ -71,13 +71,13 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_state(self, job: str, state: str, timeout: float = 30) -> None:
+    def wait_for_state(self, job: str, state: str, timeout: float = 120) -> None:
         """Wait until the controller gives the job this state."""
         wait_until(lambda: self.job(job)["JobState"] == state, f"job {job} is {state}", timeout)
 
     def start_again_now(self, job: str) -> None:
         """Skip most of the two minutes that a requeued job is held for; some are needed for its first life to end."""
-        self.wait_for_state(job, "PENDING", 60)
+        self.wait_for_state(job, "PENDING")
         time.sleep(3)
         self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
 
@@ -89,14 +89,14 @@ class Cluster:
         """End a daemon in an orderly way: killed, slurmctld forgets the ends of jobs, and requeues them."""
         pid = self.pid(daemon)
         os.kill(pid, signal.SIGTERM)
-        wait_until(lambda: not process_runs(pid), f"{daemon} has ended", 60)
+        wait_until(lambda: not process_runs(pid), f"{daemon} has ended")
 
     def revive(self) -> None:
         """Start those daemons again that were killed."""
         tool(self.state, "up")
 
 
-def wait_until(holds: Callable[[], bool], what: str, timeout: float = 30) -> None:
+def wait_until(holds: Callable[[], bool], what: str, timeout: float = 120) -> None:
     """Look five times a second whether it holds; fail saying what did not come true."""
     deadline = time.monotonic() + timeout
     while not holds():

@@ -73,7 +73,7 @@ def test_a_run_on_this_machine_ends_with_a_checkpoint_and_a_resume_takes_the_mar
     assert done.returncode == 0
     step = assert_left_a_checkpoint_of_where_it_stopped(run, done.stdout)
     assert step >= 8
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert state_of(run) == "cancelled"
     assert RunFolder(run).owner() is None
 
@@ -95,7 +95,7 @@ def test_the_mark_alone_ends_a_run(materials, tmp_path):
     process = made.start(*local(materials, run))
     wait_for_step(run, 3)
     RunFolder(run).cancel()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert read_lines(run / "attempts.jsonl")[-1]["from_step"] == 0
     assert json.loads((run / "ended.json").read_text())["why"].endswith("(quit)")
 
@@ -103,7 +103,7 @@ def test_the_mark_alone_ends_a_run(materials, tmp_path):
 def test_a_job_that_finds_the_mark_does_not_start(materials, tmp_path):
     run = tmp_path / "run"
     process = made.start(*local(materials, run))
-    wait_until(lambda: list((run / "jobs").glob("*_submitted.pkl")), "the job is submitted", 60)
+    wait_until(lambda: list((run / "jobs").glob("*_submitted.pkl")), "the job is submitted")
     RunFolder(run).cancel()
     assert process.wait(timeout=120) == 1
     assert not (run / "log.jsonl").exists()
@@ -122,7 +122,7 @@ def test_what_does_not_end_in_time_is_killed(materials, tmp_path):
     done = run_tool("cancel", run, "--grace", 2)
     assert done.returncode == 0
     assert "is still there: killed" in done.stdout and "there is no checkpoint" not in done.stdout
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     assert not process_runs(rank)
     listed = subprocess.run(["ps", "-o", "stat=", "-g", str(process.pid)], capture_output=True, text=True).stdout
     assert all(line.startswith("Z") for line in listed.split()), "a rank is left"
@@ -227,7 +227,7 @@ def test_a_job_that_is_just_starting_ends_without_being_killed(slurm_cluster: Cl
     for delay in (0, 1, 3):
         run = tmp_path / f"after-{delay}"
         name = submit(materials, run)
-        slurm_cluster.wait_for_state(name, "RUNNING", 60)
+        slurm_cluster.wait_for_state(name, "RUNNING")
         time.sleep(delay)
         done = run_tool("cancel", run)
         assert done.returncode == 0, done.stderr
@@ -258,7 +258,7 @@ def test_a_job_that_was_just_requeued_does_not_go_on(slurm_cluster: Cluster, mat
     name = submit(materials, run)
     wait_for_step(run, 4)
     slurm_cluster.call("scancel", "--signal=USR2", name)
-    slurm_cluster.wait_for_state(name, "PENDING", 60)
+    slurm_cluster.wait_for_state(name, "PENDING")
     assert state_of(run) == "requeued"
     RunFolder(run).cancel()
     assert state_of(run) == "cancelling"
@@ -296,7 +296,7 @@ def test_a_second_job_on_the_folder_is_refused_and_the_first_goes_on(slurm_clust
     second = slurm_cluster.sbatch("--hold", str(run / f"jobs/{first}_submission.sh"), cwd=tmp_path)
     shutil.copy(run / f"jobs/{first}_submitted.pkl", run / f"jobs/{second}_submitted.pkl")
     slurm_cluster.call("scontrol", "release", second)
-    slurm_cluster.wait_for_state(second, "FAILED", 120)
+    slurm_cluster.wait_for_state(second, "FAILED")
     log = "".join(path.read_text() for path in (run / "jobs").glob(f"{second}_*_log.out"))
     assert f"Another job is training into {run}" in log
     step = RunFolder(run).logged_step()
@@ -312,7 +312,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
     name = submit(materials, run, "--retries", 0)
     wait_for_step(run, 8)
     os.kill(RunFolder(run).owner().pid, signal.SIGKILL)
-    slurm_cluster.wait_for_state(name, "FAILED", 60)
+    slurm_cluster.wait_for_state(name, "FAILED")
     assert state_of(run) == "failed"
     # As it looks from another node, a good while later.
     [file] = (run / ".owner").iterdir()

@@ -434,7 +434,7 @@ def test_a_chain_ends_with_the_weights_of_an_uninterrupted_run_and_its_last_job_
         following.kill()
     assert following.returncode == 0 and "finished: " in told
     for job in (first, second, third, fourth):
-        wait_until(lambda job=job: slurm_cluster.job(job)["JobState"] == "COMPLETED", f"the end of job {job}", 120)
+        wait_until(lambda job=job: slurm_cluster.job(job)["JobState"] == "COMPLETED", f"the end of job {job}")
         assert slurm_cluster.job(job)["ExitCode"] == "0:0"
     attempts = read_lines(run / "attempts.jsonl")
     assert [line["job"] for line in attempts] == [f"{first}-0", f"{second}-0", f"{second}-1", f"{third}-0"]

@@ -219,7 +219,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
                 member / "jobs" / f"{job}_{number}_0_log.out" if len(members) > 1 else member / f"jobs/{job}_0_log.out"
             )
             code = batch_code(member, len(members) > 1, number)
-            wait_until(lambda log=log, code=code: log.exists() and code in log.read_text(), f"{log} has {code}", 60)
+            wait_until(lambda log=log, code=code: log.exists() and code in log.read_text(), f"{log} has {code}")
 
 
 def batch_code(member: Path, swept: bool, number: int) -> str:

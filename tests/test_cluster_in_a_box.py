@@ -79,7 +79,7 @@ while kill -0 $!; do wait; done
         wait_until(lambda: slurm_cluster.job(low)["Reason"] == "BeginTime", "the preempted job is back in the queue")
         # A requeued job is held back for two minutes.
         slurm_cluster.call("scontrol", "update", f"jobid={low}", "StartTime=now")
-        slurm_cluster.wait_for_state(low, "COMPLETED", 120)
+        slurm_cluster.wait_for_state(low, "COMPLETED")
     finally:
         slurm_cluster.call("scontrol", "update", "PartitionName=low", "GraceTime=30")
 

@@ -685,7 +685,7 @@ def test_a_job_that_does_not_start_or_is_not_waited_for_leaves_the_queue(slurm_c
         assert process.stderr is not None
         assert any("is queued (" in line for line in process.stderr)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         assert process.returncode == 130
         assert len(queue(slurm_cluster).splitlines()) == 1 and not list(tmp_path.iterdir())
     finally:

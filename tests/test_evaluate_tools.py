@@ -316,10 +316,10 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{os.environ['PYTHONPATH']}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (out / "attempts.jsonl").exists(), "the evaluation to begin", 60)
+    wait_until(lambda: (out / "attempts.jsonl").exists(), "the evaluation to begin")
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130 and "Interrupted by SIGINT. The same command resumes" in error
     assert "Traceback" not in error and (out / "progress.safetensors").exists()
     assert evaluate.main([*command[2:]]) == 0

@@ -87,10 +87,10 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     folder = tmp_path / "train"
     command = start(source, tmp_path)
     array = array_of(slurm_cluster, command)
-    wait_until(lambda: made(folder) >= 5, "the first shards", 60)
+    wait_until(lambda: made(folder) >= 5, "the first shards")
     slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
     command.send_signal(signal.SIGINT)
-    said, _ = command.communicate(timeout=30)
+    said, _ = command.communicate(timeout=120)
     assert command.returncode == 130 and "The jobs go on" in said and f"array job {array} of 3 tasks" in said
     assert not (folder / "manifest.json").exists()
 
@@ -109,9 +109,9 @@ def test_a_task_that_is_preempted_comes_back(slurm_cluster, source, undisturbed,
         source, tmp_path, "--partition", "low", "--array", 1
     )  # one alone is not done before it is preempted
     job = array_of(slurm_cluster, command)
-    wait_until(lambda: made(folder) >= 5, "the first shards", 60)
+    wait_until(lambda: made(folder) >= 5, "the first shards")
     important = slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
-    slurm_cluster.wait_for_state(important, "COMPLETED", 60)
+    slurm_cluster.wait_for_state(important, "COMPLETED")
     assert made(folder) < SHARDS and not (folder / "manifest.json").exists()
     slurm_cluster.start_again_now(job)
     finish(command)
@@ -137,13 +137,13 @@ def test_the_array_runs_the_code_that_was_submitted(slurm_cluster, source, undis
 def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_cluster, source, undisturbed, tmp_path):
     command = start(source, tmp_path)
     array_of(slurm_cluster, command)
-    wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards", 60)
+    wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards")
     command.send_signal(signal.SIGINT)
-    command.communicate(timeout=30)
+    command.communicate(timeout=120)
     assert convert("folder", source, tmp_path, "--samples-per-shard", 10) == 0
     manifest = load_manifest(tmp_path / "train")
     assert manifest.num_samples == SHARDS * 10
-    wait_until(lambda: not slurm_cluster.call("squeue", "--noheader"), "the jobs to end", 60)
+    wait_until(lambda: not slurm_cluster.call("squeue", "--noheader"), "the jobs to end")
     assert contents(tmp_path / "train") == contents(undisturbed)
     load_manifest(tmp_path / "train")
 
@@ -153,9 +153,9 @@ def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
     gone.write_bytes(source.read_bytes())
     command = start(gone, tmp_path / "out")
     array = array_of(slurm_cluster, command)
-    wait_until(lambda: made(tmp_path / "out" / "train") >= 2, "the first shards", 60)
+    wait_until(lambda: made(tmp_path / "out" / "train") >= 2, "the first shards")
     gone.unlink()
-    said, _ = command.communicate(timeout=60)
+    said, _ = command.communicate(timeout=120)
     assert command.returncode == 2, said
     error = said[said.rindex("error: ") :]
     assert "results are missing" in error and f"The source {gone} cannot be read (No such file or directory)" in error

@@ -61,7 +61,7 @@ def launcher_of(process: subprocess.Popen) -> int:
 def ended(process: subprocess.Popen) -> str:
     """What it wrote to its standard error, when it has ended and no process is left."""
     _, errors = process.communicate(timeout=END_S)
-    wait_until(lambda: not in_group(process), "all of its processes to be gone", 5)
+    wait_until(lambda: not in_group(process), "all of its processes to be gone", 20)
     assert "Traceback" not in errors, errors
     return errors
 
@@ -146,6 +146,6 @@ def test_whichever_process_is_killed_the_rest_ends(start, tmp_path, victim):
 
 def test_the_launcher_killed_before_it_has_forked_is_the_same_error(start, tmp_path):
     process = start("slow")
-    wait_until(lambda: len(in_group(process)) >= 1, "the launcher to be there", 10)
+    wait_until(lambda: len(in_group(process)) >= 1, "the launcher to be there")
     os.kill(launcher_of(process), signal.SIGKILL)
     assert "The process that starts the workers was killed" in ended(process) and process.returncode == 2

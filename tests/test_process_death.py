@@ -88,7 +88,7 @@ class Command:
         return found
 
     def wait_for(self, *roles: str) -> None:
-        wait_until(lambda: set(roles) <= self.pids().keys(), f"{roles}", 60)
+        wait_until(lambda: set(roles) <= self.pids().keys(), f"{roles}")
 
     def kill(self, role: str) -> float:
         """How long it took until nothing of the run was left."""

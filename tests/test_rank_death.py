@@ -124,7 +124,7 @@ def supervise(tmp_path) -> Callable[..., subprocess.Popen]:
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        wait_until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text(), "the rank runs", 30)
+        wait_until(lambda: (tmp_path / "rank").exists() and (tmp_path / "rank").read_text(), "the rank runs")
         return process
 
     return start
@@ -219,7 +219,7 @@ def test_a_signal_reaches_the_rank_until_it_ends_and_does_not_kill_it_then(super
         "    while not heard: time.sleep(0.01)\n"
         "    sys.exit(143)"
     )
-    wait_until(lambda: (tmp_path / "ready").exists(), "a handler", 10)
+    wait_until(lambda: (tmp_path / "ready").exists(), "a handler")
     while process.poll() is None:
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
@@ -241,7 +241,7 @@ def test_a_rank_does_not_outlive_the_process_that_waits_for_it(supervise, tmp_pa
     process = supervise("time.sleep(600)")
     process.kill()
     process.wait()
-    wait_until(lambda: not process_runs(pid_of(tmp_path)), "the rank is gone", 10)
+    wait_until(lambda: not process_runs(pid_of(tmp_path)), "the rank is gone")
 
 
 # --- jobs ---------------------------------------------------------------------------------------------------------

@@ -748,7 +748,7 @@ def test_a_plan_of_dependent_jobs_survives_a_requeue_and_the_loss_of_who_submitt
     names = ["zero-shot", "ft-s0", "ft-eval-s0", "wise-ft-s0"]
     # Killed while it submits: what it has submitted stays, and the same command adds the others.
     first = start(words)
-    wait_until(lambda: list(out.glob("zero-shot/jobs/submissions.jsonl")) != [], "one is submitted", 60)
+    wait_until(lambda: list(out.glob("zero-shot/jobs/submissions.jsonl")) != [], "one is submitted")
     made.kill_all(first)
     there = {path.parts[-3] for path in out.glob("*/jobs/submissions.jsonl")}
     jobs, _ = submits(words, capsys)
@@ -779,8 +779,8 @@ def test_what_waits_for_a_job_that_fails_leaves_the_queue_and_is_submitted_with_
     made.wait_for_step(out / "ft-s0", 5)
     slurm_cluster.call("scancel", jobs["ft-s0"])
     for name in ("ft-eval-s0", "wise-ft-s0"):
-        slurm_cluster.wait_for_state(jobs[name], "CANCELLED", 60)
-    wait_until(lambda: slurm_cluster.call("squeue", "--noheader") == "", "the queue is empty", 60)
+        slurm_cluster.wait_for_state(jobs[name], "CANCELLED")
+    wait_until(lambda: slurm_cluster.call("squeue", "--noheader") == "", "the queue is empty")
     more, said = submits([*words, "--follow"], capsys)
     assert list(more) == ["ft-s0", "ft-eval-s0", "wise-ft-s0"] and not set(more.values()) & set(jobs.values())
     assert "ft-s0 is stopped (stopped at step" in said
@@ -797,7 +797,7 @@ def test_two_at_once_submit_each_job_once(slurm_cluster: Cluster, materials, tmp
     assert 0 in codes and set(codes) <= {0, 2}
     names = ["zero-shot", "ft-s0", "ft-eval-s0"]
     assert [len(read_lines(out / name / "jobs/submissions.jsonl")) for name in names] == [1] * 3
-    wait_until(lambda: all_finished(out, names), "the plan is done", 120)
+    wait_until(lambda: all_finished(out, names), "the plan is done")
 
 
 @pytest.mark.slurm

@@ -145,7 +145,7 @@ def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, und
     wait_for_step(run, 6, process)
     for pid in made.ranks_of(process):
         os.kill(pid, signal.SIGTERM)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=120) == 1
     stopped = json.loads((run / "ended.json").read_text())["why"]
     newest = max((run / "checkpoints").glob("step-*"))
     assert stopped == f"stopped at step {int(newest.name.removeprefix('step-'))} (quit)"

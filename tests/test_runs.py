@@ -194,7 +194,7 @@ def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
     os.kill(holder.pid, signal.SIGSTOP)
     with run.locked(dead_after_s=1, patience_s=30):
         os.kill(holder.pid, signal.SIGCONT)
-        assert holder.wait(timeout=30) == 1
+        assert holder.wait(timeout=120) == 1
         assert run.owner().pid == os.getpid()
     said = holder.stdout.read()
     assert f"has gone to process {os.getpid()} on" in said and "left" not in said
@@ -205,9 +205,9 @@ def _contend(root: Path, ready, done, won) -> None:
     try:
         with RunFolder(root).locked(patience_s=0.3, dead_after_s=1):
             won.put(os.getpid())
-            done.wait(timeout=60)
+            done.wait(timeout=120)
     except UserError:
-        done.wait(timeout=60)
+        done.wait(timeout=120)
 
 
 @pytest.mark.parametrize("before", ["never held", "free", "owner killed", "owner silent elsewhere"])

@@ -50,7 +50,7 @@ def test_auto_means_slurm_where_srun_is_and_two_nodes_train_what_one_machine_doe
     results = (there / "results.json").read_bytes()
     slurm_cluster.call("scontrol", "requeue", job)
     slurm_cluster.start_again_now(job)
-    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "COMPLETED", "the second start has ended", 120)
+    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "COMPLETED", "the second start has ended")
     assert slurm_cluster.job(job)["Restarts"] == "1" and slurm_cluster.job(job)["ExitCode"] == "0:0"
     assert read_lines(there / "attempts.jsonl") == [attempt] and (there / "results.json").read_bytes() == results
     assert RunFolder(there).ended()["why"] == "finished"

@@ -103,7 +103,7 @@ def test_a_job_that_comes_back_runs_the_code_it_was_submitted_with(materials, cl
         list(map(str, command)), cwd=clone, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        wait_until(lambda: any(line["step"] >= 3 for line in read_lines(run / "log.jsonl")), "step 3", 120)
+        wait_until(lambda: any(line["step"] >= 3 for line in read_lines(run / "log.jsonl")), "step 3")
         break_code(clone)
         for pid in made.ranks_of(process):
             os.kill(pid, signal.SIGUSR2)
@@ -270,7 +270,7 @@ def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themsel
     wait_for_step(cancelled, 25)
     slurm_cluster.call("scontrol", "requeue", first)
     slurm_cluster.call("scancel", second)
-    wait_until(lambda: slurm_cluster.job(first)["JobState"] == "PENDING", "the requeue", 60)
+    wait_until(lambda: slurm_cluster.job(first)["JobState"] == "PENDING", "the requeue")
     again = made.submit(*words, "--dry-run", cwd=tmp_path)
     assert f"Job {first} (pending) is there for {requeued} already: left out" in again.stdout
     slurm_cluster.start_again_now(first)
@@ -301,7 +301,7 @@ def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materia
     """USR2 from the moment that its step is there, ten times a second, until it trains."""
     words = flags(materials, *ON_TWO_NODES, "--epochs", 2, "--run", tmp_path / "run")
     [(job, run)] = jobs_of(made.submit(*words)).items()
-    wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step", 60)
+    wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step")
     for _ in range(30):
         slurm_cluster.call("scancel", "--signal=USR2", job)
         time.sleep(0.1)

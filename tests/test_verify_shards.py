@@ -348,7 +348,7 @@ def test_interrupted_it_leaves_no_process(tmp_path, number, status):
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    wait_until(lambda: len(processes_below(process.pid)) >= 3, "its processes to be there", 20)
+    wait_until(lambda: len(processes_below(process.pid)) >= 3, "its processes to be there")
     time.sleep(1)
     children = processes_below(process.pid)
     # As a terminal does it: to the whole group.
@@ -356,7 +356,7 @@ def test_interrupted_it_leaves_no_process(tmp_path, number, status):
     _, errors = process.communicate(timeout=20)
     assert process.returncode == status
     assert "Traceback" not in errors
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its processes to be gone", 10)
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its processes to be gone", 20)
 
 
 def test_processes_find_what_one_finds(made, tmp_path):
@@ -391,7 +391,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
     )
     # An administrator's requeue, while tasks still import torch: they start over.
     job = f"{array_of(process)}_1"
-    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "RUNNING", "the task to run", 60)
+    wait_until(lambda: slurm_cluster.job(job)["JobState"] == "RUNNING", "the task to run")
     slurm_cluster.call("scontrol", "requeue", job)
     slurm_cluster.start_again_now(job)
     output, errors = process.communicate(timeout=120)

@@ -185,9 +185,9 @@ def test_online_each_step_is_sent_once_although_the_sender_is_killed(run, server
     environment, runs = server
     take_steps(run, 70, committed=50)
     with sending(run, environment):
-        wait_until(lambda: runs and [*runs.values()][0].steps[-1:] == [50], "steps up to the checkpoint", 60)
+        wait_until(lambda: runs and [*runs.values()][0].steps[-1:] == [50], "steps up to the checkpoint")
         append_lines(run.committed, [{"step": 70}])
-        wait_until(lambda: [*runs.values()][0].steps[-1:] == [70], "and those up to the next one", 60)
+        wait_until(lambda: [*runs.values()][0].steps[-1:] == [70], "and those up to the next one")
 
     take_steps(run, 150, committed=150)
     # Nobody but the server knows what was sent, and it does not answer: a folder could repeat steps.
@@ -280,7 +280,7 @@ def test_wandb_that_hangs_holds_no_job_up(run):
         code, log = supervise(run, "time.sleep(4); sys.exit(143)", environment, within_s=2)
         assert code == 143 and time.monotonic() - began < 30, log
     assert "the end of the history was not sent within 2 s" in log
-    wait_until(lambda: nothing_is_left_of(run), "the end of all processes", 20)
+    wait_until(lambda: nothing_is_left_of(run), "the end of all processes")
 
 
 @pytest.mark.parametrize(("plant", "told"), [("find_spec", "wandb is not there"), ("wandb", "could not be sent")])
