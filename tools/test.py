@@ -2,7 +2,7 @@
 
     python3 tools/test.py                     all of it, except the sweeps marked slow
     python3 tools/test.py --slow              those too
-    python3 tools/test.py --quick             an answer in two minutes: the linters, and tests that start no processes
+    python3 tools/test.py --quick             the linters, and tests that start no runs: two minutes
     python3 tools/test.py tests/test_step.py -k relevance     what follows goes to pytest
 
 pytest runs even if a linter complains, so that one run shows everything; the exit code is 0 only if all passed.
