@@ -91,6 +91,10 @@ def test_objectnets_copy_has_the_labels_accepted_ids_and_border_of_its_original(
     assert index(folder, *flags, "--mappings", mappings) == 0
     assert_same(folder, tmp_path / "original" / "objectnet")
     assert load_manifest(folder).border == 2
+    # All classes of ObjectNet, also those that ImageNet does not have.
+    (tmp_path / "wds/classnames.txt").write_text("".join(f"{FOLDERS[name].lower()}\n" for name in sorted(FOLDERS)))
+    assert index(folder, *flags, "--mappings", mappings) == 2
+    assert f"The {len(FOLDERS)} classes are all of ObjectNet's" in capsys.readouterr().err
     # One whose border was cut off is not cut again.
     bare = [(picture(n, side=20), label) for n, (_, label) in enumerate(images)]
     folder = write_copy(tmp_path / "bare", [FOLDERS[name].lower() for name in folders], bare)
@@ -123,6 +127,11 @@ def test_files_that_are_missing_are_named(tmp_path, capsys):
     ):
         (folder / "nshards.txt").write_text(count)
         assert index(folder) == 2 and message in capsys.readouterr().err
+    (folder / "nshards.txt").write_text("2")
+    (folder / "0.tar").rename(tmp_path / "0.tar")
+    (folder / "nshards.txt").unlink()
+    assert index(folder) == 2 and "0.tar is not there: the copy is not complete" in capsys.readouterr().err
+    (tmp_path / "0.tar").rename(folder / "0.tar")
     (folder / "nshards.txt").write_text("2")
     (tmp_path / "wds/classnames.txt").unlink()
     assert index(folder) == 2

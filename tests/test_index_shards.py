@@ -396,9 +396,9 @@ def test_what_is_indexed_is_skipped_and_what_changed_is_not(tmp_path, names, ind
     assert "have their index already" not in output and load_manifest(folder).made["checksums"]
     assert "2 of 2" in index(folder, "--classes", names)[1] and load_manifest(folder).made["checksums"]
     # Labels from elsewhere make another index.
-    files = [file for n in range(4) for file in img2dataset_files(n, label=n % 4, other=3)]
-    write_tar(folder / "00000.tar", files)
-    write_tar(folder / "00001.tar", files)
+    for shard in range(2):
+        files = [file for n in range(4) for file in img2dataset_files(4 * shard + n, label=n % 4, other=3)]
+        write_tar(folder / f"0000{shard}.tar", files)
     index(folder, "--classes", names)
     assert "have their index" not in index(folder, "--classes", names, "--label-field", "other")[1]
     assert load_manifest(folder).class_counts == (0, 0, 0, 8)

@@ -223,3 +223,68 @@ def test_a_truncated_image_of_an_indexed_set_has_the_remedy_of_an_indexed_set(tm
     with pytest.raises(UserError, match="Indexing reads no images. Get the shard again") as error:
         list(eval_batches(manifest, image_size=8, batch_size=2, rank=0, world_size=1, loader_workers=0))
     assert "convert the set again" not in str(error.value) and "as they were written" not in str(error.value)
+
+
+def test_a_key_that_begins_with_another_spelling_of_a_longer_class_is_refused(tmp_path, index):
+    (tmp_path / "names.tsv").write_text("Faces\tfaces\nFaces easy\teasy\nhot dog\tdog\n")
+    for n, (key, label) in enumerate(
+        [("Faces_0001", 0), ("Faces easy_0001", 1), ("Faces_easy_0001", None), ("Faces_Easy-1", None)]
+        + [("Faces/Faces_easy_0001", 0), ("hot dog_1", 2)]
+    ):
+        write_tar(tmp_path / "train/0.tar", [(f"{key}.jpg", jpeg(n))])
+        status, _, errors = index("--label-from", "key")
+        if label is None:
+            assert status == 2 and "may begin with two" in errors
+        else:
+            assert status == 0 and load_manifest(tmp_path / "train").class_counts[label] == 1
+
+
+def test_keys_that_all_begin_with_one_class_say_nothing(tmp_path, index):
+    files = [f for n in range(4) for f in ((f"owl_{n}.jpg", jpeg(n)), (f"owl_{n}.cls", b"%d" % n))]
+    write_tar(tmp_path / "train/0.tar", files)
+    status, output, _ = index()
+    assert status == 0 and "keys begin" not in output
+
+
+def sample(number):
+    return [(f"{number}.{extension}", data) for extension, data in pair(number)]
+
+
+def test_a_sample_of_links_counts_once_and_odd_ends_of_names_are_told(tmp_path, index):
+    tar = write_tar(tmp_path / "train/0.tar", [*sample(0), ("b.jpg ", b"x"), ("c.jpg ", b"x"), ("c.cls", b"1")])
+    with tarfile.open(tar, "a") as archive:
+        for name in ("a.jpg", "a.cls", "a.json"):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = tarfile.LNKTYPE, "0.jpg"
+            archive.addfile(info)
+    assert index()[0] == 0
+    found = listed(tmp_path)
+    assert set(found) == {"a.jpg", "b.jpg ", "c"}
+    assert "hard link" in found["a.jpg"] and "white space" in found["b.jpg "] and "white space" in found["c"]
+
+
+def test_keys_that_say_other_classes_than_the_labels_refuse_the_class_list(tmp_path, index):
+    names = ("cat", "dog", "owl", "eel")
+    files = [f for n in range(3) for f in ((f"{names[n]}_1.jpg", jpeg(n)), (f"{names[n]}_1.cls", b"%d" % (n + 1)))]
+    write_tar(tmp_path / "train/0.tar", files)
+    status, _, errors = index()
+    assert status == 2 and "3 of 3 keys begin with the name of another class" in errors and "count from 1" in errors
+    status, output, _ = index("--label-from", "cls")
+    assert status == 0 and "note: 3 of 3 keys" in output
+    assert index("--label-from", "key")[0] == 0
+
+
+def test_tars_that_are_there_twice_or_not_at_all_are_told(tmp_path, index):
+    for n in (0, 1, 3):
+        write_tar(tmp_path / f"train/{n:03d}.tar", sample(n))
+    assert "002.tar is not there" in index()[1]
+    (tmp_path / "train/000 (1).tar").write_bytes((tmp_path / "train/000.tar").read_bytes())
+    assert "have the same contents" in index()[2]
+    (tmp_path / "train/000 (1).tar").rename(tmp_path / "train/004.TAR")
+    assert "is a tar by its contents and not by its name" in index()[2]
+    (tmp_path / "train/004.TAR").unlink()
+    for n, total in ((0, 3), (1, 3), (3, 5)):
+        (tmp_path / f"train/{n:03d}.tar").rename(tmp_path / f"train/{n:03d}-of-{total:03d}.tar")
+    assert "shards of several sets" in index()[2]
+    (tmp_path / "train/003-of-005.tar").unlink()
+    assert "002-of-003.tar is not there" in index()[1]

@@ -320,6 +320,8 @@ def test_labels_of_kaggles_validation_set_are_found_in_and_above_a_part_of_its_t
     assert "has no label" in message_of(flat, "imagenet") and "LOC_val_solution.csv" in message_of(flat, "imagenet")
     csv = tree / "LOC_val_solution.csv"
     assert labels_in(flat, "imagenet", devkit=csv)[0] == {"val": expected}
+    assert convert("imagenet", flat, tmp_path / "out", "--split", "train", "--devkit", csv) == 2
+    assert not (tmp_path / "out").exists()
     named = write_tree(tmp_path / "named", {f"{name}_{wnid}.JPEG": b"" for name, wnid in VAL.items()})
     assert labels_in(named, "imagenet")[0] == {"val": {f"{n}_{wnid}.JPEG": wnid for n, wnid in VAL.items()}}
     loose = write_tree(tmp_path / "loose", {f"train_images_0/{w}_1_{w}.JPEG": b"" for w in WNIDS})
@@ -336,7 +338,10 @@ def test_labels_of_imagenet_that_contradict_each_other_are_refused(kaggle, tmp_p
         ({f"train/{WNIDS[0]}/{other}_1.JPEG": b""}, f"its folder says {WNIDS[0]}, its name says {other}"),
         ({f"train/{WNIDS[0]}/{name}.JPEG": b""}, "is an image of the split val by its name"),
         ({f"val/{name}.JPEG": b"", f"val/{name}_{WNIDS[0]}.JPEG": b"", **csv}, "holds the validation image 1 twice"),
-        ({"val/ILSVRC2012_val_00000002.JPEG": b"", **csv}, "has labels of 1 images, not of 2"),
+        (
+            {"val/ILSVRC2012_val_00000002.JPEG": b"", **csv},
+            "has no label of val/ILSVRC2012_val_00000002.JPEG",
+        ),
     ]:
         source = write_tree(tmp_path / str(len(list(tmp_path.iterdir()))), files)
         assert message in message_of(source, "imagenet")
@@ -474,7 +479,7 @@ def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_d
         ("path,class,label\n0/0.jpg,a,b\n", "several columns for the label"),
         ("path,kind\n0/0.jpg,a\n", "no column for the label"),
         ("0/0.jpg,dog,3,4\n", "rows of 4 cells and no header"),
-        ("0/0.jpg,dog,../x\n", "'../x' is no name of one"),
+        ("0/0.jpg,dog,../x\n", "'../x', which is not the name of a split"),
         ('0/0.jpg,"dog\n', "line 1: unexpected end of data"),
         ("path,label\n", "a header and no rows"),
         ("", "is empty"),
@@ -586,3 +591,58 @@ def test_names_that_are_not_utf8_are_converted_and_printed_under_any_locale(tmp_
     lines = (tmp_path / "out/train/bad_samples.jsonl").read_text().splitlines()
     assert json.loads(lines[-1])["name"] == "a/n\\udce9.txt"
     assert "tr\\udcff holds class folders" in said("ascii:strict", 2)
+
+
+# --- what would be read as something else ---------------------------------------------------------------------------
+
+
+def test_splits_and_classes_that_could_be_one_are_refused(tmp_path):
+    for number, (files, message) in enumerate(
+        [
+            ({"val/a/1.jpg": b"", "valid/a/2.jpg": b""}, "'val' and 'valid', and both are the split val"),
+            ({"train/a/1.jpg": b"", "Train/b/2.jpg": b""}, "'Train' and 'train'"),
+            ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ in case"),
+            ({"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""}, "which differ in case or in the spelling"),
+        ]
+    ):
+        assert message in message_of(write_tree(tmp_path / str(number), files))
+    both = write_tree(tmp_path / "both", {"train/B/1.jpg": b"", "train/b/2.jpg": b"", "val/b/3.jpg": b""})
+    assert [folder for folder, _ in labels_in(both)[1]] == ["B", "b"]
+    listed = table(tmp_path, "Cat\tcat\ncat\tcat, small\n", "classes.tsv")
+    assert labels_in(tmp_path / "2", classes=listed)[0] == {"train": {"1.jpg": "Cat"}, "val": {"2.jpg": "cat"}}
+
+
+def test_tables_that_would_be_read_as_something_else_are_refused(tmp_path, photos):
+    link = tmp_path / "link"
+    link.symlink_to(photos)
+    numbers = table(tmp_path, "1\tone\n2\ttwo\n3\tthree\n", "classes.tsv")
+    for text, message, more in [
+        ("0/0.jpg,0,tench\n0/1.jpg,1,crane\n", "line 1: the third cell is 'tench', which is not the name of", {}),
+        ("0/0.jpg,cat\n0/1.jpg,Cat\n", "'Cat' and 'cat', which differ in case", {"split": "train"}),
+        (f"{photos}/0/0.jpg,cat\n0/0.jpg,dog\n", "line 2: '0/0.jpg' has a label in line 1", {"split": "train"}),
+        ("0/0.jpg,0\n0/1.jpg,3\n", "the label '0' is no class", {"split": "train", "classes": numbers}),
+    ]:
+        assert message in message_of(link, labels=table(tmp_path, text), **more)
+    headed = table(tmp_path, "path,label,split\n0/0.jpg,a,fold1\n0/1.jpg,b,fold1\n")
+    assert labels_in(link, labels=headed)[0] == {"fold1": {"0/0.jpg": "a", "0/1.jpg": "b"}}
+
+
+def test_the_header_of_a_class_list_is_no_class(tmp_path):
+    for header in ("class_id,class_name", "Folder;Display-Name", "wnid\twords"):
+        separator = header.strip("abcdefghijklmnopqrstuvwxyzFDN-_")[0]
+        assert read_classes(table(tmp_path, f"{header}\nn1{separator}fish\n")) == (("n1", "fish"),)
+    with pytest.raises(UserError, match="line 1: 'idx', 'class' looks like a header"):
+        read_classes(table(tmp_path, "idx,class\nn1,fish\n"))
+    assert read_classes(table(tmp_path, "key\tkey\nlock\tlock\n"))[0] == ("key", "key")
+
+
+def test_zips_behind_other_bytes_are_read_in_place(tmp_path):
+    archive = write_zip(tmp_path / "a.zip", {"train/a/1.jpg": b"one"})
+    archive.write_bytes(b"#!/bin/sh\n" * 100 + archive.read_bytes())
+    assert listed(archive) == ({"train/a/1.jpg": b"one"}, {})
+
+
+def test_names_in_tars_do_not_depend_on_the_locale(tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", {"train/ä/1.jpg": b""})
+    monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
+    assert list(listed(tar)[0]) == ["train/ä/1.jpg"]

@@ -11,7 +11,7 @@ import pytest
 
 from cfmask.convert.shard_writer import write_shard
 from cfmask.data import shard_reader
-from cfmask.data.shard_index import StaleIndex
+from cfmask.data.shard_index import StaleIndex, stamp
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from test_index_shards import CLASSES, jpeg, write_tar
@@ -190,3 +190,33 @@ def test_an_index_of_an_earlier_version_is_believed_while_the_tars_time_is_the_o
     assert "was changed after it was indexed" in refused(folder)
     index(folder)
     assert labels_of(folder) == [0, 1, 2] and verify(folder) == 0
+
+
+def test_a_tar_that_is_changed_while_it_is_read_is_compared_again(tmp_path):
+    """Times of file systems have steps: a tar that was young when it was opened is not believed by its times."""
+    folder = tmp_path / "set"
+    write(folder / "0.tar", [0, 1])
+    status = (folder / "0.tar").stat()
+    assert stamp(status, now=status.st_ctime + 1)["ctime_ns"] == 0
+    assert stamp(status, now=status.st_ctime + 3)["ctime_ns"] == status.st_ctime_ns
+    index(folder)
+    manifest = load_manifest(folder)
+    with ShardReader(manifest, max_open=1) as reader:
+        assert reader.read(1)["__label__"] == 1
+        write(folder / "0.tar", [0, 2])
+        os.utime(folder / "0.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+        reader.close()  # as another shard would have it closed
+        with pytest.raises(StaleIndex):
+            reader.read(1)
+
+
+def test_sizes_in_headers_may_be_written_as_other_programs_do(tmp_path):
+    folder = tmp_path / "set"
+    write(folder / "0.tar", [0, 1])
+    data = bytearray((folder / "0.tar").read_bytes())
+    at = data.index(b"0.cls\0")
+    data[at + 124 : at + 136] = b"         1 \0"
+    data[at + 148 : at + 156] = b"%06o\0 " % (sum(data[at : at + 148]) + 8 * 32 + sum(data[at + 156 : at + 512]))
+    (folder / "0.tar").write_bytes(data)
+    index(folder, "--checksums")
+    assert labels_of(folder) == [0, 1]

@@ -116,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             classes,
             label,
             mapping=mapping,
+            label_asked=args.label_from is not None or args.label_field is not None,
             allow_count_mismatch=args.allow_count_mismatch,
         )
     source = f"the json's {label.field!r}" if label.source == "json" else f"the {label.source}"

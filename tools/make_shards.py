@@ -42,7 +42,9 @@ with its policy; the manifest's bad_samples counts the images that were left out
     to a folder that is not there                                   error first of all
     an archive that was cut or goes on after its end, sparse or
     encrypted files in it                                           error first of all
-    labels of one image that contradict each other                  error first of all
+    labels of one image that contradict each other; classes whose
+    names differ in case or accents alone, in other splits or in a
+    table; two folders that are one split (val, validation)         error first of all
     rows of Parquet files without a label (null or -1)              stay out, counted
     rows without the bytes of their image                           left out
     a set of which a Parquet file is missing or there twice; labels

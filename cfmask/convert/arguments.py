@@ -149,6 +149,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--image-size is the side of the crops of a crop store, and --store original keeps images as they are: "
             "leave it out, or choose --store crop-jpeg or crop-raw."
         )
+    if args.verb == "imagenet" and args.split == "train" and args.devkit:
+        raise UserError("--devkit has labels of the validation set, and --split train leaves that out: leave it out.")
     if args.executor == "slurm" and args.workers:
         raise UserError("--workers would do nothing with --executor slurm: --cpus-per-task says how many there are.")
 

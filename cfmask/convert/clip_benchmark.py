@@ -135,7 +135,14 @@ def _objectnet(names: list[str], mappings: Path | None, places: Sequence[Path]) 
             )
         return None
     labels, class_ids = objectnet.classes_of(files)
+    given = list(map(normal, names))
     theirs = sorted(class_ids)
-    if [normal(labels[folder]) for folder in theirs] != list(map(normal, names)):
-        return None
-    return tuple(class_ids[folder] for folder in theirs)
+    if [normal(labels[folder]) for folder in theirs] == given:
+        return tuple(class_ids[folder] for folder in theirs)
+    if set(given) == set(map(normal, labels.values())):
+        raise UserError(
+            f"The {len(names)} classes are all of ObjectNet's, and it is evaluated on the {len(theirs)} of them that "
+            f"are ImageNet's too: labels of the others have no class id. Convert ObjectNet's own archive with "
+            f"`python tools/make_shards.py objectnet`, or write the copy again with these classes alone."
+        )
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +129,8 @@ def collect(request: Request) -> Collection:
             f"{', '.join(map(repr, strangers[:5]))}{' …' if len(strangers) > 5 else ''}. Add them to the list, or move "
             f"them out of the source."
         )
+    if request.kind == "folder" and listed is None and not found.unpack:  # Parquet files have a list of their own
+        refuse_alike(found, request.source, folders=not labels)
     if request.kind != "folder":
         check_counts(found, request)
     if request.holdout is not None:
@@ -152,6 +155,29 @@ def _collect_parquet(request: Request, listing: Listing, listed: Classes | None)
         partial=request.allow_count_mismatch,
     )
     return Collection(found.tree, found.classes, found.class_ids, unpack=found.unpack)
+
+
+def refuse_alike(found: Collection, source: Path, *, folders: bool) -> None:
+    """Refuse classes whose names differ in case or in the spelling of accents alone.
+
+    Args:
+        folders: the names are of folders, which may differ in case if they lie in one split: that was meant.
+
+    Raises:
+        UserError: there are two.
+    """
+    splits = [{image.folder for image in of_split} for of_split in found.tree.splits.values()]
+    first: dict[str, str] = {}
+    for folder, _ in found.classes:
+        composed = unicodedata.normalize("NFC", folder)
+        other = first.setdefault(composed.casefold(), folder)
+        meant = folders and any({folder, other} <= split for split in splits)
+        if other != folder and not (meant and composed != unicodedata.normalize("NFC", other)):
+            raise UserError(
+                f"{source} has the classes {printable(other)!r} and {printable(folder)!r}, which differ in case or in "
+                f"the spelling of an accent alone. If they are one class, give them one name; if they are two, list "
+                f"all classes with --classes FILE."
+            )
 
 
 def check_counts(found: Collection, request: Request) -> None:

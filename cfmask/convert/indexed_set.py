@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cfmask.convert.clip_benchmark import ClassMapping
-from cfmask.convert.labels import IMAGES, Label, no_images
+from cfmask.convert.labels import IMAGES, Label, label_of_key, no_images
 from cfmask.convert.shard_writer import class_counts_of, shard_and_index
 from cfmask.convert.tables import Classes
 from cfmask.convert.tarscan import packing
@@ -38,7 +39,7 @@ def find_tars(folder: Path) -> list[Path]:
         raise UserError(f"There is no folder {folder}.")
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     for path in sorted(folder.iterdir()):
-        if re.search(r"\.(tgz|tar\.\w+)$", path.name) and path.is_file():
+        if re.search(r"(?i)\.(tgz|tar|tar\.\w+)$", path.name) and path.suffix != ".tar" and path.is_file():
             _refuse_packed(path)
     if not tars:
         inside = sorted({str(path.parent) for path in folder.glob("*/*.tar")})
@@ -57,6 +58,12 @@ def find_tars(folder: Path) -> list[Path]:
             f"in one folder. Move each into a folder of its own, or make such folders of symbolic links (mkdir val; ln "
             f"-s ../NAME*.tar val/) and index those."
         )
+    rows = {match[1]: tar.name for tar in tars if (match := re.search(r"-of-(\d{1,6})\.tar$", tar.name))}
+    if len(rows) > 1:
+        raise UserError(
+            f"{folder} holds shards of several sets ({', '.join(sorted(rows.values()))}), one of which may be left of "
+            f"an earlier try: samples would be there twice. Keep one."
+        )
     _refuse_own(folder, tars)
     if not os.access(folder, os.W_OK):
         raise UserError(
@@ -64,6 +71,36 @@ def find_tars(folder: Path) -> list[Path]:
             f"links to them (ln -s {folder}/*.tar .) and index that."
         )
     return tars
+
+
+def _check_row(folder: Path, tars: Sequence[Path], mapping: ClassMapping | None) -> None:
+    """Name numbers that lack in the names of tars. Raises: UserError: they do in a copy of CLIP-benchmark."""
+    if not (missing := missing_numbers(tars, from_zero=mapping is not None)):
+        return
+    what = (
+        f"The tars of {folder} are numbered, and {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} "
+        f"{'is' if len(missing) == 1 else 'are'} not there"
+    )
+    if mapping is not None:
+        raise UserError(f"{what}: the copy is not complete. Get what is missing.")
+    print(f"note: {what}. Is the download complete?")
+
+
+def missing_numbers(tars: Sequence[Path], *, from_zero: bool) -> list[str]:
+    """Names that lack in a row of tars whose names differ in a number alone; [] for names of another kind."""
+    matches = [re.fullmatch(r"(.*?)(\d{1,9})((?:-of-\d{1,6})?)\.tar", tar.name) for tar in tars]
+    numbers = {int(match[2]): len(match[2]) for match in matches if match}
+    around = {(match[1], match[3]) for match in matches if match}
+    if len(numbers) < len(tars) or len(around) != 1:
+        return []
+    [(prefix, suffix)] = around
+    low, high, width = min(numbers), max(numbers), min(numbers.values())
+    start = 0 if from_zero else min(low, 1)
+    if suffix:
+        high = max(high, int(suffix.removeprefix("-of-")) - 1 + start)
+    elif high - low > 10 * len(tars):  # no row, but names with a number in them
+        return []
+    return [f"{prefix}{n:0{width}d}{suffix}.tar" for n in range(start, high + 1) if n not in numbers]
 
 
 def _refuse_packed(path: Path) -> None:
@@ -149,6 +186,40 @@ def choose_classes(
     )
 
 
+def _check_keys(classes: Classes, indexes: dict[Path, shard_index.Index], label_asked: bool) -> None:
+    """Compare labels with keys that begin with a class's name, of some hundred samples a shard.
+
+    Raises:
+        UserError: most of these keys are of another class, and nobody asked for the labels.
+    """
+    # "3_12" is a number of something as often as a class called 3.
+    ids = {folder: i for i, (folder, _) in enumerate(classes) if not folder.isdecimal()}
+    named: set[int] = set()
+    compared, other = 0, []
+    for index in indexes.values():
+        for row in np.unique(np.linspace(0, len(index) - 1, 200).astype(int)).tolist() if len(index) else ():
+            key, label = index.keys[row].decode(), int(index.labels[row])
+            if (of_key := label_of_key(key, ids)) is not None:
+                compared += 1
+                named.add(of_key)
+                if of_key != label:
+                    other.append((key, label))
+    if not other or len(named) == 1:  # all keys may begin with "train_" where one class is called train
+        return
+    (key, label), *_ = other
+    what = (
+        f"{len(other)} of {compared} keys begin with the name of another class than that of their label, such as {key} "
+        f"with the label {label}, which is {classes[label][0]}"
+    )
+    if 2 * len(other) > compared and not label_asked:
+        raise UserError(
+            f"{what}. The class list is in another order than the labels, or the labels count from 1. Give the list in "
+            f"the order of the labels, or take the labels from the keys with --label-from key. If the labels are right "
+            f"all the same, say so with --label-from cls or json."
+        )
+    print(f"note: {what}")
+
+
 def commit(
     folder: Path,
     split: str,
@@ -157,9 +228,13 @@ def commit(
     label: Label,
     *,
     mapping: ClassMapping | None = None,
+    label_asked: bool = False,
     allow_count_mismatch: bool = False,
 ) -> shards.Manifest:
     """The list of bad samples and the manifest, from the indexes.
+
+    Args:
+        label_asked: ``label`` was asked for by a flag, so that keys that say other classes are no reason to refuse.
 
     Raises:
         UserError: as ``choose_classes``; the set has a benchmark's name and is no whole copy of it, or has its classes
@@ -167,8 +242,12 @@ def commit(
     """
     entries = {tar: shard_and_index(tar) for tar in tars}
     indexes = {tar: index for tar, (_, index) in entries.items()}
+    _check_row(folder, tars, mapping)
+    _refuse_copies(indexes)
     bad = [entry for index in indexes.values() for entry in index.about["bad"]]
     classes = choose_classes(given, label, mapping, indexes)
+    if mapping is None and label.source != "key":
+        _check_keys(classes, indexes, label_asked)
     made: dict[str, Any] = {
         "tool": shard_index.INDEXED_BY,
         "label_from": label.source,
@@ -214,6 +293,18 @@ def commit(
     if bad:
         print(f"{len(bad)} samples have no image and are left out; {folder / BAD_SAMPLES} lists them")
     return manifest
+
+
+def _refuse_copies(indexes: dict[Path, shard_index.Index]) -> None:
+    """Raises: UserError: two tars are one ("00000 (1).tar"): its samples would count twice."""
+    first: dict[str, Path] = {}
+    for tar, index in indexes.items():
+        other = first.setdefault(index.about["frame"], tar)
+        # Tars of images of one size may differ in their pixels alone.
+        if other != tar and len(index) and filecmp.cmp(tar, other, shallow=False):
+            raise UserError(
+                f"{other} and {tar} have the same contents: samples would be there twice. Move one of them out."
+            )
 
 
 def _samples_sha256(indexes: Iterable[shard_index.Index]) -> str:

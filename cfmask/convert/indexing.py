@@ -25,6 +25,7 @@ from cfmask.convert.labels import (
     label_of,
     label_of_key,
     left_out,
+    loosely_longer,
 )
 from cfmask.convert.tables import Classes
 from cfmask.data import imagenet, shard_index
@@ -96,11 +97,12 @@ def index_shard(task: Task) -> int:
         UserError: it is no whole tar, a label is missing, a member is there twice, or the index cannot be written.
     """
     tar = task.tar
+    begun = time.time()
     try:
         with open(tar, "rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
             contents = tarscan.scan(tar)
-            index = _index(task, file, contents, stat)
+            index = _index(task, file, contents, stat, begun)
             frame = shard_index.frame_digest(file.fileno(), index)
             after = os.stat(tar)
     except OSError as error:
@@ -115,7 +117,9 @@ def index_shard(task: Task) -> int:
     return stat.st_size
 
 
-def _index(task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat_result) -> shard_index.Index:
+def _index(
+    task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat_result, begun: float
+) -> shard_index.Index:
     samples, split = group(task.tar, contents.members)
     bad = [
         {"name": name, "shard": task.tar.name, "reason": reason} for name, reason in left_out(samples, contents.unseen)
@@ -125,13 +129,14 @@ def _index(task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat
     first = [0]
     members: list[tarscan.Member] = []
     several = wnids = agreeing = 0
+    longer = loosely_longer(task.ids)
     of_wnid = {wnid: i for i, wnid in enumerate(imagenet.wnids())}
     unseen = dict(contents.unseen)
     for key, fields in samples.items():
         image = image_of(fields)
         if image is None:
             continue
-        found = label_of(file, key, fields, task.label, task.ids)
+        found = label_of(file, key, fields, task.label, task.ids, longer)
         if isinstance(found, str):
             name = f"{key}.{task.label.source}"
             link = f"; {name} is {unseen[name]}" if name in unseen else ""
@@ -171,7 +176,7 @@ def _index(task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat
         about={
             "tool": shard_index.INDEXED_BY,
             "settings": task.settings,
-            **shard_index.stamp(stat, now=time.time()),
+            **shard_index.stamp(stat, now=begun),
             "sha256": sha256,
             "end": contents.end,
             "bad": bad,

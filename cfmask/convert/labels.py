@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from cfmask.convert import tarscan
@@ -61,13 +63,14 @@ def left_out(samples: dict[str, Fields], unseen: Sequence[tuple[str, str]]) -> I
     Args:
         unseen: as of ``tarscan.Contents``.
     """
-    links: dict[str, str] = {}
+    hidden: dict[str, tuple[str, str]] = {}
     for name, reason in unseen:
-        split = tarscan.split_name(name)
-        if split is None or split[0] not in samples:
-            yield name, reason
-        elif image_of(samples[split[0]]) is None:
-            links[split[0]] = f"{name} is {reason}"
+        key, extension = tarscan.split_name(re.sub(r"[\s/]+$", "", name)) or (name, "")
+        # An image and its label may both be links: that is one sample.
+        if key not in hidden or extension in IMAGES:
+            hidden[key] = name, reason
+    yield from (entry for key, entry in hidden.items() if key not in samples)
+    links = {key: f"{name} is {reason}" for key, (name, reason) in hidden.items() if key in samples}
     for key, fields in samples.items():
         image = image_of(fields)
         dotted = [member.name for name, member in fields.items() if "." in name and name.rpartition(".")[2] in IMAGES]
@@ -148,8 +151,35 @@ def label_of_key(key: str, ids: dict[str, int]) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def label_of(file: BinaryIO, key: str, fields: Fields, label: Label, ids: dict[str, int]) -> int | str:
-    """A sample's class id; or why it has none, in words."""
+def _loose(name: str) -> str:
+    return re.sub(r"[\W_]", "_", name.lower())
+
+
+def loosely_longer(ids: dict[str, int]) -> dict[int, tuple[str, ...]]:
+    """Of classes that other ones begin with but for case, spaces and punctuation ("Faces" and "faces easy"): the loose
+    spellings of the latter, by class id of the former. ``label_of_key`` finds those that begin with it exactly."""
+    spellings = sorted((_loose(name), name) for name in ids)
+    found = {}
+    for name, class_id in ids.items():
+        begin = _loose(name) + "_"
+        at, longer = bisect.bisect_left(spellings, (begin, "")), []
+        while at < len(spellings) and spellings[at][0].startswith(begin):
+            longer += [spellings[at][0]] if not spellings[at][1].startswith(f"{name}_") else []
+            at += 1
+        if longer:
+            found[class_id] = tuple(longer)
+    return found
+
+
+def label_of(
+    file: BinaryIO,
+    key: str,
+    fields: Fields,
+    label: Label,
+    ids: dict[str, int],
+    longer: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
+) -> int | str:
+    """A sample's class id; or why it has none, in words. longer: of ``loosely_longer``, for labels from keys."""
     if label.source == "cls":
         if "cls" not in fields:
             return f"it has no .cls (it has {', '.join(fields)})"
@@ -171,6 +201,10 @@ def label_of(file: BinaryIO, key: str, fields: Fields, label: Label, ids: dict[s
             else found
         )
     found = label_of_key(key, ids)
+    *folders, name = key.split("/")
+    is_in_folder = bool(folders) and folders[-1] in ids
+    if found is not None and not is_in_folder and _loose(name).startswith(longer.get(found, ())):
+        found = None
     return "its key does not begin with a class of the list, or may begin with two" if found is None else found
 
 

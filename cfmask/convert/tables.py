@@ -130,8 +130,27 @@ def plain_spaces(text: str) -> str:
     return text
 
 
-_FOLDER_HEADERS = {"folder", "directory", "class", "class folder", "class_folder", "wnid", "synset", "id", "class id"}
-_NAME_HEADERS = {"name", "display name", "display_name", "class name", "class_name", "classname", "label", "words"}
+_FOLDER_HEADERS = {"folder", "directory", "class", "class folder", "wnid", "synset", "id", "class id"}
+_NAME_HEADERS = {"name", "display name", "class name", "classname", "label", "words"}
+_HEADER_WORDS = {
+    *(
+        "class",
+        "classes",
+        "folder",
+        "directory",
+        "dir",
+        "wnid",
+        "synset",
+        "id",
+        "idx",
+        "index",
+        "key",
+        "code",
+        "number",
+    ),
+    *("name", "names", "classname", "display", "label", "labels", "words", "text", "title", "description", "category"),
+    *("human", "readable", "string", "target", "english"),
+}
 
 
 def read_classes(path: Path) -> Classes:
@@ -148,9 +167,15 @@ def read_classes(path: Path) -> Classes:
     text = read_text(path, "class list")
     rows = parse_any(text, lambda rows: all(len(row.cells) == 2 and all(row.cells) for row in rows), subject)
     if rows and len(rows[0].cells) == 2:
-        first, second = (cell.lower() for cell in rows[0].cells)
+        first, second = (" ".join(re.findall(r"[^\W_]+", cell.lower())) for cell in rows[0].cells)
         if first in _FOLDER_HEADERS and second in _NAME_HEADERS:
             rows = rows[1:]
+        elif first != second and first and second and {*first.split(), *second.split()} <= _HEADER_WORDS:
+            # Taken for a class, it would move all class ids by one.
+            raise UserError(
+                f"{path}, line {rows[0].number}: {', '.join(map(repr, rows[0].cells))} looks like a header. If it is "
+                f"one, delete the line; if it is class 0, give it another display name."
+            )
     classes: dict[str, str] = {}
     for number, cells in rows:
         if len(cells) != 2 or not all(cells):

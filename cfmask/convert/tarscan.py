@@ -20,6 +20,8 @@ from cfmask.data import images
 from cfmask.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
+_ENCODING = "utf-8"
+"""Of names: by default tarfile decodes them by the locale, so that one tar would have other keys on another machine."""
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__(/|$)")
 _MAGIC = {
@@ -85,7 +87,7 @@ class TarWalk:
         self._file.seek(0)
         at = 0
         try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
+            with tarfile.open(fileobj=self._file, mode="r:", encoding=_ENCODING) as archive:
                 while (info := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # they would stay in memory
                     if info.size < 0 or archive.offset <= at:
@@ -205,12 +207,14 @@ def scan(tar: Path) -> Contents:
 
 def _unseen(entry: Entry, has_key: bool) -> str | None:
     """Why an image, or the label of one, is left out; None for what is neither."""
-    file = entry.name.rpartition("/")[2]
-    suffix = file.rpartition(".")[2].lower()
+    file = entry.name.rstrip("/").rpartition("/")[2]
+    suffix = file.rpartition(".")[2].strip().lower()
     if file.startswith(".") or suffix not in {*_IMAGE_SUFFIXES, "cls", "json"} or _META.match(entry.name):
         return None
     if entry.kind is Kind.FILE:
-        return None if has_key or suffix not in _IMAGE_SUFFIXES else "white space in its extension"
+        if has_key or suffix not in _IMAGE_SUFFIXES:
+            return None
+        return f"a file with {'a slash at its end' if entry.name.endswith('/') else 'white space in its extension'}"
     if entry.kind is Kind.FOLDER:
         return None
     if entry.kind is Kind.SPARSE:
@@ -231,7 +235,7 @@ def member_at(file: IO[bytes], start: int, offset: int) -> Member | None:
     """The member whose data is at ``offset``, with the headers read from ``start`` on; None if there is none."""
     file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:", encoding=_ENCODING) as archive:
             for info in archive:
                 if info.offset_data >= offset:
                     name = split_name(info.name)

@@ -294,7 +294,7 @@ def _check_headers(index: Index | None, item: Check) -> list[Problem]:
     try:
         contents = tarscan.scan(item.root / item.shard.name)
     except UserError as error:
-        return [Problem("headers", f"cannot be walked: {error}", _again(item))]
+        return [Problem("headers", f"cannot be walked: {str(error).removesuffix('.')}", _again(item))]
     if index is None:
         return []
     places = zip(index.offset.tolist(), index.size.tolist(), strict=True)

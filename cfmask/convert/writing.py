@@ -16,6 +16,7 @@ from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
+from cfmask.runtime.output import printable
 
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
 LEFT_OUT = "left out"
@@ -82,7 +83,7 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
     image = sample.image
 
     def note(issue: str, policy: str) -> None:
-        name = image.name.encode(errors="replace").decode()
+        name = printable(image.name)
         issues.append({"name": name, "class": sample.label, "bytes": len(data), "issue": issue, "policy": policy})
 
     try:
@@ -109,7 +110,7 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         "key": sample.key,
         "wnid": sample.wnid,
         "class": sample.label,
-        "name": image.name.encode(errors="replace").decode(),
+        "name": printable(image.name),
         "bytes": len(data),
         "width": facts.width,
         "height": facts.height,

@@ -148,8 +148,8 @@ def frame_digest(descriptor: int, index: Index) -> str:
 def stamp(status: os.stat_result, *, now: float) -> dict[str, int]:
     """What tells cheaply that a tar has not changed since it was indexed: an entry of an index's ``about``.
 
-    A tar that changed less than two seconds before ``now`` gets no time of change: file systems count time in steps of
-    up to that, and a second change in one step would not show.
+    A tar that changed less than two seconds before ``now``, the time before its first byte was read, gets no time of
+    change: file systems count time in steps of up to that, and a second change in one step would not show.
     """
     changed = status.st_ctime_ns if now - status.st_ctime > 2 else 0
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": changed}

@@ -120,11 +120,11 @@ class _OpenShard:
         """Compare a .cls member, with which ``behind`` ends, and its size in the tar's header with the index."""
         begin = len(behind) - self._size[member]
         try:
-            size = int(behind[begin - _BLOCK :][124:135], 8)
+            size = tarfile.nti(behind[begin - _BLOCK :][124:136])  # type: ignore[attr-defined]
             if size == self._size[member] and crc32(behind[begin:]) == self._crc32[member]:
                 return
             label = int(behind[begin:])
-        except ValueError:
+        except (ValueError, tarfile.HeaderError):
             raise UserError("its label is not the one that was written: the file is torn or was changed") from None
         raise StaleIndex(
             f"A label in {self._place} begins with {label}, and its index has another one (sample "
@@ -144,7 +144,7 @@ class ShardReader:
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
         # By shard, the file whose contents are known to be those of the index.
-        self._current: dict[int, tuple[int, int, int, int]] = {}
+        self._current: dict[int, tuple[int, ...]] = {}
         # Shards whose last read failed: waiting once for each of their thousand samples would help nobody.
         self._doubtful: set[int] = set()
 
@@ -220,7 +220,7 @@ class ShardReader:
         """Refuse a tar of another program that was changed since it was indexed. Its checksums, if there are any, are
         the images': its labels are compared once for each file."""
         status = os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if self._current.get(number) != identity:
             if not is_current(file.fileno(), index):
                 place = self._manifest.place(self._manifest.shards[number])

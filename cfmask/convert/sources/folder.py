@@ -40,6 +40,7 @@ def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
     images: dict[str, list[LabelledImage]] = {}
     below = [parts for parts in listing.folders if parts[: len(leading)] == leading]
     if 1 in depths:
+        _refuse_one_split_twice({file.parts[len(leading)] for file in found}, source)
         for file in found:
             name = file.parts[len(leading)]
             images.setdefault(SPLITS.get(name.lower(), name), []).append(
@@ -58,6 +59,18 @@ def folder_tree(source: Path, *, split: str | None, tick: Tick) -> Tree:
     images[which] = [LabelledImage(file.parts[-2], file.parts[-1], file.blob) for file in found]
     seen_classes = [(which, parts[-1]) for parts in below if len(parts) == len(leading) + 1]
     return chosen_tree(listing, images, seen_classes, split)
+
+
+def _refuse_one_split_twice(folders: Iterable[str], source: Path) -> None:
+    """Raises: UserError: two folders are one split by their names ("val" and "validation")."""
+    first: dict[str, str] = {}
+    for folder in sorted(folders):
+        which = SPLITS.get(folder.lower(), folder)
+        if (other := first.setdefault(which, folder)) != folder:
+            raise UserError(
+                f"{source} has the folders {other!r} and {folder!r}, and both are the split {which} by their names. "
+                f"Rename one of them, or move it out of the source."
+            )
 
 
 def _common_prefix(paths: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

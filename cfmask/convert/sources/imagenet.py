@@ -164,7 +164,10 @@ class _Walk:
                 )
             seen[number] = path
             if silent := next((file for file in labels if number not in file.wnids), None):
-                raise UserError(f"{path}: {silent.source} has labels of {len(silent.wnids)} images, not of {number}.")
+                raise UserError(
+                    f"{silent.source} has no label of {path} (it has {len(silent.wnids)} labels): it is cut, or of "
+                    f"another copy. Download it again."
+                )
             evidence = [*self._by_path(found), *((file.source, file.wnids[number]) for file in labels)]
             wnid = agreed(path, evidence)
             if wnid is None:

@@ -69,6 +69,7 @@ def labels_file_tree(
     folders, classes = _classes_of(lines, classes, file)
     alone = source == file
     source = file.parent if alone else source
+    real = source.resolve()
     listing = Listing(source, tick)
     by_path = {} if alone else {_normal(found): found for found in listing}
     images: dict[str, list[LabelledImage]] = {}
@@ -76,7 +77,7 @@ def labels_file_tree(
     missing: list[_Line] = []
     own_split = SPLITS.get(file.stem.lower()) or split
     for line in lines:
-        path, blob = _look_up(line.path, source, by_path)
+        path, blob = _look_up(line.path, source, real, by_path)
         if blob is None:
             missing.append(line)
             continue
@@ -118,6 +119,12 @@ def _read(file: Path) -> list[_Line]:
         rows = rows[1:]
     else:
         columns = {"path": 0, "label": 1, **({"split": 2} if len(rows[0].cells) == 3 else {})}
+        if other := next((row for row in rows if len(row.cells) == 3 and row.cells[2].lower() not in SPLITS), None):
+            raise UserError(
+                f"{file}, line {other.number}: the third cell is {other.cells[2]!r}, which is not the name of a split, "
+                f"and there is no header. If it is one, add the header path,label,split; if not, a header with another "
+                f"name for this column."
+            )
     if not rows:
         raise UserError(f"{subject} has a header and no rows.")
     lines = []
@@ -194,6 +201,8 @@ def _classes_of(lines: Sequence[_Line], classes: Classes | None, file: Path) -> 
                 f"1, or is the file a part of the set? --classes FILE says how many classes there are and which."
             )
         return {label: label for label in first}, tuple((str(i), str(i)) for i in ids)
+    # Where classes are called "1", "2", …, a number that is none of these names is no place in the list either.
+    named_by_number = any(tables.whole_number(name) not in (None, i) for i, of in enumerate(classes) for name in of)
     by_name: dict[str, set[str]] = {}
     for folder, name in classes:
         by_name.setdefault(folder, set()).add(folder)
@@ -202,7 +211,7 @@ def _classes_of(lines: Sequence[_Line], classes: Classes | None, file: Path) -> 
     for label, at in first.items():
         number = numbers[label]
         readings = set(by_name.get(label, ()))
-        if number is not None and number < len(classes):
+        if number is not None and number < len(classes) and (readings or not named_by_number):
             readings.add(classes[number][0])
         if len(readings) != 1:
             why = "is no class of the list" if not readings else f"is {' or '.join(sorted(readings))} of the list"
@@ -230,12 +239,17 @@ def _normal(found: Found) -> str:
     return posixpath.normpath("/".join(found.parts))
 
 
-def _look_up(path: str, source: Path, by_path: dict[str, Found]) -> tuple[str, SourceBytes | None]:
-    """The path in one spelling, relative to the source where it lies in it; the bytes, None if there are none."""
+def _look_up(path: str, source: Path, real: Path, by_path: dict[str, Found]) -> tuple[str, SourceBytes | None]:
+    """The path in one spelling, relative to the source where it lies in it; the bytes, None if there are none.
+
+    Args:
+        real: ``source`` without symbolic links.
+    """
     for spelling in (path, path.replace("\\", "/")):  # the latter as Windows writes it
         normal = posixpath.normpath(spelling)
         if normal.startswith("/"):
-            normal = os.path.relpath(normal, source) if Path(normal).is_relative_to(source) else normal
+            base = next((base for base in (source, real) if Path(normal).is_relative_to(base)), None)
+            normal = normal if base is None else os.path.relpath(normal, base)
         if normal in by_path:
             return normal, by_path[normal].blob
         try:

@@ -175,7 +175,8 @@ class Listing:
         except OSError as error:
             raise UserError(f"The folder {folder} cannot be listed ({error.strerror}).") from None
         for entry in entries:
-            here = (*parts, entry.name)
+            # By the locale, the same bytes would be another name, and another plan, on another machine.
+            here = (*parts, os.fsencode(entry.name).decode("utf-8", "surrogateescape"))
             if entry.name.startswith("."):
                 self.stays_out.add(here, HIDDEN)
                 continue
@@ -213,7 +214,7 @@ class Listing:
         name = "/".join(shown)
         if not isinstance(archive, Blob):
             raise UserError(f"{self.source} holds the archive {name}, which cannot be read in place: unpack it first.")
-        is_zip = archive.offset == 0 and archive.file.read(0, min(4, archive.size)) in zips.MAGIC
+        is_zip = archive.offset == 0 and zips.is_zip(archive.file)
 
         def entries() -> Iterator[_Entry]:
             return _zip_entries(archive.file) if is_zip else _tar_entries(archive, name)
@@ -266,7 +267,11 @@ class Listing:
                     yield Found(alias, blob)
         for link in sorted(links.keys() - followed):
             target = links[link]
-            loops = target is not None and link[: len(target)] == target
+            chain = {link}
+            while target in links and target not in chain:
+                chain.add(target)
+                target = links[target]
+            loops = target is not None and (target in chain or link[: len(target)] == target)
             yield from self._absent(link, path, LOOP if loops else DANGLING)
 
 

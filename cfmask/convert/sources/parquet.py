@@ -14,6 +14,7 @@ reads paths and labels alone.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -68,11 +69,29 @@ class Part:
 
 
 def holds_parquet(source: Path) -> bool:
-    """Whether a source is a Parquet file, or has one in it or in the two levels of folders below it."""
-    patterns = ("*.parquet", "[!.]*/*.parquet", "[!.]*/[!.]*/*.parquet")
-    if source.is_dir():
-        return any(not path.name.startswith(".") for pattern in patterns for path in source.glob(pattern))
-    return source.suffix == ".parquet"
+    """Whether a source is a Parquet file, or has one in it or in the two levels of folders below it.
+
+    A folder below it is left at its first image: a tree of a million images is not listed twice.
+    """
+    return _holds_parquet(str(source), 0) if os.path.isdir(source) else source.suffix == ".parquet"
+
+
+def _holds_parquet(folder: str, depth: int) -> bool:
+    folders = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.endswith(".parquet"):
+                    return True
+                if depth and is_image(entry.name):
+                    return False
+                if depth < 2 and entry.is_dir():
+                    folders.append(entry.path)
+    except OSError:  # the walk over the source says what is wrong
+        return False
+    return any(_holds_parquet(path, depth + 1) for path in folders)
 
 
 def list_parquet(listing: Listing) -> list[Path]:

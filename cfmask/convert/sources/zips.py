@@ -14,6 +14,13 @@ MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 _END = b"PK\5\6"
 
 
+def is_zip(file: SourceFile) -> bool:
+    """Whether a file is a zip archive by its first bytes; or by its name and its end, where other bytes precede it."""
+    return file.read(0, min(4, file.size)) in MAGIC or (
+        file.path.lower().endswith(".zip") and zipfile.is_zipfile(file.path)
+    )
+
+
 class Entry(NamedTuple):
     """name: as the archive has it. is_link: a symbolic link; its data is the target."""
 
