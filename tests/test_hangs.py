@@ -66,11 +66,11 @@ def test_without_a_process_that_waits_nothing_happens():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """A watch on a child whose heart beats until it is stopped; the limit is 0.6 s."""
-    monkeypatch.setattr(heartbeat, "HANG_TIMEOUT_S", 0.6)
-    monkeypatch.setattr(hangs, "HANG_TIMEOUT_S", 0.6)
-    monkeypatch.setattr(heartbeat, "COLLECTIVE_TIMEOUT_S", 0.6)
-    monkeypatch.setattr(heartbeat, "_CHECKING_S", 0.6)
+    """A watch on a child whose heart beats until it is stopped. The limit is 4 s: a busy machine may leave a process
+    without a core for a second."""
+    for name in ("HANG_TIMEOUT_S", "COLLECTIVE_TIMEOUT_S", "_CHECKING_S"):
+        monkeypatch.setattr(heartbeat, name, 4.0)
+    monkeypatch.setattr(hangs, "HANG_TIMEOUT_S", 4.0)
     watch = hangs.HangWatch()
     child = os.fork()
     if child == 0:
@@ -85,7 +85,7 @@ def watched(monkeypatch):
     os.waitpid(child, 0)
 
 
-def first_hang(watch: hangs.HangWatch, within_s: float = 20.0) -> hangs.Hang | None:
+def first_hang(watch: hangs.HangWatch, within_s: float = 60.0) -> hangs.Hang | None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if hang := watch.look():
@@ -111,6 +111,7 @@ def test_time_in_which_this_process_was_suspended_does_not_count(watched, monkey
     watch, child = watched
     os.kill(child, signal.SIGSTOP)
     monkeypatch.setattr(hangs, "_SUSPENDED_S", 0.5)
+    monkeypatch.setattr(hangs, "HANG_TIMEOUT_S", 0.6)
     watch.look()
     time.sleep(0.7)
     assert watch.look() is None, "the job as a whole was suspended"
