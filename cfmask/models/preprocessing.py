@@ -107,12 +107,16 @@ def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
     resize_mode = preprocess.get("resize_mode") or RESIZE_MODE
     interpolation = preprocess.get("interpolation") or INTERPOLATIONS[0]
     mode = preprocess.get("mode") or "RGB"
+    crop_share, crop_mode = preprocess.get("crop_pct") or 1, preprocess.get("crop_mode") or "center"
     wrong = [
         words
         for words, is_wrong in (
             (f"resize_mode is {resize_mode!r}, not {RESIZE_MODE!r}", resize_mode != RESIZE_MODE),
             (f"interpolation is {interpolation!r}, not {INTERPOLATIONS[0]!r}", interpolation not in INTERPOLATIONS),
             (f"mode is {mode!r}, not 'RGB'", mode != "RGB"),
+            # timm's
+            (f"crop_pct is {crop_share!r}, not 1", crop_share != 1),
+            (f"crop_mode is {crop_mode!r}, not 'center'", crop_mode != "center"),
         )
         if is_wrong
     ]
@@ -189,7 +193,7 @@ def of_tags(name: str, what: str, *, given: bool, image_size: int) -> Preprocess
         return None
     kinds = "; ".join(f"{tags[0]}: {_said(kind)}" for kind, tags in found.items())
     raise UserError(
-        f"It is not known how images were made ready for {what}: there is no open_clip_config.json beside them, and "
+        f"It is not known how images were made ready for {what}: no open_clip_config.json beside them says it, and "
         + (
             f"open_clip's pretrained {name} are not all alike ({kinds}). "
             if found
