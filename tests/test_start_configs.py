@@ -24,6 +24,7 @@ from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from launch.jobs import training
 from launch.jobs.failure_reports import RankStart, would_recur
+from launch.paper.cost import forward_flops
 from towers import MEAN, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(made.CLASSES)]
@@ -87,6 +88,27 @@ def test_settings_that_are_off_and_old_names_are_no_differences(weights):
     vision = {**CONFIG["vision_cfg"], "global_average_pool": False}
     beside(weights, TINY.config(vision_cfg=vision, text_cfg={**CONFIG["text_cfg"], "proj": "mlp"}))
     assert check_initial_model(str(weights.with_name("bare.json")), str(weights), None, NAMED).info.mean == MEAN
+
+
+def test_a_resize_that_the_configuration_does_not_tell_is_asked_of_the_tags(weights):
+    """DFN5B's repositories have a mean and no resize_mode, and its tag says squash."""
+
+    def mean_with(name: str, **values: object) -> tuple[float, ...]:
+        beside(weights, json.dumps({"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": values}))
+        return model_info(name, str(weights)).mean
+
+    mean = {"mean": HALF, "std": HALF}
+    with pytest.raises(UserError, match="resize_mode is 'squash', not 'shortest'"):
+        mean_with("ViT-H-14-378-quickgelu", **mean)
+    with pytest.raises(UserError, match='not all alike.*say so: "resize_mode": "shortest"'):
+        mean_with("ViT-H-14-quickgelu", **mean)
+    for name, said in (
+        ("ViT-H-14-quickgelu", {**mean, "resize_mode": "shortest"}),
+        ("ViT-H-14", mean),  # the one that is squashed is a QuickGELU model
+        ("ViT-L-14", mean),
+        ("ViT-S-16", mean),
+    ):
+        assert mean_with(name, **said) == (0.5, 0.5, 0.5)
 
 
 # --- where they lie ---------------------------------------------------------------------------------------------------
@@ -201,6 +223,11 @@ def test_parts_of_weights_repositories_and_other_versions_files_are_told(weights
     save_model(tmp_path / "newer.safetensors", TINY.classifier(classes=3), newer)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="header of .*newer.safetensors is not as this version"):
         describe("ViT-B-32", str(tmp_path / "newer.safetensors"))
+
+
+def test_sizes_may_be_written_as_pairs():
+    vision = {**CONFIG["vision_cfg"], "image_size": [16, 16], "patch_size": [4, 4]}
+    assert forward_flops({**CONFIG, "vision_cfg": vision}) == forward_flops(CONFIG)
 
 
 def test_models_that_are_proposed_can_be_trained():

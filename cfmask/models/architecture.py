@@ -183,7 +183,16 @@ def _side(size: Any) -> int | None:
 
 def image_size_of(config: Mapping[str, Any]) -> int:
     """Side of a trainable model's images in pixels."""
-    side = _side(config["vision_cfg"].get("image_size", VISION_DEFAULTS["image_size"]))
+    return _side_of(config, "image_size")
+
+
+def patch_size_of(config: Mapping[str, Any]) -> int:
+    """Side of a trainable model's patches in pixels."""
+    return _side_of(config, "patch_size")
+
+
+def _side_of(config: Mapping[str, Any], setting: str) -> int:
+    side = _side(config["vision_cfg"].get(setting, VISION_DEFAULTS[setting]))
     assert side is not None, "check_trainable has refused it"
     return side
 

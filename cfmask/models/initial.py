@@ -101,12 +101,13 @@ def model_info(
         what = f"the weights {pretrained!r} of {name}"
         by_weights = _of_weights(name, pretrained, size, shapes)
         found = resolve([*by_weights, *by_config, *by_flags], what)
-        if not by_weights and not by_config:
-            agreed = of_tags(name, what, given=bool(by_flags), image_size=size)
-            if not by_flags:
+        if not any(said.resize for said in (*by_weights, *by_config)):
+            quick_gelu = bool(config.get("quick_gelu"))
+            agreed = of_tags(name, what, quick_gelu=quick_gelu, given=found is not None, image_size=size)
+            if found is None:
                 assert agreed is not None
                 resolve([Statement(f"open_clip's tags of {name}", agreed), *_said_above(pretrained, config)], what)
-            found = found or agreed
+                found = agreed
         assert found is not None
         preprocessing = found
     else:
@@ -123,7 +124,7 @@ def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -
     if not path.is_file():
         return []
     shapes = shapes or read_weights(path, shapes_only=True)
-    said = [Statement(f"{pretrained} is OpenAI's", OPENAI)] if shapes.openai else []
+    said = [Statement(f"{pretrained} is OpenAI's", OPENAI, resize=True)] if shapes.openai else []
     for source, config in configs_of(path, shapes).items():
         said += config_statement(source, config.get("preprocess_cfg"), size)
     return said

@@ -350,6 +350,11 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str:
             "its tensors have the names of Hugging Face's transformers (vision_model.encoder …). Take the "
             "open_clip version of these weights."
         )
+    if any(name.endswith("patch_embed.proj.weight") and "visual.trunk." not in name for name in tensors):
+        return (
+            "its tensors have timm's names (patch_embed …). Take the open_clip version of these weights; in a "
+            f"repository of timm's it is {HUB_WEIGHTS}."
+        )
     if any("visual.trunk." in name for name in tensors):
         return "its image tower is timm's (visual.trunk …), which cannot be trained. Choose the weights of a ViT."
     some = ", ".join(sorted(tensors)[:3])
