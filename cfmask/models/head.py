@@ -69,7 +69,8 @@ def read_info(path: str | Path) -> ModelInfo | None:
     except (struct.error, ValueError, KeyError, AttributeError):
         return None
     try:
-        return ModelInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return ModelInfo(**tuples)
     except (AttributeError, TypeError) as error:
         raise UserError(
             f"The header of {path} is not as this version of cfmask writes it ({error}). Use the version that wrote it."
