@@ -230,6 +230,35 @@ def test_sizes_may_be_written_as_pairs():
     assert forward_flops({**CONFIG, "vision_cfg": vision}) == forward_flops(CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"head.weight": torch.tensor(1.0)}, "no linear head"),
+        ({"head.weight": torch.ones(3, 8, dtype=torch.int8)}, "and type int8, which is no linear head"),
+        ({"visual.positional_embedding": torch.tensor(1.0)}, r"positional_embedding has the shape \(\)"),
+        ({"text_projection": torch.ones(32, 8, dtype=torch.int8)}, "text_projection as int8"),
+        ({"visual.proj": torch.full((16, 8), float("nan"))}, "The proj of the model that .* is not finite"),
+        ({"text_projection": torch.full((32, 8), float("inf"))}, "The head of the model that .* is not finite"),
+    ],
+)
+def test_tensors_that_cannot_be_weights_are_refused(weights, clip, changed, reason):
+    beside(weights, TINY.config())
+    torch.save({**clip.state_dict(), **changed}, weights)
+    with pytest.raises(UserError, match=reason):
+        initial_model(str(weights.with_name("bare.json")), str(weights), None, NAMED, templates=["{}"])
+
+
+@pytest.mark.parametrize("changed", [{"mean": HALF[:1]}, {"mean": None}, {"std": [58.4] * 3}, {"config": {}}])
+def test_the_header_of_a_model_file_is_checked(tmp_path, changed):
+    info = dataclasses.replace(TINY.info(classes=3), classes=made.CLASSES)
+    header = SimpleNamespace(
+        classes=made.CLASSES, to_metadata=lambda: {"cfmask": json.dumps({**info.__dict__, **changed})}
+    )
+    save_model(tmp_path / "own.safetensors", TINY.classifier(classes=3), header)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="The header of .*own.safetensors"):
+        read_info(tmp_path / "own.safetensors")
+
+
 def test_models_that_are_proposed_can_be_trained():
     with pytest.raises(UserError, match="There is no model 'ViT-B/32'") as refused:
         read_config("ViT-B/32")

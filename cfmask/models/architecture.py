@@ -277,7 +277,8 @@ def models_like(visual: Mapping[str, Tensor]) -> str:
 
     if any(name.startswith("layer1.") for name in visual):
         return ": they are a ResNet's, which cannot be trained"
-    if "positional_embedding" not in visual or visual["conv1.weight"].dim() != 4:
+    dimensions = {name: visual[name].dim() for name in ("conv1.weight", "positional_embedding") if name in visual}
+    if dimensions != {"conv1.weight": 4, "positional_embedding": 2}:
         return ""
     width, _, patch, _ = visual["conv1.weight"].shape
     blocks = len({name.split(".")[2] for name in visual if name.startswith("transformer.resblocks.")})

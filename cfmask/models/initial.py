@@ -383,6 +383,12 @@ def initial_model(
         info = replace(info, provenance=_zero_shot_provenance(start, templates))
         weight = zero_shot_weight(info, weights.state, templates, device, kept_rows=kept_rows)
         bias = torch.zeros(len(classes))
+    for part, tensor in {"head": weight, "head's bias": bias, **dict(tower.named_parameters())}.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"The {part} of the model that {pretrained} gives is not finite: the weights have diverged, or the "
+                "file is damaged. Take other weights, or copy the file again."
+            )
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight)

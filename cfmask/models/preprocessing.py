@@ -69,7 +69,7 @@ def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -
         return []
     if mean is None or std is None:
         raise UserError("--mean and --std belong together: give both, R G B each, for pixels in 0…1.")
-    return [Statement("--mean and --std", _values("--mean and --std", mean, std))]
+    return [Statement("--mean and --std", checked_values("--mean and --std", mean, std))]
 
 
 def config_statement(source: str, preprocess: Any, image_size: int) -> list[Statement]:
@@ -97,7 +97,7 @@ def config_statement(source: str, preprocess: Any, image_size: int) -> list[Stat
         return []
     if mean is None or std is None:
         raise UserError(f"{source}: preprocess_cfg has {'std' if mean is None else 'mean'} alone. Add the other.")
-    return [Statement(source, _values(source, mean, std), resize=bool(preprocess.get("resize_mode")))]
+    return [Statement(source, checked_values(source, mean, std), resize=bool(preprocess.get("resize_mode")))]
 
 
 def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
@@ -133,7 +133,8 @@ def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
         )
 
 
-def _values(source: str, mean: Any, std: Any) -> Preprocessing:
+def checked_values(source: str, mean: Any, std: Any) -> Preprocessing:
+    """Mean and standard deviation as a source gives them. Raises UserError: they cannot be those of pixels in 0…1."""
     found = []
     for name, value, least in (("mean", mean, 0.0), ("std", std, _LEAST_STD)):
         # A single number is open_clip's short way to write three.

@@ -376,6 +376,12 @@ def _head(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor] |
     if len(found) > 1:
         raise UserError(f"holds {len(found)} heads, {' and '.join(found)}: save the one that you mean by itself.")
     weight = tensors[f"{found[0]}.weight"]
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise UserError(
+            f"holds a {found[0]}.weight of shape {tuple(weight.shape)} and type "
+            f"{str(weight.dtype).removeprefix('torch.')}, which is no linear head: one has the shape (classes, "
+            "features) and floating point numbers."
+        )
     bias = tensors.get(f"{found[0]}.bias")
     return weight, weight.new_zeros(len(weight)) if bias is None else bias
 

@@ -95,6 +95,11 @@ def _parts_of_clip(info: ModelInfo, parts: Mapping[str, Tensor], state: Mapping[
             + "Give the --model that they were made with, or a head with --head."
         )
     for key, part in parts.items():
+        if part.is_floating_point() and not given[key].is_floating_point():
+            raise UserError(
+                f"The weights have {key} as {str(given[key].dtype).removeprefix('torch.')}: the text tower is "
+                "quantised, and no zero-shot head can be built from it. Take the weights that it was made of."
+            )
         if given[key].shape != part.shape and not part.numel() == given[key].numel() == 1:
             raise UserError(
                 f"The weights are not those of the CLIP {info.name}: {key} has the shape {tuple(given[key].shape)}, "
