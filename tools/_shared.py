@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfmask.errors import UserError
-from cfmask.models.head import ModelInfo, load_model
+from cfmask.models.head import ModelInfo, check_same_kind, load_model
 from cfmask.recipe import Method, load_recipe
 from cfmask.runs import find_model
 
@@ -59,12 +58,11 @@ def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInf
     """
     models, first = [], None
     for path in paths:
-        model, info = load_model(find_model(path))
+        file = find_model(path)
+        model, info = load_model(file)
         if first is None:
             first = info
-        for what in ("config", "mean", "std", "classes"):
-            if getattr(info, what) != getattr(first, what):
-                raise UserError(f"{path} and {paths[0]} differ in {what}: they cannot be evaluated side by side.")
+        check_same_kind(info, first, str(file), than=str(paths[0]))
         models.append(model)
     assert first is not None
     return models, first

@@ -7,7 +7,7 @@ without the seconds that they take.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,10 @@ IDLE_SETTINGS = (
 """Settings without effect on the features of a ViT that pools by its class token. Patch dropout is one of training."""
 
 
+_OLD_TEXT_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}
+"""Settings of text_cfg as they were called when the first repositories were written."""
+
+
 def read_config(name: str) -> dict[str, Any]:
     """An open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …).
 
@@ -57,34 +61,63 @@ def read_config(name: str) -> dict[str, Any]:
     Raises:
         UserError: open_clip has no such model, or the file is not a configuration.
     """
-    if name.startswith(("hf-hub:", "local-dir:")):
-        raise UserError(
-            f"--model {name}: give the path of the repository's {HUB_CONFIG} in place of the repository, and the path "
-            "of its weights with --pretrained. (On a machine with network access, `hf download OWNER/NAME` gets both.)"
-        )
-    config: Any = None
+    refuse_repository("--model", name)
     if name.endswith(".json"):
         try:
-            config = json.loads(Path(name).read_text(encoding="utf-8"))
+            return parse_config(Path(name).read_bytes(), name)
         except OSError as error:
             raise UserError(f"No model configuration can be read from {name}: {error.strerror}.") from error
-        except ValueError as error:
-            raise UserError(f"{name} is not a model configuration: it is not valid JSON ({error}).") from error
-        if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
-            config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg")}
-    else:
-        import open_clip  # takes seconds
+    import open_clip  # takes seconds
 
-        config = open_clip.get_model_config(name)
-    if not isinstance(config, dict) or not isinstance(config.get("vision_cfg"), dict) or "embed_dim" not in config:
-        import open_clip
+    if config := open_clip.get_model_config(name):
+        return config
+    listed = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
+    near = [known for known in listed if not _why_not(open_clip.get_model_config(known))]
+    raise UserError(
+        f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
+        f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
+    )
 
-        near = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
+
+def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
+    """A model configuration from the text of a file, as ``read_config`` returns it.
+
+    Args:
+        source: where the text comes from, in words that begin a sentence.
+
+    Raises:
+        UserError: it is not a configuration.
+    """
+    try:
+        config = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is not a model configuration: it is not valid JSON ({error}).") from error
+    if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
+        # pretrained_cfg is timm's name for it.
+        preprocess = config.get("preprocess_cfg") or config.get("pretrained_cfg")
+        config = {**config["model_cfg"], "preprocess_cfg": preprocess}
+    if (
+        not isinstance(config, dict)
+        or "embed_dim" not in config
+        or not isinstance(config.get("vision_cfg"), dict)
+        or not isinstance(config.get("text_cfg"), (dict, type(None)))
+    ):
         raise UserError(
-            f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
-            f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
+            f"{source} is not an open_clip model configuration, which has embed_dim, vision_cfg and text_cfg (in "
+            f"model_cfg, if it is an {HUB_CONFIG}). Correct it; or, if it lies beside weights that it is not about, "
+            "move it away."
         )
     return config
+
+
+def refuse_repository(flag: str, value: str) -> None:
+    """Refuse open_clip's names of Hugging Face repositories and their folders. Raises UserError."""
+    if value.startswith(("hf-hub:", "local-dir:")):
+        raise UserError(
+            f"{flag} {value}: give the files of the repository in its place: the path of its {HUB_CONFIG} with "
+            "--model, and the path of its weights with --pretrained. (On a machine with network access, `hf download "
+            "OWNER/NAME` gets both.)"
+        )
 
 
 def check_trainable(name: str, config: Mapping[str, Any]) -> None:
@@ -150,7 +183,16 @@ def _side(size: Any) -> int | None:
 
 def image_size_of(config: Mapping[str, Any]) -> int:
     """Side of a trainable model's images in pixels."""
-    side = _side(config["vision_cfg"].get("image_size", VISION_DEFAULTS["image_size"]))
+    return _side_of(config, "image_size")
+
+
+def patch_size_of(config: Mapping[str, Any]) -> int:
+    """Side of a trainable model's patches in pixels."""
+    return _side_of(config, "patch_size")
+
+
+def _side_of(config: Mapping[str, Any], setting: str) -> int:
+    side = _side(config["vision_cfg"].get(setting, VISION_DEFAULTS[setting]))
     assert side is not None, "check_trainable has refused it"
     return side
 
@@ -158,17 +200,27 @@ def image_size_of(config: Mapping[str, Any]) -> int:
 def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """In what two configurations' image towers differ, as "vision_cfg.layers (12 and 24)"; empty if they compute the
     same. A setting that is not given has open_clip's default."""
-    ours, theirs = _vision_of(ours), _vision_of(theirs)
-    return [f"{name} ({ours[name]} and {theirs[name]})" for name in ours if ours[name] != theirs[name]]
+    return _differences(_vision_of(ours), _vision_of(theirs))
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    names = dict.fromkeys((*ours, *theirs))
+    found = {name: (ours.get(name), theirs.get(name)) for name in names}
+    return [f"{name} ({mine} and {other})" for name, (mine, other) in found.items() if mine != other]
 
 
 def _vision_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    vision = config["vision_cfg"]
-    full = {name: vision.get(name, default) for name, default in VISION_DEFAULTS.items()}
+    full = _with_defaults(config["vision_cfg"], VISION_DEFAULTS, IDLE_SETTINGS)
     for name in ("image_size", "patch_size"):
         full[name] = _side(full[name]) or full[name]
     flat = {f"vision_cfg.{name}": value for name, value in full.items()}
     return {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu")), **flat}
+
+
+def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any], idle: Collection[str]) -> dict[str, Any]:
+    """All settings but the idle ones. One that is not known here, of a newer open_clip, counts if it is on."""
+    unknown = {name: value for name, value in given.items() if name not in defaults and name not in idle and value}
+    return {**{name: given.get(name, default) for name, default in defaults.items()}, **unknown}
 
 
 def text_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -177,35 +229,41 @@ def text_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
 
     from open_clip import CLIPTextCfg
 
-    defaults = {name: value for name, value in asdict(CLIPTextCfg()).items() if name != "hf_model_pretrained"}
-    full = [
-        {name: (of.get("text_cfg") or {}).get(name, value) for name, value in defaults.items()} for of in (ours, theirs)
-    ]
-    return [
-        f"text_cfg.{name} ({full[0][name]} and {full[1][name]})" for name in defaults if full[0][name] != full[1][name]
-    ]
+    idle = ("hf_model_pretrained",)
+    defaults = {name: value for name, value in asdict(CLIPTextCfg()).items() if name not in idle}
+    full = []
+    for config in (ours, theirs):
+        given = {_OLD_TEXT_NAMES.get(name, name): value for name, value in (config.get("text_cfg") or {}).items()}
+        full.append({f"text_cfg.{k}": value for k, value in _with_defaults(given, defaults, idle).items()})
+    return _differences(*full)
 
 
-def check_activation(name: str, config: Mapping[str, Any], pretrained: str, quick_gelu: bool | None) -> None:
+def check_activation(
+    name: str, config: Mapping[str, Any], pretrained: str, quick_gelu: bool | None, *, remedy: str | None = None
+) -> None:
     """Refuse weights that were trained with the other activation than the model computes.
 
     Args:
         name, config: of the model.
         quick_gelu: what the weights were trained with; None: unknown.
+        remedy: a sentence, where the model is not a flag's; None: to use another --model.
 
     Raises:
-        UserError: naming the model to use.
+        UserError: naming the model to use, or with the remedy.
     """
     if quick_gelu is None or quick_gelu == bool(config.get("quick_gelu", False)):
         return
+    theirs, ours = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
+    if remedy is not None:
+        raise UserError(f"The weights {pretrained!r} were trained with {theirs} and {name} computes {ours}. {remedy}")
     import open_clip
 
     right = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
     if right not in open_clip.list_models():
         right = f'a configuration (.json) with "quick_gelu": {json.dumps(quick_gelu)}'
     raise UserError(
-        f"The weights {pretrained!r} were trained with {'QuickGELU' if quick_gelu else 'GELU'} and --model {name} "
-        f"computes {'GELU' if quick_gelu else 'QuickGELU'}: every number would be wrong. Use --model {right}."
+        f"The weights {pretrained!r} were trained with {theirs} and --model {name} computes {ours}: every number would "
+        f"be wrong. Use --model {right}."
     )
 
 
@@ -219,7 +277,8 @@ def models_like(visual: Mapping[str, Tensor]) -> str:
 
     if any(name.startswith("layer1.") for name in visual):
         return ": they are a ResNet's, which cannot be trained"
-    if "positional_embedding" not in visual or visual["conv1.weight"].dim() != 4:
+    dimensions = {name: visual[name].dim() for name in ("conv1.weight", "positional_embedding") if name in visual}
+    if dimensions != {"conv1.weight": 4, "positional_embedding": 2}:
         return ""
     width, _, patch, _ = visual["conv1.weight"].shape
     blocks = len({name.split(".")[2] for name in visual if name.startswith("transformer.resblocks.")})

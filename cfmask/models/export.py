@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from cfmask.errors import UserError
 from cfmask.files import save_tensors, write_atomically
 from cfmask.models.architecture import HUB_CONFIG, check_activation
 from cfmask.models.head import ModelInfo, read_info
+from cfmask.models.initial import check_text_settings, configs_of
 from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD, RESIZE_MODE
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, config_beside, find_weights, read_weights
+from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, find_weights, is_path, read_tag, read_weights
 from cfmask.models.zero_shot import build_clip
 
 TOLERANCE = 1e-4
@@ -44,17 +46,21 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
     Raises:
         UserError: weights that cannot be had, have no text tower, or are another model's.
     """
+    remedy = "Give the weights that this model was fine-tuned from."
+    if not is_path(pretrained):
+        quick_gelu = bool(read_tag(info.name, pretrained).get("quick_gelu"))
+        check_activation(info.name, info.config, pretrained, quick_gelu, remedy=remedy)
     path = find_weights(info.name, pretrained, info.config)
     if read_info(path) is not None:
         raise UserError(
             f"{pretrained} is a cfmask model file, which has no text tower. Give the checkpoint that it was made from."
         )
     weights = read_weights(path)
-    beside = config_beside(path) if str(path) == pretrained else None
-    for config in (weights.config, beside and beside[1]):
-        if config is not None:
-            check_activation(info.name, info.config, pretrained, bool(config.get("quick_gelu")))
-    check_activation(info.name, info.config, pretrained, weights.quick_gelu)
+    configs = configs_of(path, weights) if os.path.isfile(pretrained) else {}
+    for config in configs.values():
+        check_activation(info.name, info.config, pretrained, bool(config.get("quick_gelu")), remedy=remedy)
+    check_text_settings(configs, info, pretrained, remedy)
+    check_activation(info.name, info.config, pretrained, weights.quick_gelu, remedy=remedy)
     # Whole first, so that a checkpoint of another architecture is refused although its image tower goes.
     state = build_clip(info, weights.state).state_dict()
     return {**state, **{f"visual.{name}": value for name, value in model.visual.state_dict().items()}}

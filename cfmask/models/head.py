@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cfmask.errors import UserError
 from cfmask.files import replace_tensors
 from cfmask.models.architecture import vision_differences
+from cfmask.models.preprocessing import Preprocessing, checked_values
 from cfmask.models.weights import read_safetensors
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
@@ -54,7 +55,7 @@ def read_info(path: str | Path) -> ModelInfo | None:
     """The metadata of a model file; None for a file that is not one of ours. Reads the header only.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such file, or its header is not as cfmask writes it.
     """
     try:
         with open(path, "rb") as file:
@@ -67,8 +68,18 @@ def read_info(path: str | Path) -> ModelInfo | None:
         raise UserError(f"No model can be read from {path}: {error.strerror}. Check the path.") from error
     except (struct.error, ValueError, KeyError, AttributeError):
         return None
-    tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    return ModelInfo(**tuples)
+    try:
+        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        info = ModelInfo(**tuples)
+        for setting in ("embed_dim", "vision_cfg"):
+            if setting not in info.config:
+                raise TypeError(f"its config has no {setting}")
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"The header of {path} is not as this version of cfmask writes it ({error}). Use the version that wrote it."
+        ) from error
+    checked_values(f"The header of {path}", info.mean, info.std)
+    return info
 
 
 def check_whole(path: str | Path) -> None:
@@ -182,7 +193,7 @@ def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str, *
         raise UserError(f"{path} is not a cfmask model file with a head.")
     assert own is not None
     check_architecture(other, own, path)
-    if (other.mean, other.std) != (own.mean, own.std):
+    if not Preprocessing(other.mean, other.std).agrees(Preprocessing(own.mean, own.std)):
         raise UserError(
             f"The model in {path} takes pixels with mean {other.mean} and standard deviation {other.std}, {own.name} "
             f"with {own.mean} and {own.std}: the same images would not be the same to both."

@@ -37,6 +37,7 @@ from cfmask.models.preprocessing import (
 )
 from cfmask.models.weights import (
     Weights,
+    config_above,
     config_beside,
     find_weights,
     is_path,
@@ -100,9 +101,13 @@ def model_info(
         what = f"the weights {pretrained!r} of {name}"
         by_weights = _of_weights(name, pretrained, size, shapes)
         found = resolve([*by_weights, *by_config, *by_flags], what)
-        if not by_weights and not by_config:
-            agreed = of_tags(name, what, given=bool(by_flags), image_size=size)
-            found = found or agreed
+        if not any(said.resize for said in (*by_weights, *by_config)):
+            quick_gelu = bool(config.get("quick_gelu"))
+            agreed = of_tags(name, what, quick_gelu=quick_gelu, given=found is not None, image_size=size)
+            if found is None:
+                assert agreed is not None
+                resolve([Statement(f"open_clip's tags of {name}", agreed), *_said_above(pretrained, config)], what)
+                found = agreed
         assert found is not None
         preprocessing = found
     else:
@@ -119,13 +124,24 @@ def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -
     if not path.is_file():
         return []
     shapes = shapes or read_weights(path, shapes_only=True)
-    said = [Statement(f"{pretrained} is OpenAI's", OPENAI)] if shapes.openai else []
-    for source, config in _configs_of(path, shapes).items():
+    said = [Statement(f"{pretrained} is OpenAI's", OPENAI, resize=True)] if shapes.openai else []
+    for source, config in configs_of(path, shapes).items():
         said += config_statement(source, config.get("preprocess_cfg"), size)
     return said
 
 
-def _configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
+def _said_above(pretrained: str, config: Mapping[str, Any]) -> list[Statement]:
+    """What the configuration in the folder above says, if it is one of this image tower: a repository may keep its
+    weights in a folder of their own."""
+    above = config_above(Path(pretrained))
+    if above is None or vision_differences(above[1], config):
+        return []
+    return config_statement(str(above[0]), above[1].get("preprocess_cfg"), image_size_of(config))
+
+
+def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
+    """Configurations of the weights in a file, by where they are: in the file itself, and beside it. Raises UserError:
+    one cannot be read."""
     configs: dict[str, Mapping[str, Any]] = {} if shapes.config is None else {str(path): shapes.config}
     if beside := config_beside(path):
         configs[str(beside[0])] = beside[1]
@@ -143,13 +159,15 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
             configuration says to be of another model.
     """
     if own := read_info(pretrained) if os.path.isfile(pretrained) else None:
-        return Start(_described(own, name, pretrained, mean, std), Path(pretrained), None, {})
+        info = described(own, name, pretrained, mean=mean, std=std)
+        check_whole(pretrained)
+        return Start(info, Path(pretrained), None, {})
     config = read_config(name)
     check_trainable(name, config)
     path = find_weights(name, pretrained, config)
     shapes = read_weights(path, shapes_only=True)
     check_activation(name, config, pretrained, shapes.quick_gelu)
-    configs = _configs_of(path, shapes) if os.path.isfile(pretrained) else {}
+    configs = configs_of(path, shapes) if os.path.isfile(pretrained) else {}
     for source, other in configs.items():
         check_activation(name, config, pretrained, bool(other.get("quick_gelu")))
         if different := vision_differences(other, config):
@@ -163,12 +181,15 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
     return Start(info, path, shapes, configs)
 
 
-def _described(own: ModelInfo, name: str, pretrained: str, mean: Rgb, std: Rgb) -> ModelInfo:
-    """A cfmask model file as a start of a model of this name."""
+def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> ModelInfo:
+    """A cfmask model file, whose header is ``own``, as a start of a model of this name.
+
+    Raises:
+        UserError: it is of another architecture, or of another preprocessing than --model or the flags say.
+    """
     config = read_config(name)
     preprocess = config.pop("preprocess_cfg", None)
     check_architecture(own, replace(own, name=name, config=config), pretrained)
-    check_whole(pretrained)
     said = Statement(f"The header of {pretrained}", Preprocessing(own.mean, own.std))
     given = config_statement(f"--model {name}", preprocess, image_size_of(config)) + flags_statement(mean, std)
     resolve([said, *given], f"the model in {pretrained}")
@@ -245,6 +266,11 @@ def check_initial_model(
                 f"{info.config['embed_dim']}-d ones: they belong to different models. Build the head with the tower's "
                 "own model."
             )
+        if different := vision_differences(given.config, info.config):
+            raise UserError(
+                f"The head in {head} is for the features of {given.name} and not of {name}: they differ in "
+                f"{', '.join(different)}. Build the head with the tower's own model."
+            )
     elif start.info.classes:
         check_head(pretrained, info.classes)
     elif start.shapes is None:
@@ -258,15 +284,31 @@ def check_initial_model(
             " makes a model file to start from. Or give another head with --head."
         )
     else:
-        for source, config in start.configs.items():
-            if different := text_differences(config, info.config):
-                raise UserError(
-                    f"The text tower of {pretrained} is another one than that of --model {name}, says {source}: they "
-                    f"differ in {', '.join(different)}. A zero-shot head would be wrong. Give the model that the "
-                    "weights were made with, or a head with --head."
-                )
+        check_text_settings(
+            start.configs, info, pretrained, "Give the model that they were made with, or a head with --head."
+        )
         check_text_tower(info, start.shapes.state)
     return replace(start, info=info)
+
+
+def check_text_settings(
+    configs: Mapping[str, Mapping[str, Any]], info: ModelInfo, pretrained: str, remedy: str
+) -> None:
+    """Refuse a text tower that would compute something else than it was trained to, though its shapes fit.
+
+    Args:
+        configs: of the weights (``configs_of``).
+        remedy: a sentence.
+
+    Raises:
+        UserError: naming the settings.
+    """
+    for source, config in configs.items():
+        if different := text_differences(config, info.config):
+            raise UserError(
+                f"The weights {pretrained} have another text tower than {info.name}, says {source}: they differ "
+                f"in {', '.join(different)}. Its features would be wrong. {remedy}"
+            )
 
 
 def _check_foreign_head(head: tuple[Tensor, Tensor] | None, path: str, classes: int, width: int) -> None:
@@ -341,6 +383,12 @@ def initial_model(
         info = replace(info, provenance=_zero_shot_provenance(start, templates))
         weight = zero_shot_weight(info, weights.state, templates, device, kept_rows=kept_rows)
         bias = torch.zeros(len(classes))
+    for part, tensor in {"head": weight, "head's bias": bias, **dict(tower.named_parameters())}.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"The {part} of the model that {pretrained} gives is not finite: the weights have diverged, or the "
+                "file is damaged. Take other weights, or copy the file again."
+            )
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight)

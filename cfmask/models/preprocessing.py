@@ -9,7 +9,8 @@ A wrong mean changes every number and raises no error, so it is never assumed. T
     --model         ``preprocess_cfg`` of a configuration file
     --mean, --std   the user
 
-All of them that speak must agree. If none does, what open_clip's tags of that model agree on; else it is an error.
+All of them that speak must agree. If none does, what open_clip's tags of that model agree on; else it is an error. The
+same goes for the resize, which many an open_clip_config.json does not tell.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ OPENAI = Preprocessing(OPENAI_MEAN, OPENAI_STD)
 
 
 class Statement(NamedTuple):
-    """What one source says. source: in words that begin a sentence."""
+    """What one source says. source: in words that begin a sentence. resize: whether it says how images are resized."""
 
     source: str
     preprocessing: Preprocessing
+    resize: bool = False
 
 
 def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Statement]:
@@ -67,7 +69,7 @@ def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -
         return []
     if mean is None or std is None:
         raise UserError("--mean and --std belong together: give both, R G B each, for pixels in 0…1.")
-    return [Statement("--mean and --std", _values("--mean and --std", mean, std))]
+    return [Statement("--mean and --std", checked_values("--mean and --std", mean, std))]
 
 
 def config_statement(source: str, preprocess: Any, image_size: int) -> list[Statement]:
@@ -95,7 +97,7 @@ def config_statement(source: str, preprocess: Any, image_size: int) -> list[Stat
         return []
     if mean is None or std is None:
         raise UserError(f"{source}: preprocess_cfg has {'std' if mean is None else 'mean'} alone. Add the other.")
-    return [Statement(source, _values(source, mean, std))]
+    return [Statement(source, checked_values(source, mean, std), resize=bool(preprocess.get("resize_mode")))]
 
 
 def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
@@ -107,12 +109,16 @@ def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
     resize_mode = preprocess.get("resize_mode") or RESIZE_MODE
     interpolation = preprocess.get("interpolation") or INTERPOLATIONS[0]
     mode = preprocess.get("mode") or "RGB"
+    crop_share, crop_mode = preprocess.get("crop_pct") or 1, preprocess.get("crop_mode") or "center"
     wrong = [
         words
         for words, is_wrong in (
             (f"resize_mode is {resize_mode!r}, not {RESIZE_MODE!r}", resize_mode != RESIZE_MODE),
             (f"interpolation is {interpolation!r}, not {INTERPOLATIONS[0]!r}", interpolation not in INTERPOLATIONS),
             (f"mode is {mode!r}, not 'RGB'", mode != "RGB"),
+            # timm's
+            (f"crop_pct is {crop_share!r}, not 1", crop_share != 1),
+            (f"crop_mode is {crop_mode!r}, not 'center'", crop_mode != "center"),
         )
         if is_wrong
     ]
@@ -127,7 +133,8 @@ def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
         )
 
 
-def _values(source: str, mean: Any, std: Any) -> Preprocessing:
+def checked_values(source: str, mean: Any, std: Any) -> Preprocessing:
+    """Mean and standard deviation as a source gives them. Raises UserError: they cannot be those of pixels in 0…1."""
     found = []
     for name, value, least in (("mean", mean, 0.0), ("std", std, _LEAST_STD)):
         # A single number is open_clip's short way to write three.
@@ -159,11 +166,13 @@ def resolve(statements: Sequence[Statement], what: str) -> Preprocessing | None:
     return statements[0].preprocessing if statements else None
 
 
-def of_tags(name: str, what: str, *, given: bool, image_size: int) -> Preprocessing | None:
+def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: int) -> Preprocessing | None:
     """What open_clip's pretrained tags of a model agree on; with ``given``, of no use but for its errors.
 
     Args:
         name: open_clip's name of the model; of a configuration file it knows no tags.
+        quick_gelu: of the model. Tags of the other activation, which open_clip lists too, are asked where
+            there are no others.
         what: the weights that it is asked for, in words.
         given: mean and standard deviation are known already, and the resize alone is asked for.
 
@@ -173,36 +182,37 @@ def of_tags(name: str, what: str, *, given: bool, image_size: int) -> Preprocess
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     found: dict[tuple[Any, ...], list[str]] = {}
-    for tag in list_pretrained_tags_by_model(name):
-        preprocess = get_pretrained_cfg(name, tag)
+    tags = {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+    alike = {tag: preprocess for tag, preprocess in tags.items() if bool(preprocess.get("quick_gelu")) == quick_gelu}
+    for tag, preprocess in (alike or tags).items():
         resize = tuple(preprocess.get(key) for key in ("resize_mode", "interpolation"))
         normalisation = (
             () if given else (tuple(preprocess.get("mean", OPENAI_MEAN)), tuple(preprocess.get("std", OPENAI_STD)))
         )
         found.setdefault((*resize, *normalisation), []).append(tag)
     if len(found) == 1:
-        [tags] = found.values()
-        source = f"open_clip's pretrained {name} ({', '.join(tags[:3])}{' …' if len(tags) > 3 else ''})"
-        [statement] = config_statement(source, get_pretrained_cfg(name, tags[0]), image_size)
+        [names] = found.values()
+        source = f"open_clip's pretrained {name} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''})"
+        [statement] = config_statement(source, tags[names[0]], image_size)
         return statement.preprocessing
     if given and not found:
         return None
-    kinds = "; ".join(f"{tags[0]}: {_said(kind)}" for kind, tags in found.items())
+    kinds = "; ".join(f"{names[0]}: {_said(kind)}" for kind, names in found.items())
     raise UserError(
-        f"It is not known how images were made ready for {what}: there is no open_clip_config.json beside them, and "
+        f"It is not known how images were made ready for {what}: no open_clip_config.json beside them says it, and "
         + (
             f"open_clip's pretrained {name} are not all alike ({kinds}). "
             if found
             else f"open_clip has no pretrained {name}. "
         )
-        + "With another mean or standard deviation every number would be wrong, without an error. Copy the "
-        "open_clip_config.json of the repository that they come from beside them, or give "
+        + "With another mean, standard deviation or resize every number would be wrong, without an error. "
         + (
-            "--model FILE.json, a model configuration with preprocess_cfg."
+            f'If the short side was resized, as is done here, say so: "resize_mode": "{RESIZE_MODE}" in the '
+            "preprocess_cfg of an open_clip_config.json beside them, or of --model FILE.json."
             if given
-            else "--mean R G B --std R G B (OpenAI's: --mean "
-            f"{' '.join(map(str, OPENAI_MEAN))} --std {' '.join(map(str, OPENAI_STD))}), or --model FILE.json, a model "
-            "configuration with preprocess_cfg."
+            else "Copy the open_clip_config.json of the repository that they come from beside them, or give --mean "
+            f"R G B --std R G B (OpenAI's: --mean {' '.join(map(str, OPENAI_MEAN))} --std "
+            f"{' '.join(map(str, OPENAI_STD))}), or --model FILE.json, a model configuration with preprocess_cfg."
         )
     )
 

@@ -17,8 +17,6 @@ Names become open_clip's, whatever the model, or a part of it, was wrapped in:
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import struct
@@ -28,7 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfmask.errors import UserError
-from cfmask.models.architecture import HUB_CONFIG, check_activation, read_config
+from cfmask.models.architecture import (
+    HUB_CONFIG,
+    check_activation,
+    parse_config,
+    read_config,
+    refuse_repository,
+)
 from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher that looks for weights needs none of it
@@ -79,6 +83,7 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
         UserError: no such file or tag, a tag whose weights need the other activation, or no way to get the file; it
             says which file to put where.
     """
+    refuse_repository("--pretrained", pretrained)
     if os.path.isfile(pretrained):
         return Path(pretrained)
     if os.path.isdir(pretrained):
@@ -103,6 +108,8 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
 
 def is_path(pretrained: str) -> bool:
     """Whether --pretrained names a file, which need not exist, and not a tag of open_clip's."""
+    if pretrained.startswith(("hf-hub:", "local-dir:")):
+        return False
     known_endings = (".pt", ".pth", ".bin", ".safetensors")
     return os.path.exists(pretrained) or os.sep in pretrained or Path(pretrained).suffix in known_endings
 
@@ -126,16 +133,33 @@ def read_tag(name: str, pretrained: str) -> dict[str, Any]:
 
 def config_beside(path: Path) -> tuple[Path, dict[str, Any]] | None:
     """The open_clip_config.json in the folder of a checkpoint, whatever the checkpoint is called, and what it says. A
-    link to a checkpoint, as in the Hugging Face cache, has it in the link's folder or in the target's.
+    path that is a link, as in the Hugging Face cache, has it in the link's folder, in the target's, or in that of a
+    link on the way.
 
     Raises:
         UserError: it cannot be read as a configuration.
     """
-    for folder in dict.fromkeys((Path(os.path.abspath(path)).parent, path.resolve().parent)):
-        beside = folder / HUB_CONFIG
-        if beside.is_file():
-            return beside, read_config(str(beside))
-    return None
+    return next((found for folder in _folders_of(path) if (found := _config_in(folder))), None)
+
+
+def config_above(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The same in the folder above, which need not be about this checkpoint."""
+    return next((found for folder in _folders_of(path) if (found := _config_in(folder.parent))), None)
+
+
+def _config_in(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    config = folder / HUB_CONFIG
+    return (config, read_config(str(config))) if config.is_file() else None
+
+
+def _folders_of(path: Path) -> Iterator[Path]:
+    """Of a file, and of each link that leads to it. ".." is kept: behind a link it is not the folder before it."""
+    path, seen = path.absolute(), set()
+    yield path.parent
+    while path.is_symlink() and path not in seen:
+        seen.add(path)
+        path = path.parent / os.readlink(path)
+        yield path.parent
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -154,6 +178,11 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
     """
     import torch
 
+    if (part := re.search(r"-[0-9]{5}-of-([0-9]{5})\.[a-z]+$", path.name)) and int(part[1]) > 1:
+        raise UserError(
+            f"{path} is one of {int(part[1])} files that share the tensors of one model. Put them together: a "
+            "safetensors file, or a state dict saved by torch.save, with the tensors of all of them."
+        )
     with open(path, "rb") as file:
         begin = file.read(64)
     torchscript, config = _is_torchscript(path), None
@@ -216,10 +245,7 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
 def _config_inside(path: Path, text: Any) -> dict[str, Any] | None:
     if not isinstance(text, str):
         return None
-    with contextlib.suppress(ValueError, TypeError, KeyError):
-        found = json.loads(text)
-        return {**found["model_cfg"], "preprocess_cfg": found["preprocess_cfg"]}
-    raise UserError(f"{path}: its {CONFIG_ENTRY} cannot be read. Export the model again.")
+    return parse_config(text, f"The entry {CONFIG_ENTRY} of {path}")
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -324,6 +350,11 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str:
             "its tensors have the names of Hugging Face's transformers (vision_model.encoder …). Take the "
             "open_clip version of these weights."
         )
+    if any(name.endswith("patch_embed.proj.weight") and "visual.trunk." not in name for name in tensors):
+        return (
+            "its tensors have timm's names (patch_embed …). Take the open_clip version of these weights; in a "
+            f"repository of timm's it is {HUB_WEIGHTS}."
+        )
     if any("visual.trunk." in name for name in tensors):
         return "its image tower is timm's (visual.trunk …), which cannot be trained. Choose the weights of a ViT."
     some = ", ".join(sorted(tensors)[:3])
@@ -345,6 +376,12 @@ def _head(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor] |
     if len(found) > 1:
         raise UserError(f"holds {len(found)} heads, {' and '.join(found)}: save the one that you mean by itself.")
     weight = tensors[f"{found[0]}.weight"]
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise UserError(
+            f"holds a {found[0]}.weight of shape {tuple(weight.shape)} and type "
+            f"{str(weight.dtype).removeprefix('torch.')}, which is no linear head: one has the shape (classes, "
+            "features) and floating point numbers."
+        )
     bias = tensors.get(f"{found[0]}.bias")
     return weight, weight.new_zeros(len(weight)) if bias is None else bias
 

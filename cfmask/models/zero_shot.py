@@ -83,13 +83,23 @@ def _parts_of_clip(info: ModelInfo, parts: Mapping[str, Tensor], state: Mapping[
     """
     from open_clip.model import convert_to_custom_text_state_dict
 
-    given = convert_to_custom_text_state_dict(dict(state)) if _has_custom_text(info) else dict(state)
+    given = dict(state)
+    if _has_custom_text(info):
+        given = convert_to_custom_text_state_dict(given)
+    elif "positional_embedding" not in given:  # a CLIP that was saved as open_clip's CustomTextCLIP, force_custom_text
+        given = {key.removeprefix("text."): value for key, value in given.items()}
     if missing := [key for key in parts if key not in given]:
         raise UserError(
             f"The weights lack {missing[0]} ({len(missing)} of {len(parts)} tensors) of the CLIP {info.name}: "
-            + ("they are another model's." if _has_text_tower(given) else "they hold no text tower.")
+            + ("they are another model's. " if _has_text_tower(state) else "they hold no text tower. ")
+            + "Give the --model that they were made with, or a head with --head."
         )
     for key, part in parts.items():
+        if part.is_floating_point() and not given[key].is_floating_point():
+            raise UserError(
+                f"The weights have {key} as {str(given[key].dtype).removeprefix('torch.')}: the text tower is "
+                "quantised, and no zero-shot head can be built from it. Take the weights that it was made of."
+            )
         if given[key].shape != part.shape and not part.numel() == given[key].numel() == 1:
             raise UserError(
                 f"The weights are not those of the CLIP {info.name}: {key} has the shape {tuple(given[key].shape)}, "

@@ -153,7 +153,7 @@ def report_of(run: RunFolder, job: str) -> str | None:
     return texts[-1].read_text(errors="replace") if texts else None
 
 
-_PASSING = ("CalledOff", "GivenUp", "StorageUnavailable")
+_PASSING = ("CalledOff", "GivenUp", "StorageUnavailable", "DistNetworkError", "DistStoreError")
 """Exceptions, beside OSError, that say nothing of the next start."""
 
 
@@ -164,7 +164,7 @@ def would_recur(run: RunFolder, job: str) -> bool:
     found = [read_object(path) for path in folder_of(run).glob(f"{texts[-1].stem}_*.json")] if texts else []
     left = [RankFailure(**failure) for failure in found if failure]
     first = first_failure(left, len(left))
-    if first is None or first.kind != RAISED or not first.traceback:
+    if first is None or first.kind != RAISED or first.broken_off or not first.traceback:
         return False
     kind = first.error.partition(":")[0]
     passing = getattr(builtins, kind, None)

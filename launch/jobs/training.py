@@ -18,8 +18,9 @@ from cfmask.data.plan import lanes_of_rank, steps_per_epoch
 from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
-from cfmask.models.head import ModelInfo, check_architecture, check_head, check_same_kind, read_info
-from cfmask.models.initial import check_initial_model, model_info
+from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
+from cfmask.models.initial import check_initial_model, described
+from cfmask.models.weights import is_path
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
@@ -273,7 +274,7 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
     model = replace(
         recipe.model,
         name=_absolute(recipe.model.name) if recipe.model.name.endswith(".json") else recipe.model.name,
-        pretrained=_absolute(recipe.model.pretrained),
+        pretrained=_absolute(recipe.model.pretrained) if is_path(recipe.model.pretrained) else recipe.model.pretrained,
         head=_absolute(recipe.model.head) if recipe.model.head else None,
     )
     segmentation = None if recipe.data.segmentation is None else _absolute(recipe.data.segmentation)
@@ -290,9 +291,10 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 
 def _absolute(path: str) -> str:
-    """A job starts elsewhere: paths that exist become absolute, names stay. Links are not followed: beside one may lie
-    the configuration of the weights that it leads to."""
-    return os.path.abspath(path) if os.path.exists(path) else path
+    """A job starts elsewhere. Links are not followed: beside one may lie the configuration of the weights that it leads
+    to. Nor is ".." shortened: behind a link to a folder it leads to the folder above the target. What is not there
+    has the same path as before it was moved: a run that has started needs it no more."""
+    return str(Path(path).absolute())
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -364,8 +366,7 @@ def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo
             f"{model.pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated "
             f"first; {train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
         )
-    check_architecture(own, model_info(model.name), model.pretrained)
-    return own
+    return described(own, model.name, model.pretrained, mean=model.mean, std=model.std)
 
 
 def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from cfmask.data.plan import steps_per_epoch
 from cfmask.evaluation import Evaluation
+from cfmask.models.architecture import VISION_DEFAULTS, image_size_of, patch_size_of
 from cfmask.recipe import Method, Recipe
 from launch.paper.plan import Node
 
@@ -40,13 +41,11 @@ def step_forwards(method: Method) -> float:
 
 def forward_flops(config: Mapping[str, Any]) -> float:
     """F of an open_clip ViT configuration: FLOPs per image, two for a multiplication and addition."""
-    vision = config["vision_cfg"]
-    width, patch = vision.get("width", 768), vision.get("patch_size") or 16
-    layers = vision.get("layers", 12)
-    size = vision.get("image_size", 224)
-    patches = (size // patch) ** 2
+    vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
+    width, layers, patch = vision["width"], vision["layers"], patch_size_of(config)
+    patches = (image_size_of(config) // patch) ** 2
     tokens = patches + 1
-    block = tokens * (4 + 2 * vision.get("mlp_ratio", 4.0)) * width**2 + 2 * tokens**2 * width
+    block = tokens * (4 + 2 * vision["mlp_ratio"]) * width**2 + 2 * tokens**2 * width
     return 2 * (patches * 3 * patch**2 * width + layers * block + width * config["embed_dim"])
 
 
