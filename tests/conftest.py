@@ -19,9 +19,7 @@ for folder in (REPO, REPO / "tests"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-# What tests start does not import what it does not call: that is half the time of every rank's start.
 LEAN = REPO / "tests/lean"
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -82,6 +80,13 @@ def pytest_collection_modifyitems(items):
     """Files that take minutes first: several are worked on at once, and none of these should be left for the end."""
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_configure(config):
+    """What tests start does not import what it does not call: that is half the time of every rank's start. The workers
+    of pytest-xdist, which the process that has ``numprocesses`` starts, import everything."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_finish():

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def test_the_limit_follows_the_steps(monkeypatch):
     for step in range(1, 8):
         beats.beat("evaluating", step)
     assert beats.read().limit_s == float("inf")
+
+
+def test_a_writer_that_is_stopped_in_the_middle_of_a_beat_leaves_the_one_before():
+    beats = Heartbeat()
+    for step in range(1, 300):
+        beats.beat("computing", step)
+        before = beats.read()
+        assert before.step == step and before.limit_s > 0
+        slot = beats._slot((beats._count + 1) % 256)
+        for written in (b"", struct.pack("<Bd", (beats._count + 1) % 256, 1.0)):
+            beats._memory[slot : slot + beats._LAYOUT.size] = written.ljust(beats._LAYOUT.size, b"\0")
+            assert beats.read() == before
 
 
 def test_without_a_process_that_waits_nothing_happens():

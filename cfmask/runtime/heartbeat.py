@@ -63,13 +63,18 @@ class Beat:
 
 
 class Heartbeat:
-    """Of one rank, in memory that a fork shares."""
+    """Of one rank, in memory that a fork shares.
 
-    _LAYOUT: ClassVar = struct.Struct("<dqd40s")
+    The first byte counts beats, modulo 256. Beats go to two slots in turns, so that the one before stays whole while a
+    beat is written, however long the writer is kept from it. A slot has its beat's count at both ends.
+    """
+
+    _LAYOUT: ClassVar = struct.Struct("<Bdqd40sB")
     _active: ClassVar[Heartbeat | None] = None
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self._count = 0
         self._steps: deque[float] = deque(maxlen=_RECENT)
         self._step, self._step_began, self._limit_s = -1, 0.0, COLLECTIVE_TIMEOUT_S
         self._write(PREPARING)
@@ -85,10 +90,15 @@ class Heartbeat:
     def read(self) -> Beat:
         """The latest beat."""
         while True:
-            data = self._memory[: self._LAYOUT.size]
-            if data == self._memory[: self._LAYOUT.size]:  # not in the middle of a write
-                moment, step, limit_s, activity = self._LAYOUT.unpack(data)
+            count = self._memory[0]
+            begin, moment, step, limit_s, activity, end = self._LAYOUT.unpack_from(self._memory, self._slot(count))
+            if begin == end == count == self._memory[0]:
                 return Beat(moment, step, limit_s, activity.rstrip(b"\0").decode(errors="replace"))
+
+    @staticmethod
+    def _slot(count: int) -> int:
+        """Where a beat is in the memory."""
+        return 64 + 128 * (count % 2)
 
     def beat(self, activity: str, step: int | None) -> None:
         if step is not None and step != self._step:
@@ -116,7 +126,10 @@ class Heartbeat:
             limit_s = RENDEZVOUS_TIMEOUT_S + COLLECTIVE_TIMEOUT_S  # torch's own limits say more, and come first
         elif activity == CHECKING:
             limit_s = _CHECKING_S
-        self._LAYOUT.pack_into(self._memory, 0, time.monotonic(), self._step, limit_s, activity.encode()[:40])
+        self._count = count = (self._count + 1) % 256
+        values = (count, time.monotonic(), self._step, limit_s, activity.encode()[:40], count)
+        self._LAYOUT.pack_into(self._memory, self._slot(count), *values)
+        self._memory[0] = count
 
 
 def beat(activity: str, step: int | None = None) -> None:
