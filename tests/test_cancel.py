@@ -19,6 +19,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
 from launch import cancel
+from launch.jobs import cancellation
 from launch.jobs.run_state import SlurmAnswers, read_state
 from launch.jobs.run_status import status_of
 from made import wait_for_step
@@ -169,7 +170,7 @@ def test_interrupted_it_says_that_the_mark_stays(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cancel, "end_jobs", interrupt)
+    monkeypatch.setattr(cancellation, "end_jobs", interrupt)
     assert cancel.main([str(run.root)]) == 130
     assert "The mark stays" in capsys.readouterr().out
     assert run.cancelled()

@@ -20,8 +20,8 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
-from launch import cancel, status
-from launch.jobs import chain, restarts, retries, training
+from launch import status
+from launch.jobs import cancellation, chain, restarts, retries, training
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import slurm_parameters
 from launch.jobs.chain import Chain
@@ -386,7 +386,7 @@ def test_all_jobs_of_a_chain_are_cancelled(live, fake):  # noqa: F811
     submitted(live, "12", "13", "14")
     fake.will("squeue", in_queue("12", "13", "14"), in_queue("12", "13", "14"), "true")
     fake.will("scancel", "true")
-    assert cancel.end_jobs(live, grace_s=5) == ""
+    assert cancellation.end_jobs(live, grace_s=5) == ""
     assert fake.calls("scancel") == ["scancel --signal=TERM 12", "scancel 13", "scancel 14"]
 
 

@@ -21,7 +21,7 @@ from launch import doctor
 from launch.checks import cluster as _slurm_checks
 from launch.checks import probe as _probe
 from launch.checks import ranks as _rank_checks
-from launch.checks.cluster import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
+from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, Report
 from launch.jobs.allocation import Allocation
 from launch.slurm.texts import Node, default_qos, gpus_of, parse_config, parse_nodes, parse_qos, parse_records, seconds

@@ -12,7 +12,8 @@ import pytest
 
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe, Run
-from launch.checks.cluster import OK, PROBLEM, check_nodes, check_partition
+from launch.checks.cluster import check_nodes, check_partition
+from launch.checks.findings import OK, PROBLEM
 from launch.jobs import allocation as allocations
 from launch.jobs import deadline
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation

@@ -28,8 +28,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
 from launch.jobs import training
+from launch.jobs.allocation import resolve_allocation
 from launch.jobs.run_status import Status
-from launch.paper import cost
+from launch.paper import cost, execution
+from launch.paper.estimate import estimate, measured
 from launch.paper.plan import (
     DONE,
     HEADLINE,
@@ -51,6 +53,9 @@ from launch.paper.plan import (
     to_submit,
     with_needed,
 )
+from launch.paper.progress import node_state, read_statuses
+from launch.paper.reproduction import Reproduction
+from launch.paper.table import published_rows
 from launch.slurm.queue import SlurmJob
 from launch.submit import main as submit_main
 from launch.submit import parser as submit_parser
@@ -336,7 +341,7 @@ def status(state: str, **more) -> Status:
 )
 def test_what_a_status_means(state, reason, means):
     job = SlurmJob("1", "PENDING", "", "", 0, reason, "") if reason else None
-    assert reproduce.judge(status(state), job) == means
+    assert node_state(status(state), job) == means
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -461,10 +466,10 @@ def test_the_estimate_says_what_it_rests_on(materials, tmp_path, capsys):
     (run / "recipe.json").write_text("{}")
     args = reproduce.parser().parse_args(words)
     file = SimpleNamespace(values={}, path=None, environment={}, image=None)
-    scene = reproduce.Scene.of(args, file, reproduce.resolve_allocation(args, file))
-    flops = cost.forward_flops(scene.start.config)
-    assert reproduce.measured(scene, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
-    said = reproduce.estimate(scene, reproduce.look(scene), None)
+    reproduction = Reproduction.of(args, file, resolve_allocation(args, file))
+    flops = cost.forward_flops(reproduction.start.config)
+    assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
+    said = estimate(reproduction, read_statuses(reproduction), None)
     assert "measured in ft-s0" in said
     spent, left = (float(x) for x in re.search(r"About (\S+) hours .* which (\S+) are left", said).groups())
     evaluations = 2 * 96 / 2.8  # in images of a step
@@ -506,7 +511,7 @@ def fake_jobs(materials, monkeypatch):
         planned.run.results.write_text(json.dumps(results))
         return 0
 
-    monkeypatch.setattr(reproduce, "run_one_here", run_one_here)
+    monkeypatch.setattr(execution, "run_one_here", run_one_here)
     monkeypatch.setattr("cfmask.report.bar_chart", lambda rows, path, split: path.write_text(""))
     return told
 
@@ -659,7 +664,7 @@ def test_a_run_keeps_no_checkpoint_by_a_test_set_without_a_word(materials, tmp_p
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
     arguments = submit_parser().parse_args(words)
     file = SimpleNamespace(values={}, path=None, environment={}, image=None)
-    [planned] = training.plan(arguments, file, reproduce.resolve_allocation(arguments, file))
+    [planned] = training.plan(arguments, file, resolve_allocation(arguments, file))
     planned.run.claim(planned.work)
     assert submit_main(words) == 0, "a run that was begun so goes on"
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
@@ -716,7 +721,7 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
 def test_published_numbers_stand_beside_ours():
     from cfmask import report
 
-    known = reproduce._published(report.PUBLISHED["ViT-B-16"])
+    known = published_rows(report.PUBLISHED["ViT-B-16"])
     assert known[LABELS["zero-shot"]]["IN"] == 68.3 and known[LABELS["wise-ft"]]["A"] == 47.6
     assert known[LABELS[HEADLINE]]["Avg."] == 63.3 and known[LABELS["ft"]]["V2"] == 70.6
 

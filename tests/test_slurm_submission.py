@@ -13,8 +13,7 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch import cancel
-from launch.jobs import planning, submission
+from launch.jobs import cancellation, planning, submission
 from launch.jobs.run_state import in_queue, look_at, read_jobs
 from launch.jobs.run_status import status_of
 from launch.slurm.client import SlurmUnavailable
@@ -133,7 +132,7 @@ def test_a_job_that_sbatch_did_not_confirm_is_cancelled(fake, run):  # noqa: F81
     script.touch()
     fake.will("squeue", f"echo '12|{script}'", queue_shows(("12", "PENDING")), "true", f"echo '12|{script}'", "true")
     fake.will("scancel", "true")
-    assert cancel.end_jobs(run, grace_s=5) == ""
+    assert cancellation.end_jobs(run, grace_s=5) == ""
     assert fake.calls("scancel") == ["scancel 12"]
 
 
@@ -186,11 +185,11 @@ def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys)
         if error := answers.pop(0):
             raise error
 
-    monkeypatch.setattr(cancel.control, "cancel", answer)
+    monkeypatch.setattr(cancellation.control, "cancel", answer)
     asked: set[str | int] = set()
     for _ in range(3):
         job = SlurmJob("12", "RUNNING", "", "", 0, "", "n1")
-        cancel._end_slurm_job(job, asked, late=False, grace_s=120)
+        cancellation._end_slurm_job(job, asked, late=False, grace_s=120)
     assert given == ["TERM", "TERM"] and "Socket timed out. The mark stays" in capsys.readouterr().out
 
 

@@ -1,41 +1,20 @@
-"""What doctor.py makes of how a cluster is set up.
-
-Nothing here asks Slurm: launch/slurm/site.py does. A finding says what was found and, unless all is well, what to
-change:
-
-    ok           as it should be
-    warning      works, and costs work, time or comfort
-    problem      does not work, or does not come back by itself
-    not checked  could not be found out
-"""
+"""What doctor.py makes of how a cluster is set up. Nothing here asks Slurm: launch/slurm/site.py does."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
+from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.jobs.allocation import Allocation
 from launch.jobs.settings import PARTITION_TIME, UNLIMITED
 from launch.slurm.texts import Node, Qos, gpus_of, seconds, version_of
-
-OK, WARNING, PROBLEM, NOT_CHECKED = "ok", "warning", "problem", "not checked"
 
 ADMINISTRATOR = "slurm/administrator.md"
 _ENOUGH_REQUEUES = 100
 """A run of a few days is preempted less often."""
 GRACE_S = 60
 """A grace that is enough for a checkpoint on a shared file system with other users; to ask for: twice as long."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A line of what doctor.py says."""
-
-    check: str
-    state: str
-    found: str
-    change: str = ""
 
 
 # --- Slurm, from the login node -------------------------------------------------------------------------------------

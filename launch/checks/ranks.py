@@ -9,7 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
-from launch.checks.cluster import ADMINISTRATOR, NOT_CHECKED, OK, PROBLEM, WARNING, Finding
+from launch.checks.cluster import ADMINISTRATOR
+from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, SEEN_WITHIN_S, Report
 from launch.jobs.allocation import Allocation
 

@@ -1,1 +1,1 @@
-"""The paper's rows as jobs that depend on each other (reproduce.py)."""
+"""The paper's rows as jobs that depend on each other (launch/reproduce.py)."""

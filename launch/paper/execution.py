@@ -1,0 +1,139 @@
+"""Carries out a plan: submits the jobs that are missing to Slurm, or runs them on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from cfmask.errors import UserError
+from cfmask.evaluation import Evaluation
+from cfmask.recipe import Recipe
+from launch.jobs.allocation import Allocation
+from launch.jobs.planning import Planned, take_up
+from launch.jobs.sbatch import after_success
+from launch.jobs.submission import enqueue_all, run_one_here
+from launch.paper.plan import DONE, QUEUED, WAITING, Node, arrays, awaited, to_submit
+from launch.paper.progress import NodeStatus, count_jobs, states_of
+from launch.paper.reproduction import Reproduction
+from launch.slurm.control import cancel
+
+
+def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> int:
+    """Submit a job for each node that needs one, to start after the jobs whose models it reads. Nodes that wait for the
+    same jobs form an array.
+
+    Returns:
+        0, the exit code.
+
+    Raises:
+        UserError: Slurm does not answer, or rejects a job. Jobs that were submitted before stay in the queue.
+    """
+    states = states_of(statuses)
+    blind = [name for name, each in statuses.items() if each.status.state == "unknown"]
+    if blind:
+        raise UserError(
+            f"Slurm cannot be asked what has become of {blind[0]}"
+            + (f" and {len(blind) - 1} more" if len(blind) > 1 else "")
+            + ": nothing was submitted. The same command goes on when squeue answers."
+        )
+    jobs = {name: each.jobs[-1].id for name, each in statuses.items() if each.jobs and each.state in (QUEUED, WAITING)}
+    chosen = to_submit(reproduction.plan, states)
+    submitted = 0
+    for group in arrays(chosen, states):
+        waits = awaited(group[0], states)
+        if elsewhere := [name for name in waits if name not in jobs]:
+            raise UserError(
+                f"{elsewhere[0]} is under way without a job of Slurm ({statuses[elsewhere[0]].status.state}), and "
+                f"{group[0].name} cannot be told to wait for it. The same command goes on when it has ended."
+            )
+        for node in group:
+            before = statuses[node.name]
+            if before.job is not None:
+                print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
+                cancel(*(job.id for job in before.jobs))
+            elif why := _why_repeated(before):
+                print(f"{node.name} {why}: submitted again")
+        planned = _prepare(reproduction, group, statuses)
+        allocation = reproduction.allocation
+        if isinstance(group[0].work, Evaluation):
+            allocation = on_one_node(allocation)
+        if waits:  # those jobs have already waited for what --dependency names
+            allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
+        try:
+            for part in enqueue_all(planned, allocation, tell=lambda line: None):
+                for each, job in part:
+                    name = each.run.root.name
+                    jobs[name] = job.job_id
+                    print(f"{name}: job {job.job_id}" + (f" after {', '.join(waits)}" if waits else ""))
+                submitted += len(part)
+        except UserError as error:
+            raise UserError(
+                f"{error} {submitted} of {count_jobs(len(chosen))} have been submitted; the same command submits the "
+                "rest."
+            ) from None
+    print(
+        f"{count_jobs(len(chosen))} submitted on {reproduction.allocation}. The same command shows the table as it "
+        f"grows, and submits what has failed; python launch/status.py {reproduction.setup.folder} shows the jobs."
+    )
+    return 0
+
+
+def run_here(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> int:
+    """Run the jobs one after the other on this machine. A job that needs the model of a failed one is skipped.
+
+    Returns:
+        The exit code: 0, 1 if a job failed or was skipped, 128 + the number of the signal that ended the command.
+    """
+    states = states_of(statuses)
+    chosen = to_submit(reproduction.plan, states)
+    failed = []
+    for number, node in enumerate(chosen, 1):
+        if lacking := [name for name in node.after if states[name] != DONE]:
+            print(f"{node.name} is left out: it needs {', '.join(lacking)}")
+            failed.append(node.name)
+            continue
+        before = statuses[node.name]
+        why = _why_repeated(before)
+        print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: it goes on)" if why else ""), flush=True)
+        [planned] = _prepare(reproduction, [node], statuses)
+        code = run_one_here(planned, reproduction.allocation, follow=True)
+        if code > 128:  # a signal ends the whole command
+            return code
+        if code:
+            failed.append(node.name)
+        else:
+            states[node.name] = DONE
+    if failed:
+        print(f"{len(failed)} of {count_jobs(len(chosen))} are not done: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _prepare(
+    reproduction: Reproduction, nodes: Sequence[Node], statuses: Mapping[str, NodeStatus]
+) -> list[Planned[Recipe | Evaluation]]:
+    """Claim the run folders of the nodes, and remove results that were computed from models that have been replaced."""
+    planned = take_up([Planned(reproduction.folder(node.name), node.work) for node in nodes])
+    for node in nodes:
+        if statuses[node.name].status.state == "finished":
+            reproduction.folder(node.name).drop_results()
+    return planned
+
+
+def _why_repeated(before: NodeStatus) -> str | None:
+    """Why a node that was started before is submitted again, in words; None if it never started."""
+    if before.status.state == "never started":
+        return None
+    if before.status.state == "finished":
+        return "was of models that have been written anew"
+    return f"is {before.status.state}" + (f" ({before.status.last_end})" if before.status.last_end else "")
+
+
+def on_one_node(allocation: Allocation) -> Allocation:
+    """The allocation of an evaluation: it takes minutes on one node, and its result does not depend on their number."""
+    return replace(allocation, nodes=1, again={**allocation.again, "nodes": 1})
+
+
+def describe_arrays(groups: Sequence[Sequence[Node]]) -> str:
+    """How many of the jobs are members of arrays, as the end of a sentence."""
+    sizes = [len(group) for group in groups if len(group) > 1]
+    return f", {sum(sizes)} of them in {len(sizes)} array" + ("s" if len(sizes) > 1 else "") if sizes else ""

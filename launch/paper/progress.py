@@ -1,0 +1,178 @@
+"""The state of a plan: which of its jobs are done, queued or missing, and how that is shown."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cfmask.evaluation import is_of_other_models
+from cfmask.recipe import Recipe
+from cfmask.runtime.jsonl import read_object
+from launch.jobs.run_state import jobs_in_queue, look_at
+from launch.jobs.run_status import ENDED, Status, status_of
+from launch.jobs.status_table import duration
+from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, Node, still_needed
+from launch.paper.reproduction import Reproduction
+from launch.slurm.queue import SlurmJob
+
+_LOOK_S = 10
+"""Seconds between two looks of ``follow``."""
+
+
+@dataclass(frozen=True)
+class NodeStatus:
+    """What is known of a node of the plan.
+
+    state: DONE, QUEUED, WAITING or MISSING of ``plan``.
+    status: what launch/status.py shows of its run.
+    jobs: its jobs in Slurm's queue; several if it is a chain, whose last job succeeds once the results exist.
+    """
+
+    state: str
+    status: Status
+    jobs: tuple[SlurmJob, ...] = ()
+
+    @property
+    def job(self) -> SlurmJob | None:
+        """The job that runs, or that will start first."""
+        return next(iter(self.jobs), None)
+
+
+def read_statuses(reproduction: Reproduction) -> dict[str, NodeStatus]:
+    """The status of each node by name, with one call of squeue."""
+    found, slurm = look_at([reproduction.folder(name) for name in reproduction.plan.nodes])
+    statuses: dict[str, NodeStatus] = {}
+    for name, run_state in zip(reproduction.plan.nodes, found, strict=True):
+        status, jobs = status_of(run_state, slurm), tuple(jobs_in_queue(run_state, slurm))
+        blind = reproduction.allocation.on_slurm and slurm.queue is None
+        known = run_state.jobs.slurm or run_state.jobs.unconfirmed
+        if blind and known and status.state in ENDED and not run_state.finished:
+            status = replace(status, state="unknown")  # Slurm may have requeued a job whose folder says that it ended
+        statuses[name] = NodeStatus(node_state(status, next(iter(jobs), None)), status, jobs)
+        if statuses[name].state == DONE and is_of_other_models(read_object(run_state.run.results) or {}):
+            statuses[name] = NodeStatus(MISSING, status)
+    return statuses
+
+
+def states_of(statuses: Mapping[str, NodeStatus]) -> dict[str, str]:
+    """The states of the nodes by name, as ``plan`` takes them."""
+    return {name: each.state for name, each in statuses.items()}
+
+
+def node_state(status: Status, job: SlurmJob | None) -> str:
+    """The state in the plan of a run with this status. A job that waits for a failed one will never start, so its node
+    counts as missing although Slurm may take a while to remove the job."""
+    if status.state == "finished":
+        return DONE
+    if status.state in ENDED:
+        return MISSING
+    if job is not None and status.state == "queued" and job.reason.startswith("Dependency"):
+        return MISSING if job.reason == "DependencyNeverSatisfied" else WAITING
+    return QUEUED
+
+
+def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
+    """The plan as a tree with a line for each kind of job and the states of its jobs. A kind is drawn below the last of
+    the kinds that it waits for; the others are above that one."""
+    kinds: dict[str, list[Node]] = {}
+    for node in reproduction.plan.nodes.values():
+        kinds.setdefault(node.kind, []).append(node)
+    kind_of = {name: node.kind for name, node in reproduction.plan.nodes.items()}
+    needs = {
+        kind: list(dict.fromkeys(kind_of[n] for node in nodes for n in node.after)) for kind, nodes in kinds.items()
+    }
+    depth: dict[str, int] = {}
+    for kind in kinds:  # in the order of the plan: what it needs has a depth already
+        depth[kind] = 1 + max((depth[each] for each in needs[kind]), default=-1)
+    parent = {kind: max(needs[kind], key=lambda each: depth[each], default=None) for kind in kinds}
+    lines: list[tuple[str, str, str]] = []
+
+    def add(kind: str, first: str, rest: str) -> None:
+        nodes = kinds[kind]
+        title = kind + (f" × {len(nodes)}" if len(nodes) > 1 else "")
+        lines.append(
+            (first + title, _describe_work(nodes[0]), _describe_states([statuses[node.name] for node in nodes]))
+        )
+        children = [each for each in kinds if parent[each] == kind]
+        for each in children:
+            last = each == children[-1]
+            add(each, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
+
+    for kind in kinds:
+        if parent[kind] is None:
+            add(kind, "", "")
+    widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
+    done = sum(each.state == DONE for each in statuses.values())
+    table = "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in lines)
+    return f"{table}\n{done} of {count_jobs(len(statuses))} done, in {reproduction.setup.folder}"
+
+
+def _describe_work(node: Node) -> str:
+    if isinstance(node.work, Recipe):
+        epochs = node.work.optim.total_epochs
+        return f"train, {epochs} epoch" + ("s" if epochs > 1 else "")
+    makes = {"nothing": "evaluate", "zero-shot": "make the head", "wise-ft": "mix", "uniform-soup": "average"}
+    what = makes[node.work.make]
+    return what if what == "evaluate" else f"{what}, evaluate"
+
+
+def _describe_states(statuses: Sequence[NodeStatus]) -> str:
+    """The states of the jobs of one kind, in words."""
+    words = []
+    for each in statuses:
+        status = each.status
+        word = "done" if each.state == DONE else "waits" if each.state == WAITING else status.state
+        if each.state == MISSING:
+            others = {"never started": "–", "finished": "of other models"}
+            word = "cannot start" if each.job is not None else others.get(status.state, status.state)
+        if status.state == "running" and status.step and len(statuses) == 1:
+            left = f", ETA {duration(status.eta_s)}" if status.eta_s is not None else ""
+            word += f" {status.step}/{status.total_steps}{left}"
+        words.append(word)
+    if len(set(words)) == 1:
+        only = words[0]
+        running = [e.status for e in statuses if e.status.state == "running" and e.status.eta_s is not None]
+        eta = f", ETA {duration(max(s.eta_s or 0 for s in running))}" if running and len(statuses) > 1 else ""
+        return only + eta
+    return ", ".join(f"{number} {word}" for word, number in Counter(words).items())
+
+
+def count_jobs(number: int) -> str:
+    return f"{number} job" + ("s" if number != 1 else "")
+
+
+def follow(reproduction: Reproduction) -> int:
+    """Show the jobs until none is left. Ctrl-C leaves the jobs alone.
+
+    Returns:
+        The exit code: 0 if all jobs are done, 1 if a job failed, 130 after Ctrl-C.
+    """
+    shown = ""
+    quiet = 0
+    try:
+        while True:
+            statuses = read_statuses(reproduction)
+            text = overview(reproduction, statuses)
+            if sys.stdout.isatty():
+                up = f"\x1b[{shown.count(chr(10)) + 1}A\x1b[J" if shown else ""
+                print(up + text, flush=True)
+            elif text != shown:
+                print(time.strftime("\n%H:%M:%S\n") + text, flush=True)
+            shown = text
+            states = states_of(statuses)
+            left = still_needed(reproduction.plan, states)
+            # Two looks have to agree: during a requeue there are moments without a job.
+            quiet = quiet + 1 if all(states[node.name] == MISSING for node in left) else 0
+            if not left or quiet == 2:
+                break
+            time.sleep(_LOOK_S)
+    except KeyboardInterrupt:
+        print("The jobs go on. The same command shows them again.")
+        return 130
+    for node in left:
+        if statuses[node.name].status.last_end:
+            print(f"{node.name}: {statuses[node.name].status.last_end}")
+    return 1 if left else 0

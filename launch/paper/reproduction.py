@@ -1,0 +1,288 @@
+"""A reproduction of the paper: the plan that the flags ask for, its folder, and the checks before jobs are queued."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfmask.data.benchmarks import SHIFTED, VAL
+from cfmask.errors import UserError
+from cfmask.evaluation import Evaluation
+from cfmask.files import write_atomically
+from cfmask.model_origin import BEST, LAST
+from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
+from cfmask.models.initial import check_initial_model, initial_model, model_info
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_object
+from cfmask.secrets import has_secrets
+from launch.jobs import training
+from launch.jobs.allocation import Allocation
+from launch.jobs.claims import check_path
+from launch.jobs.cluster_file import ClusterFile
+from launch.paper.holdout import check_holdout, settle_choice
+from launch.paper.plan import MISSING, Plan, Setup, arrays, choose_rows, paper_plan, still_needed
+
+if TYPE_CHECKING:
+    from cfmask.data.shards import Manifest
+
+ARCHITECTURES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
+SETS = (VAL.name, *(benchmark.name for benchmark in SHIFTED))
+
+_ROWS_DECIDE = ("model.head", "run.seed")
+"""Recipe settings, beside those of the method, that a row or another flag of launch/reproduce.py decides."""
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A plan, its folder and what its jobs get.
+
+    base: the recipe that all training runs have in common.
+    start: the zero-shot model, whose architecture and classes all other models share.
+    allocation: what each job gets.
+    arch: the entry of ARCHITECTURES, if the model is one of OpenAI's.
+    foreign_soup: a state dict of another program, from which the model file Setup.soup is made.
+    selection: which images are trained on and held out, and which checkpoints count, in sentences.
+    """
+
+    plan: Plan
+    setup: Setup
+    base: Recipe
+    start: ModelInfo
+    allocation: Allocation
+    arch: str | None = None
+    foreign_soup: Path | None = None
+    selection: str = ""
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> Reproduction:
+        """The plan that the flags of launch/reproduce.py ask for.
+
+        Raises:
+            UserError: flags, sets or model contradict each other.
+        """
+        model_name = vars(arguments)["model.name"]
+        folder = (arguments.out or Path("reproductions") / Path(model_name).stem).resolve()
+        checkpoint = settle_choice(arguments, file, read_object(folder / "plan.json"))
+        base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
+        evaluation = Evaluation(
+            shards=base.data.shards,
+            sets=tuple(arguments.sets),
+            precision=base.run.precision,
+            allow_count_mismatch=arguments.allow_count_mismatch,
+        )
+        check_path(folder)
+        given = arguments.soup.resolve() if arguments.soup else None
+        foreign = given if given is not None and read_info(given) is None else None
+
+        def recipe_of(preset: str, seed: int, start: Path, ensemble: Path | None) -> Recipe:
+            recipe = training.recipe_of(arguments, file, preset, seed)
+            method = replace(recipe.method, ensemble=str(ensemble) if ensemble else None)
+            model = replace(recipe.model, pretrained=str(start))
+            return training.resolve_recipe(replace(recipe, model=model, method=method), allocation)
+
+        setup = Setup(
+            folder=folder,
+            recipe_of=recipe_of,
+            evaluation=evaluation,
+            architecture=base.model.name,
+            pretrained=base.model.pretrained,
+            mean=base.model.mean,
+            std=base.model.std,
+            seeds=tuple(arguments.seeds),
+            soup=folder / "soup.safetensors" if foreign else given,
+            checkpoint=checkpoint,
+        )
+        classes = training.load_set(base.data.shards, arguments.sets[0]).classes
+        model = base.model
+        own = read_info(model.pretrained) if Path(model.pretrained).is_file() else None
+        start = replace(
+            own or model_info(model.name, model.pretrained, mean=model.mean, std=model.std),
+            name=model.name,
+            classes=tuple(wnid for wnid, _ in classes),
+            class_names=tuple(display for _, display in classes),
+        )
+        plan = paper_plan(choose_rows(arguments.rows, setup), setup)
+        together = arrays(plan.nodes.values(), dict.fromkeys(plan.nodes, MISSING))
+        if arguments.array_parallelism and all(len(array) == 1 for array in together):
+            raise UserError("--array-parallelism would do nothing: no two jobs of this plan wait for the same jobs.")
+        selection = check_holdout(
+            base,
+            arguments.sets,
+            trains=plan.trains,
+            without=arguments.without_holdout,
+            allow_count_mismatch=arguments.allow_count_mismatch,
+            select_on_test_set=arguments.select_on_test_set,
+        )
+        if plan.trains:
+            which = f"best on {base.run.best_on}" if checkpoint == BEST else "last"
+            selection += f" Rows are of each run's checkpoint that is {which}."
+        return cls(plan, setup, base, start, allocation, arguments.arch, foreign, selection)
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(self.setup.folder / name)
+
+    @property
+    def sets(self) -> dict[str, Manifest]:
+        """The manifests of all sets that the jobs read, by name."""
+        of_training = (self.base.data.train_split, *self.base.data.eval_sets) if self.plan.trains else ()
+        names = (*self.setup.evaluation.sets, *of_training)
+        return {name: training.load_set(self.base.data.shards, name) for name in names}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What plan.json records: everything that changes a number of the table. Rows and seeds may be added later."""
+        return {
+            "recipe": dataclasses.asdict(self.base),
+            "sets": list(self.setup.evaluation.sets),
+            "allow_count_mismatch": self.setup.evaluation.allow_count_mismatch,
+            "soup": str(self.foreign_soup or self.setup.soup) if self.setup.soup else None,
+            "checkpoint": self.setup.checkpoint,
+        }
+
+    def check(self, states: Mapping[str, str]) -> None:
+        """Check all that can be known before the first job is queued, also of models that other jobs have yet to make.
+
+        Args:
+            states: of the nodes by name.
+
+        Raises:
+            UserError: the folder holds another plan, or sets, models, recipes or ranks contradict each other.
+        """
+        from cfmask.evaluate import check_set
+
+        self._check_folder()
+        sets = self.sets
+        first = self.base.data.train_split if self.plan.trains else self.setup.evaluation.sets[0]
+        coming = {
+            str(self.setup.model(node.name)): self.start
+            for node in self.plan.nodes.values()
+            if isinstance(node.work, Evaluation) and node.work.make != "nothing"
+        }
+        if self.foreign_soup is not None:
+            coming[str(self.setup.soup)] = self.start
+        for node in still_needed(self.plan, states):
+            run = self.folder(node.name)
+            if run.root.exists():
+                run.claim(node.work)
+            if isinstance(node.work, Recipe):
+                training.check(node.work, run, self.allocation, coming)
+                continue
+            node.work.checked()
+            for name in node.work.sets:
+                training.check_same_classes(sets[name], sets[first])
+                check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
+            if node.work.make == "zero-shot":
+                self._check_start()
+        if self.foreign_soup is not None and self.setup.soup is not None and not self.setup.soup.exists():
+            check_initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
+        if self.setup.soup is not None and self.foreign_soup is None:
+            info = read_info(self.setup.soup)
+            assert info is not None
+            check_head(self.setup.soup, self.start.classes)
+            check_architecture(info, self.start, str(self.setup.soup))
+
+    def _check_start(self) -> None:
+        # Checked here rather than in the job, because compute nodes often have no network.
+        model = self.base.model
+        check_initial_model(model.name, model.pretrained, None, self._classes, mean=model.mean, std=model.std)
+
+    def _check_folder(self) -> None:
+        kept = read_object(self.setup.folder / "plan.json")
+        if kept is None:
+            return
+        kept = {"checkpoint": LAST} | kept  # plans of earlier versions had no choice
+        ours = json.loads(json.dumps(self.identity))  # lists for tuples, as in the file
+        differences = [
+            f"{name}: {kept.get(name)} → {value}"
+            for name, value in ours.items()
+            if name != "recipe" and kept.get(name) != value
+        ]
+        differences += Recipe.from_json(json.dumps(kept.get("recipe", {}))).differences(self.base)
+        if differences:
+            raise UserError(
+                f"{self.setup.folder} holds another plan: {'; '.join(differences)} (there → here). Give this one a "
+                "folder of its own with --out, or repeat that one's settings."
+            )
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder while jobs are submitted (or run here), so that none is submitted twice.
+
+        Raises:
+            UserError: another process holds the lock, or the folder cannot be written.
+        """
+        folder = self.setup.folder
+        with contextlib.ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(RunFolder(folder).locked("reproduce.py"))
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror}. Check --out.") from error
+            except UserError as error:
+                owner = RunFolder(folder).owner()
+                if owner is None:
+                    raise
+                raise UserError(
+                    f"Another reproduce.py is at work in {folder} ({owner}). Wait until it has ended; the same command "
+                    "does then what is left."
+                ) from error
+            self._check_folder()
+            if not (folder / "plan.json").exists():
+                kept = json.dumps(self.identity, indent=2)
+                write_atomically(folder / "plan.json", kept, private=has_secrets(kept))
+            yield
+
+    @property
+    def _classes(self) -> list[tuple[str, str]]:
+        return list(zip(self.start.classes, self.start.class_names, strict=True))
+
+    @property
+    def _soup_start(self) -> tuple[str, str, None, list[tuple[str, str]]]:
+        """Arguments of initial_model for the state dict of --soup, which initialises the same model as --pretrained."""
+        return self.base.model.name, str(self.foreign_soup), None, self._classes
+
+    def make_soup(self) -> None:
+        """Convert the state dict that --soup names into a cfmask model file, unless that exists."""
+        if self.foreign_soup is None or self.setup.soup is None or self.setup.soup.exists():
+            return
+        from cfmask.models.head import save_model
+
+        model, info = initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
+        save_model(self.setup.soup, model, info)
+        print(f"{self.foreign_soup}, with its head, is {self.setup.soup} now")
+
+
+def settle_flags(arguments: argparse.Namespace) -> None:
+    """Set ``model.name`` from --arch.
+
+    Raises:
+        UserError: flags would do nothing, or contradict each other.
+    """
+    if arguments.preset:
+        raise UserError("--preset would do nothing: choose rows of the table with --rows.")
+    decided = [name for name in vars(arguments) if name.startswith("method.") or name in _ROWS_DECIDE]
+    if decided:
+        flags = ", ".join("--" + name.partition(".")[2].replace("_", "-") for name in decided)
+        raise UserError(
+            f"{flags} cannot be said here: rows say what is done, seeds are --seeds, and all runs start from one "
+            "model. A variant of a row is a run of its own: launch/submit.py."
+        )
+    if arguments.arch:
+        if hasattr(arguments, "model.name"):
+            raise UserError("--arch and --model both name a model: give one of them.")
+        setattr(arguments, "model.name", f"{arguments.arch}-quickgelu")
+    elif not hasattr(arguments, "model.name"):
+        raise UserError(f"--arch is missing: {', '.join(ARCHITECTURES)}; or --model and --pretrained.")
+    for what in ("seeds", "sets", "rows"):
+        given = getattr(arguments, what) or []
+        if len(set(given)) != len(given):
+            raise UserError(f"--{what} names one of them twice: {' '.join(map(str, given))}.")
+    if arguments.tflops is not None and not 0 < arguments.tflops < float("inf"):
+        raise UserError(f"--tflops is {arguments.tflops}; it must be a number above 0.")
