@@ -119,3 +119,14 @@ def test_ctrl_c_is_said_in_a_word(verb, monkeypatch, capsys):
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)
     assert importlib.import_module(f"tools.{verb}").main([]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_commands_of_launch_are_thin_and_no_module_imports_them():
+    commands = {path.stem: path for path in (REPO / "launch").glob("[!_]*.py")}
+    lengths = {name: len(path.read_text().splitlines()) for name, path in commands.items()}
+    assert {name: length for name, length in lengths.items() if length > 150} == {}
+    imported = re.compile(r"^\s*(?:from launch import (.+)|(?:from|import) launch\.(\w+))", re.MULTILINE)
+    for folder in ("cfmask", "launch", "slurm", "tools"):
+        for path in (REPO / folder).rglob("*.py"):
+            names = set(re.findall(r"\w+", " ".join(map(" ".join, imported.findall(path.read_text())))))
+            assert not names & commands.keys(), f"{path} imports a command"

@@ -56,7 +56,7 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         planned = _prepare(reproduction, group, statuses)
         allocation = reproduction.allocation
         if isinstance(group[0].work, Evaluation):
-            allocation = on_one_node(allocation)
+            allocation = _on_one_node(allocation)
         if waits:  # those jobs have already waited for what --dependency names
             allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
         try:
@@ -128,7 +128,7 @@ def _why_repeated(before: NodeStatus) -> str | None:
     return f"is {before.status.state}" + (f" ({before.status.last_end})" if before.status.last_end else "")
 
 
-def on_one_node(allocation: Allocation) -> Allocation:
+def _on_one_node(allocation: Allocation) -> Allocation:
     """The allocation of an evaluation: it takes minutes on one node, and its result does not depend on their number."""
     return replace(allocation, nodes=1, again={**allocation.again, "nodes": 1})
 
