@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from cfmask.checkpoint_state import Skips
 from cfmask.curves import curves_of
 from cfmask.data import receipts
-from cfmask.evaluate import Score
+from cfmask.evaluation.counting import Score
 from cfmask.metrics import StepResult
 from cfmask.optim import Phase, rates
 from cfmask.recipe import Recipe

@@ -11,8 +11,12 @@ from typing import Any
 class Record:
     """Of a frozen dataclass, whose fields may be dataclasses themselves."""
 
+    def as_dict(self) -> dict[str, Any]:
+        """What ``to_json`` writes."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)  # type: ignore[call-overload]
+        return json.dumps(self.as_dict(), indent=2)
 
     def digest(self) -> str:
         """8 hexadecimal digits that two share only if they are the same."""
@@ -20,7 +24,7 @@ class Record:
 
     def differences(self, other: Any) -> list[str]:
         """Fields in which two of a kind differ, as "field: ours → theirs", or "group.field: …" of a group of them."""
-        ours, theirs = _flat(dataclasses.asdict(self)), _flat(dataclasses.asdict(other))  # type: ignore[call-overload]
+        ours, theirs = _flat(self.as_dict()), _flat(other.as_dict())
         return [f"{name}: {ours[name]} → {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 
 

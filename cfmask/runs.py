@@ -1,7 +1,7 @@
 """The run folder: everything about a run, and all that a resume needs.
 
 RUN/
-  recipe.json            what is trained, and how; a folder belongs to one recipe (or evaluation: evaluation.py)
+  recipe.json            what is trained, and how; a folder belongs to one recipe (or evaluation: evaluation/spec.py)
   initial.safetensors    the pre-trained tower and its head: start, teacher, and WiSE-FT's other end
   ensemble.safetensors   wise-kd's other teacher
   log.jsonl              metrics by step
@@ -42,7 +42,7 @@ from cfmask.best_checkpoint import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.checkpoint_state import step_of
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation, load_evaluation
+from cfmask.evaluation.spec import Evaluation, load_evaluation
 from cfmask.files import write_atomically
 from cfmask.recipe import Recipe, load_recipe
 from cfmask.runtime.attempts import AttemptLog, now
@@ -180,7 +180,8 @@ class RunFolder:
         found = self.work()
         if isinstance(work, Recipe) and isinstance(found, Recipe):
             work = work.with_choice_of(found)
-        differences = found.differences(work) if type(found) is type(work) else [f"no {kind}"]
+        same_kind = isinstance(found, Recipe) == isinstance(work, Recipe)
+        differences = found.differences(work) if same_kind else [f"no {kind}"]
         if differences:
             raise UserError(
                 f"{self.root} belongs to another {kind}: {'; '.join(differences)} (there → here). Give this one a "

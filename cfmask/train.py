@@ -22,7 +22,8 @@ from cfmask.data.receipts import Consumed
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
-from cfmask.evaluate import Answers, Score, answers_of, top1
+from cfmask.evaluation.counting import Score, top1
+from cfmask.evaluation.label_space import LabelSpace, label_space_of
 from cfmask.files import write_atomically
 from cfmask.logs import MetricLogger
 from cfmask.masking.study import MaskStudy, MaskStudyLog
@@ -107,7 +108,7 @@ def _train(
     manifest, eval_sets = load_training_sets(recipe.data)
     sets = (manifest, *eval_sets.values())
     nodes = check_agreement({"the recipe": recipe.digest(), **{f"the set {each.root}": each.digest for each in sets}})
-    label_spaces = {name: answers_of(of_set).to(device) for name, of_set in eval_sets.items()}
+    label_spaces = {name: label_space_of(of_set).to(device) for name, of_set in eval_sets.items()}
     epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
     schedule = phases(recipe, epoch_steps)
     total_steps = schedule[-1].end
@@ -273,7 +274,7 @@ def _evaluate(
     model: Classifier,
     normalise: Normalise,
     sets: dict[str, Manifest],
-    label_spaces: dict[str, Answers],
+    label_spaces: dict[str, LabelSpace],
     recipe: Recipe,
     place: Place,
 ) -> dict[str, Score]:

@@ -18,8 +18,8 @@ from PIL import Image
 
 import made
 from cfmask.distributed import Place
-from cfmask.evaluation import Evaluation
-from cfmask.evaluator import run_evaluation
+from cfmask.evaluation.spec import UniformSoup
+from cfmask.evaluation.worker import run_evaluation
 from cfmask.models.head import load_model
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report import read_results
@@ -196,7 +196,7 @@ def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_
     assert soup.main([*command[:-1], str(tmp_path / "soup")]) == 0
     # As launch/reproduce.py names it, before there is a run.
     pointer = str(trained.checkpoints / "best.json")
-    work = Evaluation(make="uniform-soup", models=(str(trained.initial), pointer))
+    work = UniformSoup(models=(str(trained.initial), pointer))
     run = RunFolder(tmp_path / "later")
     run.claim(work)
     run_evaluation(work, run, Place())
@@ -304,7 +304,7 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
         "import lean, sys, time, importlib.abc\n"
         "class Find(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'cfmask.evaluator':\n"
+        "        if name == 'cfmask.evaluation.worker':\n"
         "            import cfmask.data.stream as s\n"
         "            real = s.eval_batches\n"
         "            def slowly(*a, **k):\n"

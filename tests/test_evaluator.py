@@ -19,16 +19,18 @@ from hypothesis import strategies as st
 
 import made
 import tools.evaluate
-from cfmask import evaluator
 from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import Place
-from cfmask.ensemble import average, greedy_soup
 from cfmask.errors import UserError
-from cfmask.evaluate import Answers, Counts, Score, answers_of, calibration_error, check_set
-from cfmask.evaluation import Evaluation
-from cfmask.evaluator import run_evaluation
+from cfmask.evaluation import counter
+from cfmask.evaluation.checks import check_set
+from cfmask.evaluation.counting import Counts, Score, calibration_error
+from cfmask.evaluation.label_space import LabelSpace, label_space_of
+from cfmask.evaluation.soup import average, greedy_soup
+from cfmask.evaluation.spec import KINDS, Evaluation
+from cfmask.evaluation.worker import run_evaluation
 from cfmask.models.head import ModelInfo, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder
@@ -50,7 +52,7 @@ def materials(tmp_path_factory):
 def evaluation(root: Path, **given) -> Evaluation:
     models = tuple(str(root / f"{name}.safetensors") for name in given.pop("models", "abc"))
     defaults = {"models": models, "shards": str(root / "shards"), "sets": ("val",), "batch_size": 7}
-    return Evaluation(**{**defaults, "loader_workers": 0, **given}).checked()
+    return KINDS[given.pop("make", "nothing")](**{**defaults, "loader_workers": 0, **given}).checked()
 
 
 def evaluate(what: Evaluation, folder: Path, stop=lambda: None) -> dict | str:
@@ -120,13 +122,13 @@ def test_counts_do_not_depend_on_who_counts_what(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logits = 5 * torch.randn(n, classes, generator=generator)
     labels = torch.randint(classes, (n,), generator=generator)
-    answers = Answers(torch.arange(classes))
+    label_space = LabelSpace(torch.arange(classes))
     whole, parts = Counts(1, classes, torch.device("cpu")), Counts(1, classes, torch.device("cpu"))
-    whole.add(0, logits, labels, answers)
+    whole.add(0, logits, labels, label_space)
     cuts = sorted({0, n, *data.draw(st.lists(st.integers(0, n), max_size=4))})
     for low, high in reversed(list(zip(cuts, cuts[1:], strict=False))):
         part = Counts(1, classes, torch.device("cpu"))
-        part.add(0, logits[low:high], labels[low:high], answers)
+        part.add(0, logits[low:high], labels[low:high], label_space)
         parts.take(part)
     for one, other in zip(whole.tensors().values(), parts.tensors().values(), strict=True):
         assert torch.equal(one, other)
@@ -144,27 +146,27 @@ def imagenet_set(split: str, counts: dict[str, int], **more) -> Manifest:
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
 def test_subsets_answer_among_their_200_classes(name):
     wnids = benchmarks.wnids(name)
-    answers = answers_of(imagenet_set(name, dict.fromkeys(wnids, 1)))
-    assert [imagenet.wnids()[i] for i in answers.ids] == list(wnids) and answers.right is None
+    label_space = label_space_of(imagenet_set(name, dict.fromkeys(wnids, 1)))
+    assert [imagenet.wnids()[i] for i in label_space.ids] == list(wnids) and label_space.right is None
     outside = next(i for i, wnid in enumerate(imagenet.wnids()) if wnid not in wnids)
     logits = torch.zeros(1, 1000)
-    logits[0, outside], logits[0, answers.ids[3]] = 9.0, 1.0
+    logits[0, outside], logits[0, label_space.ids[3]] = 9.0, 1.0
     counts = Counts(1, 1000, torch.device("cpu"))
-    counts.add(0, logits, answers.ids[3:4], answers)
+    counts.add(0, logits, label_space.ids[3:4], label_space)
     assert counts.scores() == [Score(1, 1)]
 
 
 def test_objectnet_answers_among_the_ids_of_its_classes_and_takes_each_of_an_images():
     wnids = imagenet.wnids()
     manifest = imagenet_set("objectnet", {wnids[3]: 2, wnids[8]: 1}, accepted={3: (3, 5)})
-    answers = answers_of(manifest)
-    assert answers.ids.tolist() == [3, 5, 8]
+    label_space = label_space_of(manifest)
+    assert label_space.ids.tolist() == [3, 5, 8]
     logits = torch.zeros(4, 1000)
     logits[:, 700] = 9.0  # not one of ObjectNet's
     for row, answer in enumerate((3, 5, 8, 5)):
         logits[row, answer] = 1.0
     counts = Counts(1, 1000, torch.device("cpu"))
-    counts.add(0, logits, torch.tensor([3, 3, 3, 8]), answers)
+    counts.add(0, logits, torch.tensor([3, 3, 3, 8]), label_space)
     assert counts.per_class[0, [3, 8]].tolist() == [[3, 2], [1, 0]]
 
 
@@ -199,7 +201,7 @@ import sys
 from pathlib import Path
 import torch
 from cfmask.distributed import Place
-from cfmask.evaluator import run_evaluation
+from cfmask.evaluation.worker import run_evaluation
 from cfmask.runs import RunFolder
 torch.set_num_threads(1)
 rank, world, folder, attempt, stop = sys.argv[1:]
@@ -256,8 +258,8 @@ def test_stopped_at_any_batch_it_goes_on_behind_it(soup, tmp_path, at, monkeypat
     asked = iter(range(10**6))
     assert evaluate(what, tmp_path / "out", lambda: QUIT if next(asked) >= at else None) == QUIT
     read = []
-    real = evaluator.eval_batches
-    monkeypatch.setattr(evaluator, "eval_batches", lambda *a, **k: read.append(k["start"]) or real(*a, **k))
+    real = counter.eval_batches
+    monkeypatch.setattr(counter, "eval_batches", lambda *a, **k: read.append(k["start"]) or real(*a, **k))
     assert evaluate(what, tmp_path / "out") == alone
     first, second = read_lines(tmp_path / "out/attempts.jsonl")
     assert first["from_step"] == 0 and second["from_step"] > 0
@@ -266,7 +268,7 @@ def test_stopped_at_any_batch_it_goes_on_behind_it(soup, tmp_path, at, monkeypat
 
 
 def test_killed_it_goes_on_from_what_was_kept(materials, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluator, "KEEP_S", 0.0)
+    monkeypatch.setattr(counter, "KEEP_S", 0.0)
     what = evaluation(materials)
     alone = evaluate(what, tmp_path / "alone")
     calls = iter(range(10**6))
@@ -329,7 +331,7 @@ def test_a_log_on_a_full_disk_does_not_end_an_evaluation(materials, tmp_path, mo
         if path.name == "log.jsonl":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(evaluator, "LOG_S", 0.0)
+    monkeypatch.setattr(counter, "LOG_S", 0.0)
     alone = evaluate(evaluation(materials), tmp_path / "alone")
     monkeypatch.setattr("cfmask.runtime.jsonl.append_lines", full)
     assert evaluate(evaluation(materials), tmp_path / "out") == alone
@@ -346,7 +348,7 @@ def test_killed_at_its_very_end_it_leaves_nothing_behind_the_next_command(materi
     out, what = tmp_path / "out", evaluation(materials)
     flags = [*what.models, "--shards", what.shards, "--sets", "val", "--batch-size", 7, "--loader-workers", 0]
     command = list(map(str, [*flags, "--out", out]))
-    monkeypatch.setattr(evaluator, "KEEP_S", 0.0)
+    monkeypatch.setattr(counter, "KEEP_S", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "remove_progress", killed)
         assert tools.evaluate.main(command) == 130

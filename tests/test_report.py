@@ -19,7 +19,7 @@ from scipy import stats
 from cfmask import report
 from cfmask.data.benchmarks import BENCHMARKS, SHIFTED
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation
+from cfmask.evaluation.spec import KINDS
 from cfmask.report import PUBLISHED, Row, Split
 
 PAPER = ("val", *(benchmark.name for benchmark in SHIFTED))
@@ -67,7 +67,7 @@ def results_json(
             for n, (s, top1) in enumerate(of_model.items())
         }
         entries.append({"name": model, **({"alpha": alphas[i]} if alphas else {}), "sets": scored})
-    evaluation = Evaluation(make=make, models=tuple(models), shards="/data/shards", sets=tuple(sets))
+    evaluation = KINDS[make](models=tuple(models), shards="/data/shards", sets=tuple(sets))
     return {
         "evaluation": json.loads(evaluation.to_json()),
         "sets": {

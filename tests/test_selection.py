@@ -17,10 +17,10 @@ from cfmask.data.receipts import Consumed
 from cfmask.data.shard_index import Index, index_name, write_index
 from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
-from cfmask.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
+from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
+from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
 from cfmask.runs import RunFolder, find_model
-from cfmask.selection import check_selection, known_test_set, refuse_idle_flag
 from launch.jobs.training import check_best_on
 from launch.paper import holdout
 

@@ -27,9 +27,9 @@ from cfmask.models.head import build_tower, load_model, save_model
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
+from cfmask.tool_arguments import recorded_method
 from tools import make_shards, validate_masks
 from tools._demo_images import CLASSES, draw_image
-from tools._shared import recorded_method
 from towers import ODD
 
 WNIDS = tuple(imagenet.wnids()[i] for i in (1, 80, 151, 281))  # goldfish; a bird, a dog, a cat

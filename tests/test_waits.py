@@ -29,7 +29,7 @@ import cfmask.train
 from cfmask.checkpoint import Writer
 from cfmask.checkpoint_state import found, read_state
 from cfmask.distributed import Place
-from cfmask.evaluate import Counts
+from cfmask.evaluation.counting import Counts
 from cfmask.masking.study import MaskStudyLog
 from cfmask.recipe import Recipe, Run
 from cfmask.runs import RunFolder

@@ -30,7 +30,7 @@ sys.path.insert(0, str(REPO))
 from cfmask.data.images import STORES  # noqa: E402
 from cfmask.errors import exits_cleanly  # noqa: E402
 from cfmask.recipe import PRESETS  # noqa: E402
-from tools._shared import add_device_argument  # noqa: E402
+from cfmask.tool_arguments import add_device_argument  # noqa: E402
 
 BENCHMARKS = {
     "loader": "training streams",

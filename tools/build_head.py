@@ -37,7 +37,7 @@ from cfmask.files import written_aside  # noqa: E402
 from cfmask.models.head import read_info, save_model  # noqa: E402
 from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info  # noqa: E402
 from cfmask.models.zero_shot import openai_templates, read_templates  # noqa: E402
-from tools._shared import add_device_argument  # noqa: E402
+from cfmask.tool_arguments import add_device_argument  # noqa: E402
 
 
 @exits_cleanly

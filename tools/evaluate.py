@@ -21,9 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.evaluation.model_origin import short_names  # noqa: E402
+from cfmask.evaluation.spec import Evaluation  # noqa: E402
 from cfmask.runs import find_model  # noqa: E402
-from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, named_rows, short_names, show  # noqa: E402
-from tools._shared import MODEL_HELP  # noqa: E402
+from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
+from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
 
 
 @exits_cleanly
@@ -53,16 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     fit_on = [_number(path, arguments.models) for path in arguments.fit_on]
 
     allocation = allocation_of(arguments)
-    evaluation = evaluation_of(arguments, allocation, models=arguments.models)
+    evaluation = evaluation_of(arguments, allocation, Evaluation, arguments.models)
     code, run = carry_out("evaluate", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    show(run, "Evaluation", names)
-    if fit_on:
-        from cfmask import report
+    from cfmask import report  # scipy and matplotlib take a second to import
 
+    report.show(run, "Evaluation", names)
+    if fit_on:
         results = report.read_results(run.root)
-        rows = named_rows(results, names)
+        rows = report.named_rows(results, names)
         picture = run.root / "effective-robustness.png"
         values = report.effective_robustness(rows, [names[i] for i in fit_on], picture, results.split)
         print(f"\n{report.robustness_table(values)}\n\n{picture}")

@@ -30,8 +30,8 @@ from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import sole_writer  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
+from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
-from tools._shared import DATA_HELP, add_device_argument, resolve_device  # noqa: E402
 
 
 @exits_cleanly

@@ -32,8 +32,8 @@ from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.step import camera_of, counterfactual  # noqa: E402
+from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
 from tools._progress import stages  # noqa: E402
-from tools._shared import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
 
 
 @exits_cleanly

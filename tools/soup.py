@@ -18,10 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
-from cfmask.report import table  # noqa: E402
+from cfmask.evaluation.model_origin import short_names  # noqa: E402
+from cfmask.evaluation.spec import GreedySoup, UniformSoup  # noqa: E402
 from cfmask.runtime.jsonl import read_object  # noqa: E402
-from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, short_names, show  # noqa: E402
-from tools._shared import MODEL_HELP  # noqa: E402
+from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
+from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
 
 
 @exits_cleanly
@@ -42,16 +43,16 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("A soup is of two models or more.")
 
     allocation = allocation_of(arguments)
-    evaluation = evaluation_of(
-        arguments,
-        allocation,
-        make="greedy-soup" if arguments.greedy else "uniform-soup",
-        models=arguments.models,
-        holdout=arguments.holdout,
-    )
+    evaluation: UniformSoup
+    if arguments.greedy:
+        evaluation = evaluation_of(arguments, allocation, GreedySoup, arguments.models, holdout=arguments.holdout)
+    else:
+        evaluation = evaluation_of(arguments, allocation, UniformSoup, arguments.models)
     code, run = carry_out("soup", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
+    from cfmask import report  # scipy and matplotlib take a second to import
+
     results = read_object(run.results) or {}
     names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
     if arguments.greedy:
@@ -60,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
             [names[path], f"{top1:.2f}", f"no. {chosen.index(path) + 1}" if path in chosen else "left out"]
             for path, top1 in zip(evaluation.models, results["holdout"], strict=True)
         ]
-        print(table(["model", f"{evaluation.holdout}, alone", "in the soup"], rows) + "\n")
-    show(run, "Soup")
+        print(report.table(["model", f"{evaluation.chooses_on}, alone", "in the soup"], rows) + "\n")
+    report.show(run, "Soup")
     print(f"{len(results['ingredients'])} of {len(names)} models: {run.final}")
     return 0
 

@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import exits_cleanly  # noqa: E402
-from tools._evaluation import add_arguments, allocation_of, carry_out, evaluation_of, show  # noqa: E402
-from tools._shared import MODEL_HELP  # noqa: E402
+from cfmask.evaluation.spec import WiseFT  # noqa: E402
+from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
+from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
 
 
 @exits_cleanly
@@ -40,17 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     evaluation = evaluation_of(
         arguments,
         allocation,
-        make="wise-ft",
-        models=[arguments.zero, arguments.fine],
+        WiseFT,
+        [arguments.zero, arguments.fine],
         alphas=tuple(arguments.alphas),
         holdout=arguments.holdout,
     )
     code, run = carry_out("wise-ft", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    show(run, "WiSE-FT")
-    from cfmask import report
+    from cfmask import report  # scipy and matplotlib take a second to import
 
+    report.show(run, "WiSE-FT")
     results = report.read_results(run.root)
     if results.sets and len(results.models) > 1:
         report.sweep_chart(results, run.root / "sweep.png", results.split)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,3 +199,19 @@ def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str, *
             f"with {own.mean} and {own.std}: the same images would not be the same to both."
         )
     check_head(path, own.classes, than=than)
+
+
+def load_alike(paths: Sequence[str | Path]) -> Iterator[tuple[Classifier, ModelInfo]]:
+    """Models whose weights or outputs may be compared and averaged: one architecture, preprocessing and class list.
+    Each is loaded when it is asked for.
+
+    Raises:
+        UserError: a file without a model, or models that differ in one of these.
+    """
+    first = None
+    for path in paths:
+        model, info = load_model(path)
+        if first is not None:
+            check_same_kind(info, first, str(path), than=str(paths[0]))
+        first = first or info
+        yield model, info

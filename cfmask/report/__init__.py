@@ -1,11 +1,12 @@
-"""What evaluations found, as tables and pictures: results.json (cfmask/evaluation.py has its layout) to Markdown, LaTeX
-and PNG.
+"""What evaluations found, as tables and pictures: results.json (cfmask/evaluation/spec.py has its layout) to Markdown,
+LaTeX and PNG.
 
     results.py      what is in a results.json; a Row is a line of a table (one model, or a recipe's models of several
                     seeds), a Split says which sets are in-distribution and which are the shifted ones
     tables.py       Markdown and LaTeX, alone and beside the paper's numbers
     robustness.py   effective robustness: above the line through zero-shot models
     charts.py       bars, reliability, WiSE-FT's sweep, effective robustness
+    summary.py      what the tools print of an evaluation, and write beside its results
 """
 
 from cfmask.report.charts import bar_chart, effective_robustness, reliability_chart, sweep_chart
@@ -31,6 +32,7 @@ from cfmask.report.robustness import (
     robustness_panels,
     robustness_table,
 )
+from cfmask.report.summary import named_rows, show
 from cfmask.report.tables import (
     PUBLISHED,
     Difference,
@@ -66,11 +68,13 @@ __all__ = [
     "latex_table",
     "latex_text",
     "markdown_table",
+    "named_rows",
     "read_results",
     "reliability_chart",
     "robustness_panels",
     "robustness_table",
     "rows_of",
+    "show",
     "sweep_chart",
     "table",
 ]

@@ -144,7 +144,7 @@ def _work(run: RunFolder, place: Place, stop_request: StopRequest, restarts: Res
 
         return train(work, run, place, stop_request, failing, restarts.seconds_left)
     with _importing():
-        from cfmask.evaluator import run_evaluation
+        from cfmask.evaluation.worker import run_evaluation
 
     return run_evaluation(work, run, place, stop_request, failing)
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cfmask.data.plan import steps_per_epoch
-from cfmask.evaluation import Evaluation
+from cfmask.evaluation.spec import Evaluation
 from cfmask.models.architecture import VISION_DEFAULTS, image_size_of, patch_size_of
 from cfmask.recipe import Method, Recipe
 from launch.paper.plan import Node
@@ -57,8 +57,7 @@ def image_forwards(node: Node, images: Mapping[str, int]) -> float:
     """
     work = node.work
     if isinstance(work, Evaluation):
-        models = max(len(work.alphas) if work.make == "wise-ft" else 1, len(work.models) * (work.make == "nothing"))
-        return models * sum(images[name] for name in work.sets)
+        return work.num_candidates * sum(images[name] for name in work.sets)
     optim = work.optim
     an_epoch = optim.batch_size * steps_per_epoch(images[work.data.train_split], optim.batch_size)
     trained = an_epoch * optim.epochs * step_forwards(work.method)

@@ -17,9 +17,9 @@ from cfmask.data import imagenet
 from cfmask.data.benchmarks import TRAIN
 from cfmask.data.shards import find_set, load_manifest, manifest_if_there
 from cfmask.errors import UserError
-from cfmask.model_origin import BEST, CHOICES, LAST
+from cfmask.evaluation.model_origin import BEST, CHOICES, LAST
+from cfmask.evaluation.selection import FLAG, FLAG_HELP, HOLDOUT, check_selection, refuse_idle_flag, trained_on
 from cfmask.recipe import Recipe
-from cfmask.selection import FLAG, FLAG_HELP, HOLDOUT, check_selection, refuse_idle_flag, trained_on
 from launch.jobs import training
 from launch.jobs.cluster_file import ClusterFile
 

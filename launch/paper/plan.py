@@ -17,8 +17,8 @@ from pathlib import Path
 
 from cfmask.best_checkpoint import POINTER
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation
-from cfmask.model_origin import BEST, LAST
+from cfmask.evaluation.model_origin import BEST, LAST
+from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot
 from cfmask.recipe import Recipe
 
 HEADLINE = "object-mask-single-fill"
@@ -159,9 +159,8 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
     zero = Node(
         "zero-shot",
         None,
-        replace(
-            setup.evaluation,
-            make="zero-shot",
+        setup.evaluation.as_kind(
+            ZeroShot,
             architecture=setup.architecture,
             pretrained=setup.pretrained,
             mean=setup.mean,
@@ -183,22 +182,20 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
         return add(Node(preset if start is zero else f"{start.kind}-{preset}", seed, recipe, tuple(needs)))
 
     def evaluated(run: Node) -> Node:
-        work = replace(setup.evaluation, make="nothing", models=(str(setup.trained_model(run.name)),))
+        work = replace(setup.evaluation, models=(str(setup.trained_model(run.name)),))
         return add(Node(f"{run.kind}-eval", run.seed, work, (run.name,)))
 
     def wise_ft(seed: int) -> Node:
         fine = trained("ft", seed)
         models = str(setup.model(zero.name)), str(setup.trained_model(fine.name))
-        work = replace(setup.evaluation, make="wise-ft", models=models, alphas=(ALPHA,))
+        work = setup.evaluation.as_kind(WiseFT, models=models, alphas=(ALPHA,))
         return add(Node("wise-ft", seed, work, (zero.name, fine.name)))
 
     def soup() -> Node:
         if setup.soup is not None:
-            return add(Node("soup", None, replace(setup.evaluation, make="nothing", models=(str(setup.soup),))))
+            return add(Node("soup", None, replace(setup.evaluation, models=(str(setup.soup),))))
         fine = [trained("ft", seed).name for seed in setup.seeds]
-        work = replace(
-            setup.evaluation, make="uniform-soup", models=tuple(str(setup.trained_model(name)) for name in fine)
-        )
+        work = setup.evaluation.as_kind(UniformSoup, models=tuple(str(setup.trained_model(name)) for name in fine))
         # Its ingredients are in its name: with another seed it is another soup, and this one stays what it is.
         return add(Node("soup-of-" + "-".join(map(str, setup.seeds)), None, work, tuple(fine)))
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.benchmarks import SHIFTED, VAL
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation
+from cfmask.evaluation.spec import Evaluation
 from cfmask.files import write_atomically
-from cfmask.model_origin import BEST, LAST
+from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info
 from cfmask.recipe import Recipe
@@ -155,7 +155,7 @@ class Reproduction:
         Raises:
             UserError: the folder holds another plan, or sets, models, recipes or ranks contradict each other.
         """
-        from cfmask.evaluate import check_set
+        from cfmask.evaluation.checks import check_set
 
         self._check_folder()
         sets = self.sets

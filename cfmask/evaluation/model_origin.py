@@ -13,7 +13,7 @@ from typing import Any
 
 from cfmask.checkpoint_state import found, step_of
 from cfmask.errors import UserError
-from cfmask.evaluation import Evaluation
+from cfmask.evaluation.spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
@@ -141,3 +141,15 @@ def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
         if chosen:
             parts.append(f"{label}: {chosen}")
     return f"Checkpoints by row and seed — {'. '.join(parts)}." if parts else ""
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Names that tell models apart: their paths without the parts that all have in common at either end."""
+    parts = [list(Path(path).absolute().parts) for path in paths]
+    if len(parts) < 2:
+        return [str(path) for path in paths]
+    while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[1:] for each in parts]
+    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [each[:-1] for each in parts]
+    return ["/".join(each) for each in parts]

@@ -1,4 +1,4 @@
-"""What the tools share: how a model and a data set are named, and how models are read."""
+"""Arguments that the tools share: how a model, a data set and a device are named, and how models are loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfmask.models.head import ModelInfo, check_same_kind, load_model
+from cfmask.models.head import ModelInfo, load_alike
 from cfmask.recipe import Method, load_recipe
 from cfmask.runs import find_model
 
@@ -51,21 +51,13 @@ def resolve_device(name: str) -> str:
 
 
 def load_models(paths: Sequence[str | Path]) -> tuple[list[Classifier], ModelInfo]:
-    """Models of one kind: the same configuration, preprocessing and class list.
+    """Models of one kind, as the user names them: the same configuration, preprocessing and class list.
 
     Raises:
         UserError: a path without a model, or models that do not belong together.
     """
-    models, first = [], None
-    for path in paths:
-        file = find_model(path)
-        model, info = load_model(file)
-        if first is None:
-            first = info
-        check_same_kind(info, first, str(file), than=str(paths[0]))
-        models.append(model)
-    assert first is not None
-    return models, first
+    loaded = list(load_alike([find_model(path) for path in paths]))
+    return [model for model, _ in loaded], loaded[0][1]
 
 
 def recorded_method(path: str | Path) -> Method | None:

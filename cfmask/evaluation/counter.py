@@ -1,0 +1,277 @@
+"""Counts of models on sets, over all ranks, kept in the run folder.
+
+A set is read once for all models. Ranks take batches in turn, and counts are integers: the result is the same for any
+number of ranks. Counts are kept from time to time, with the number of batches that they are of: an evaluation that is
+interrupted resumes after the last of them, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from cfmask.data.shards import Manifest
+from cfmask.data.stream import eval_batches
+from cfmask.distributed import Place
+from cfmask.errors import UserError
+from cfmask.evaluation.checks import check_classes
+from cfmask.evaluation.counting import Counts
+from cfmask.evaluation.label_space import label_space_of
+from cfmask.evaluation.spec import Evaluation, files_of
+from cfmask.files import read_bytes, replace_tensors
+from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
+from cfmask.models.tower import Classifier, Normalise
+from cfmask.runs import RunFolder
+from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
+from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.patience import patiently
+from cfmask.session import StopRequest, autocast
+
+KEEP_S, LOG_S = 30.0, 5.0
+"""Seconds between two times that counts are kept, and between two lines of progress."""
+
+Candidates = Iterable[tuple[Classifier, Normalise]]
+"""Models on the device, each with the normalisation of its pixels. A model is valid until the next one is asked for."""
+
+
+class Stopped(Exception):
+    """A stop was requested, which ``args`` holds. What was counted until then is kept."""
+
+
+class SetCounter:
+    """Counts of each stage and set, over all ranks; kept in RUN/progress.safetensors.
+
+    sets, label_spaces: by name.
+    images: how many images have been counted; ``announce`` says how many there are to count.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        run: RunFolder,
+        place: Place,
+        sets: dict[str, Manifest],
+        stop_request: StopRequest,
+    ) -> None:
+        self._evaluation, self._run, self._place, self._stop_request = evaluation, run, place, stop_request
+        self.sets = sets
+        self.label_spaces = {name: label_space_of(manifest).to(place.device) for name, manifest in sets.items()}
+        self.device, self.is_main_process = place.device, place.rank == 0
+        self._facts = json.dumps([files_of(evaluation), {name: m.digest for name, m in sets.items()}])
+        progress = [self._read() if self.is_main_process else {}]
+        dist.broadcast_object_list(progress)
+        self._kept: dict[str, tuple[int, dict[str, Tensor]]] = progress[0]
+        self.images = self._kept_images()
+        self._kept_at = self._logged_at = time.monotonic()
+        self._logged_images = self.images
+        self._log = JsonLines(run.log)
+        self._bar: tqdm | None = None
+        if self.is_main_process:
+            pace = 0.2 if sys.stderr.isatty() else 30
+            self._bar = tqdm(unit="image", initial=self.images, dynamic_ncols=True, mininterval=pace)
+
+    def announce(self, names: Sequence[str]) -> None:
+        """Announce the sets that will be counted (a set that is counted twice, twice), for the progress bar."""
+        self._total = sum(self.sets[name].num_samples for name in names)
+        if self._bar is not None:
+            self._bar.total = self._total
+
+    def check_classes(self, classes: Sequence[str]) -> None:
+        """Raises UserError if a set has another class list than the models."""
+        for manifest in self.sets.values():
+            check_classes(manifest, classes)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def count(self, stage: str, name: str, models: Candidates, number: int, names: Sequence[str] = ()) -> Counts:
+        """All ranks' counts of ``number`` models on a set.
+
+        Args:
+            stage: tells apart several counts on one set.
+            names: of the models, for an error.
+
+        Raises:
+            Stopped: a stop was requested on some rank; raised on all ranks.
+            UserError: the models' classes are not the set's, or logits are not finite.
+        """
+        manifest, label_space, device = self.sets[name], self.label_spaces[name], self.device
+        size, world = self._evaluation.batch_size, self._place.world_size
+        batches_in_all = -(-manifest.num_samples // size)
+        key = f"{stage}: {name}"
+        done, sofar = self._kept.get(key, (0, None))
+        total = Counts(number, manifest.num_classes, device)
+        if sofar is not None:
+            total.load(sofar)
+        if done < batches_in_all:
+            fresh = Counts(number, manifest.num_classes, device)
+            reducer = AsyncMetricReducer(device)
+            if self._bar is not None:
+                self._bar.set_description(name)
+            restart_steps()
+            for number, batch in enumerate(self._rounds(manifest, next(iter(models))[0], done)):
+                beat("evaluating", number)
+                if batch is not None:
+                    images = batch.images.to(device, non_blocking=True)
+                    labels = batch.labels.to(device, non_blocking=True)
+                    for i, (model, normalise) in enumerate(models):
+                        fresh.add(i, self._logits(model, normalise(images)), labels, label_space)
+                before, done = done, min(batches_in_all, done + world)
+                self._advance(min(done * size, manifest.num_samples) - before * size, name)
+                overdue = self.is_main_process and time.monotonic() - self._kept_at > KEEP_S
+                reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
+                reducer.send(done)
+                beat(WAITING)
+                # The requests of one batch ago: no rank waits for the slowest, and all ranks read the same values.
+                asked, keep = None, False
+                for reduced in reducer.receive(before=done):
+                    asked, keep = stop_of(reduced), bool(reduced.scalar("overdue"))
+                if asked or keep or done == batches_in_all:
+                    fresh.sum_over_ranks()
+                    total.take(fresh)
+                    self._keep(key, done, total)
+                if asked and done < batches_in_all:
+                    raise Stopped(asked)
+            reducer.receive()
+            restart_steps()
+            beat(PREPARING)
+        for i, bad in enumerate(total.not_finite.tolist()):
+            if bad:
+                raise UserError(
+                    f"{names[i] if names else 'A model'} gives logits that are not finite for {bad} of "
+                    f"{manifest.num_samples} images of {name}: its weights are damaged, or too large for "
+                    f"{self._evaluation.precision}. Try --precision fp32."
+                )
+        return total
+
+    def results(self, names: Sequence[str], models: Candidates, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Count models on sets: ``sets`` and ``models`` of results.json.
+
+        Args:
+            names: of the sets.
+            rows: an entry of ``models`` for each model, to which its results are added: its ``name``, and more.
+        """
+        called = [row["name"] for row in rows]
+        counted = {name: self.count("sets", name, models, len(rows), called) for name in names}
+        entries = []
+        for i, row in enumerate(rows):
+            of_sets = {
+                name: counts.result(i, [wnid for wnid, _ in self.sets[name].classes])
+                for name, counts in counted.items()
+            }
+            entries.append({**row, "sets": of_sets})
+        about = {
+            name: {"samples": self.sets[name].num_samples, "classes": len(self.label_spaces[name].ids)}
+            for name in names
+        }
+        return {"sets": about, "models": entries}
+
+    def _rounds(self, manifest: Manifest, model: Classifier, done: int) -> Iterator[Any]:
+        """A batch a round, until no rank has one; None in the last round if there is none for this rank."""
+        size, world = self._evaluation.batch_size, self._place.world_size
+        workers = self._evaluation.loader_workers
+        batches = eval_batches(
+            manifest,
+            image_size=model.image_size,
+            batch_size=size,
+            rank=self._place.rank,
+            world_size=world,
+            loader_workers=self._place.loader_workers if workers is None else workers,
+            start=done,
+            pin_memory=self._place.device.type == "cuda",
+        )
+        for _ in range(done, -(-manifest.num_samples // size), world):
+            yield next(batches, None)
+
+    @torch.no_grad()
+    def _logits(self, model: Classifier, pixels: Tensor) -> Tensor:
+        with autocast(pixels.device, self._evaluation.precision):
+            return model(pixels)[1]
+
+    def _advance(self, images: int, name: str) -> None:
+        """Update the progress bar, and log a line of progress."""
+        self.images += images
+        if self._bar is None:
+            return
+        self._bar.update(images)
+        now = time.monotonic()
+        if now - self._logged_at < LOG_S and self.images < self._total:
+            return
+        rate = (self.images - self._logged_images) / max(now - self._logged_at, 1e-3)
+        line = {
+            "step": self.images,
+            "total_steps": self._total,
+            "set": name,
+            "samples_per_s": rate,
+            "eta_s": max(0, self._total - self.images) / rate,
+        }
+        self._log.add(line)
+        self._log.write()
+        self._logged_at, self._logged_images = now, self.images
+
+    def _keep(self, key: str, done: int, counts: Counts) -> None:
+        """Keep the counts. A full disk is a warning only: after an interruption they are counted again."""
+        self._kept[key] = done, {n: t.cpu() for n, t in counts.tensors().items()}
+        self._kept_at = time.monotonic()
+        if not self.is_main_process:
+            return
+        tensors = {f"{key}|{n}": t for key, (_, kept) in self._kept.items() for n, t in kept.items()}
+        batches = json.dumps({key: done for key, (done, _) in self._kept.items()})
+        about = {"batches": batches, "facts": self._facts, "images": str(self._kept_images())}
+        try:
+            replace_tensors(self._run.progress, tensors, {**about, "digest": _digest_of(tensors, about)})
+        except OSError as error:
+            print(f"warning: {self._run.progress} cannot be written ({error}); counting goes on", flush=True)
+
+    def _kept_images(self) -> int:
+        return sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
+
+    def _read(self) -> dict[str, tuple[int, dict[str, Tensor]]]:
+        """The counts that an earlier start has kept; none, if they are of other models or sets, or are damaged.
+
+        Raises:
+            StorageUnavailable: it cannot be read.
+        """
+        path = self._run.progress
+        try:
+            data = patiently(lambda: read_bytes(path), str(path))
+        except FileNotFoundError:
+            return {}
+        try:
+            tensors = safetensors.torch.load(data)
+            about = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
+            digest = about.pop("digest")
+            if digest != _digest_of(tensors, about):
+                raise ValueError("its digest is not that of its counts")
+            if about["facts"] != self._facts:
+                print("Models or sets are not what they were: all is counted anew.", flush=True)
+                return {}
+            return {
+                key: (done, {name: tensors[f"{key}|{name}"] for name in Counts.NAMES})
+                for key, done in json.loads(about["batches"]).items()
+            }
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            print(f"warning: {path} is not what was written ({error}): all is counted anew.", flush=True)
+            return {}
+
+
+def _digest_of(tensors: dict[str, Tensor], about: dict[str, str]) -> str:
+    """sha256 of counts and their metadata."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,145 @@
+"""Model soups (Wortsman et al., "Model soups", ICML 2022): average the weights of models that were fine-tuned from one
+start.
+
+A uniform soup averages all of them. A greedy soup tries them best first, and leaves out each that makes accuracy on a
+held-out set worse.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfmask.errors import UserError
+from cfmask.evaluation.counter import SetCounter
+from cfmask.evaluation.spec import GreedySoup, UniformSoup
+from cfmask.models.head import ModelInfo, load_alike, save_model
+from cfmask.models.tower import Classifier, Normalise
+from cfmask.runs import RunFolder
+
+State = Mapping[str, Tensor]
+
+
+def evaluate(evaluation: UniformSoup, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
+    """Choose the ingredients, write their average to RUN/model.safetensors, and evaluate it.
+
+    Returns:
+        results.json's ``sets``, ``models``, ``ingredients`` and ``chosen``, and of a greedy soup what
+        ``choose_ingredients`` returns.
+    """
+    ingredients, choice = list(evaluation.models), {}
+    if isinstance(evaluation, GreedySoup):
+        assert evaluation.holdout is not None, "checked() refuses a greedy soup without a held-out set"
+        counter.announce([evaluation.holdout] * len(ingredients) + list(evaluation.sets))
+        ingredients, choice = choose_ingredients(ingredients, evaluation.holdout, counter)
+    else:
+        counter.announce(evaluation.sets)
+    model, info = averaged_model(ingredients)
+    counter.check_classes(info.classes)
+    if counter.is_main_process:
+        save_model(run.final, model, replace(info, provenance=f"{evaluation.make} of {', '.join(ingredients)}"))
+    models = [(model.to(counter.device), Normalise(info.mean, info.std).to(counter.device))]
+    results = counter.results(evaluation.sets, models, [{"name": evaluation.make}])
+    return {**results, **choice, "ingredients": ingredients, "chosen": 0}
+
+
+def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) -> tuple[list[str], dict[str, Any]]:
+    """The ingredients of a greedy soup, in the order in which they were added.
+
+    Returns:
+        Their paths; and results.json's ``chosen_on``, ``holdout`` (top-1 in percent of each model alone) and ``tried``
+        (of each soup that was tried).
+    """
+    alike = list(load_alike(paths))
+    info = alike[0][1]
+    counter.check_classes(info.classes)
+    normalise = Normalise(info.mean, info.std).to(counter.device)
+    alone = [(model.to(counter.device).eval().requires_grad_(False), normalise) for model, _ in alike]
+    scores = counter.count("ingredients", holdout, alone, len(alone), paths).scores()
+    tried: list[dict[str, Any]] = []
+    mixed = copy.deepcopy(alone[0][0])
+
+    def score(numbers: list[int]) -> int:
+        # On the CPU, like the soup that is saved.
+        mixed.load_state_dict(average({k: v.cpu() for k, v in alone[i][0].state_dict().items()} for i in numbers))
+        stage = "soup of " + " ".join(map(str, numbers))
+        [found] = counter.count(stage, holdout, [(mixed, normalise)], 1).scores()
+        tried.append({"ingredients": [paths[i] for i in numbers], "top1": found.top1})
+        return found.correct
+
+    chosen = greedy_soup([one.correct for one in scores], score)
+    return [paths[i] for i in chosen], {
+        "chosen_on": holdout,
+        "holdout": [one.top1 for one in scores],
+        "tried": tried,
+    }
+
+
+def average(states: Iterable[State]) -> dict[str, Tensor]:
+    """The mean of weights, added in the order given. One state is in memory at a time beside the sum, which is in fp64,
+    so that rounding does not grow with the number of ingredients.
+
+    Raises:
+        UserError: no states, or of several architectures.
+    """
+    total: dict[str, Tensor] = {}
+    first: State = {}
+    count = 0
+    for state in states:
+        if not total:
+            first, total = state, {key: torch.zeros_like(value, dtype=torch.float64) for key, value in state.items()}
+        _check_alike(first, state)
+        for key, value in total.items():
+            value += state[key]
+        count += 1
+    if not count:
+        raise UserError("A soup of no models: name at least one.")
+    return {key: (value / count).to(first[key].dtype) for key, value in total.items()}
+
+
+def greedy_soup(accuracies: Sequence[int], score: Callable[[list[int]], int]) -> list[int]:
+    """The greedy soup (algorithm 1 of the paper): models are tried by falling accuracy on the held-out set, and each is
+    added if the average with it is not worse there than without it.
+
+    Args:
+        accuracies: right predictions of each model alone.
+        score: right predictions of the average of some models, by their numbers; called in the same order every time.
+
+    Returns:
+        Numbers of the models, in the order in which they were added. Of equals, the one that was named first.
+    """
+    order = sorted(range(len(accuracies)), key=lambda i: -accuracies[i])
+    chosen, best = order[:1], accuracies[order[0]]
+    for candidate in order[1:]:
+        found = score([*chosen, candidate])
+        if found >= best:
+            chosen, best = [*chosen, candidate], found
+    return chosen
+
+
+def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
+    """The average of models, on the CPU. One model is in memory at a time beside the sum."""
+    kept: list[tuple[Classifier, ModelInfo]] = []
+
+    def states() -> Iterator[State]:
+        for model, info in load_alike(paths):
+            if not kept:
+                kept.append((copy.deepcopy(model).eval().requires_grad_(False), info))
+            yield model.state_dict()
+
+    mean = average(states())
+    model, info = kept[0]
+    model.load_state_dict(mean)
+    return model, info
+
+
+def _check_alike(one: State, other: State) -> None:
+    if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
+        raise UserError(
+            "These two models have different tensors: weights can be averaged within one architecture only."
+        )

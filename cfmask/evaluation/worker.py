@@ -1,0 +1,89 @@
+"""One process of an evaluation job: makes the models that an Evaluation asks for, and counts them on its sets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from cfmask.agreement import check_agreement
+from cfmask.distributed import Place
+from cfmask.evaluation import side_by_side, soup, wise_ft, zero_shot
+from cfmask.evaluation.checks import load_sets_of
+from cfmask.evaluation.counter import SetCounter, Stopped
+from cfmask.evaluation.model_origin import origin_of
+from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot, files_of
+from cfmask.files import write_atomically
+from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.patience import patiently
+from cfmask.secrets import mask_secrets
+from cfmask.session import FINISHED, Report, StopRequest, begin_attempt, choose_arithmetic, rank_0_first, session
+
+
+def run_evaluation(
+    evaluation: Evaluation,
+    run: RunFolder,
+    place: Place,
+    stop_request: StopRequest = lambda: None,
+    failing: Report = lambda error: None,
+) -> str:
+    """Evaluate until everything is counted or a stop is requested. Takes and returns what ``train.train`` does.
+
+    Raises:
+        UserError: models that do not belong together or to the sets, a set that is not what it should be, a sample
+            that cannot be read, logits that are not finite, another job on the folder.
+    """
+    choose_arithmetic(evaluation.precision, deterministic=True)
+    with session(run, place, failing) as (store, leaving):
+        is_main_process = place.rank == 0
+        evaluation.checked()
+        asked_for = evaluation
+        # A run's best checkpoint is known when the run has ended, which may be long after the evaluation was queued.
+        models = (patiently(partial(find_model, path), path) for path in evaluation.models)
+        evaluation = replace(evaluation, models=tuple(map(str, models)))
+        sets = load_sets_of(evaluation, check_files=is_main_process)
+        asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
+        check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
+        if isinstance(evaluation, ZeroShot):
+            build = partial(zero_shot.build, evaluation, run, sets[evaluation.sets[0]].classes, str(place.device))
+            rank_0_first(store, place, "the zero-shot head", build)
+        counter = SetCounter(evaluation, run, place, sets, stop_request)
+        if is_main_process:
+            attempts = begin_attempt(run, place, from_step=counter.images)
+            patiently(lambda: run.cut_history(counter.images), str(run.root))
+        leaving.callback(counter.close)
+        try:
+            results = _evaluate(evaluation, counter, run)
+        except Stopped as stopped:
+            [asked] = stopped.args
+            if is_main_process:
+                print(f"asked to stop ({asked}) after {counter.images} images", flush=True)
+                run.end_attempt(f"stopped after {counter.images} images ({asked})")
+            return asked
+        if is_main_process:
+            facts = {
+                "evaluation": json.loads(mask_secrets(asked_for.to_json())),
+                "of": files_of(asked_for) | files_of(evaluation),
+                "checkpoints": [origin_of(path).to_json() for path in evaluation.models],
+            }
+            write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
+            run.remove_progress()
+            attempts.write()
+            run.end_attempt(FINISHED)
+            print(f"finished: {run.results}", flush=True)
+    return FINISHED
+
+
+def _evaluate(evaluation: Evaluation, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
+    """Make the models, choose among them, and count them: results.json's entries, as spec.py describes them."""
+    match evaluation:
+        case ZeroShot():
+            return zero_shot.evaluate(evaluation, counter, run)
+        case WiseFT():
+            return wise_ft.evaluate(evaluation, counter, run)
+        case UniformSoup():  # a greedy soup too
+            return soup.evaluate(evaluation, counter, run)
+        case _:
+            return side_by_side.evaluate(evaluation, counter)
