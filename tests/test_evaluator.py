@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.counting import Counts, Score, calibration_error
 from cfmask.evaluation.label_space import LabelSpace, label_space_of
 from cfmask.evaluation.soup import average, greedy_soup
-from cfmask.evaluation.spec import KINDS, Evaluation
+from cfmask.evaluation.spec import KINDS, Evaluation, UniformSoup, WiseFT
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.models.head import ModelInfo, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
@@ -475,6 +475,75 @@ def test_a_zero_shot_model_is_made_once_and_evaluated(materials, tmp_path):
 def test_what_contradicts_itself_is_refused(materials, given, reason):
     with pytest.raises(UserError, match=reason):
         evaluation(materials, **given)
+
+
+# One flat object for every kind, as earlier versions wrote it: their folders must resume, and its digest names them.
+WRITTEN = """{
+  "make": "wise-ft",
+  "models": [
+    "/runs/zero/model.safetensors",
+    "/runs/fine/model.safetensors"
+  ],
+  "alphas": [
+    0.0,
+    0.5
+  ],
+  "architecture": "",
+  "pretrained": "",
+  "mean": null,
+  "std": null,
+  "shards": "/shards",
+  "sets": [
+    "imagenet-r"
+  ],
+  "holdout": "holdout",
+  "batch_size": 256,
+  "precision": "bf16",
+  "loader_workers": null,
+  "allow_count_mismatch": false
+}"""
+
+
+def test_an_evaluation_json_of_earlier_versions_is_read_and_written_byte_for_byte(tmp_path):
+    found = Evaluation.from_json(WRITTEN)
+    assert isinstance(found, WiseFT) and (found.alphas, found.chooses_on) == ((0.0, 0.5), "holdout")
+    assert found.to_json() == WRITTEN and found.digest() == "cb03521d"
+    (tmp_path / "evaluation.json").write_text(WRITTEN)
+    assert RunFolder(tmp_path).work() == found
+    RunFolder(tmp_path).claim(found.checked())
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_every_kind_of_evaluation_is_read_as_it_was_written(kind):
+    every = {"models": ("/a", "/b"), "shards": "/s", "sets": ("val",), "precision": "tf32", "loader_workers": 3}
+    own = {"alphas": (0.0, 1.0), "holdout": "h", "architecture": "ViT-B-16", "pretrained": "openai", "mean": (0.5,) * 3}
+    names = {field.name for field in fields(kind)}
+    what = kind(**every, **{name: value for name, value in own.items() if name in names})
+    assert Evaluation.from_json(what.to_json()) == what
+    assert json.loads(what.to_json()).keys() == json.loads(WRITTEN).keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"make": "mixture"}', "unknown “make” 'mixture'; choose from nothing, zero-shot"),
+        ('{"make": "nothing", "alphas": [0.5]}', "“alphas” has no meaning where “make” is 'nothing'"),
+        ('{"make": "uniform-soup", "holdout": "val"}', "“holdout” has no meaning"),
+        ('{"make": {}}', "not an evaluation as cfmask writes it"),
+        ('{"colour": 1}', "not an evaluation as cfmask writes it"),
+        ("[]", "not an evaluation as cfmask writes it"),
+    ],
+)
+def test_an_evaluation_json_that_contradicts_itself_is_refused(text, reason):
+    with pytest.raises(UserError, match=reason):
+        Evaluation.from_json(text)
+
+
+def test_a_folder_belongs_to_one_kind_of_evaluation(tmp_path):
+    what = WiseFT(models=("/a", "/b"), alphas=(0.5,))
+    RunFolder(tmp_path).claim(what)
+    with pytest.raises(UserError, match="belongs to another evaluation: make: wise-ft → uniform-soup; alphas: "):
+        RunFolder(tmp_path).claim(what.as_kind(UniformSoup))
 
 
 def test_models_that_do_not_belong_together_are_refused_with_the_reason(materials, tmp_path):

@@ -32,7 +32,8 @@ def evaluate(evaluation: UniformSoup, counter: SetCounter, run: RunFolder) -> di
         results.json's ``sets``, ``models``, ``ingredients`` and ``chosen``, and of a greedy soup what
         ``choose_ingredients`` returns.
     """
-    ingredients, choice = list(evaluation.models), {}
+    ingredients = list(evaluation.models)
+    choice: dict[str, Any] = {}
     if isinstance(evaluation, GreedySoup):
         assert evaluation.holdout is not None, "checked() refuses a greedy soup without a held-out set"
         counter.announce([evaluation.holdout] * len(ingredients) + list(evaluation.sets))
