@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cfmask.evaluation.spec import is_of_other_models
+from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_object
 from launch.jobs.run_state import jobs_in_queue, look_at
@@ -114,9 +114,8 @@ def _describe_work(node: Node) -> str:
     if isinstance(node.work, Recipe):
         epochs = node.work.optim.total_epochs
         return f"train, {epochs} epoch" + ("s" if epochs > 1 else "")
-    makes = {"nothing": "evaluate", "zero-shot": "make the head", "wise-ft": "mix", "uniform-soup": "average"}
-    what = makes[node.work.make]
-    return what if what == "evaluate" else f"{what}, evaluate"
+    makes: dict[type, str] = {Evaluation: "", ZeroShot: "make the head, ", WiseFT: "mix, ", UniformSoup: "average, "}
+    return f"{makes[type(node.work)]}evaluate"
 
 
 def _describe_states(statuses: Sequence[NodeStatus]) -> str:

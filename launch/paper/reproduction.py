@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.data.benchmarks import SHIFTED, VAL
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
-from cfmask.files import write_atomically
+from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.model_origin import BEST, LAST
+from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot
+from cfmask.files import write_atomically
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info
 from cfmask.recipe import Recipe
@@ -155,15 +156,13 @@ class Reproduction:
         Raises:
             UserError: the folder holds another plan, or sets, models, recipes or ranks contradict each other.
         """
-        from cfmask.evaluation.checks import check_set
-
         self._check_folder()
         sets = self.sets
         first = self.base.data.train_split if self.plan.trains else self.setup.evaluation.sets[0]
         coming = {
             str(self.setup.model(node.name)): self.start
             for node in self.plan.nodes.values()
-            if isinstance(node.work, Evaluation) and node.work.make != "nothing"
+            if isinstance(node.work, (ZeroShot, WiseFT, UniformSoup))
         }
         if self.foreign_soup is not None:
             coming[str(self.setup.soup)] = self.start
@@ -178,7 +177,7 @@ class Reproduction:
             for name in node.work.sets:
                 training.check_same_classes(sets[name], sets[first])
                 check_set(sets[name], allow_count_mismatch=node.work.allow_count_mismatch)
-            if node.work.make == "zero-shot":
+            if isinstance(node.work, ZeroShot):
                 self._check_start()
         if self.foreign_soup is not None and self.setup.soup is not None and not self.setup.soup.exists():
             check_initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
