@@ -97,65 +97,75 @@ class SetCounter:
         if self._bar is not None:
             self._bar.close()
 
-    def count(self, stage: str, name: str, models: Candidates, number: int, names: Sequence[str] = ()) -> Counts:
-        """All ranks' counts of ``number`` models on a set.
+    def count(self, stage: str, name: str, models: Candidates, called: Sequence[str]) -> Counts:
+        """Count models on a set, over all ranks.
 
         Args:
             stage: tells apart several counts on one set.
-            names: of the models, for an error.
+            name: of the set.
+            called: what an error calls the models, one name each.
 
         Raises:
             Stopped: a stop was requested on some rank; raised on all ranks.
-            UserError: the models' classes are not the set's, or logits are not finite.
+            UserError: logits are not finite.
         """
-        manifest, label_space, device = self.sets[name], self.label_spaces[name], self.device
-        size, world = self._evaluation.batch_size, self._place.world_size
-        batches_in_all = -(-manifest.num_samples // size)
-        key = f"{stage}: {name}"
-        done, sofar = self._kept.get(key, (0, None))
-        total = Counts(number, manifest.num_classes, device)
-        if sofar is not None:
-            total.load(sofar)
-        if done < batches_in_all:
-            fresh = Counts(number, manifest.num_classes, device)
-            reducer = AsyncMetricReducer(device)
-            if self._bar is not None:
-                self._bar.set_description(name)
-            restart_steps()
-            for number, batch in enumerate(self._rounds(manifest, next(iter(models))[0], done)):
-                beat("evaluating", number)
-                if batch is not None:
-                    images = batch.images.to(device, non_blocking=True)
-                    labels = batch.labels.to(device, non_blocking=True)
-                    for i, (model, normalise) in enumerate(models):
-                        fresh.add(i, self._logits(model, normalise(images)), labels, label_space)
-                before, done = done, min(batches_in_all, done + world)
-                self._advance(min(done * size, manifest.num_samples) - before * size, name)
-                overdue = self.is_main_process and time.monotonic() - self._kept_at > KEEP_S
-                reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
-                reducer.send(done)
-                beat(WAITING)
-                # The requests of one batch ago: no rank waits for the slowest, and all ranks read the same values.
-                asked, keep = None, False
-                for reduced in reducer.receive(before=done):
-                    asked, keep = stop_of(reduced), bool(reduced.scalar("overdue"))
-                if asked or keep or done == batches_in_all:
-                    fresh.sum_over_ranks()
-                    total.take(fresh)
-                    self._keep(key, done, total)
-                if asked and done < batches_in_all:
-                    raise Stopped(asked)
-            reducer.receive()
-            restart_steps()
-            beat(PREPARING)
-        for i, bad in enumerate(total.not_finite.tolist()):
+        manifest, key = self.sets[name], f"{stage}: {name}"
+        done, kept = self._kept.get(key, (0, None))
+        counts = Counts(len(called), manifest.num_classes, self.device)
+        if kept is not None:
+            counts.load(kept)
+        if done < self._num_batches(manifest):
+            self._count_rest(key, name, models, counts, done)
+        for model, bad in zip(called, counts.not_finite.tolist(), strict=True):
             if bad:
                 raise UserError(
-                    f"{names[i] if names else 'A model'} gives logits that are not finite for {bad} of "
-                    f"{manifest.num_samples} images of {name}: its weights are damaged, or too large for "
-                    f"{self._evaluation.precision}. Try --precision fp32."
+                    f"{model} gives logits that are not finite for {bad} of {manifest.num_samples} images of {name}: "
+                    f"its weights are damaged, or too large for {self._evaluation.precision}. Try --precision fp32."
                 )
-        return total
+        return counts
+
+    def _count_rest(self, key: str, name: str, models: Candidates, total: Counts, done: int) -> None:
+        """Add to ``total`` the batches of a set after the first ``done``, and keep it from time to time.
+
+        Raises:
+            Stopped: a stop was requested; ``total`` is kept.
+        """
+        manifest, label_space, device = self.sets[name], self.label_spaces[name], self.device
+        size, world, last = self._evaluation.batch_size, self._place.world_size, self._num_batches(manifest)
+        fresh = Counts(len(total.not_finite), manifest.num_classes, device)
+        reducer = AsyncMetricReducer(device)
+        if self._bar is not None:
+            self._bar.set_description(name)
+        restart_steps()
+        for number, batch in enumerate(self._rounds(manifest, next(iter(models))[0], done)):
+            beat("evaluating", number)
+            if batch is not None:
+                images = batch.images.to(device, non_blocking=True)
+                labels = batch.labels.to(device, non_blocking=True)
+                for i, (model, normalise) in enumerate(models):
+                    fresh.add(i, self._logits(model, normalise(images)), labels, label_space)
+            before, done = done, min(last, done + world)
+            self._advance(min(done * size, manifest.num_samples) - before * size, name)
+            overdue = self.is_main_process and time.monotonic() - self._kept_at > KEEP_S
+            reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
+            reducer.send(done)
+            beat(WAITING)
+            # The requests of one batch ago: no rank waits for the slowest, and all ranks read the same values.
+            asked, keep = None, False
+            for reduced in reducer.receive(before=done):
+                asked, keep = stop_of(reduced), bool(reduced.scalar("overdue"))
+            if asked or keep or done == last:
+                fresh.sum_over_ranks()
+                total.take(fresh)
+                self._keep(key, done, total)
+            if asked and done < last:
+                raise Stopped(asked)
+        reducer.receive()
+        restart_steps()
+        beat(PREPARING)
+
+    def _num_batches(self, manifest: Manifest) -> int:
+        return -(-manifest.num_samples // self._evaluation.batch_size)
 
     def results(self, names: Sequence[str], models: Candidates, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Count models on sets: ``sets`` and ``models`` of results.json.
@@ -165,7 +175,7 @@ class SetCounter:
             rows: an entry of ``models`` for each model, to which its results are added: its ``name``, and more.
         """
         called = [row["name"] for row in rows]
-        counted = {name: self.count("sets", name, models, len(rows), called) for name in names}
+        counted = {name: self.count("sets", name, models, called) for name in names}
         entries = []
         for i, row in enumerate(rows):
             of_sets = {
@@ -193,7 +203,7 @@ class SetCounter:
             start=done,
             pin_memory=self._place.device.type == "cuda",
         )
-        for _ in range(done, -(-manifest.num_samples // size), world):
+        for _ in range(done, self._num_batches(manifest), world):
             yield next(batches, None)
 
     @torch.no_grad()

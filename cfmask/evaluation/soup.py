@@ -61,7 +61,7 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
     counter.check_classes(info.classes)
     normalise = Normalise(info.mean, info.std).to(counter.device)
     alone = [(model.to(counter.device).eval().requires_grad_(False), normalise) for model, _ in alike]
-    scores = counter.count("ingredients", holdout, alone, len(alone), paths).scores()
+    scores = counter.count("ingredients", holdout, alone, paths).scores()
     tried: list[dict[str, Any]] = []
     mixed = copy.deepcopy(alone[0][0])
 
@@ -69,7 +69,8 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
         # On the CPU, like the soup that is saved.
         mixed.load_state_dict(average({k: v.cpu() for k, v in alone[i][0].state_dict().items()} for i in numbers))
         stage = "soup of " + " ".join(map(str, numbers))
-        [found] = counter.count(stage, holdout, [(mixed, normalise)], 1).scores()
+        called = [f"The soup of {', '.join(paths[i] for i in numbers)}"]
+        [found] = counter.count(stage, holdout, [(mixed, normalise)], called).scores()
         tried.append({"ingredients": [paths[i] for i in numbers], "top1": found.top1})
         return found.correct
 

@@ -37,18 +37,17 @@ def evaluate(evaluation: WiseFT, counter: SetCounter, run: RunFolder) -> dict[st
     mixtures = Mixtures(evaluation.models, alphas, counter.device)
     counter.check_classes(mixtures.info.classes)
     counter.announce([*([holdout] if holdout else []), *evaluation.sets])
+    rows: list[dict[str, Any]] = [{"name": f"α = {alpha:g}", "alpha": alpha} for alpha in alphas]
 
     choice: dict[str, Any] = {}
     if holdout:
-        scores = counter.count("alphas", holdout, mixtures, len(alphas)).scores()
+        scores = counter.count("alphas", holdout, mixtures, [row["name"] for row in rows]).scores()
         best = max(range(len(alphas)), key=lambda i: scores[i].correct)
         choice = {"chosen_on": holdout, "holdout": [score.top1 for score in scores], "chosen": best}
     elif len(alphas) == 1:
         choice = {"chosen": 0}
     if choice and counter.is_main_process:
         mixtures.save(alphas[choice["chosen"]], run.final)
-
-    rows = [{"name": f"α = {alpha:g}", "alpha": alpha} for alpha in alphas]
     return {**counter.results(evaluation.sets, mixtures, rows), **choice}
 
 
