@@ -1,5 +1,5 @@
-"""Where an evaluated model comes from: which run, which step, and what chose that step. results.json keeps it for each
-model that an evaluation takes, and tables say it."""
+"""Where an evaluated model comes from: its run, its step, and what chose that step. results.json keeps it for each
+model of an evaluation, and tables print it."""
 
 from __future__ import annotations
 

@@ -50,12 +50,12 @@ def known_test_set(name: str, manifest: Manifest | None = None) -> str | None:
     """The test set that a set is, by its name or by what is in it; None if it is not known as one.
 
     Short names (``val``, ``imagenet``, ``v2``, ``r`` …) are used for other data as well, and mean the paper's sets only
-    with ImageNet's 1000 classes. A set is recognised by its counts whatever its folder is called, except ImageNet-V2,
-    which has as many images and classes as a held-out set of 10,000.
+    with ImageNet's 1000 classes. A set is recognised by its counts under any folder name, except ImageNet-V2, which
+    has as many images and classes as a held-out set of 10,000.
 
     Args:
         name: of its folder, or a path of it.
-        manifest: of the set; None: it is not there to be looked at.
+        manifest: of the set; None: it is not available.
     """
     names = {PurePath(name).name}
     if manifest is not None:
@@ -82,7 +82,7 @@ def known_test_set(name: str, manifest: Manifest | None = None) -> str | None:
 
 
 def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed: bool) -> bool:
-    """Refuse a choice on a test set unless it is asked for in so many words; then warn.
+    """Refuse a choice on a test set unless the user requested it with ``FLAG``; then print a warning.
 
     Args:
         what: the choice, as the user gave it, such as "--holdout objectnet".
@@ -93,7 +93,7 @@ def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed:
         Whether it is a test set.
 
     Raises:
-        UserError: it is one, and that was not asked for.
+        UserError: it is a test set, and ``allowed`` is false.
     """
     test_set = known_test_set(name, manifest)
     if test_set is None:
@@ -154,7 +154,7 @@ def trained_on(chooses: Manifest, train: Manifest) -> str | None:
 
 def _shared_keys(chooses: Manifest, train: Manifest) -> list[str]:
     """Keys of samples that are in both sets. Sets other than ImageNet may give different images one name (cat/001.jpg):
-    there the images' bytes have to be equal as well. Bytes of different stores cannot be compared."""
+    there the images' bytes must be equal too. Bytes of different stores cannot be compared."""
     alike = (chooses.store, chooses.image_size) == (train.store, train.image_size)
     unique_names = tuple(wnid for wnid, _ in train.classes) == imagenet.wnids()
     if not (alike or unique_names):
