@@ -63,10 +63,16 @@ def save_moved_model(source: Path, path: Path, by: float) -> None:
 
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
+    import tensorboard.summary.writer.event_file_writer as events
+
     import cfmask.train
     from cfmask.distributed import Place
     from cfmask.session import FINISHED, REQUEUE
 
+    # TensorBoard reads files in the order of their names: second, host, pid, and then a count within the process, in
+    # which 10 comes before 9. A run's starts are processes of their own everywhere but here.
+    if events._global_uid.get() < 1000:
+        events._global_uid = type(events._global_uid)(1000)
     run = RunFolder(folder)
     run.claim(recipe)
     asked = iter(range(10**6))
