@@ -69,7 +69,7 @@ def test_files_that_a_document_names_exist(document):
     text = (REPO / document).read_text()
     named = set(re.findall(r"\b(?:cfmask|launch|slurm|tests|tools)/[\w/.-]*\w", text))
     assert len(named) > 20
-    assert sorted(path for path in named if not (REPO / path).exists() and not (REPO / f"{path}.py").exists()) == []
+    assert sorted(path for path in named if not (REPO / path).exists()) == []
     links = re.findall(r"\]\(([^)#:]+)\)", text)
     assert links and all((REPO / document).parent.joinpath(link).exists() for link in links)
 
