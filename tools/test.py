@@ -18,9 +18,9 @@ import _bootstrap
 WORKERS = str(min(4, 1 + len(os.sched_getaffinity(0))))
 """One more than there are cores: much of what tests do is wait, for a Slurm or a run that they have started."""
 QUICK = (
-    *("checkpoint", "checkpoint_state", "cluster_file", "demo_parts", "health", "images", "optim", "passes", "plan"),
-    *("recipe", "restarts", "run_restarts", "runs", "secrets", "shards", "slurm_client", "step", "validation"),
-    *("weights",),
+    *("architecture", "checkpoint", "checkpoint_state", "cluster_file", "demo_parts", "health", "images", "optim"),
+    *("passes", "plan", "recipe", "restarts", "run_restarts", "runs", "secrets", "shards", "slurm_client", "step"),
+    *("validation", "weights"),
 )
 """What --quick runs of tests/."""
 
