@@ -22,7 +22,13 @@ parameter.sum().backward()
 optimizer.step()
 optimizer.zero_grad()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-print(*({"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"} & sys.modules.keys()))
+late = {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers", "torch._decomp", "ftfy"}
+print(*(late & sys.modules.keys()))
+import open_clip
+import torch._decomp
+
+assert open_clip.tokenize(["a dog"]).sum() == open_clip.SimpleTokenizer()(["a dog"]).sum()
+assert torch._meta_registrations is sys.modules["torch._meta_registrations"] and len(torch._decomp.meta_table) > 100
 
 graphs = []
 print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1)).item())
