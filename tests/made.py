@@ -153,7 +153,7 @@ def logs(run: Path) -> str:
     return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))
 
 
-def wait_for(run: Path, holds: Callable[[], bool], what: str, timeout: float = 150) -> None:
+def wait_for(run: Path, holds: Callable[[], bool], what: str, timeout: float = 300) -> None:
     """``wait_until``, with the run's logs if it is in vain."""
     try:
         wait_until(holds, what, timeout)

@@ -58,7 +58,7 @@ class Cluster:
     def call(self, *command: str, cwd: Path | None = None) -> str:
         """Run one of Slurm's commands against this cluster; return its output, fail with its errors."""
         environment = os.environ | {"SLURM_CONF": str(self.conf)}
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, f"`{' '.join(command)}` failed:\n{done.stdout}{done.stderr}"
         return done.stdout
 
@@ -71,7 +71,7 @@ class Cluster:
         words = self.call("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for_state(self, job: str, state: str, timeout: float = 120) -> None:
+    def wait_for_state(self, job: str, state: str, timeout: float = 300) -> None:
         """Wait until the controller gives the job this state."""
         wait_until(lambda: self.job(job)["JobState"] == state, f"job {job} is {state}", timeout)
 
@@ -96,7 +96,7 @@ class Cluster:
         tool(self.state, "up")
 
 
-def wait_until(holds: Callable[[], bool], what: str, timeout: float = 120) -> None:
+def wait_until(holds: Callable[[], bool], what: str, timeout: float = 300) -> None:
     """Look five times a second whether it holds; fail saying what did not come true."""
     deadline = time.monotonic() + timeout
     while not holds():
@@ -138,7 +138,7 @@ def running_cluster(*flags: str) -> Iterator[Cluster]:
         yield Cluster(state)
     finally:
         keeper.stdin.close()
-        code = keeper.wait(timeout=120)
+        code = keeper.wait(timeout=300)
     assert code == 0, f"`{' '.join(down)}` failed with exit code {code}"
 
 

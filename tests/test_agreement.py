@@ -36,7 +36,7 @@ def test_ranks_compare_what_they_have_read(tmp_path, recipes):
         )
         for rank, recipe in enumerate(recipes)
     ]
-    said = {rank.communicate(timeout=120)[0].strip() for rank in ranks}
+    said = {rank.communicate(timeout=300)[0].strip() for rank in ranks}
     if len(set(recipes)) == 1:
         assert said == {"['n0', 'n1', 'n2']"}
         return

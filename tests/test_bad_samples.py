@@ -63,7 +63,7 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
     # The shard goes once the job is under way: a launch would refuse it.
     for run in (alone, stopped):
         process = made.start(*flags(materials, run, *share))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (run / "initial.safetensors").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         gone.rename(gone.with_suffix(".away"))
@@ -74,7 +74,7 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
                     time.sleep(0.001)
                 for pid in ranks:
                     os.kill(pid, signal.SIGUSR2)
-            assert process.wait(120) == 0
+            assert process.wait(300) == 0
         finally:
             gone.with_suffix(".away").rename(gone)
     assert_same_end(stopped, alone)
@@ -101,7 +101,7 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint_and_men
     run = tmp_path / "run"
     begun = time.monotonic()
     done = made.submit(*flags(root, run, "--max-bad-share", 0.02), check=False)
-    assert done.returncode == 1 and time.monotonic() - begun < 60
+    assert done.returncode == 1 and time.monotonic() - begun < 240
     logs = [path.read_text() for path in sorted((run / "jobs").glob("*_log.out"))]
     ends = [log for log in logs if "of epoch 1 could not be read, more than the 1 that --max-bad-share 0.02" in log]
     assert len(ends) == 2, "every rank says why"
@@ -127,7 +127,7 @@ def test_another_training_set_is_refused_at_a_resume(materials, tmp_path):
     shutil.rmtree(root / "shards")
     shutil.copytree(root / "whole", root / "shards")
     process = made.start(*flags(root, run, "--checkpoint-steps", 1))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (run / "checkpoints/step-00000001").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     made.kill_all(process)

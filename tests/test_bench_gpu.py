@@ -154,10 +154,10 @@ def test_a_part_that_goes_wrong_is_reported_and_stops_no_other(setting, side_by_
         "missing": is_missing_something,
         "works": works,
     }
-    parts = [Part(name, function, 1, limit=3 if name == "hangs" else 60) for name, function in functions.items()]
+    parts = [Part(name, function, 1, limit=5 if name == "hangs" else 120) for name, function in functions.items()]
     begun = time.monotonic()
     outcomes = Runner(setting, 100, "# Head").run([parts] if side_by_side else [[part] for part in parts])
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 240
     assert {name: outcome.status for name, outcome in outcomes.items()} == {
         "hangs": runner.TIMED_OUT,
         "raises": runner.FAILED,

@@ -74,7 +74,7 @@ def test_a_run_on_this_machine_ends_with_a_checkpoint_and_a_resume_takes_the_mar
     assert done.returncode == 0
     step = assert_left_a_checkpoint_of_where_it_stopped(run, done.stdout)
     assert step >= 8
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=300) == 1
     assert state_of(run) == "cancelled"
     assert RunFolder(run).owner() is None
 
@@ -96,7 +96,7 @@ def test_the_mark_alone_ends_a_run(materials, tmp_path):
     process = made.start(*local(materials, run))
     wait_for_step(run, 3)
     RunFolder(run).cancel()
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=300) == 1
     assert read_lines(run / "attempts.jsonl")[-1]["from_step"] == 0
     assert json.loads((run / "ended.json").read_text())["why"].endswith("(quit)")
 
@@ -106,7 +106,7 @@ def test_a_job_that_finds_the_mark_does_not_start(materials, tmp_path):
     process = made.start(*local(materials, run))
     wait_until(lambda: list((run / "jobs").glob("*_submitted.pkl")), "the job is submitted")
     RunFolder(run).cancel()
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=300) == 1
     assert not (run / "log.jsonl").exists()
     [attempt] = read_lines(run / "attempts.jsonl")
     assert attempt["from_step"] is None
@@ -123,7 +123,7 @@ def test_what_does_not_end_in_time_is_killed(materials, tmp_path):
     done = run_tool("cancel", run, "--grace", 2)
     assert done.returncode == 0
     assert "is still there: killed" in done.stdout and "there is no checkpoint" not in done.stdout
-    assert process.wait(timeout=120) == 1
+    assert process.wait(timeout=300) == 1
     assert not process_runs(rank)
     listed = subprocess.run(["ps", "-o", "stat=", "-g", str(process.pid)], capture_output=True, text=True).stdout
     assert all(line.startswith("Z") for line in listed.split()), "a rank is left"
@@ -264,7 +264,7 @@ def test_a_job_that_was_just_requeued_does_not_go_on(slurm_cluster: Cluster, mat
     RunFolder(run).cancel()
     assert state_of(run) == "cancelling"
     slurm_cluster.start_again_now(name)
-    slurm_cluster.wait_for_state(name, "COMPLETED", 90)
+    slurm_cluster.wait_for_state(name, "COMPLETED")
     assert slurm_cluster.job(name)["Restarts"] == "1"
     first, second = read_lines(run / "attempts.jsonl")
     assert second["why_last_ended"] == f"stopped at step {RunFolder(run).saved_step()} (requeue)"
@@ -282,7 +282,7 @@ def test_a_job_that_comes_back_without_getting_anywhere_is_given_up(slurm_cluste
     RunFolder(run).begin_attempt(job=f"{name}-0", from_step=10_000_000)
     slurm_cluster.call("scontrol", "requeue", name)
     slurm_cluster.start_again_now(name)
-    slurm_cluster.wait_for_state(name, "FAILED", 90)
+    slurm_cluster.wait_for_state(name, "FAILED")
     why = json.loads((run / "ended.json").read_text())["why"]
     assert "given up" in why and "stopped at step" in why and f"submit.py --resume {run}" in why
     assert state_of(run) == "failed"
@@ -321,7 +321,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
     os.utime(file, (time.time() - 75,) * 2)
     told = made.submit(*on_slurm(materials, run), pace_s=made.PACE_S).stdout
     assert f"{run} was held by job {name}-0, process 4711 on n17, which was not heard of for 6" in told
-    wait_until(lambda: len(read_lines(run / "attempts.jsonl")) == 2, "the second start", 90)
+    wait_until(lambda: len(read_lines(run / "attempts.jsonl")) == 2, "the second start")
     assert state_of(run) == "running"
     assert run_tool("cancel", run).returncode == 0
 
@@ -357,7 +357,7 @@ def test_following_a_job_survives_its_requeue(slurm_cluster: Cluster, materials,
         wait_for_step(run, 8)
         slurm_cluster.call("scancel", "--signal=USR2", name)
         slurm_cluster.start_again_now(name)
-        told, bar = following.communicate(timeout=200)
+        told, bar = following.communicate(timeout=400)
     finally:
         following.kill()
     assert following.returncode == 0, told + bar

@@ -54,7 +54,7 @@ def test_how_a_machine_is_set_up_is_no_loss(text):
 
 
 RANK = """
-import datetime, os, signal, sys
+import datetime, os, pathlib, signal, sys, time
 sys.path.insert(0, sys.argv[4])
 import torch, torch.distributed as dist
 from launch.jobs import failure_reports, failures
@@ -62,6 +62,9 @@ how, rank, file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 if how == "interface" and rank == 1:
     os.environ["GLOO_SOCKET_IFNAME"] = "none7"
 patience = datetime.timedelta(seconds=4)
+pathlib.Path(f"{file}-{rank}").touch()
+while not pathlib.Path(f"{file}-{1 - rank}").exists():  # which may take longer to import torch than the patience
+    time.sleep(0.02)
 try:
     store = dist.FileStore(file, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=patience)
@@ -69,7 +72,6 @@ try:
     if how == "killed" and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1:
-        import time
         time.sleep(8)  # silent for longer than rank 0 waits
     dist.all_reduce(torch.zeros(1))
 except Exception as error:
@@ -94,6 +96,6 @@ def test_errors_of_a_real_group(tmp_path, how, losses):
         )
         for rank in range(2)
     ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     for output, loss in zip(outputs, losses, strict=True):
         assert loss is None or output.partition(" ")[0].strip() == loss, output

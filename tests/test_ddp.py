@@ -264,7 +264,7 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
             )
             for rank, name in enumerate(names)
         ]
-        errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
         assert have_met(tmp_path)
     finally:

@@ -9,7 +9,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -311,15 +310,15 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
         "                for batch in real(*a, **k):\n"
         "                    time.sleep(0.2)\n"
         "                    yield batch\n"
+        f"                    open({str(slow / 'counted')!r}, 'a').write('x')\n"
         "            s.eval_batches = slowly\n"
         "sys.meta_path.insert(0, Find())\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{slow}:{os.environ['PYTHONPATH']}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: (out / "attempts.jsonl").exists(), "the evaluation to begin")
-    time.sleep(1)
+    wait_until(lambda: (slow / "counted").exists() and len((slow / "counted").read_text()) >= 4, "a few batches")
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130 and "Interrupted by SIGINT. The same command resumes" in error
     assert "Traceback" not in error and (out / "progress.safetensors").exists()
     assert evaluate.main([*command[2:]]) == 0

@@ -226,7 +226,7 @@ def on_ranks(folder: Path, world: int, attempt: str, stop: str = "") -> list[str
         )
         for rank in range(world)
     ]
-    said = [rank.communicate(timeout=120) for rank in ranks]
+    said = [rank.communicate(timeout=300) for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), said
     return [out.strip().splitlines()[-1] for out, _ in said]
 

@@ -310,7 +310,7 @@ def test_a_run_that_was_killed_and_resumed_ends_bitwise_equal(materials, tmp_pat
     made.wait_for_step(tmp_path / "killed", 10)
     made.kill_all(process)
     made.submit(*flags(tmp_path / "killed"))
-    assert whole.wait(timeout=120) == 0
+    assert whole.wait(timeout=300) == 0
     for file in ("model.safetensors", "optimizer.safetensors"):
         ends = [load_file(max((tmp_path / run / "checkpoints").glob("step-*")) / file) for run in ("killed", "whole")]
         assert ends[0].keys() == ends[1].keys() and ends[0]

@@ -245,7 +245,7 @@ def test_a_node_on_which_ranks_die_twice_is_left_out(slurm_cluster, materials, t
     for restart in (1, 2):
         made.wait_for(run, lambda n=restart: slurm_cluster.job(job)["Restarts"] == str(n), f"restart {restart}")
         if restart == 2:
-            made.wait_for(run, lambda: slurm_cluster.job(job)["ExcNodeList"] != "(null)", "the node is left out", 30)
+            made.wait_for(run, lambda: slurm_cluster.job(job)["ExcNodeList"] != "(null)", "the node is left out")
         slurm_cluster.start_again_now(job)
     made.wait_for(run, (run / "results.json").exists, "the results")
     bad = (tmp_path / "bad").read_text()

@@ -22,7 +22,8 @@ parameter.sum().backward()
 optimizer.step()
 optimizer.zero_grad()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-late = {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers", "torch._decomp", "ftfy"}
+late = {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
+late |= {"torch._decomp", "ftfy"}
 print(*(late & sys.modules.keys()))
 import open_clip
 import torch._decomp

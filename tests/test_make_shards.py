@@ -466,7 +466,7 @@ def test_a_worker_that_is_killed_ends_the_command_which_names_the_shard_and_resu
         time.sleep(0.002)
         assert process.poll() is None
     os.kill(workers[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     error = errors[errors.index("error: ") :]
     assert process.returncode == 2 and "Traceback" not in errors and len(error.splitlines()) == 1
     assert "A worker process was killed by signal 9 (SIGKILL)" in error

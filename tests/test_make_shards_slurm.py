@@ -71,7 +71,7 @@ def array_of(cluster, process: subprocess.Popen) -> str:
         found[:] = [words[0] for words in lines if words[1].startswith("cfmask-shards-")]
         return bool(found)
 
-    wait_until(look, "the jobs to be in the queue", 60)
+    wait_until(look, "the jobs to be in the queue")
     return found[0]
 
 
@@ -90,7 +90,7 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     wait_until(lambda: made(folder) >= 5, "the first shards")
     slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
     command.send_signal(signal.SIGINT)
-    said, _ = command.communicate(timeout=120)
+    said, _ = command.communicate(timeout=300)
     assert command.returncode == 130 and "The jobs go on" in said and f"array job {array} of 3 tasks" in said
     assert not (folder / "manifest.json").exists()
 
@@ -139,7 +139,7 @@ def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_clust
     array_of(slurm_cluster, command)
     wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards")
     command.send_signal(signal.SIGINT)
-    command.communicate(timeout=120)
+    command.communicate(timeout=300)
     assert convert("folder", source, tmp_path, "--samples-per-shard", 10) == 0
     manifest = load_manifest(tmp_path / "train")
     assert manifest.num_samples == SHARDS * 10
@@ -155,7 +155,7 @@ def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
     array = array_of(slurm_cluster, command)
     wait_until(lambda: made(tmp_path / "out" / "train") >= 2, "the first shards")
     gone.unlink()
-    said, _ = command.communicate(timeout=120)
+    said, _ = command.communicate(timeout=300)
     assert command.returncode == 2, said
     error = said[said.rindex("error: ") :]
     assert "results are missing" in error and f"The source {gone} cannot be read (No such file or directory)" in error

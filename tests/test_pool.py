@@ -19,7 +19,7 @@ from cfmask.runtime.pool import map_in_processes, worker_number
 from slurm_fixture import wait_until
 
 HERE = Path(__file__).resolve().parent
-END_S = 30
+END_S = 240
 
 
 def pythons() -> list[str]:
@@ -61,7 +61,7 @@ def launcher_of(process: subprocess.Popen) -> int:
 def ended(process: subprocess.Popen) -> str:
     """What it wrote to its standard error, when it has ended and no process is left."""
     _, errors = process.communicate(timeout=END_S)
-    wait_until(lambda: not in_group(process), "all of its processes to be gone", 20)
+    wait_until(lambda: not in_group(process), "all of its processes to be gone")
     assert "Traceback" not in errors, errors
     return errors
 

@@ -100,7 +100,7 @@ def test_a_killed_owner_on_this_machine_is_followed_at_once(run, capsys):
     before = time.monotonic()
     with run.locked():
         assert run.owner().pid == os.getpid()
-    assert time.monotonic() - before < 3
+    assert time.monotonic() - before < 30
     assert f"process {holder.pid} on {os.uname().nodename}, which does not run any more: taken over" in (
         capsys.readouterr().out
     )
@@ -194,7 +194,7 @@ def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
     os.kill(holder.pid, signal.SIGSTOP)
     with run.locked(dead_after_s=1, patience_s=30):
         os.kill(holder.pid, signal.SIGCONT)
-        assert holder.wait(timeout=120) == 1
+        assert holder.wait(timeout=300) == 1
         assert run.owner().pid == os.getpid()
     said = holder.stdout.read()
     assert f"has gone to process {os.getpid()} on" in said and "left" not in said
@@ -205,9 +205,9 @@ def _contend(root: Path, ready, done, won) -> None:
     try:
         with RunFolder(root).locked(patience_s=0.3, dead_after_s=1):
             won.put(os.getpid())
-            done.wait(timeout=120)
+            done.wait(timeout=300)
     except UserError:
-        done.wait(timeout=120)
+        done.wait(timeout=300)
 
 
 @pytest.mark.parametrize("before", ["never held", "free", "owner killed", "owner silent elsewhere"])

@@ -79,7 +79,7 @@ def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, t
     slurm_cluster.sbatch(*urgent, cwd=tmp_path)
     made.wait_for(run.root, lambda: slurm_cluster.job(job.job_id).get("Restarts") == "1", "the preemption")
     slurm_cluster.start_again_now(job.job_id)
-    made.wait_for(run.root, run.results.exists, "the results", 120)
+    made.wait_for(run.root, run.results.exists, "the results")
     assert read_results(run.root).models == read_results(alone.root).models
     first, second = read_lines(run.attempts)
     assert first["from_step"] == 0 < second["from_step"] < 192 and "requeue" in second["why_last_ended"]

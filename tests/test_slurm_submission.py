@@ -245,7 +245,7 @@ def test_options_in_the_environment_change_neither_a_job_nor_what_is_known_of_it
     # The environment of a rank: the user's, and Slurm's own of this job.
     assert slurm_cluster.job(jobs[0].job_id)["Partition"] == "low"
     for each in jobs:
-        wait_until(each.paths.result_pickle.exists, f"the result of job {each.job_id}", 60)
+        wait_until(each.paths.result_pickle.exists, f"the result of job {each.job_id}")
         outcome, printed = pickle_load(each.paths.result_pickle)
         assert outcome == "success"
         inside = dict(line.split("=", 1) for line in printed.splitlines() if "=" in line)

@@ -446,7 +446,7 @@ def test_a_run_on_this_machine_is_followed_over_a_restart_to_its_end(materials, 
     assert f"finished: {run / 'model.safetensors'}" in told
     assert "loss" in bar and "samples/s" in bar and f"/{EPOCHS * 6}" in bar
     assert len(read_lines(run / "attempts.jsonl")) == 2
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=300) == 0
     assert follow.follow_run(RunFolder(run)) == 0, "of a finished run, at once"
 
 
@@ -457,7 +457,7 @@ def test_following_ends_with_a_run_that_dies(materials, tmp_path):
     following = start_following(run)
     time.sleep(2)
     made.kill_all(process)
-    told, bar = following.communicate(timeout=120)
+    told, bar = following.communicate(timeout=300)
     assert following.returncode == 1, told + bar
     assert "The run did not finish" in told and "--resume" in told
 
@@ -468,9 +468,9 @@ def test_ctrl_c_leaves_the_run_alone(materials, tmp_path):
     try:
         wait_until(lambda: (run / "recipe.json").exists(), "the run is there")
         following = start_following(run)
-        time.sleep(3)
+        assert following.stderr.read(1), "it shows its bar"
         following.send_signal(signal.SIGINT)
-        told, errors = following.communicate(timeout=120)
+        told, errors = following.communicate(timeout=300)
         assert following.returncode == 130 and "Traceback" not in errors
         assert "The run goes on" in told
         assert process.poll() is None

@@ -353,10 +353,10 @@ def test_interrupted_it_leaves_no_process(tmp_path, number, status):
     children = processes_below(process.pid)
     # As a terminal does it: to the whole group.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status
     assert "Traceback" not in errors
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its processes to be gone", 20)
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its processes to be gone")
 
 
 def test_processes_find_what_one_finds(made, tmp_path):
@@ -394,7 +394,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
     wait_until(lambda: slurm_cluster.job(job)["JobState"] == "RUNNING", "the task to run")
     slurm_cluster.call("scontrol", "requeue", job)
     slurm_cluster.start_again_now(job)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
     assert slurm_cluster.job(job)["Restarts"] == "1"
     problems = {(p["shard"], p["kind"]) for p in json.loads(report.read_text())["sets"][0]["problems"]}

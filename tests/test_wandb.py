@@ -215,7 +215,7 @@ def test_a_start_that_cannot_reach_wandb_is_offline_and_its_folders_are_synced_f
     assert "is not synced, so this start is offline too" in send(run, environment) and not runs
     wandb = [sys.executable, "-m", "wandb", "sync", "--yes", str(run.root / "wandb")]
     environ = {**os.environ, **environment}
-    done = subprocess.run(wandb, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(wandb, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     [there] = runs.values()
     assert_is_log(there, run, up_to=150)
@@ -278,7 +278,7 @@ def test_wandb_that_hangs_holds_no_job_up(run):
         environment = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}"}
         began = time.monotonic()
         code, log = supervise(run, "time.sleep(4); sys.exit(143)", environment, within_s=2)
-        assert code == 143 and time.monotonic() - began < 30, log
+        assert code == 143 and time.monotonic() - began < 80, log
     assert "the end of the history was not sent within 2 s" in log
     wait_until(lambda: nothing_is_left_of(run), "the end of all processes")
 
@@ -353,7 +353,7 @@ def test_three_starts_of_a_run_are_one_history_without_gaps_or_repeats(tmp_path,
     process = made.start(*flags, "--wandb", "imagenet", "--notify", f"cat >> {tmp_path}/news")
     made.wait_for_step(run.root, 20)
     process.send_signal(signal.SIGINT)
-    assert process.wait(90) == 128 + signal.SIGINT
+    assert process.wait(300) == 128 + signal.SIGINT
     first = run.saved_step()
     assert_is_log(offline_history(run), run, up_to=first)
 
