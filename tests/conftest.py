@@ -98,5 +98,6 @@ def pytest_collection_finish():
 @pytest.fixture
 def all_imports(monkeypatch):
     """What the test starts imports all that it does outside of tests (lean/lean.py)."""
-    paths = os.environ["PYTHONPATH"].split(os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in paths if path != str(LEAN)))
+    import made
+
+    monkeypatch.setenv("PYTHONPATH", made.path_of_all_imports())

@@ -61,6 +61,12 @@ def save_moved_model(source: Path, path: Path, by: float) -> None:
     save_model(path, model, info)
 
 
+def path_of_all_imports() -> str:
+    """PYTHONPATH for processes that import all that they do outside of tests (lean/lean.py)."""
+    paths = os.environ["PYTHONPATH"].split(os.pathsep)
+    return os.pathsep.join(path for path in paths if path != str(REPO / "tests/lean"))
+
+
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
     import tensorboard.summary.writer.event_file_writer as events

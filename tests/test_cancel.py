@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -208,11 +209,22 @@ def submit(materials: Path, run: Path, *more: object) -> str:
 
 
 @pytest.mark.slurm
-def test_a_running_job_saves_and_leaves_and_is_not_requeued(slurm_cluster: Cluster, materials, tmp_path):
+def test_a_running_job_refuses_a_second_one_and_saves_and_leaves_when_it_is_cancelled(
+    slurm_cluster: Cluster, materials, tmp_path
+):
     run = tmp_path / "run"
     name = submit(materials, run)
-    wait_for_step(run, 8)
-    assert state_of(run) == "running"
+    wait_for_step(run, 2)
+    # submit.py would refuse it; this is what it would have sent.
+    second = slurm_cluster.sbatch("--hold", str(run / f"jobs/{name}_submission.sh"), cwd=tmp_path)
+    shutil.copy(run / f"jobs/{name}_submitted.pkl", run / f"jobs/{second}_submitted.pkl")
+    slurm_cluster.call("scontrol", "release", second)
+    slurm_cluster.wait_for_state(second, "FAILED")
+    log = "".join(path.read_text() for path in (run / "jobs").glob(f"{second}_*_log.out"))
+    assert f"Another job is training into {run}" in log
+    step = RunFolder(run).logged_step()
+    wait_for_step(run, step + 5)
+    assert state_of(run) == "running" and slurm_cluster.job(name)["JobState"] == "RUNNING"
     done = run_tool("cancel", run)
     assert done.returncode == 0, done.stderr
     assert "save a checkpoint and end" in done.stdout and "still there" not in done.stdout
@@ -225,15 +237,19 @@ def test_a_running_job_saves_and_leaves_and_is_not_requeued(slurm_cluster: Clust
 @pytest.mark.slurm
 def test_a_job_that_is_just_starting_ends_without_being_killed(slurm_cluster: Cluster, materials, tmp_path):
     """Its ranks do not find the mark at the same moment: some have looked before it came."""
-    for delay in (0, 1, 3):
-        run = tmp_path / f"after-{delay}"
+
+    def starts_and_is_cancelled(delay_s: int) -> None:
+        run = tmp_path / f"after-{delay_s}"
         name = submit(materials, run)
         slurm_cluster.wait_for_state(name, "RUNNING")
-        time.sleep(delay)
+        time.sleep(delay_s)
         done = run_tool("cancel", run)
         assert done.returncode == 0, done.stderr
         assert "still there" not in done.stdout
         assert state_of(run) == "cancelled"
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(starts_and_is_cancelled, (0, 1, 3)))
 
 
 @pytest.mark.slurm
@@ -289,25 +305,6 @@ def test_a_job_that_comes_back_without_getting_anywhere_is_given_up(slurm_cluste
 
 
 @pytest.mark.slurm
-def test_a_second_job_on_the_folder_is_refused_and_the_first_goes_on(slurm_cluster: Cluster, materials, tmp_path):
-    run = tmp_path / "run"
-    first = submit(materials, run)
-    wait_for_step(run, 2)
-    # submit.py would refuse it; this is what it would have sent.
-    second = slurm_cluster.sbatch("--hold", str(run / f"jobs/{first}_submission.sh"), cwd=tmp_path)
-    shutil.copy(run / f"jobs/{first}_submitted.pkl", run / f"jobs/{second}_submitted.pkl")
-    slurm_cluster.call("scontrol", "release", second)
-    slurm_cluster.wait_for_state(second, "FAILED")
-    log = "".join(path.read_text() for path in (run / "jobs").glob(f"{second}_*_log.out"))
-    assert f"Another job is training into {run}" in log
-    step = RunFolder(run).logged_step()
-    wait_for_step(run, step + 5)
-    assert state_of(run) == "running" and slurm_cluster.job(first)["JobState"] == "RUNNING"
-    assert len(read_lines(run / "attempts.jsonl")) == 1
-    assert run_tool("cancel", run).returncode == 0
-
-
-@pytest.mark.slurm
 def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster, materials, tmp_path):
     run = tmp_path / "run"
     name = submit(materials, run, "--retries", 0)
@@ -348,7 +345,7 @@ def test_one_run_of_a_sweep_is_cancelled_and_the_other_goes_on(slurm_cluster: Cl
 @pytest.mark.slurm
 def test_following_a_job_survives_its_requeue(slurm_cluster: Cluster, materials, tmp_path):
     run = tmp_path / "run"
-    name = submit(materials, run, "--epochs", 40)
+    name = submit(materials, run, "--epochs", 20)
     command = [sys.executable, REPO / "launch/status.py", run, "--follow"]
     following = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1

@@ -27,6 +27,7 @@ from launch.jobs.recipe_arguments import recipe_from
 
 STEPS = 18  # 3 epochs of 6
 PACE_S = 0.1  # a step of a run that is disturbed: it must not finish before
+BY_FOUR = ("--tasks-per-node", 4, "--loader-workers", 0)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,16 @@ def flags(materials: Path, run: Path, *more: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(materials, tmp_path_factory) -> Path:
+    """Its ranks import packages that those of the runs it is compared with do without: nothing depends on that."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    made.submit(*flags(materials, run))
+    made.submit(*flags(materials, run), env={"PYTHONPATH": made.path_of_all_imports()})
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed_by_four(materials, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    made.submit(*flags(materials, run, *BY_FOUR))
     return run
 
 
@@ -77,40 +86,37 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-@pytest.mark.parametrize("kills", [(2,), (5, 13)], ids=["before any checkpoint", "twice"])
-def test_killed_at_a_step_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path, kills):
+def test_killed_before_any_checkpoint_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
-    for step in kills:
+    process = made.start(*flags(materials, run), pace_s=PACE_S)
+    wait_for_step(run, 2, process)
+    made.kill_all(process)
+    made.submit(*flags(materials, run))
+    assert_same_end(run, undisturbed)
+    assert curve(run) == curve(undisturbed)
+
+
+def test_killed_twice_with_a_torn_checkpoint_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    for step in (5, 13):
         process = made.start(*flags(materials, run), pace_s=PACE_S)
         wait_for_step(run, step, process)
         made.kill_all(process)
         assert not (run / "results.json").exists()
-    made.submit(*flags(materials, run))
-    assert_same_end(run, undisturbed)
-    assert curve(run) == curve(undisturbed)
-    attempts = read_lines(run / "attempts.jsonl")
-    assert [a["why_last_ended"] for a in attempts] == [None] + ["killed without notice"] * len(kills)
-
-
-def test_a_torn_newest_checkpoint_is_passed_over_and_said(materials, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    process = made.start(*flags(materials, run), pace_s=PACE_S)
-    wait_for_step(run, 13, process)
-    made.kill_all(process)
     newest = max((run / "checkpoints").glob("step-*"))
     torn = newest / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
     made.submit(*flags(materials, run))
     logs = "".join(log.read_text() for log in (run / "jobs").glob("*_0_log.out"))
     assert f"{newest} is damaged" in logs
-    assert read_lines(run / "attempts.jsonl")[-1]["from_step"] < int(newest.name.removeprefix("step-"))
     assert_same_end(run, undisturbed)
+    assert curve(run) == curve(undisturbed)
+    attempts = read_lines(run / "attempts.jsonl")
+    assert [a["why_last_ended"] for a in attempts] == [None, "killed without notice", "killed without notice"]
+    assert attempts[2]["from_step"] < int(newest.name.removeprefix("step-"))
 
 
-def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(
-    materials, undisturbed, tmp_path, all_imports
-):
-    """Its ranks import packages that those of other tests do without: nothing depends on that."""
+def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 7, process)
@@ -160,25 +166,22 @@ def test_the_same_command_after_the_end_changes_nothing(materials, undisturbed):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
 
 
-def test_another_world_size_trains_the_same_batches_to_the_same_loss(materials, undisturbed, tmp_path):
-    run = tmp_path / "run"
-    made.submit(*flags(materials, run, "--tasks-per-node", 1, "--loader-workers", 0))
-    ours, theirs = ([x["loss"] for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, undisturbed))
+def test_another_world_size_trains_the_same_batches_to_the_same_loss(undisturbed, undisturbed_by_four):
+    runs = (undisturbed_by_four, undisturbed)
+    ours, theirs = ([x["loss"] for x in read_lines(run / "log.jsonl") if "loss" in x] for run in runs)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
     # the first step's gradients differ by nothing but the order of a sum
     assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
 
 
-def test_four_ranks_killed_end_bit_identical_too(materials, tmp_path):
+def test_four_ranks_killed_end_bit_identical_too(materials, undisturbed_by_four, tmp_path):
     """With more than two ranks the order in which an all-reduce adds depends on DDP's buckets."""
-    more = ("--tasks-per-node", 4, "--loader-workers", 0)
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    made.submit(*flags(materials, alone, *more))
-    process = made.start(*flags(materials, killed, *more), pace_s=PACE_S)
+    killed = tmp_path / "killed"
+    process = made.start(*flags(materials, killed, *BY_FOUR), pace_s=PACE_S)
     wait_for_step(killed, 9, process)
     made.kill_all(process)
-    made.submit(*flags(materials, killed, *more))
-    assert_same_end(killed, alone)
+    made.submit(*flags(materials, killed, *BY_FOUR))
+    assert_same_end(killed, undisturbed_by_four)
 
 
 def test_a_run_killed_between_checkpoints_by_the_clock_ends_bit_identical(materials, undisturbed, tmp_path):

@@ -285,18 +285,6 @@ def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themsel
 
 
 @pytest.mark.slurm
-def test_a_requeued_job_runs_the_code_it_was_submitted_with(slurm_cluster, materials, clone, tmp_path):
-    words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--checkpoint-steps", 20, "--run", tmp_path / "run")
-    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone, pace_s=made.PACE_S)).items()
-    wait_for_step(run, 25)
-    break_code(clone)
-    slurm_cluster.call("scontrol", "requeue", job)
-    slurm_cluster.start_again_now(job)
-    wait_for_end(run)
-    assert read_lines(run / "attempts.jsonl")[1]["from_step"] >= 20
-
-
-@pytest.mark.slurm
 def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materials, tmp_path):
     """USR2 from the moment that its step is there, ten times a second, until it trains."""
     words = flags(materials, *ON_TWO_NODES, "--epochs", 2, "--run", tmp_path / "run")
@@ -318,14 +306,17 @@ def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materia
 
 
 @pytest.mark.slurm
-def test_a_rank_without_scontrol_is_requeued_by_the_batch_script(slurm_cluster, materials, tmp_path):
+def test_a_rank_without_scontrol_is_requeued_by_the_batch_script_with_the_code_it_was_submitted_with(
+    slurm_cluster, materials, clone, tmp_path
+):
     """As in a container: the command that starts Python has a file system, here a PATH, of its own."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexport PATH=/nowhere\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    (tmp_path / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
-    words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--cluster", "cluster.toml")
-    [(job, run)] = jobs_of(made.submit(*words, cwd=tmp_path, pace_s=made.PACE_S)).items()
+    (clone / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
+    words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--cluster", "cluster.toml", "--run", tmp_path / "run")
+    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone, pace_s=made.PACE_S)).items()
     wait_for_step(run, 5)
+    break_code(clone)
     slurm_cluster.call("scancel", "--signal=USR2", job)
     slurm_cluster.start_again_now(job)
     wait_for_end(run)
