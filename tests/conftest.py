@@ -56,9 +56,9 @@ def poisoned():
 
 LONGEST = (
     # Those that wait for Slurm beside those that compute.
-    *("drill", "resume", "reproduce", "sweep", "rank_death", "cancel", "fused", "doctor", "bench_gpu", "chain"),
-    *("hangs", "relevance_kernel", "process_death", "bootstrap", "array", "async_checkpoint", "array_split", "status"),
-    *("wandb", "cluster_in_a_box", "make_shards_slurm", "memory", "methods", "metrics"),
+    *("drill", "resume", "reproduce", "sweep", "cancel", "wandb", "hangs", "doctor", "make_shards_slurm", "rank_death"),
+    *("fused", "ddp", "bench_gpu", "memory", "make_shards", "chain", "relevance_kernel", "process_death", "bootstrap"),
+    *("array", "async_checkpoint", "array_split", "status", "cluster_in_a_box", "methods", "metrics"),
 )
 
 

@@ -192,8 +192,8 @@ def test_what_becomes_of_a_command(tmp_path, command, complaint):
 )
 def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, command):
     began = time.monotonic()
-    assert "did not end within 1 s and was killed" in run_command(command, "{}", tmp_path, within_s=1)
-    assert 1 <= time.monotonic() - began < 400
+    assert "did not end within 2 s and was killed" in run_command(command, "{}", tmp_path, within_s=2)
+    assert 2 <= time.monotonic() - began < 400
     for pid in (tmp_path / "pids").read_text().split():
         wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "its end")
 

@@ -82,7 +82,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         if any(line["step"] >= step for line in read_lines(run / "log.jsonl")):
             return
         assert process.poll() is None, "the run ended before it could be disturbed"
-        time.sleep(0.005)
+        time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
 
 

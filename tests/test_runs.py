@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_the_folder_is_free_before_and_after(run):
         with run.locked("12-3"):
             owner = run.owner()
             assert (owner.pid, owner.job, owner.host) == (os.getpid(), "12-3", os.uname().nodename)
-            assert owner.why_dead() is None and owner.age_s < 5
+            assert owner.why_dead() is None and owner.age_s < 60
         assert run.owner() is None
 
 
@@ -80,8 +81,8 @@ def test_a_second_job_is_refused_and_told_by_whom_and_when_it_was_heard_of(run):
     holder = start_holder(run.root)
     with pytest.raises(UserError) as refusal, run.locked(patience_s=0.2):
         pass
-    said = f"(job 7-0, process {holder.pid} on {os.uname().nodename}; last heard of 0 s ago)"
-    assert said in str(refusal.value)
+    said = rf"\(job 7-0, process {holder.pid} on {os.uname().nodename}; last heard of \d+ s ago\)"
+    assert re.search(said, str(refusal.value))
     assert holder.communicate("")[0] == "left\n", "the holder has noticed nothing"
 
 
