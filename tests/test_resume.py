@@ -139,7 +139,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
     executor = submitit.LocalExecutor(run.root / "jobs")
     executor.update_parameters(timeout_min=60, stderr_to_stdout=True)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    job = executor.submit(Job(run.root, 0, time_limit_min=0.25, pace_s=4.0))  # 13.5 s; 6 steps take 24 s
+    job = executor.submit(Job(run.root, 0, time_limit_min=0.25, pace_s=3.0))  # 13.5 s; 6 steps take 18 s
     assert job.result() == "finished"
     whys = [attempt["why_last_ended"] for attempt in read_lines(run.attempts)[1:]]
     assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\), at the time limit", why) for why in whys)
