@@ -179,9 +179,14 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
     whole, run = tmp_path / "whole", tmp_path / "run"
     made.submit(*made.recipe_flags(materials, whole), *flags)
     clone = made.plant(
-        tmp_path / "clone", cfmask__train=IN_TRAINING + TRAIN, cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER
+        tmp_path / "clone",
+        cfmask__train=IN_TRAINING + TRAIN,
+        cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER,
+        cfmask__runtime__heartbeat="_FACTOR = 10\n",  # half, for less to wait
     )
-    done = made.submit(*made.recipe_flags(materials, run), *flags, "--hang-timeout", 0.3, repository=clone, check=False)
+    done = made.submit(
+        *made.recipe_flags(materials, run), *flags, "--hang-timeout", 0.15, repository=clone, check=False
+    )
     assert done.returncode == 0, done.stdout + made.logs(run)
     starts = read_lines(run / "attempts.jsonl")[1:]
     for number, (start, rank) in enumerate(zip(starts, (1, 1, 0), strict=True), 1):
