@@ -22,14 +22,7 @@ parameter.sum().backward()
 optimizer.step()
 optimizer.zero_grad()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-late = {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
-late |= {"torch._decomp", "ftfy"}
-print(*(late & sys.modules.keys()))
-import open_clip
-import torch._decomp
-
-assert open_clip.tokenize(["a dog"]).sum() == open_clip.SimpleTokenizer()(["a dog"]).sum()
-assert torch._meta_registrations is sys.modules["torch._meta_registrations"] and len(torch._decomp.meta_table) > 100
+print(*({"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"} & sys.modules.keys()))
 
 graphs = []
 print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1)).item())

@@ -11,9 +11,6 @@ on packages that these, torchvision and torch.optim import, and that training do
                      ``STAND_INS``: decorators of functions that torch.compile leaves alone, which change nothing where
                      nothing is compiled
     torch._inductor  the same; torch.use_deterministic_algorithms imports it for its configuration
-    torch._meta_registrations   shapes of operators for torch.compile and the like, with torch._decomp, torch._prims and
-                     torch._refs: is imported with torch._decomp, torch._dynamo or torch._inductor
-    open_clip.tokenizer   builds a vocabulary when it is imported: is imported when text is encoded
 
 ``test_resume.py`` compares a run of ranks that import everything with one of ranks that do not.
 """
@@ -45,22 +42,9 @@ STAND_INS = {
         "is_compile_supported": _later("torch._dynamo.utils", "is_compile_supported"),
     },
     "torch._inductor": {},
-    "torch._meta_registrations": {},
-    "open_clip.tokenizer": {
-        "DEFAULT_CONTEXT_LENGTH": 77,
-        **{
-            name: _later("open_clip.tokenizer", name)
-            for name in ("SimpleTokenizer", "HFTokenizer", "SigLipTokenizer", "tokenize", "decode")
-        },
-    },
 }
 """Modules, and what they give without being imported: what the import of open_clip, an optimizer and DDP ask for."""
-PACKAGES = {
-    **{name: name for name in ("timm", "torch._dynamo", "torch._inductor", "open_clip.tokenizer")},
-    "torch._meta_registrations": "torch._meta_registrations",
-    "torch._decomp": "torch._meta_registrations",
-}
-"""Packages whose modules, where one is imported, bring in what is stood in for; and the package that is imported."""
+PACKAGES = ("timm", "torch._dynamo", "torch._inductor")
 LIGHT = ("torch._inductor.config", "torch._inductor.custom_graph_pass")
 """Modules that are imported as ever, without what their package imports."""
 
@@ -74,7 +58,7 @@ class _StandIn(ModuleType):
 
 def _package_of(module: str) -> str | None:
     """The package with stand-ins that a module is or is part of."""
-    return next((package for name, package in PACKAGES.items() if f"{module}.".startswith(f"{name}.")), None)
+    return next((name for name in PACKAGES if f"{module}.".startswith(f"{name}.")), None)
 
 
 def _real(module: str) -> ModuleType:
@@ -83,9 +67,6 @@ def _real(module: str) -> ModuleType:
     for name in [name for name in STAND_INS if _package_of(name) == package]:
         del STAND_INS[name]
         sys.modules.pop(name, None)
-    if package in ("torch._dynamo", "torch._inductor") and "torch._meta_registrations" in STAND_INS:
-        _real("torch._meta_registrations")
-    importlib.import_module(package)  # first: torch._decomp imports what imports it
     found = importlib.import_module(module)
     for name in LIGHT:
         if name.startswith(f"{package}.") and name in sys.modules:
