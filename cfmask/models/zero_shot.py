@@ -162,7 +162,7 @@ def read_templates(path: Path) -> tuple[str, ...]:
     return templates
 
 
-# How many go through the text tower together; a head is the same to the bit wherever it was interrupted.
+# How many go through the text tower together; a head is bitwise the same wherever it was interrupted.
 _CLASSES_AT_A_TIME = 10
 _KEEP_EVERY_S = 5
 

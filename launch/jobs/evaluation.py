@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
         "--follow",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="stay until the job ends, and show what came of it (default: yes)",
+        help="stay until the job ends, and show the results (default: yes)",
     )
     add_allocation_arguments(parser, here=True)
 

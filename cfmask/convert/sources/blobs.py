@@ -79,7 +79,7 @@ class SourceFile(NamedTuple):
     def changed(self, what: str) -> UserError:
         return UserError(
             f"The source {self.path} changed since it was listed: its {what} is another. Finished shards are kept, "
-            f"and the same command goes on with the rest; convert from a source that nobody writes to."
+            f"and the same command makes the rest; convert from a source that nobody writes to."
         )
 
     def read(self, offset: int, size: int) -> bytes:
