@@ -144,6 +144,11 @@ def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     sync(path.parent)
 
 
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or the user's quota on it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def read_bytes(path: Path) -> bytes:
     """A file's contents. Raises OSError."""
     return b"".join(bytes(block) for block in _blocks(path))

@@ -11,7 +11,6 @@ file that they were made of, so that one that is made again is the same.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from cfmask.convert.sources.blobs import Blob, SourceFile
 from cfmask.convert.sources.parquet import Columns, Part, damaged
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import written_aside
+from cfmask.files import disk_is_full, written_aside
 
 FOLDER = ".unpacked"
 _ROWS_AT_ONCE = 32
@@ -139,7 +138,7 @@ def unpack(task: Unpack) -> tuple[int, int]:
                 json.dumps({"source": source, "column": task.columns.image, "sizes": sizes, "extensions": extensions})
             )
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise UserError(
                 f"The disk of {task.record.parent} is full. Free some space and run the same command again: what is "
                 f"unpacked is kept."

@@ -6,7 +6,6 @@ once, by accident), leaves the same file.
 
 from __future__ import annotations
 
-import errno
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
+from cfmask.files import disk_is_full
 from cfmask.runtime.output import printable
 
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
@@ -68,7 +68,7 @@ def make_shard(task: Task) -> tuple[int, int]:
             warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
             shard_writer.write_shard(task.tar, samples(), about={"plan": task.plan, "issues": issues})
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise UserError(
                 f"The disk of {task.tar.parent} is full. Free some space and run the same command again: finished "
                 f"shards are kept."

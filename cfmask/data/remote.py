@@ -35,6 +35,7 @@ from urllib.parse import quote
 
 from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
+from cfmask.files import disk_is_full
 from cfmask.runtime.machine import this_machine
 
 T = TypeVar("T")
@@ -368,7 +369,7 @@ class Cache:
             try:
                 view = view[os.write(part, view) :]
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if not disk_is_full(error):
                     raise
                 # Others fill the disk too. One copy less, and again, until there is none.
                 with _locked(self._folder / ".lock"):

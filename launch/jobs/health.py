@@ -11,7 +11,6 @@ A full disk is no fault of a node: training says what it could not write, and go
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.errors import UserError
+from cfmask.files import disk_is_full
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
 from launch.checks.node import file_clock, free_bytes
@@ -34,7 +34,6 @@ _LOCAL_BYTES = 256 << 20
 _CLOCK_S = 60.0
 _TRIES, _PAUSE_S = 4, 5.0
 """A file server that is restarted is away for seconds."""
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class NodeUnhealthy(UserError):
@@ -73,7 +72,7 @@ def check_folder(folder: Path) -> tuple[float, float] | None:
         try:
             return file_clock(probe_in(folder, "health"))
         except OSError as error:
-            if error.errno in _FULL:
+            if disk_is_full(error):
                 return None
             if not left:
                 raise NodeUnhealthy(

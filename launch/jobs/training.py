@@ -114,7 +114,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
-            # A run that was begun with this choice goes on with it.
+            # A run that was begun with this choice keeps it.
             allowed = arguments.select_on_test_set or each.run.has_work()
             choice = (each.work.data.shards, each.work.data.train_split, each.work.run.best_on, allowed)
             if choice not in choices:  # of a sweep, once
