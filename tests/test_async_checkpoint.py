@@ -616,6 +616,7 @@ from cfmask import checkpoint, resume
 from cfmask.checkpoint_state import State, read_state
 from cfmask.distributed import Place
 from cfmask.runs import RunFolder
+from cfmask.runtime.process import exit_without_finalization
 from cfmask.train import train
 
 real = checkpoint._Image.pieces
@@ -629,6 +630,7 @@ checkpoint._PIECE = 2048
 checkpoint._Image.pieces = pieces
 run = RunFolder(Path(run))
 train(run.recipe(), run, Place(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
+exit_without_finalization(0)  # as ranks of a job do
 """
 
 

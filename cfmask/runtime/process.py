@@ -6,9 +6,11 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
+from typing import NoReturn
 
 # What a cluster, or a terminal, sends to every process of a job. One of them answers.
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -31,6 +33,19 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_without_finalization(code: int) -> NoReturn:
+    """End this process with an exit code, without the finalization of the Python interpreter.
+
+    In finalization, a thread of torch's that still has a tensor to release aborts the process ("terminate called without
+    an active exception"), threads are joined, and a communicator waits for ranks that hang. Handlers registered with
+    ``atexit`` do not run; standard output and error are flushed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a full disk; closed
+            stream.flush()
+    os._exit(code)
 
 
 def adopt_orphans() -> None:

@@ -28,13 +28,20 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime import nccl
 from cfmask.runtime.machine import process_runs
-from cfmask.runtime.process import JOB_SIGNALS, adopt_orphans, die_with_parent, ignore_job_signals, kill_children
+from cfmask.runtime.process import (
+    JOB_SIGNALS,
+    adopt_orphans,
+    die_with_parent,
+    exit_without_finalization,
+    ignore_job_signals,
+    kill_children,
+)
 from cfmask.secrets import mask_secrets
 from launch.jobs.failure_reports import (
     DEVICE,
@@ -103,23 +110,27 @@ def _group_formed() -> bool:
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
-def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: HangWatch) -> None:
+def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: HangWatch) -> NoReturn:
     die_with_parent(supervisor)
     faulthandler.enable()  # a segmentation fault has a traceback too
     watch.begin_in_child()
+    code: object = _RAISED
     try:
-        rank()
-    except Exception as error:
         try:
+            rank()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        except BaseException as error:
             write_failure(run, error)
-        finally:
-            sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
-            sys.stdout.flush()
-            sys.stderr.flush()
-            # Not through Python's own end: there threads are waited for, and a communicator that others hang in.
-            os._exit(_RAISED)
-    finally:
-        ignore_job_signals()  # Python's own end would restore what they do by default
+            raise
+    except BaseException as error:
+        sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
+    if not isinstance(code, int):  # as Python does with a message
+        print(mask_secrets(str(code)), file=sys.stderr)
+        code = _RAISED
+    ignore_job_signals()
+    exit_without_finalization(code)
 
 
 # --- the process that waits for it --------------------------------------------------------------------------------
@@ -128,8 +139,8 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: 
 def supervise(rank: Callable[[], object], run: Path) -> int:
     """Do this in a child process, and see to it that it ends if another rank dies.
 
-    Signals that this process is sent are the child's: where Slurm tracks processes by cgroup, it signals no other. In
-    the child this returns, or leaves by SystemExit, as rank does.
+    Signals that this process is sent are the child's: where Slurm tracks processes by cgroup, it signals no other. The
+    child does not return: it ends with 0 if rank returns, or with the code of its SystemExit.
 
     Returns:
         The exit code of this process.
@@ -141,7 +152,6 @@ def supervise(rank: Callable[[], object], run: Path) -> int:
     child = os.fork()
     if child == 0:
         _be_the_rank(rank, run, own, watch)
-        return 0
     watch.begin(child)
 
     def pass_on(number: int, frame: object) -> None:
