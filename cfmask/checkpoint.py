@@ -38,7 +38,7 @@ from cfmask.checkpoint_state import (
     STATE,
     Checkpoint,
     CheckpointDamaged,
-    State,
+    CheckpointState,
     encode,
     found,
     read_state,
@@ -110,7 +110,7 @@ class Writer:
         self._record = record
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
-        self._state: State | None = None
+        self._state: CheckpointState | None = None
         self._images: dict[str, _Image] = {}
         self._updates = torch.zeros(())
         self._begun = time.monotonic()
@@ -137,7 +137,7 @@ class Writer:
         self._updates = torch.zeros((), pin_memory=next(model.parameters()).is_cuda)
 
     @torch.no_grad()
-    def start(self, state: State, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, state: CheckpointState, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
         """Begin the checkpoint of ``state.step``; the model may be changed as soon as this returns.
 
         Waits for the one before it, if that is still being written: memory for one is all there is. On a GPU nothing
@@ -201,7 +201,9 @@ class Writer:
 
     # What follows is done by the thread.
 
-    def _write(self, state: State, updates: Tensor, images: dict[str, _Image], copied: torch.cuda.Event | None) -> None:
+    def _write(
+        self, state: CheckpointState, updates: Tensor, images: dict[str, _Image], copied: torch.cuda.Event | None
+    ) -> None:
         try:
             if copied is not None:
                 copied.synchronize()
@@ -223,7 +225,7 @@ class Writer:
         except Exception as error:  # a defect: raised where somebody waits
             self._failure = error
 
-    def _commit(self, state: State, updates: int, images: dict[str, _Image]) -> None:
+    def _commit(self, state: CheckpointState, updates: int, images: dict[str, _Image]) -> None:
         final = self._folder / f"step-{state.step:08d}"
         aside = self._folder / f".{final.name}.{os.getpid()}"
         try:

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfmask.data.receipts import Consumed
+from cfmask.data.receipts import DataProgress
 from cfmask.errors import UserError
 from cfmask.files import read_bytes
 from cfmask.runtime.patience import patiently
@@ -48,21 +48,21 @@ class Skips:
 
 
 @dataclass(frozen=True)
-class State:
+class CheckpointState:
     """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
     the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here.
     inputs: what else decides the weights, by name: settings of the recipe, digests of the models' files."""
 
     step: int
     dataset: str
-    consumed: Consumed
+    consumed: DataProgress
     skips: Skips = Skips()
     top1: Mapping[str, float] = field(default_factory=dict)
     inputs: Mapping[str, Input] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint(State):
+class Checkpoint(CheckpointState):
     """A checkpoint whose state.json is intact. updates: the optimizer's own count, which leaves out what was skipped
     and begins with its phase. sha256: of the other files, by name."""
 
@@ -80,7 +80,7 @@ class CheckpointDamaged(UserError):
         return cls(f"Checkpoint {path} is damaged: {damage}.")
 
 
-def encode(state: State, updates: int, sha256: Mapping[str, str]) -> bytes:
+def encode(state: CheckpointState, updates: int, sha256: Mapping[str, str]) -> bytes:
     """The contents of state.json."""
     contents = {
         "version": _VERSION,
@@ -179,10 +179,10 @@ def _input(value: Any) -> Input:
     return value
 
 
-def _consumed(raw: dict[str, Any]) -> Consumed:
+def _consumed(raw: dict[str, Any]) -> DataProgress:
     if raw.keys() != {"samples", "receipt", "bad_in_epoch"}:
         raise ValueError(f"what it consumed is {', '.join(sorted(raw))}")
-    return Consumed(_count(raw["samples"]), int(_hex(raw["receipt"], 32), 16), _count(raw["bad_in_epoch"]))
+    return DataProgress(_count(raw["samples"]), int(_hex(raw["receipt"], 32), 16), _count(raw["bad_in_epoch"]))
 
 
 def read_state(path: Path) -> Checkpoint:

@@ -43,7 +43,7 @@ _LINK_LOCAL = 0x20  # net/ipv6.h
 
 
 @dataclass(frozen=True)
-class Place:
+class DistributedContext:
     """This process among all of a job's.
 
     attempt: names this start of the job, the same on all ranks and different for every start.
@@ -95,7 +95,7 @@ class CalledOff(UserError):
 
 
 @contextmanager
-def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
+def process_group(context: DistributedContext, meeting_folder: Path) -> Iterator[dist.Store]:
     """Join the job's process group (nccl with GPUs, gloo without); yields its store.
 
     GLOO_SOCKET_IFNAME, if it is set, names the network interface that ranks of several machines meet on.
@@ -106,30 +106,30 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
         TimeoutError: rank 0 was not heard of, or other ranks did not come.
     """
     meeting_folder.mkdir(exist_ok=True)  # not its parents: a run folder that is not mounted is not made anew
-    meeting = meeting_folder / f"{place.attempt}.json"
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
+    meeting = meeting_folder / f"{context.attempt}.json"
+    backend = "nccl" if context.device.type == "cuda" else "gloo"
     if backend == "nccl":
-        torch.cuda.set_device(place.device)
-        nccl.configure(meeting_folder.parent / "jobs" / "failures", place.attempt)
-    if place.nodes > 1:
+        torch.cuda.set_device(context.device)
+        nccl.configure(meeting_folder.parent / "jobs" / "failures", context.attempt)
+    if context.nodes > 1:
         _addresses_of_interface()  # gloo's own error names no machine, and comes when all ranks have met
-    door = _Door() if place.rank == 0 else None
+    door = _Door() if context.rank == 0 else None
     try:
         if door is not None:
-            store = _open_store(place, door, meeting)
+            store = _open_store(context, door, meeting)
         else:
-            store, reached_from = _find_store(meeting, place)
-        _wait_for_all(store, place)
-        if backend == "gloo" and place.nodes > 1:
+            store, reached_from = _find_store(meeting, context)
+        _wait_for_all(store, context)
+        if backend == "gloo" and context.nodes > 1:
             # By itself gloo takes what the host's name resolves to, which on many a machine is 127.0.1.1.
             _bind_gloo(door.reached_at if door is not None else reached_from)
         dist.init_process_group(
-            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=COLLECTIVE_TIMEOUT
+            backend, store=store, rank=context.rank, world_size=context.world_size, timeout=COLLECTIVE_TIMEOUT
         )
         yield store
     except BaseException:
         # Not otherwise: with collectives under way it could wait for ranks that are waiting for this one.
-        if place.world_size == 1 and dist.is_initialized():
+        if context.world_size == 1 and dist.is_initialized():
             dist.destroy_process_group()
         raise
     finally:
@@ -139,10 +139,10 @@ def process_group(place: Place, meeting_folder: Path) -> Iterator[dist.Store]:
     dist.destroy_process_group()
 
 
-def call_off(place: Place, meeting_folder: Path, reason: str, *, failed: bool = True) -> None:
+def call_off(context: DistributedContext, meeting_folder: Path, reason: str, *, failed: bool = True) -> None:
     """Tell the waiting ranks of this attempt, from rank 0, that there will be no group: they raise CalledOff."""
     meeting_folder.mkdir(exist_ok=True)  # not its parents: a run folder that is not mounted is not made anew
-    write_atomically(meeting_folder / f"{place.attempt}.json", json.dumps({"error": reason, "failed": failed}))
+    write_atomically(meeting_folder / f"{context.attempt}.json", json.dumps({"error": reason, "failed": failed}))
 
 
 def remove_stale_rendezvous(folder: Path) -> None:
@@ -202,19 +202,19 @@ def _knock(host: str, port: int, word: str) -> str | None:
         return None
 
 
-def _open_store(place: Place, door: _Door, meeting: Path) -> dist.Store:
+def _open_store(context: DistributedContext, door: _Door, meeting: Path) -> dist.Store:
     """Rank 0: listen, and publish where."""
-    hosts = _own_hosts() if place.nodes > 1 else ["127.0.0.1", "::1"]
+    hosts = _own_hosts() if context.nodes > 1 else ["127.0.0.1", "::1"]
     # It listens on every interface; the name is only for itself.
     store = dist.TCPStore(
-        "127.0.0.1", 0, place.world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT
+        "127.0.0.1", 0, context.world_size, is_master=True, wait_for_workers=False, timeout=COLLECTIVE_TIMEOUT
     )
     published = {"hosts": hosts, "port": store.port, "door": door.port, "word": door.word}
     write_atomically(meeting, json.dumps(published))
     return store
 
 
-def _find_store(meeting: Path, place: Place) -> tuple[dist.Store, str]:
+def _find_store(meeting: Path, context: DistributedContext) -> tuple[dist.Store, str]:
     """The others: rank 0's store, and the address of this machine from which it was reached."""
     started = time.monotonic()
     tried: list[str] = []
@@ -235,32 +235,32 @@ def _find_store(meeting: Path, place: Place) -> tuple[dist.Store, str]:
                 patience = timedelta(seconds=10)
                 with suppress(RuntimeError):  # rank 0 has gone meanwhile
                     store = dist.TCPStore(
-                        host, port, place.world_size, is_master=False, wait_for_workers=False, timeout=patience
+                        host, port, context.world_size, is_master=False, wait_for_workers=False, timeout=patience
                     )
                     store.set_timeout(COLLECTIVE_TIMEOUT)
                     return store, here
         if not said and time.monotonic() - started > 60:
             said = True
-            print(f"rank {place.rank}: rank 0 does not answer yet at {', '.join(tried)}; trying on", flush=True)
+            print(f"rank {context.rank}: rank 0 does not answer yet at {', '.join(tried)}; trying on", flush=True)
         time.sleep(0.5)
     waited = f"within {TIMEOUT.total_seconds() / 60:g} min (--rendezvous-timeout)"
     if not tried:
-        raise TimeoutError(f"rank {place.rank}: rank 0 published no address in {meeting} {waited}")
+        raise TimeoutError(f"rank {context.rank}: rank 0 published no address in {meeting} {waited}")
     raise TimeoutError(
-        f"rank {place.rank} on {socket.gethostname()} reached rank 0 at none of its addresses {waited}: "
+        f"rank {context.rank} on {socket.gethostname()} reached rank 0 at none of its addresses {waited}: "
         f"{', '.join(tried)}. If the nodes see each other on another interface, name it with --interface."
     )
 
 
-def _wait_for_all(store: dist.Store, place: Place) -> None:
-    keys = [f"rank {rank}" for rank in range(place.world_size)]
-    store.set(keys[place.rank], "here")
+def _wait_for_all(store: dist.Store, context: DistributedContext) -> None:
+    keys = [f"rank {rank}" for rank in range(context.world_size)]
+    store.set(keys[context.rank], "here")
     try:
         store.wait(keys, TIMEOUT)
     except RuntimeError:
         missing = [key for key in keys if not store.check([key])]
         raise TimeoutError(
-            f"{len(missing)} of {place.world_size} ranks did not come within {TIMEOUT.total_seconds() / 60:g} min "
+            f"{len(missing)} of {context.world_size} ranks did not come within {TIMEOUT.total_seconds() / 60:g} min "
             f"(--rendezvous-timeout): {', '.join(missing[:8])}{' …' if len(missing) > 8 else ''}. Their logs say why."
         ) from None
 

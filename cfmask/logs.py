@@ -14,7 +14,7 @@ from cfmask.curves import curves_of
 from cfmask.data import receipts
 from cfmask.evaluation.counting import Score
 from cfmask.metrics import StepResult
-from cfmask.optim import Phase, rates
+from cfmask.optim import Phase, lr_and_betas
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
@@ -73,7 +73,7 @@ class MetricLogger:
             "step": result.step,
             "total_steps": self._total,
             **means,
-            "lr": rates(result.step - 1, phase, self._optim).lr,
+            "lr": lr_and_betas(result.step - 1, phase, self._optim).lr,
             "skipped_steps": skips.total,
             "samples_per_s": samples_per_s,
             "eta_s": eta,

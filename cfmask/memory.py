@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.data import plan
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
@@ -80,7 +80,7 @@ def fewest_micro_batches(need: Footprint, lanes: int, lane_size: int) -> int:
 def choose_micro_batches(
     recipe: Recipe,
     run: RunFolder,
-    place: Place,
+    context: DistributedContext,
     model: Classifier,
     teachers: Teachers,
     normalise: Normalise,
@@ -99,25 +99,25 @@ def choose_micro_batches(
         UserError: on all ranks: one lane is too much for a GPU, or the run folder cannot be written.
     """
     recipe = _recipe_of_rank_0(recipe)
-    if not recipe.optim.is_open_for(place.world_size):
+    if not recipe.optim.is_open_for(context.world_size):
         return recipe
-    lanes = len(plan.lanes_of_rank(place.rank, place.world_size, recipe.optim.lanes))
-    trial = None if lanes == 1 else trial_on(place.device, recipe, model, teachers, normalise, tower=tower)
+    lanes = len(plan.lanes_of_rank(context.rank, context.world_size, recipe.optim.lanes))
+    trial = None if lanes == 1 else trial_on(context.device, recipe, model, teachers, normalise, tower=tower)
     if trial is None:
         count = 1
     else:
-        count = _measured(trial, lanes, place)
+        count = _measured(trial, lanes, context)
         trial.forget()
-    optim = replace(recipe.optim, micro_batches=count, micro_batches_for=place.world_size)
+    optim = replace(recipe.optim, micro_batches=count, micro_batches_for=context.world_size)
     chosen = replace(recipe, optim=optim)
     failure: list[str | None] = [None]
-    if place.rank == 0:
+    if context.rank == 0:
         try:
             run.record_recipe(chosen)
         except OSError as error:
             failure = [f"{run.root} cannot be written: {error.strerror}."]
         images = lanes // count * plan.samples_per_lane(optim.batch_size, optim.lanes)
-        print(f"micro-batches: {count}, of {images} images on each of {place.world_size} ranks", flush=True)
+        print(f"micro-batches: {count}, of {images} images on each of {context.world_size} ranks", flush=True)
     # No rank takes a step before the choice is where the next start will look for it.
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
@@ -135,7 +135,7 @@ def _recipe_of_rank_0(recipe: Recipe) -> Recipe:
 
 
 @contextlib.contextmanager
-def explained_out_of_memory(place: Place) -> Iterator[None]:
+def explained_out_of_memory(context: DistributedContext) -> Iterator[None]:
     """Turn CUDA's out-of-memory error into one that names the flags that help.
 
     Raises:
@@ -146,9 +146,10 @@ def explained_out_of_memory(place: Place) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         said = " ".join(str(error).split())
         raise UserError(
-            f"Rank {place.rank} of {place.world_size} ran out of memory on {place.device}. Use more --micro-batches "
-            "(auto chooses as many as are needed) or --activation-checkpointing, in a run folder of its own: both "
-            "belong to a run's recipe. Or resume this run on more GPUs: submit.py --resume RUN --gpus-per-node N. "
+            f"Rank {context.rank} of {context.world_size} ran out of memory on {context.device}. Use more "
+            "--micro-batches (auto chooses as many as are needed) or --activation-checkpointing, in a run folder of "
+            "its own: both belong to a run's recipe. Or resume this run on more GPUs: submit.py --resume RUN "
+            "--gpus-per-node N. "
             f"PyTorch says: {said}"
         ) from error
 
@@ -232,7 +233,7 @@ class Trial:
         model = self._model
         parameters = list(model.parameters())
         required, compiled = [parameter.requires_grad for parameter in parameters], model.compiled
-        teachers = [teacher for teacher in (self._teachers.start, self._teachers.ensemble) if teacher is not None]
+        teachers = [teacher for teacher in (self._teachers.pretrained, self._teachers.ensemble) if teacher is not None]
         compiled_teachers = [teacher.compiled for teacher in teachers]
         try:
             model.visual.requires_grad_(self._tower)
@@ -287,23 +288,23 @@ class Trial:
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
-def _measured(trial: Trial, lanes: int, place: Place) -> int:
+def _measured(trial: Trial, lanes: int, context: DistributedContext) -> int:
     """The number that fits on all ranks: reckoned, then tried.
 
     Raises:
         UserError: on all ranks: not even one lane at a time fits.
     """
-    _worst([0.0], place)  # NCCL's buffers are there before free memory is measured
+    _worst([0.0], context)  # NCCL's buffers are there before free memory is measured
     own = trial.footprint()
-    less_free, fixed, per_image = _worst([-own.free, own.fixed, own.per_image], place)
+    less_free, fixed, per_image = _worst([-own.free, own.fixed, own.per_image], context)
     need = Footprint(-less_free, fixed, per_image)
     first = fewest_micro_batches(need, lanes, trial.lane_size)
     for count in plan.divisors(lanes):
         if count < first:
             continue
         failed = not trial.fits(lanes // count, with_step=True)
-        if not _worst([float(failed)], place)[0]:
-            if place.rank == 0:
+        if not _worst([float(failed)], context)[0]:
+            if context.rank == 0:
                 print(
                     f"memory: {need.free / 1e9:.1f} GB free, {need.fixed / 1e9:.2f} GB for a step and "
                     f"{need.per_image / 1e6:.1f} MB for each image of a micro-batch (largest of all ranks)",
@@ -312,14 +313,14 @@ def _measured(trial: Trial, lanes: int, place: Place) -> int:
             return count
     raise UserError(
         f"--micro-batches auto: a single lane of {trial.lane_size} images does not fit the GPU with the least free "
-        f"memory of {place.world_size} ({need.free / 1e9:.1f} GB free). Use more --lanes, which makes them smaller, or "
-        "--activation-checkpointing."
+        f"memory of {context.world_size} ({need.free / 1e9:.1f} GB free). Use more --lanes, which makes them smaller, "
+        "or --activation-checkpointing."
     )
 
 
-def _worst(values: list[float], place: Place) -> list[float]:
+def _worst(values: list[float], context: DistributedContext) -> list[float]:
     """Each value's maximum over ranks."""
-    worst = torch.tensor(values, dtype=torch.float64, device=place.device)
+    worst = torch.tensor(values, dtype=torch.float64, device=context.device)
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     found: Tensor = worst.cpu()
     return list(map(float, found))

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.data import receipts
-from cfmask.data.stream import Batch
+from cfmask.data.stream import MicroBatch
 from cfmask.session import QUIT, REQUEUE
 from cfmask.step import Metrics
 
@@ -201,7 +201,7 @@ class _InFlight:
 # --- what is sent ---------------------------------------------------------------------------------------------------
 
 
-def micro_batch_metrics(metrics: Metrics, batch: Batch) -> dict[str, Metric]:
+def micro_batch_metrics(metrics: Metrics, batch: MicroBatch) -> dict[str, Metric]:
     """Of one micro-batch on this rank. accuracy is in percent, on clean images; masked is a share of patches."""
     return {
         "loss": Mean(metrics.loss),

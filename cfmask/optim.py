@@ -35,7 +35,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Rates:
+class LrAndBetas:
     """What a schedule sets at a step."""
 
     lr: float
@@ -56,13 +56,13 @@ def phases(recipe: Recipe, epoch_steps: int) -> tuple[Phase, ...]:
     return Phase(0, probe, False, o.probe_lr, 0.0), main
 
 
-def rates(step: int, phase: Phase, settings: Optim) -> Rates:
+def lr_and_betas(step: int, phase: Phase, settings: Optim) -> LrAndBetas:
     """Rates of optimizer step ``step`` (of the run, from 0), which lies in ``phase``."""
     taken, steps = step - phase.start, phase.end - phase.start
     if settings.schedule == "one-cycle":
         return _one_cycle(taken, steps, phase.lr)
     assert settings.warmup_steps is not None and settings.beta1 is not None
-    return Rates(phase.lr * warmup_then_cosine(taken, steps, settings.warmup_steps), settings.beta1)
+    return LrAndBetas(phase.lr * warmup_then_cosine(taken, steps, settings.warmup_steps), settings.beta1)
 
 
 def warmup_then_cosine(taken: int, steps: int, warmup: int) -> float:
@@ -74,16 +74,16 @@ def warmup_then_cosine(taken: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _one_cycle(taken: int, steps: int, peak: float) -> Rates:
+def _one_cycle(taken: int, steps: int, peak: float) -> LrAndBetas:
     """OneCycleLR with momentum cycling (Smith and Topin, 2019; torch.optim.lr_scheduler.OneCycleLR)."""
     low, high = _ONE_CYCLE_BETA1
     top = _ONE_CYCLE_WARMUP * steps - 1  # the step of the peak, seldom a whole number
     start = peak / _ONE_CYCLE_START
     if taken < top:
         share = taken / top
-        return Rates(_cosine(start, peak, share), _cosine(high, low, share))
+        return LrAndBetas(_cosine(start, peak, share), _cosine(high, low, share))
     share = (taken - top) / (steps - 1 - top)
-    return Rates(_cosine(peak, start / _ONE_CYCLE_END, share), _cosine(low, high, share))
+    return LrAndBetas(_cosine(peak, start / _ONE_CYCLE_END, share), _cosine(low, high, share))
 
 
 def _cosine(begin: float, end: float, share: float) -> float:
@@ -107,7 +107,7 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
-def take_step(optimizer: torch.optim.AdamW, now: Rates, clip_norm: float) -> Tensor:
+def take_step(optimizer: torch.optim.AdamW, now: LrAndBetas, clip_norm: float) -> Tensor:
     """Clip all gradients once and take a step; if they are not finite, leave it out.
 
     Which it is, is decided on the device: nothing is waited for. A step that is left out changes no weight, no moment

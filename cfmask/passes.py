@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask.data.stream import Batch
+from cfmask.data.stream import MicroBatch
 from cfmask.ddp import data_parallel
 from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
@@ -57,7 +57,7 @@ class Inputs:
         return found
 
 
-def inputs_of(batch: Batch) -> Inputs:
+def inputs_of(batch: MicroBatch) -> Inputs:
     return Inputs(batch.images, batch.labels, batch.draws, batch.objects)
 
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.checkpoint_state import Skips
-from cfmask.data.receipts import Consumed
+from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
-from cfmask.data.stream import BadSample, Batch
+from cfmask.data.stream import BadSample, MicroBatch
 from cfmask.errors import UserError
 from cfmask.metrics import StepResult
 from cfmask.recipe import Recipe
@@ -40,7 +40,7 @@ class SampleReports:
         self._skipped: list[dict[str, Any]] = []
         self._bad_lines, self._skipped_lines = JsonLines(run.bad_samples), JsonLines(run.skipped_steps)
 
-    def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
+    def add(self, step: int, metrics: Metrics, batch: MicroBatch) -> None:
         """Remember a micro-batch of ``step`` until the step's result is known."""
         self._bad += batch.bad
         self._pending.setdefault(step, []).append(_MicroBatch(batch.keys, metrics.finite))
@@ -131,7 +131,7 @@ def too_many_skipped_steps(
 
 
 def too_many_bad_samples(
-    consumed: Consumed, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
+    consumed: DataProgress, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
 ) -> UserError:
     """The error of a run that has a checkpoint of ``step``, where more than ``limit`` samples of an epoch are bad."""
     return UserError(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
-from cfmask.distributed import TIMEOUT, Place, call_off, process_group, remove_stale_rendezvous
+from cfmask.distributed import TIMEOUT, DistributedContext, call_off, process_group, remove_stale_rendezvous
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
@@ -21,43 +21,45 @@ REQUEUE, QUIT = "requeue", "quit"
 """What a launcher may ask of ranks: to stop at the next step boundary, and whether the job is to come back."""
 
 StopRequest = Callable[[], str | None]
-Report = Callable[[Exception], None]
+FailureCallback = Callable[[Exception], None]
 SecondsLeft = Callable[[], float]
 """How long ranks may stay after a stop was asked for."""
 
 
 @contextlib.contextmanager
-def session(run: RunFolder, place: Place, failing: Report) -> Iterator[tuple[dist.Store, contextlib.ExitStack]]:
+def session(
+    run: RunFolder, context: DistributedContext, failing: FailureCallback
+) -> Iterator[tuple[dist.Store, contextlib.ExitStack]]:
     """The folder held by rank 0, and the process group. Yields its store, and a stack for what else has to be closed,
     before the two. An error inside is told to ``failing`` before anything is closed, and kept in the run folder.
 
     Raises:
         UserError: another job holds the folder: on all ranks.
     """
-    torch.set_num_threads(place.cpus)
+    torch.set_num_threads(context.cpus)
     with contextlib.ExitStack() as stack:
-        if place.rank == 0:
+        if context.rank == 0:
             try:
-                stack.enter_context(run.locked(place.attempt))
+                stack.enter_context(run.locked(context.attempt))
             except UserError as error:
-                call_off(place, run.root / "meeting", str(error))
+                call_off(context, run.root / "meeting", str(error))
                 raise
             remove_stale_rendezvous(run.root / "meeting")
-        store = stack.enter_context(process_group(place, run.root / "meeting"))
+        store = stack.enter_context(process_group(context, run.root / "meeting"))
         try:
             yield store, stack
         except Exception as error:
             failing(error)
-            if place.rank == 0:
+            if context.rank == 0:
                 why = mask_secrets(f"failed: {type(error).__name__}: {str(error)[:500]}")
                 try:
-                    run.end_failed(why, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
+                    run.end_failed(why, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
                 except OSError as unreadable:  # the error that ends the start is the one to raise
                     print(f"warning: {run.attempts} cannot be read ({unreadable.strerror}): {why}", flush=True)
             raise
 
 
-def begin_attempt(run: RunFolder, place: Place, *, from_step: int) -> JsonLines:
+def begin_attempt(run: RunFolder, context: DistributedContext, *, from_step: int) -> JsonLines:
     """Record this start (``RunFolder.begin_attempt``), on rank 0.
 
     Raises:
@@ -65,10 +67,10 @@ def begin_attempt(run: RunFolder, place: Place, *, from_step: int) -> JsonLines:
     """
     return patiently(  # it fails before anything is written, or not at all
         lambda: run.begin_attempt(
-            job=place.attempt,
-            nodes=place.nodes,
-            world_size=place.world_size,
-            device=str(place.device),
+            job=context.attempt,
+            nodes=context.nodes,
+            world_size=context.world_size,
+            device=str(context.device),
             from_step=from_step,
         ),
         str(run.attempts),
@@ -97,7 +99,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def rank_0_first(store: dist.Store, place: Place, what: str, make: Callable[[], object]) -> None:
+def rank_0_first(store: dist.Store, context: DistributedContext, what: str, make: Callable[[], object]) -> None:
     """Let rank 0 make something that all ranks need, while the others wait for it.
 
     Args:
@@ -106,7 +108,7 @@ def rank_0_first(store: dist.Store, place: Place, what: str, make: Callable[[], 
     Raises:
         UserError: on the others, with rank 0's words, if it failed.
     """
-    if place.rank == 0:
+    if context.rank == 0:
         answer = "ready"
         try:
             make()

@@ -25,17 +25,20 @@ from cfmask.losses import classification, feature_distillation, knowledge_distil
 from cfmask.masking.cam import GRAD_CAM, Cam, GradCam, Relevance
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
-from cfmask.masking.validation import THRESHOLDS, Coverage, Rates, masks_at, rates
-from cfmask.models.tower import Classifier, Normalise, Seen
+from cfmask.masking.validation import THRESHOLDS, Coverage, MaskRates, mask_rates, masks_at
+from cfmask.models.tower import Classifier, ClassifierOutput, Normalise
 from cfmask.recipe import Method
 
 
 @dataclass(frozen=True)
 class Teachers:
-    """Frozen models. start: the pre-trained tower with the head that the run started from, for methods that distil.
-    ensemble: the WiSE-FT ensemble, for wise-kd."""
+    """Frozen models.
 
-    start: Classifier | None = None
+    pretrained: the pre-trained tower with the head that the run started from; for methods that distil.
+    ensemble: the WiSE-FT ensemble; for wise-kd.
+    """
+
+    pretrained: Classifier | None = None
     ensemble: Classifier | None = None
 
 
@@ -56,7 +59,7 @@ class Metrics:
     masked: Tensor
     samples: int
     finite: Tensor
-    overlap: Rates | None = None
+    overlap: MaskRates | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Metrics:
         """``function`` applied to each tensor."""
@@ -134,7 +137,7 @@ def training_step(
     sync_scope = student.no_sync() if local else contextlib.nullcontext()  # type: ignore[operator]
 
     pixels = normalise(images)
-    wise = None if teachers.ensemble is None else _look(teachers.ensemble, pixels)
+    wise = None if teachers.ensemble is None else _teacher_forward(teachers.ensemble, pixels)
 
     def of_labels(logits: Tensor) -> _Loss:
         """What is asked of the logits of clean images: the label, and in WiSE-KD the ensemble's answer."""
@@ -142,35 +145,35 @@ def training_step(
         return _Loss(ce) if wise is None else _Loss(ce, kd=_kd(method, logits, wise.logits))
 
     if not method.masked:
-        wanted = None if teachers.start is None else _look(teachers.start, pixels)
+        teacher_output = None if teachers.pretrained is None else _teacher_forward(teachers.pretrained, pixels)
         with sync_scope:
-            seen = student(pixels)
-            loss = of_labels(seen.logits)
-            if wanted is not None:
-                loss += _distillation(method, seen, wanted)
-            _backward(weight * loss.total(method), seen.logits)
-        return loss.metrics(method, labels, seen.logits, finite=_finite(seen.features, seen.logits))
+            output = student(pixels)
+            loss = of_labels(output.logits)
+            if teacher_output is not None:
+                loss += _distillation(method, output, teacher_output)
+            _backward(weight * loss.total(method), output.logits)
+        return loss.metrics(method, labels, output.logits, finite=_finite(output.features, output.logits))
 
     # Clean pass, on the bare module: DDP is not listening, so its gradients stay on this rank.
-    assert teachers.start is not None
-    camera = camera_of(method)
-    features = model.encode(pixels, cam=camera)
+    assert teachers.pretrained is not None
+    cam_hook = build_cam(method)
+    features = model.encode(pixels, cam=cam_hook)
     logits = model.classify(features)
-    cam = None if camera is None else camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+    cam = None if cam_hook is None else cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
     # The head's share comes with the second pass; see Classifier.forward.
     (weight * of_labels(logits).total(method)).backward(inputs=list(model.visual.parameters()))
 
     overlap = None
     if objects is not None and cam is not None:
-        overlap = rates(masks_at(cam, THRESHOLDS, method.mask or OBJECT), objects)
+        overlap = mask_rates(masks_at(cam, THRESHOLDS, method.mask or OBJECT), objects)
     cf = counterfactual(images, cam, draws, method, model.patch_size)
     pixels = normalise(cf.images)
-    wanted = _look(teachers.start, pixels, keep=cf.keep, hidden=cf.hidden)
+    teacher_output = _teacher_forward(teachers.pretrained, pixels, keep=cf.keep, hidden=cf.hidden)
     with sync_scope:
-        seen = student(pixels, keep=cf.keep, hidden=cf.hidden, clean_features=features.detach())
-        loss = of_labels(seen.clean_logits) + _distillation(method, seen, wanted)
-        _backward(weight * loss.total(method), seen.clean_logits)
-    metrics = loss.metrics(method, labels, logits, finite=_finite(features, logits, seen.features), mask=cf.mask)
+        output = student(pixels, keep=cf.keep, hidden=cf.hidden, clean_features=features.detach())
+        loss = of_labels(output.clean_logits) + _distillation(method, output, teacher_output)
+        _backward(weight * loss.total(method), output.clean_logits)
+    metrics = loss.metrics(method, labels, logits, finite=_finite(features, logits, output.features), mask=cf.mask)
     return replace(metrics, overlap=overlap)
 
 
@@ -210,19 +213,19 @@ class _Loss:
         )
 
 
-def _distillation(method: Method, seen: Seen, wanted: Seen) -> _Loss:
+def _distillation(method: Method, output: ClassifierOutput, teacher_output: ClassifierOutput) -> _Loss:
     """What the pre-trained model asks of the student's view of the same images."""
     if method.name == "kd":
-        return _Loss(kd=_kd(method, seen.logits, wanted.logits))
-    return _Loss(mse=feature_distillation(seen.features, wanted.features))
+        return _Loss(kd=_kd(method, output.logits, teacher_output.logits))
+    return _Loss(mse=feature_distillation(output.features, teacher_output.features))
 
 
-def _kd(method: Method, logits: Tensor, wanted: Tensor) -> Tensor:
+def _kd(method: Method, logits: Tensor, teacher_output: Tensor) -> Tensor:
     assert method.temperature is not None
-    return knowledge_distillation(logits, wanted, method.temperature)
+    return knowledge_distillation(logits, teacher_output, method.temperature)
 
 
-def camera_of(method: Method) -> Cam | None:
+def build_cam(method: Method) -> Cam | None:
     """What watches the clean pass, if masks depend on it."""
     if not method.by_cam:
         return None
@@ -230,7 +233,9 @@ def camera_of(method: Method) -> Cam | None:
 
 
 @torch.no_grad()
-def _look(teacher: Classifier, pixels: Tensor, keep: Tensor | None = None, hidden: Tensor | None = None) -> Seen:
+def _teacher_forward(
+    teacher: Classifier, pixels: Tensor, keep: Tensor | None = None, hidden: Tensor | None = None
+) -> ClassifierOutput:
     return teacher(pixels, keep=keep, hidden=hidden)
 
 

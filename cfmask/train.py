@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from cfmask import resume
 from cfmask.agreement import check_agreement
-from cfmask.checkpoint_state import Skips, State
+from cfmask.checkpoint_state import CheckpointState, Skips
 from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.data.plan import steps_per_epoch
-from cfmask.data.receipts import Consumed
+from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation.counting import Score, top1
 from cfmask.evaluation.label_space import LabelSpace, label_space_of
 from cfmask.files import write_atomically
@@ -31,7 +31,7 @@ from cfmask.memory import choose_micro_batches, explained_out_of_memory
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.optim import Phase, phases, rates, take_step
+from cfmask.optim import Phase, lr_and_betas, phases, take_step
 from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
@@ -39,7 +39,7 @@ from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
 from cfmask.session import (
     FINISHED,
-    Report,
+    FailureCallback,
     SecondsLeft,
     StopRequest,
     autocast,
@@ -63,9 +63,9 @@ from cfmask.train_setup import (
 def train(
     recipe: Recipe,
     run: RunFolder,
-    place: Place,
+    context: DistributedContext,
     stop_request: StopRequest = lambda: None,
-    failing: Report = lambda error: None,
+    failing: FailureCallback = lambda error: None,
     seconds_left: SecondsLeft = lambda: 0.0,
 ) -> str:
     """Train until the recipe is fulfilled or a stop is asked for.
@@ -88,21 +88,21 @@ def train(
             all steps of an epoch or a phase (on all ranks). The last checkpoint stays.
     """
     choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
-    with session(run, place, failing) as (store, stack), explained_out_of_memory(place):
-        return _train(recipe, run, place, store, stop_request, stack, seconds_left)
+    with session(run, context, failing) as (store, stack), explained_out_of_memory(context):
+        return _train(recipe, run, context, store, stop_request, stack, seconds_left)
 
 
 def _train(
     recipe: Recipe,
     run: RunFolder,
-    place: Place,
+    context: DistributedContext,
     store: dist.Store,
     stop_request: StopRequest,
     leaving: contextlib.ExitStack,
     seconds_left: SecondsLeft,
 ) -> str:
-    device, settings = place.device, recipe.optim
-    is_main_process = place.rank == 0
+    device, settings = context.device, recipe.optim
+    is_main_process = context.rank == 0
 
     # --- data and models ------------------------------------------------------------------------------------
     manifest, eval_sets = load_training_sets(recipe.data)
@@ -112,10 +112,10 @@ def _train(
     epoch_steps = steps_per_epoch(manifest.num_samples, settings.batch_size)
     schedule = phases(recipe, epoch_steps)
     total_steps = schedule[-1].end
-    models = load_models(recipe, run, manifest, place, store)
+    models = load_models(recipe, run, manifest, context, store)
     model, normalise, teachers = models.model, models.normalise, models.teachers
     trains_tower = any(phase.tower for phase in schedule)
-    recipe = choose_micro_batches(recipe, run, place, model, teachers, normalise, tower=trains_tower)
+    recipe = choose_micro_batches(recipe, run, context, model, teachers, normalise, tower=trains_tower)
     settings = recipe.optim
     study = None
     if recipe.data.segmentation is not None:
@@ -125,18 +125,20 @@ def _train(
     found, inputs = agree_on_checkpoint(
         recipe, run, manifest, total_steps, epoch_steps, is_main_process=is_main_process
     )
-    step, consumed, skips = 0, Consumed(), Skips()
+    step, consumed, skips = 0, DataProgress(), Skips()
     if found is not None:
         resume.restore_weights(found, model)
         step, consumed, skips = found.step, found.consumed, found.skips
     logger, study_log, writer = None, None, None
     reports = SampleReports(run, epoch_steps)
     if is_main_process:
-        attempts = begin_attempt(run, place, from_step=step)
+        attempts = begin_attempt(run, context, from_step=step)
         logger = MetricLogger(recipe, run, step, schedule, nodes, also=[attempts, *reports.files])
         study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
         writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
-        print(f"step {step} of {total_steps} ({epoch_steps} an epoch), {place.world_size} ranks, {device}", flush=True)
+        print(
+            f"step {step} of {total_steps} ({epoch_steps} an epoch), {context.world_size} ranks, {device}", flush=True
+        )
 
     # --- train --------------------------------------------------------------------------------------------------
     bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
@@ -144,17 +146,17 @@ def _train(
     scores: dict[str, Score] = {}
     current: Phase | None = None
     objects = None if study is None else study.reader
-    for batches, epoch in epochs(recipe, manifest, model, place, step, epoch_steps, objects):
+    for batches, epoch in epochs(recipe, manifest, model, context, step, epoch_steps, objects):
         phase = next(p for p in schedule if step < p.end)
         if phase != current:
             restart_steps()
             beat(PREPARING)
             optimizer = begin_phase(phase, model, settings, found)
-            passes = make_passes(model, teachers, normalise, recipe, place.world_size, clock)
+            passes = make_passes(model, teachers, normalise, recipe, context.world_size, clock)
             if writer is not None:
                 writer.reserve(model)
             if current is None:
-                begin_history(run, step, store, place)
+                begin_history(run, step, store, context)
             current = phase
         while step < (epoch + 1) * epoch_steps:
             step += 1
@@ -169,11 +171,11 @@ def _train(
                 if study is not None:
                     reducer.add(study.metrics(metrics, batch))
                 reports.add(step, metrics, batch)
-            grad_norm = take_step(optimizer, rates(step - 1, phase, settings), settings.clip_norm)
+            grad_norm = take_step(optimizer, lr_and_betas(step - 1, phase, settings), settings.clip_norm)
             overdue = writer is not None and writer.overdue
             reducer.add(step_metrics(grad_norm, stop=stop_request(), overdue=overdue))
-            if place.world_size > 1 and step % recipe.run.log_steps == 0:
-                reducer.add(rank_metrics(clock.mean(), place.rank, place.world_size))
+            if context.world_size > 1 and step % recipe.run.log_steps == 0:
+                reducer.add(rank_metrics(clock.mean(), context.rank, context.world_size))
             reducer.send(step)
             beat(WAITING, step)
 
@@ -216,7 +218,7 @@ def _train(
 
             if evaluates:
                 began = time.monotonic()
-                scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, place)
+                scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, context)
                 if logger is not None:
                     # Before a checkpoint of this step: a resume from it does not evaluate again.
                     logger.add_scores(step, step / epoch_steps, scores, seconds=time.monotonic() - began)
@@ -229,7 +231,7 @@ def _train(
                 # The end of an epoch of lp-ft that trains the head alone is no candidate for the best checkpoint.
                 candidate = epoch_end and phase == schedule[-1]
                 top1s = {name: score.top1 for name, score in scores.items()} if candidate else {}
-                writer.start(State(step, manifest.digest, consumed, skips, top1s, inputs), model, optimizer)
+                writer.start(CheckpointState(step, manifest.digest, consumed, skips, top1s, inputs), model, optimizer)
             if too_many_bad:
                 not_written = wait_for_checkpoint(writer)
                 raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written
@@ -248,7 +250,7 @@ def _train(
     restart_steps()
     beat(PREPARING)
     if not scores:
-        scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, place)
+        scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, context)
     not_written = wait_for_checkpoint(writer)
     if not_written is not None:
         raise not_written
@@ -276,7 +278,7 @@ def _evaluate(
     sets: dict[str, Manifest],
     label_spaces: dict[str, LabelSpace],
     recipe: Recipe,
-    place: Place,
+    context: DistributedContext,
 ) -> dict[str, Score]:
     """Top-1 on each set, over all ranks. Draws no random number, so training is not changed by it. Waits for the device
     once a set, where its counts are read."""
@@ -288,13 +290,13 @@ def _evaluate(
             image_size=model.image_size,
             # Of any rank, twice the least that it trains on at a time: there are no gradients to keep.
             batch_size=2 * recipe.optim.batch_size // recipe.optim.lanes,
-            rank=place.rank,
-            world_size=place.world_size,
-            loader_workers=loader_workers(recipe.data, place),
-            pin_memory=place.device.type == "cuda",
+            rank=context.rank,
+            world_size=context.world_size,
+            loader_workers=loader_workers(recipe.data, context),
+            pin_memory=context.device.type == "cuda",
         )
-        with autocast(place.device, recipe.run.precision):
-            [scores[name]] = top1([model], normalise, batches, place.device, label_spaces[name])
+        with autocast(context.device, recipe.run.precision):
+            [scores[name]] = top1([model], normalise, batches, context.device, label_spaces[name])
     restart_steps()
     beat(PREPARING)
     return scores

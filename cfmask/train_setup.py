@@ -20,8 +20,8 @@ from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.data.remote import is_remote, node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
-from cfmask.data.stream import Batch, train_batches
-from cfmask.distributed import Place
+from cfmask.data.stream import MicroBatch, train_batches
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.files import digest_of_tensors
 from cfmask.masking.fills import DrawSpec
@@ -48,9 +48,9 @@ def load_training_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
     return sets[data.train_split], {name: sets[name] for name in data.eval_sets}
 
 
-def loader_workers(data: Data, place: Place) -> int:
+def loader_workers(data: Data, context: DistributedContext) -> int:
     """Threads that read and decode, as the recipe says or else by the cores of this rank."""
-    return place.loader_workers if data.loader_workers is None else data.loader_workers
+    return context.loader_workers if data.loader_workers is None else data.loader_workers
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -66,30 +66,32 @@ class Models:
     teachers: Teachers
 
 
-def load_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place, store: dist.Store) -> Models:
+def load_models(
+    recipe: Recipe, run: RunFolder, manifest: Manifest, context: DistributedContext, store: dist.Store
+) -> Models:
     """The student as it is before step 0, and its teachers. Rank 0 makes their files at the run's first start.
 
     Raises:
         UserError: there are no such weights, or a model does not fit the training set or the others.
     """
-    rank_0_first(store, place, "the initial model", lambda: _write_initial_models(recipe, run, manifest, place))
+    rank_0_first(store, context, "the initial model", lambda: _write_initial_models(recipe, run, manifest, context))
     model, info = patiently(lambda: load_model(run.initial), str(run.initial))
-    model = model.to(place.device)
+    model = model.to(context.device)
     model.recompute, model.compiled = recipe.run.activation_checkpointing, recipe.run.compile
     start = copy.deepcopy(model).requires_grad_(False) if recipe.method.distils else None
     ensemble = None
     if recipe.method.ensemble:
         other, _ = patiently(lambda: load_model(run.ensemble), str(run.ensemble))
-        ensemble = other.to(place.device).requires_grad_(False)
+        ensemble = other.to(context.device).requires_grad_(False)
     if recipe.run.precision == "bf16":
         for teacher in (start, ensemble):
             if teacher is not None:
                 store_products_in(teacher, torch.bfloat16)
-    normalise = Normalise(info.mean, info.std).to(place.device)
-    return Models(model, info, normalise, Teachers(start=start, ensemble=ensemble))
+    normalise = Normalise(info.mean, info.std).to(context.device)
+    return Models(model, info, normalise, Teachers(pretrained=start, ensemble=ensemble))
 
 
-def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, place: Place) -> None:
+def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, context: DistributedContext) -> None:
     """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, unless they exist.
 
     Raises:
@@ -101,7 +103,7 @@ def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, pl
             recipe.model.pretrained,
             recipe.model.head,
             manifest.classes,
-            device=str(place.device),
+            device=str(context.device),
             mean=recipe.model.mean,
             std=recipe.model.std,
         )
@@ -195,7 +197,7 @@ def agree_on_checkpoint(
     return found, inputs
 
 
-def begin_history(run: RunFolder, step: int, store: dist.Store, place: Place) -> None:
+def begin_history(run: RunFolder, step: int, store: dist.Store, context: DistributedContext) -> None:
     """Drop what an earlier start has logged beyond the checkpoint of ``step``, once every rank has restored it: a start
     that fails before has changed nothing. A run that begins again at step 0 loses its damaged checkpoints too: they
     would count as progress at its next start.
@@ -211,7 +213,7 @@ def begin_history(run: RunFolder, step: int, store: dist.Store, place: Place) ->
         run.clear_step_0()
 
     dist.barrier()
-    rank_0_first(store, place, "the history", lambda: patiently(cut, str(run.root)))
+    rank_0_first(store, context, "the history", lambda: patiently(cut, str(run.root)))
 
 
 def _remove_damaged_checkpoints(run: RunFolder) -> None:
@@ -264,11 +266,11 @@ def epochs(
     recipe: Recipe,
     manifest: Manifest,
     model: Classifier,
-    place: Place,
+    context: DistributedContext,
     step: int,
     epoch_steps: int,
     objects: ObjectReader | None,
-) -> Iterator[tuple[Iterator[Batch], int]]:
+) -> Iterator[tuple[Iterator[MicroBatch], int]]:
     """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
     settings, draw_spec = recipe.optim, DrawSpec.of(recipe.method, model.patches)
     first, start = divmod(step, epoch_steps)
@@ -278,15 +280,15 @@ def epochs(
             image_size=model.image_size,
             batch_size=settings.batch_size,
             lanes=settings.lanes,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=context.rank,
+            world_size=context.world_size,
             seed=recipe.run.seed,
             epoch=epoch,
             start_step=start if epoch == first else 0,
-            loader_workers=loader_workers(recipe.data, place),
+            loader_workers=loader_workers(recipe.data, context),
             draw_spec=draw_spec,
             micro_batches=settings.num_micro_batches,
             objects=objects,
-            pin_memory=place.device.type == "cuda",
+            pin_memory=context.device.type == "cuda",
         )
         yield batches, epoch

@@ -72,7 +72,7 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
     import tensorboard.summary.writer.event_file_writer as events
 
     import cfmask.train
-    from cfmask.distributed import Place
+    from cfmask.distributed import DistributedContext
     from cfmask.session import FINISHED, REQUEUE
 
     # TensorBoard reads files in the order of their names: second, host, pid, and then a count within the process, in
@@ -82,7 +82,9 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
     run = RunFolder(folder)
     run.claim(recipe)
     asked = iter(range(10**6))
-    outcome = cfmask.train.train(recipe, run, Place(), lambda: REQUEUE if next(asked) + 1 == stop_at else None)
+    outcome = cfmask.train.train(
+        recipe, run, DistributedContext(), lambda: REQUEUE if next(asked) + 1 == stop_at else None
+    )
     assert outcome == (FINISHED if stop_at is None else REQUEUE)
     return run
 

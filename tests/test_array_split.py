@@ -18,7 +18,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch.jobs import submission
 from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned, queued_job, take_up
+from launch.jobs.planning import Planned, claim_run_folders, queued_job
 from launch.jobs.sbatch import ArrayPart, split_array
 from launch.jobs.submission import submit_to_slurm
 from launch.slurm.texts import array_limit, parse_config
@@ -78,7 +78,7 @@ def test_what_was_accepted_stays_if_slurm_refuses_a_later_array(fake: FakeSlurm,
     monkeypatch.setattr(submission, "max_array_members", lambda: 2)
     refused = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
     fake.will("sbatch", "echo Submitted batch job 12", "echo Submitted batch job 13", refused)
-    planned = take_up([Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(7)])
+    planned = claim_run_folders([Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(7)])
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", array_parallelism=2)
     with pytest.raises(UserError, match=r"violates.* 3 of 7 runs have been submitted; the same command"):
         submit_to_slurm(planned, allocation, follow=False)

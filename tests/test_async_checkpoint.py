@@ -24,8 +24,8 @@ import cfmask.train
 import made
 from cfmask import checkpoint, resume
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
-from cfmask.checkpoint_state import State, read_state
-from cfmask.distributed import Place
+from cfmask.checkpoint_state import CheckpointState, read_state
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.optim import adamw
 from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
@@ -468,7 +468,7 @@ def fail_at(monkeypatch, steps: set[int]) -> None:
     """The checkpoints of these steps meet a full disk."""
     real = Writer._commit
 
-    def commit(self: Writer, state: State, *arguments) -> None:
+    def commit(self: Writer, state: CheckpointState, *arguments) -> None:
         if state.step in steps:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, state, *arguments)
@@ -505,7 +505,7 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     """A run that is asked to stop at step 4, whose checkpoint cannot be written in the first ``failing`` tries."""
     real, tries = Writer._commit, iter(range(99))
 
-    def commit(self, state: State, *arguments) -> None:
+    def commit(self, state: CheckpointState, *arguments) -> None:
         if state.step == 4 and next(tries) < failing:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(self, state, *arguments)
@@ -517,7 +517,7 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     def stop_request() -> str | None:
         return REQUEUE if next(steps) >= 3 else None
 
-    outcome = cfmask.train.train(recipe, run, Place(), stop_request, seconds_left=lambda: seconds_left)
+    outcome = cfmask.train.train(recipe, run, DistributedContext(), stop_request, seconds_left=lambda: seconds_left)
     assert outcome == REQUEUE
     return run
 
@@ -614,7 +614,7 @@ repo, run, rank, attempt, slow = sys.argv[1:]
 sys.path.insert(0, repo)
 from cfmask import checkpoint, resume
 from cfmask.checkpoint_state import State, read_state
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.runs import RunFolder
 from cfmask.runtime.process import exit_without_finalization
 from cfmask.train import train
@@ -629,7 +629,7 @@ def pieces(image):
 checkpoint._PIECE = 2048
 checkpoint._Image.pieces = pieces
 run = RunFolder(Path(run))
-train(run.recipe(), run, Place(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
+train(run.recipe(), run, DistributedContext(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
 exit_without_finalization(0)  # as ranks of a job do
 """
 

@@ -43,11 +43,11 @@ def test_the_authors_step_and_ours_give_the_same_loss_mask_and_gradients(geometr
     images, labels, draws = make_batch(geometry, HEADLINE, 6)
     visual, head = plain(student, geometry), copy.deepcopy(student.head)
 
-    outcome = authors_step(visual, head, plain(teachers.start, geometry), normalise, images, labels, draws.donors)
+    outcome = authors_step(visual, head, plain(teachers.pretrained, geometry), normalise, images, labels, draws.donors)
 
-    camera = Relevance()
-    logits = student.classify(student.encode(normalise(images), cam=camera))
-    cam = camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+    cam_hook = Relevance()
+    logits = student.classify(student.encode(normalise(images), cam=cam_hook))
+    cam = cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
     assert torch.equal(outcome.mask, counterfactual(images, cam, draws, HEADLINE, geometry.patch).mask)
     assert 0 < outcome.mask.float().mean() < 1
     metrics = training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
@@ -64,7 +64,7 @@ def test_the_step_that_is_timed_part_by_part_is_our_step():
 
     parts = step_measurements.step_in_parts(
         parted,
-        teachers.start,
+        teachers.pretrained,
         normalise,
         images,
         labels,
@@ -160,7 +160,7 @@ def test_a_step_costs_no_more_forwards_than_its_method_needs(b16, row):
     method, most = resolved(COSTS[row][0]), COSTS[row][1]
     model = Classifier(copy.deepcopy(m.student), m.head)
     model.visual.requires_grad_(row != "linear-probe")
-    teachers = Teachers(start=Classifier(copy.deepcopy(m.teacher), m.head) if method.distils else None)
+    teachers = Teachers(pretrained=Classifier(copy.deepcopy(m.teacher), m.head) if method.distils else None)
     spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches) if method.masked else None
     draws = draw(spec, len(m.images), np.random.default_rng(0))
 

@@ -26,7 +26,7 @@ from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import slurm_parameters
 from launch.jobs.chain import Chain
 from launch.jobs.failure_reports import KILLED, RAISED, UNHEALTHY, RankFailure, RankStart
-from launch.jobs.planning import Planned, take_up
+from launch.jobs.planning import Planned, claim_run_folders
 from launch.jobs.restarts import STOPPED, Cause, GivenUp, JobRecord, Restarts
 from launch.jobs.retries import decide
 from launch.jobs.run_state import read_state
@@ -197,14 +197,14 @@ def test_after_a_failure_no_job_of_a_chain_is_requeued_and_its_bad_node_is_left_
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 0))
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: dict.fromkeys(jobs))
     monkeypatch.setattr(retries, "_left_out", lambda here, deaths: tuple(death["node"] for death in deaths))
-    left_out: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(chain, "leave_out", lambda job, nodes, **given: left_out.update({job: tuple(nodes)}))
+    left_out_nodes: dict[str, tuple[str, ...]] = {}
+    monkeypatch.setattr(chain, "leave_out", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
     kind = {"killed": KILLED, "unhealthy": UNHEALTHY}.get(how, RAISED)
     failure = RankFailure(1, "n2", "2026-11-24T12:00:00.000", "no", broken_off=how == "node lost", kind=kind)
     decision = decide(RankStart(run, "11-0", 0, local=False, nodes=2, world_size=2), failure)
     assert not decision.restarts
     assert decision.why.endswith("; job 12 resumes the run") == (how != "raised")
-    assert left_out == (dict.fromkeys(("12", "13"), ("n2",)) if how in ("killed", "unhealthy") else {})
+    assert left_out_nodes == (dict.fromkeys(("12", "13"), ("n2",)) if how in ("killed", "unhealthy") else {})
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 2))
     decision = decide(RankStart(run, "13-0", 0, local=False, nodes=2, world_size=2), failure)
     assert ("job 13 is the last of its chain" in decision.said) == (how != "raised")
@@ -266,7 +266,7 @@ def accepts(*jobs: int) -> list[str]:
 
 def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: FakeSlurm, tmp_path, capsys):  # noqa: F811
     fake.will("sbatch", *accepts(11, 12), REFUSED)
-    planned = take_up([Planned(RunFolder(tmp_path / f"runs/{name}"), Recipe()) for name in "ab"])
+    planned = claim_run_folders([Planned(RunFolder(tmp_path / f"runs/{name}"), Recipe()) for name in "ab"])
     with pytest.raises(UserError, match=r"violates.* 2 of 4 jobs .* stay: 11, 12\. .*--resume \S+/runs/a --chain 2$"):
         submit_to_slurm(planned, ALLOCATION, chain=4, follow=False)
     run = RunFolder(tmp_path / "runs/a")
@@ -280,7 +280,7 @@ def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: Fake
 
 
 def test_a_job_whose_acceptance_was_not_answered_is_a_link_of_the_chain(fake, tmp_path):  # noqa: F811
-    [planned] = take_up([Planned(RunFolder(tmp_path / "runs/a"), Recipe())])
+    [planned] = claim_run_folders([Planned(RunFolder(tmp_path / "runs/a"), Recipe())])
     found = f'for each in {planned.run.root}/jobs/.submission_file_*.sh; do [ -h $each ] || echo "12|$each"; done'
     fake.will("sbatch", *accepts(11), TIMED_OUT, *accepts(13))
     fake.will("squeue", found)

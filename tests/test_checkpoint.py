@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from cfmask import checkpoint, resume
 from cfmask.checkpoint import Keep, Writer, best_of, to_keep
-from cfmask.checkpoint_state import Skips, State
-from cfmask.data.receipts import MODULUS, Consumed
+from cfmask.checkpoint_state import CheckpointState, Skips
+from cfmask.data.receipts import MODULUS, DataProgress
 from cfmask.models.head import load_model
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Optim
@@ -28,8 +28,10 @@ PHASE = Phase(0, 10, tower=True, lr=1e-3, weight_decay=0.1)
 LATEST_TWO = Keep(2)
 
 
-def state(step: int, **top1: float) -> State:
-    return State(step, "0123", Consumed(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1), top1=top1)
+def state(step: int, **top1: float) -> CheckpointState:
+    return CheckpointState(
+        step, "0123", DataProgress(samples=48, receipt=MODULUS - 7, bad_in_epoch=1), Skips(2, 1), top1=top1
+    )
 
 
 def trained(steps: int = 3):
@@ -47,7 +49,7 @@ def train_on(model, optimizer, seed: int) -> None:
     optimizer.zero_grad()
 
 
-def save(folder: Path, *states: State, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
+def save(folder: Path, *states: CheckpointState, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
     """Checkpoints of these states, by one attempt that goes on from the latest."""
     if model is None:
         model, optimizer = trained(1)

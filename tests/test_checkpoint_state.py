@@ -18,14 +18,14 @@ from cfmask.checkpoint_state import (
     OPTIMIZER,
     STATE,
     CheckpointDamaged,
+    CheckpointState,
     Skips,
-    State,
     decode,
     digest_of,
     encode,
     read_state,
 )
-from cfmask.data.receipts import MODULUS, Consumed
+from cfmask.data.receipts import MODULUS, DataProgress
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
@@ -36,11 +36,11 @@ SHA256 = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()
 FOLDER = Path("step-00000012")
 
 
-def state(step: int = 12) -> State:
-    return State(
+def state(step: int = 12) -> CheckpointState:
+    return CheckpointState(
         step=step,
         dataset="0123456789abcdef",
-        consumed=Consumed(192, MODULUS - 7, 1),
+        consumed=DataProgress(192, MODULUS - 7, 1),
         skips=Skips(2, 1),
         top1={"val": 12.5, "sketch": 3.0},
         inputs={"optim.lr": 3e-5, "run.seed": 1, "method.fill": None, "initial.safetensors": "ab" * 32},

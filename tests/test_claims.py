@@ -22,7 +22,7 @@ from launch.jobs import claims, planning, submission, training
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import write_environment
 from launch.jobs.claims import take_folder
-from launch.jobs.planning import Planned, take_up
+from launch.jobs.planning import Planned, claim_run_folders
 from slurm_fixture import wait_until
 
 
@@ -205,7 +205,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
     sent = []
     for name in names:
         for members in ([tmp_path / "alone" / name], [tmp_path / "swept" / name / member for member in "01"]):
-            batch = submission.Batch.of([Planned(RunFolder(member), Recipe()) for member in members])
+            batch = submission.SubmissionBatch.of([Planned(RunFolder(member), Recipe()) for member in members])
             for member in members:
                 (member / "jobs").mkdir(parents=True)
                 write_environment(allocation, member / "jobs")
@@ -232,5 +232,5 @@ def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):
     (second.root / "foreign").touch()
     planned = [Planned(run, Recipe()) for run in (first, second)]
     with pytest.raises(UserError, match="neither empty nor the folder"):
-        take_up(planned)
+        claim_run_folders(planned)
     assert contents(tmp_path) == ["second"] and contents(second.root) == ["foreign"]

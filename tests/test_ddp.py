@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cfmask import distributed
 from cfmask.ddp import data_parallel
-from cfmask.distributed import Place, call_off, process_group
+from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
@@ -44,7 +44,7 @@ def joined(lanes: list) -> tuple:
 def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
     torch.set_num_threads(1)
-    with process_group(Place(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
         student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
         results = {}
@@ -101,7 +101,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(
 
 def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    with process_group(Place(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
         method = resolved(Method(mask="random"))
         student, teachers, normalise = student_and_teachers(TINY, method)
         images, labels, draws = make_batch(TINY, method, PER_LANE, seed=rank)
@@ -118,10 +118,10 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
     """What warming up leaves, and the gradients of one batch as a first step and as a second."""
     torch.set_num_threads(1)
-    with process_group(Place(rank=rank, world_size=3), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=3), folder / "meeting"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
-        for each in (model, teachers.start, normalise):
+        for each in (model, teachers.pretrained, normalise):
             each.float()
         passes = []
         model.visual.conv1.register_forward_hook(lambda *_: passes.append(1))
@@ -151,24 +151,27 @@ def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_be
 
 
 def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
-    call_off(Place(), tmp_path, "the disk is on fire")
-    with pytest.raises(UserError, match="the disk is on fire"), process_group(Place(rank=1, world_size=2), tmp_path):
+    call_off(DistributedContext(), tmp_path, "the disk is on fire")
+    with (
+        pytest.raises(UserError, match="the disk is on fire"),
+        process_group(DistributedContext(rank=1, world_size=2), tmp_path),
+    ):
         pass
 
 
 # --- how ranks find each other ----------------------------------------------------------------------------------------
 
 
-def meet(rank: int, folder: Path, place: Place, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
+def meet(rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
     """Join a group of two, and leave the sum of the ranks' numbers, which tells that both are in it."""
     torch.set_num_threads(1)
     time.sleep(late_s if rank == 0 else 0)
     if hosts:
         distributed._own_hosts = lambda: list(hosts)
-    with process_group(dataclasses.replace(place, rank=rank, world_size=2), folder / "meeting"):
+    with process_group(dataclasses.replace(context, rank=rank, world_size=2), folder / "meeting"):
         total = torch.tensor(rank + 1)
         dist.all_reduce(total)
-        (folder / f"{place.attempt}-{rank}").write_text(str(total.item()))
+        (folder / f"{context.attempt}-{rank}").write_text(str(total.item()))
 
 
 def have_met(folder: Path, attempt: str = "0") -> bool:
@@ -184,7 +187,7 @@ def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, l
     """A file left by a killed attempt of the same name; the group forms all the same."""
     (tmp_path / "meeting").mkdir()
     (tmp_path / "meeting/0.json").write_text(json.dumps(left))
-    mp.start_processes(meet, args=(tmp_path, Place(), (), 2), nprocs=2, start_method="spawn")
+    mp.start_processes(meet, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="spawn")
     assert have_met(tmp_path)
 
 
@@ -192,13 +195,15 @@ def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, l
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
 def test_rank_zero_is_found_at_whichever_of_its_addresses_leads_there(tmp_path, hosts):
-    mp.start_processes(meet, args=(tmp_path, Place(nodes=2), hosts), nprocs=2, start_method="spawn")
+    mp.start_processes(meet, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="spawn")
     assert have_met(tmp_path)
 
 
 def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
     jobs = [
-        mp.start_processes(meet, args=(tmp_path, Place(attempt=name)), nprocs=2, start_method="spawn", join=False)
+        mp.start_processes(
+            meet, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="spawn", join=False
+        )
         for name in ("71-0", "72-0")
     ]
     for job in jobs:
@@ -228,17 +233,17 @@ def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch
 def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(TimeoutError, match="2 of 3 ranks did not come.*rank 1, rank 2"):
-        with process_group(Place(world_size=3), tmp_path):
+        with process_group(DistributedContext(world_size=3), tmp_path):
             pass
     with pytest.raises(TimeoutError, match="rank 0 published no address"):
-        with process_group(Place(rank=1, world_size=2), tmp_path):
+        with process_group(DistributedContext(rank=1, world_size=2), tmp_path):
             pass
 
 
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
-        with process_group(Place(nodes=2, world_size=2), tmp_path):
+        with process_group(DistributedContext(nodes=2, world_size=2), tmp_path):
             pass
     monkeypatch.setattr(distributed, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
     assert distributed._own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
@@ -274,7 +279,7 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
 
 def meet_on_a_machine(rank: int, folder: str) -> None:
     distributed._CONNECT_S = 1
-    meet(rank, Path(folder), Place(nodes=2))
+    meet(rank, Path(folder), DistributedContext(nodes=2))
 
 
 def _make_machines(names: list[str], addresses: str) -> None:

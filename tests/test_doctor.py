@@ -21,9 +21,18 @@ from launch.checks import cluster as _slurm_checks
 from launch.checks import probe as _probe
 from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.checks.probe import BYTES, Report
+from launch.checks.probe import BYTES, ProbeReport
 from launch.jobs.allocation import Allocation
-from launch.slurm.texts import Node, default_qos, gpus_of, parse_config, parse_nodes, parse_qos, parse_records, seconds
+from launch.slurm.texts import (
+    SlurmNode,
+    default_qos,
+    gpus_of,
+    parse_config,
+    parse_nodes,
+    parse_qos,
+    parse_records,
+    seconds,
+)
 from slurm_fixture import Cluster
 
 REPO = Path(__file__).resolve().parents[1]
@@ -263,8 +272,8 @@ def allocation(**given: Any) -> Allocation:
     return Allocation(**(base | {"cpus_per_task": 4, "time": 60} | given))
 
 
-def gpu_nodes(count: int, state: str = "idle", gres: str = "gpu:a100:8(S:0-1)", cpus: int = 96) -> list[Node]:
-    return [Node("gpu", f"g{i}", state, cpus, gres) for i in range(count)]
+def gpu_nodes(count: int, state: str = "idle", gres: str = "gpu:a100:8(S:0-1)", cpus: int = 96) -> list[SlurmNode]:
+    return [SlurmNode("gpu", f"g{i}", state, cpus, gres) for i in range(count)]
 
 
 def test_nodes_of_the_size_that_is_asked_for():
@@ -279,7 +288,7 @@ def test_nodes_of_the_size_that_is_asked_for():
     assert cores.state == PROBLEM and "cpus_per_task = 12" in cores.change
     few = check(gpu_nodes(1))
     assert few.state == PROBLEM and "1 of 1 nodes" in few.found
-    broken = check(gpu_nodes(1) + [Node("gpu", "g9", "drained*", 96, "gpu:8")])
+    broken = check(gpu_nodes(1) + [SlurmNode("gpu", "g9", "drained*", 96, "gpu:8")])
     assert broken.state == PROBLEM and "only 1 of them work (drained*)" in broken.found
     assert check([]).state == NOT_CHECKED
 
@@ -341,7 +350,7 @@ def test_a_requeue_that_was_seen_or_refused():
 # --- the ranks' reports -------------------------------------------------------------------------------------------
 
 
-def report(rank: int = 0, node: str = "n1", **given: Any) -> Report:
+def report(rank: int = 0, node: str = "n1", **given: Any) -> ProbeReport:
     """Of a rank that has found everything as it should be."""
     good = {
         "local_rank": 0,
@@ -361,10 +370,10 @@ def report(rank: int = 0, node: str = "n1", **given: Any) -> Report:
         "right": True,
         "seconds": 0.1,
     }
-    return Report(rank=rank, node=node, **(good | given))
+    return ProbeReport(rank=rank, node=node, **(good | given))
 
 
-def two(**second: Any) -> list[Report]:
+def two(**second: Any) -> list[ProbeReport]:
     return [report(0, "n1"), report(1, "n2", **second)]
 
 

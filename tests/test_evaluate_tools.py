@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import made
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation.spec import UniformSoup
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.models.head import load_model
@@ -198,7 +198,7 @@ def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_
     work = UniformSoup(models=(str(trained.initial), pointer))
     run = RunFolder(tmp_path / "later")
     run.claim(work)
-    run_evaluation(work, run, Place())
+    run_evaluation(work, run, DistributedContext())
     result = json.loads(run.results.read_text())
     assert pointer in result["of"] and str(trained.best().model) in result["of"]
     assert [each["chosen"] for each in result["checkpoints"]] == ["where training starts", "best on val"]

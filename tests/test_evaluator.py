@@ -22,7 +22,7 @@ import tools.evaluate
 from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation import counter
 from cfmask.evaluation.checks import check_set
@@ -59,7 +59,7 @@ def evaluate(what: Evaluation, folder: Path, stop=lambda: None) -> dict | str:
     """results.json; or what it was stopped with."""
     run = RunFolder(folder)
     run.claim(what)
-    outcome = run_evaluation(what, run, Place(), stop)
+    outcome = run_evaluation(what, run, DistributedContext(), stop)
     return json.loads(run.results.read_text()) if outcome == FINISHED else outcome
 
 
@@ -200,16 +200,16 @@ RANK = """
 import sys
 from pathlib import Path
 import torch
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.runs import RunFolder
 torch.set_num_threads(1)
 rank, world, folder, attempt, stop = sys.argv[1:]
 run = RunFolder(Path(folder))
 asked = iter(range(10**6))
-place = Place(rank=int(rank), world_size=int(world), local_rank=int(rank), attempt=attempt)
+context = DistributedContext(rank=int(rank), world_size=int(world), local_rank=int(rank), attempt=attempt)
 ends = lambda: "requeue" if rank == stop.split(":")[0] and next(asked) == int(stop.split(":")[1]) else None
-print(run_evaluation(run.work(), run, place, ends if stop else lambda: None))
+print(run_evaluation(run.work(), run, context, ends if stop else lambda: None))
 """
 
 

@@ -203,10 +203,10 @@ class Counter(TorchDispatchMode):
 def step_of(geometry: Geometry, dtype: torch.dtype, *, autocast: bool) -> dict[str, Any]:
     """The headline step: loss, gradients and operator calls."""
     student, teachers, normalise = student_and_teachers(geometry, HEADLINE)
-    for model in (student, teachers.start, normalise):
+    for model in (student, teachers.pretrained, normalise):
         model.to(dtype)
     if autocast:
-        store_products_in(teachers.start, BF16)
+        store_products_in(teachers.pretrained, BF16)
     images, labels, draws = make_batch(geometry, HEADLINE, 4)
     with torch.autocast("cpu", BF16, enabled=autocast), Counter() as counter:
         metrics = training_step(student, teachers, normalise, images.to(dtype), labels, draws, HEADLINE)

@@ -21,7 +21,7 @@ from cfmask.masking.fills import DrawSpec, draw
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
-from cfmask.optim import Phase, Rates, adamw, take_step
+from cfmask.optim import LrAndBetas, Phase, adamw, take_step
 from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe
 from cfmask.session import choose_arithmetic
@@ -40,7 +40,7 @@ HEADLINE = resolved(Method(mask="object", fill="single-fill"))
 def there(*models):
     """Models, or the models of a Teachers, on the GPU."""
     return [
-        Teachers(*(m and copy.deepcopy(m).cuda() for m in (model.start, model.ensemble)))
+        Teachers(*(m and copy.deepcopy(m).cuda() for m in (model.pretrained, model.ensemble)))
         if isinstance(model, Teachers)
         else copy.deepcopy(model).cuda()
         for model in models
@@ -74,7 +74,7 @@ def test_fp32_gradients_by_kernels_are_as_exact_as_without(recompute):
 
     def gradients(dtype: torch.dtype, device: str):
         student, teachers, normalise = student_and_teachers(KEYS_257, HEADLINE)
-        for model in (student, teachers.start, normalise):
+        for model in (student, teachers.pretrained, normalise):
             model.to(device, dtype)
         student.recompute = recompute
         images, labels, draws = make_batch(KEYS_257, HEADLINE, 4)
@@ -120,10 +120,10 @@ def batches_of(geometry: Geometry, method: Method, number: int, not_finite: int 
 def train(kind, geometry, method, batches, *, recompute=False, micro_batches=1, tower=True, report=None):
     """Weights after the steps that ``batches`` are, and each step's loss and gradient norm."""
     student, teachers, normalise = there(*student_and_teachers(geometry, method))
-    for model in (student, normalise, teachers.start, teachers.ensemble):
+    for model in (student, normalise, teachers.pretrained, teachers.ensemble):
         if model is not None:
             model.float()
-    for teacher in (teachers.start, teachers.ensemble):
+    for teacher in (teachers.pretrained, teachers.ensemble):
         if teacher is not None:
             store_products_in(teacher, torch.bfloat16)
     student.recompute = recompute
@@ -137,7 +137,7 @@ def train(kind, geometry, method, batches, *, recompute=False, micro_batches=1, 
         metrics = run(inputs, last=last)
         history += [metrics.loss, metrics.correct, metrics.masked, metrics.finite.sum()]
         if last:
-            history.append(take_step(optimizer, Rates(1e-3, 0.9), clip_norm=1.0))
+            history.append(take_step(optimizer, LrAndBetas(1e-3, 0.9), clip_norm=1.0))
     return [*(p.detach() for p in student.parameters()), *(value.double() for value in history)]
 
 
@@ -184,7 +184,7 @@ def test_two_runs_of_clips_own_towers_end_bitwise_equal(name, images, recompute,
         optimizer = adamw(student.parameters(), Phase(0, 9, True, 1e-4, 0.1), Recipe().resolved().optim)
         for _ in range(3):
             run(inputs, last=True)
-            take_step(optimizer, Rates(1e-4, 0.9), clip_norm=1.0)
+            take_step(optimizer, LrAndBetas(1e-4, 0.9), clip_norm=1.0)
         ends.append([p.detach() for p in student.parameters()])
     assert_bitwise_equal(*ends)
 
@@ -255,7 +255,7 @@ def _rank(rank: int, folder: str) -> None:
     ends = []
     for kind in (Passes, GraphedPasses):
         student, teachers, normalise = there(*student_and_teachers(B32, HEADLINE))
-        for model in (student, normalise, teachers.start):
+        for model in (student, normalise, teachers.pretrained):
             model.float()
         trained = data_parallel(student, torch.device("cuda", 0)) if kind is Passes else student
         run = kind(trained, teachers, normalise, recipe_of(HEADLINE), **options_of(kind))
@@ -342,7 +342,7 @@ def test_a_rank_that_hangs_leaves_nccls_flight_recorder(materials, tmp_path):
 def test_a_bf16_step_never_waits_for_the_device(method, kind):
     method = resolved(method)
     student, teachers, normalise = there(*student_and_teachers(B32, method))
-    for model in (student, teachers.start, teachers.ensemble, normalise):
+    for model in (student, teachers.pretrained, teachers.ensemble, normalise):
         if model is not None:
             model.float()
     [inputs] = batches_of(B32, method, 1)
@@ -357,7 +357,7 @@ def test_a_bf16_step_never_waits_for_the_device(method, kind):
         run(inputs, last=True)
         clock.end()
         clock.mean()
-        return take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+        return take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
 
     step()  # libraries are loaded and workspaces allocated the first time
     torch.cuda.synchronize()

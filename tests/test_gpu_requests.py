@@ -21,7 +21,7 @@ from launch.jobs.batch_script import slurm_parameters
 from launch.jobs.cluster_file import read_cluster_file
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.executor import SlurmExecutor
-from launch.slurm.texts import Node
+from launch.slurm.texts import SlurmNode
 from launch.submit import parser
 
 
@@ -295,4 +295,4 @@ def test_doctor_understands_time_limits(given, most, default, state, said):
 )
 def test_doctor_looks_for_nodes_with_the_gpus_that_are_asked_for(flags, gres, state):
     a = allocate(*flags, "--cpus-per-task", 1)
-    assert check_nodes([Node("gpu", "n1", "idle", 64, gres)], ["gpu"], a).state == state
+    assert check_nodes([SlurmNode("gpu", "n1", "idle", 64, gres)], ["gpu"], a).state == state

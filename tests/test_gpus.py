@@ -176,7 +176,7 @@ def test_a_dry_run_counts_visible_gpus_and_takes_bf16(machine, tmp_path):
     assert done.returncode == 2 and 'CUDA_VISIBLE_DEVICES is "2,0"' in done.stderr
 
 
-class Seen:
+class ClassifierOutput:
     """What a rank finds in its environment, left in a file."""
 
     def __init__(self, folder: Path) -> None:
@@ -201,7 +201,7 @@ def test_ranks_see_the_gpus_that_were_visible_to_the_launcher(machine, tmp_path,
     run = tmp_path / "a run"
     code = snapshot.take(made.REPO, run / "code").path
     given = allocation("--gpus-per-node", 2)
-    job = local_executor(run / "jobs", code, given, timeout_min=2).submit(Seen(tmp_path))
+    job = local_executor(run / "jobs", code, given, timeout_min=2).submit(ClassifierOutput(tmp_path))
     job.wait()
     found = [json.loads((tmp_path / f"seen-{rank}.json").read_text()) for rank in range(2)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == by_rank

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from launch.jobs import health
 from launch.jobs.failure_reports import is_device_error
 from launch.jobs.health import NodeUnhealthy
@@ -27,7 +27,7 @@ def node(monkeypatch):
 
 
 def test_a_good_node_passes_and_nothing_stays(tmp_path):
-    health.check_node(tmp_path, Place())
+    health.check_node(tmp_path, DistributedContext())
     assert not list(tmp_path.iterdir())
 
 
@@ -46,16 +46,16 @@ def failing(*numbers: int):
 def test_a_run_folder_that_cannot_be_written_is_the_nodes_fault(tmp_path, monkeypatch):
     with pytest.raises(NodeUnhealthy, match="No such file or directory"):
         health.check_folder(tmp_path / "not mounted")
-    health.check_node(tmp_path / "not mounted", Place(local_rank=1))  # the first rank of the node looks
+    health.check_node(tmp_path / "not mounted", DistributedContext(local_rank=1))  # the first rank of the node looks
     monkeypatch.setattr(health, "file_clock", failing(*[errno.EROFS] * 4))
     with pytest.raises(NodeUnhealthy, match=r"node n7 is unhealthy: .* cannot be written and read .* .Read-only file"):
-        health.check_node(tmp_path, Place())
+        health.check_node(tmp_path, DistributedContext())
 
 
 @pytest.mark.parametrize("numbers", [(errno.EIO,) * 3, (errno.ENOSPC,), (errno.ESTALE, errno.EDQUOT)])
 def test_a_file_server_that_is_back_and_a_full_disk_are_not(tmp_path, monkeypatch, numbers):
     monkeypatch.setattr(health, "file_clock", failing(*numbers))
-    health.check_node(tmp_path, Place())
+    health.check_node(tmp_path, DistributedContext())
 
 
 @pytest.mark.parametrize("off", [-3600.0, 3600.0])
@@ -89,7 +89,7 @@ def test_a_local_disk_without_space(tmp_path, monkeypatch):
     with pytest.raises(NodeUnhealthy, match="cannot be written .No such file"):
         health.check_local_disk(tmp_path / "gone")
     monkeypatch.setenv(health.VARIABLE, "off")
-    health.check_node(tmp_path / "gone", Place())
+    health.check_node(tmp_path / "gone", DistributedContext())
 
 
 class Cuda:
@@ -142,10 +142,10 @@ def test_gpus(monkeypatch, faults, rows, said):
     Cuda(monkeypatch, **faults)
     pynvml(monkeypatch, rows)
     if said is None:
-        health.check_gpu(Place(gpu=True))
+        health.check_gpu(DistributedContext(gpu=True))
         return
     with pytest.raises(NodeUnhealthy, match=f"node n7 is unhealthy: GPU 0.*{said}"):
-        health.check_gpu(Place(gpu=True))
+        health.check_gpu(DistributedContext(gpu=True))
 
 
 @pytest.mark.parametrize(

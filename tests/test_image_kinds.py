@@ -246,14 +246,14 @@ def test_of_several_pictures_the_first_is_read_and_that_is_told(kind):
 def test_of_a_jpeg_with_further_pictures_the_first_is_read():
     data = saved(_RGB, "MPO", save_all=True, append_images=[Image.new("RGB", (W, H))])
     assert np.array_equal(images.decode(data), images.decode(saved(_RGB, "JPEG")))
-    assert images.inspect(data) == images.Facts("jpg", W, H, ())
+    assert images.inspect(data) == images.ImageInfo("jpg", W, H, ())
     assert images.inspect(data[:-40] + b"junk").extension == "jpg"  # the first is whole
 
 
 def test_the_orientation_of_a_tiff_is_applied_and_told():
     data = tiff(W, H, [RGB8.tobytes()], bits=(8,) * 3, photometric=2, tag_274=(6,))
     assert np.array_equal(images.decode(data).permute(1, 2, 0).numpy(), np.rot90(RGB8, -1))
-    assert images.inspect(data) == images.Facts("tif", H, W, ("TIFF orientation 6",))
+    assert images.inspect(data) == images.ImageInfo("tif", H, W, ("TIFF orientation 6",))
 
 
 def test_a_jpeg_of_12_bits_is_refused_at_conversion_as_in_training():

@@ -96,7 +96,7 @@ def test_exif_orientation_is_not_applied_and_told():
     exif[0x0112] = 6  # "rotate by 90 degrees"
     data = encoded(picture(60, 40), exif=exif)
     assert images.decode(data).shape == (3, 40, 60)
-    assert images.inspect(data) == images.Facts("jpg", 60, 40, ("EXIF orientation 6",))
+    assert images.inspect(data) == images.ImageInfo("jpg", 60, 40, ("EXIF orientation 6",))
 
 
 def test_the_content_names_the_extension():

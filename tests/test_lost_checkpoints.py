@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import cfmask.train
 import made
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
@@ -39,7 +39,7 @@ def train(materials, folder, stop_at=None):
 
 def start_again(run: RunFolder, stop_request=lambda: None) -> None:
     """As a requeued job does: with what the run folder says."""
-    cfmask.train.train(run.recipe(), run, Place(), stop_request)
+    cfmask.train.train(run.recipe(), run, DistributedContext(), stop_request)
 
 
 def records(run) -> dict[str, bytes]:

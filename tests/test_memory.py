@@ -22,7 +22,7 @@ import cfmask.train
 import made
 from cfmask import memory
 from cfmask.data.plan import divisors
-from cfmask.distributed import Place, process_group
+from cfmask.distributed import DistributedContext, process_group
 from cfmask.errors import UserError
 from cfmask.memory import MARGIN, Footprint, Trial, explained_out_of_memory, fewest_micro_batches
 from cfmask.models.head import load_model
@@ -139,13 +139,13 @@ def recipe_of_lanes(lanes: int = 16, **optim) -> Recipe:
 
 def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple], recipe: Recipe) -> None:
     torch.set_num_threads(1)
-    place = Place(rank=rank, world_size=world_size)
+    context = DistributedContext(rank=rank, world_size=world_size)
     trial = Pretended(2, *trials[rank])
     memory.trial_on = lambda *_, **__: trial
     found: object
-    with process_group(place, folder / "meeting"):
+    with process_group(context, folder / "meeting"):
         try:
-            found = memory.choose_micro_batches(recipe, RunFolder(folder), place, None, None, None, tower=True).optim
+            found = memory.choose_micro_batches(recipe, RunFolder(folder), context, None, None, None, tower=True).optim
         except UserError as error:
             found = str(error)
     torch.save((found, trial.tried), folder / f"{rank}.pt")
@@ -266,7 +266,7 @@ def test_the_trial_leaves_no_trace_in_the_weights(materials, tmp_path, monkeypat
     assert run.recipe().optim.micro_batches == 2
     # The next start has less room, and goes by the recipe.
     monkeypatch.setattr(OnThisMachine, "images", 4)
-    made_again = cfmask.train.train(run.recipe(), run, Place())
+    made_again = cfmask.train.train(run.recipe(), run, DistributedContext())
     assert made_again == FINISHED
     assert_equal(run, given)
 
@@ -281,7 +281,7 @@ def test_a_run_whose_choice_was_not_recorded_chooses_at_the_next_start(materials
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "record_recipe", full)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
-            cfmask.train.train(recipe, run, Place())
+            cfmask.train.train(recipe, run, DistributedContext())
     assert run.recipe().optim.micro_batches == AUTO and not read_lines(run.log)
     made.train(recipe, run.root)
     assert run.recipe().optim.micro_batches == 1
@@ -415,7 +415,7 @@ def test_an_out_of_memory_error_in_training_names_the_flags(materials, tmp_path,
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(ZeroDivisionError), explained_out_of_memory(Place()):
+    with pytest.raises(ZeroDivisionError), explained_out_of_memory(DistributedContext()):
         _ = 1 / 0
 
 
@@ -465,7 +465,7 @@ def emptied():
 def trained(recipe: Recipe, folder: Path) -> RunFolder:
     run = RunFolder(folder)
     run.claim(recipe)
-    assert cfmask.train.train(recipe, run, Place(gpu=True)) == FINISHED
+    assert cfmask.train.train(recipe, run, DistributedContext(gpu=True)) == FINISHED
     return run
 
 
@@ -508,7 +508,7 @@ def test_what_is_reckoned_is_what_passes_take(large, emptied):
     """The line through one lane and two foretells four and eight within the margin."""
     model, info = load_model(large.model.pretrained)
     model = model.cuda()
-    teachers = Teachers(start=copy.deepcopy(model).requires_grad_(False))
+    teachers = Teachers(pretrained=copy.deepcopy(model).requires_grad_(False))
     trial = Trial(large, model, teachers, Normalise(info.mean, info.std).cuda(), tower=True)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -524,7 +524,7 @@ def test_what_is_reckoned_is_what_passes_take(large, emptied):
 def test_a_trial_that_runs_out_of_memory_gives_it_back(large, emptied):
     model, info = load_model(large.model.pretrained)
     model = model.cuda()
-    teachers = Teachers(start=copy.deepcopy(model).requires_grad_(False))
+    teachers = Teachers(pretrained=copy.deepcopy(model).requires_grad_(False))
     trial = Trial(large, model, teachers, Normalise(info.mean, info.std).cuda(), tower=True)
     assert trial.fits(1, with_step=True)
     free = trial._free()

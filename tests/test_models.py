@@ -25,7 +25,7 @@ from cfmask.models.head import (
     save_model,
 )
 from cfmask.models.initial import initial_model, model_info
-from cfmask.models.tower import Classifier, Compiled, Normalise, adopt, encode
+from cfmask.models.tower import Classifier, Compiled, Normalise, encode, replace_attention
 from cfmask.models.weights import find_weights
 from made import CLASSES, save_tiny_model
 from towers import B32, ODD, TINY, tiny_clip
@@ -39,7 +39,7 @@ def test_an_adopted_tower_computes_what_open_clip_computes(geometry):
     pixels = torch.randn(3, 3, geometry.image, geometry.image)
     with torch.no_grad():
         expected = plain(pixels)
-        ours = adopt(copy.deepcopy(plain))
+        ours = replace_attention(copy.deepcopy(plain))
         torch.testing.assert_close(encode(ours, pixels), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours(pixels), expected, rtol=1e-5, atol=1e-5)
 
@@ -52,7 +52,7 @@ def test_layer_scale_and_a_missing_ln_pre_are_honoured():
     pixels = torch.randn(3, 3, ODD.image, ODD.image)
     with torch.no_grad():
         expected = plain(pixels)
-        torch.testing.assert_close(encode(adopt(plain), pixels), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(encode(replace_attention(plain), pixels), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_compiled_blocks_are_the_blocks(monkeypatch):
@@ -101,9 +101,9 @@ def test_towers_without_a_class_token_row_are_refused():
     info = TINY.info()
     pooled = dict(info.config["vision_cfg"], pool_type="avg")
     with pytest.raises(UserError, match="class token"):
-        adopt(build_tower(dataclasses.replace(info, config={**info.config, "vision_cfg": pooled})))
+        replace_attention(build_tower(dataclasses.replace(info, config={**info.config, "vision_cfg": pooled})))
     with pytest.raises(UserError, match="Conv2d"):
-        adopt(nn.Conv2d(3, 3, 1))
+        replace_attention(nn.Conv2d(3, 3, 1))
 
 
 def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):

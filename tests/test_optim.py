@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from cfmask.checkpoint_state import Skips
-from cfmask.optim import Phase, Rates, adamw, phases, rates, take_step
+from cfmask.optim import LrAndBetas, Phase, adamw, lr_and_betas, phases, take_step
 from cfmask.recipe import Method, Optim, Recipe
 
 A1 = Recipe().resolved().optim
@@ -23,7 +23,7 @@ def phase(steps: int, start: int = 0) -> Phase:
 
 def test_appendix_a1_warms_up_for_500_steps_and_ends_at_zero():
     whole = phase(25_000)
-    values = [rates(step, whole, A1) for step in range(25_000)]
+    values = [lr_and_betas(step, whole, A1) for step in range(25_000)]
     assert values[0].lr == pytest.approx(3e-5 / 500)
     assert values[499].lr == values[500].lr == 3e-5 == max(v.lr for v in values)
     assert values[12_750].lr == pytest.approx(1.5e-5, rel=1e-3)
@@ -42,7 +42,7 @@ def test_one_cycle_is_torchs_with_its_default_momentum_cycling(steps, start):
         return
     for step in range(steps):
         (group,) = optimizer.param_groups
-        ours = rates(start + step, phase(steps, start), settings)
+        ours = lr_and_betas(start + step, phase(steps, start), settings)
         assert ours.lr == pytest.approx(group["lr"], rel=1e-9)
         assert ours.beta1 == pytest.approx(group["betas"][0], rel=1e-9)
         optimizer.step()
@@ -55,7 +55,7 @@ def test_rates_are_positive_at_every_step_of_a_run_of_any_length(steps, warmup):
     for schedule, warm in (("cosine", warmup), ("one-cycle", None)):
         settings = Recipe(optim=Optim(schedule=schedule, warmup_steps=warm)).resolved().optim
         for step in range(steps):
-            now = rates(step, phase(steps), settings)
+            now = lr_and_betas(step, phase(steps), settings)
             assert 0 < now.lr <= 3e-5 * (1 + 1e-12) and 0 < now.beta1 < 1
 
 
@@ -88,7 +88,7 @@ def test_steps_are_plain_adamws_clipped_once():
         give_gradients(plain, step)
         expected = nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         oracle.step()
-        assert torch.equal(take_step(optimizer, Rates(1e-2, 0.9), 1.0), expected)
+        assert torch.equal(take_step(optimizer, LrAndBetas(1e-2, 0.9), 1.0), expected)
         assert all(p.grad is None for p in ours.parameters())
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
@@ -103,12 +103,12 @@ def test_a_step_that_is_left_out_leaves_no_trace(value):
             give_gradients(model, 99)
             model[0].weight.grad[1, 1] = value
             before = copy.deepcopy(model.state_dict())
-            norm = take_step(optimizer, Rates(1e-2, 0.9), 1.0)
+            norm = take_step(optimizer, LrAndBetas(1e-2, 0.9), 1.0)
             assert not norm.isfinite()
             assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
         for m, o in ((model, optimizer), (alone, undisturbed)):
             give_gradients(m, step)
-            take_step(o, Rates(1e-2, 0.9), 1.0)
+            take_step(o, LrAndBetas(1e-2, 0.9), 1.0)
     for a, b in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(a, b)
         assert all(torch.equal(optimizer.state[a][name], undisturbed.state[b][name]) for name in optimizer.state[a])

@@ -20,7 +20,7 @@ from cfmask.models.architecture import IDLE_SETTINGS, VISION_DEFAULTS, check_tra
 from cfmask.models.head import build_tower, load_model, read_info, save_model
 from cfmask.models.initial import check_initial_model, describe, initial_model, model_info
 from cfmask.models.preprocessing import OPENAI_MEAN, OPENAI_STD
-from cfmask.models.tower import adopt
+from cfmask.models.tower import replace_attention
 from cfmask.runs import RunFolder
 from launch.jobs import follow
 from launch.jobs.failure_reports import RankStart
@@ -277,7 +277,7 @@ def test_every_model_that_open_clip_lists_can_be_trained_or_is_refused_in_a_sent
         info = model_info(name)
         cut = {**config, "vision_cfg": {**config["vision_cfg"], "layers": 1}}  # blocks are alike
         with torch.device("meta"):
-            adopt(build_tower(dataclasses.replace(info, config=cut)))
+            replace_attention(build_tower(dataclasses.replace(info, config=cut)))
     assert {kind: len(names) > 3 for kind, names in found.items()} == dict.fromkeys((None, *REASONS), True)
 
 

@@ -83,9 +83,9 @@ def relevance_of(model, normalise, images) -> torch.Tensor:
     """(CLASSES · SHOWN, P), for the photographs shown."""
     parts = []
     for label, shown in enumerate(images[:, KNOWN:]):
-        camera = Relevance()
-        logits = model.classify(model.encode(normalise(shown), cam=camera))
-        parts.append(camera.of(logits[:, label]).cpu())
+        cam_hook = Relevance()
+        logits = model.classify(model.encode(normalise(shown), cam=cam_hook))
+        parts.append(cam_hook.compute(logits[:, label]).cpu())
     return torch.cat(parts)
 
 

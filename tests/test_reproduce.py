@@ -40,9 +40,9 @@ from launch.paper.plan import (
     MISSING,
     QUEUED,
     WAITING,
-    Node,
-    Plan,
-    Row,
+    PaperRow,
+    PlanNode,
+    ReproductionPlan,
     Setup,
     arrays,
     awaited,
@@ -69,20 +69,20 @@ IMAGENET |= {"imagenet-sketch": 50_889, "objectnet": 18_574, "imagenet-a": 7_500
 
 
 @st.composite
-def plans(draw) -> tuple[Plan, dict[str, str]]:
+def plans(draw) -> tuple[ReproductionPlan, dict[str, str]]:
     """Any graph without circles, in any order, and any states."""
     names = draw(st.permutations([f"n{i}" for i in range(draw(st.integers(1, 12)))]))
     nodes = []
     for i, name in enumerate(names):
         after = draw(st.lists(st.sampled_from(names[:i]), unique=True, max_size=3)) if i else []
-        nodes.append(Node(name, None, Recipe(), tuple(after)))
+        nodes.append(PlanNode(name, None, Recipe(), tuple(after)))
     nodes = in_order(draw(st.permutations(nodes)))
     rows = draw(st.lists(st.lists(st.sampled_from(names), min_size=1, unique=True), min_size=1, max_size=4))
-    plan = Plan({node.name: node for node in nodes}, tuple(Row("ft", tuple(found)) for found in rows))
+    plan = ReproductionPlan({node.name: node for node in nodes}, tuple(PaperRow("ft", tuple(found)) for found in rows))
     return plan, {name: draw(st.sampled_from(STATES)) for name in names}
 
 
-def is_needed(plan: Plan, states: dict[str, str], name: str) -> bool:
+def is_needed(plan: ReproductionPlan, states: dict[str, str], name: str) -> bool:
     """By the other way round: a row asks for it, or one that is needed and not there takes its model."""
     if name in plan.wanted:
         return True
@@ -154,7 +154,7 @@ def test_the_arrays_of_the_paper():
 
 
 def test_circles_and_strangers_are_refused():
-    a, b = Node("a", None, Recipe(), ("b",)), Node("b", None, Recipe(), ("a",))
+    a, b = PlanNode("a", None, Recipe(), ("b",)), PlanNode("b", None, Recipe(), ("a",))
     with pytest.raises(ValueError, match="a, b wait for each other"):
         in_order([a, b])
     with pytest.raises(ValueError, match="a comes after b, which is not in the plan"):
@@ -296,9 +296,9 @@ def test_hours_by_hand():
     # 12.8 million images × 2.8 × 35.1 GFLOP at 100 TFLOP/s
     assert cost.hours(forwards * 35.1e9, 100) == pytest.approx(12.8e6 * 2.8 * 35.1e9 / 1e14 / 3600, rel=0.002)
     two = Evaluation(models=("/a", "/b"), shards="/s", sets=("val",))
-    assert cost.image_forwards(Node("x", None, two), IMAGENET) == 100_000
+    assert cost.image_forwards(PlanNode("x", None, two), IMAGENET) == 100_000
     probed = dataclasses.replace(PRESETS["lp-ft"], data=dataclasses.replace(Recipe().data, eval_sets=("val",)))
-    both = cost.image_forwards(Node("x", 0, probed.resolved()), IMAGENET)
+    both = cost.image_forwards(PlanNode("x", 0, probed.resolved()), IMAGENET)
     assert both == pytest.approx(forwards + steps * 512 * 0.93 + 20 * 50_000)
     # A run on 8 GPUs that takes 1000 samples a second: 1000 × 2.8 × 35.1 GFLOP / 8
     assert cost.rate_of(nodes["ft-s0"].work, 1000, 8, 35.1e9) == pytest.approx(2.8 * 35.1 / 8)

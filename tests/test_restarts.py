@@ -18,8 +18,8 @@ from launch.jobs.restarts import (
     Cause,
     GivenUp,
     JobRecord,
+    JobStart,
     Restarts,
-    Start,
     Verdict,
     batch_script_end,
     seconds_left,
@@ -60,7 +60,7 @@ from launch.slurm.texts import parse_records
     ],
 )
 def test_starts_without_progress(starts, restart, progress, idle):
-    assert starts_without_progress([Start(*start) for start in starts], restart, progress) == idle
+    assert starts_without_progress([JobStart(*start) for start in starts], restart, progress) == idle
 
 
 def policy(folder: Path, restart: int | None = 0, *, limit: int = 3, job: str = "12") -> Restarts:

@@ -9,7 +9,7 @@ import pytest
 import submitit
 
 import made
-from cfmask.distributed import CalledOff, Place
+from cfmask.distributed import CalledOff, DistributedContext
 from cfmask.evaluation.spec import Evaluation
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.runs import RunFolder
@@ -62,10 +62,10 @@ def test_an_evaluations_progress_is_the_images_it_has_counted(materials, tmp_pat
     run.claim(evaluation)
     assert saved_progress(run) == 0
     asked = iter(range(99))
-    assert run_evaluation(evaluation, run, Place(), lambda: QUIT if next(asked) == 2 else None) == QUIT
+    assert run_evaluation(evaluation, run, DistributedContext(), lambda: QUIT if next(asked) == 2 else None) == QUIT
     counted = saved_progress(run)
     assert 0 < counted < 96
-    assert run_evaluation(evaluation, run, Place()) == FINISHED
+    assert run_evaluation(evaluation, run, DistributedContext()) == FINISHED
     assert read_lines(run.attempts)[1]["from_step"] == counted
 
 
@@ -74,7 +74,7 @@ def test_a_start_of_a_finished_run_is_called_off_and_not_recorded(materials, tmp
     run.claim(recipe_of(materials))
     run.results.write_text("{}")
     with pytest.raises(CalledOff, match="is finished") as called_off:
-        rank._check_start(run, Place(attempt="12-1"), restarts_of(run, job(1)))
+        rank._check_start(run, DistributedContext(attempt="12-1"), restarts_of(run, job(1)))
     assert not called_off.value.failed and not run.attempts.exists()
     assert json.loads((run.root / "meeting/12-1.json").read_text())["failed"] is False
 
@@ -83,23 +83,23 @@ def test_a_start_beyond_the_budget_is_called_off_and_says_why(materials, tmp_pat
     run = RunFolder(tmp_path / "run")
     run.claim(recipe_of(materials))
     for restart in range(2):
-        rank._check_start(run, Place(attempt=f"12-{restart}"), restarts_of(run, job(restart, limit=1)))
+        rank._check_start(run, DistributedContext(attempt=f"12-{restart}"), restarts_of(run, job(restart, limit=1)))
         run.begin_attempt(job=f"12-{restart}", from_step=0)
         run.end_attempt("failed: RuntimeError: no such interface")
     with pytest.raises(CalledOff, match=r"no such interface \(2 times\)") as called_off:
-        rank._check_start(run, Place(attempt="12-2"), restarts_of(run, job(2, limit=1)))
+        rank._check_start(run, DistributedContext(attempt="12-2"), restarts_of(run, job(2, limit=1)))
     assert called_off.value.failed
     why = run.ended()["why"]
     assert why.startswith("not started: given up") and why.endswith(f"submit.py --resume {run.root}")
     assert [line["job"] for line in read_lines(run.attempts)] == ["12-0", "12-1", "12-2"]
-    rank._check_start(run, Place(attempt="12-2"), restarts_of(run, job(2, limit=2)))
+    rank._check_start(run, DistributedContext(attempt="12-2"), restarts_of(run, job(2, limit=2)))
 
 
 def test_a_start_that_died_before_it_was_recorded_counts(materials, tmp_path, job):
     run = RunFolder(tmp_path / "run")
     run.claim(recipe_of(materials))
     with pytest.raises(CalledOff, match="in 4 starts in a row"):
-        rank._check_start(run, Place(attempt="12-4"), restarts_of(run, job(4)))
+        rank._check_start(run, DistributedContext(attempt="12-4"), restarts_of(run, job(4)))
 
 
 def test_submitits_own_handler_cannot_requeue_past_the_policy(materials, tmp_path, job, monkeypatch):

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, State, encode
+from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, CheckpointState, encode
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import wnids
-from cfmask.data.receipts import Consumed
+from cfmask.data.receipts import DataProgress
 from cfmask.data.shard_index import Index, index_name, write_index
 from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
@@ -44,7 +44,7 @@ def a_run(folder: Path, top1: dict[int, float], recipe: Recipe | None = None, *,
         (folder / MODEL).write_bytes(weights)
         sha256 = {MODEL: hashlib.sha256(weights).hexdigest(), OPTIMIZER: "0" * 64}
         scores = {"holdout": value} if step % 10 == 0 else {}
-        (folder / STATE).write_bytes(encode(State(step, "0" * 16, Consumed(), top1=scores), step, sha256))
+        (folder / STATE).write_bytes(encode(CheckpointState(step, "0" * 16, DataProgress(), top1=scores), step, sha256))
     if finished:
         run.results.write_text(json.dumps({"step": max(top1), "sets": {}}))
         run.final.write_bytes(b"weights of the last step")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation.spec import Evaluation
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.report import read_results
@@ -18,7 +18,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch.jobs.allocation import resolve_allocation
 from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.planning import Planned, take_up
+from launch.jobs.planning import Planned, claim_run_folders
 from launch.jobs.submission import enqueue
 from launch.submit import parser
 from slurm_fixture import wait_until
@@ -67,11 +67,11 @@ def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, t
     )
     alone = RunFolder(tmp_path / "alone")
     alone.claim(evaluation)
-    run_evaluation(evaluation, alone, Place())
+    run_evaluation(evaluation, alone, DistributedContext())
 
     flags = ["--executor", "slurm", "--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "30"]
     planned = Planned(RunFolder(tmp_path / "there"), evaluation)
-    [planned] = take_up([planned])
+    [planned] = claim_run_folders([planned])
     [job] = enqueue([planned], resolve_allocation(parser().parse_args(flags), ClusterFile()), pace_s=0.25)
     run = planned.run
     made.wait_for(run.root, lambda: len(read_lines(run.log)) > 0, "a line of progress")

@@ -52,7 +52,7 @@ def test_a_run_is_not_submitted_again_while_slurm_cannot_be_asked(fake: FakeSlur
     submitted(run, "12")
     for sweep in (False, True):
         with pytest.raises(UserError, match="job 12.*unknown whether.*Nothing was submitted"):
-            planning.left_out(run, sweep=sweep)
+            planning.should_skip(run, sweep=sweep)
 
 
 def test_a_run_that_says_it_ended_is_not_resubmitted_either_while_the_controller_is_away(fake, run, monkeypatch):  # noqa: F811
@@ -150,7 +150,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
 
     from launch.jobs.allocation import Allocation
 
-    planned = planning.take_up(
+    planned = planning.claim_run_folders(
         [planning.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
     )
     real = JobPaths.move_temporary_file

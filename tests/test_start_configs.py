@@ -14,7 +14,7 @@ import torch
 
 import made
 from cfmask import train_setup
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.models.architecture import read_config
 from cfmask.models.export import whole_clip
@@ -155,10 +155,10 @@ def test_a_run_keeps_its_preprocessing_when_the_configuration_changes(weights, t
     beside(weights, TINY.config(mean=HALF))
     model = Model(name=str(weights.with_name("bare.json")), pretrained=str(weights))
     recipe = dataclasses.replace(Recipe(), model=model)
-    run, place = RunFolder(tmp_path / "run"), Place(attempt="here", cpus=1, gpu=False)
+    run, context = RunFolder(tmp_path / "run"), DistributedContext(attempt="here", cpus=1, gpu=False)
     run.root.mkdir()
     for _ in range(2):
-        train_setup._write_initial_models(recipe, run, SimpleNamespace(classes=NAMED), place)
+        train_setup._write_initial_models(recipe, run, SimpleNamespace(classes=NAMED), context)
         assert read_info(run.initial).mean == (0.5, 0.5, 0.5)
         beside(weights, TINY.config())
         weights.with_name("bare.json").unlink(missing_ok=True)

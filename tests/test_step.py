@@ -69,7 +69,7 @@ def student_and_teachers(geometry: Geometry, method: Method, seed: int = 0):
         return model
 
     teachers = Teachers(
-        start=copy.deepcopy(student).requires_grad_(False) if method.distils else None,
+        pretrained=copy.deepcopy(student).requires_grad_(False) if method.distils else None,
         ensemble=moved(0.03, seed + 2).requires_grad_(False) if method.ensemble else None,
     )
     info = geometry.info()
@@ -80,7 +80,7 @@ def dense(geometry: Geometry, student, teachers, normalise, images, labels, draw
     parameters = {k: v.detach().clone().requires_grad_() for k, v in student.named_parameters()}
     result = reference.step(
         parameters,
-        dict((teachers.start or student).named_parameters()),
+        dict((teachers.pretrained or student).named_parameters()),
         images,
         labels,
         draws,
@@ -137,10 +137,10 @@ def test_a_streamed_cam_equals_its_definition(geometry, method):
     method = resolved(method)
     student, teachers, normalise = student_and_teachers(geometry, method)
     images, labels, draws = make_batch(geometry, method, 3)
-    camera = GradCam() if method.cam == "grad-cam" else Relevance(method.first_block)
-    logits = student.classify(student.encode(normalise(images), cam=camera))
+    cam_hook = GradCam() if method.cam == "grad-cam" else Relevance(method.first_block)
+    logits = student.classify(student.encode(normalise(images), cam=cam_hook))
 
-    cam = camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+    cam = cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
 
     expected, _ = dense(geometry, student, teachers, normalise, images, labels, draws, method)
     torch.testing.assert_close(cam, expected["cam"], rtol=1e-9, atol=1e-15)
@@ -149,13 +149,13 @@ def test_a_streamed_cam_equals_its_definition(geometry, method):
     assert torch.equal(cf.images, expected["cf"])
 
 
-@pytest.mark.parametrize("camera", [Relevance(), GradCam()], ids=["relevance", "grad-cam"])
-def test_a_cam_computes_no_weight_gradient(camera):
+@pytest.mark.parametrize("cam_hook", [Relevance(), GradCam()], ids=["relevance", "grad-cam"])
+def test_a_cam_computes_no_weight_gradient(cam_hook):
     student, _, normalise = student_and_teachers(TINY, Method())
     images, labels, _ = make_batch(TINY, Method(name="vanilla"), 3)
-    logits = student.classify(student.encode(normalise(images), cam=camera))
+    logits = student.classify(student.encode(normalise(images), cam=cam_hook))
     weights = [p.register_hook(lambda _: pytest.fail("a weight's gradient was computed")) for p in student.parameters()]
-    camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+    cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
     assert weights and all(parameter.grad is None for parameter in student.parameters())
 
 
@@ -208,9 +208,9 @@ def test_bf16_passes_add_relevance_up_in_fp32():
 
     def cam(low: bool) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            camera = Relevance()
-            logits = student.classify(student.encode(pixels, cam=camera))
-            return camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+            cam_hook = Relevance()
+            logits = student.classify(student.encode(pixels, cam=cam_hook))
+            return cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
 
     ours, exact = cam(True), cam(False)
     assert ours.dtype == torch.float32
@@ -226,7 +226,7 @@ def test_bf16_passes_add_relevance_up_in_fp32():
 def test_bf16_gradients_point_where_fp32_ones_do(method):
     method = resolved(method)
     student, teachers, normalise = student_and_teachers(B32, method)
-    for model in (student, teachers.start, teachers.ensemble, normalise):
+    for model in (student, teachers.pretrained, teachers.ensemble, normalise):
         if model is not None:
             model.float()
     images, labels, draws = make_batch(B32, method, 4)
@@ -245,7 +245,7 @@ def test_a_sample_that_is_not_finite_is_named_and_no_gradient_looks_as_if_nothin
     """1e30: features whose squares overflow, with gradients that would be finite once clipped."""
     method = resolved(method)
     student, teachers, normalise = student_and_teachers(TINY, method)
-    for model in (student, teachers.start, normalise):
+    for model in (student, teachers.pretrained, normalise):
         if model is not None:
             model.float()
     images, labels, draws = make_batch(TINY, method, 4)
@@ -264,7 +264,7 @@ def test_a_sample_that_is_not_finite_is_named_and_no_gradient_looks_as_if_nothin
 def test_a_loss_that_overflows_with_finite_gradients_leaves_gradients_that_are_not():
     method = resolved(Method(mask="none"))
     student, teachers, normalise = student_and_teachers(TINY, method)
-    for model in (student, teachers.start, normalise):
+    for model in (student, teachers.pretrained, normalise):
         model.float()
     with torch.no_grad():
         student.visual.proj *= 1e25  # squared, beyond fp32; its gradient is not

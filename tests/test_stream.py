@@ -24,7 +24,7 @@ from cfmask.convert.shard_writer import write_shard
 from cfmask.data import images, plan, receipts, shard_index, shard_reader, stream
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import Manifest, load_manifest, write_manifest
-from cfmask.data.stream import Batch, eval_batches, train_batches
+from cfmask.data.stream import MicroBatch, eval_batches, train_batches
 from cfmask.errors import UserError
 from cfmask.masking.fills import DrawSpec, concat, draw
 
@@ -100,7 +100,7 @@ def train(manifest, *, rank=0, world_size=1, workers=0, epoch=1, start_step=0, s
     )
 
 
-def assert_equal(a: Batch, b: Batch):
+def assert_equal(a: MicroBatch, b: MicroBatch):
     assert (a.epoch, a.step, a.keys) == (b.epoch, b.step, b.keys)
     assert a.images.dtype == b.images.dtype == torch.uint8 and torch.equal(a.images, b.images)
     assert torch.equal(a.receipt, b.receipt) and a.bad == b.bad
@@ -111,10 +111,10 @@ def assert_equal(a: Batch, b: Batch):
         assert x is None or torch.equal(x, y)
 
 
-def joined(parts: list[Batch]) -> Batch:
+def joined(parts: list[MicroBatch]) -> MicroBatch:
     """Batches of one step side by side, in lane order, as the one batch they are parts of."""
     assert len({(part.epoch, part.step) for part in parts}) == 1
-    return Batch(
+    return MicroBatch(
         epoch=parts[0].epoch,
         step=parts[0].step,
         images=torch.cat([part.images for part in parts]),
@@ -148,7 +148,7 @@ def test_batches_are_what_the_plan_says(manifest, epoch):
             ids = np.concatenate([order[batch.step] for order in orders])
             samples = [reader.read(i) for i in ids]
             draws = [draw(SPECS[spec], 2, plan.lane_generator(5, 1, batch.step, lane)) for lane in range(LANES)]
-            expected = Batch(
+            expected = MicroBatch(
                 epoch=1,
                 step=batch.step,
                 images=torch.stack([images.crop(images.decode(sample["jpg"]), SIZE) for sample in samples]),
@@ -179,7 +179,7 @@ def test_global_batches_are_the_same_for_every_number_of_threads(manifest, world
     assert_ranks_make_up(whole, ranks)
 
 
-def assert_ranks_make_up(whole: list[Batch], ranks: list[list[Batch]]):
+def assert_ranks_make_up(whole: list[MicroBatch], ranks: list[list[MicroBatch]]):
     assert {len(rank) for rank in ranks} == {len(whole)}
     for step, batch in enumerate(whole):
         assert_equal(joined([rank[step] for rank in ranks]), batch)
@@ -294,7 +294,7 @@ def quick_retries(monkeypatch):
     monkeypatch.setattr(shard_reader, "RETRY_S", (0.01, 0.01))
 
 
-def expected_with_stand_ins(whole, bad_ids, epoch=1):
+def expected_with_replacements(whole, bad_ids, epoch=1):
     """Keys of each batch of an epoch without bad samples, each bad one replaced by the next good one of its lane."""
     order = {
         lane: plan.lane_order(np.array(COUNTS), seed=5, epoch=epoch, lane=lane, lanes=LANES, batch_size=BATCH).reshape(
@@ -331,7 +331,7 @@ def test_the_next_good_sample_of_the_lane_stands_in_for_a_bad_one(quick_retries,
             data = bytearray(tar.read_bytes())
             data[shard_index.load_index(tar).offset[0] + 5] ^= 1
             tar.write_bytes(data)
-    keys = expected_with_stand_ins(whole, bad_ids)
+    keys = expected_with_replacements(whole, bad_ids)
     labels = [[int(key[1:]) % 10 for key in row] for row in keys]
     streams = [
         (dict(workers=0), 0),
@@ -390,7 +390,7 @@ def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, 
         data[shard_index.load_index(tar).offset[0] + 200] ^= 1
         tar.write_bytes(data)
     whole = list(train(manifest))
-    keys = expected_with_stand_ins(whole, {13})
+    keys = expected_with_replacements(whole, {13})
     batches = list(train(raw, workers=2))
     assert [batch.keys for batch in batches] == keys
     [bad] = [entry for batch in batches for entry in batch.bad]

@@ -81,10 +81,10 @@ def by_hand(root: Path, model_file: str, threshold: float, *, context: bool = Fa
         top, left = (round((side - size) / 2) for side in scaled)
         m_seg = whole[rows][:, columns][top : top + size, left : left + size] > 0
 
-        camera = GradCam() if grad_cam else Relevance()
+        cam_hook = GradCam() if grad_cam else Relevance()
         pixels = normalise(crop(decode(path.read_bytes()), size)[None])
-        logits = model.classify(model.encode(pixels, cam=camera))
-        cam = normalised(camera.of(logits[:, WNIDS.index(path.parent.name)]))[0]
+        logits = model.classify(model.encode(pixels, cam=cam_hook))
+        cam = normalised(cam_hook.compute(logits[:, WNIDS.index(path.parent.name)]))[0]
         m_cam = np.zeros((size, size), bool)
         grid = size // patch
         for number, value in enumerate(cam.tolist()):

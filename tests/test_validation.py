@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cfmask.masking.masks import context_mask, object_mask
-from cfmask.masking.validation import Tally, coverage, masks_at, rates, tally
+from cfmask.masking.validation import Tally, coverage, mask_rates, masks_at, tally
 
 
 def by_pixels(mask: torch.Tensor, segmentation: torch.Tensor, patch: int) -> tuple[float, float, float]:
@@ -53,7 +53,7 @@ def scenes(draw):
 @given(scenes())
 def test_rates_are_those_of_counting_every_pixel(scene):
     masks, segmentations, patch = scene
-    found = rates(masks, coverage(segmentations, patch))
+    found = mask_rates(masks, coverage(segmentations, patch))
     expected = torch.tensor(
         [
             [by_pixels(mask, where, patch) for mask in of_image]
@@ -69,11 +69,11 @@ def test_rates_are_those_of_counting_every_pixel(scene):
 @given(scenes(), st.data())
 def test_tallies_add_up_in_any_parts_and_leave_empty_objects_out_of_two_averages(scene, data):
     masks, segmentations, patch = scene
-    found = rates(masks, coverage(segmentations, patch))
+    found = mask_rates(masks, coverage(segmentations, patch))
     chosen = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(masks), max_size=len(masks))))
     whole = tally(found, chosen)
     parts = [
-        tally(rates(masks[i : i + 1], coverage(segmentations[i : i + 1], patch)), chosen[i : i + 1])
+        tally(mask_rates(masks[i : i + 1], coverage(segmentations[i : i + 1], patch)), chosen[i : i + 1])
         for i in range(len(masks))
     ]
     total = parts[0]
@@ -108,7 +108,7 @@ def test_a_known_case():
     where = coverage(segmentation, 2)
     assert where.patches.tolist() == [[4, 2, 0, 0]] and where.total.tolist() == [6]
     masks = torch.tensor([[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]]).bool()
-    found = rates(masks, where)
+    found = mask_rates(masks, where)
     assert found.image.tolist() == [[0.25, 0.5, 0.5, 0.0]]
     assert found.object.tolist() == [[4 / 6, 1.0, 0.0, 0.0]]
     assert found.iou.tolist() == [[4 / 6, 6 / 8, 0.0, 0.0]]
@@ -117,7 +117,7 @@ def test_a_known_case():
 def test_a_tally_goes_through_json_without_a_change():
     segmentation = torch.rand(5, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.3
     masks = torch.rand(5, 2, 9, generator=torch.Generator().manual_seed(1)) < 0.5
-    before = tally(rates(masks, coverage(segmentation, 2)))
+    before = tally(mask_rates(masks, coverage(segmentation, 2)))
     after = Tally.from_lists(json.loads(json.dumps(before.to_lists())))
     assert after.to_lists() == before.to_lists()
     assert (before + after).images == 10

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import cfmask.train
 from cfmask.checkpoint import Writer
 from cfmask.checkpoint_state import found, read_state
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation.counting import Counts
 from cfmask.masking.study import MaskStudyLog
 from cfmask.recipe import Recipe, Run
@@ -53,7 +53,9 @@ def recipe_for(materials: Path, precision: str) -> Recipe:  # noqa: F811
     ).resolved()
 
 
-def train_watched(monkeypatch, recipe: Recipe, folder: Path, place: Place, set_mode: SetMode) -> dict[str, int]:
+def train_watched(
+    monkeypatch, recipe: Recipe, folder: Path, context: DistributedContext, set_mode: SetMode
+) -> dict[str, int]:
     """Train with the mode on as described above. Returns how often what happened while it was on."""
     on = False
     happened = {"step": 0, "checkpoint": 0, "evaluation": 0, "all steps": 0}
@@ -98,7 +100,7 @@ def train_watched(monkeypatch, recipe: Recipe, folder: Path, place: Place, set_m
     run = RunFolder(folder)
     run.claim(recipe)
     try:
-        assert cfmask.train.train(recipe, run, place) == FINISHED
+        assert cfmask.train.train(recipe, run, context) == FINISHED
     finally:
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS
@@ -148,7 +150,7 @@ def test_a_run_s_steps_checkpoints_and_evaluations_read_nothing_out_of_a_tensor(
     nothing_is_read,
 ):
     recipe = recipe_for(materials, "fp32")
-    assert train_watched(monkeypatch, recipe, tmp_path / "run", Place(), nothing_is_read) == EXPECTED
+    assert train_watched(monkeypatch, recipe, tmp_path / "run", DistributedContext(), nothing_is_read) == EXPECTED
 
 
 @pytest.mark.gpu
@@ -167,4 +169,4 @@ def test_a_run_s_steps_checkpoints_and_evaluations_never_wait_for_the_device(
 
     recipe = recipe_for(materials, precision)
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, cuda_graphs=graphs))
-    assert train_watched(monkeypatch, recipe, tmp_path / "run", Place(gpu=True), set_mode) == EXPECTED
+    assert train_watched(monkeypatch, recipe, tmp_path / "run", DistributedContext(gpu=True), set_mode) == EXPECTED

@@ -26,7 +26,7 @@ from tqdm import tqdm  # noqa: E402
 
 from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state  # noqa: E402
 from cfmask.data import plan  # noqa: E402
-from cfmask.data.receipts import MODULUS, Consumed, receipt, sample_hash  # noqa: E402
+from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
@@ -113,7 +113,7 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
             f"receipts.jsonl has step {steps[wrong - 1]} where step {wrong} belongs: it was edited or torn."
         )
         receipts = receipts[: wrong - 1]
-    total = Consumed()
+    total = DataProgress()
     by_step = {0: total}
     rows: dict[int, list[int]] = {}
     wrong_epochs: set[int] = set()

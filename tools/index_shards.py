@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cfmask.convert import tarscan  # noqa: E402
 from cfmask.convert.clip_benchmark import find_mapping  # noqa: E402
 from cfmask.convert.indexed_set import commit, find_tars  # noqa: E402
-from cfmask.convert.indexing import Task, index_shard, is_indexed, plan_tasks  # noqa: E402
+from cfmask.convert.indexing import IndexTask, index_shard, is_indexed, plan_tasks  # noqa: E402
 from cfmask.convert.labels import LABEL_FIELDS, find_label  # noqa: E402
 from cfmask.convert.tables import Classes, read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def index_all(tasks: list[Task], workers: int) -> None:
+def index_all(tasks: list[IndexTask], workers: int) -> None:
     begun, done = time.monotonic(), 0
     with progress_bar(total=len(tasks), desc="indexing", unit=" shards", disable=not tasks) as bar:
 

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from cfmask.convert.mask2former import DEFAULT  # noqa: E402
 from cfmask.convert.planning import claim, is_made  # noqa: E402
-from cfmask.convert.segmentation import Task, commit_masks, plan_masks, segment_shard  # noqa: E402
+from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard  # noqa: E402
 from cfmask.data.shards import load_sets  # noqa: E402
 from cfmask.errors import UserError, exits_cleanly  # noqa: E402
 from cfmask.files import sole_writer  # noqa: E402
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def segment(
-    missing: list[Task], array: Array | None, arguments: argparse.Namespace, progress: Callable[[int], object]
+    missing: list[ShardTask], array: Array | None, arguments: argparse.Namespace, progress: Callable[[int], object]
 ) -> None:
     """Make the missing shards of masks, here or in a job array."""
     preload = ("transformers.models.mask2former.modeling_mask2former",)

@@ -31,7 +31,7 @@ from cfmask.masking.masks import normalised  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
-from cfmask.step import camera_of, counterfactual  # noqa: E402
+from cfmask.step import build_cam, counterfactual  # noqa: E402
 from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
 from tools._progress import stages  # noqa: E402
 
@@ -139,11 +139,11 @@ def draw_sheet(
     from matplotlib import pyplot as plt
 
     normalise = Normalise(info.mean, info.std)
-    camera = camera_of(method) or Relevance()  # a random mask is shown beside relevance too
-    logits = model.classify(model.encode(normalise(images), cam=camera))
+    cam_hook = build_cam(method) or Relevance()  # a random mask is shown beside relevance too
+    logits = model.classify(model.encode(normalise(images), cam=cam_hook))
     answers = logits.argmax(1)
     known = torch.tensor([int(answers[i]) if label is None else label for i, label in enumerate(labels)])
-    cam = camera.of(logits.gather(1, known[:, None]).squeeze(1))
+    cam = cam_hook.compute(logits.gather(1, known[:, None]).squeeze(1))
     draws = draw(DrawSpec.of(method, model.patches), len(images), np.random.default_rng(seed))
     cf = counterfactual(images, cam, draws, method, model.patch_size)
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from cfmask.convert import shard_writer
 from cfmask.convert.collection import Collection, Request, collect
-from cfmask.convert.planning import Store, Task, claim, is_made, plan_split
+from cfmask.convert.planning import ShardTask, Store, claim, is_made, plan_split
 from cfmask.convert.sources.files import why_absent
 from cfmask.convert.sources.objectnet import NO_OVERLAP
 from cfmask.convert.tarscan import shown_size
@@ -32,7 +32,7 @@ class Split:
     """A set to be made. made: facts of how, for the manifest; they begin with what identifies the plan to people."""
 
     folder: Path
-    tasks: list[Task]
+    tasks: list[ShardTask]
     found: Collection
     made: dict[str, Any]
 

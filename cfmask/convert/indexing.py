@@ -33,7 +33,7 @@ from cfmask.errors import UserError
 
 
 @dataclass(frozen=True)
-class Task:
+class IndexTask:
     """A shard to index.
 
     tar: the shard.
@@ -54,7 +54,7 @@ class Task:
 
 def plan_tasks(
     tars: Sequence[Path], label: Label, classes: Classes, mapping: ClassMapping | None, *, checksums: bool
-) -> list[Task]:
+) -> list[IndexTask]:
     """A task for each shard.
 
     Args:
@@ -70,10 +70,10 @@ def plan_tasks(
     used = list(ids) or class_ids
     digest = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16] if used else ""
     settings = json.dumps([*label, digest])
-    return [Task(tar, label, ids, class_ids, checksums, settings) for tar in tars]
+    return [IndexTask(tar, label, ids, class_ids, checksums, settings) for tar in tars]
 
 
-def is_indexed(task: Task) -> bool:
+def is_indexed(task: IndexTask) -> bool:
     """Whether an index of this very tar and these settings is there."""
     try:
         index = shard_index.load_index(task.tar)
@@ -90,7 +90,7 @@ def is_indexed(task: Task) -> bool:
         return False
 
 
-def index_shard(task: Task) -> int:
+def index_shard(task: IndexTask) -> int:
     """Scan a shard and write its index; return the tar's size in bytes.
 
     Raises:
@@ -118,7 +118,7 @@ def index_shard(task: Task) -> int:
 
 
 def _index(
-    task: Task, file: BinaryIO, contents: tarscan.Contents, stat: os.stat_result, begun: float
+    task: IndexTask, file: BinaryIO, contents: tarscan.Contents, stat: os.stat_result, begun: float
 ) -> shard_index.Index:
     samples, split = group(task.tar, contents.members)
     bad = [

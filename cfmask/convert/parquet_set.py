@@ -12,7 +12,7 @@ from cfmask.convert.class_names import class_ids_of_names, is_list
 from cfmask.convert.sources.blobs import Blob
 from cfmask.convert.sources.files import SPLITS, LabelledImage, Tree
 from cfmask.convert.sources.listing import IMAGE_SUFFIXES, Absent, Listing
-from cfmask.convert.sources.parquet import Part, list_parquet, read_parts
+from cfmask.convert.sources.parquet import ParquetPart, list_parquet, read_parts
 from cfmask.convert.tables import Classes
 from cfmask.convert.unpacking import Unpack, read_record, unpack_of
 from cfmask.data import benchmarks, imagenet
@@ -116,8 +116,8 @@ def parquet_set(
     return ParquetSet(tree, classes, class_ids, tuple(unpack_of(part, folder) for part in chosen))
 
 
-def _by_split(source: Path, parts: list[Part], kind: str, split: str | None) -> dict[str, list[Part]]:
-    by_name: dict[str, list[Part]] = {}
+def _by_split(source: Path, parts: list[ParquetPart], kind: str, split: str | None) -> dict[str, list[ParquetPart]]:
+    by_name: dict[str, list[ParquetPart]] = {}
     for part in parts:
         by_name.setdefault(SPLITS.get(part.split.lower(), part.split), []).append(part)
     for name, of_split in by_name.items():
@@ -149,7 +149,7 @@ def _by_split(source: Path, parts: list[Part], kind: str, split: str | None) -> 
 # --- classes --------------------------------------------------------------------------------------------------------
 
 
-def _labels(parts: Sequence[Part]) -> Iterator[tuple[int | str, str | None]]:
+def _labels(parts: Sequence[ParquetPart]) -> Iterator[tuple[int | str, str | None]]:
     """Label and path of each row that has a label."""
     for part in parts:
         for label, path in zip(part.labels, part.paths, strict=True):
@@ -157,7 +157,7 @@ def _labels(parts: Sequence[Part]) -> Iterator[tuple[int | str, str | None]]:
                 yield label, path
 
 
-def _named(parts: Sequence[Part]) -> tuple[str, ...] | None:
+def _named(parts: Sequence[ParquetPart]) -> tuple[str, ...] | None:
     """Names of the labels 0, 1, …; None if nothing gives them any. Raises: UserError: labels beyond them."""
     columns = parts[0].columns
     if columns.names is None:
@@ -171,7 +171,9 @@ def _named(parts: Sequence[Part]) -> tuple[str, ...] | None:
     return columns.names
 
 
-def _own_classes(source: Path, parts: Sequence[Part], listed: Classes | None) -> tuple[dict[int | str, str], Classes]:
+def _own_classes(
+    source: Path, parts: Sequence[ParquetPart], listed: Classes | None
+) -> tuple[dict[int | str, str], Classes]:
     """Class folder by label, and all classes, of a set of classes of its own."""
     labels = {label for label, _ in _labels(parts)}
     if names := _named(parts):
@@ -195,7 +197,7 @@ def _own_classes(source: Path, parts: Sequence[Part], listed: Classes | None) ->
     return {i: folder for i, (folder, _) in enumerate(listed)}, listed
 
 
-def _imagenet_classes(source: Path, parts: Sequence[Part], kind: str) -> dict[int | str, str]:
+def _imagenet_classes(source: Path, parts: Sequence[ParquetPart], kind: str) -> dict[int | str, str]:
     """Wnid by label, of a set of ImageNet's classes."""
     numbers = kind == benchmarks.IMAGENET_V2.name
     used = {label for label, _ in _labels(parts)}
@@ -223,7 +225,7 @@ def _imagenet_classes(source: Path, parts: Sequence[Part], kind: str) -> dict[in
     return folder_of
 
 
-def _by_paths(source: Path, parts: Sequence[Part]) -> dict[int | str, str]:
+def _by_paths(source: Path, parts: Sequence[ParquetPart]) -> dict[int | str, str]:
     """Wnid by label, of labels without names, as the images' paths have it: each path has to name one."""
     found: dict[int | str, set[str]] = {}
     for label, path in _labels(parts):
@@ -245,7 +247,7 @@ def _wnids_in(path: str | None) -> set[str]:
     return {wnid for wnid in _WNID.findall(path or "") if wnid in imagenet.wnid_set()}
 
 
-def _check_paths(parts: Sequence[Part], folder_of: dict[int | str, str]) -> None:
+def _check_paths(parts: Sequence[ParquetPart], folder_of: dict[int | str, str]) -> None:
     """Raises: UserError: an image's path names another class than its label."""
     for part in parts:
         for label, path in _labels([part]):
@@ -260,7 +262,7 @@ def _check_paths(parts: Sequence[Part], folder_of: dict[int | str, str]) -> None
 
 
 def _images(
-    part: Part, unpacked_in: Path, folder_of: dict[int | str, str], taken: set[tuple[str, str]]
+    part: ParquetPart, unpacked_in: Path, folder_of: dict[int | str, str], taken: set[tuple[str, str]]
 ) -> Iterator[LabelledImage]:
     """The labelled images of a file. taken: names by class that rows before have."""
     unpacked = read_record(unpack_of(part, unpacked_in))

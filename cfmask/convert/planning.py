@@ -53,7 +53,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard to make; everything that a process needs for it."""
 
     tar: Path
@@ -76,7 +76,7 @@ def plan_split(
     store: Store,
     seed: int,
     samples_per_shard: int,
-) -> list[Task]:
+) -> list[ShardTask]:
     """The table of samples to shards: a function of the images' names and sizes, the classes, the store and the seed.
 
     Args:
@@ -100,7 +100,7 @@ def plan_split(
         return Sample(keys[i], label, classes[label][0], found[i])
 
     return [
-        Task(
+        ShardTask(
             tar=folder / f"{folder.name}-{n:06d}.tar",
             plan=identity,
             store=store,

@@ -29,7 +29,7 @@ from cfmask.runtime.pool import worker_number
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard of masks to make; everything that a process needs for it.
 
     ids: samples of the set. labels: COCO's name of what each class id's samples show.
@@ -55,7 +55,7 @@ def plan_masks(
     device: str,
     batch_size: int,
     folder: Path,
-) -> tuple[list[Task], dict[str, Any]]:
+) -> tuple[list[ShardTask], dict[str, Any]]:
     """A task for each shard with images to segment, and the facts that decide them.
 
     Args:
@@ -93,7 +93,7 @@ def plan_masks(
         rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, wanted))
         if len(rows):
             tasks.append(
-                Task(
+                ShardTask(
                     tar=folder / shard.name,
                     plan=identity,
                     where=source,
@@ -114,7 +114,7 @@ def plan_masks(
 # --- one shard ------------------------------------------------------------------------------------------------------
 
 
-def segment_shard(task: Task) -> int:
+def segment_shard(task: ShardTask) -> int:
     """Segment the images of one shard, unless it is done. How many they were.
 
     Raises:
@@ -129,7 +129,7 @@ def segment_shard(task: Task) -> int:
     return len(task.ids)
 
 
-def _samples(task: Task, about: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+def _samples(task: ShardTask, about: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
     segmenter = _segmenter(task.segmenter, task.device)
     with ShardReader(_manifest(task.where, task.set)) as reader:
         for begin in range(0, len(task.ids), task.batch_size):
@@ -193,7 +193,7 @@ def _segmenter(name: str, device: str) -> Segmenter:
 # --- the set --------------------------------------------------------------------------------------------------------
 
 
-def commit_masks(folder: Path, of: Manifest, tasks: list[Task], facts: dict[str, Any]) -> Manifest:
+def commit_masks(folder: Path, of: Manifest, tasks: list[ShardTask], facts: dict[str, Any]) -> Manifest:
     """The manifest, from the indexes alone."""
     entries, indexes = zip(*(shard_writer.shard_and_index(task.tar) for task in tasks), strict=True)
     manifest = Manifest(

@@ -28,7 +28,7 @@ _NO_TEXT = {
 }
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """number: of the line in the file where the row ends, from 1. cells: without empty ones at the end."""
 
     number: int
@@ -64,7 +64,7 @@ def decode(data: bytes, subject: str) -> str:
     return text
 
 
-def parse(text: str, delimiter: str) -> list[Row]:
+def parse(text: str, delimiter: str) -> list[TableRow]:
     """The rows of a table, empty ones left out; cells lose the white space around them.
 
     Raises:
@@ -78,13 +78,13 @@ def parse(text: str, delimiter: str) -> list[Row]:
             while cells and not cells[-1]:
                 cells.pop()
             if cells:
-                rows.append(Row(reader.line_num, tuple(cells)))
+                rows.append(TableRow(reader.line_num, tuple(cells)))
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
     return rows
 
 
-def parse_any(text: str, fits: Callable[[Sequence[Row]], bool], subject: str) -> list[Row]:
+def parse_any(text: str, fits: Callable[[Sequence[TableRow]], bool], subject: str) -> list[TableRow]:
     """The rows of a table whose cells are separated by tabs if there are any, else by semicolons or commas: by those
     with which all rows fit.
 

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cfmask.convert.sources.blobs import Blob, SourceFile
-from cfmask.convert.sources.parquet import Columns, Part, damaged
+from cfmask.convert.sources.parquet import Columns, ParquetPart, damaged
 from cfmask.data import images
 from cfmask.errors import UserError
 from cfmask.files import disk_is_full, written_aside
@@ -61,7 +61,7 @@ def folder_of(out: Path, kind: str, source: Path) -> Path:
     return out / FOLDER / f"{kind}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
 
-def unpack_of(part: Part, folder: Path) -> Unpack:
+def unpack_of(part: ParquetPart, folder: Path) -> Unpack:
     record = folder / f"{part.split}-{part.number:05d}.json"
     return Unpack(part.file, part.columns, len(part.labels), part.num_bytes, record)
 

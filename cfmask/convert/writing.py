@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cfmask.convert import shard_writer
-from cfmask.convert.planning import Sample, Store, Task, is_made, key_of
+from cfmask.convert.planning import Sample, ShardTask, Store, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
 from cfmask.files import disk_is_full
@@ -31,12 +31,12 @@ NO_IMAGES = "class has no images"
 STAYS_OUT = "stays out"
 
 
-def preload(tasks: Sequence[Task]) -> tuple[str, ...]:
+def preload(tasks: Sequence[ShardTask]) -> tuple[str, ...]:
     """Modules that take seconds to import, and that making these shards needs."""
     return ("torch.nn.functional",) if any(task.store.image_size for task in tasks) else ()
 
 
-def make_shard(task: Task) -> tuple[int, int]:
+def make_shard(task: ShardTask) -> tuple[int, int]:
     """Read, check and write the samples of one shard, unless it is there.
 
     Returns:

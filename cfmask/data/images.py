@@ -308,7 +308,7 @@ def _png_depth(image: Image.Image) -> int:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImageInfo:
     """What an image file is. extension: in a shard, by its content. oddities: what a reader may stumble over."""
 
     extension: str
@@ -317,7 +317,7 @@ class Facts:
     oddities: tuple[str, ...]
 
 
-def inspect(data: Data) -> Facts:
+def inspect(data: Data) -> ImageInfo:
     """What an image file is, from its header, and that it is whole.
 
     A common JPEG that ends with its end mark is taken as whole: libjpeg reports nothing that goes wrong between header
@@ -345,10 +345,10 @@ def inspect(data: Data) -> Facts:
         elif image.format != "TIFF":
             exif = image.info.get("exif", b"")
             oddities += _exif_oddity(jpeg.orientation if jpeg else image_headers.exif_orientation(exif))
-        return Facts(EXTENSIONS[image.format or ""], width, height, oddities)
+        return ImageInfo(EXTENSIONS[image.format or ""], width, height, oddities)
 
 
-def _plain_jpeg(data: bytes, jpeg: image_headers.Jpeg) -> Facts | None:
+def _plain_jpeg(data: bytes, jpeg: image_headers.Jpeg) -> ImageInfo | None:
     """What Pillow would say, in a tenth of its time, of a JPEG in colour or grey: of nearly all."""
     if jpeg.components not in (1, 3):
         return None
@@ -358,7 +358,7 @@ def _plain_jpeg(data: bytes, jpeg: image_headers.Jpeg) -> Facts | None:
         return None
     image_headers.check_size(jpeg.width, jpeg.height, len(data))
     oddities = ("greyscale",) if jpeg.components == 1 else ()
-    return Facts(EXTENSIONS["JPEG"], jpeg.width, jpeg.height, oddities + _exif_oddity(jpeg.orientation))
+    return ImageInfo(EXTENSIONS["JPEG"], jpeg.width, jpeg.height, oddities + _exif_oddity(jpeg.orientation))
 
 
 def _oddities(image: Image.Image, bits: int) -> tuple[str, ...]:

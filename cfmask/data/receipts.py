@@ -44,7 +44,7 @@ def from_digits(sums: Sequence[float]) -> int:
 
 
 @dataclass(frozen=True)
-class Consumed:
+class DataProgress:
     """What a run has trained on from its beginning up to a step.
 
     bad_in_epoch: planned samples of the current epoch that others stood in for.
@@ -54,9 +54,9 @@ class Consumed:
     receipt: int = 0
     bad_in_epoch: int = 0
 
-    def plus(self, *, samples: int, receipt: int, bad: int, epoch_begins: bool) -> Consumed:
+    def plus(self, *, samples: int, receipt: int, bad: int, epoch_begins: bool) -> DataProgress:
         """After one more step, whether or not it is the first of its epoch."""
-        return Consumed(
+        return DataProgress(
             samples=self.samples + samples,
             receipt=(self.receipt + receipt) % MODULUS,
             bad_in_epoch=bad + (0 if epoch_begins else self.bad_in_epoch),
@@ -66,7 +66,7 @@ class Consumed:
         return {"samples": self.samples, "receipt": as_hex(self.receipt), "bad_in_epoch": self.bad_in_epoch}
 
     @classmethod
-    def from_json(cls, raw: dict[str, Any]) -> Consumed:
+    def from_json(cls, raw: dict[str, Any]) -> DataProgress:
         return cls(raw["samples"], int(raw["receipt"], 16), raw["bad_in_epoch"])
 
 

@@ -65,7 +65,7 @@ class BadSample:
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A micro-batch of n samples: whole lanes in training, up to batch_size samples in evaluation.
 
     step: within the epoch. images: uint8 (n, 3, S, S). labels: int64 (n,). draws: donors point into these n samples.
@@ -100,7 +100,7 @@ def train_batches(
     micro_batches: int = 1,
     objects: ObjectReader | None = None,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """What a rank trains on in one epoch, from ``start_step`` on.
 
     Args:
@@ -166,7 +166,7 @@ def eval_batches(
     loader_workers: int,
     start: int = 0,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[MicroBatch]:
     """What a rank evaluates: over all ranks every sample exactly once, nothing padded; ``plan.eval_batches`` says in
     which batches.
 
@@ -202,7 +202,7 @@ def check_image_size(manifest: Manifest, image_size: int) -> None:
 class _Part:
     """Consecutive rows of a batch that one thread fills: in training, one lane's at one step.
 
-    ids (n,): the samples. stand_ins: ids that may replace a bad sample of a row, in this order.
+    ids (n,): the samples. replacements: ids that may replace a bad sample of a row, in this order.
     """
 
     first_row: int
@@ -211,7 +211,7 @@ class _Part:
     order: NDArray[np.int64] | None
     position: int
 
-    def stand_ins(self, row: int) -> NDArray[np.int64]:
+    def replacements(self, row: int) -> NDArray[np.int64]:
         """What follows in the lane, from its end on at its beginning; nothing in an evaluation."""
         if self.order is None:
             return np.empty(0, np.int64)
@@ -221,7 +221,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What becomes one Batch."""
+    """What becomes one MicroBatch."""
 
     epoch: int
     step: int
@@ -393,13 +393,13 @@ class _Filler:
         )
 
     def _stand_in(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:
-        ids = part.stand_ins(row)
+        ids = part.replacements(row)
         for sample in self._samples(reader, ids, [part.first_row + row] * len(ids)):
             if "__error__" not in sample:
                 return sample
         raise error
 
-    def batch(self, bad: list[BadSample]) -> Batch:
+    def batch(self, bad: list[BadSample]) -> MicroBatch:
         """The batch, once every part is filled."""
         unit = self._unit
         digits = receipts.to_digits(receipts.receipt(self._keys, unit.epoch))
@@ -409,17 +409,21 @@ class _Filler:
         objects = self._objects
         if objects is not None and self._pin:
             objects = objects.map(torch.Tensor.pin_memory)
-        return Batch(unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad), objects)
+        return MicroBatch(
+            unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad), objects
+        )
 
 
-def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:
+def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[MicroBatch]:
     """The source's batches, in order."""
     if pin_memory:
         pinned.allocate_exact_sizes()
     return _batches(source, image_size, threads, pin_memory)
 
 
-def _batches(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[Batch]:
+def _batches(
+    source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool
+) -> Iterator[MicroBatch]:
     with ShardReader(source.manifest, max_open=source.open_shards) as reader:
         fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units())
         if threads == 0:

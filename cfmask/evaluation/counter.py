@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_classes
 from cfmask.evaluation.counting import Counts
@@ -61,14 +61,14 @@ class SetCounter:
         self,
         evaluation: Evaluation,
         run: RunFolder,
-        place: Place,
+        context: DistributedContext,
         sets: dict[str, Manifest],
         stop_request: StopRequest,
     ) -> None:
-        self._evaluation, self._run, self._place, self._stop_request = evaluation, run, place, stop_request
+        self._evaluation, self._run, self._place, self._stop_request = evaluation, run, context, stop_request
         self.sets = sets
-        self.label_spaces = {name: label_space_of(manifest).to(place.device) for name, manifest in sets.items()}
-        self.device, self.is_main_process = place.device, place.rank == 0
+        self.label_spaces = {name: label_space_of(manifest).to(context.device) for name, manifest in sets.items()}
+        self.device, self.is_main_process = context.device, context.rank == 0
         self._facts = json.dumps([files_of(evaluation), {name: m.digest for name, m in sets.items()}])
         progress = [self._read() if self.is_main_process else {}]
         dist.broadcast_object_list(progress)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfmask.data.stream import Batch
+from cfmask.data.stream import MicroBatch
 from cfmask.evaluation.label_space import LabelSpace
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runtime.heartbeat import WAITING, beat
@@ -130,7 +130,7 @@ def calibration_error(bins: Sequence[Sequence[float]]) -> float:
 def top1(
     models: Sequence[Classifier],
     normalise: Normalise,
-    batches: Iterable[Batch],
+    batches: Iterable[MicroBatch],
     device: torch.device,
     label_space: LabelSpace | None = None,
 ) -> list[Score]:

@@ -22,7 +22,7 @@ from cfmask.models.head import ModelInfo, load_alike, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder
 
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 
 
 def evaluate(evaluation: UniformSoup, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
     }
 
 
-def average(states: Iterable[State]) -> dict[str, Tensor]:
+def average(states: Iterable[StateDict]) -> dict[str, Tensor]:
     """The mean of weights, added in the order given. One state is in memory at a time beside the sum, which is in fp64,
     so that rounding does not grow with the number of ingredients.
 
@@ -90,7 +90,7 @@ def average(states: Iterable[State]) -> dict[str, Tensor]:
         UserError: no states, or of several architectures.
     """
     total: dict[str, Tensor] = {}
-    first: State = {}
+    first: StateDict = {}
     count = 0
     for state in states:
         if not total:
@@ -128,7 +128,7 @@ def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
     """The average of models, on the CPU. One model is in memory at a time beside the sum."""
     kept: list[tuple[Classifier, ModelInfo]] = []
 
-    def states() -> Iterator[State]:
+    def states() -> Iterator[StateDict]:
         for model, info in load_alike(paths):
             if not kept:
                 kept.append((copy.deepcopy(model).eval().requires_grad_(False), info))
@@ -140,7 +140,7 @@ def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
     return model, info
 
 
-def _check_alike(one: State, other: State) -> None:
+def _check_alike(one: StateDict, other: StateDict) -> None:
     if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
         raise UserError(
             "These two models have different tensors: weights can be averaged within one architecture only."

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from cfmask.agreement import check_agreement
-from cfmask.distributed import Place
+from cfmask.distributed import DistributedContext
 from cfmask.evaluation import side_by_side, soup, wise_ft, zero_shot
 from cfmask.evaluation.checks import load_sets_of
 from cfmask.evaluation.counter import SetCounter, Stopped
@@ -19,15 +19,23 @@ from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
-from cfmask.session import FINISHED, Report, StopRequest, begin_attempt, choose_arithmetic, rank_0_first, session
+from cfmask.session import (
+    FINISHED,
+    FailureCallback,
+    StopRequest,
+    begin_attempt,
+    choose_arithmetic,
+    rank_0_first,
+    session,
+)
 
 
 def run_evaluation(
     evaluation: Evaluation,
     run: RunFolder,
-    place: Place,
+    context: DistributedContext,
     stop_request: StopRequest = lambda: None,
-    failing: Report = lambda error: None,
+    failing: FailureCallback = lambda error: None,
 ) -> str:
     """Evaluate until everything is counted or a stop is requested. Takes and returns what ``train.train`` does.
 
@@ -36,8 +44,8 @@ def run_evaluation(
             that cannot be read, logits that are not finite, another job on the folder.
     """
     choose_arithmetic(evaluation.precision, deterministic=True)
-    with session(run, place, failing) as (store, leaving):
-        is_main_process = place.rank == 0
+    with session(run, context, failing) as (store, leaving):
+        is_main_process = context.rank == 0
         evaluation.checked()
         asked_for = evaluation
         # A run's best checkpoint is known when the run has ended, which may be long after the evaluation was queued.
@@ -47,11 +55,11 @@ def run_evaluation(
         asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
         check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
         if isinstance(evaluation, ZeroShot):
-            build = partial(zero_shot.build, evaluation, run, sets[evaluation.sets[0]].classes, str(place.device))
-            rank_0_first(store, place, "the zero-shot head", build)
-        counter = SetCounter(evaluation, run, place, sets, stop_request)
+            build = partial(zero_shot.build, evaluation, run, sets[evaluation.sets[0]].classes, str(context.device))
+            rank_0_first(store, context, "the zero-shot head", build)
+        counter = SetCounter(evaluation, run, context, sets, stop_request)
         if is_main_process:
-            attempts = begin_attempt(run, place, from_step=counter.images)
+            attempts = begin_attempt(run, context, from_step=counter.images)
             patiently(lambda: run.cut_history(counter.images), str(run.root))
         leaving.callback(counter.close)
         try:

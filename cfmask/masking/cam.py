@@ -44,7 +44,7 @@ class Cam:
         """
         return out
 
-    def of(self, target: Tensor) -> Tensor:
+    def compute(self, target: Tensor) -> Tensor:
         """The map of each image's ``target`` (N,), a logit of the pass watched: (N, P), ≥ 0, unnormalised, at least
         fp32. The graph of the pass stays."""
         raise NotImplementedError
@@ -66,9 +66,9 @@ class Relevance(Cam):
         # With activation checkpointing blocks come by again, in a backward pass.
         if self._end is None and not self._asked:
             self._end, self._tokens = out, k.shape[2]
-        return _Tap.apply(out, q, k, v, self)  # type: ignore[no-any-return]
+        return _CotangentHook.apply(out, q, k, v, self)  # type: ignore[no-any-return]
 
-    def of(self, target: Tensor) -> Tensor:
+    def compute(self, target: Tensor) -> Tensor:
         if self._end is None:
             raise ValueError(f"relevance from block {self._first} on: no such block has been seen")
         self._asked, end, self._end = True, self._end, None
@@ -82,7 +82,7 @@ class Relevance(Cam):
         finally:
             self._row = None
 
-    def hear(self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def accumulate(self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         """A backward pass has come to a block's attention, blocks in falling order."""
         if self._row is not None:  # not, say, the loss's own backward pass
             self._row = extend_row(self._row, q, k, v, d_out)
@@ -99,7 +99,7 @@ class GradCam(Cam):
         if not self._asked:
             self._x = x  # the last block's stays
 
-    def of(self, target: Tensor) -> Tensor:
+    def compute(self, target: Tensor) -> Tensor:
         assert self._x is not None, "no pass was watched"
         self._asked, x, self._x = True, self._x, None
         with activation_gradients_only():
@@ -110,8 +110,8 @@ class GradCam(Cam):
             return torch.einsum("nlc,nc->nl", x[:, 1:].to(wide), weight).relu_()
 
 
-class _Tap(torch.autograd.Function):
-    """The identity on an attention's output, whose backward lets relevance hear the cotangent with q, k and v.
+class _CotangentHook(torch.autograd.Function):
+    """The identity on an attention's output, whose backward lets relevance accumulate the cotangent with q, k and v.
 
     They are saved as autograd saves, so they share the attention's own saved tensors, and with activation checkpointing
     they are computed again like these.
@@ -126,7 +126,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (d_out,) = gradients
-        ctx.listener.hear(d_out, *ctx.saved_tensors)
+        ctx.listener.accumulate(d_out, *ctx.saved_tensors)
         return d_out, None, None, None, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cfmask.data.segmentation import ALL, Masks, ObjectReader, categories, class_groups, open_masks
 from cfmask.data.shards import Manifest
-from cfmask.data.stream import Batch
+from cfmask.data.stream import MicroBatch
 from cfmask.errors import UserError
 from cfmask.logs import MetricLogger
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
@@ -70,7 +70,7 @@ class MaskStudy:
         members = torch.tensor([[i in ids for ids in groups.values()] for i in range(manifest.num_classes)])
         return cls(reader, tuple(groups), members.to(device))
 
-    def metrics(self, metrics: Metrics, batch: Batch) -> dict[str, Metric]:
+    def metrics(self, metrics: Metrics, batch: MicroBatch) -> dict[str, Metric]:
         """Of a micro-batch: each group's Tally, (groups, 3 T + 2). Waits for no device."""
         assert metrics.overlap is not None and batch.objects is not None
         device = self.members.device

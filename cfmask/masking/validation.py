@@ -106,19 +106,19 @@ def masks_at(cam: Tensor, thresholds: Sequence[float], mask: str = OBJECT) -> Te
 
 
 @dataclass(frozen=True)
-class Rates:
+class MaskRates:
     """(N, T) float64 each, in 0…1: of N images under T masks each. object and iou are NaN where M_seg is empty."""
 
     image: Tensor
     object: Tensor
     iou: Tensor
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Rates:
+    def map(self, function: Callable[[Tensor], Tensor]) -> MaskRates:
         """``function`` applied to each tensor."""
-        return Rates(function(self.image), function(self.object), function(self.iou))
+        return MaskRates(function(self.image), function(self.object), function(self.iou))
 
 
-def rates(masks: Tensor, where: Coverage) -> Rates:
+def mask_rates(masks: Tensor, where: Coverage) -> MaskRates:
     """The three rates of each image under each of its masks. masks: (N, T, P) bool. Waits for no device."""
     masked = masks.sum(2) * where.patch_pixels
     both = (masks * where.patches[:, None, :]).sum(2)
@@ -128,7 +128,7 @@ def rates(masks: Tensor, where: Coverage) -> Rates:
     def share(part: Tensor, whole: Tensor) -> Tensor:
         return (part.double() / whole.double()).masked_fill(empty, torch.nan)
 
-    return Rates(masked.double() / where.image_pixels, share(both, where.total[:, None]), share(both, either))
+    return MaskRates(masked.double() / where.image_pixels, share(both, where.total[:, None]), share(both, either))
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Tally:
         )
 
 
-def tally(of: Rates, chosen: Tensor | None = None) -> Tally:
+def tally(of: MaskRates, chosen: Tensor | None = None) -> Tally:
     """Sum the rates of images; of all, or of those ``chosen``, (N,) bool."""
     if chosen is None:
         chosen = torch.ones(len(of.image), dtype=torch.bool, device=of.image.device)

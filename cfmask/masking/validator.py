@@ -20,14 +20,14 @@ from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
 from cfmask.errors import UserError
 from cfmask.files import sha256_of
 from cfmask.masking.fills import OBJECT
-from cfmask.masking.validation import Tally, add_up, coverage, masks_at, rates, tally
+from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from cfmask.runs import find_model
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.progress import progress_bar
-from cfmask.step import camera_of
+from cfmask.step import build_cam
 
 Tallies = list[dict[str, Tally]]
 """By model, by group."""
@@ -86,16 +86,16 @@ class Validation:
     def relevance(self, model: Classifier, method: Method, samples: Sequence[Segmented]) -> tuple[Tensor, Tensor]:
         """CAM (N, P) of each sample's class, and the classes (N,): of several that a sample may be of, the one that the
         model finds most probable."""
-        camera = camera_of(method)
-        assert camera is not None
+        cam_hook = build_cam(method)
+        assert cam_hook is not None
         images = torch.stack([sample.image for sample in samples]).to(self._device)
         # The pixels ask for a gradient and the weights do not, so nothing is kept for theirs.
-        logits = model.classify(model.encode(self._normalise(images).requires_grad_(), cam=camera))
+        logits = model.classify(model.encode(self._normalise(images).requires_grad_(), cam=cam_hook))
         possible = torch.zeros(logits.shape, dtype=torch.bool)
         for row, sample in zip(possible, samples, strict=True):
             row[list(sample.classes)] = True
         classes = logits.detach().masked_fill(~possible.to(self._device), -torch.inf).argmax(1)
-        return camera.of(logits.gather(1, classes[:, None]).squeeze(1)), classes
+        return cam_hook.compute(logits.gather(1, classes[:, None]).squeeze(1)), classes
 
     def part(self, chunk: Chunk, bar: tqdm) -> Part:
         """Go through one chunk's samples."""
@@ -127,7 +127,7 @@ class Validation:
         for model, method in zip(self.models, self.methods, strict=True):
             cam, _ = self.relevance(model, method, batch)
             masks = masks_at(cam, self.thresholds, method.mask or OBJECT)
-            of_images = rates(masks, coverage(segmentation, model.patch_size))
+            of_images = mask_rates(masks, coverage(segmentation, model.patch_size))
             found.append({group: tally(of_images, rows) for group, rows in chosen.items()})
         return found
 

@@ -55,7 +55,7 @@ Rgb = Sequence[float] | None
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """Weights to start from, described and not yet loaded.
 
     info: of the model; classes are those of the head that the file has, if it is a cfmask model file.
@@ -148,7 +148,7 @@ def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
     return configs
 
 
-def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> Start:
+def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> InitialWeights:
     """Weights and the model that they are for, checked by configurations and the header of the file.
 
     Args:
@@ -161,7 +161,7 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
     if own := read_info(pretrained) if os.path.isfile(pretrained) else None:
         info = described(own, name, pretrained, mean=mean, std=std)
         check_whole(pretrained)
-        return Start(info, Path(pretrained), None, {})
+        return InitialWeights(info, Path(pretrained), None, {})
     config = read_config(name)
     check_trainable(name, config)
     path = find_weights(name, pretrained, config)
@@ -178,7 +178,7 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
             )
     _check_tower(ModelInfo(name, config, OPENAI.mean, OPENAI.std), shapes.state, pretrained)
     info = model_info(name, pretrained, mean=mean, std=std, shapes=shapes)
-    return Start(info, path, shapes, configs)
+    return InitialWeights(info, path, shapes, configs)
 
 
 def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> ModelInfo:
@@ -239,7 +239,7 @@ def check_initial_model(
     mean: Rgb = None,
     std: Rgb = None,
     keep_head: bool = False,
-) -> Start:
+) -> InitialWeights:
     """Refuse a start that ``initial_model``, whose arguments these are, could not make a model of.
 
     Returns:
@@ -396,7 +396,7 @@ def initial_model(
     return Classifier(tower, linear), info
 
 
-def zero_shot_info(start: Start, templates: Sequence[str]) -> ModelInfo:
+def zero_shot_info(start: InitialWeights, templates: Sequence[str]) -> ModelInfo:
     """What ``initial_model`` says of a model whose head is zero-shot: two that say the same are the same.
 
     Args:
@@ -405,11 +405,11 @@ def zero_shot_info(start: Start, templates: Sequence[str]) -> ModelInfo:
     return replace(start.info, provenance=_zero_shot_provenance(start, templates))
 
 
-def _origin(start: Start) -> str:
+def _origin(start: InitialWeights) -> str:
     return f"{start.path.name} (sha256 {sha256_of(start.path)[:16]})"
 
 
-def _zero_shot_provenance(start: Start, templates: Sequence[str]) -> str:
+def _zero_shot_provenance(start: InitialWeights, templates: Sequence[str]) -> str:
     import open_clip
 
     digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]

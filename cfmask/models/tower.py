@@ -21,7 +21,7 @@ from cfmask.models.attention import Attention
 from cfmask.models.fused import Branch, add_norm, linear_before
 
 
-def adopt(visual: nn.Module) -> VisionTransformer:
+def replace_attention(visual: nn.Module) -> VisionTransformer:
     """Give every block of an open_clip tower our Attention, in place, sharing its parameters.
 
     Raises:
@@ -229,7 +229,7 @@ def visible_first(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     return keep, left if bool(left.any()) else None
 
 
-class Seen(NamedTuple):
+class ClassifierOutput(NamedTuple):
     """What a model makes of a batch: features (N, D), not normalised, and logits (N, classes). clean_logits: of other
     features that were handed in, or None."""
 
@@ -252,7 +252,7 @@ class Classifier(nn.Module):
 
     def __init__(self, visual: nn.Module, head: nn.Linear) -> None:
         super().__init__()
-        self.visual = adopt(visual)
+        self.visual = replace_attention(visual)
         self.head = head
         if head.in_features != self.visual.output_dim:
             raise UserError(
@@ -299,7 +299,7 @@ class Classifier(nn.Module):
         keep: Tensor | None = None,
         hidden: Tensor | None = None,
         clean_features: Tensor | None = None,
-    ) -> Seen:
+    ) -> ClassifierOutput:
         """Features and logits; ``keep`` and ``hidden`` as in ``encode``.
 
         A counterfactual pass hands in the clean pass's features, detached, for the head to classify again: so every
@@ -307,7 +307,7 @@ class Classifier(nn.Module):
         """
         features = self.encode(pixels, keep=keep, hidden=hidden)
         clean = None if clean_features is None else self.classify(clean_features)
-        return Seen(features, self.classify(features), clean)
+        return ClassifierOutput(features, self.classify(features), clean)
 
 
 class Normalise(nn.Module):

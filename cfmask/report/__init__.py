@@ -1,8 +1,8 @@
 """What evaluations found, as tables and pictures: results.json (cfmask/evaluation/spec.py has its layout) to Markdown,
 LaTeX and PNG.
 
-    results.py      what is in a results.json; a Row is a line of a table (one model, or a recipe's models of several
-                    seeds), a Split says which sets are in-distribution and which are the shifted ones
+    results.py      what is in a results.json; a ResultRow is a line of a table (one model, or a recipe's models of
+                    several seeds), a Split says which sets are in-distribution and which are the shifted ones
     tables.py       Markdown and LaTeX, alone and beside the paper's numbers
     robustness.py   effective robustness: above the line through zero-shot models
     charts.py       bars, reliability, WiSE-FT's sweep, effective robustness
@@ -14,8 +14,8 @@ from cfmask.report.results import (
     AVERAGE,
     Estimate,
     ModelResult,
+    ResultRow,
     Results,
-    Row,
     SetInfo,
     SetResult,
     Split,
@@ -53,7 +53,7 @@ __all__ = [
     "ModelResult",
     "Results",
     "RobustnessPanel",
-    "Row",
+    "ResultRow",
     "SetInfo",
     "SetResult",
     "Split",

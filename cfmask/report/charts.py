@@ -12,7 +12,7 @@ from typing import Any
 from scipy.special import expit, logit
 
 from cfmask.errors import UserError
-from cfmask.report.results import AVERAGE, ModelResult, Results, Row, Split
+from cfmask.report.results import AVERAGE, ModelResult, ResultRow, Results, Split
 from cfmask.report.robustness import effective_values, robustness_panels
 from cfmask.report.tables import checked_split, signed
 
@@ -28,7 +28,7 @@ _SMALL = 8
 """Points."""
 
 
-def bar_chart(rows: Sequence[Row], path: Path, split: Split | None = None) -> None:
+def bar_chart(rows: Sequence[ResultRow], path: Path, split: Split | None = None) -> None:
     """Top-1 as a group of bars a set, with the 95 % interval of one seed, the standard deviation of several.
 
     Raises:
@@ -74,7 +74,7 @@ def bar_chart(rows: Sequence[Row], path: Path, split: Split | None = None) -> No
     _save(figure, path)
 
 
-def _whiskers(rows: Sequence[Row]) -> str:
+def _whiskers(rows: Sequence[ResultRow]) -> str:
     """What the error bars are."""
     several = [len(row.per_seed) > 1 for row in rows]
     of_one, of_several = "95 % interval over draws of the test set", "standard deviation over seeds"
@@ -90,7 +90,7 @@ def reliability_chart(models: Sequence[ModelResult], path: Path, split: Split | 
     Raises:
         UserError: nothing to show, or the picture cannot be written.
     """
-    split = checked_split([Row(model.name, (model,)) for model in models], split)
+    split = checked_split([ResultRow(model.name, (model,)) for model in models], split)
     plt = pyplot()
     from matplotlib.lines import Line2D
 
@@ -155,7 +155,7 @@ def sweep_chart(results: Results, path: Path, split: Split | None = None) -> Non
             "There is no α to draw over: none of these models is a mixture. Give the results of tools/wise_ft.py."
         )
     models = sorted(mixed, key=lambda model: model.alpha or 0.0)
-    rows = [Row(model.name, (model,)) for model in models]
+    rows = [ResultRow(model.name, (model,)) for model in models]
     checked_split(rows, split)
     alphas = [model.alpha or 0.0 for model in models]
     estimates = [row.estimates(split) for row in rows]
@@ -245,7 +245,7 @@ def _label_points(
 
 
 def effective_robustness(
-    points: Sequence[Row], fit_on: Iterable[str], path: Path, split: Split | None = None
+    points: Sequence[ResultRow], fit_on: Iterable[str], path: Path, split: Split | None = None
 ) -> dict[str, dict[str, float]]:
     """A panel a shifted set: accuracy on it over accuracy in distribution, on logit scales, with the line through the
     models ``fit_on``, and y = x. Below, how far each model is above the line.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cfmask.data.segmented import Segmented
 from cfmask.files import write_atomically
-from cfmask.masking.validation import add_up, coverage, masks_at, rates
+from cfmask.masking.validation import add_up, coverage, mask_rates, masks_at
 from cfmask.masking.validator import Part, Tallies, Validation
 from cfmask.report.charts import pyplot
 from cfmask.report.tables import table
@@ -181,7 +181,7 @@ def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented])
     cam, classes = validation.relevance(model, method, samples)
     mask = masks_at(cam, [method.threshold], method.mask)
     segmentation = torch.stack([s.mask for s in samples if s.mask is not None])
-    found = rates(mask.cpu(), coverage(segmentation, model.patch_size))
+    found = mask_rates(mask.cpu(), coverage(segmentation, model.patch_size))
 
     size, patch = model.image_size, model.patch_size
     figure, axes = plt.subplots(

@@ -199,7 +199,7 @@ class Split:
         return cls(home, shifted, tuple(name for name in names if name != home and name not in shifted))
 
     @classmethod
-    def of_rows(cls, rows: Sequence[Row]) -> Split:
+    def of_rows(cls, rows: Sequence[ResultRow]) -> Split:
         """``of`` the sets that any row has."""
         return cls.of(name for row in rows for name in row.sets)
 
@@ -262,7 +262,7 @@ def combined_noise(sampling: float, values: Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """A line of a table: a model, or a recipe's models, one a seed, evaluated on the same sets.
 
     Raises:
@@ -331,6 +331,6 @@ def _estimate(values: Sequence[float], interval: tuple[float, float], sampling: 
     return Estimate(mean, mean - sd, mean + sd, noise, len(values))
 
 
-def rows_of(results: Results) -> list[Row]:
+def rows_of(results: Results) -> list[ResultRow]:
     """A row a model."""
-    return [Row(model.name, (model,)) for model in results.models]
+    return [ResultRow(model.name, (model,)) for model in results.models]

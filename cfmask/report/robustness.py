@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from scipy.special import expit, logit
 
 from cfmask.errors import UserError
-from cfmask.report.results import AVERAGE, Row, Split
+from cfmask.report.results import AVERAGE, ResultRow, Split
 from cfmask.report.tables import markdown_text, signed, table
 
 
@@ -62,7 +62,7 @@ class RobustnessPanel:
 
 
 def robustness_panels(
-    points: Sequence[Row], fit_on: Iterable[str], split: Split | None = None
+    points: Sequence[ResultRow], fit_on: Iterable[str], split: Split | None = None
 ) -> dict[str, RobustnessPanel]:
     """By label of a shifted set, of the models that have it.
 
@@ -109,7 +109,7 @@ def robustness_panels(
     return panels
 
 
-def _samples(row: Row, name: str) -> int:
+def _samples(row: ResultRow, name: str) -> int:
     return row.per_seed[0].sets[name].total
 
 

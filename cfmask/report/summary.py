@@ -10,7 +10,7 @@ from cfmask.evaluation.model_origin import describe, short_names
 from cfmask.evaluation.selection import known_test_set
 from cfmask.files import write_atomically
 from cfmask.report.charts import bar_chart, reliability_chart
-from cfmask.report.results import ModelResult, Results, Row, read_results, rows_of
+from cfmask.report.results import ModelResult, ResultRow, Results, read_results, rows_of
 from cfmask.report.tables import latex_table, markdown_table
 from cfmask.runs import RunFolder
 
@@ -57,11 +57,11 @@ def _note(results: Results, names: Sequence[str]) -> str:
     return " ".join(filter(None, parts))
 
 
-def named_rows(results: Results, names: Sequence[str]) -> list[Row]:
+def named_rows(results: Results, names: Sequence[str]) -> list[ResultRow]:
     """A row for each name; models of one name are seeds of it. No names: a row for each model."""
     if not names:
         return rows_of(results)
     found: dict[str, list[ModelResult]] = {}
     for name, model in zip(names, results.models, strict=True):
         found.setdefault(name, []).append(model)
-    return [Row(name, per_seed) for name, per_seed in found.items()]
+    return [ResultRow(name, per_seed) for name, per_seed in found.items()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cfmask.data.benchmarks import SHIFTED
 from cfmask.errors import UserError
-from cfmask.report.results import AVERAGE, LABELS, Estimate, Row, Split
+from cfmask.report.results import AVERAGE, LABELS, Estimate, ResultRow, Split
 
 _ROUNDING = 0.05
 """Numbers are published with one decimal."""
@@ -71,7 +71,9 @@ class Difference:
         return abs(self.difference) <= self.noise
 
 
-def differences(row: Row, published: Mapping[str, float | None], split: Split | None = None) -> dict[str, Difference]:
+def differences(
+    row: ResultRow, published: Mapping[str, float | None], split: Split | None = None
+) -> dict[str, Difference]:
     """By label of a column, where both have a number. published: such as PUBLISHED["ViT-B-16"]["FT"]. An average is
     compared only if it is over the paper's five sets."""
     split = split or Split.of_rows([row])
@@ -84,7 +86,7 @@ def differences(row: Row, published: Mapping[str, float | None], split: Split | 
 
 
 def markdown_table(
-    rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
+    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
 ) -> str:
     """Top-1 in percent, with a line below that says what the numbers are. The best of a column is bold (all that look
     the same with so many digits).
@@ -103,7 +105,7 @@ def markdown_table(
 
 
 def latex_table(
-    rows: Sequence[Row], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
+    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
 ) -> str:
     r"""The same as a tabular, for \input in a paper; needs the package booktabs.
 
@@ -133,7 +135,7 @@ def latex_table(
 
 
 def comparison(
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     published: Mapping[str, Mapping[str, float | None]],
     split: Split | None = None,
     *,
@@ -198,7 +200,7 @@ _LATEX = {
 }
 
 
-def checked_split(rows: Sequence[Row], split: Split | None) -> Split:
+def checked_split(rows: Sequence[ResultRow], split: Split | None) -> Split:
     if not rows:
         raise UserError("There is no result to show: name at least one evaluation with a model.")
     split = split or Split.of_rows(rows)
@@ -210,7 +212,7 @@ def checked_split(rows: Sequence[Row], split: Split | None) -> Split:
 
 
 def _cells(
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     split: Split,
     uncertainty: bool,
     digits: int,
@@ -246,7 +248,7 @@ def _cells(
     return lines
 
 
-def _note(rows: Sequence[Row], split: Split, uncertainty: bool) -> str:
+def _note(rows: Sequence[ResultRow], split: Split, uncertainty: bool) -> str:
     """What a table's numbers are, in sentences."""
     seeds = sorted({len(row.per_seed) for row in rows if len(row.per_seed) > 1})
     numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""

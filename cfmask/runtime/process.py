@@ -38,9 +38,9 @@ def die_with_parent(parent: int) -> None:
 def exit_without_finalization(code: int) -> NoReturn:
     """End this process with an exit code, without the finalization of the Python interpreter.
 
-    In finalization, a thread of torch's that still has a tensor to release aborts the process ("terminate called without
-    an active exception"), threads are joined, and a communicator waits for ranks that hang. Handlers registered with
-    ``atexit`` do not run; standard output and error are flushed.
+    During finalization a thread of torch that still has a tensor to release aborts the process ("terminate called
+    without an active exception"), threads are joined, and a communicator waits for ranks that hang. Handlers registered
+    with ``atexit`` do not run; standard output and error are flushed.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a full disk; closed

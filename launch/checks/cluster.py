@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.jobs.allocation import Allocation
 from launch.jobs.settings import PARTITION_TIME, UNLIMITED
-from launch.slurm.texts import Node, Qos, gpus_of, seconds, version_of
+from launch.slurm.texts import Qos, SlurmNode, gpus_of, seconds, version_of
 
 ADMINISTRATOR = "slurm/administrator.md"
 _ENOUGH_REQUEUES = 100
@@ -72,7 +72,7 @@ def _check_time(partition: Mapping[str, str], time: int | str) -> Finding:
     return Finding("time limit", OK, f"{asked} asked for; {name} gives {at_most}")
 
 
-def check_nodes(nodes: Sequence[Node], partitions: Iterable[str], allocation: Allocation) -> Finding:
+def check_nodes(nodes: Sequence[SlurmNode], partitions: Iterable[str], allocation: Allocation) -> Finding:
     """That the partitions have nodes of the size that is asked for."""
     a = allocation
     cpus = a.tasks_per_node * a.cpus_per_task
@@ -113,7 +113,7 @@ def check_preemption(
     config: Mapping[str, str],
     chosen: Sequence[Mapping[str, str]],
     partitions: Sequence[Mapping[str, str]],
-    nodes: Sequence[Node],
+    nodes: Sequence[SlurmNode],
     qos: Sequence[Qos],
     own_qos: str | None,
 ) -> list[Finding]:

@@ -16,11 +16,11 @@ from launch.checks.findings import OK, PROBLEM, Finding, Findings
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.planning import Planned
-from launch.jobs.submission import REPO, Batch
+from launch.jobs.submission import REPO, SubmissionBatch
 from launch.slurm import site
 from launch.slurm.client import SlurmError
 from launch.slurm.submission import test_only
-from launch.slurm.texts import Node, Qos
+from launch.slurm.texts import Qos, SlurmNode
 
 if TYPE_CHECKING:
     from launch.slurm.executor import SlurmExecutor
@@ -42,7 +42,7 @@ class Site:
 
     config: Mapping[str, str]
     partitions: Sequence[Mapping[str, str]]
-    nodes: Sequence[Node]
+    nodes: Sequence[SlurmNode]
     services: Sequence[Qos]
     qos: str | None
 
@@ -87,7 +87,7 @@ def ask_slurm(findings: Findings, allocation: Allocation) -> Site | None:
 
 def probe_executor(folder: Path, allocation: Allocation) -> SlurmExecutor:
     """The executor that a run in this folder would be submitted with."""
-    batch = Batch.of([Planned(RunFolder(folder), Recipe())])
+    batch = SubmissionBatch.of([Planned(RunFolder(folder), Recipe())])
     executor = batch.executor(allocation, snapshot.digest_of(REPO))
     executor.update_parameters(job_name="cfmask-doctor")
     return executor

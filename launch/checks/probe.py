@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from cfmask.distributed import Place
+    from cfmask.distributed import DistributedContext
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy", "safetensors", "simplejpeg")
 PATIENCE_MIN = 1.5
@@ -55,7 +55,7 @@ _FIRST, _SECOND = "first", "second"  # what a file that another node makes says,
 
 
 @dataclass
-class Report:
+class ProbeReport:
     """What a rank has found. None, or nothing: it did not come so far.
 
     stage: how far it came. failed: why no further. usable: ids of the cores that it may run on; quota: cores' worth of
@@ -106,13 +106,13 @@ class Report:
         write_atomically(folder / f"report-{self.rank}.json", json.dumps(asdict(self)))
 
 
-def read_reports(folder: Path) -> list[Report]:
+def read_reports(folder: Path) -> list[ProbeReport]:
     """Those that are there, by rank."""
-    known = {each.name for each in fields(Report)}
+    known = {each.name for each in fields(ProbeReport)}
     found = []
     for path in folder.glob("report-*.json"):
         content = json.loads(path.read_text())
-        found.append(Report(**{name: value for name, value in content.items() if name in known}))
+        found.append(ProbeReport(**{name: value for name, value in content.items() if name in known}))
     return sorted(found, key=lambda report: report.rank)
 
 
@@ -138,7 +138,7 @@ class Probe:
         for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read when distributed.py is imported
             os.environ[name] = str(PATIENCE_MIN)
         environment = submitit.JobEnvironment()
-        report = Report(
+        report = ProbeReport(
             rank=environment.global_rank,
             local_rank=environment.local_rank,
             node=node_name(),
@@ -155,7 +155,7 @@ class Probe:
             self._requeue(environment.job_id)
         return "done"
 
-    def _examine(self, report: Report, environment: Any) -> None:
+    def _examine(self, report: ProbeReport, environment: Any) -> None:
         def begin(stage: str) -> None:
             report.stage = stage
             report.write(self.folder)
@@ -169,9 +169,9 @@ class Probe:
             report.import_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise
         report.import_s = time.monotonic() - started
-        from cfmask.distributed import Place, process_group
+        from cfmask.distributed import DistributedContext, process_group
 
-        place = Place(
+        context = DistributedContext(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
@@ -180,25 +180,25 @@ class Probe:
             cpus=max(1, len(report.usable)),
             gpu=self.gpus_per_node > 0,
         )
-        if place.gpu:
+        if context.gpu:
             begin("finding the GPUs")
-            _look_at_gpus(report, place)
-        nccl_log = _let_nccl_tell(self.folder, report.rank) if place.gpu else None
+            _look_at_gpus(report, context)
+        nccl_log = _let_nccl_tell(self.folder, report.rank) if context.gpu else None
         begin("meeting the other ranks")
         started = time.monotonic()
-        with process_group(place, self.folder / "meeting") as store:
+        with process_group(context, self.folder / "meeting") as store:
             report.met_s = time.monotonic() - started
             report.link = _link(store)
-            leaders = _leaders(store, place, report.node)
+            leaders = _leaders(store, context, report.node)
             begin("comparing clocks")
-            report.offset = _compare_clocks(store, place, leaders)
+            report.offset = _compare_clocks(store, context, leaders)
             begin("waiting for another node's files")
-            _watch_files(report, store, place, leaders, self.folder / "seen")
+            _watch_files(report, store, context, leaders, self.folder / "seen")
             begin("all-reduce")
-            _all_reduce(report, place)
+            _all_reduce(report, context)
             report.transport = nccl_transport(nccl_log.read_text()) if nccl_log and nccl_log.exists() else ""
             begin("done")
-            _all_there(store, place, "reported")
+            _all_there(store, context, "reported")
 
     def _requeue(self, job_id: str) -> None:
         """As a run does it (launch/jobs/restarts.py): scontrol, else the batch script."""
@@ -220,7 +220,7 @@ class Probe:
 # --- this rank alone ------------------------------------------------------------------------------------------------
 
 
-def look_around(report: Report, folder: Path, needed: Sequence[str]) -> None:
+def look_around(report: ProbeReport, folder: Path, needed: Sequence[str]) -> None:
     """All that can be seen without the other ranks, and without torch."""
     report.python, report.executable = platform.python_version(), sys.executable
     report.packages = {name: _version(name) for name in PACKAGES}
@@ -291,7 +291,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _look_at_gpus(report: Report, place: Place) -> None:
+def _look_at_gpus(report: ProbeReport, context: DistributedContext) -> None:
     import torch
 
     for number in range(torch.cuda.device_count()):
@@ -304,7 +304,7 @@ def _look_at_gpus(report: Report, place: Place) -> None:
                 "capability": list(torch.cuda.get_device_capability(number)),
             }
         )
-    own = place.device.index
+    own = context.device.index
     report.gpu = report.gpus[own]["uuid"]
     report.gpus[own]["free"] = torch.cuda.mem_get_info(own)[0]  # of its own one: others start a context of theirs now
 
@@ -312,16 +312,16 @@ def _look_at_gpus(report: Report, place: Place) -> None:
 # --- with the other ranks -------------------------------------------------------------------------------------------
 
 
-def _all_there(store: dist.Store, place: Place, word: str) -> None:
+def _all_there(store: dist.Store, context: DistributedContext, word: str) -> None:
     """A barrier, without the network that is yet to be tried."""
-    store.set(f"{word} {place.rank}", "")
-    store.wait([f"{word} {rank}" for rank in range(place.world_size)])
+    store.set(f"{word} {context.rank}", "")
+    store.wait([f"{word} {rank}" for rank in range(context.world_size)])
 
 
-def _leaders(store: dist.Store, place: Place, node: str) -> list[int]:
+def _leaders(store: dist.Store, context: DistributedContext, node: str) -> list[int]:
     """The first rank of each node; rank 0 is one."""
-    store.set(f"node {place.rank}", node)
-    nodes = [store.get(f"node {rank}").decode() for rank in range(place.world_size)]
+    store.set(f"node {context.rank}", node)
+    nodes = [store.get(f"node {rank}").decode() for rank in range(context.world_size)]
     return sorted({name: rank for rank, name in reversed(list(enumerate(nodes)))}.values())
 
 
@@ -340,21 +340,21 @@ def _link(store: Any) -> list[str]:
     return [address, next((name for name, each in distributed.interface_addresses() if each == own), "")]
 
 
-def _compare_clocks(store: dist.Store, place: Place, leaders: Sequence[int]) -> list[float]:
+def _compare_clocks(store: dist.Store, context: DistributedContext, leaders: Sequence[int]) -> list[float]:
     """The bounds of (this node's clock - rank 0's node's), in seconds."""
-    if place.rank == 0:
+    if context.rank == 0:
         for leader in leaders[1:]:
             for i in range(_PINGS):
                 store.wait([f"ping {leader} {i}"])
                 store.set(f"pong {leader} {i}", repr(time.time()))
         return [0.0, 0.0]
-    if place.rank not in leaders:
+    if context.rank not in leaders:
         return []
     rounds = []
     for i in range(_PINGS):
         before = time.time()
-        store.set(f"ping {place.rank} {i}", "")
-        theirs = float(store.get(f"pong {place.rank} {i}"))
+        store.set(f"ping {context.rank} {i}", "")
+        theirs = float(store.get(f"pong {context.rank} {i}"))
         rounds.append((before, theirs, time.time()))
     return list(offset_bounds(rounds))
 
@@ -371,13 +371,15 @@ def offset_bounds(rounds: Iterable[tuple[float, float, float]]) -> tuple[float, 
     return min(low, high), max(low, high)
 
 
-def _watch_files(report: Report, store: dist.Store, place: Place, leaders: Sequence[int], folder: Path) -> None:
+def _watch_files(
+    report: ProbeReport, store: dist.Store, context: DistributedContext, leaders: Sequence[int], folder: Path
+) -> None:
     """Rank 0's node makes a file and replaces it, the others look when they see it; then the other way round."""
-    if len(leaders) > 1 and place.rank in leaders:
+    if len(leaders) > 1 and context.rank in leaders:
         folder.mkdir(exist_ok=True)
         others = leaders[1:]
         common = folder / "of-rank-0"
-        if place.rank == 0:
+        if context.rank == 0:
             store.wait([f"looked {rank}" for rank in others])
             for step, content in enumerate((_FIRST, _SECOND)):
                 write_atomically(common, content)
@@ -387,16 +389,16 @@ def _watch_files(report: Report, store: dist.Store, place: Place, leaders: Seque
             report.appears = max(_seen_after(folder / f"of-rank-{rank}", _FIRST) for rank in others)
         else:
             common.exists()  # that it is not there may be kept in mind, and be what is found for a while
-            store.set(f"looked {place.rank}", "")
+            store.set(f"looked {context.rank}", "")
             times = []
             for step, content in enumerate((_FIRST, _SECOND)):
                 store.wait([f"made {step}"])
                 times.append(_seen_after(common, content))
-                store.set(f"saw {step} {place.rank}", "")
+                store.set(f"saw {step} {context.rank}", "")
             report.appears, report.replaced = times
-            write_atomically(folder / f"of-rank-{place.rank}", _FIRST)
-            store.set(f"made {place.rank}", "")
-    _all_there(store, place, "watched")
+            write_atomically(folder / f"of-rank-{context.rank}", _FIRST)
+            store.set(f"made {context.rank}", "")
+    _all_there(store, context, "watched")
 
 
 def _seen_after(path: Path, content: str) -> float:
@@ -413,18 +415,18 @@ def _seen_after(path: Path, content: str) -> float:
         time.sleep(0.01)
 
 
-def _all_reduce(report: Report, place: Place) -> None:
+def _all_reduce(report: ProbeReport, context: DistributedContext) -> None:
     """One of BYTES whose sum is known: right in every element, and how long it takes."""
     import torch
     import torch.distributed as dist
 
     report.backend = dist.get_backend()
     # Small whole numbers: their sum has no rounding, in whatever order it is taken.
-    pattern = torch.arange(BYTES // 4, device=place.device, dtype=torch.float32).remainder_(251)
-    values = pattern * (place.rank + 1)
+    pattern = torch.arange(BYTES // 4, device=context.device, dtype=torch.float32).remainder_(251)
+    values = pattern * (context.rank + 1)
     dist.all_reduce(values)
-    report.right = bool(torch.equal(values, pattern * (place.world_size * (place.world_size + 1) // 2)))
-    report.seconds = min(_timed(values, place.device) for _ in range(_ROUNDS))
+    report.right = bool(torch.equal(values, pattern * (context.world_size * (context.world_size + 1) // 2)))
+    report.seconds = min(_timed(values, context.device) for _ in range(_ROUNDS))
 
 
 def _timed(values: torch.Tensor, device: torch.device) -> float:

@@ -15,7 +15,7 @@ from cfmask.runtime.jsonl import read_object
 from launch.checks import cluster, ranks
 from launch.checks.findings import NOT_CHECKED, PROBLEM, Finding, Findings
 from launch.checks.login_node import Site, probe_executor
-from launch.checks.probe import Probe, Report, read_reports
+from launch.checks.probe import Probe, ProbeReport, read_reports
 from launch.jobs import snapshot
 from launch.jobs.allocation import Allocation
 from launch.jobs.batch_script import set_environment, write_environment
@@ -173,7 +173,7 @@ def _run_here(probe: Probe, allocation: Allocation) -> tuple[str, dict[str, str]
     return job.job_id, {}
 
 
-def _fresh_reports(folder: Path) -> list[Report]:
+def _fresh_reports(folder: Path) -> list[ProbeReport]:
     os.listdir(folder)  # makes a network file system look again instead of answering from its cache
     return read_reports(folder)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
 from launch.checks.cluster import ADMINISTRATOR
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.checks.probe import BYTES, SEEN_WITHIN_S, Report
+from launch.checks.probe import BYTES, SEEN_WITHIN_S, ProbeReport
 from launch.jobs.allocation import Allocation
 
 T = TypeVar("T", bound=Hashable)
@@ -30,7 +30,7 @@ SLOW_NETWORK = 1e9
 """Bytes a second of an all-reduce between nodes with GPUs, below which training waits for it."""
 
 
-def check_ranks(reports: Sequence[Report], world_size: int, logs: Mapping[int, str]) -> Finding:
+def check_ranks(reports: Sequence[ProbeReport], world_size: int, logs: Mapping[int, str]) -> Finding:
     """That every rank came to the end.
 
     Args:
@@ -82,7 +82,7 @@ def _remedy(words: str, stage: str) -> str:
     return "the logs say more"
 
 
-def check_software(reports: Sequence[Report]) -> list[Finding]:
+def check_software(reports: Sequence[ProbeReport]) -> list[Finding]:
     """The same Python and packages everywhere, and none missing."""
     findings = []
     pythons = _by(reports, lambda report: report.python)
@@ -117,7 +117,7 @@ def check_software(reports: Sequence[Report]) -> list[Finding]:
     return findings
 
 
-def check_cores(reports: Sequence[Report], cpus_per_task: int) -> Finding:
+def check_cores(reports: Sequence[ProbeReport], cpus_per_task: int) -> Finding:
     """That each rank can really use as many cores as it is given: its threads and loaders are as many."""
     short = {}
     for node, own in _by(reports, lambda report: report.node).items():
@@ -140,7 +140,7 @@ def check_cores(reports: Sequence[Report], cpus_per_task: int) -> Finding:
     return Finding("cores", OK, f"{cpus_per_task} asked for, and every rank can use as many")
 
 
-def check_memory(reports: Sequence[Report]) -> Finding:
+def check_memory(reports: Sequence[ProbeReport]) -> Finding:
     """That a node's ranks have memory enough, where the job has a limit."""
     limited = {
         node: min(report.memory for report in own if report.memory) / len(own)
@@ -158,7 +158,7 @@ def check_memory(reports: Sequence[Report]) -> Finding:
     return Finding("memory", OK, found)
 
 
-def check_gpus(reports: Sequence[Report], gpus_per_node: int) -> list[Finding]:
+def check_gpus(reports: Sequence[ProbeReport], gpus_per_node: int) -> list[Finding]:
     """That every rank has a GPU of its own, all are of a kind, free, and can do what the recipe asks of them."""
     if not gpus_per_node:
         return []
@@ -190,7 +190,7 @@ def check_gpus(reports: Sequence[Report], gpus_per_node: int) -> list[Finding]:
     return findings
 
 
-def check_shared(reports: Sequence[Report], folder: str, one_node: str = "") -> list[Finding]:
+def check_shared(reports: Sequence[ProbeReport], folder: str, one_node: str = "") -> list[Finding]:
     """That it can be written from every node, that there is room, and that nodes see each other's files soon."""
     bad = [report for report in reports if report.shared_error]
     if bad:
@@ -225,7 +225,7 @@ def check_shared(reports: Sequence[Report], folder: str, one_node: str = "") -> 
     return findings
 
 
-def check_paths(reports: Sequence[Report], needed: Sequence[str]) -> list[Finding]:
+def check_paths(reports: Sequence[ProbeReport], needed: Sequence[str]) -> list[Finding]:
     """That the shards are there."""
     if not needed:
         return []
@@ -238,7 +238,7 @@ def check_paths(reports: Sequence[Report], needed: Sequence[str]) -> list[Findin
     return [Finding("shards", OK, f"{', '.join(needed)} can be read on every node")]
 
 
-def check_cache(reports: Sequence[Report]) -> Finding:
+def check_cache(reports: Sequence[ProbeReport]) -> Finding:
     """The node's own disk, for shards that come by URL."""
     bad = next((report for report in reports if report.cache_error), None)
     change = f"CFMASK_CACHE in cluster.toml's [environment] ({ADMINISTRATOR}, 5); it matters for shards by URL only"
@@ -251,7 +251,7 @@ def check_cache(reports: Sequence[Report]) -> Finding:
     return Finding("node's disk", OK, f"{_size(frees[node])} free for {reports[0].cache} on {node}")
 
 
-def check_clocks(reports: Sequence[Report], one_node: str = "") -> Finding:
+def check_clocks(reports: Sequence[ProbeReport], one_node: str = "") -> Finding:
     """Clocks of nodes against rank 0's, as measured between them."""
     if len({report.node for report in reports}) < 2:
         return Finding("clocks", NOT_CHECKED, "there was one node only", one_node)
@@ -261,7 +261,7 @@ def check_clocks(reports: Sequence[Report], one_node: str = "") -> Finding:
     return judge_offsets("clocks", bounds, f"{reports[0].node}'s")
 
 
-def check_file_clock(reports: Sequence[Report], here: Sequence[float]) -> Finding:
+def check_file_clock(reports: Sequence[ProbeReport], here: Sequence[float]) -> Finding:
     """The shared file system's clock against those of the nodes, and of this machine.
 
     Args:
@@ -293,7 +293,7 @@ def judge_offsets(check: str, bounds: Mapping[str, Sequence[float]], whose: str,
     return Finding(check, OK, shown + (f", the farthest of {len(bounds)}" if len(bounds) > 1 else ""))
 
 
-def check_network(reports: Sequence[Report], world_size: int, gpus: bool) -> list[Finding]:
+def check_network(reports: Sequence[ProbeReport], world_size: int, gpus: bool) -> list[Finding]:
     """How ranks met, and what an all-reduce between them is worth."""
     findings = []
     met = [report for report in reports if report.met_s is not None]
@@ -350,7 +350,7 @@ def check_network(reports: Sequence[Report], world_size: int, gpus: bool) -> lis
 
 
 def check_reports(
-    reports: Sequence[Report], allocation: Allocation, folder: str, needed: Sequence[str], here: Sequence[float]
+    reports: Sequence[ProbeReport], allocation: Allocation, folder: str, needed: Sequence[str], here: Sequence[float]
 ) -> list[Finding]:
     """All that reports of ranks tell, whatever they came to; `check_ranks` is beside this."""
     looked = [report for report in reports if report.stage != "looking around"]
@@ -379,7 +379,7 @@ def check_reports(
     return findings
 
 
-def _version(package: str, report: Report) -> str | None:
+def _version(package: str, report: ProbeReport) -> str | None:
     return report.packages.get(package)
 
 
@@ -390,18 +390,18 @@ def _unknown(check: str) -> Finding:
     return Finding(check, NOT_CHECKED, "the probe did not come so far")
 
 
-def _by(reports: Sequence[Report], key: Callable[[Report], T]) -> dict[T, list[Report]]:
-    groups: dict[T, list[Report]] = {}
+def _by(reports: Sequence[ProbeReport], key: Callable[[ProbeReport], T]) -> dict[T, list[ProbeReport]]:
+    groups: dict[T, list[ProbeReport]] = {}
     for report in reports:
         groups.setdefault(key(report), []).append(report)
     return groups
 
 
-def _nodes(reports: Sequence[Report]) -> str:
+def _nodes(reports: Sequence[ProbeReport]) -> str:
     return _some(list(dict.fromkeys(report.node for report in reports)))
 
 
-def _groups(groups: Mapping[T, Sequence[Report]]) -> str:
+def _groups(groups: Mapping[T, Sequence[ProbeReport]]) -> str:
     return ", ".join(f"{value} on {_nodes(own)}" for value, own in groups.items())
 
 

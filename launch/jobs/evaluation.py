@@ -24,7 +24,7 @@ from cfmask.tool_arguments import DATA_HELP
 from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.jobs.claims import check_path, take_folder
 from launch.jobs.cluster_file import load_cluster_file
-from launch.jobs.planning import Planned, left_out, take_up
+from launch.jobs.planning import Planned, claim_run_folders, should_skip
 from launch.jobs.processes import ending_signals, silence_output
 from launch.jobs.settings import add_allocation_arguments, given_flags
 from launch.jobs.submission import dry_run, run_here, submit_to_slurm
@@ -163,9 +163,9 @@ def carry_out(
         return dry_run([planned], allocation), run
     if allocation is None:
         return _in_this_process(evaluation, run), run
-    if left_out(run, sweep=False):
+    if should_skip(run, sweep=False):
         return 0, run
-    taken = take_up([planned])
+    taken = claim_run_folders([planned])
     if allocation.on_slurm:
         return submit_to_slurm(taken, allocation, follow=arguments.follow), run
     return run_here(taken, allocation, follow=arguments.follow), run
@@ -182,7 +182,7 @@ def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> Non
 def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
     import torch
 
-    from cfmask.distributed import Place
+    from cfmask.distributed import DistributedContext
     from cfmask.evaluation.worker import run_evaluation
     from cfmask.session import FINISHED, QUIT
 
@@ -190,8 +190,8 @@ def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
         take_folder(run, evaluation).keep()
         run.clear_cancelled()
         cores = len(os.sched_getaffinity(0))
-        place = Place(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())
-        outcome = run_evaluation(evaluation, run, place, lambda: QUIT if received else None)
+        context = DistributedContext(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())
+        outcome = run_evaluation(evaluation, run, context, lambda: QUIT if received else None)
         if outcome == FINISHED:
             return 0
         if signal.SIGHUP in received:

@@ -26,7 +26,7 @@ from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 
 if TYPE_CHECKING:
-    from cfmask.distributed import Place
+    from cfmask.distributed import DistributedContext
 
 VARIABLE = "CFMASK_HEALTH_CHECK"
 _FREE_SHARE = 0.8
@@ -43,7 +43,7 @@ class NodeUnhealthy(UserError):
         super().__init__(f"node {node_name()} is unhealthy: {what}")
 
 
-def check_node(folder: Path, place: Place) -> None:
+def check_node(folder: Path, context: DistributedContext) -> None:
     """Called by every rank: each looks at its GPU, the first one of a node at the rest.
 
     Args:
@@ -55,11 +55,11 @@ def check_node(folder: Path, place: Place) -> None:
     if os.environ.get(VARIABLE) == "off":
         return
     beat(CHECKING)
-    if place.local_rank == 0:
+    if context.local_rank == 0:
         check_clock(check_folder(folder))
         check_local_disk(Path(tempfile.gettempdir()))
-    if place.gpu:
-        check_gpu(place)
+    if context.gpu:
+        check_gpu(context)
 
 
 def check_folder(folder: Path) -> tuple[float, float] | None:
@@ -116,11 +116,11 @@ def check_local_disk(folder: Path) -> None:
         )
 
 
-def check_gpu(place: Place) -> None:
+def check_gpu(context: DistributedContext) -> None:
     """Raises NodeUnhealthy if the rank's GPU does not compute, is in use, or has memory that failed."""
     import torch
 
-    device = place.device
+    device = context.device
     try:
         numbers = torch.arange(1 << 20, device=device)
         right = int((3 * numbers).sum()) == 3 * (1 << 20) * ((1 << 20) - 1) // 2

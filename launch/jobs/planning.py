@@ -28,7 +28,7 @@ _ASK_S = 20.0
 class Planned(Generic[Work]):
     """A job that is to be submitted, and its run folder.
 
-    claim: this command's use of the folder, from ``take_up`` on.
+    claim: this command's use of the folder, from ``claim_run_folders`` on.
     behind: jobs of the run that are there already, and that have to end before this one starts.
     """
 
@@ -41,7 +41,7 @@ class Planned(Generic[Work]):
 AnyPlanned = Planned[Recipe | Evaluation]
 
 
-def left_out(run: RunFolder, *, sweep: bool) -> bool:
+def should_skip(run: RunFolder, *, sweep: bool) -> bool:
     """Whether a run needs no job; says why.
 
     Raises:
@@ -95,7 +95,7 @@ def behind_its_jobs(planned: Planned[Work]) -> Planned[Work]:
     return replace(planned, behind=tuple(job.id for job in jobs))
 
 
-def take_up(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
+def claim_run_folders(planned: Sequence[Planned[Work]]) -> list[Planned[Work]]:
     """Make the folders, or see that each is for its work and nobody is at it.
 
     Raises:

@@ -39,7 +39,7 @@ from launch.jobs.restarts import Cause, GivenUp, Restarts
 from launch.jobs.run_restarts import restarts_of, saved_progress
 
 if TYPE_CHECKING:
-    from cfmask.distributed import Place
+    from cfmask.distributed import DistributedContext
     from cfmask.session import StopRequest
 
 _NOTICE_EARLIER_S = 60.0
@@ -82,11 +82,11 @@ class Job:
 
         # Imported late: handlers first, then the seconds that torch takes.
         with _importing():
-            from cfmask.distributed import CalledOff, Place
+            from cfmask.distributed import CalledOff, DistributedContext
             from cfmask.runtime.heartbeat import PREPARING, beat
             from cfmask.session import FINISHED, REQUEUE
 
-        place = Place(
+        context = DistributedContext(
             rank=environment.global_rank,
             world_size=environment.num_tasks,
             local_rank=environment.local_rank,
@@ -98,9 +98,9 @@ class Job:
         beat(PREPARING)
         try:
             if is_main_process:  # the others may come to another view, a moment before or after: rank 0 tells them
-                _check_start(run, place, restarts)
-            health.check_node(run.root, place)
-            outcome = _work(run, place, listener.request, restarts)
+                _check_start(run, context, restarts)
+            health.check_node(run.root, context)
+            outcome = _work(run, context, listener.request, restarts)
         except CalledOff as called_off:
             if called_off.failed:
                 raise
@@ -131,7 +131,7 @@ class Job:
         os._exit(code)
 
 
-def _work(run: RunFolder, place: Place, stop_request: StopRequest, restarts: Restarts) -> str:
+def _work(run: RunFolder, context: DistributedContext, stop_request: StopRequest, restarts: Restarts) -> str:
     """Train or evaluate: the folder says which."""
 
     def failing(error: Exception) -> None:
@@ -142,11 +142,11 @@ def _work(run: RunFolder, place: Place, stop_request: StopRequest, restarts: Res
         with _importing():
             from cfmask.train import train
 
-        return train(work, run, place, stop_request, failing, restarts.seconds_left)
+        return train(work, run, context, stop_request, failing, restarts.seconds_left)
     with _importing():
         from cfmask.evaluation.worker import run_evaluation
 
-    return run_evaluation(work, run, place, stop_request, failing)
+    return run_evaluation(work, run, context, stop_request, failing)
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def _importing() -> Iterator[None]:
         gc.enable()
 
 
-def _check_start(run: RunFolder, place: Place, restarts: Restarts) -> None:
+def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts) -> None:
     """Rank 0's look at whether to start at all. If not, attempts.jsonl and the other ranks are told; a run that is
     finished is left as it is.
 
@@ -187,9 +187,9 @@ def _check_start(run: RunFolder, place: Place, restarts: Restarts) -> None:
         except GivenUp as given_up:
             reason, failed = f"not started: {given_up}", True
     if is_recorded:
-        with contextlib.suppress(UserError), run.locked(place.attempt):  # another job's folder is left alone
-            run.end_failed(reason, job=place.attempt, nodes=place.nodes, world_size=place.world_size)
-    call_off(place, run.root / "meeting", reason, failed=failed)
+        with contextlib.suppress(UserError), run.locked(context.attempt):  # another job's folder is left alone
+            run.end_failed(reason, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
+    call_off(context, run.root / "meeting", reason, failed=failed)
     raise CalledOff(reason, failed=failed)
 
 

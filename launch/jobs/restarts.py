@@ -153,7 +153,7 @@ def _unix_time(text: str | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class Start:
+class JobStart:
     """A start of a job that was recorded: how often the job had come back by then, and from what progress."""
 
     restart: int
@@ -178,7 +178,7 @@ def verdict(cause: Cause, job: JobRecord | None) -> Verdict:
     return Verdict.END if cause is Cause.TERMINATED else Verdict.REQUEUE
 
 
-def starts_without_progress(starts: Sequence[Start], restart: int, progress: int) -> int:
+def starts_without_progress(starts: Sequence[JobStart], restart: int, progress: int) -> int:
     """How many starts of a job, recorded or not, have passed since progress was last made, before its start number
     ``restart`` (0 is the first one).
 
@@ -294,10 +294,10 @@ class Restarts:
         """Starts of the jobs before this one in its chain."""
         return self.chain.first_starts(self.log.lines())[self.job] if self.chain else 0
 
-    def _recorded(self) -> list[Start]:
+    def _recorded(self) -> list[JobStart]:
         """This job's starts that know their progress, and those of the jobs before it in its chain. A local job's
         number is that of a process, which may come again: there, those at the end count."""
-        found: list[Start] = []
+        found: list[JobStart] = []
         lines = self.log.lines()
         first = self.chain.first_starts(lines) if self.chain else {self.job: 0}
         for line in lines:
@@ -306,7 +306,7 @@ class Restarts:
                 found = [] if self.restart is None else found
             elif isinstance(line.get("from_step"), int):
                 number = len(found) if self.restart is None else first[job] + int(count)
-                found.append(Start(number, line["from_step"]))
+                found.append(JobStart(number, line["from_step"]))
         return found
 
     def _causes(self, number: int) -> str:

@@ -40,7 +40,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Batch:
+class SubmissionBatch:
     """What one sbatch takes: a run, or the members of a sweep as an array.
 
     A sweep has a folder of its own beside its runs, in which a member's number is a link to its run folder, so that one
@@ -55,7 +55,7 @@ class Batch:
     sweep: Path | None
 
     @classmethod
-    def of(cls, planned: Sequence[AnyPlanned]) -> Batch:
+    def of(cls, planned: Sequence[AnyPlanned]) -> SubmissionBatch:
         runs = planned[0].run.root.parent
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{secrets.token_hex(2)}"
         return cls(planned, runs / ".sweeps" / name if len(planned) > 1 else None)
@@ -99,7 +99,7 @@ def dry_run(planned: Sequence[AnyPlanned], allocation: Allocation, *, chain: int
             parts = list(_parts(planned, allocation))
             allocation, first = parts[0].allocation(allocation, []), planned[: len(parts[0].members)]
             more = f"{_jobs(len(planned))} as {len(parts)} arrays; this is the first one.\n" if parts[1:] else ""
-        executor = Batch.of(first).executor(allocation, snapshot.digest_of(REPO))
+        executor = SubmissionBatch.of(first).executor(allocation, snapshot.digest_of(REPO))
         text = executor.batch_script(len(first))
         print(mask_secrets(f"\n{more}{text}"))
         if allocation.environment:
@@ -234,7 +234,7 @@ def enqueue(
     """
     from launch.jobs.rank import Job
 
-    batch = Batch.of(planned)
+    batch = SubmissionBatch.of(planned)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
     try:
         snapshots = [keep_code(each.run, tell) for each in planned]

@@ -37,7 +37,7 @@ from launch.jobs.allocation import (
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile, load_cluster_file
 from launch.jobs.notify import kept_setting
-from launch.jobs.planning import AnyPlanned, Planned, behind_its_jobs, left_out, take_up
+from launch.jobs.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
 from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
 from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
 from launch.jobs.submission import dry_run, last_submission, run_here, submit_to_slurm
@@ -140,7 +140,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         check_chain(arguments, allocation)
         if arguments.resume:
             planned = [behind_its_jobs(each) for each in planned]
-    wanted = [each for each in planned if each.behind or not left_out(each.run, sweep=sweep)]
+    wanted = [each for each in planned if each.behind or not should_skip(each.run, sweep=sweep)]
     if not wanted:
         return 0
     chain = arguments.chain or 0
@@ -151,7 +151,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
             f"--from-step-0 is for a run that has no job, and job {wanted[0].behind[0]} is there: it would be allowed "
             "to begin again, too. End it first, with launch/cancel.py."
         )
-    wanted = take_up(wanted)
+    wanted = claim_run_folders(wanted)
     for each in wanted:
         if not each.behind:
             each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over

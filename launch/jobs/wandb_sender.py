@@ -74,12 +74,12 @@ _ENVIRONMENT = {
 }
 """Settings of wandb, unless the environment has them: what it would record is this process's, not the run's."""
 
-Row = tuple[int, dict[str, float]]
+HistoryRow = tuple[int, dict[str, float]]
 """A step, and the points of all curves there."""
 
 
 @dataclass
-class State:
+class SyncState:
     """What a run folder keeps of a project.
 
     id: of the run there.
@@ -111,7 +111,7 @@ class Sender:
         self._entity, _, self._project = project.rpartition("/")
         self._key, self._path = project, run.root / "wandb.json"
         kept = (read_object(self._path) or {}).get(project)
-        self.state = State(**kept) if kept else State(secrets.token_hex(4))
+        self.state = SyncState(**kept) if kept else SyncState(secrets.token_hex(4))
 
     def send(self) -> None:
         """Send until the start has ended."""
@@ -211,7 +211,7 @@ class Sender:
 
     # --- what is sent
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[HistoryRow]:
         """What is behind a committed checkpoint, or all of a run that has finished, and was not sent."""
         found: dict[int, dict[str, float]] = {}
         committed = self._committed()  # before the lines are read, which are written before a checkpoint

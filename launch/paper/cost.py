@@ -13,7 +13,7 @@ from cfmask.data.plan import steps_per_epoch
 from cfmask.evaluation.spec import Evaluation
 from cfmask.models.architecture import VISION_DEFAULTS, image_size_of, patch_size_of
 from cfmask.recipe import Method, Recipe
-from launch.paper.plan import Node
+from launch.paper.plan import PlanNode
 
 # In F, as counted on ViT-B/16. In the last block of what the head looks at, the class token alone goes on.
 _FORWARD = 0.93
@@ -49,7 +49,7 @@ def forward_flops(config: Mapping[str, Any]) -> float:
     return 2 * (patches * 3 * patch**2 * width + layers * block + width * config["embed_dim"])
 
 
-def image_forwards(node: Node, images: Mapping[str, int]) -> float:
+def image_forwards(node: PlanNode, images: Mapping[str, int]) -> float:
     """F of all of a node's images.
 
     Args:
@@ -75,7 +75,7 @@ def rate_of(recipe: Recipe, samples_per_s: float, world_size: int, flops: float)
     return samples_per_s * step_forwards(recipe.method) * flops / world_size / 1e12
 
 
-def longest_chain(nodes: Mapping[str, Node], cost: Mapping[str, float]) -> float:
+def longest_chain(nodes: Mapping[str, PlanNode], cost: Mapping[str, float]) -> float:
     """The dearest of the chains of nodes that come one after the other: what it takes if all else is done beside it.
 
     Args:

@@ -9,10 +9,10 @@ from cfmask.errors import UserError
 from cfmask.evaluation.spec import Evaluation
 from cfmask.recipe import Recipe
 from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned, take_up
+from launch.jobs.planning import Planned, claim_run_folders
 from launch.jobs.sbatch import after_success
 from launch.jobs.submission import enqueue_all, run_one_here
-from launch.paper.plan import DONE, QUEUED, WAITING, Node, arrays, awaited, to_submit
+from launch.paper.plan import DONE, QUEUED, WAITING, PlanNode, arrays, awaited, to_submit
 from launch.paper.progress import NodeStatus, count_jobs, states_of
 from launch.paper.reproduction import Reproduction
 from launch.slurm.control import cancel
@@ -109,10 +109,10 @@ def run_here(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
 
 
 def _prepare(
-    reproduction: Reproduction, nodes: Sequence[Node], statuses: Mapping[str, NodeStatus]
+    reproduction: Reproduction, nodes: Sequence[PlanNode], statuses: Mapping[str, NodeStatus]
 ) -> list[Planned[Recipe | Evaluation]]:
     """Claim the run folders of the nodes, and remove results that were computed from models that have been replaced."""
-    planned = take_up([Planned(reproduction.folder(node.name), node.work) for node in nodes])
+    planned = claim_run_folders([Planned(reproduction.folder(node.name), node.work) for node in nodes])
     for node in nodes:
         if statuses[node.name].status.state == "finished":
             reproduction.folder(node.name).drop_results()
@@ -133,7 +133,7 @@ def _on_one_node(allocation: Allocation) -> Allocation:
     return replace(allocation, nodes=1, again={**allocation.again, "nodes": 1})
 
 
-def describe_arrays(groups: Sequence[Sequence[Node]]) -> str:
+def describe_arrays(groups: Sequence[Sequence[PlanNode]]) -> str:
     """How many of the jobs are members of arrays, as the end of a sentence."""
     sizes = [len(group) for group in groups if len(group) > 1]
     return f", {sum(sizes)} of them in {len(sizes)} array" + ("s" if len(sizes) > 1 else "") if sizes else ""

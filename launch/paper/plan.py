@@ -49,7 +49,7 @@ other jobs; neither."""
 
 
 @dataclass(frozen=True)
-class Node:
+class PlanNode:
     """A job of the plan, and its run folder.
 
     kind: what is the same for all seeds. after: names of nodes whose models it takes.
@@ -67,7 +67,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A row of the table. found_in: the nodes whose results it is made of, one a seed."""
 
     word: str
@@ -79,11 +79,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReproductionPlan:
     """nodes: by name, each after those that it takes models of. rows: what it is for."""
 
-    nodes: Mapping[str, Node]
-    rows: tuple[Row, ...]
+    nodes: Mapping[str, PlanNode]
+    rows: tuple[PaperRow, ...]
 
     @property
     def trains(self) -> bool:
@@ -150,13 +150,13 @@ def choose_rows(words: Sequence[str] | None, setup: Setup) -> tuple[str, ...]:
     return tuple(word for word in LABELS if word in words)
 
 
-def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
+def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
     """The jobs that rows of the paper take, and those that these need.
 
     Args:
         words: keys of LABELS.
     """
-    zero = Node(
+    zero = PlanNode(
         "zero-shot",
         None,
         setup.evaluation.as_kind(
@@ -170,34 +170,34 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
     nodes = {zero.name: zero}
     rows = []
 
-    def add(node: Node) -> Node:
+    def add(node: PlanNode) -> PlanNode:
         return nodes.setdefault(node.name, node)
 
-    def trained(preset: str, seed: int, start: Node = zero, ensemble: Node | None = None) -> Node:
+    def trained(preset: str, seed: int, start: PlanNode = zero, ensemble: PlanNode | None = None) -> PlanNode:
         given = setup.soup if start.kind == "soup" else None
         recipe = setup.recipe_of(
             preset, seed, given or setup.model(start.name), setup.model(ensemble.name) if ensemble else None
         )
         needs = [node.name for node in (None if given else start, ensemble) if node is not None]
-        return add(Node(preset if start is zero else f"{start.kind}-{preset}", seed, recipe, tuple(needs)))
+        return add(PlanNode(preset if start is zero else f"{start.kind}-{preset}", seed, recipe, tuple(needs)))
 
-    def evaluated(run: Node) -> Node:
+    def evaluated(run: PlanNode) -> PlanNode:
         work = replace(setup.evaluation, models=(str(setup.trained_model(run.name)),))
-        return add(Node(f"{run.kind}-eval", run.seed, work, (run.name,)))
+        return add(PlanNode(f"{run.kind}-eval", run.seed, work, (run.name,)))
 
-    def wise_ft(seed: int) -> Node:
+    def wise_ft(seed: int) -> PlanNode:
         fine = trained("ft", seed)
         models = str(setup.model(zero.name)), str(setup.trained_model(fine.name))
         work = setup.evaluation.as_kind(WiseFT, models=models, alphas=(ALPHA,))
-        return add(Node("wise-ft", seed, work, (zero.name, fine.name)))
+        return add(PlanNode("wise-ft", seed, work, (zero.name, fine.name)))
 
-    def soup() -> Node:
+    def soup() -> PlanNode:
         if setup.soup is not None:
-            return add(Node("soup", None, replace(setup.evaluation, models=(str(setup.soup),))))
+            return add(PlanNode("soup", None, replace(setup.evaluation, models=(str(setup.soup),))))
         fine = [trained("ft", seed).name for seed in setup.seeds]
         work = setup.evaluation.as_kind(UniformSoup, models=tuple(str(setup.trained_model(name)) for name in fine))
         # Its ingredients are in its name: with another seed it is another soup, and this one stays what it is.
-        return add(Node("soup-of-" + "-".join(map(str, setup.seeds)), None, work, tuple(fine)))
+        return add(PlanNode("soup-of-" + "-".join(map(str, setup.seeds)), None, work, tuple(fine)))
 
     for word in words:
         if word == "zero-shot":
@@ -212,22 +212,22 @@ def paper_plan(words: Sequence[str], setup: Setup) -> Plan:
             found = [evaluated(trained(HEADLINE, seed, soup())) for seed in setup.seeds]
         else:
             found = [evaluated(trained(word, seed)) for seed in setup.seeds]
-        rows.append(Row(word, tuple(node.name for node in found)))
+        rows.append(PaperRow(word, tuple(node.name for node in found)))
     used = with_needed(nodes, {name for row in rows for name in row.found_in})
-    return Plan({node.name: node for node in in_order(nodes.values()) if node.name in used}, tuple(rows))
+    return ReproductionPlan({node.name: node for node in in_order(nodes.values()) if node.name in used}, tuple(rows))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
 
 
-def in_order(nodes: Iterable[Node]) -> list[Node]:
+def in_order(nodes: Iterable[PlanNode]) -> list[PlanNode]:
     """Each after all that it takes models of; otherwise as they came.
 
     Raises:
         ValueError: one takes a model of a node that is not there, or, over others, of itself.
     """
     left = {node.name: node for node in nodes}
-    placed: dict[str, Node] = {}
+    placed: dict[str, PlanNode] = {}
     for node in left.values():
         if strange := [name for name in node.after if name not in left]:
             raise ValueError(f"{node.name} comes after {strange[0]}, which is not in the plan")
@@ -240,7 +240,7 @@ def in_order(nodes: Iterable[Node]) -> list[Node]:
     return list(placed.values())
 
 
-def with_needed(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
+def with_needed(nodes: Mapping[str, PlanNode], names: Iterable[str]) -> set[str]:
     """These, and all that they take models of, over any number of steps."""
     found: set[str] = set()
     open_names = list(names)
@@ -252,7 +252,7 @@ def with_needed(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
     return found
 
 
-def still_needed(plan: Plan, states: Mapping[str, str]) -> list[Node]:
+def still_needed(plan: ReproductionPlan, states: Mapping[str, str]) -> list[PlanNode]:
     """What has to be done yet, in order: what rows lack, and what that needs. A run whose row is there is not needed
     any more, whatever has become of its folder."""
     needed = set(plan.wanted)
@@ -264,10 +264,10 @@ def still_needed(plan: Plan, states: Mapping[str, str]) -> list[Node]:
     return left[::-1]
 
 
-def to_submit(plan: Plan, states: Mapping[str, str]) -> list[Node]:
+def to_submit(plan: ReproductionPlan, states: Mapping[str, str]) -> list[PlanNode]:
     """The nodes that get a job now, in order: those that are missing, and those whose job waits for one that has gone,
     because a node that it comes after is submitted anew."""
-    chosen: dict[str, Node] = {}
+    chosen: dict[str, PlanNode] = {}
     for node in still_needed(plan, states):
         stale = states[node.name] == WAITING and any(name in chosen for name in node.after)
         if states[node.name] == MISSING or stale:
@@ -275,19 +275,19 @@ def to_submit(plan: Plan, states: Mapping[str, str]) -> list[Node]:
     return list(chosen.values())
 
 
-def arrays(chosen: Iterable[Node], states: Mapping[str, str]) -> list[list[Node]]:
+def arrays(chosen: Iterable[PlanNode], states: Mapping[str, str]) -> list[list[PlanNode]]:
     """What of the nodes that get a job goes out together, as an array: trainings that wait for the same jobs, and
     evaluations that do. Each array after those that it waits for; a node that waits for others than any is alone.
 
     Args:
         chosen: in order, as ``to_submit`` gives them.
     """
-    found: dict[tuple[bool, frozenset[str]], list[Node]] = {}
+    found: dict[tuple[bool, frozenset[str]], list[PlanNode]] = {}
     for node in chosen:
         found.setdefault((isinstance(node.work, Recipe), frozenset(awaited(node, states))), []).append(node)
     return list(found.values())
 
 
-def awaited(node: Node, states: Mapping[str, str]) -> list[str]:
+def awaited(node: PlanNode, states: Mapping[str, str]) -> list[str]:
     """The nodes whose jobs it waits for."""
     return [name for name in node.after if states[name] != DONE]

@@ -14,7 +14,7 @@ from cfmask.runtime.jsonl import read_object
 from launch.jobs.run_state import jobs_in_queue, look_at
 from launch.jobs.run_status import ENDED, Status, status_of
 from launch.jobs.status_table import duration
-from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, Node, still_needed
+from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, PlanNode, still_needed
 from launch.paper.reproduction import Reproduction
 from launch.slurm.queue import SlurmJob
 
@@ -77,7 +77,7 @@ def node_state(status: Status, job: SlurmJob | None) -> str:
 def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
     """The plan as a tree with a line for each kind of job and the states of its jobs. A kind is drawn below the last of
     the kinds that it waits for; the others are above that one."""
-    kinds: dict[str, list[Node]] = {}
+    kinds: dict[str, list[PlanNode]] = {}
     for node in reproduction.plan.nodes.values():
         kinds.setdefault(node.kind, []).append(node)
     kind_of = {name: node.kind for name, node in reproduction.plan.nodes.items()}
@@ -110,7 +110,7 @@ def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
     return f"{table}\n{done} of {count_jobs(len(statuses))} done, in {reproduction.setup.folder}"
 
 
-def _describe_work(node: Node) -> str:
+def _describe_work(node: PlanNode) -> str:
     if isinstance(node.work, Recipe):
         epochs = node.work.optim.total_epochs
         return f"train, {epochs} epoch" + ("s" if epochs > 1 else "")

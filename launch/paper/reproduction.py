@@ -28,7 +28,7 @@ from launch.jobs.allocation import Allocation
 from launch.jobs.claims import check_path
 from launch.jobs.cluster_file import ClusterFile
 from launch.paper.holdout import check_holdout, settle_choice
-from launch.paper.plan import MISSING, Plan, Setup, arrays, choose_rows, paper_plan, still_needed
+from launch.paper.plan import MISSING, ReproductionPlan, Setup, arrays, choose_rows, paper_plan, still_needed
 
 if TYPE_CHECKING:
     from cfmask.data.shards import Manifest
@@ -52,7 +52,7 @@ class Reproduction:
     selection: which images are trained on and held out, and which checkpoints count, in sentences.
     """
 
-    plan: Plan
+    plan: ReproductionPlan
     setup: Setup
     base: Recipe
     start: ModelInfo

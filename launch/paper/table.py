@@ -34,7 +34,7 @@ def write_table(reproduction: Reproduction) -> None:
         if len(done) < len(row.found_in):
             missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds there)" if done else ""))
         # A row without models is a line of dashes.
-        rows.append(reports.Row(row.label, tuple(models) or (reports.ModelResult(row.label, {}),)))
+        rows.append(reports.ResultRow(row.label, tuple(models) or (reports.ModelResult(row.label, {}),)))
         found[row.word] = len(done)
     if not any(found.values()):
         print("No row of the table is there yet.")

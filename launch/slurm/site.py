@@ -9,7 +9,16 @@ import getpass
 from datetime import datetime
 
 from launch.slurm.client import ANSWER_S, PATIENCE_S, SlurmError, ask
-from launch.slurm.texts import Node, Qos, array_limit, default_qos, parse_config, parse_nodes, parse_qos, parse_records
+from launch.slurm.texts import (
+    Qos,
+    SlurmNode,
+    array_limit,
+    default_qos,
+    parse_config,
+    parse_nodes,
+    parse_qos,
+    parse_records,
+)
 
 _NODES = "%R|%N|%T|%c|%G"
 _QOS = "Name,Preempt,PreemptMode,GraceTime"
@@ -41,7 +50,7 @@ def read_partitions(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_
     return parse_records(text, first="PartitionName")
 
 
-def read_nodes(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> list[Node]:
+def read_nodes(*, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> list[SlurmNode]:
     """A node once for each of its partitions."""
     command = ("sinfo", "--all", "--noheader", "--Node", f"--format={_NODES}")
     return parse_nodes(ask(*command, patience_s=patience_s, answer_s=answer_s))

@@ -61,7 +61,7 @@ def version_of(text: str) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Node:
+class SlurmNode:
     """A line of `sinfo -N`: a node in a partition."""
 
     partition: str
@@ -75,10 +75,10 @@ class Node:
         return not re.search(r"down|drain|fail|maint|unk|error|inval|no_respond|\*$", self.state.lower())
 
 
-def parse_nodes(text: str) -> list[Node]:
+def parse_nodes(text: str) -> list[SlurmNode]:
     """`sinfo -a -h -N -o "%R|%N|%T|%c|%G"`."""
     rows = (line.split("|") for line in text.splitlines() if line.count("|") == 4)
-    return [Node(p, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres) for p, name, state, cpus, gres in rows]
+    return [SlurmNode(p, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres) for p, name, state, cpus, gres in rows]
 
 
 @dataclass(frozen=True)

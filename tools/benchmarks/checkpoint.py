@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from cfmask.checkpoint import Keep, Writer
-from cfmask.checkpoint_state import State
-from cfmask.data.receipts import Consumed
+from cfmask.checkpoint_state import CheckpointState
+from cfmask.data.receipts import DataProgress
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
-from cfmask.optim import Phase, Rates, adamw, take_step
+from cfmask.optim import LrAndBetas, Phase, adamw, take_step
 from cfmask.recipe import Recipe
 from tools.benchmarks.tables import report
 
@@ -70,7 +70,7 @@ def checkpoint_stall(
                 if device != "cpu":
                     torch.cuda.synchronize()
                 began = time.perf_counter()
-                writer.start(State(number + 1, "", Consumed()), model, optimizer)
+                writer.start(CheckpointState(number + 1, "", DataProgress()), model, optimizer)
                 stalls.append(time.perf_counter() - began)
                 gaps.append(_longest_gap(lambda: writer.writing))
                 committed.append(time.perf_counter() - began)
@@ -81,7 +81,7 @@ def checkpoint_stall(
             began = time.perf_counter()
             pixels = torch.randn(BATCH, 3, *model.visual.image_size, device=device)
             model(pixels).logits.square().mean().backward()
-            take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+            take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
             if device != "cpu":
                 torch.cuda.synchronize()
             step = time.perf_counter() - began
@@ -102,7 +102,7 @@ def _step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
     """An optimizer step from made-up gradients: moments are there, and weights have changed."""
     for parameter in model.parameters():
         parameter.grad = 1e-3 * torch.randn_like(parameter)
-    take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+    take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
 
 
 def _before(then: float) -> bool:

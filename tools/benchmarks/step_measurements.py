@@ -15,7 +15,7 @@ from cfmask.losses import classification, feature_distillation
 from cfmask.masking.fills import Draws
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.session import autocast, choose_arithmetic
-from cfmask.step import camera_of, counterfactual
+from cfmask.step import build_cam, counterfactual
 from tools.benchmarks.metering import count_flops, counter, peak_memory, start_of_memory, wait
 from tools.benchmarks.training import (
     HEADLINE,
@@ -131,12 +131,12 @@ def step_in_parts(
     """
     readings = [meter()]
     with scope:
-        camera = camera_of(HEADLINE)
-        assert camera is not None
-        features = model.encode(normalise(images), cam=camera)
+        cam_hook = build_cam(HEADLINE)
+        assert cam_hook is not None
+        features = model.encode(normalise(images), cam=cam_hook)
         logits = model.classify(features)
         readings.append(meter())
-        cam = camera.of(logits.gather(1, labels[:, None]).squeeze(1))
+        cam = cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
         readings.append(meter())
         classification(logits, labels).backward(inputs=list(model.visual.parameters()))
         readings.append(meter())

@@ -21,7 +21,7 @@ from cfmask.masking.fills import Draws, DrawSpec, draw
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
-from cfmask.optim import Phase, Rates, adamw, take_step
+from cfmask.optim import LrAndBetas, Phase, adamw, take_step
 from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe, Run
 from cfmask.session import autocast
@@ -162,7 +162,7 @@ def our_optimizer(model: Classifier) -> torch.optim.AdamW:
 
 def update(optimizer: torch.optim.AdamW) -> None:
     assert OPTIM.beta1 is not None
-    take_step(optimizer, Rates(LR, OPTIM.beta1), CLIP_NORM)
+    take_step(optimizer, LrAndBetas(LR, OPTIM.beta1), CLIP_NORM)
 
 
 def their_step(m: Materials, contender: Contender) -> Callable[[], None]:

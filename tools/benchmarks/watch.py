@@ -16,7 +16,7 @@ from cfmask.metrics import AsyncMetricReducer, rank_metrics
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
-from cfmask.optim import Phase, Rates, adamw, take_step
+from cfmask.optim import LrAndBetas, Phase, adamw, take_step
 from cfmask.recipe import Recipe
 from cfmask.runtime.heartbeat import WAITING, Heartbeat, beat
 from cfmask.step_clock import StepClock
@@ -126,7 +126,7 @@ def _train_step(model_name: str, device: torch.device) -> Callable[[], None]:
 
     def step() -> None:
         model(pixels).logits.square().mean().backward()
-        take_step(optimizer, Rates(1e-5, 0.9), clip_norm=1.0)
+        take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
         optimizer.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize()

@@ -45,8 +45,8 @@ def order_of(names: Iterable[str], edges: Mapping[Edge, int]) -> list[str]:
     order = sorted(names)
 
     def against(order: Sequence[str]) -> int:
-        place = {name: i for i, name in enumerate(order)}
-        return sum(n for (a, b), n in edges.items() if a in place and b in place and place[a] > place[b])
+        context = {name: i for i, name in enumerate(order)}
+        return sum(n for (a, b), n in edges.items() if a in context and b in context and context[a] > context[b])
 
     improved = True
     while improved:
@@ -64,14 +64,14 @@ def order_of(names: Iterable[str], edges: Mapping[Edge, int]) -> list[str]:
 
 def links_of(names: Iterable[str], edges: Mapping[Edge, int]) -> list[Link]:
     """The lines to draw. An import that goes down and follows from others (a → b → c says that a needs c) has none."""
-    place = {name: i for i, name in enumerate(order_of(names, edges))}
-    known = {edge for edge in edges if edge[0] in place and edge[1] in place}
-    down = {(a, b) for a, b in known if place[a] < place[b]}
+    context = {name: i for i, name in enumerate(order_of(names, edges))}
+    known = {edge for edge in edges if edge[0] in context and edge[1] in context}
+    down = {(a, b) for a, b in known if context[a] < context[b]}
     below: dict[str, set[str]] = {}
-    for name in sorted(place, key=lambda name: -place[name]):
+    for name in sorted(context, key=lambda name: -context[name]):
         near = {b for a, b in down if a == name}
         below[name] = near.union(*(below[b] for b in near))
-    implied = {(a, c) for a, c in down if any((a, b) in down and c in below[b] for b in place)}
+    implied = {(a, c) for a, c in down if any((a, b) in down and c in below[b] for b in context)}
     pairs = {(a, b) for a, b in down if (a, b) not in implied} | {(b, a) for a, b in known - down}
     return [Link(a, b, (a, b) in known, (b, a) in known) for a, b in sorted(pairs)]
 
@@ -113,12 +113,12 @@ def _segments(layout: Layout) -> list[Edge]:
 
 def _crossings(layers: Sequence[Sequence[str]], segments: Sequence[Edge]) -> float:
     """Pairs of segments that cross; shorter segments decide between equals."""
-    place = {name: (height, i, i / len(row)) for height, row in enumerate(layers) for i, name in enumerate(row)}
+    context = {name: (height, i, i / len(row)) for height, row in enumerate(layers) for i, name in enumerate(row)}
     by_layer: dict[int, list[tuple[int, int]]] = {}
     stretch = 0.0
     for upper, lower in segments:
-        by_layer.setdefault(place[upper][0], []).append((place[upper][1], place[lower][1]))
-        stretch += abs(place[upper][2] - place[lower][2])
+        by_layer.setdefault(context[upper][0], []).append((context[upper][1], context[lower][1]))
+        stretch += abs(context[upper][2] - context[lower][2])
     crossed = sum(
         (a[0] - b[0]) * (a[1] - b[1]) < 0 for of_layer in by_layer.values() for a in of_layer for b in of_layer
     )
@@ -137,8 +137,8 @@ def _reduce_crossings(layout: Layout) -> None:
         layers = [generator.sample(row, len(row)) for row in layout.layers]
         for _ in range(6):
             for row in (*layers, *reversed(layers)):
-                place = {name: i / max(1, len(of) - 1) for of in layers for i, name in enumerate(of)}
-                centre = {n: sum(place[o] for o in near.get(n, [n])) / len(near.get(n, [n])) for n in row}
+                context = {name: i / max(1, len(of) - 1) for of in layers for i, name in enumerate(of)}
+                centre = {n: sum(context[o] for o in near.get(n, [n])) / len(near.get(n, [n])) for n in row}
                 row.sort(key=centre.__getitem__)
         layers = _swapped(layers, segments)
         if _crossings(layers, segments) < _crossings(best, segments):

@@ -12,7 +12,7 @@ from cfmask.convert import tables
 from cfmask.convert.sources.blobs import Blob, SourceBytes, SourceFile
 from cfmask.convert.sources.files import SPLITS, LabelledImage, Tree, chosen_tree
 from cfmask.convert.sources.listing import Found, Listing, Tick
-from cfmask.convert.tables import Classes, Row
+from cfmask.convert.tables import Classes, TableRow
 from cfmask.errors import UserError
 
 NOT_NAMED = "not named in the label file"
@@ -144,11 +144,11 @@ def _read(file: Path) -> list[_Line]:
     return lines
 
 
-def _fits(rows: Sequence[Row]) -> bool:
+def _fits(rows: Sequence[TableRow]) -> bool:
     return all(2 <= len(row.cells) <= len(rows[0].cells) for row in rows)
 
 
-def _header(row: Row, subject: str) -> dict[str, int] | None:
+def _header(row: TableRow, subject: str) -> dict[str, int] | None:
     """Column numbers by what they hold; None where the first row is no header, so that the columns are in order.
 
     Raises:

@@ -49,7 +49,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Part:
+class ParquetPart:
     """A Parquet file.
 
     split: the set that it is a part of, as its name has it. stem: its name, without suffix. number, total: which of how
@@ -127,7 +127,7 @@ def read_parts(
     image_column: str | None,
     label_column: str | None,
     partial: bool,
-) -> list[Part]:
+) -> list[ParquetPart]:
     """What the files hold, but for the images, by split and number.
 
     Args:
@@ -194,7 +194,7 @@ def _check_complete(split: str, places: list[tuple[int, int | None, Path]], part
 
 def _read(
     path: Path, split: str, number: int, total: int | None, image_column: str | None, label_column: str | None
-) -> Part:
+) -> ParquetPart:
     try:
         source = SourceFile.listed(path)
         with open(path, "rb") as file:
@@ -216,7 +216,7 @@ def _read(
         raise damaged(path, error) from None
     except OSError as error:
         raise UserError(f"The source {path} cannot be read ({error.strerror or error}).") from None
-    return Part(source, split, path.stem, number, total, columns, paths, labels, num_bytes)
+    return ParquetPart(source, split, path.stem, number, total, columns, paths, labels, num_bytes)
 
 
 def damaged(path: str | Path, error: Exception) -> UserError:
