@@ -18,6 +18,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import struct
@@ -52,6 +53,8 @@ from cfmask.optim import MOMENTS, trained_parameters
 from cfmask.pinned import pinned_bytes
 from cfmask.runtime.jsonl import JsonLines, read_object
 from cfmask.runtime.patience import patiently
+
+logger = logging.getLogger(__name__)
 
 # Written and hashed in pieces, during which other threads run.
 _PIECE = 1 << 22
@@ -221,7 +224,7 @@ class Writer:
                 f"{_size(images) / 1e9:.2g} GB); any but the latest may go."
             )
             self._failure.__cause__ = error
-            print(f"warning: {self._failure}", flush=True)
+            logger.warning(f"{self._failure}")
         except Exception as error:  # a defect: raised where somebody waits
             self._failure = error
 
@@ -251,11 +254,10 @@ class Writer:
         was = read_object(self._folder / POINTER) or {}
         step = was.get("step")
         if isinstance(step, int) and step <= resumed_step and step not in self._whole:
-            print(
-                f"warning: the checkpoint of step {step}, the best on {was.get('set')} with {was.get('top1')} %, is "
+            logger.warning(
+                f"the checkpoint of step {step}, the best on {was.get('set')} with {was.get('top1')} %, is "
                 "gone or damaged. The run's log still names it: evaluating the run's best checkpoint is refused unless "
-                "a later one is better.",
-                flush=True,
+                "a later one is better."
             )
 
     def _point_at_best(self) -> None:
@@ -269,9 +271,7 @@ class Writer:
             if not pointer.exists() or pointer.read_text() != contents:
                 write_atomically(pointer, contents)
         except OSError as error:
-            print(
-                f"warning: {pointer} cannot be written ({error.strerror}); the next checkpoint tries again", flush=True
-            )
+            logger.warning(f"{pointer} cannot be written ({error.strerror}); the next checkpoint tries again")
 
     def _remove_old(self, newest: int) -> None:
         """Of those before ``newest``, which is whole, remove what is not to stay: never it, nor any beyond it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import torch.distributed as dist
@@ -10,6 +11,8 @@ from cfmask.checkpoint import CheckpointNotWritten, Writer
 from cfmask.distributed import COLLECTIVE_TIMEOUT
 from cfmask.runtime.heartbeat import CHECKPOINT, beat
 from cfmask.session import SecondsLeft
+
+logger = logging.getLogger(__name__)
 
 _MARGIN_S = 10.0
 """Kept free at the end of what a launcher leaves after a stop was asked for: to say why, and to requeue."""
@@ -49,6 +52,6 @@ def insist_on_checkpoint(writer: Writer | None, seconds_left: SecondsLeft) -> Ch
         while writer.wait() is not None and time.monotonic() + pause_s < give_up_at:
             time.sleep(pause_s)
             pause_s = min(10.0, 2 * pause_s)
-            print("trying again to write the checkpoint", flush=True)
+            logger.info("trying again to write the checkpoint")
             writer.retry()
     return wait_for_checkpoint(writer)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import socket
@@ -30,6 +31,8 @@ from cfmask.errors import UserError
 from cfmask.files import write_atomically
 from cfmask.runtime import heartbeat, nccl
 from cfmask.runtime.machine import node_name
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = timedelta(seconds=heartbeat.RENDEZVOUS_TIMEOUT_S)
 """How long a rank waits for the others before they train. Generous, because some nodes may start late, and rank 0 may
@@ -241,7 +244,7 @@ def _find_store(meeting: Path, context: DistributedContext) -> tuple[dist.Store,
                     return store, here
         if not said and time.monotonic() - started > 60:
             said = True
-            print(f"rank {context.rank}: rank 0 does not answer yet at {', '.join(tried)}; trying on", flush=True)
+            logger.info(f"rank {context.rank}: rank 0 does not answer yet at {', '.join(tried)}; trying on")
         time.sleep(0.5)
     waited = f"within {TIMEOUT.total_seconds() / 60:g} min (--rendezvous-timeout)"
     if not tried:

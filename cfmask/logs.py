@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.stragglers import straggler_of
+
+logger = logging.getLogger(__name__)
 
 
 class MetricLogger:
@@ -90,13 +93,12 @@ class MetricLogger:
             straggler = straggler_of(line) or ""
         self.add_line(line)
         losses = " ".join(f"{name} {means[name]:.5g}" for name in ("loss", "ce", "kd", "mse") if means.get(name))
-        print(
+        logger.info(
             f"step {result.step}/{self._total} "
             + (f"{losses} accuracy {means['accuracy']:.1f} % " if means else "no step taken ")
             + (f"skipped {skips.total} " if skips.total else "")
             + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s"
-            + (f"; slowest: {straggler}" if straggler else ""),
-            flush=True,
+            + (f"; slowest: {straggler}" if straggler else "")
         )
         self._window.clear()
         self._since = result.time
@@ -111,7 +113,7 @@ class MetricLogger:
         top1 = {name: score.top1 for name, score in scores.items()}
         passes = int(epoch) if epoch == int(epoch) else epoch
         self.add_line({"step": step, "epoch": passes, "eval": top1})
-        print(f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.2f} %" for name, value in top1.items()), flush=True)
+        logger.info(f"epoch {epoch:.4g}: " + ", ".join(f"{name} {value:.2f} %" for name, value in top1.items()))
         self._since += seconds
 
     def add_line(self, line: dict[str, Any]) -> None:
@@ -142,4 +144,4 @@ class MetricLogger:
 
     def _end_curves(self, error: OSError) -> None:
         self._board = None
-        print(f"warning: TensorBoard's curves end here: they cannot be written ({error.strerror})", flush=True)
+        logger.warning(f"TensorBoard's curves end here: they cannot be written ({error.strerror})")

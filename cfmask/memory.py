@@ -23,6 +23,7 @@ The passes draw no random number of torch's, leave no gradient, no optimizer sta
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -41,6 +42,8 @@ from cfmask.passes import Inputs, Passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.step import Teachers
+
+logger = logging.getLogger(__name__)
 
 MARGIN = 0.08
 """Share of the free memory that is left alone: the caching allocator's fragments, kernels that are loaded later, and
@@ -117,7 +120,7 @@ def choose_micro_batches(
         except OSError as error:
             failure = [f"{run.root} cannot be written: {error.strerror}."]
         images = lanes // count * plan.samples_per_lane(optim.batch_size, optim.lanes)
-        print(f"micro-batches: {count}, of {images} images on each of {context.world_size} ranks", flush=True)
+        logger.info(f"micro-batches: {count}, of {images} images on each of {context.world_size} ranks")
     # No rank takes a step before the choice is where the next start will look for it.
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
@@ -305,10 +308,9 @@ def _measured(trial: Trial, lanes: int, context: DistributedContext) -> int:
         failed = not trial.fits(lanes // count, with_step=True)
         if not _worst([float(failed)], context)[0]:
             if context.rank == 0:
-                print(
+                logger.info(
                     f"memory: {need.free / 1e9:.1f} GB free, {need.fixed / 1e9:.2f} GB for a step and "
-                    f"{need.per_image / 1e6:.1f} MB for each image of a micro-batch (largest of all ranks)",
-                    flush=True,
+                    f"{need.per_image / 1e6:.1f} MB for each image of a micro-batch (largest of all ranks)"
                 )
             return count
     raise UserError(

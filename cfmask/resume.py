@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
 from cfmask.runs import RunFolder
 from cfmask.runtime.patience import patiently
+
+logger = logging.getLogger(__name__)
 
 
 def latest(folder: Path, report: Callable[[str], object] = print) -> Checkpoint | None:
@@ -90,10 +93,9 @@ def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int,
     history = patiently(run.history, f"The history of {run.root}")
     if resumed is not None:
         if resumed.step < history.saved:
-            print(
-                f"warning: {run.root} has had a checkpoint of step {history.saved}, which is gone or damaged. It "
-                f"resumes from step {resumed.step}.",
-                flush=True,
+            logger.warning(
+                f"{run.root} has had a checkpoint of step {history.saved}, which is gone or damaged. It "
+                f"resumes from step {resumed.step}."
             )
         return
     dues = (step for step in itertools.count(1) if step % epoch_steps == 0 or step % checkpoint_steps == 0)

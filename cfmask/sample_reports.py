@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.step import Metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,9 @@ class SampleReports:
         ]
         self._bad_lines.extend(lines)
         for line in lines:
-            print(
-                f"warning: step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
-                f"({line['reason']}); {line['substitute']} stands in for it",
-                flush=True,
+            logger.warning(
+                f"step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
+                f"({line['reason']}); {line['substitute']} stands in for it"
             )
         self._bad_lines.write()
 
@@ -99,10 +101,9 @@ class SampleReports:
             why = "outputs not finite" if blamed else "gradients not finite, all outputs finite"
             line = {"step": first["step"], "loss": first["loss"], "grad_norm": first["grad_norm"]}
             lines.append({**line, "why": why, "keys": blamed or batch})
-            print(
-                f"warning: step {first['step']} is left out: loss {first['loss']}, gradient norm {first['grad_norm']}; "
-                f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}",
-                flush=True,
+            logger.warning(
+                f"step {first['step']} is left out: loss {first['loss']}, gradient norm {first['grad_norm']}; "
+                f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}"
             )
         self._skipped_lines.extend(lines)
         self._skipped_lines.write()

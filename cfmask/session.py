@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -15,6 +16,8 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
+
+logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
 REQUEUE, QUIT = "requeue", "quit"
@@ -55,7 +58,7 @@ def session(
                 try:
                     run.end_failed(why, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
                 except OSError as unreadable:  # the error that ends the start is the one to raise
-                    print(f"warning: {run.attempts} cannot be read ({unreadable.strerror}): {why}", flush=True)
+                    logger.warning(f"{run.attempts} cannot be read ({unreadable.strerror}): {why}")
             raise
 
 

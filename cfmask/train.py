@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import time
 from dataclasses import asdict
 
@@ -58,6 +59,8 @@ from cfmask.train_setup import (
     load_training_sets,
     loader_workers,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def train(
@@ -129,16 +132,14 @@ def _train(
     if found is not None:
         resume.restore_weights(found, model)
         step, consumed, skips = found.step, found.consumed, found.skips
-    logger, study_log, writer = None, None, None
+    metric_logger, study_log, writer = None, None, None
     reports = SampleReports(run, epoch_steps)
     if is_main_process:
         attempts = begin_attempt(run, context, from_step=step)
-        logger = MetricLogger(recipe, run, step, schedule, nodes, also=[attempts, *reports.files])
-        study_log = MaskStudyLog(study, run, logger, step) if study is not None else None
+        metric_logger = MetricLogger(recipe, run, step, schedule, nodes, also=[attempts, *reports.files])
+        study_log = MaskStudyLog(study, run, metric_logger, step) if study is not None else None
         writer = leaving.enter_context(checkpoint_writer(recipe, run, epoch_steps, models.info, found))
-        print(
-            f"step {step} of {total_steps} ({epoch_steps} an epoch), {context.world_size} ranks, {device}", flush=True
-        )
+        logger.info(f"step {step} of {total_steps} ({epoch_steps} an epoch), {context.world_size} ranks, {device}")
 
     # --- train --------------------------------------------------------------------------------------------------
     bad_limit = max(1, int(recipe.data.max_bad_share * manifest.num_samples))
@@ -199,8 +200,8 @@ def _train(
                     epoch_begins=(result.step - 1) % epoch_steps == 0,
                 )
                 reports.close(result)
-                if logger is not None:
-                    logger.add_step(result, skips)
+                if metric_logger is not None:
+                    metric_logger.add_step(result, skips)
                 if study_log is not None:
                     study_log.add_step(result)
             if any(r.skipped for r in results):
@@ -219,13 +220,13 @@ def _train(
             if evaluates:
                 began = time.monotonic()
                 scores = _evaluate(model, normalise, eval_sets, label_spaces, recipe, context)
-                if logger is not None:
+                if metric_logger is not None:
                     # Before a checkpoint of this step: a resume from it does not evaluate again.
-                    logger.add_scores(step, step / epoch_steps, scores, seconds=time.monotonic() - began)
+                    metric_logger.add_scores(step, step / epoch_steps, scores, seconds=time.monotonic() - began)
             if study_log is not None and epoch_end:
                 study_log.end_epoch(step, epoch + 1, since=step - epoch_steps)
-            if logger is not None and writer is not None and (due or stop or too_many_bad):
-                logger.flush()
+            if metric_logger is not None and writer is not None and (due or stop or too_many_bad):
+                metric_logger.flush()
                 if study_log is not None:
                     study_log.flush()
                 # The end of an epoch of lp-ft that trains the head alone is no candidate for the best checkpoint.
@@ -237,7 +238,7 @@ def _train(
                 raise too_many_bad_samples(consumed, epoch, bad_limit, step, manifest, recipe, run) from not_written
             if stop:
                 if is_main_process:
-                    print(f"asked to stop ({stop}) at step {step}", flush=True)
+                    logger.info(f"asked to stop ({stop}) at step {step}")
                 not_written = insist_on_checkpoint(writer, seconds_left)
                 if step < total_steps or not_written is not None:
                     # Earlier checkpoints are intact: whether the run comes back is not for this failure to decide.
@@ -254,8 +255,8 @@ def _train(
     not_written = wait_for_checkpoint(writer)
     if not_written is not None:
         raise not_written
-    if logger is not None:
-        logger.flush()
+    if metric_logger is not None:
+        metric_logger.flush()
         if study_log is not None:
             study_log.flush()
         save_model(run.final, model, models.info)
@@ -265,10 +266,8 @@ def _train(
         )
         run.end_attempt(FINISHED)
         if skips.in_a_row:
-            print(
-                f"warning: the last {skips.in_a_row} steps were left out: the weights are those before them", flush=True
-            )
-        print(f"finished at step {step}: {run.final}", flush=True)
+            logger.warning(f"the last {skips.in_a_row} steps were left out: the weights are those before them")
+        logger.info(f"finished at step {step}: {run.final}")
     return FINISHED
 
 

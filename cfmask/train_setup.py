@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.session import rank_0_first
 from cfmask.step import Teachers
+
+logger = logging.getLogger(__name__)
 
 
 def load_training_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
@@ -173,7 +176,7 @@ def agree_on_checkpoint(
     choice: list[Any] = [None, {}, None]
     if is_main_process:
         try:
-            choice[0] = resume.latest(run.checkpoints, report=lambda text: print(f"warning: {text}", flush=True))
+            choice[0] = resume.latest(run.checkpoints, report=lambda text: logger.warning(f"{text}"))
             resume.check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
             choice[1] = inputs_of(recipe, run)
             if choice[0] is not None:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from launch.jobs.cancellation import cancel_run  # noqa: E402
 from launch.jobs.run_state import find_runs  # noqa: E402
 

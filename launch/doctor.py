@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from launch.checks.examination import examine, shared_folder  # noqa: E402
 from launch.checks.findings import Findings  # noqa: E402
 from launch.jobs.allocation import resolve_allocation  # noqa: E402

@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from launch.drills.cluster import DevCluster  # noqa: E402
 from launch.drills.environment import RECIPE, STEPS, DrillEnvironment  # noqa: E402
 from launch.drills.materials import make_materials  # noqa: E402

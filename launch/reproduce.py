@@ -26,7 +26,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from launch.jobs.allocation import resolve_allocation, warn_of_paths_outside  # noqa: E402
 from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
 from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402

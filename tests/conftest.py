@@ -24,11 +24,18 @@ LEAN = REPO / "tests/lean"
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from cfmask.runtime.logging import log_to_terminal  # noqa: E402
 from slurm_fixture import slurm_cluster  # noqa: E402,F401
 
 # How long an example takes is not what these tests are about, and a busy machine would fail them.
 settings.register_profile("cfmask", deadline=None)
 settings.load_profile("cfmask")
+
+
+@pytest.fixture(autouse=True)
+def terminal_log():
+    """Log records are shown as by a command; a test may have configured a job's log."""
+    log_to_terminal()
 
 
 @pytest.fixture(autouse=True)

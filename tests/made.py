@@ -103,7 +103,7 @@ SUBMIT_PACED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
 from launch import submit
-from cfmask.errors import exits_cleanly
+from cfmask.runtime.command import exits_cleanly
 pace_s = float(sys.argv.pop(1))
 sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_s=pace_s))())
 """

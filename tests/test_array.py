@@ -172,7 +172,7 @@ def test_a_warning_before_a_task_listens_follows_the_restart_policy(tmp_path, mo
 
 COMMAND = """
 import argparse, json, os, sys, time
-from cfmask.errors import exits_cleanly
+from cfmask.runtime.command import exits_cleanly
 from launch.jobs.array import Work, run_array
 from launch.jobs.array_arguments import add_array_arguments, resolve_array
 

@@ -29,10 +29,11 @@ from cfmask.data import plan  # noqa: E402
 from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.report import table  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.jsonl import read_lines  # noqa: E402
 from cfmask.runtime.patience import patiently  # noqa: E402
 

@@ -32,7 +32,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 
 EVAL_SETS = ("val", "shift-random", "shift-swapped", "shift-style")
 

@@ -74,7 +74,7 @@ from cfmask.convert.conversion import (  # noqa: E402
 )
 from cfmask.convert.tarscan import shown_size  # noqa: E402
 from cfmask.convert.unpacking import remove_unpacked  # noqa: E402
-from cfmask.errors import exits_cleanly  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 

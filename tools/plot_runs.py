@@ -16,8 +16,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.jsonl import read_lines  # noqa: E402
 
 

@@ -36,12 +36,13 @@ from cfmask.data.segmentation import class_groups, open_masks  # noqa: E402
 from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards  # noqa: E402
 from cfmask.data.shards import load_sets  # noqa: E402
 from cfmask.data.stream import check_image_size  # noqa: E402
-from cfmask.errors import UserError, exits_cleanly  # noqa: E402
+from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation.checks import check_classes  # noqa: E402
 from cfmask.masking.validation import THRESHOLDS, check_thresholds  # noqa: E402
 from cfmask.masking.validator import Validation, method_to_validate  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.report.masks import write_report  # noqa: E402
+from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method  # noqa: E402
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from cfmask.data import benchmarks, imagenet, images
 from cfmask.errors import UserError
 from cfmask.runtime.output import printable
 from cfmask.runtime.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 _TABLES = (".csv", ".tsv", ".txt")
 
@@ -197,7 +200,7 @@ def check_counts(found: Collection, request: Request) -> None:
                 f"--allow-count-mismatch converts it as it is, and says so in the manifest."
             )
         if deviations:
-            print(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
+            logger.info(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
             found.facts.setdefault("count_mismatch", {})[split] = deviations
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, sole_writer, write_atomically
 from cfmask.runtime.output import printable
 from cfmask.runtime.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -147,7 +150,7 @@ def convert_split(split: Split, request: Request, run: Run) -> None:
         total = sum(len(task.samples) for task in tasks)
         to_do = sum(len(task.samples) for task in missing)
         if len(missing) < len(tasks):
-            print(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
+            logger.info(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
         done_bytes = 0
         with progress_bar(total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing) as bar:
 
@@ -171,13 +174,13 @@ def convert_split(split: Split, request: Request, run: Run) -> None:
         remove_leftovers(folder)
     seconds = time.monotonic() - begun
     rate = f", {to_do / seconds:.0f} images/s" if to_do else ""
-    print(
+    logger.info(
         f"{name}: {manifest.num_samples} images of {sum(n > 0 for n in manifest.class_counts)} classes "
         f"(of {manifest.num_classes}), shards: {len(tasks)}, {shown_size(manifest.num_bytes)} in {folder} "
         f"({seconds:.0f} s{rate})"
     )
     if manifest.bad_samples or kept:
-        print(
+        logger.info(
             f"{name}: {manifest.bad_samples} images were left out because they have no bytes or do not decode, {kept} "
             f"other oddities were dealt with; {folder / BAD_SAMPLES} lists them all"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import json
+import logging
 import os
 import re
 import tarfile
@@ -22,6 +23,8 @@ from cfmask.convert.tarscan import packing
 from cfmask.data import benchmarks, imagenet, images, shard_index, shards
 from cfmask.errors import UserError
 from cfmask.files import remove_leftovers, write_atomically
+
+logger = logging.getLogger(__name__)
 
 BAD_SAMPLES = "bad_samples.jsonl"
 BORDER = 2
@@ -83,7 +86,7 @@ def _check_row(folder: Path, tars: Sequence[Path], mapping: ClassMapping | None)
     )
     if mapping is not None:
         raise UserError(f"{what}: the copy is not complete. Get what is missing.")
-    print(f"note: {what}. Is the download complete?")
+    logger.info(f"note: {what}. Is the download complete?")
 
 
 def missing_numbers(tars: Sequence[Path], *, from_zero: bool) -> list[str]:
@@ -172,7 +175,7 @@ def choose_classes(
     if wnids and agreeing == wnids and max(every) < len(classes):
         return classes
     if not wnids and every == set(range(len(classes))):
-        print("There is a sample of each label 0 … 999: they are taken for ImageNet's classes.")
+        logger.info("There is a sample of each label 0 … 999: they are taken for ImageNet's classes.")
         return classes
     why = (
         f"{wnids - agreeing} of {wnids} keys have a wnid whose place in ImageNet's list is another than the label"
@@ -217,7 +220,7 @@ def _check_keys(classes: Classes, indexes: dict[Path, shard_index.Index], label_
             f"the order of the labels, or take the labels from the keys with --label-from key. If the labels are right "
             f"all the same, say so with --label-from cls or json."
         )
-    print(f"note: {what}")
+    logger.info(f"note: {what}")
 
 
 def commit(
@@ -289,9 +292,9 @@ def commit(
         (f"samples have several images: the first of {', '.join(IMAGES)} is used", "several_images"),
     ):
         if count := sum(index.about[entry] for index in indexes.values()):
-            print(f"{count} {what}")
+            logger.info(f"{count} {what}")
     if bad:
-        print(f"{len(bad)} samples have no image and are left out; {folder / BAD_SAMPLES} lists them")
+        logger.info(f"{len(bad)} samples have no image and are left out; {folder / BAD_SAMPLES} lists them")
     return manifest
 
 
@@ -332,7 +335,7 @@ def _check_benchmark(manifest: shards.Manifest, mapping: ClassMapping | None, al
             f"{what}: it is not a whole copy of it, and accuracies on it would not be comparable. Get what is missing; "
             f"--allow-count-mismatch takes it as it is, and says so in the manifest."
         )
-    print(f"note: {what}")
+    logger.info(f"note: {what}")
     manifest.made["count_mismatch"] = deviations
 
 

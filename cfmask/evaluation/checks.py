@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from cfmask.evaluation.selection import check_selection, refuse_idle_flag
 from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, check_same_kind, read_info
 from cfmask.runs import RunFolder
+
+logger = logging.getLogger(__name__)
 
 # --- models and sets as the flags name them ---------------------------------------------------------------------------
 
@@ -33,7 +35,7 @@ def chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
         return [RunFolder(path).checkpoints / POINTER if path in runs else path for path in map(Path, paths)]
     for path in runs:
         if not RunFolder(path).final.exists():
-            print(f"note: {path} has not finished: its latest checkpoint stands for it.", file=sys.stderr)
+            logger.info(f"note: {path} has not finished: its latest checkpoint stands for it.")
     return [Path(path) for path in paths]
 
 
@@ -152,7 +154,7 @@ def check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bo
             continue
         accuracy = f"{origin.top1:.2f} % on {origin.chosen_on}"
         so_far = "" if RunFolder(Path(origin.run)).final.exists() else "; the run has not finished"
-        print(f"{origin.run}: the best checkpoint is that of step {origin.step} ({accuracy}{so_far}).", file=sys.stderr)
+        logger.info(f"{origin.run}: the best checkpoint is that of step {origin.step} ({accuracy}{so_far}).")
         manifest = manifest_if_there(find_set(RunFolder(Path(origin.run)).recipe().data.shards, origin.chosen_on))
         what = f"The best checkpoint of {origin.run}"
         on_test_set |= check_selection(what, origin.chosen_on, manifest, allowed=allowed)
@@ -160,5 +162,5 @@ def check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bo
             tested = manifest_if_there(find_set(evaluation.shards, name))
             if name == origin.chosen_on or (manifest and tested and manifest.digest == tested.digest):
                 what = f"{origin.chosen_on} has chosen the checkpoint of {origin.run}"
-                print(f"warning: {what}, which is overrated on {name}.", file=sys.stderr)
+                logger.warning(f"{what}, which is overrated on {name}.")
     refuse_idle_flag(allowed, on_test_set)

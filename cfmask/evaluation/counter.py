@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 import sys
 import time
@@ -38,6 +39,8 @@ from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.session import StopRequest, autocast
+
+logger = logging.getLogger(__name__)
 
 KEEP_S, LOG_S = 30.0, 5.0
 """Seconds between two times that counts are kept, and between two lines of progress."""
@@ -244,7 +247,7 @@ class SetCounter:
         try:
             replace_tensors(self._run.progress, tensors, {**about, "digest": _digest_of(tensors, about)})
         except OSError as error:
-            print(f"warning: {self._run.progress} cannot be written ({error}); counting goes on", flush=True)
+            logger.warning(f"{self._run.progress} cannot be written ({error}); counting goes on")
 
     def _kept_images(self) -> int:
         return sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
@@ -267,14 +270,14 @@ class SetCounter:
             if digest != _digest_of(tensors, about):
                 raise ValueError("its digest is not that of its counts")
             if about["facts"] != self._facts:
-                print("Models or sets are not what they were: all is counted anew.", flush=True)
+                logger.info("Models or sets are not what they were: all is counted anew.")
                 return {}
             return {
                 key: (done, {name: tensors[f"{key}|{name}"] for name in Counts.NAMES})
                 for key, done in json.loads(about["batches"]).items()
             }
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            print(f"warning: {path} is not what was written ({error}): all is counted anew.", flush=True)
+            logger.warning(f"{path} is not what was written ({error}): all is counted anew.")
             return {}
 
 

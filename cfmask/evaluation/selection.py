@@ -6,8 +6,8 @@ set; ImageNet's validation set and the five shifted sets are there for evaluatio
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -28,6 +28,8 @@ from cfmask.data.benchmarks import (
 from cfmask.data.shard_index import Index
 from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 HOLDOUT = "holdout"
 """The set that tools/make_shards.py --holdout takes out of the training set."""
@@ -108,7 +110,7 @@ def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed:
             f"{why}. Choose on such a set (tools/make_shards.py imagenet … --holdout 10240 makes it: {HOLDOUT}), or go "
             f"on in spite of this with {FLAG}."
         )
-    print(f"warning: {why} ({FLAG}).", file=sys.stderr)
+    logger.warning(f"{why} ({FLAG}).")
     return True
 
 
@@ -136,10 +138,9 @@ def trained_on(chooses: Manifest, train: Manifest) -> str | None:
     if ours == theirs and None not in ours:
         return None
     if isinstance(train.root, str) or isinstance(chooses.root, str):
-        print(
-            f"warning: {chooses.root} and {train.root} are not of one conversion with --holdout, and their samples are "
-            "not compared behind a URL: make sure that no image that chooses is trained on.",
-            file=sys.stderr,
+        logger.warning(
+            f"{chooses.root} and {train.root} are not of one conversion with --holdout, and their samples are "
+            "not compared behind a URL: make sure that no image that chooses is trained on."
         )
         return None
     shared = _shared_keys(chooses, train)

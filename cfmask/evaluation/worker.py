@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,8 @@ from cfmask.session import (
     rank_0_first,
     session,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def run_evaluation(
@@ -67,7 +70,7 @@ def run_evaluation(
         except Stopped as stopped:
             [asked] = stopped.args
             if is_main_process:
-                print(f"asked to stop ({asked}) after {counter.images} images", flush=True)
+                logger.info(f"asked to stop ({asked}) after {counter.images} images")
                 run.end_attempt(f"stopped after {counter.images} images ({asked})")
             return asked
         if is_main_process:
@@ -80,7 +83,7 @@ def run_evaluation(
             run.remove_progress()
             attempts.write()
             run.end_attempt(FINISHED)
-            print(f"finished: {run.results}", flush=True)
+            logger.info(f"finished: {run.results}")
     return FINISHED
 
 

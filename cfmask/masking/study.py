@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from cfmask.models.tower import Classifier
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines, read_lines
 from cfmask.step import Metrics
+
+logger = logging.getLogger(__name__)
 
 _NAME = "overlap"
 
@@ -117,7 +120,7 @@ class MaskStudyLog:
         try:
             written = read_lines(self._lines.path)
         except OSError as error:
-            print(f"warning: {self._lines.path} cannot be read ({error.strerror}): epoch {epoch} is not summed up")
+            logger.warning(f"{self._lines.path} cannot be read ({error.strerror}): epoch {epoch} is not summed up")
             return
         lines = [line for line in [*written, *self._lines.pending] if since < line["step"]]
         of_lines = [{name: Tally.from_lists(t) for name, t in line["tallies"].items()} for line in lines]
@@ -130,7 +133,7 @@ class MaskStudyLog:
             best = max(range(len(THRESHOLDS)), key=lambda i: of_group["iou"][i] or 0.0)
             iou = of_group["iou"][best]
             found = f"IoU up to {100 * iou:.1f} % at {THRESHOLDS[best]:g}" if iou is not None else "no object seen"
-            print(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}", flush=True)
+            logger.info(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}")
 
     def flush(self) -> None:
         """Write the sums since the last call. Called before a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from cfmask.models.head import ModelInfo, read_info
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 def build_clip(info: ModelInfo, state: Mapping[str, Tensor]) -> nn.Module:
@@ -222,7 +225,7 @@ def _keep_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
     try:
         replace_tensors(path, {"rows": rows}, info.to_metadata())
     except OSError as error:
-        print(f"warning: {path} cannot be written ({error.strerror}); the head is built on", flush=True)
+        logger.warning(f"{path} cannot be written ({error.strerror}); the head is built on")
 
 
 def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:

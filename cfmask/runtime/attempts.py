@@ -7,6 +7,7 @@ ended.json       why the latest start ended, until the next one takes it over in
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from cfmask.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, read_lines, read_object
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class AttemptLog:
             try:
                 self._end.unlink(missing_ok=True)
             except OSError as error:  # it says which start it is of
-                print(f"warning: {self._end} cannot be removed ({error.strerror})", flush=True)
+                logger.warning(f"{self._end} cannot be removed ({error.strerror})")
         return attempts
 
     def end(self, why: str, *, died: dict[str, Any] | None = None) -> None:
@@ -71,7 +74,7 @@ class AttemptLog:
             contents |= {"died": died} if died else {}
             write_atomically(self._end, json.dumps(contents))
         except OSError as error:
-            print(f"warning: {self._end} cannot be written ({error.strerror}): {why}", flush=True)
+            logger.warning(f"{self._end} cannot be written ({error.strerror}): {why}")
 
     def ended(self) -> dict[str, Any] | None:
         """Why and when the latest start ended, if it has recorded that: ``why``, ``ended``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 
 def read_lines(path: Path, *, tail: int | None = None) -> list[dict[str, Any]]:
@@ -126,4 +129,4 @@ class JsonLines:
             append_lines(self.path, self._pending)
             self._pending.clear()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written ({error.strerror}); its lines wait for the next", flush=True)
+            logger.warning(f"{self.path} cannot be written ({error.strerror}); its lines wait for the next")

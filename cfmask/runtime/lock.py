@@ -11,6 +11,7 @@ its own. What they say is not believed: the clocks of nodes and file servers dif
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfmask.runtime.machine import aside_of, probe_in, process_runs, started_at, this_machine
+
+logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15
 DEAD_AFTER_S = 60
@@ -157,10 +160,7 @@ class FolderLock:
             owner = self._owner_of(held, heartbeat)
             now = time.monotonic()
             if held not in seen and not owner.is_here:
-                print(
-                    f"{self._root} was last held by {owner}; waiting to see whether it lives",
-                    flush=True,
-                )
+                logger.info(f"{self._root} was last held by {owner}; waiting to see whether it lives")
             before, since = seen.setdefault(held, (heartbeat, now))
             if heartbeat != before:
                 beats.add(held)
@@ -169,7 +169,7 @@ class FolderLock:
             if ended or silent_s > dead_after_s:
                 if _heartbeat(held) == heartbeat and _rename(held, mine):
                     why = "does not run any more" if ended else f"was not heard of for {silent_s:.0f} s"
-                    print(f"{self._root} was held by {owner}, which {why}: taken over", flush=True)
+                    logger.info(f"{self._root} was held by {owner}, which {why}: taken over")
                     return mine
                 continue
             if (held in beats or owner.is_here) and now - began > patience_s:
@@ -183,10 +183,9 @@ class FolderLock:
                 os.utime(mine)
             except FileNotFoundError:
                 if self._lost(mine):
-                    print(
-                        f"error: {self._root} has gone to {self.owner() or 'nobody'}, because this process was not "
-                        "heard of for too long. It ends, and writes nothing more.",
-                        flush=True,
+                    logger.error(
+                        f"{self._root} has gone to {self.owner() or 'nobody'}, because this process was not "
+                        "heard of for too long. It ends, and writes nothing more."
                     )
                     os._exit(1)
             except OSError:

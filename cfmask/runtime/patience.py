@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from cfmask.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -56,7 +59,7 @@ def patiently(read: Callable[[], T], what: str, *, patience_s: float | None = No
                     f"system on {os.uname().nodename}, then start again."
                 ) from error
             if not said and waited > 1:
-                print(f"warning: {what} cannot be read ({reason}); trying for {patience_s:.0f} s", flush=True)
+                logger.warning(f"{what} cannot be read ({reason}); trying for {patience_s:.0f} s")
                 said = True
             time.sleep(min(wait, patience_s - waited))
             wait = min(2 * wait, _LONGEST_WAIT_S)

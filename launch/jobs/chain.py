@@ -17,6 +17,7 @@ when it ends.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,8 @@ from launch.jobs.run_state import read_jobs
 from launch.slurm.client import SlurmError
 from launch.slurm.control import leave_out
 from launch.slurm.queue import queue
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_CHAIN"
 """Environment variable of a job of a chain: the numbers of the jobs before it, 12,13. The batch script sets it."""
@@ -68,7 +71,7 @@ class Chain:
             try:
                 leave_out(job, nodes, patience_s=_PATIENCE_S)
             except SlurmError as error:
-                print(f"{', '.join(nodes)} cannot be left out of job {job}: {error}", flush=True)
+                logger.info(f"{', '.join(nodes)} cannot be left out of job {job}: {error}")
 
     def first_starts(self, attempts: Sequence[dict[str, Any]]) -> dict[str, int]:
         """For this job and each before it, how many starts the jobs before it had, recorded or not.

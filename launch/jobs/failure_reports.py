@@ -12,8 +12,8 @@ from __future__ import annotations
 import builtins
 import contextlib
 import json
+import logging
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +25,8 @@ from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import node_name
 from launch.jobs.restarts import attempt_name, restart_of
+
+logger = logging.getLogger(__name__)
 
 RAISED, KILLED, HUNG, DEVICE, UNHEALTHY = "raised", "killed", "hung", "device", "unhealthy"
 """Kinds of failures: an exception; a signal, or an end without a word; no progress; an error of the GPU; a node that
@@ -140,7 +142,7 @@ class RankStart:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.file, json.dumps(asdict(RankFailure(**report))))  # type: ignore[arg-type]
         except OSError as reason:
-            print(f"warning: {self.file} cannot be written: {reason.strerror}", file=sys.stderr, flush=True)
+            logger.warning(f"{self.file} cannot be written: {reason.strerror}")
 
 
 def folder_of(run: RunFolder) -> Path:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
 from launch.jobs.rank_0 import BesideRank0, tell_end
 from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED
 from launch.jobs.retries import Decision, decide
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["conclude_for", "report_for", "report_of", "supervise", "would_recur", "write_failure"]
 
@@ -125,9 +128,9 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: 
             write_failure(run, error)
             raise
     except BaseException as error:
-        sys.stderr.write(mask_secrets("".join(traceback.format_exception(error))))
+        logger.error(mask_secrets("".join(traceback.format_exception(error)).rstrip()))
     if not isinstance(code, int):  # as Python does with a message
-        print(mask_secrets(str(code)), file=sys.stderr)
+        logger.error(mask_secrets(str(code)))
         code = _RAISED
     ignore_job_signals()
     exit_without_finalization(code)
@@ -179,9 +182,9 @@ def _report_end(here: RankStart, code: int) -> None:
             time.sleep(_LISTEN_S)
         text = _conclude(here, spoken=code == _RAISED)
     except OSError as error:
-        print(f"warning: the failure report of {here.run.root} cannot be made: {error}", file=sys.stderr, flush=True)
+        logger.warning(f"the failure report of {here.run.root} cannot be made: {error}")
     if here.local and here.rank == 0:
-        print(text, end="", flush=True)
+        logger.error(text.rstrip("\n"))
 
 
 def _node_of_failure(here: RankStart) -> str | None:
@@ -218,7 +221,7 @@ def _wait(child: int, here: RankStart, parent: int, watch: HangWatch) -> int:
             kill_at = min(kill_at, now + _GRACE_S) if failed else kill_at
         if not orphaned and _is_orphaned(here, parent):
             orphaned, kill_at = True, min(kill_at, now + SAVE_WITHIN_S)
-            print("The process that started this rank is gone: the rank saves a checkpoint and ends.", flush=True)
+            logger.info("The process that started this rank is gone: the rank saves a checkpoint and ends.")
         if orphaned and now > ask_at:
             ask_at = now + 1.0  # again and again: in its first second a rank does not hear it
             os.kill(child, signal.SIGTERM)
@@ -239,7 +242,7 @@ def _report_hang(here: RankStart, hang: Hang, watch: HangWatch) -> None:
         hang.error, kind=HUNG, step=beat.step, activity=beat.activity, state=hang.state, stacks=mask_secrets(stacks)
     )
     where = f"; NCCL's flight recorder: {here.mark('nccl_')}{here.rank}" if recorded else ""
-    print(f"rank {here.rank} {hang.error}{where}; stacks of its threads:\n{stacks}", flush=True)
+    logger.error(f"rank {here.rank} {hang.error}{where}; stacks of its threads:\n{stacks}")
 
 
 def _watchdog_said(log: Path) -> str | None:

@@ -11,6 +11,7 @@ A full disk is no fault of a node: training says what it could not write, and go
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -27,6 +28,8 @@ from launch.slurm.site import controller_clock
 
 if TYPE_CHECKING:
     from cfmask.distributed import DistributedContext
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_HEALTH_CHECK"
 _FREE_SHARE = 0.8
@@ -92,7 +95,7 @@ def check_clock(off: tuple[float, float] | None) -> None:
     except SlurmError:
         ours = 0.0
     if abs(ours) < _CLOCK_S:
-        print(f"warning: the clock of the run folder's file system is off by {by:.0f} s", flush=True)
+        logger.warning(f"the clock of the run folder's file system is off by {by:.0f} s")
         return
     raise NodeUnhealthy(
         f"its clock is off by {ours:.0f} s from the controller's, and by {-by:.0f} s from the file system's. Is its "

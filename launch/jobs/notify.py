@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import select
@@ -41,6 +42,8 @@ from cfmask.runtime.machine import node_name
 from cfmask.secrets import MASK, mask_secrets
 from launch.jobs.deadline import AT_TIME_LIMIT
 from launch.jobs.run_state import RunState
+
+logger = logging.getLogger(__name__)
 
 FINISHED, FAILED, GIVEN_UP, PREEMPTED = "finished", "failed", "given_up", "preempted_too_often"
 WITHIN_S = 30.0
@@ -194,7 +197,7 @@ def tell(command: str, news: News) -> None:
     except Exception as error:
         complaint = f"cannot be run: {error}"
     if complaint:
-        print(f"warning: --notify {complaint}", flush=True)
+        logger.warning(f"--notify {complaint}")
 
 
 def run_command(command: str, text: str, folder: Path, *, within_s: float = WITHIN_S) -> str | None:

@@ -18,6 +18,7 @@ A job's processes are found by an environment variable, which everything that th
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,8 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.machine import process_runs
+
+logger = logging.getLogger(__name__)
 
 SAVE_WITHIN_S = 20.0
 """What ranks have for a checkpoint when a process that looks after them was killed, before they are killed too."""
@@ -122,7 +125,7 @@ def wait_until_gone(run: RunFolder) -> None:
             )
         if not said:
             said = True
-            print(f"An earlier start of {run.root} was killed; waiting until its ranks have ended", flush=True)
+            logger.info(f"An earlier start of {run.root} was killed; waiting until its ranks have ended")
         time.sleep(0.2)
 
 

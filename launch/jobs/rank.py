@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
@@ -41,6 +42,8 @@ from launch.jobs.run_restarts import restarts_of, saved_progress
 if TYPE_CHECKING:
     from cfmask.distributed import DistributedContext
     from cfmask.session import StopRequest
+
+logger = logging.getLogger(__name__)
 
 _NOTICE_EARLIER_S = 60.0
 """Slurm's USR2 before the time limit may come so much earlier than the deadline, at most."""
@@ -104,7 +107,7 @@ class Job:
         except CalledOff as called_off:
             if called_off.failed:
                 raise
-            print(called_off, flush=True)
+            logger.info(called_off)
             sys.exit(0)
         if outcome == FINISHED:
             return outcome

@@ -4,6 +4,7 @@ sends the history to Weights & Biases. Training waits for neither, and neither c
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.process import die_with_parent, ignore_job_signals, kill_children
 from launch.jobs import notify, wandb_sender
 from launch.jobs.run_state import read_state
+
+logger = logging.getLogger(__name__)
 
 _LOOK_S = 2.0
 """Between two looks whether the start was recorded."""
@@ -40,7 +43,7 @@ class BesideRank0:
                 if project := os.environ.get(wandb_sender.VARIABLE):
                     self._sender = _start_sender(run, project)
         except OSError as error:
-            print(f"warning: no news for --notify or W&B from this start: {error}", flush=True)
+            logger.warning(f"no news for --notify or W&B from this start: {error}")
         if self._command is not None:
             threading.Thread(target=self._tell_of_preemptions, args=(self._command,), daemon=True).start()
 
@@ -66,11 +69,10 @@ class BesideRank0:
             try:
                 self._sender.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                print(
-                    f"W&B: warning: the end of the history was not sent within {notify.WITHIN_S:g} s. The next start "
+                logger.warning(
+                    f"W&B: the end of the history was not sent within {notify.WITHIN_S:g} s. The next start "
                     f"sends it, or: python launch/jobs/wandb_sender.py {self._run.root} "
-                    f"{os.environ[wandb_sender.VARIABLE]}",
-                    flush=True,
+                    f"{os.environ[wandb_sender.VARIABLE]}"
                 )
         if self._command is not None or self._sender is not None:
             kill_children()
@@ -99,7 +101,7 @@ def _tell_end(command: str, run: RunFolder, attempt: str, failed: str | None, no
         if news := notify.news_of_end(read_state(run), attempt, failed=failed, node=node):
             notify.tell(command, news)
     except Exception as error:
-        print(f"warning: no news for --notify: {type(error).__name__}: {error}", flush=True)
+        logger.warning(f"no news for --notify: {type(error).__name__}: {error}")
 
 
 def _start_sender(run: RunFolder, project: str) -> subprocess.Popen[bytes]:

@@ -29,6 +29,7 @@ Where PreemptMode is CANCEL, no version requeues it, and the job does.
 from __future__ import annotations
 
 import enum
+import logging
 import os
 import shutil
 import signal
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     import submitit
 
     from launch.jobs.chain import Chain
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
 """Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
@@ -349,7 +352,7 @@ class Restarts:
         try:
             decided = self._ask(cause, is_cancelled)
         except SlurmError as error:
-            print(f"{error} The batch script asks.", flush=True)
+            logger.info(f"{error} The batch script asks.")
             self.check_restart(progress)
             return REQUEUE_IF_PREEMPTED if cause is Cause.TERMINATED else REQUEUE_ME
         if decided is not Verdict.REQUEUE:
@@ -369,7 +372,7 @@ class Restarts:
         resumes = f"job {self.next_job()} resumes the run"
         if ended := self.log.ended():
             self.log.end(f"{ended['why']}; {resumes}")
-        print(resumes, flush=True)
+        logger.info(resumes)
         return 0
 
     def next_job(self) -> str:
@@ -436,7 +439,7 @@ def slurm_record(job: str, *, patience_s: float = 10.0) -> JobRecord | None:
             return JobRecord.of(shown, slurm=number, preempt_mode=_preempt_mode(shown, patience_s))
         return record
     except SlurmError as error:
-        print(f"Slurm does not say how it stands with job {job}: {error}", flush=True)
+        logger.info(f"Slurm does not say how it stands with job {job}: {error}")
         if isinstance(error, SlurmUnavailable):
             return None
         raise
@@ -472,9 +475,9 @@ def _is_requeued(job: str) -> bool:
         requeue(job, patience_s=_REQUEUE_PATIENCE_S)
         return True
     except SlurmUnavailable as error:
-        print(f"{error} The batch script tries again.", flush=True)
+        logger.info(f"{error} The batch script tries again.")
     except SlurmError as error:
-        print(error, flush=True)
+        logger.info(error)
     return False
 
 

@@ -12,6 +12,7 @@ with the job, for as long as it keeps its number, as sbatch's --exclude does; in
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -25,6 +26,8 @@ from launch.jobs.settings import RETRIES
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.queue import host_names
 from launch.slurm.site import read_nodes
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_RETRIES"
 _WINDOW_S = 24 * 3600.0
@@ -106,11 +109,11 @@ def _left_out(here: RankStart, deaths: list[dict[str, Any]]) -> tuple[str, ...]:
         excluded = set(host_names(job.get("ExcNodeList", "").removeprefix("(null)"), patience_s=5))
         nodes = read_nodes(patience_s=5)
     except SlurmError as error:
-        print(f"No node is left out: {error}", flush=True)
+        logger.info(f"No node is left out: {error}")
         return ()
     there = {node.name for node in nodes if node.works and node.partition == job.get("Partition")} - excluded
     spare = len(there) - here.nodes
     out = [node for node in bad if node in there][: max(0, spare)]
     if left := [node for node in bad if node in there and node not in out]:
-        print(f"{', '.join(left)} cannot be left out: the partition has no other node for the job", flush=True)
+        logger.info(f"{', '.join(left)} cannot be left out: the partition has no other node for the job")
     return (*sorted(excluded), *out) if out else ()

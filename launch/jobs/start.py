@@ -68,13 +68,18 @@ def main() -> None:
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
+    from cfmask.runtime.logging import log_to_job
+    from cfmask.runtime.machine import node_name
     from cfmask.runtime.output import tolerate_lost_output
+    from launch.jobs.failure_reports import RankStart
     from launch.jobs.failures import supervise
     from launch.jobs.gpus import show_to_rank
 
+    run = CODE.parents[1]
     tolerate_lost_output()
+    log_to_job(RankStart.found(run).rank, node_name())
     show_to_rank()
-    sys.exit(supervise(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True), run=CODE.parents[1]))
+    sys.exit(supervise(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True), run=run))
 
 
 if __name__ == "__main__":

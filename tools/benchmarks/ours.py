@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.data import plan
-from cfmask.errors import UserError, exits_cleanly
+from cfmask.errors import UserError
+from cfmask.runtime.command import exits_cleanly
 
 
 def our_loader(folder: Path, *, batch: int, workers: int, seconds: float, processes: bool) -> dict[str, Any]:
