@@ -33,7 +33,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.data import plan
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
@@ -41,6 +40,7 @@ from cfmask.models.tower import Classifier, Normalise
 from cfmask.passes import Inputs, Passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.step import Teachers
 
 logger = logging.getLogger(__name__)

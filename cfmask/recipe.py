@@ -11,13 +11,11 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
-from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
 from cfmask.record import Record
-from cfmask.runtime.patience import patiently
+from cfmask.urls import is_remote
 
 # Values that the authors give: threshold for object and context masks, masking rate for random ones.
 PAPER_VALUES = {
@@ -311,7 +309,7 @@ class Recipe(Record):
             UserError: a value out of range, a setting that would do nothing under this method, a batch that
                 lanes do not divide.
         """
-        method = _resolved_method(self.method)
+        method = resolve_method(self.method)
         optim = _resolved_optim(self.optim, method)
         best_on = self.run.best_on or ("holdout" if "holdout" in self.data.eval_sets else None)
         return dataclasses.replace(
@@ -432,7 +430,7 @@ class Recipe(Record):
             raise UserError(f"This is not a recipe as cfmask writes it ({error}).") from error
 
 
-def _resolved_method(method: Method) -> Method:
+def resolve_method(method: Method) -> Method:
     by_cam = method.by_cam or (method.distils and method.mask is None)  # object is the default
     logits, features = method.name in ("kd", "wise-kd"), method.name in ("feature-distillation", "wise-kd")
     masked = method.masked or by_cam
@@ -540,50 +538,3 @@ def _refuse_unknown(given: Any, known: Any, prefix: str = "") -> None:
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-# A preset is a row of the paper's tables, or what the authors' code does in its place.
-PRESETS: dict[str, Recipe] = {
-    "linear-probe": Recipe(method=Method(name="linear-probe")),
-    "lp-ft": Recipe(method=Method(name="lp-ft")),
-    "ft": Recipe(method=Method(name="vanilla")),
-    "kd-clean": Recipe(method=Method(name="kd", mask="none")),
-    "kd-masked": Recipe(method=Method(name="kd", mask="object", fill="single-fill")),
-    "fd-clean": Recipe(method=Method(mask="none")),
-    **{
-        f"{mask}-mask-{chosen_fill}": Recipe(method=Method(mask=mask, fill=chosen_fill))
-        for mask in ("random", "object", "context")
-        for chosen_fill in ("no-fill", "single-fill", "multi-fill")
-    },
-    "grad-cam": Recipe(method=Method(mask="object", fill="single-fill", cam="grad-cam")),
-    "wise-kd": Recipe(method=Method(name="wise-kd", mask="object", fill="single-fill")),
-    # The authors' code: the method, unless --method names another. Its learning rate is the same whatever is trained,
-    # and it has no autocast. (Their PyTorch 1.11 multiplied matrices in TF32 on Ampere GPUs: --precision tf32.) Of
-    # lp-ft, the first phase's --probe-lr stays to be said: a setting that one method has is not for a preset of all.
-    "released-code": Recipe(optim=Optim(schedule="one-cycle", lr=3e-5), run=Run(precision="fp32")),
-}
-
-
-def preset_of(recipe: Recipe) -> str | None:
-    """The preset that a resolved recipe has the method of, and what else the preset decides (schedule, learning rate,
-    precision); None if flags have changed these."""
-    for name, preset in PRESETS.items():
-        decided = (preset.method.name, preset.optim.schedule, preset.optim.lr, preset.run.precision)
-        found = (recipe.method.name, recipe.optim.schedule, recipe.optim.lr, recipe.run.precision)
-        if all(ours in (None, "auto", theirs) for ours, theirs in zip(decided, found, strict=True)):
-            method = dataclasses.replace(preset.method, ensemble=recipe.method.ensemble)
-            if _resolved_method(method) == recipe.method:
-                return name
-    return None
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """The recipe in a file.
-
-    Raises:
-        UserError: no such file, or not a recipe.
-    """
-    try:
-        return Recipe.from_json(patiently(Path(path).read_text, str(path)))
-    except OSError as error:
-        raise UserError(f"No recipe can be read from {path}: {error.strerror}.") from error

@@ -38,14 +38,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.best_checkpoint import POINTER, BestCheckpoint, best_checkpoint
-from cfmask.checkpoint_state import found as found_checkpoints
-from cfmask.checkpoint_state import step_of
+from cfmask.checkpoint.best import POINTER, BestCheckpoint, best_checkpoint
+from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError
 from cfmask.evaluation.spec import Evaluation, load_evaluation
-from cfmask.files import write_atomically
-from cfmask.recipe import Recipe, load_recipe
+from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import AttemptLog, now
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, cut_lines, read_lines, read_object
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S, PATIENCE_S, FolderLock, LockHeld, Owner
 from cfmask.runtime.lock import FOLDER as LOCK_FOLDER
@@ -270,7 +269,7 @@ class RunFolder:
 
     def saved_step(self) -> int:
         """The step of the newest checkpoint, whole or not; 0 if there is none. Raises OSError."""
-        return max(map(step_of, found_checkpoints(self.checkpoints)), default=0)
+        return max(map(step_of, list_checkpoints(self.checkpoints)), default=0)
 
     def logged_step(self) -> int | None:
         """The last step in log.jsonl; None before the first. Raises OSError."""
@@ -393,6 +392,18 @@ def _exists(path: Path) -> bool:
     return True
 
 
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a file.
+
+    Raises:
+        UserError: no such file, or not a recipe.
+    """
+    try:
+        return Recipe.from_json(patiently(Path(path).read_text, str(path)))
+    except OSError as error:
+        raise UserError(f"No recipe can be read from {path}: {error.strerror}.") from error
+
+
 def find_model(path: str | Path) -> Path:
     """The model file that a path names: a model file itself, a checkpoint folder, a run folder (its trained model, or
     its latest checkpoint's while it is not finished), or RUN/checkpoints/best.json (the best checkpoint's).
@@ -416,7 +427,7 @@ def find_model(path: str | Path) -> Path:
     if (path / "model.safetensors").is_file():
         return path / "model.safetensors"
     checkpoints = path / "checkpoints"
-    for each in patiently(lambda: found_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
+    for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
         if (each / "model.safetensors").is_file():
             return each / "model.safetensors"
     raise UserError(

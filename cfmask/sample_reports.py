@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfmask.checkpoint_state import Skips
+from cfmask.checkpoint.state import Skips
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import BadSample, MicroBatch

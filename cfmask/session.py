@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.distributed as dist
 
-from cfmask.distributed import TIMEOUT, DistributedContext, call_off, process_group, remove_stale_rendezvous
+from cfmask.checkpoint.state import Checkpoint, Input
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import TIMEOUT, DistributedContext, call_off, process_group, remove_stale_rendezvous
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
@@ -60,6 +62,63 @@ def session(
                 except OSError as unreadable:  # the error that ends the start is the one to raise
                     logger.warning(f"{run.attempts} cannot be read ({unreadable.strerror}): {why}")
             raise
+
+
+def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int, checkpoint_steps: int) -> None:
+    """Refuse to begin again at step 0 where the run has come further; warn where newer checkpoints were lost.
+
+    The log runs ahead of the checkpoints: the steps since the last one are lost when a run is killed. So that a log
+    exists says nothing. What does: a checkpoint that was noted when it was committed, a start that resumed from one,
+    and steps beyond the second checkpoint that was due, which is begun only when the first one has ended.
+
+    Args:
+        resumed: the checkpoint that was chosen.
+
+    Raises:
+        UserError: there is no checkpoint, the run has come further, and beginning again was not allowed.
+        StorageUnavailable: the run's history could not be read.
+    """
+    history = patiently(run.history, f"The history of {run.root}")
+    if resumed is not None:
+        if resumed.step < history.saved:
+            logger.warning(
+                f"{run.root} has had a checkpoint of step {history.saved}, which is gone or damaged. It "
+                f"resumes from step {resumed.step}."
+            )
+        return
+    dues = (step for step in itertools.count(1) if step % epoch_steps == 0 or step % checkpoint_steps == 0)
+    _, second_due = next(dues), next(dues)
+    if run.step_0_allowed() or not (history.saved or history.logged > second_due):
+        return
+    shows = f"a checkpoint of step {history.saved}" if history.saved else f"steps up to {history.logged}"
+    raise UserError(
+        f"{run.root} has no whole checkpoint in {run.checkpoints}, and its history shows {shows}. If a file system is "
+        "not mounted, mount it and start again; if the folder was moved or deleted, bring it back. To begin again at "
+        f"step 0, which discards what its logs show: python launch/submit.py --resume {run.root} --from-step-0"
+    )
+
+
+def check_inputs(run: RunFolder, checkpoint: Checkpoint, inputs: Mapping[str, Input]) -> None:
+    """Refuse to continue a checkpoint with other settings or teachers than it was trained with.
+
+    Args:
+        inputs: those of this start (``train_setup.inputs_of``). What only one of the two knows is not compared: it was
+            written by another version.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    differences = [
+        f"{name}: {was} → {inputs[name]}"
+        for name, was in checkpoint.inputs.items()
+        if name in inputs and inputs[name] != was
+    ]
+    if differences:
+        raise UserError(
+            f"{run.root} was trained with other settings or model files up to {checkpoint.path.name} than it has now: "
+            f"{'; '.join(differences)} (checkpoint → now). recipe.json or the file was changed or damaged since: put "
+            "back what the checkpoint says, or begin a new run."
+        )
 
 
 def begin_attempt(run: RunFolder, context: DistributedContext, *, from_step: int) -> JsonLines:

@@ -72,7 +72,7 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
     import tensorboard.summary.writer.event_file_writer as events
 
     import cfmask.train
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import FINISHED, REQUEUE
 
     # TensorBoard reads files in the order of their names: second, host, pid, and then a count within the process, in

@@ -14,7 +14,7 @@ RANK = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from cfmask.agreement import check_agreement
+from cfmask.runtime.agreement import check_agreement
 from cfmask.errors import UserError
 rank, recipe = int(sys.argv[3]), sys.argv[4]
 dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 3), rank=rank, world_size=3)

@@ -22,14 +22,16 @@ from safetensors.torch import load_file
 import cfmask.runtime.jsonl
 import cfmask.train
 import made
-from cfmask import checkpoint, resume
-from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
-from cfmask.checkpoint_state import CheckpointState, read_state
-from cfmask.distributed import DistributedContext
+from cfmask.checkpoint import resume
+from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint.state import CheckpointState, read_state
+from cfmask.checkpoint.writer import CheckpointNotWritten, CheckpointWriter, Keep
 from cfmask.errors import UserError
 from cfmask.optim import adamw
-from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import REQUEUE
 from made import train
@@ -66,8 +68,8 @@ def gate(monkeypatch) -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def writer(tmp_path) -> Iterator[Writer]:
-    with Writer(tmp_path / "checkpoints", LATEST_TWO, TINY.info()) as one:
+def writer(tmp_path) -> Iterator[CheckpointWriter]:
+    with CheckpointWriter(tmp_path / "checkpoints", LATEST_TWO, TINY.info()) as one:
         yield one
 
 
@@ -185,7 +187,7 @@ def test_what_is_trained_may_change_from_phase_to_phase_while_the_last_ones_is_w
 
 def test_it_is_overdue_after_minutes_and_not_while_one_is_being_written(tmp_path, gate):
     model, optimizer = trained(1)
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), minutes=0.2 / 60) as writer:
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), minutes=0.2 / 60) as writer:
         writer.reserve(model)
         assert not writer.overdue
         time.sleep(0.25)
@@ -196,7 +198,7 @@ def test_it_is_overdue_after_minutes_and_not_while_one_is_being_written(tmp_path
         gate.set()
         writer.wait()
         assert writer.overdue, "counted from where it was begun"
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), minutes=0) as writer:
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), minutes=0) as writer:
         assert not writer.overdue
 
 
@@ -239,7 +241,7 @@ def test_a_defect_of_ours_is_no_matter_of_the_disk_and_is_raised(tmp_path, monke
 
     slow_down(monkeypatch, defect)
     model, optimizer = trained(1)
-    writer = Writer(tmp_path, LATEST_TWO, TINY.info())
+    writer = CheckpointWriter(tmp_path, LATEST_TWO, TINY.info())
     writer.reserve(model)
     writer.start(state(1), model, optimizer)
     with pytest.raises(ZeroDivisionError):
@@ -263,7 +265,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk, monkeypatch, known):
     model, optimizer = trained(1)
     free: list[int] = []
-    with Writer(small_disk, LATEST_TWO, TINY.info()) as writer:
+    with CheckpointWriter(small_disk, LATEST_TWO, TINY.info()) as writer:
         writer.reserve(model)
         writer.start(state(1), model, optimizer)
         assert writer.wait() is None
@@ -282,7 +284,7 @@ def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk, m
 
 def test_a_disk_that_has_become_read_only_is_said_and_may_become_writable_again(small_disk):
     model, optimizer = trained(1)
-    with Writer(small_disk, Keep(1), TINY.info()) as writer:
+    with CheckpointWriter(small_disk, Keep(1), TINY.info()) as writer:
         writer.reserve(model)
         for step, options in ((1, "rw"), (2, "ro"), (3, "rw,size=400k")):
             subprocess.run(["mount", "-o", f"remount,{options}", small_disk], check=True)
@@ -310,7 +312,7 @@ def die_before_event(number: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove_checkpoint", "os.rmdir"):
             tick()
 
     def synced(descriptor: int, real=os.fsync) -> None:
@@ -327,7 +329,7 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
     """A child writes its third checkpoint, two of which are to stay, and is killed at each place in turn."""
     keep = Keep(2, best_on="holdout")
     model, optimizer = trained(1)
-    with Writer(tmp_path / "before", keep, TINY.info()) as writer:
+    with CheckpointWriter(tmp_path / "before", keep, TINY.info()) as writer:
         writer.reserve(model)
         for one in (state(1), state(2, holdout=50.0)):
             writer.start(one, model, optimizer)
@@ -336,7 +338,7 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
     undisturbed = shutil.copytree(tmp_path / "before", tmp_path / "undisturbed")
 
     def write_third(folder: Path) -> None:
-        with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
+        with CheckpointWriter(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
             writer.reserve(model)
             writer.start(state(3, holdout=60.0), model, optimizer)
             assert writer.wait() is None
@@ -466,14 +468,14 @@ def test_minutes_that_make_no_sense_are_refused(minutes):
 
 def fail_at(monkeypatch, steps: set[int]) -> None:
     """The checkpoints of these steps meet a full disk."""
-    real = Writer._commit
+    real = CheckpointWriter._commit
 
-    def commit(self: Writer, state: CheckpointState, *arguments) -> None:
+    def commit(self: CheckpointWriter, state: CheckpointState, *arguments) -> None:
         if state.step in steps:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, state, *arguments)
 
-    monkeypatch.setattr(Writer, "_commit", commit)
+    monkeypatch.setattr(CheckpointWriter, "_commit", commit)
 
 
 def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(materials, tmp_path, monkeypatch, capsys):
@@ -503,14 +505,14 @@ def test_the_last_one_missing_is_an_error_at_the_end_and_the_same_command_mends_
 
 def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_left: float) -> RunFolder:
     """A run that is asked to stop at step 4, whose checkpoint cannot be written in the first ``failing`` tries."""
-    real, tries = Writer._commit, iter(range(99))
+    real, tries = CheckpointWriter._commit, iter(range(99))
 
     def commit(self, state: CheckpointState, *arguments) -> None:
         if state.step == 4 and next(tries) < failing:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(self, state, *arguments)
 
-    monkeypatch.setattr(Writer, "_commit", commit)
+    monkeypatch.setattr(CheckpointWriter, "_commit", commit)
     run, steps = RunFolder(folder), iter(range(1, 99))
     run.claim(recipe)
 
@@ -612,9 +614,10 @@ from pathlib import Path
 
 repo, run, rank, attempt, slow = sys.argv[1:]
 sys.path.insert(0, repo)
-from cfmask import checkpoint, resume
-from cfmask.checkpoint_state import State, read_state
-from cfmask.distributed import DistributedContext
+from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import State, read_state
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runs import RunFolder
 from cfmask.runtime.process import exit_without_finalization
 from cfmask.train import train

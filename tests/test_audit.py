@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made
-from cfmask.checkpoint_state import digest_of
+from cfmask.checkpoint.state import digest_of
 from cfmask.data import plan, receipts
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runtime.jsonl import read_lines

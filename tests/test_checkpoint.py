@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cfmask import checkpoint, resume
-from cfmask.checkpoint import Keep, Writer, best_of, to_keep
-from cfmask.checkpoint_state import CheckpointState, Skips
+from cfmask.checkpoint import resume
+from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint.state import CheckpointState, Skips
+from cfmask.checkpoint.writer import CheckpointWriter, Keep, best_of, to_keep
 from cfmask.data.receipts import MODULUS, DataProgress
 from cfmask.models.head import load_model
 from cfmask.optim import Phase, adamw
@@ -53,7 +54,7 @@ def save(folder: Path, *states: CheckpointState, keep: Keep = LATEST_TWO, model=
     """Checkpoints of these states, by one attempt that goes on from the latest."""
     if model is None:
         model, optimizer = trained(1)
-    with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
+    with CheckpointWriter(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
         writer.reserve(model)
         for one in states:
             writer.start(one, model, optimizer)
@@ -155,7 +156,7 @@ def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up_at_the_next_
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000005.123")
     found = resume.latest(tmp_path)
     assert found is not None and found.step == 4
-    Writer(tmp_path, Keep(2), TINY.info(), resumed=found)
+    CheckpointWriter(tmp_path, Keep(2), TINY.info(), resumed=found)
     assert steps_in(tmp_path) == [4]
 
 
@@ -261,7 +262,7 @@ def test_a_pointer_that_a_kill_prevented_is_written_at_the_next_start(tmp_path):
     keep = Keep(1, best_on="holdout")
     save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=keep)
     (tmp_path / "best.json").unlink()
-    Writer(tmp_path, keep, TINY.info(), resumed=resume.latest(tmp_path))
+    CheckpointWriter(tmp_path, keep, TINY.info(), resumed=resume.latest(tmp_path))
     assert pointed_at(tmp_path)["step"] == 6
 
 
@@ -285,11 +286,11 @@ def test_a_checkpoint_that_was_committed_counts_though_old_ones_cannot_be_listed
     def failing(folder):
         raise OSError(errno.EIO, "Input/output error")
 
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), resumed=resume.latest(tmp_path)) as writer:
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), resumed=resume.latest(tmp_path)) as writer:
         model, optimizer = trained(1)
         writer.reserve(model)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "found", failing)
+            patch.setattr(checkpoint, "list_checkpoints", failing)
             writer.start(state(5), model, optimizer)
             assert writer.wait() is None
         assert steps_in(tmp_path) == [3, 4, 5]

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cfmask import resume
-from cfmask.checkpoint_state import (
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -30,6 +30,7 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
 from cfmask.runtime.patience import StorageUnavailable, patiently
+from cfmask.session import check_inputs, check_progress
 
 FILES = {MODEL: b"weights" * 100, OPTIMIZER: b"moments" * 100}
 SHA256 = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
@@ -240,13 +241,13 @@ def begun(root: Path, *, committed=(), attempts=(0,), logged=0) -> RunFolder:
 def test_a_run_that_has_come_further_is_not_begun_again(tmp_path, history):
     run = begun(tmp_path, **history)
     with pytest.raises(UserError) as refusal:
-        resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
     assert str(run.checkpoints) in str(refusal.value) and f"--resume {tmp_path} --from-step-0" in str(refusal.value)
     run.allow_step_0()
-    resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+    check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
     run.clear_step_0()
     with pytest.raises(UserError):
-        resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
 
 
 def test_a_damaged_checkpoint_shows_that_there_was_one(tmp_path):
@@ -254,18 +255,18 @@ def test_a_damaged_checkpoint_shows_that_there_was_one(tmp_path):
     run = begun(tmp_path, logged=12)
     (put(run.checkpoints, 8) / MODEL).write_bytes(b"torn")
     with pytest.raises(UserError, match="its history shows a checkpoint of step 8"):
-        resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=8)
 
 
 @pytest.mark.parametrize("name, value", [("run.seed", 3), ("optim.lr", 3e-4), ("initial.safetensors", "cd" * 32)])
 def test_a_checkpoint_is_not_continued_with_other_inputs(tmp_path, name, value):
     checkpoint = resume.verified(put(tmp_path / "checkpoints", 12))
     same = dict(checkpoint.inputs)
-    resume.check_inputs(RunFolder(tmp_path), checkpoint, same)
+    check_inputs(RunFolder(tmp_path), checkpoint, same)
     # What only one of two versions of the code knows is not compared.
-    resume.check_inputs(RunFolder(tmp_path), checkpoint, {"run.seed": 1, "optim.new": 5})
+    check_inputs(RunFolder(tmp_path), checkpoint, {"run.seed": 1, "optim.new": 5})
     with pytest.raises(UserError, match=f"{name}: {same[name]} → {value}"):
-        resume.check_inputs(RunFolder(tmp_path), checkpoint, {**same, name: value})
+        check_inputs(RunFolder(tmp_path), checkpoint, {**same, name: value})
 
 
 @pytest.mark.parametrize(
@@ -273,16 +274,16 @@ def test_a_checkpoint_is_not_continued_with_other_inputs(tmp_path, name, value):
 )
 def test_steps_before_the_first_checkpoint_are_lost_without_an_error(tmp_path, history):
     """Killed while the first checkpoint was written, or begun again on request."""
-    resume.check_progress(begun(tmp_path, **history), None, epoch_steps=100, checkpoint_steps=8)
+    check_progress(begun(tmp_path, **history), None, epoch_steps=100, checkpoint_steps=8)
 
 
 def test_an_older_checkpoint_is_resumed_from_with_a_warning(tmp_path, capsys):
     run = begun(tmp_path, committed=[10, 12], attempts=[0])
     put(run.checkpoints, 10)
-    resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
-    assert "has had a checkpoint of step 12, which is gone or damaged" in capsys.readouterr().out
+    check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
+    assert "has had a checkpoint of step 12, which is gone or damaged" in capsys.readouterr().err
     put(run.checkpoints, 12)
-    resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
+    check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
     assert not capsys.readouterr().out
 
 

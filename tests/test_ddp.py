@@ -20,12 +20,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask import distributed
 from cfmask.ddp import data_parallel
-from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
+from cfmask.runtime import distributed
+from cfmask.runtime.distributed import DistributedContext, call_off, process_group
 from cfmask.step import training_step
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.checkpoint_state import read_state
+from cfmask.checkpoint.state import read_state
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder

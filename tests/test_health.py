@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cfmask.distributed import DistributedContext
+from cfmask.runtime.distributed import DistributedContext
 from launch.jobs import health
 from launch.jobs.failure_reports import is_device_error
 from launch.jobs.health import NodeUnhealthy

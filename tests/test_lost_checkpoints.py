@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import cfmask.train
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 
 

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Data, Method, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from launch.submit import parser
 from made import REPO
 

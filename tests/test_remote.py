@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from cfmask.data import remote
 from cfmask.errors import UserError
+from cfmask.urls import is_remote
 
 KB = 1000
 
@@ -167,14 +168,14 @@ def refused(call, *parts):
     ],
 )
 def test_names_are_put_where_they_belong(where, folder, file):
-    assert remote.is_remote(where)
+    assert is_remote(where)
     assert remote.join(where, "train") == folder
     assert remote.file_url(where, "a b.tar") == file
 
 
 def test_paths_are_not_remote(tmp_path):
     for where in (tmp_path, str(tmp_path), "shards", "pipes/x", "gs:x"):
-        assert not remote.is_remote(where)
+        assert not is_remote(where)
 
 
 def test_a_pipe_without_a_place_for_names_is_shown_one():

@@ -9,10 +9,10 @@ import pytest
 import submitit
 
 import made
-from cfmask.distributed import CalledOff, DistributedContext
 from cfmask.evaluation.spec import Evaluation
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import CalledOff, DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT
 from launch.jobs import rank

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.files import aside_of, digest_of_tensors, sole_writer, write_atomically, written_aside
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import aside_of, sole_writer, write_atomically, written_aside
 from cfmask.runtime.jsonl import JsonLines, read_lines
 from cfmask.runtime.machine import this_machine
+from cfmask.runtime.tensor_files import digest_of_tensors
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,7 @@ def full_disk(monkeypatch, *names: str) -> None:
     import cfmask.runtime.attempts
     import cfmask.runtime.jsonl
 
-    real_append, real_write = cfmask.runtime.jsonl.append_lines, cfmask.files.write_atomically
+    real_append, real_write = cfmask.runtime.jsonl.append_lines, cfmask.runtime.files.write_atomically
 
     def refuse(real):
         def write(path, *rest):
@@ -136,7 +137,7 @@ def test_one_process_writes_into_a_folder_and_a_killed_one_is_followed_at_once(t
     code = f"""
 import sys
 from pathlib import Path
-from cfmask.files import sole_writer
+from cfmask.runtime.files import sole_writer
 with sole_writer(Path({str(tmp_path / "set")!r})):
     print("held", flush=True)
     sys.stdin.read()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, CheckpointState, encode
+from cfmask.checkpoint.state import MODEL, OPTIMIZER, STATE, CheckpointState, encode
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import wnids
 from cfmask.data.receipts import DataProgress
@@ -19,7 +19,8 @@ from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
-from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
+from cfmask.presets import PRESETS, preset_of
+from cfmask.recipe import Data, Method, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
 from launch.jobs.training import check_best_on
 from launch.paper import holdout

@@ -26,13 +26,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import cfmask.train
-from cfmask.checkpoint import Writer
-from cfmask.checkpoint_state import found, read_state
-from cfmask.distributed import DistributedContext
+from cfmask.checkpoint.state import list_checkpoints, read_state
+from cfmask.checkpoint.writer import CheckpointWriter
 from cfmask.evaluation.counting import Counts
 from cfmask.masking.study import MaskStudyLog
 from cfmask.recipe import Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from test_overlap import materials, recipe_of  # noqa: F401
@@ -96,7 +96,7 @@ def train_watched(
     monkeypatch.setattr(cfmask.train, "wait_for_checkpoint", wait_for_checkpoint)
     monkeypatch.setattr(cfmask.train, "top1", counted("evaluation", cfmask.train.top1))
     monkeypatch.setattr(Counts, "scores", scores)
-    monkeypatch.setattr(Writer, "start", counted("checkpoint", Writer.start))
+    monkeypatch.setattr(CheckpointWriter, "start", counted("checkpoint", CheckpointWriter.start))
     run = RunFolder(folder)
     run.claim(recipe)
     try:
@@ -105,7 +105,7 @@ def train_watched(
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS
     assert len([line for line in read_lines(run.log) if "overlap" in line]) == 4
-    saved = [read_state(path) for path in found(run.checkpoints)]
+    saved = [read_state(path) for path in list_checkpoints(run.checkpoints)]
     assert [(one.step, one.updates) for one in saved] == [(n, n) for n in (12, 10, 9, 8, 6, 4, 3, 2)]
     return happened
 

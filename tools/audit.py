@@ -24,7 +24,7 @@ import numpy as np  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state  # noqa: E402
+from cfmask.checkpoint.state import Checkpoint, CheckpointDamaged, list_checkpoints, read_state  # noqa: E402
 from cfmask.data import plan  # noqa: E402
 from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
@@ -160,7 +160,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _states(run: RunFolder) -> tuple[list[Checkpoint], list[str]]:
     """What the checkpoints say of themselves, and of each that is damaged, how."""
     saved, problems = [], []
-    for path in reversed(patiently(lambda: found(run.checkpoints), str(run.checkpoints))):
+    for path in reversed(patiently(lambda: list_checkpoints(run.checkpoints), str(run.checkpoints))):
         try:
             saved.append(read_state(path))
         except CheckpointDamaged as error:

@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from cfmask.data.images import STORES  # noqa: E402
-from cfmask.recipe import PRESETS  # noqa: E402
+from cfmask.presets import PRESETS  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.tool_arguments import add_device_argument  # noqa: E402
 

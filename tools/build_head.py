@@ -33,11 +33,11 @@ from cfmask.convert.tables import read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.data.shards import load_manifest  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import written_aside  # noqa: E402
 from cfmask.models.head import read_info, save_model  # noqa: E402
 from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info  # noqa: E402
 from cfmask.models.zero_shot import openai_templates, read_templates  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import written_aside  # noqa: E402
 from cfmask.tool_arguments import add_device_argument  # noqa: E402
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
-from cfmask.files import write_atomically  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import write_atomically  # noqa: E402
 from tools.diagram.imports import read_graph  # noqa: E402
 from tools.diagram.svg import draw  # noqa: E402
 

@@ -26,8 +26,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import written_aside  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import written_aside  # noqa: E402
 from cfmask.tool_arguments import MODEL_HELP, load_models  # noqa: E402
 from tools._progress import stages  # noqa: E402
 

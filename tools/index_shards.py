@@ -33,8 +33,8 @@ from cfmask.convert.labels import LABEL_FIELDS, find_label  # noqa: E402
 from cfmask.convert.tables import Classes, read_classes  # noqa: E402
 from cfmask.data import imagenet  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sole_writer  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import sole_writer  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 

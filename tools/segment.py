@@ -27,8 +27,8 @@ from cfmask.convert.planning import claim, is_made  # noqa: E402
 from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard  # noqa: E402
 from cfmask.data.shards import load_sets  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sole_writer  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import sole_writer  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device  # noqa: E402

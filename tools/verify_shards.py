@@ -26,8 +26,8 @@ from cfmask.convert import verification  # noqa: E402
 from cfmask.convert.set_verification import Findings, as_json, checks_of, find_sets, findings_of  # noqa: E402
 from cfmask.convert.tarscan import shown_size  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import remove_leftovers, write_atomically  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import remove_leftovers, write_atomically  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402

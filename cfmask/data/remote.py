@@ -35,7 +35,7 @@ from urllib.parse import quote
 
 from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.machine import this_machine
 
 T = TypeVar("T")
@@ -52,11 +52,6 @@ PIPE_STALL_S = 600
 _CHUNK = 1 << 20
 _OURS = re.compile(r".+\.[0-9a-f]{20}(\.part|\.ok)?")  # nothing else in the folder is ever counted or removed
 _EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
-
-
-def is_remote(where: str | Path) -> bool:
-    """Whether ``where`` is a URL that this module reads, and not a path."""
-    return isinstance(where, str) and where.startswith(("http:", "https:", "pipe:"))
 
 
 def join(where: str, name: str) -> str:

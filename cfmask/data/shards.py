@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
+from cfmask.urls import is_remote
 
 FORMAT = "cfmask-shards"
 VERSION = 2
@@ -50,7 +51,7 @@ class Shard:
 class Manifest:
     """What a converted set (one split) holds.
 
-    root: its folder, or the URL of it (``remote.is_remote``), whose files come through ``cache``.
+    root: its folder, or the URL of it (``urls.is_remote``), whose files come through ``cache``.
     classes: (wnid or folder name, display name) by class id. class_counts: samples by class id.
     store: what the image members are; "original" are the source's bytes, the others crops of side ``image_size``.
     border: pixels that a reader has to cut off each side before anything else (ObjectNet's originals).
@@ -164,7 +165,7 @@ class Manifest:
 
 def find_set(where: str | Path, name: str) -> Path | str:
     """The set ``name`` in a folder of sets, or behind a URL of one."""
-    return remote.join(str(where), name) if remote.is_remote(where) else Path(where) / name
+    return remote.join(str(where), name) if is_remote(where) else Path(where) / name
 
 
 def load_sets(
@@ -176,7 +177,7 @@ def load_sets(
     Raises:
         UserError: no such set, or (``check_files``) one that is not whole.
     """
-    if cache is None and remote.is_remote(where):
+    if cache is None and is_remote(where):
         cache = remote.node_cache()
     return {name: load_manifest(find_set(where, name), cache=cache, check_files=check_files) for name in names}
 
@@ -201,7 +202,7 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
     Raises:
         UserError: one paragraph: what is missing or torn, where, and what makes it whole.
     """
-    if remote.is_remote(where):
+    if is_remote(where):
         url = remote.file_url(str(where), MANIFEST)
         return _parse_manifest(remote.read(url), url, str(where), cache)
     root = Path(where)

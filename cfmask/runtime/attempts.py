@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, read_lines, read_object
 
 logger = logging.getLogger(__name__)

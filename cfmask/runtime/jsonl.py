@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

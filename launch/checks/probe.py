@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.data.remote import cache_folder
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.machine import node_name
 from launch.checks.node import free_bytes, write_and_look
 from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy", "safetensors", "simplejpeg")
 PATIENCE_MIN = 1.5
@@ -169,7 +169,7 @@ class Probe:
             report.import_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise
         report.import_s = time.monotonic() - started
-        from cfmask.distributed import DistributedContext, process_group
+        from cfmask.runtime.distributed import DistributedContext, process_group
 
         context = DistributedContext(
             rank=environment.global_rank,
@@ -327,7 +327,7 @@ def _leaders(store: dist.Store, context: DistributedContext, node: str) -> list[
 
 def _link(store: Any) -> list[str]:
     """The address under which rank 0 was reached, and the interface here that leads there."""
-    from cfmask import distributed
+    from cfmask.runtime import distributed
 
     address = str(getattr(store, "host", ""))
     try:

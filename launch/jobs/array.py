@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cfmask.errors import UserError
-from cfmask.files import sole_writer, sync
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.files import sole_writer, sync
 from cfmask.runtime.pool import ignore
 from launch.jobs import failures, snapshot
 from launch.jobs.allocation import warn_of_paths_outside

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
 from cfmask.runtime import nccl
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.machine import process_runs
 from cfmask.runtime.process import (
     JOB_SIGNALS,

@@ -40,7 +40,7 @@ from launch.jobs.restarts import Cause, GivenUp, Restarts
 from launch.jobs.run_restarts import restarts_of, saved_progress
 
 if TYPE_CHECKING:
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class Job:
 
         # Imported late: handlers first, then the seconds that torch takes.
         with _importing():
-            from cfmask.distributed import CalledOff, DistributedContext
+            from cfmask.runtime.distributed import CalledOff, DistributedContext
             from cfmask.runtime.heartbeat import PREPARING, beat
             from cfmask.session import FINISHED, REQUEUE
 
@@ -174,7 +174,7 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
     Raises:
         CalledOff: the run is finished or cancelled, or its job has come back too often without progress.
     """
-    from cfmask.distributed import CalledOff, call_off
+    from cfmask.runtime.distributed import CalledOff, call_off
 
     failed, is_recorded = False, True
     if run.results.exists():

@@ -45,7 +45,7 @@ def saved_progress(run: RunFolder) -> int:
         return named
     # Two starts from the same step, and there is a newer checkpoint. If it is damaged, every start falls back to the
     # one before it: that is no progress. It is read from its beginning to its end, which takes a while.
-    from cfmask import resume
+    from cfmask.checkpoint import resume
 
     try:
         found = resume.latest(run.checkpoints, report=lambda text: None)

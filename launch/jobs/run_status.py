@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cfmask.stragglers import straggler_of
+from cfmask.log_lines import straggler_of
 from launch.jobs.run_state import RunState, SlurmAnswers, in_queue, jobs_in_queue
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_completing, is_pending, words

@@ -15,17 +15,18 @@ from types import MappingProxyType
 from typing import Any
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch
-from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
 from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
+from cfmask.urls import is_remote
 from launch.jobs.allocation import (
     Allocation,
     check_arithmetic,

@@ -42,12 +42,13 @@ if __name__ == "__main__":
     # The folder of this file stands there, and is no place to import from.
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
 
-from cfmask.curves import curves_of, top1_of  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sync, write_atomically  # noqa: E402
-from cfmask.recipe import Recipe, preset_of  # noqa: E402
+from cfmask.log_lines import curves_of, top1_of  # noqa: E402
+from cfmask.presets import preset_of  # noqa: E402
+from cfmask.recipe import Recipe  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
+from cfmask.runtime.files import sync, write_atomically  # noqa: E402
 from cfmask.runtime.jsonl import read_lines, read_object  # noqa: E402
 from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld  # noqa: E402
 from cfmask.secrets import mask_secrets  # noqa: E402

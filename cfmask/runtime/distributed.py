@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
 from cfmask.runtime import heartbeat, nccl
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.machine import node_name
 
 logger = logging.getLogger(__name__)

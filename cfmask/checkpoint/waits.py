@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch.distributed as dist
 
-from cfmask.checkpoint import CheckpointNotWritten, Writer
-from cfmask.distributed import COLLECTIVE_TIMEOUT
+from cfmask.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
+from cfmask.runtime.distributed import COLLECTIVE_TIMEOUT
 from cfmask.runtime.heartbeat import CHECKPOINT, beat
-from cfmask.session import SecondsLeft
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,7 @@ _INSIST_S = 600.0
 """The longest that a checkpoint is tried again for before a stop, where nobody sets a deadline."""
 
 
-def wait_for_checkpoint(writer: Writer | None) -> CheckpointNotWritten | None:
+def wait_for_checkpoint(writer: CheckpointWriter | None) -> CheckpointNotWritten | None:
     """Wait on all ranks until the checkpoint that is being written is whole: until then none of them ends or asks for a
     requeue, and a launcher that ends a job with its first rank does not cut the checkpoint off.
 
@@ -36,7 +36,9 @@ def wait_for_checkpoint(writer: Writer | None) -> CheckpointNotWritten | None:
     return outcome[0]
 
 
-def insist_on_checkpoint(writer: Writer | None, seconds_left: SecondsLeft) -> CheckpointNotWritten | None:
+def insist_on_checkpoint(
+    writer: CheckpointWriter | None, seconds_left: Callable[[], float]
+) -> CheckpointNotWritten | None:
     """``wait_for_checkpoint``, and try again while there is time: a quota that is used up, or a file server that is
     restarted, is often so for seconds.
 

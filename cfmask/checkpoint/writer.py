@@ -32,8 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfmask.best_checkpoint import POINTER
-from cfmask.checkpoint_state import (
+from cfmask.checkpoint.best import POINTER
+from cfmask.checkpoint.state import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -41,16 +41,16 @@ from cfmask.checkpoint_state import (
     CheckpointDamaged,
     CheckpointState,
     encode,
-    found,
+    list_checkpoints,
     read_state,
     step_of,
 )
 from cfmask.errors import UserError
-from cfmask.files import sync, write_atomically
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
 from cfmask.pinned import pinned_bytes
+from cfmask.runtime.files import sync, write_atomically
 from cfmask.runtime.jsonl import JsonLines, read_object
 from cfmask.runtime.patience import patiently
 
@@ -83,7 +83,7 @@ class CheckpointNotWritten(UserError):
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-class Writer:
+class CheckpointWriter:
     """Writes the checkpoints of a run beside its training, one at a time.
 
     ``start`` costs training a copy of weights and moments; a thread writes what was copied. A checkpoint that cannot be
@@ -123,7 +123,7 @@ class Writer:
             self._warn_of_lost_best(resumed.step)
         self._point_at_best()
 
-    def __enter__(self) -> Writer:
+    def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -242,7 +242,7 @@ class Writer:
             _write_hashed(aside / STATE, [encode(state, updates, sha256)])
             sync(aside)
             if final.exists():  # a torn one that a resume has passed over
-                remove(final)
+                remove_checkpoint(final)
             os.replace(aside, final)
             sync(self._folder)
         except OSError:
@@ -278,10 +278,10 @@ class Writer:
         best = best_of(self._whole, self._keep.best_on)
         stay = to_keep(self._whole, self._keep, best[0] if best else None)
         with contextlib.suppress(OSError):  # tried again after the next one
-            for path in found(self._folder):
+            for path in list_checkpoints(self._folder):
                 step = step_of(path)
                 if step < newest and step not in stay:
-                    remove(path)
+                    remove_checkpoint(path)
                     self._whole.pop(step, None)
 
 
@@ -368,7 +368,7 @@ def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def remove(path: Path) -> None:
+def remove_checkpoint(path: Path) -> None:
     """Remove a checkpoint; killed meanwhile, none is left that looks like one. Raises OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     os.replace(path, aside)
@@ -397,7 +397,7 @@ def _top1_of_intact(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
         StorageUnavailable: one cannot be read. It would be removed later as one that does not count.
     """
     intact = {}
-    for path in patiently(lambda: found(folder), str(folder)):
+    for path in patiently(lambda: list_checkpoints(folder), str(folder)):
         with contextlib.suppress(CheckpointDamaged):
             if step_of(path) <= last:
                 intact[step_of(path)] = read_state(path).top1

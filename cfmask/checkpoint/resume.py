@@ -8,30 +8,28 @@ must have been made of, does not begin again at step 0 unless it is told to (``R
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cfmask.checkpoint_state import (
+from cfmask.checkpoint.state import (
     MODEL,
     OPTIMIZER,
     Checkpoint,
     CheckpointDamaged,
-    Input,
     check_missing,
-    found,
+    list_checkpoints,
     read_state,
 )
 from cfmask.errors import UserError
-from cfmask.files import read_tensors, sha256_of
 from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
-from cfmask.runs import RunFolder
+from cfmask.runtime.files import sha256_of
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.tensor_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ def latest(folder: Path, report: Callable[[str], object] = print) -> Checkpoint 
     Raises:
         StorageUnavailable: something could not be read. No checkpoint is passed over for that.
     """
-    for path in patiently(lambda: found(folder), str(folder)):
+    for path in patiently(lambda: list_checkpoints(folder), str(folder)):
         try:
             return verified(path)
         except CheckpointDamaged as error:
@@ -74,63 +72,6 @@ def _member_sha256(path: Path, name: str) -> str:
     except FileNotFoundError:
         check_missing(path, name)
         raise
-
-
-def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int, checkpoint_steps: int) -> None:
-    """Refuse to begin again at step 0 where the run has come further; warn where newer checkpoints were lost.
-
-    The log runs ahead of the checkpoints: the steps since the last one are lost when a run is killed. So that a log
-    exists says nothing. What does: a checkpoint that was noted when it was committed, a start that resumed from one,
-    and steps beyond the second checkpoint that was due, which is begun only when the first one has ended.
-
-    Args:
-        resumed: the checkpoint that was chosen.
-
-    Raises:
-        UserError: there is no checkpoint, the run has come further, and beginning again was not allowed.
-        StorageUnavailable: the run's history could not be read.
-    """
-    history = patiently(run.history, f"The history of {run.root}")
-    if resumed is not None:
-        if resumed.step < history.saved:
-            logger.warning(
-                f"{run.root} has had a checkpoint of step {history.saved}, which is gone or damaged. It "
-                f"resumes from step {resumed.step}."
-            )
-        return
-    dues = (step for step in itertools.count(1) if step % epoch_steps == 0 or step % checkpoint_steps == 0)
-    _, second_due = next(dues), next(dues)
-    if run.step_0_allowed() or not (history.saved or history.logged > second_due):
-        return
-    shows = f"a checkpoint of step {history.saved}" if history.saved else f"steps up to {history.logged}"
-    raise UserError(
-        f"{run.root} has no whole checkpoint in {run.checkpoints}, and its history shows {shows}. If a file system is "
-        "not mounted, mount it and start again; if the folder was moved or deleted, bring it back. To begin again at "
-        f"step 0, which discards what its logs show: python launch/submit.py --resume {run.root} --from-step-0"
-    )
-
-
-def check_inputs(run: RunFolder, checkpoint: Checkpoint, inputs: Mapping[str, Input]) -> None:
-    """Refuse to continue a checkpoint with other settings or teachers than it was trained with.
-
-    Args:
-        inputs: those of this start (``train_setup.inputs_of``). What only one of the two knows is not compared: it was
-            written by another version.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    differences = [
-        f"{name}: {was} → {inputs[name]}"
-        for name, was in checkpoint.inputs.items()
-        if name in inputs and inputs[name] != was
-    ]
-    if differences:
-        raise UserError(
-            f"{run.root} was trained with other settings or model files up to {checkpoint.path.name} than it has now: "
-            f"{'; '.join(differences)} (checkpoint → now). recipe.json or the file was changed or damaged since: put "
-            "back what the checkpoint says, or begin a new run."
-        )
 
 
 def restore_weights(checkpoint: Checkpoint, model: Classifier) -> None:

@@ -11,10 +11,10 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfmask.checkpoint_state import MODEL, CheckpointDamaged, found, is_percent, read_state
+from cfmask.checkpoint.state import MODEL, CheckpointDamaged, is_percent, list_checkpoints, read_state
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.recipe import Recipe
+from cfmask.runtime.files import sha256_of
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.patience import patiently
 
@@ -60,7 +60,7 @@ def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, 
                 left_out.add(step)
             elif is_percent(of_line[on]):
                 scores[step] = float(of_line[on])
-    for path in patiently(lambda: found(checkpoints), str(checkpoints)):
+    for path in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)):
         with contextlib.suppress(CheckpointDamaged):
             state = read_state(path)
             if on in state.top1 and state.step not in left_out:

@@ -48,7 +48,7 @@ def check_agreement(facts: Mapping[str, str]) -> list[str]:
 
 
 def _software() -> dict[str, str]:
-    code = Path(__file__).resolve().parents[1]
+    code = Path(__file__).resolve().parents[2]
     found = {"code": code.name if code.parent.name == "code" else "(a repository)"}  # a snapshot's name is its digest
     for package in _PACKAGES:
         try:

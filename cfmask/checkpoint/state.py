@@ -24,7 +24,7 @@ from typing import Any
 
 from cfmask.data.receipts import DataProgress
 from cfmask.errors import UserError
-from cfmask.files import read_bytes
+from cfmask.runtime.files import read_bytes
 from cfmask.runtime.patience import patiently
 
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
@@ -219,7 +219,7 @@ def check_missing(path: Path, name: str) -> None:
         raise CheckpointDamaged.of(path, f"{name} is missing")
 
 
-def found(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders in RUN/checkpoints, the newest first, whole or not; none if there is no such folder.
 
     Raises:

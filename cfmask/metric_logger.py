@@ -10,16 +10,15 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cfmask.checkpoint_state import Skips
-from cfmask.curves import curves_of
+from cfmask.checkpoint.state import Skips
 from cfmask.data import receipts
 from cfmask.evaluation.counting import Score
+from cfmask.log_lines import curves_of, straggler_of
 from cfmask.metrics import StepResult
 from cfmask.optim import Phase, lr_and_betas
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
-from cfmask.stragglers import straggler_of
 
 logger = logging.getLogger(__name__)
 
