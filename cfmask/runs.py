@@ -23,6 +23,7 @@ RUN/
   jobs/                  what the launcher writes: logs of every rank, by job; failure reports; the command of --notify
   wandb.json, wandb/     what was sent to Weights & Biases, and its own files (launch/jobs/wandb_sender.py)
   code/                  the code that its jobs were submitted with
+  rendezvous/            where rank 0 can be reached; empty once all ranks have joined (runtime/rendezvous.py)
   .owner/                who trains here (runtime/lock.py)
 """
 
@@ -125,6 +126,10 @@ class RunFolder:
     @property
     def attempts(self) -> Path:
         return self.root / "attempts.jsonl"
+
+    @property
+    def rendezvous(self) -> Path:
+        return self.root / "rendezvous"
 
     @property
     def _step_0(self) -> Path:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from cfmask.checkpoint.state import Checkpoint, Input
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
-from cfmask.runtime.distributed import TIMEOUT, DistributedContext, call_off, process_group, remove_stale_rendezvous
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.rendezvous import RENDEZVOUS_TIMEOUT, call_off, remove_stale_rendezvous
 from cfmask.secrets import mask_secrets
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,10 @@ def session(
             try:
                 stack.enter_context(run.locked(context.attempt))
             except UserError as error:
-                call_off(context, run.root / "meeting", str(error))
+                call_off(run.rendezvous, context.attempt, str(error))
                 raise
-            remove_stale_rendezvous(run.root / "meeting")
-        store = stack.enter_context(process_group(context, run.root / "meeting"))
+            remove_stale_rendezvous(run.rendezvous)
+        store = stack.enter_context(process_group(context, run.rendezvous))
         try:
             yield store, stack
         except Exception as error:
@@ -180,7 +181,7 @@ def rank_0_first(store: dist.Store, context: DistributedContext, what: str, make
         finally:
             store.set(what, answer)
     else:
-        store.wait([what], TIMEOUT)
+        store.wait([what], RENDEZVOUS_TIMEOUT)
         answer = store.get(what).decode()
         if answer != "ready":
             raise UserError(answer)

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from cfmask.checkpoint.writer import CheckpointNotWritten, CheckpointWriter
-from cfmask.runtime.distributed import COLLECTIVE_TIMEOUT
 from cfmask.runtime.heartbeat import CHECKPOINT, beat
+from cfmask.runtime.rendezvous import COLLECTIVE_TIMEOUT
 
 logger = logging.getLogger(__name__)
 

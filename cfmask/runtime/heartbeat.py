@@ -43,7 +43,7 @@ def _seconds(variable: str, default_min: float) -> float:
 
 RENDEZVOUS_TIMEOUT_S = _seconds("CFMASK_RENDEZVOUS_TIMEOUT", 30)
 COLLECTIVE_TIMEOUT_S = _seconds("CFMASK_COLLECTIVE_TIMEOUT", 30)
-"""How long ranks may wait for each other until steps have been taken (cfmask/runtime/distributed.py)."""
+"""How long ranks may wait for each other until steps have been taken (cfmask/runtime/rendezvous.py)."""
 HANG_TIMEOUT_S = _seconds("CFMASK_HANG_TIMEOUT", 5)
 """How long a rank may go without progress after that, at least; 0: as long as it likes."""
 

@@ -135,7 +135,7 @@ class Probe:
             return "requeued"
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read when distributed.py is imported
+        for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read at import
             os.environ[name] = str(PATIENCE_MIN)
         environment = submitit.JobEnvironment()
         report = ProbeReport(
@@ -186,7 +186,7 @@ class Probe:
         nccl_log = _let_nccl_tell(self.folder, report.rank) if context.gpu else None
         begin("meeting the other ranks")
         started = time.monotonic()
-        with process_group(context, self.folder / "meeting") as store:
+        with process_group(context, self.folder / "rendezvous") as store:
             report.met_s = time.monotonic() - started
             report.link = _link(store)
             leaders = _leaders(store, context, report.node)
@@ -327,7 +327,7 @@ def _leaders(store: dist.Store, context: DistributedContext, node: str) -> list[
 
 def _link(store: Any) -> list[str]:
     """The address under which rank 0 was reached, and the interface here that leads there."""
-    from cfmask.runtime import distributed
+    from cfmask.runtime.network import interface_addresses
 
     address = str(getattr(store, "host", ""))
     try:
@@ -337,7 +337,7 @@ def _link(store: Any) -> list[str]:
             own = asking.getsockname()[0]
     except OSError:
         return [address, ""]
-    return [address, next((name for name, each in distributed.interface_addresses() if each == own), "")]
+    return [address, next((name for name, each in interface_addresses() if each == own), "")]
 
 
 def _compare_clocks(store: dist.Store, context: DistributedContext, leaders: Sequence[int]) -> list[float]:

@@ -85,8 +85,9 @@ class Job:
 
         # Imported late: handlers first, then the seconds that torch takes.
         with _importing():
-            from cfmask.runtime.distributed import CalledOff, DistributedContext
+            from cfmask.runtime.distributed import DistributedContext
             from cfmask.runtime.heartbeat import PREPARING, beat
+            from cfmask.runtime.rendezvous import CalledOff
             from cfmask.session import FINISHED, REQUEUE
 
         context = DistributedContext(
@@ -174,7 +175,7 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
     Raises:
         CalledOff: the run is finished or cancelled, or its job has come back too often without progress.
     """
-    from cfmask.runtime.distributed import CalledOff, call_off
+    from cfmask.runtime.rendezvous import CalledOff, call_off
 
     failed, is_recorded = False, True
     if run.results.exists():
@@ -192,7 +193,7 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
     if is_recorded:
         with contextlib.suppress(UserError), run.locked(context.attempt):  # another job's folder is left alone
             run.end_failed(reason, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
-    call_off(context, run.root / "meeting", reason, failed=failed)
+    call_off(run.rendezvous, context.attempt, reason, failed=failed)
     raise CalledOff(reason, failed=failed)
 
 
