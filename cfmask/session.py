@@ -1,4 +1,5 @@
-"""One start of a job on a run folder: who holds the folder, how its ranks come together, and word of how it failed."""
+"""One start of a job on a run folder: the lock, the process group, the checks before training resumes, and the record
+of its failure."""
 
 from __future__ import annotations
 
@@ -24,23 +25,27 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished"
 REQUEUE, QUIT = "requeue", "quit"
-"""What a launcher may ask of ranks: to stop at the next step boundary, and whether the job is to come back."""
+"""Stop requests of a launcher: ranks stop at the next step boundary, and the job is requeued or ends."""
 
 StopRequest = Callable[[], str | None]
 FailureCallback = Callable[[Exception], None]
 SecondsLeft = Callable[[], float]
-"""How long ranks may stay after a stop was asked for."""
+"""Seconds until the deadline after a stop request."""
 
 
 @contextlib.contextmanager
 def session(
     run: RunFolder, context: DistributedContext, failing: FailureCallback
 ) -> Iterator[tuple[dist.Store, contextlib.ExitStack]]:
-    """The folder held by rank 0, and the process group. Yields its store, and a stack for what else has to be closed,
-    before the two. An error inside is told to ``failing`` before anything is closed, and kept in the run folder.
+    """Lock the folder on rank 0 and join the process group. Yields the group's store, and a stack of contexts that are
+    closed before the two.
+
+    Args:
+        failing: called with an error that the block raises, before anything is closed. The error is also recorded in
+            the run folder.
 
     Raises:
-        UserError: another job holds the folder: on all ranks.
+        UserError: on all ranks, if another job holds the folder.
     """
     torch.set_num_threads(context.cpus)
     with contextlib.ExitStack() as stack:
@@ -66,25 +71,26 @@ def session(
 
 
 def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int, checkpoint_steps: int) -> None:
-    """Refuse to begin again at step 0 where the run has come further; warn where newer checkpoints were lost.
+    """Refuse to restart at step 0 a run that has made progress; warn if newer checkpoints were lost.
 
-    The log runs ahead of the checkpoints: the steps since the last one are lost when a run is killed. So that a log
-    exists says nothing. What does: a checkpoint that was noted when it was committed, a start that resumed from one,
-    and steps beyond the second checkpoint that was due, which is begun only when the first one has ended.
+    Steps in the log alone prove nothing, because steps since the last checkpoint are lost when a run is killed. Proof
+    of a checkpoint is its record in committed.jsonl, a start that resumed from one, or steps beyond the second
+    checkpoint that was due, which is begun only after the first one is complete.
 
     Args:
         resumed: the checkpoint that was chosen.
+        epoch_steps, checkpoint_steps: checkpoints are due at multiples of either.
 
     Raises:
-        UserError: there is no checkpoint, the run has come further, and beginning again was not allowed.
+        UserError: there is no checkpoint, the run has made progress, and ``RunFolder.allow_step_0`` was not called.
         StorageUnavailable: the run's history could not be read.
     """
     history = patiently(run.history, f"The history of {run.root}")
     if resumed is not None:
         if resumed.step < history.saved:
             logger.warning(
-                f"{run.root} has had a checkpoint of step {history.saved}, which is gone or damaged. It "
-                f"resumes from step {resumed.step}."
+                f"the checkpoint of step {history.saved} of {run.root} is gone or damaged. The run resumes from step "
+                f"{resumed.step}."
             )
         return
     dues = (step for step in itertools.count(1) if step % epoch_steps == 0 or step % checkpoint_steps == 0)
@@ -93,21 +99,21 @@ def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int,
         return
     shows = f"a checkpoint of step {history.saved}" if history.saved else f"steps up to {history.logged}"
     raise UserError(
-        f"{run.root} has no whole checkpoint in {run.checkpoints}, and its history shows {shows}. If a file system is "
-        "not mounted, mount it and start again; if the folder was moved or deleted, bring it back. To begin again at "
-        f"step 0, which discards what its logs show: python launch/submit.py --resume {run.root} --from-step-0"
+        f"{run.root} has no intact checkpoint in {run.checkpoints}, but its history shows {shows}. If a file system is "
+        "not mounted, mount it and start again; if the folder was moved or deleted, restore it. To restart at step 0 "
+        f"and discard what the logs show: python launch/submit.py --resume {run.root} --from-step-0"
     )
 
 
 def check_inputs(run: RunFolder, checkpoint: Checkpoint, inputs: Mapping[str, Input]) -> None:
-    """Refuse to continue a checkpoint with other settings or teachers than it was trained with.
+    """Refuse to resume with other settings or teachers than the checkpoint was trained with.
 
     Args:
-        inputs: those of this start (``train_setup.inputs_of``). What only one of the two knows is not compared: it was
-            written by another version.
+        inputs: of this start (``train_setup.inputs_of``). Names that only one of the two has are not compared, because
+            another version wrote the checkpoint.
 
     Raises:
-        UserError: naming what differs.
+        UserError: settings or model files differ; they are named.
     """
     differences = [
         f"{name}: {was} → {inputs[name]}"
@@ -117,8 +123,8 @@ def check_inputs(run: RunFolder, checkpoint: Checkpoint, inputs: Mapping[str, In
     if differences:
         raise UserError(
             f"{run.root} was trained with other settings or model files up to {checkpoint.path.name} than it has now: "
-            f"{'; '.join(differences)} (checkpoint → now). recipe.json or the file was changed or damaged since: put "
-            "back what the checkpoint says, or begin a new run."
+            f"{'; '.join(differences)} (checkpoint → now). recipe.json or the file was changed or damaged since: "
+            "restore what the checkpoint says, or begin a new run."
         )
 
 
@@ -128,7 +134,7 @@ def begin_attempt(run: RunFolder, context: DistributedContext, *, from_step: int
     Raises:
         StorageUnavailable: the records of earlier starts cannot be read.
     """
-    return patiently(  # it fails before anything is written, or not at all
+    return patiently(  # safe to repeat: an error comes before anything is written
         lambda: run.begin_attempt(
             job=context.attempt,
             nodes=context.nodes,
@@ -141,10 +147,10 @@ def begin_attempt(run: RunFolder, context: DistributedContext, *, from_step: int
 
 
 def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
-    """Kernels that give the same bits twice, where there is a choice; TF32 where it is asked for.
+    """Select deterministic kernels, and TF32 if the precision is "tf32".
 
     Deterministic mode is strict: an operator without a deterministic kernel raises. With warn_only, attention would
-    take the backward kernels that add in any order.
+    use backward kernels that add in any order.
     """
     tf32 = precision == "tf32"
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -153,23 +159,23 @@ def choose_arithmetic(precision: str, *, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # It would fill every fresh tensor with NaN, which costs time and finds bugs that are not ours.
+        # Filling new tensors with NaN would only cost time.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The scope in which passes run: bf16 where that is the precision, otherwise without effect."""
+    """The autocast context of the passes: bf16 if that is the precision, disabled otherwise."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def rank_0_first(store: dist.Store, context: DistributedContext, what: str, make: Callable[[], object]) -> None:
-    """Let rank 0 make something that all ranks need, while the others wait for it.
+    """Call ``make`` on rank 0 while the other ranks wait.
 
     Args:
-        what: is made, in words; also the key in the store.
+        what: name of what is made, for errors; also the key in the store.
 
     Raises:
-        UserError: on the others, with rank 0's words, if it failed.
+        UserError: on the other ranks, with rank 0's message, if it failed there.
     """
     if context.rank == 0:
         answer = "ready"

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from cfmask.checkpoint import resume
 from cfmask.checkpoint.state import CheckpointState, Skips
-from cfmask.checkpoint.waits import insist_on_checkpoint, wait_for_checkpoint
+from cfmask.checkpoint.writer import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest

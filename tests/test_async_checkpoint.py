@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 import cfmask.runtime.jsonl
 import cfmask.train
 import made
+from cfmask.checkpoint import image as image_module
 from cfmask.checkpoint import resume
-from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint.image import FileImage
 from cfmask.checkpoint.state import CheckpointState, read_state
 from cfmask.checkpoint.writer import CheckpointNotWritten, CheckpointWriter, Keep
 from cfmask.errors import UserError
@@ -41,17 +42,17 @@ from towers import TINY
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
-def slow_down(monkeypatch, before_each_piece: Callable[[checkpoint._Image, int], None], piece: int = 2048) -> None:
+def slow_down(monkeypatch, before_each_piece: Callable[[FileImage, int], None], piece: int = 2048) -> None:
     """Call something before each piece of a file is written: it may wait, or raise."""
-    real = checkpoint._Image.pieces
+    real = FileImage.pieces
 
-    def pieces(image: checkpoint._Image) -> Iterator[bytes | memoryview]:
+    def pieces(image: FileImage) -> Iterator[bytes | memoryview]:
         for number, one in enumerate(real(image)):
             before_each_piece(image, number)
             yield one
 
-    monkeypatch.setattr(checkpoint, "_PIECE", piece)
-    monkeypatch.setattr(checkpoint._Image, "pieces", pieces)
+    monkeypatch.setattr(image_module, "_PIECE", piece)
+    monkeypatch.setattr(FileImage, "pieces", pieces)
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def gate(monkeypatch) -> Iterator[threading.Event]:
     """Nothing is written until it is set."""
     opened = threading.Event()
 
-    def wait(image: checkpoint._Image, number: int) -> None:
+    def wait(image: FileImage, number: int) -> None:
         assert opened.wait(240)
 
     slow_down(monkeypatch, wait)
@@ -211,7 +212,7 @@ def test_an_error_midway_is_said_at_once_and_forgotten_once_the_next_is_there(tm
     writer.start(state(1), model, optimizer)
     assert writer.wait() is None
 
-    def full(image: checkpoint._Image, number: int) -> None:
+    def full(image: FileImage, number: int) -> None:
         if number == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -236,7 +237,7 @@ def test_an_error_midway_is_said_at_once_and_forgotten_once_the_next_is_there(tm
 
 
 def test_a_defect_of_ours_is_no_matter_of_the_disk_and_is_raised(tmp_path, monkeypatch):
-    def defect(image: checkpoint._Image, number: int) -> None:
+    def defect(image: FileImage, number: int) -> None:
         raise ZeroDivisionError
 
     slow_down(monkeypatch, defect)
@@ -603,7 +604,7 @@ def test_curves_that_cannot_be_written_end_and_training_does_not(materials, tmp_
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", add_scalar)
     run = train(recipe_of(materials), tmp_path / "run")
     assert logged_steps(run) == list(range(1, 13))
-    assert capsys.readouterr().out.count("curves end here") == 1
+    assert capsys.readouterr().err.count("and end here") == 1
 
 
 # --- a killed run -----------------------------------------------------------------------------------------------------
@@ -614,7 +615,8 @@ from pathlib import Path
 
 repo, run, rank, attempt, slow = sys.argv[1:]
 sys.path.insert(0, repo)
-from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint import image as image_module
+from cfmask.checkpoint.image import FileImage
 from cfmask.checkpoint import resume
 from cfmask.checkpoint.state import State, read_state
 from cfmask.runtime.distributed import DistributedContext
@@ -622,15 +624,15 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.process import exit_without_finalization
 from cfmask.train import train
 
-real = checkpoint._Image.pieces
+real = FileImage.pieces
 
 def pieces(image):
     for piece in real(image):
         time.sleep(float(slow))
         yield piece
 
-checkpoint._PIECE = 2048
-checkpoint._Image.pieces = pieces
+image_module._PIECE = 2048
+FileImage.pieces = pieces
 run = RunFolder(Path(run))
 train(run.recipe(), run, DistributedContext(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
 exit_without_finalization(0)  # as ranks of a job do

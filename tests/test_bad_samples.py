@@ -109,7 +109,7 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint_and_men
     newest = max((run / "checkpoints").glob("step-*"))
     step = int(newest.name.removeprefix("step-"))
     assert json.loads((newest / "state.json").read_text())["consumed"]["bad_in_epoch"] >= 2
-    assert f"the run goes on from step {step}" in ends[0]
+    assert f"it continues from step {step}" in ends[0]
     assert audit.main([str(run)]) == 0
 
     for tar in (root / "whole/train").glob("*.tar"):

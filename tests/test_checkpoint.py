@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from cfmask.checkpoint import resume
 from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint.image import FileImage
 from cfmask.checkpoint.state import CheckpointState, Skips
 from cfmask.checkpoint.writer import CheckpointWriter, Keep, best_of, to_keep
 from cfmask.data.receipts import MODULUS, DataProgress
@@ -112,7 +113,7 @@ TENSORS = st.dictionaries(
 @given(TENSORS, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
 def test_any_tensors_and_metadata_make_a_file_that_safetensors_reads(tmp_path_factory, kinds, metadata):
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
-    image = checkpoint._Image(tensors, metadata)
+    image = FileImage(tensors, metadata)
     image.fill(tensors)
     path = tmp_path_factory.mktemp("image") / "file.safetensors"
     path.write_bytes(b"".join(image.pieces()))

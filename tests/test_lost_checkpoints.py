@@ -84,7 +84,7 @@ def test_what_is_lost_or_unreadable_ends_a_start_and_the_flag_begins_again(mater
     with pytest.raises(UserError, match="initial.safetensors is missing"):
         train(materials, run.root)
     (tmp_path / "initial").rename(run.initial)
-    with pytest.raises(UserError, match="has no whole checkpoint in .*--from-step-0"):
+    with pytest.raises(UserError, match="has no intact checkpoint in .*--from-step-0"):
         train(materials, run.root)
     assert records(run) == before and not run.checkpoints.exists()
 
@@ -123,7 +123,7 @@ def test_begun_again_at_step_0_beside_damaged_checkpoints_it_may_be_killed_befor
     run = train(materials, tmp_path / "run", stop_at=9)
     for path in run.checkpoints.glob("step-*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="has no whole checkpoint in .*--from-step-0"):
+    with pytest.raises(UserError, match="has no intact checkpoint in .*--from-step-0"):
         start_again(run)
 
     def killed():
@@ -148,7 +148,7 @@ def test_a_start_that_cannot_read_the_records_of_earlier_ones_says_so(materials,
     monkeypatch.setattr(cfmask.runtime.attempts, "read_lines", failing)
     with pytest.raises(UserError, match="attempts.jsonl cannot be read .Input/output error; tried for"):
         start_again(run)
-    assert "attempts.jsonl cannot be read (Input/output error): failed: StorageUnavailable" in capsys.readouterr().out
+    assert "attempts.jsonl cannot be read (Input/output error): failed: StorageUnavailable" in capsys.readouterr().err
     assert records(run) == before
 
 

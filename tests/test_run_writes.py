@@ -49,7 +49,7 @@ def test_a_start_that_cannot_be_recorded_goes_on_and_is_recorded_later(tmp_path,
         full_disk(patch, "attempts.jsonl", "ended.json")
         attempts = run.begin_attempt(job="1-1", from_step=7)
         run.end_attempt("stopped at step 9 (requeue)")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"{run.attempts} cannot be written (No space left on device)" in said
     assert "stopped at step 9 (requeue)" in said
     attempts.write()

@@ -81,7 +81,7 @@ def test_a_second_job_is_refused_and_told_by_whom_and_when_it_was_heard_of(run):
     holder = start_holder(run.root)
     with pytest.raises(UserError) as refusal, run.locked(patience_s=0.2):
         pass
-    said = rf"\(job 7-0, process {holder.pid} on {os.uname().nodename}; last heard of \d+ s ago\)"
+    said = rf"\(job 7-0, process {holder.pid} on {os.uname().nodename}; last heartbeat \d+ s ago\)"
     assert re.search(said, str(refusal.value))
     assert holder.communicate("")[0] == "left\n", "the holder has noticed nothing"
 
@@ -102,7 +102,7 @@ def test_a_killed_owner_on_this_machine_is_followed_at_once(run, capsys):
     with run.locked():
         assert run.owner().pid == os.getpid()
     assert time.monotonic() - before < 30
-    assert f"process {holder.pid} on {os.uname().nodename}, which does not run any more: taken over" in (
+    assert f"taken over from job 7-0, process {holder.pid} on {os.uname().nodename}, which has ended" in (
         capsys.readouterr().out
     )
     assert not process_runs(holder.pid)
@@ -115,7 +115,7 @@ def test_an_owner_elsewhere_that_is_silent_is_followed_after_the_limit(run, caps
     before = time.monotonic()
     with run.locked(dead_after_s=1.5, patience_s=0):
         assert time.monotonic() - before > 1, "it may be alive: it is waited for"
-    assert "job 12-0, process 4711 on n17, which was not heard of for" in capsys.readouterr().out
+    assert "taken over from job 12-0, process 4711 on n17, which has had no heartbeat for" in capsys.readouterr().out
 
 
 def test_the_age_that_people_are_told_is_by_the_clock_of_the_file_system(run, monkeypatch):
@@ -165,7 +165,7 @@ def test_a_later_process_with_the_owners_number_is_not_the_owner(run, capsys):
     owner_file(run).rename(run.root / ".owner" / here)
     with run.locked(patience_s=0):
         pass
-    assert "does not run any more: taken over" in capsys.readouterr().out
+    assert "which has ended" in capsys.readouterr().out
 
 
 def test_a_file_system_that_is_away_does_not_end_the_holder(run):
@@ -198,7 +198,7 @@ def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
         assert holder.wait(timeout=300) == 1
         assert run.owner().pid == os.getpid()
     said = holder.stdout.read()
-    assert f"has gone to process {os.getpid()} on" in said and "left" not in said
+    assert f"taken over by process {os.getpid()} on" in said and "left" not in said
 
 
 def _contend(root: Path, ready, done, won) -> None:

@@ -80,7 +80,7 @@ def test_the_pointer_is_found_from_anywhere_and_belongs_to_the_folder_of_checkpo
     assert find_model(run.root) == run.checkpoints / "step-00000020" / MODEL, "a backup is no checkpoint"
     assert origin_of(run.checkpoints / "step-00000020" / MODEL).chosen == "last"
     (run.root / "archive").mkdir()
-    with pytest.raises(UserError, match="archive/best.json does not lie in the folder checkpoints of a run"):
+    with pytest.raises(UserError, match="archive/best.json is not in the folder checkpoints of a run"):
         find_model(run.root / "archive/best.json")
 
 

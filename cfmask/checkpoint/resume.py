@@ -1,14 +1,12 @@
 """Which checkpoint a start of a run resumes from, and what is restored from it.
 
-An I/O error is waited out, then ends the start: what cannot be read now is not lost. A checkpoint that was read and is
-not what was written is passed over for the one before it. A run that has had a checkpoint, or has taken steps that one
-must have been made of, does not begin again at step 0 unless it is told to (``RunFolder.allow_step_0``).
+I/O errors are retried, then end the start: data that cannot be read now is not lost. A checkpoint that was read and
+differs from what was written is passed over for the one before it.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from cfmask.checkpoint.state import (
     OPTIMIZER,
     Checkpoint,
     CheckpointDamaged,
-    check_missing,
     list_checkpoints,
+    read_member,
     read_state,
 )
 from cfmask.errors import UserError
@@ -31,18 +29,16 @@ from cfmask.runtime.files import sha256_of
 from cfmask.runtime.patience import patiently
 from cfmask.runtime.tensor_files import read_tensors
 
-logger = logging.getLogger(__name__)
-
 
 def latest(folder: Path, report: Callable[[str], object] = print) -> Checkpoint | None:
-    """The newest checkpoint that is whole: state.json is intact and every other file has the sha256 that it gives.
+    """The newest intact checkpoint: all of its files have the sha256 that was written.
 
     Args:
         folder: RUN/checkpoints.
-        report: called with a sentence for each damaged one that is passed over.
+        report: called with a sentence about each damaged checkpoint that is passed over.
 
     Raises:
-        StorageUnavailable: something could not be read. No checkpoint is passed over for that.
+        StorageUnavailable: a file could not be read. No checkpoint is passed over for that.
     """
     for path in patiently(lambda: list_checkpoints(folder), str(folder)):
         try:
@@ -53,41 +49,33 @@ def latest(folder: Path, report: Callable[[str], object] = print) -> Checkpoint 
 
 
 def verified(path: Path) -> Checkpoint:
-    """A checkpoint, all of whose files have been read and are what was written.
+    """Read all files of a checkpoint and compare their sha256.
 
     Raises:
-        CheckpointDamaged: one of them is not.
-        StorageUnavailable: one of them could not be read.
+        CheckpointDamaged: a file differs from what was written.
+        StorageUnavailable: a file could not be read.
     """
     checkpoint = read_state(path)
     for name, digest in checkpoint.sha256.items():
-        if patiently(functools.partial(_member_sha256, path, name), str(path / name)) != digest:
+        if patiently(functools.partial(read_member, path, name, sha256_of), str(path / name)) != digest:
             raise CheckpointDamaged.of(path, f"{name} is not what was written")
     return checkpoint
 
 
-def _member_sha256(path: Path, name: str) -> str:
-    try:
-        return sha256_of(path / name)
-    except FileNotFoundError:
-        check_missing(path, name)
-        raise
-
-
 def restore_weights(checkpoint: Checkpoint, model: Classifier) -> None:
-    """Put a checkpoint's weights into a model, bit for bit.
+    """Load a checkpoint's weights into a model, bitwise identical.
 
     Raises:
-        CheckpointDamaged, StorageUnavailable: as ``verified``.
+        CheckpointDamaged, StorageUnavailable: see ``verified``.
     """
     model.load_state_dict(_tensors(checkpoint, MODEL))
 
 
 def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments into the AdamW of the phase that it was made in, bit for bit.
+    """Load a checkpoint's moments into the AdamW of the phase in which it was written, bitwise identical.
 
     Raises:
-        CheckpointDamaged, StorageUnavailable: as ``verified``.
+        CheckpointDamaged, StorageUnavailable: see ``verified``.
     """
     device = next(model.parameters()).device
     moments = _tensors(checkpoint, OPTIMIZER)
@@ -99,7 +87,7 @@ def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torc
 
 
 def _tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
-    """A file's tensors on the CPU, read by this rank and compared with what rank 0 has verified."""
+    """A file's tensors, on the CPU. Each rank compares what it has read with the sha256 that rank 0 has verified."""
     path = checkpoint.path / name
     try:
         tensors, digest = patiently(lambda: read_tensors(path), str(path))

@@ -1,38 +1,26 @@
-"""Writing checkpoints: copied while training stands still, written aside, hashed and renamed while it goes on.
-``resume.py`` reads them.
-
-    checkpoints/
-      step-00012345/
-        model.safetensors       a model file: any tool takes it
-        optimizer.safetensors   exp_avg.<parameter>, exp_avg_sq.<parameter> of the parameters in training
-        state.json              what the run knows beside these, and their sha256 (checkpoint_state.py); written last
-      best.json                 step, set and top1 of the epoch's end that is best on the held-out set
-      .step-00012399.4711       one that is being written, or that goes: renamed when it is whole, before it is removed
-
-No random state is kept: order, masks and donors are functions of (seed, epoch, step, lane).
-"""
+"""Writing checkpoints beside training: weights and moments are copied while training waits; a thread writes and hashes
+the copies and renames the folder."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
 import shutil
-import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.checkpoint.best import POINTER
+from cfmask.checkpoint.image import FileImage, write_hashed
 from cfmask.checkpoint.state import (
     MODEL,
     OPTIMIZER,
@@ -49,27 +37,28 @@ from cfmask.errors import UserError
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
-from cfmask.pinned import pinned_bytes
 from cfmask.runtime.files import sync, write_atomically
+from cfmask.runtime.heartbeat import CHECKPOINT, beat
 from cfmask.runtime.jsonl import JsonLines, read_object
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.rendezvous import COLLECTIVE_TIMEOUT
 
 logger = logging.getLogger(__name__)
 
-# Written and hashed in pieces, during which other threads run.
-_PIECE = 1 << 22
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+_MARGIN_S = 10.0
+"""Left of the time that a launcher grants after a stop request: for reporting and requeueing."""
+_LONGEST_RETRY_S = 600.0
+"""How long writing a checkpoint is retried before a stop if there is no deadline."""
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay. last: so many of the latest. epoch_steps: and every multiple of it, the epochs' ends.
-    best_on: and the one with the best top-1 on this set."""
+    """Which checkpoints are kept.
+
+    last: number of the latest ones.
+    epoch_steps: those at multiples of this step as well, the ends of epochs.
+    best_on: and the one with the best top-1 on this set.
+    """
 
     last: int
     epoch_steps: int | None = None
@@ -80,23 +69,18 @@ class CheckpointNotWritten(UserError):
     """A checkpoint could not be written; earlier ones are intact."""
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
-
-
 class CheckpointWriter:
-    """Writes the checkpoints of a run beside its training, one at a time.
+    """Writes the checkpoints of a run, one at a time. Exists on rank 0, which holds the lock of the run folder.
 
-    ``start`` costs training a copy of weights and moments; a thread writes what was copied. A checkpoint that cannot be
-    written is a warning; that the latest one is not there, ``wait`` tells. Leaving it as a context manager waits.
-
-    One process has it: the one that holds the run folder's lock. What a killed one has left is removed here.
+    A checkpoint that cannot be written is logged as a warning; ``wait`` returns the error. Leaving the context manager
+    waits. Folders that a killed writer has left are removed at the start.
 
     Args:
-        resumed: the checkpoint that training goes on from. Any beyond it was passed over as torn: it counts as none,
-            and goes when training has come to its step.
-        minutes: after so many without a checkpoint ``overdue`` tells; 0: never.
-        record: where the step of every checkpoint is noted when it is whole, outside of ``folder``: a folder that is
-            gone must not look like a run that has not begun.
+        resumed: the checkpoint that training resumes from. Later ones are damaged: they do not count, and are replaced
+            or removed when training reaches their step.
+        minutes: ``overdue`` is true if the latest checkpoint is older than this; 0: never.
+        record: file outside of ``folder`` to which the step of each complete checkpoint is appended. If the folder is
+            lost, the run must not look as if it had never had a checkpoint.
     """
 
     def __init__(
@@ -114,14 +98,14 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._state: CheckpointState | None = None
-        self._images: dict[str, _Image] = {}
+        self._images: dict[str, FileImage] = {}
         self._updates = torch.zeros(())
         self._begun = time.monotonic()
         _remove_leftovers(folder)
-        self._whole = _top1_of_intact(folder, resumed.step) if resumed is not None else {}
+        self._intact = _top1_of_intact(folder, resumed.step) if resumed is not None else {}
         if resumed is not None:
             self._warn_of_lost_best(resumed.step)
-        self._point_at_best()
+        self._write_pointer()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -130,23 +114,21 @@ class CheckpointWriter:
         self.wait()
 
     def reserve(self, model: Classifier) -> None:
-        """Take the memory for checkpoints of a phase, once it is clear what is trained. It takes a while, which
-        ``start`` is to be spared."""
+        """Allocate the memory for checkpoints of a phase. Called once it is known which parameters are trained, because
+        it takes too long for ``start``."""
         moments = {f"{moment}.{name}": parameter for name, parameter in trained_parameters(model) for moment in MOMENTS}
         self._images = {
-            MODEL: _Image(model.state_dict(), self._info.to_metadata()),
-            OPTIMIZER: _Image(moments, {}),
+            MODEL: FileImage(model.state_dict(), self._info.to_metadata()),
+            OPTIMIZER: FileImage(moments, {}),
         }
         self._updates = torch.zeros((), pin_memory=next(model.parameters()).is_cuda)
 
     @torch.no_grad()
     def start(self, state: CheckpointState, model: Classifier, optimizer: torch.optim.Optimizer) -> None:
-        """Begin the checkpoint of ``state.step``; the model may be changed as soon as this returns.
+        """Begin the checkpoint of ``state.step``. The model may be changed as soon as this returns.
 
-        Waits for the one before it, if that is still being written: memory for one is all there is. On a GPU nothing
-        else is waited for, not even by the host for the copies: they are queued on the current stream, behind the steps
-        that were taken and before those that follow, which cannot overwrite what is copied. There they take their
-        bytes' time on the link to the host.
+        Waits for the previous checkpoint, because there is memory for only one. On a GPU the host does not wait for the
+        copies: they are queued on the current stream, between the steps taken and those that follow.
         """
         self.wait()
         self._failure = None
@@ -160,17 +142,16 @@ class CheckpointWriter:
             copied = torch.cuda.Event(blocking=True)
             copied.record()
         self._state = state
-        self._begin_write(copied)
+        self._start_thread(copied)
 
     def retry(self) -> None:
-        """Begin once more the latest checkpoint, which was not written: what was copied for it is still in memory."""
-        assert self._state is not None
+        """Begin the latest checkpoint again, which could not be written: its copies are still in memory."""
         self.wait()
         self._failure = None
-        self._begin_write(None)
+        self._start_thread(None)
 
-    def _begin_write(self, copied: torch.cuda.Event | None) -> None:
-        """copied: is waited for before what was copied is read."""
+    def _start_thread(self, copied: torch.cuda.Event | None) -> None:
+        """copied: the event that completes the copies."""
         assert self._state is not None
         self._thread = threading.Thread(
             target=self._write,
@@ -181,19 +162,19 @@ class CheckpointWriter:
 
     @property
     def writing(self) -> bool:
-        """Whether one is under way."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def overdue(self) -> bool:
-        """Whether the latest checkpoint was begun more than ``minutes`` ago, and is not being written still."""
+        """Whether the latest checkpoint was begun more than ``minutes`` ago, and none is being written."""
         return 0 < self._minutes < (time.monotonic() - self._begun) / 60 and not self.writing
 
     def wait(self) -> CheckpointNotWritten | None:
-        """Until nothing is under way.
+        """Wait until no checkpoint is being written.
 
         Returns:
-            Why the latest checkpoint is not there; None if it is.
+            Why the latest checkpoint could not be written; None if it was.
         """
         if self._thread is not None:
             self._thread.join()
@@ -202,10 +183,10 @@ class CheckpointWriter:
             raise self._failure
         return self._failure
 
-    # What follows is done by the thread.
+    # The methods below run in the thread.
 
     def _write(
-        self, state: CheckpointState, updates: Tensor, images: dict[str, _Image], copied: torch.cuda.Event | None
+        self, state: CheckpointState, updates: Tensor, images: dict[str, FileImage], copied: torch.cuda.Event | None
     ) -> None:
         try:
             if copied is not None:
@@ -214,34 +195,34 @@ class CheckpointWriter:
             if self._record is not None:
                 self._record.add({"step": state.step})
                 self._record.write()
-            self._whole[state.step] = state.top1
-            self._point_at_best()
+            self._intact[state.step] = state.top1
+            self._write_pointer()
             self._remove_old(state.step)
         except OSError as error:
             self._failure = CheckpointNotWritten(
                 f"The checkpoint of step {state.step} could not be written to {self._folder}: "
                 f"{error.strerror or error}. Earlier checkpoints are intact. Free some space (a checkpoint takes "
-                f"{_size(images) / 1e9:.2g} GB); any but the latest may go."
+                f"{_size(images) / 1e9:.2g} GB); all but the latest checkpoint may be deleted."
             )
             self._failure.__cause__ = error
             logger.warning(f"{self._failure}")
-        except Exception as error:  # a defect: raised where somebody waits
+        except Exception as error:  # a defect: raised by ``wait``
             self._failure = error
 
-    def _commit(self, state: CheckpointState, updates: int, images: dict[str, _Image]) -> None:
+    def _commit(self, state: CheckpointState, updates: int, images: dict[str, FileImage]) -> None:
         final = self._folder / f"step-{state.step:08d}"
         aside = self._folder / f".{final.name}.{os.getpid()}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(self._folder)  # of one before, which an error did not let go
+            _remove_leftovers(self._folder)  # of an earlier checkpoint that failed
             aside.mkdir()
-            # Not begun if it cannot end: a disk that is full to the last byte would cost others a line of their logs.
+            # A disk that is full to the last byte would cost other files of the run their latest lines.
             if 0 < shutil.disk_usage(self._folder).free < _size(images):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            sha256 = {name: _write_hashed(aside / name, image.pieces()) for name, image in images.items()}
-            _write_hashed(aside / STATE, [encode(state, updates, sha256)])
+            sha256 = {name: write_hashed(aside / name, image.pieces()) for name, image in images.items()}
+            write_hashed(aside / STATE, [encode(state, updates, sha256)])
             sync(aside)
-            if final.exists():  # a torn one that a resume has passed over
+            if final.exists():  # damaged: the resume has passed it over
                 remove_checkpoint(final)
             os.replace(aside, final)
             sync(self._folder)
@@ -250,19 +231,19 @@ class CheckpointWriter:
             raise
 
     def _warn_of_lost_best(self, resumed_step: int) -> None:
-        """Say so if the best checkpoint of the steps up to the resumed one is gone: best.json will name another."""
-        was = read_object(self._folder / POINTER) or {}
-        step = was.get("step")
-        if isinstance(step, int) and step <= resumed_step and step not in self._whole:
+        """Warn if the best checkpoint up to the resumed step is lost: best.json will name another one."""
+        pointer = read_object(self._folder / POINTER) or {}
+        step = pointer.get("step")
+        if isinstance(step, int) and step <= resumed_step and step not in self._intact:
             logger.warning(
-                f"the checkpoint of step {step}, the best on {was.get('set')} with {was.get('top1')} %, is "
+                f"the checkpoint of step {step}, the best on {pointer.get('set')} with {pointer.get('top1')} %, is "
                 "gone or damaged. The run's log still names it: evaluating the run's best checkpoint is refused unless "
                 "a later one is better."
             )
 
-    def _point_at_best(self) -> None:
-        """Write best.json, if it does not say so already."""
-        best = best_of(self._whole, self._keep.best_on)
+    def _write_pointer(self) -> None:
+        """Write best.json if it has changed."""
+        best = best_of(self._intact, self._keep.best_on)
         if best is None:
             return
         pointer = self._folder / POINTER
@@ -274,105 +255,83 @@ class CheckpointWriter:
             logger.warning(f"{pointer} cannot be written ({error.strerror}); the next checkpoint tries again")
 
     def _remove_old(self, newest: int) -> None:
-        """Of those before ``newest``, which is whole, remove what is not to stay: never it, nor any beyond it."""
-        best = best_of(self._whole, self._keep.best_on)
-        stay = to_keep(self._whole, self._keep, best[0] if best else None)
-        with contextlib.suppress(OSError):  # tried again after the next one
+        """Remove checkpoints before ``newest`` that are not to be kept."""
+        best = best_of(self._intact, self._keep.best_on)
+        kept = to_keep(self._intact, self._keep, best[0] if best else None)
+        with contextlib.suppress(OSError):  # the next checkpoint tries again
             for path in list_checkpoints(self._folder):
                 step = step_of(path)
-                if step < newest and step not in stay:
+                if step < newest and step not in kept:
                     remove_checkpoint(path)
-                    self._whole.pop(step, None)
+                    self._intact.pop(step, None)
+
+
+def wait_for_checkpoint(writer: CheckpointWriter | None) -> CheckpointNotWritten | None:
+    """Wait on all ranks until the current checkpoint is complete. No rank may end or request a requeue earlier, because
+    a launcher may end the job with its first rank.
+
+    Args:
+        writer: on rank 0; None on the others.
+
+    Returns:
+        On every rank: why the latest checkpoint could not be written; None if it was.
+    """
+    beat(CHECKPOINT)
+    outcome = [writer.wait() if writer is not None else None]
+    dist.broadcast_object_list(outcome)
+    return outcome[0]
+
+
+def insist_on_checkpoint(
+    writer: CheckpointWriter | None, seconds_left: Callable[[], float]
+) -> CheckpointNotWritten | None:
+    """``wait_for_checkpoint``, with retries while there is time: a full quota or a restarting file server often
+    recovers within seconds.
+
+    Args:
+        seconds_left: until the deadline; called on rank 0 if the first try has failed.
+    """
+    beat(CHECKPOINT)
+    if writer is not None and writer.wait() is not None:
+        # The other ranks wait in a collective meanwhile.
+        longest_s = min(_LONGEST_RETRY_S, COLLECTIVE_TIMEOUT.total_seconds() / 2)
+        give_up_at = time.monotonic() + min(longest_s, seconds_left() - _MARGIN_S)
+        pause_s = 1.0
+        while writer.wait() is not None and time.monotonic() + pause_s < give_up_at:
+            time.sleep(pause_s)
+            pause_s = min(10.0, 2 * pause_s)
+            logger.info("trying again to write the checkpoint")
+            writer.retry()
+    return wait_for_checkpoint(writer)
 
 
 def to_keep(steps: Iterable[int], keep: Keep, best: int | None) -> set[int]:
-    """Of these checkpoints, the steps of those that stay."""
+    """The steps of those checkpoints that are kept."""
     newest_first = sorted(steps, reverse=True)
-    epochs_ends = {step for step in newest_first if keep.epoch_steps and step % keep.epoch_steps == 0}
-    return {*newest_first[: keep.last], *epochs_ends, *([] if best is None else [best])}
+    epoch_ends = {step for step in newest_first if keep.epoch_steps and step % keep.epoch_steps == 0}
+    return {*newest_first[: keep.last], *epoch_ends, *([] if best is None else [best])}
 
 
 def best_of(top1: Mapping[int, Mapping[str, float]], name: str | None) -> tuple[int, float] | None:
-    """Step and top-1 of the checkpoint that is best on a set, the first of equals; None where none was evaluated on it.
+    """Step and top-1 of the checkpoint that is best on a set, the first one among equals; None if none was evaluated.
 
     Args:
-        top1: of each step, by set.
+        top1: by step and set.
     """
-    scored = [(step, of[name]) for step, of in sorted(top1.items()) if name is not None and name in of]
+    scored = [(step, scores[name]) for step, scores in sorted(top1.items()) if name is not None and name in scores]
     return max(scored, key=lambda pair: pair[1], default=None)
 
 
-class _Image:
-    """A safetensors file in memory: what is copied into its tensors is what will be written.
-
-    The same tensors and metadata make the same bytes, which safetensors' own writer does not promise.
-
-    Args:
-        like: names, shapes, types and device of what will be copied. For a GPU's the memory is page-locked, so that
-            ``fill`` does not wait.
-    """
-
-    def __init__(self, like: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-        end = 0
-        for name in sorted(like, key=lambda name: (-like[name].element_size(), name)):  # so all are aligned
-            tensor = like[name]
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            header[name] = {
-                "dtype": _SAFETENSORS_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        self._header = struct.pack("<Q", len(text)) + text
-        pinned = any(tensor.is_cuda for tensor in like.values())
-        # Zeroed, so that the memory is there before it is needed: torch.zeros would leave that to the first copy.
-        self._data = pinned_bytes(end) if pinned else torch.empty(end, dtype=torch.uint8).zero_()
-        self._tensors = {
-            name: self._data[slice(*header[name]["data_offsets"])].view(tensor.dtype).view(tensor.shape)
-            for name, tensor in like.items()
-        }
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return len(self._header) + len(self._data)
-
-    def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy tensors in. Copies from a GPU are queued on the current stream and not waited for."""
-        for name, there in self._tensors.items():
-            there.copy_(tensors[name], non_blocking=True)
-
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """The file, from its beginning to its end."""
-        yield self._header
-        data = self._data.numpy().data
-        for begin in range(0, len(data), _PIECE):
-            yield data[begin : begin + _PIECE]
-
-
-def _size(images: Mapping[str, _Image]) -> int:
-    return sum(image.size for image in images.values())
-
-
-def _write_hashed(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
-    """Write a file to the disk; returns the sha256 of what was meant to be written."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
-            digest.update(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
 def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; killed meanwhile, none is left that looks like one. Raises OSError."""
+    """Remove a checkpoint. It is renamed first, so that a kill leaves nothing that looks like a checkpoint. Raises
+    OSError."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.old")
     os.replace(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _size(images: Mapping[str, FileImage]) -> int:
+    return sum(image.size for image in images.values())
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -394,7 +353,7 @@ def _top1_of_intact(folder: Path, last: int) -> dict[int, Mapping[str, float]]:
     """Top-1 of the checkpoints up to a step whose state.json is intact.
 
     Raises:
-        StorageUnavailable: one cannot be read. It would be removed later as one that does not count.
+        StorageUnavailable: a state.json cannot be read. Counting it as damaged would let it be removed later.
     """
     intact = {}
     for path in patiently(lambda: list_checkpoints(folder), str(folder)):

@@ -1,31 +1,27 @@
-"""Safetensors files: written with the usual permissions, replaced atomically, and read with their digest."""
+"""Safetensors files: written with ordinary permissions, replaced atomically, and read together with their digest."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import math
 import os
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfmask.runtime.files import blocks_of, sync
-from cfmask.runtime.machine import aside_of
+from cfmask.runtime.files import blocks_of, read_bytes, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 1 << 22
-# It can be read only by setting it: once, before there are threads.
+# The umask can be read only by setting it: once, before there are threads.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file with the permissions that any other new file would have: safetensors alone would make it
-    unreadable to the rest of the lab."""
+    """Write a safetensors file with the permissions of any other new file. safetensors alone would make it unreadable
+    for other users."""
     from safetensors.torch import save_file
 
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
@@ -33,33 +29,47 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def replace_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """``save_tensors`` aside first, fsynced, then renamed: a reader finds a whole file, or what was there before, also
-    after a power cut.
+    """``save_tensors``, atomically (``files.replacing``).
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     from safetensors import SafetensorError
 
-    aside = aside_of(path)
+    with replacing(path) as aside:
+        try:
+            save_tensors(aside, tensors, metadata)
+        except SafetensorError as error:  # raised if the disk is full
+            raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a safetensors file, on the CPU, and the sha256 of the bytes that they were made from.
+
+    The file is read and not mapped: a read error is an exception, whereas a page of a mapped file that cannot be read
+    kills the process.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not a safetensors file, or is truncated.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = read_bytes(path)
     try:
-        save_tensors(aside, tensors, metadata)
-        sync(aside)
-        os.replace(aside, path)
-    except SafetensorError as error:  # its way to say that the disk is full
-        raise OSError(errno.EIO, str(error), str(path)) from error
-    finally:
-        aside.unlink(missing_ok=True)
-    sync(path.parent)
+        return load(data), hashlib.sha256(data).hexdigest()
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
 
 
 def digest_of_tensors(path: Path) -> str:
-    """sha256 of what is in a safetensors file. Unlike the file's own, it is the same in whatever order safetensors has
-    written the metadata, which differs from process to process.
+    """sha256 of the contents of a safetensors file. Unlike the sha256 of the file, it does not depend on the order of
+    the metadata, in which safetensors differs from process to process.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no safetensors file.
+        OSError: the file cannot be read.
+        ValueError: it is not a safetensors file.
     """
     blocks = blocks_of(path)
     begin = bytearray(next(blocks, b""))
@@ -71,63 +81,3 @@ def digest_of_tensors(path: Path) -> str:
     for block in blocks:
         digest.update(block)
     return digest.hexdigest()
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a safetensors file, on the CPU, and the sha256 of the bytes that they were made of.
-
-    The file is read and not mapped: a read that fails is an error, while a page of a mapped file that cannot be read
-    ends the process.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no safetensors file whose tensors lie one behind the other, or a torn one.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        size = os.fstat(descriptor).st_size
-
-        def fill(buffer: memoryview) -> None:
-            for begin in range(0, len(buffer), _BLOCK):
-                piece = buffer[begin : begin + _BLOCK]
-                done = 0
-                while done < len(piece):
-                    got = os.readv(descriptor, [piece[done:]])
-                    if not got:
-                        raise ValueError("it ends too early")
-                    done += got
-                digest.update(piece)
-
-        prefix = bytearray(8)
-        fill(memoryview(prefix))
-        [length] = struct.unpack("<Q", prefix)
-        if length > size - 8:
-            raise ValueError(f"its header would have {length} bytes")
-        text = bytearray(length)
-        fill(memoryview(text))
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        tensors, position = {}, 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            begin, end = entry["data_offsets"]
-            dtype = _DTYPES_OF_SAFETENSORS[entry["dtype"]]
-            bytes_of_one = getattr(torch, dtype).itemsize
-            if begin != position or end - begin != math.prod(entry["shape"]) * bytes_of_one or end > size - 8 - length:
-                raise ValueError(f"its header gives {name} the bytes {begin} to {end}")
-            tensor = torch.empty(entry["shape"], dtype=getattr(torch, dtype))
-            if end > begin:
-                fill(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            tensors[name], position = tensor, end
-        if position != size - 8 - length:
-            raise ValueError("there are bytes behind its tensors")
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # a header that is none
-        raise ValueError(f"its header cannot be read ({error!r})") from None
-    finally:
-        os.close(descriptor)
-    return tensors, digest.hexdigest()
-
-
-_DTYPES_OF_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64"}
