@@ -1,4 +1,4 @@
-"""Ranks that have read different things refuse to compute, on all of them, and say who differs."""
+"""If ranks have read different data, all of them refuse to train and name the rank that differs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ except UserError as error:
 
 
 @pytest.mark.parametrize("recipes", [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b")])
-def test_ranks_compare_what_they_have_read(tmp_path, recipes):
+def test_ranks_that_differ_are_refused(tmp_path, recipes):
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(made.REPO), str(tmp_path / "store"), str(rank), recipe],

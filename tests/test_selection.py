@@ -103,7 +103,7 @@ def test_a_score_that_the_log_lacks_is_taken_from_the_checkpoint(tmp_path):
 def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_second_best(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
     (run.checkpoints / "step-00000020").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"step-00000020, is gone.*best on holdout \(80.00 %\).*--checkpoint last"):
+    with pytest.raises(UserError, match=r"step-00000020, is missing.*best on holdout \(80.00 %\).*--checkpoint last"):
         run.best()
 
 

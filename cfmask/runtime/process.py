@@ -11,8 +11,6 @@ import time
 from collections.abc import Collection
 from typing import NoReturn
 
-import psutil
-
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 """Signals that a scheduler or a terminal sends to every process of a job; one process handles them."""
 
@@ -62,6 +60,8 @@ def kill_children(within_s: float = 5.0, *, but: Collection[int] = ()) -> None:
         within_s: after this time, children that hang in the kernel are given up.
         but: pids of children that are spared.
     """
+    import psutil  # here, because the workers of ``pool`` need no package
+
     deadline = time.monotonic() + within_s
     this = psutil.Process()
     while (children := [each for each in this.children() if each.pid not in but]) and time.monotonic() < deadline:
