@@ -136,11 +136,11 @@ def too_many_skipped_steps(
 
 
 def too_many_bad_samples(
-    consumed: DataProgress, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
+    progress: DataProgress, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
 ) -> UserError:
     """The error of a run with a checkpoint of ``step`` if more than ``limit`` samples of an epoch are bad."""
     return UserError(
-        f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the {limit} that "
+        f"{progress.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the {limit} that "
         f"--max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists them with the reasons. Repair "
         f"the set ({manifest.root}) and resume the run; it continues from step {step}."
     )

@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cfmask.runtime.files import write_atomically
 from launch.jobs.allocation import Allocation
 from launch.jobs.chain import VARIABLE as CHAIN
 from launch.jobs.restarts import batch_script_end
@@ -158,17 +159,8 @@ def write_environment(allocation: Allocation, jobs: Path) -> None:
     """The file that the batch script takes [environment] from; only its owner can read it."""
     if not allocation.environment:
         return
-    path = jobs / ENVIRONMENT
-    aside = path.with_name(f".{ENVIRONMENT}.{os.getpid()}")
     lines = [f"export {name}={_in_shell(value)}\n" for name, value in allocation.environment.items()]
-    try:
-        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_atomically(jobs / ENVIRONMENT, "".join(lines), private=True)
 
 
 def rank_command(python: str, code: str) -> str:
