@@ -39,14 +39,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.run_state import find_runs, look_at  # noqa: E402
-from launch.jobs.run_status import status_of  # noqa: E402
-from launch.jobs.status_table import attempts_table, table  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runs import RunFolder
+    from cfmask.runtime.command import exits_cleanly
+    from launch.jobs.run_state import find_runs, look_at
+    from launch.jobs.run_status import status_of
+    from launch.jobs.status_table import attempts_table, table
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.server
 import json
 import os
@@ -22,14 +23,12 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
-
-sys.path.insert(0, str(REPO / "tools"))
-import _bootstrap  # noqa: E402
+from tools import environment
 
 SCRIPT = """
 import sys
-import _bootstrap
-_bootstrap.ensure()
+import environment
+environment.ensure()
 import {module}
 print(sys.prefix, sys.version_info[1], sys.argv[1:], {module}.__name__)
 sys.exit(7)
@@ -72,12 +71,12 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Clone:
-    """A repository with the real tools/_bootstrap.py, a requirement file, and a script that needs what is in it."""
+    """A repository with the real tools/environment.py, a requirement file, and a script that needs what is in it."""
 
     def __init__(self, root: Path, wheels: Path, requirement: str = "tiny", venv: Path | None = None) -> None:
         self.root, self.venv = root, venv or root / ".venv"
         (root / "tools").mkdir(parents=True)
-        shutil.copy(REPO / "tools" / "_bootstrap.py", root / "tools")
+        shutil.copy(REPO / "tools" / "environment.py", root / "tools")
         (root / "requirements.txt").write_text(requirement + "\n")
         (root / "tools" / "script.py").write_text(SCRIPT.format(module=requirement or "json"))
         # This machine's own package sources are left out of it.
@@ -92,7 +91,7 @@ class Clone:
 
     def start(self, *arguments: str, python: str = "") -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [python or _bootstrap._base_python(), "tools/script.py", *arguments],
+            [python or environment.base_python(), "tools/script.py", *arguments],
             cwd=self.root,
             env=self.env,
             stdout=subprocess.PIPE,
@@ -124,7 +123,7 @@ def sentence(err: str) -> str:
     return errors[0]
 
 
-@pytest.mark.parametrize("python", [_bootstrap._base_python(), *other_pythons(10)])
+@pytest.mark.parametrize("python", [environment.base_python(), *other_pythons(10)])
 def test_the_first_run_makes_the_environment_and_goes_on_in_it(tmp_path: Path, wheels: Path, python: str) -> None:
     clone = Clone(tmp_path / "a clone", wheels)
     code, out, err = clone.run("--flag", "two words", "", python=python)
@@ -244,12 +243,12 @@ def test_an_install_killed_while_downloading_goes_on_without_starting_over(tmp_p
         assert not clone.stamp()["changing"] and not clone.stamp()["installed"]
         (clone.venv / "kept").touch()
         code, _out, err = clone.run()
-    assert code == 7 and "half made" not in err and (clone.venv / "kept").exists()
+    assert code == 7 and "again" not in err and (clone.venv / "kept").exists()
 
 
 def test_an_environment_made_by_hand_is_accepted_and_kept(tmp_path: Path, wheels: Path) -> None:
     venv = tmp_path / "mine"
-    subprocess.run([_bootstrap._base_python(), "-m", "venv", str(venv)], check=True)
+    subprocess.run([environment.base_python(), "-m", "venv", str(venv)], check=True)
     (venv / "mine.txt").touch()
     clone = Clone(tmp_path / "clone", wheels, venv=venv)
     assert clone.run()[0] == 7
@@ -288,9 +287,9 @@ def test_a_python_without_venv_gets_one_sentence(tmp_path: Path, wheels: Path, m
 
 
 def test_too_little_disk_is_said_before_anything_is_installed(tmp_path: Path, wheels: Path) -> None:
-    with pytest.raises(_bootstrap.SetupError, match="GB of disk"):
-        _bootstrap.check_disk(tmp_path / "not" / "there" / "yet", 10**18)
-    _bootstrap.check_disk(tmp_path, 1)
+    with pytest.raises(environment.SetupError, match="GB of disk"):
+        environment.check_disk(tmp_path / "not" / "there" / "yet", 10**18)
+    environment.check_disk(tmp_path, 1)
 
     # For real: a file system of 100 MB in a mount namespace, gone with the process.
     small = tmp_path / "small"
@@ -301,7 +300,7 @@ def test_too_little_disk_is_said_before_anything_is_installed(tmp_path: Path, wh
         pytest.skip("mounting a small file system is not allowed here")
     clone = Clone(tmp_path / "clone", wheels, "torch", venv=small / "venv")
     done = subprocess.run(
-        [*mount, str(small), _bootstrap._base_python(), "tools/script.py"],
+        [*mount, str(small), environment.base_python(), "tools/script.py"],
         cwd=clone.root,
         env=clone.env,
         capture_output=True,
@@ -340,8 +339,8 @@ def test_what_pip_cannot_install_is_told_with_pips_last_lines(tmp_path: Path, wh
 
 
 def test_an_old_python_gets_one_sentence() -> None:
-    assert _bootstrap.python_problem((3, 10, 0)) == "" == _bootstrap.python_problem((4, 0))
-    assert "3.10 or newer, and this is 3.9.18" in _bootstrap.python_problem((3, 9, 18))
+    assert environment.python_problem((3, 10, 0)) == "" == environment.python_problem((4, 0))
+    assert "3.10 or newer, and this is 3.9.18" in environment.python_problem((3, 9, 18))
     for python in other_pythons(6, 7, 8, 9):
         done = subprocess.run([python, "tools/test.py"], cwd=REPO, capture_output=True, text=True)
         assert done.returncode == 2 and "needs Python 3.10" in sentence(done.stderr), python
@@ -350,11 +349,11 @@ def test_an_old_python_gets_one_sentence() -> None:
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A repository for tools/test.py to check, which shares the environment that this test runs in."""
-    files = ["requirements.txt", "tests/requirements.txt"]
-    installed = (_bootstrap._read_stamp(Path(sys.prefix)) or {"installed": {}})["installed"]
-    if any(installed.get(name) != _bootstrap._digest(REPO / name) for name in files):
+    files = ["requirements.txt", "tests/requirements.txt", "pyproject.toml"]
+    installed = (environment.read_stamp(Path(sys.prefix)) or {"installed": {}})["installed"]
+    if any(installed.get(name) != hashlib.sha256((REPO / name).read_bytes()).hexdigest() for name in files):
         pytest.skip("this environment was not set up by tools/test.py")
-    for name in [*files, "tools/_bootstrap.py", "tools/test.py", "tools/__init__.py", "pyproject.toml"]:
+    for name in [*files, "tools/environment.py", "tools/test.py", "tools/__init__.py"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPO / name, tmp_path / name)
     for package in ("cfmask", "launch", "slurm"):
@@ -365,7 +364,7 @@ def project(tmp_path: Path) -> Path:
 
 def check(project: Path, *arguments: str) -> tuple[int, list[str]]:
     env = dict(os.environ, CFMASK_VENV=sys.prefix)
-    command = [_bootstrap._base_python(), "tools/test.py", *arguments]
+    command = [environment.base_python(), "tools/test.py", *arguments]
     done = subprocess.run(command, cwd=project, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return done.returncode, done.stdout.splitlines()
 
