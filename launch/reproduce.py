@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.allocation import resolve_allocation, warn_of_paths_outside  # noqa: E402
-from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
-from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
-from launch.jobs.settings import add_allocation_arguments  # noqa: E402
+from launch.allocation.cluster_file import load_cluster_file  # noqa: E402
+from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside  # noqa: E402
+from launch.allocation.settings import add_allocation_arguments  # noqa: E402
 from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate  # noqa: E402
 from launch.paper.execution import describe_arrays, run_here, submit_jobs  # noqa: E402
 from launch.paper.holdout import add_holdout_arguments  # noqa: E402
@@ -39,6 +38,7 @@ from launch.paper.plan import LABELS, arrays, to_submit  # noqa: E402
 from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of  # noqa: E402
 from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags  # noqa: E402
 from launch.paper.table import write_table  # noqa: E402
+from launch.submission.recipe_arguments import add_recipe_arguments  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:

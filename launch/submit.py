@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.training import add_submit_arguments, submit  # noqa: E402
+from launch.submission.training import add_submit_arguments, submit  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:

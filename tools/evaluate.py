@@ -26,7 +26,7 @@ from cfmask.evaluation.spec import Evaluation  # noqa: E402
 from cfmask.runs import find_model  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
-from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
+from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
 
 
 @exits_cleanly

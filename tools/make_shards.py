@@ -76,7 +76,7 @@ from cfmask.convert.tarscan import shown_size  # noqa: E402
 from cfmask.convert.unpacking import remove_unpacked  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+from launch.arrays.arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +100,7 @@ def on_this_machine(workers: int | None) -> Run:
 
 def on_slurm(array: Array, request: Request) -> Run:
     """In a job array. Ctrl-C leaves it in the queue."""
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     def run(*, kind, identity, function, items, describe, preload, progress):
         keys = [Path(describe(item)).stem for item in items]

@@ -32,7 +32,7 @@ from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
 from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+from launch.arrays.arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
 @exits_cleanly
@@ -88,7 +88,7 @@ def segment(
             progress=progress,
         )
         return
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     folder, source = missing[0].tar.parent, missing[0].where
     work = Work(

@@ -30,7 +30,7 @@ from cfmask.files import remove_leftovers, write_atomically  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.pool import map_in_processes  # noqa: E402
 from cfmask.runtime.progress import progress_bar  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+from launch.arrays.arguments import Array, add_array_arguments, resolve_array  # noqa: E402
 
 
 def show(found: Findings) -> None:
@@ -109,7 +109,7 @@ def verify(items: list[verification.Check], array: Array | None, workers: int) -
 
         preload = ("torch",) if any(item.full for item in items) else ()
         if array is not None:
-            from launch.jobs.array import Work, run_array
+            from launch.arrays.array import Work, run_array
 
             work = Work(
                 kind="verify",
