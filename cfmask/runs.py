@@ -325,7 +325,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """If the run is finished and nobody holds the folder, remove what killed processes have left in it: progress
-        of an evaluation, claims (launch/jobs/claims.py), submitit's pickles of jobs that were never sent."""
+        of an evaluation, claims (launch/submission/claims.py), submitit's pickles of jobs that were never sent."""
         owner = self.owner()
         if owner is None or owner.has_ended():
             with suppress(UserError), self.locked(patience_s=0):

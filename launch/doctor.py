@@ -26,11 +26,11 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation
+    from launch.allocation.settings import add_allocation_arguments
     from launch.checks.examination import examine, shared_folder
     from launch.checks.findings import Findings
-    from launch.jobs.allocation import resolve_allocation
-    from launch.jobs.cluster_file import load_cluster_file
-    from launch.jobs.settings import add_allocation_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

@@ -26,15 +26,15 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation
     from launch.drills.cluster import DevCluster
     from launch.drills.environment import RECIPE, STEPS, DrillEnvironment
     from launch.drills.materials import make_materials
     from launch.drills.report import draw, table
     from launch.drills.runner import run_drills
     from launch.drills.scenarios import DRILLS
-    from launch.jobs.allocation import resolve_allocation
-    from launch.jobs.cluster_file import load_cluster_file
-    from launch.jobs.training import add_submit_arguments
+    from launch.submission.training import add_submit_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

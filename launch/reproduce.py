@@ -27,10 +27,9 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
-    from launch.jobs.allocation import resolve_allocation, warn_of_paths_outside
-    from launch.jobs.cluster_file import load_cluster_file
-    from launch.jobs.recipe_arguments import add_recipe_arguments
-    from launch.jobs.settings import add_allocation_arguments
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
+    from launch.allocation.settings import add_allocation_arguments
     from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate
     from launch.paper.execution import describe_arrays, run_here, submit_jobs
     from launch.paper.holdout import add_holdout_arguments
@@ -38,6 +37,7 @@ try:
     from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
     from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
     from launch.paper.table import write_table
+    from launch.submission.recipe_arguments import add_recipe_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

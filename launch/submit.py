@@ -19,7 +19,7 @@ import sys
 
 try:
     from cfmask.runtime.command import exits_cleanly
-    from launch.jobs.training import add_submit_arguments, submit
+    from launch.submission.training import add_submit_arguments, submit
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

@@ -21,17 +21,18 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from launch import status
-from launch.jobs import cancellation, chain, restarts, retries, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import slurm_parameters
+from launch.allocation.resolve import Allocation
+from launch.jobs import cancellation, chain, restarts, retries
 from launch.jobs.chain import Chain
 from launch.jobs.failure_reports import KILLED, RAISED, UNHEALTHY, RankFailure, RankStart
-from launch.jobs.planning import Planned, claim_run_folders
 from launch.jobs.restarts import STOPPED, Cause, GivenUp, JobRecord, Restarts
 from launch.jobs.retries import decide
 from launch.jobs.run_state import read_state
-from launch.jobs.submission import chained, submit_to_slurm
 from launch.slurm.client import SlurmError, SlurmUnavailable
+from launch.submission import training
+from launch.submission.batch_script import slurm_parameters
+from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.submit import chained, submit_to_slurm
 from made import wait_for, wait_for_step
 from slurm_fixture import Cluster, wait_until
 from test_slurm_client import TIMED_OUT, FakeSlurm, fake  # noqa: F401

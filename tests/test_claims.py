@@ -18,11 +18,12 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import aside_of
-from launch.jobs import claims, planning, submission, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import write_environment
-from launch.jobs.claims import take_folder
-from launch.jobs.planning import Planned, claim_run_folders
+from launch.allocation.resolve import Allocation
+from launch.submission import claims, planning, training
+from launch.submission import submit as submission
+from launch.submission.batch_script import write_environment
+from launch.submission.claims import take_folder
+from launch.submission.planning import Planned, claim_run_folders
 from slurm_fixture import wait_until
 
 

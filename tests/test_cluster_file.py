@@ -14,16 +14,16 @@ import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cfmask.errors import UserError
-from launch.jobs import allocation as allocations
-from launch.jobs.allocation import (
+from launch.allocation import resolve as allocations
+from launch.allocation.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
+from launch.allocation.resolve import (
     Allocation,
     resolve_allocation,
 )
-from launch.jobs.array_arguments import add_array_arguments, resolve_array
-from launch.jobs.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
-from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
-from launch.jobs.sbatch import after_success, slurm_executor
-from launch.jobs.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
+from launch.allocation.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
+from launch.arrays.arguments import add_array_arguments, resolve_array
+from launch.submission.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
+from launch.submission.sbatch import after_success, slurm_executor
 from launch.submit import parser
 
 REPO = Path(__file__).resolve().parents[1]

@@ -32,7 +32,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
-from launch.jobs.recipe_arguments import recipe_from
+from launch.submission.recipe_arguments import recipe_from
 from launch.submit import parser
 from test_step import METHODS, name_of, resolved, student_and_teachers
 from towers import TINY, Geometry

@@ -15,12 +15,12 @@ from cfmask.evaluation.spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
+from launch.allocation.cluster_file import ClusterFile, read_cluster_file
+from launch.allocation.resolve import resolve_allocation
 from launch.jobs import notify
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile, read_cluster_file
 from launch.jobs.notify import News, news_of_end, news_of_preemptions, preemptions_to_tell, run_command
 from launch.jobs.run_state import read_state
-from launch.jobs.training import plan_resume
+from launch.submission.training import plan_resume
 from launch.submit import parser
 from slurm_fixture import wait_until
 
@@ -241,7 +241,7 @@ def test_a_command_that_sh_cannot_read_is_refused(tmp_path, monkeypatch, command
     file = read_cluster_file(tmp_path / "cluster.toml")
     on_slurm = parser().parse_args(["--gpus-per-node", "0"])
     on_slurm.executor = "slurm"
-    monkeypatch.setattr("launch.jobs.allocation.choose_executor", lambda arguments: "slurm")
+    monkeypatch.setattr("launch.allocation.resolve.choose_executor", lambda arguments: "slurm")
     with pytest.raises(UserError, match="notify is .* which is not a command of the shell"):
         resolve_allocation(on_slurm, file)
 

@@ -19,9 +19,11 @@ from cfmask.evaluation.spec import Evaluation
 from cfmask.recipe import Data, Recipe
 from cfmask.runs import RunFolder
 from cfmask.secrets import has_secrets, mask_secrets
-from launch.jobs import failures, submission, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned
+from launch.allocation.resolve import Allocation
+from launch.jobs import failures
+from launch.submission import submit as submission
+from launch.submission import training
+from launch.submission.planning import Planned
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [

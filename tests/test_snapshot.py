@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs import snapshot
 from launch.jobs.start import digest_of, verify
+from launch.submission import snapshot
 
 
 @pytest.fixture

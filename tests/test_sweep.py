@@ -17,7 +17,7 @@ import pytest
 
 import made
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs.snapshot import differing_files, take
+from launch.submission.snapshot import differing_files, take
 from made import logs, wait_for, wait_for_step
 from slurm_fixture import wait_until
 

@@ -75,7 +75,7 @@ try:
     from cfmask.convert.unpacking import remove_unpacked
     from cfmask.runtime.command import exits_cleanly
     from cfmask.runtime.pool import map_in_processes
-    from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -101,7 +101,7 @@ def on_this_machine(workers: int | None) -> Run:
 
 def on_slurm(array: Array, request: Request) -> Run:
     """In a job array. Ctrl-C leaves it in the queue."""
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     def run(*, kind, identity, function, items, describe, preload, progress):
         keys = [Path(describe(item)).stem for item in items]

@@ -31,7 +31,7 @@ try:
     from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
     from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device
-    from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -89,7 +89,7 @@ def segment(
             progress=progress,
         )
         return
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     folder, source = missing[0].tar.parent, missing[0].where
     work = Work(

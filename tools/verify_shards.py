@@ -29,7 +29,7 @@ try:
     from cfmask.runtime.command import exits_cleanly
     from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
-    from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -110,7 +110,7 @@ def verify(items: list[verification.Check], array: Array | None, workers: int) -
 
         preload = ("torch",) if any(item.full for item in items) else ()
         if array is not None:
-            from launch.jobs.array import Work, run_array
+            from launch.arrays.array import Work, run_array
 
             work = Work(
                 kind="verify",

@@ -37,7 +37,7 @@ _FIRST_STEPS = 5
 
 
 def _seconds(variable: str, default_min: float) -> float:
-    """Of a variable of the job's environment, which is in minutes (launch/jobs/allocation.py)."""
+    """Of a variable of the job's environment, which is in minutes (launch/allocation/resolve.py)."""
     return 60 * float(os.environ.get(variable) or default_min)
 
 

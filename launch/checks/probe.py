@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
 from cfmask.runtime.machine import node_name
-from launch.checks.node import free_bytes, write_and_look
+from launch.jobs.node import free_bytes, write_and_look
 from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue

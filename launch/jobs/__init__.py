@@ -1,1 +1,1 @@
-"""The one path of everything that is sent to Slurm or run by submitit's local executor."""
+"""The life of a job after its submission: its ranks, their supervision, restarts, and the state of its run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,9 +12,6 @@ from typing import Any
 import submitit
 from submitit.local.local import LocalJob
 
-from launch.jobs import gpus
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import rank_command
 from launch.jobs.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
@@ -81,24 +77,3 @@ class LocalExecutor(submitit.LocalExecutor):
                 stderr=subprocess.STDOUT,
             )
         return ControlledJob(folder=self.folder, job_id=str(process.pid), process=process, tasks=list(range(tasks)))
-
-
-def local_executor(
-    folder: Path, code: Path, allocation: Allocation, *, timeout_min: int, followed: bool = True
-) -> LocalExecutor:
-    """submitit's, with its files in a folder, which runs a snapshot of the code on this machine.
-
-    Args:
-        followed: its jobs end with this process.
-    """
-    python = rank_command(allocation.python, shlex.quote(str(code)))
-    # submitit's own choice is the first GPUs of the machine, whatever CUDA_VISIBLE_DEVICES is here.
-    shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
-    executor = LocalExecutor(folder, python=f"{shown} {python}" if shown else python, followed=followed)
-    executor.update_parameters(
-        tasks_per_node=allocation.tasks_per_node,
-        gpus_per_node=allocation.gpus_per_node,
-        timeout_min=timeout_min,
-        stderr_to_stdout=True,
-    )
-    return executor

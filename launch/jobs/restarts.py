@@ -42,7 +42,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.runtime.attempts import AttemptLog
-from launch.jobs.settings import RESTARTS_WITHOUT_PROGRESS
+from launch.allocation.settings import RESTARTS_WITHOUT_PROGRESS
 from launch.slurm.client import SlurmError, SlurmUnavailable, ask, show_job, version
 from launch.slurm.control import requeue
 from launch.slurm.site import read_config
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
-"""Environment variable in which a job has its budget (launch/jobs/allocation.py)."""
+"""Environment variable in which a job has its budget (launch/allocation/resolve.py)."""
 
 LOCAL_START = "CFMASK_LOCAL_START"
 """Environment variable that counts the starts of a local job, from 0 (launch/jobs/controller.py)."""

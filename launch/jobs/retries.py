@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfmask.errors import UserError
+from launch.allocation.settings import RETRIES
 from launch.jobs.failure_reports import DEATHS, UNHEALTHY, RankFailure, RankStart
 from launch.jobs.run_restarts import restarts_of, saved_progress
-from launch.jobs.settings import RETRIES
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.queue import host_names
 from launch.slurm.site import read_nodes

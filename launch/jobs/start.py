@@ -71,9 +71,9 @@ def main() -> None:
     from cfmask.runtime.logging import log_to_job
     from cfmask.runtime.machine import node_name
     from cfmask.runtime.output import tolerate_lost_output
+    from launch.allocation.gpus import show_to_rank
     from launch.jobs.failure_reports import RankStart
     from launch.jobs.failures import supervise
-    from launch.jobs.gpus import show_to_rank
 
     run = CODE.parents[1]
     tolerate_lost_output()

@@ -55,7 +55,7 @@ from launch.jobs.run_restarts import counted_images  # noqa: E402
 from launch.jobs.run_state import read_state  # noqa: E402
 
 VARIABLE = "CFMASK_WANDB"
-"""Environment variable in which a job has its project (launch/jobs/allocation.py)."""
+"""Environment variable in which a job has its project (launch/allocation/resolve.py)."""
 UNTIL_EOF = "--until-eof"
 """Of this program: send until standard input is closed."""
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cfmask.errors import UserError
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import rank_command, slurm_parameters
+from launch.allocation.resolve import Allocation
 from launch.slurm.client import ignored_options
+from launch.submission.batch_script import rank_command, slurm_parameters
 
 if TYPE_CHECKING:
     import submitit

@@ -28,7 +28,7 @@ else:
     import tomli as tomllib
 
 from cfmask.errors import UserError
-from launch.jobs.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS
+from launch.allocation.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS
 
 VARIABLE = "CFMASK_CLUSTER"
 PLACES = (Path("cluster.toml"), Path("~/.config/cfmask/cluster.toml"))

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
-from launch.jobs.allocation import Allocation, choose_executor, resolve_allocation
-from launch.jobs.cluster_file import ClusterFile, load_cluster_file
-from launch.jobs.settings import (
+from launch.allocation.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.resolve import Allocation, choose_executor, resolve_allocation
+from launch.allocation.settings import (
     CLUSTER_HELP,
     GPU_SETTINGS,
     PARTITION_TIME,

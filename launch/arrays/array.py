@@ -36,18 +36,19 @@ from cfmask.files import sole_writer, sync
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.pool import ignore
-from launch.jobs import failures, snapshot
-from launch.jobs.allocation import warn_of_paths_outside
-from launch.jobs.array_arguments import Array
-from launch.jobs.array_task import FINISHED, FUNCTION, ArrayTask
-from launch.jobs.batch_script import write_environment
-from launch.jobs.claims import check_path
-from launch.jobs.sbatch import array_id, send, slurm_executor, split_array
-from launch.jobs.submission import REPO
+from launch.allocation.resolve import warn_of_paths_outside
+from launch.arrays.arguments import Array
+from launch.arrays.task import FINISHED, FUNCTION, ArrayTask
+from launch.jobs import failures
 from launch.slurm.client import SlurmError
 from launch.slurm.control import cancel
 from launch.slurm.queue import queue_of_name
 from launch.slurm.site import max_array_members
+from launch.submission import snapshot
+from launch.submission.batch_script import write_environment
+from launch.submission.claims import check_path
+from launch.submission.sbatch import array_id, send, slurm_executor, split_array
+from launch.submission.submit import REPO
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

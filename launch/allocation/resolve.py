@@ -7,6 +7,7 @@ has its default. None of this changes what is trained.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
@@ -18,10 +19,9 @@ from typing import Any
 
 from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
-from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
-from launch.jobs.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
-from launch.jobs.wandb_sender import is_installed as wandb_is_installed
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
+from launch.allocation.settings import DEFAULTS, GPU_SETTINGS, SETTINGS
 
 _FOR_RANKS = (
     *("restarts_without_progress", "retries", "health_check"),
@@ -242,6 +242,12 @@ def _check_beside_rank_0(executor: str, asked: Mapping[str, Any]) -> None:
         if executor == "local":
             raise UserError(f"--wandb needs the package wandb: {sys.executable} -m pip install wandb")
         print("warning: --wandb: this Python has no package wandb, which a job's has to have.", file=sys.stderr)
+
+
+def wandb_is_installed() -> bool:
+    """Whether this Python has wandb. A folder of that name in the working directory does not count."""
+    found = importlib.util.find_spec("wandb")
+    return found is not None and found.origin is not None
 
 
 def _read_file(file: ClusterFile) -> dict[str, Any]:

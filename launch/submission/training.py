@@ -26,7 +26,8 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
-from launch.jobs.allocation import (
+from launch.allocation.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.resolve import (
     Allocation,
     check_arithmetic,
     choose_executor,
@@ -34,13 +35,12 @@ from launch.jobs.allocation import (
     resolve_precision,
     warn_of_paths_outside,
 )
-from launch.jobs.claims import check_path
-from launch.jobs.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
 from launch.jobs.notify import kept_setting
-from launch.jobs.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
-from launch.jobs.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
-from launch.jobs.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
-from launch.jobs.submission import dry_run, last_submission, run_here, submit_to_slurm
+from launch.submission.claims import check_path
+from launch.submission.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
+from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
+from launch.submission.submit import dry_run, last_submission, run_here, submit_to_slurm
 
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:

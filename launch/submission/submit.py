@@ -21,15 +21,15 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.secrets import mask_secrets
-from launch.jobs import snapshot
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import ENVIRONMENT, NO_LIMIT_MIN, set_environment, write_environment
+from launch.allocation.resolve import Allocation
 from launch.jobs.notify import keep_command
-from launch.jobs.planning import AnyPlanned, drop
 from launch.jobs.processes import ending_signals
-from launch.jobs.sbatch import ArrayPart, after_end, array_id, send, slurm_executor, split_array
 from launch.slurm.site import max_array_members
 from launch.slurm.submission import SubmissionUnknown, test_only
+from launch.submission import snapshot
+from launch.submission.batch_script import ENVIRONMENT, NO_LIMIT_MIN, set_environment, write_environment
+from launch.submission.planning import AnyPlanned, drop
+from launch.submission.sbatch import ArrayPart, after_end, array_id, send, slurm_executor, split_array
 
 if TYPE_CHECKING:
     import submitit
@@ -293,8 +293,8 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool, p
     import submitit
 
     from launch.jobs.follow import follow_local_job, tell_end
-    from launch.jobs.local import local_executor
     from launch.jobs.rank import Job
+    from launch.submission.local import local_executor
 
     set_environment(allocation)
     run = planned.run

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from launch.jobs.allocation import Allocation
+from launch.allocation.resolve import Allocation
 from launch.jobs.chain import VARIABLE as CHAIN
 from launch.jobs.restarts import batch_script_end
 
