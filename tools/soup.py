@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation.model_origin import short_names  # noqa: E402
-from cfmask.evaluation.spec import GreedySoup, UniformSoup  # noqa: E402
+from cfmask.evaluation_spec import GreedySoup, UniformSoup  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.jsonl import read_object  # noqa: E402
 from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
