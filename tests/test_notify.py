@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines

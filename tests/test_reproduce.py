@@ -22,7 +22,7 @@ import made
 from cfmask.data.shard_index import index_name
 from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines

@@ -10,8 +10,8 @@ import submitit
 
 import made
 from cfmask.distributed import CalledOff, DistributedContext
-from cfmask.evaluation.spec import Evaluation
 from cfmask.evaluation.worker import run_evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT

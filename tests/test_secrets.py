@@ -15,7 +15,7 @@ import pytest
 
 from cfmask.data import remote
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Data, Recipe
 from cfmask.runs import RunFolder
 from cfmask.secrets import has_secrets, mask_secrets

@@ -19,7 +19,7 @@ import pytest
 import made
 from cfmask.curves import curves_of
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import PRESETS, Data, Method, Recipe, preset_of
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, cut_lines, read_lines

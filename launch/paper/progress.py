@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
+from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_object
 from launch.jobs.run_state import jobs_in_queue, look_at

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.machine import aside_of, is_abandoned, process_runs

@@ -16,7 +16,7 @@ from cfmask.data.remote import is_remote
 from cfmask.evaluation.checks import check_choices, check_models_and_sets, chosen_models, set_folder
 from cfmask.evaluation.model_origin import CHOICES, LAST, settled
 from cfmask.evaluation.selection import FLAG, FLAG_HELP
-from cfmask.evaluation.spec import Evaluation, is_of_other_models
+from cfmask.evaluation_spec import Evaluation, is_of_other_models
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import mask_secrets

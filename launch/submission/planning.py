@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch.jobs.processes import controller_of, is_ending, wait_until_gone

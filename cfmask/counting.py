@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cfmask.data.label_space import LabelSpace
 from cfmask.data.stream import MicroBatch
-from cfmask.evaluation.label_space import LabelSpace
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runtime.heartbeat import WAITING, beat
 
