@@ -25,14 +25,17 @@ from cfmask.data.images import EXTENSIONS, crop, decode  # noqa: E402
 from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import eval_batches  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
-from cfmask.masking.cam import Relevance  # noqa: E402
+from cfmask.masking.cam import (
+    Relevance,  # noqa: E402
+    build_cam,
+)
 from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
 from cfmask.masking.masks import normalised  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.models.tower import Classifier, Normalise  # noqa: E402
 from cfmask.recipe import Method, Recipe  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.step import build_cam, counterfactual  # noqa: E402
+from cfmask.step import counterfactual  # noqa: E402
 from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
 from tools._progress import stages  # noqa: E402
 

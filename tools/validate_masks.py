@@ -38,8 +38,8 @@ from cfmask.data.shards import load_sets  # noqa: E402
 from cfmask.data.stream import check_image_size  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.evaluation.checks import check_classes  # noqa: E402
+from cfmask.evaluation.mask_validation import Validation, method_to_validate  # noqa: E402
 from cfmask.masking.validation import THRESHOLDS, check_thresholds  # noqa: E402
-from cfmask.masking.validator import Validation, method_to_validate  # noqa: E402
 from cfmask.models.head import ModelInfo  # noqa: E402
 from cfmask.report.masks import write_report  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
