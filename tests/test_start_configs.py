@@ -22,8 +22,8 @@ from cfmask.models.head import check_same_kind, read_info, save_model
 from cfmask.models.initial import check_initial_model, describe, initial_model, model_info
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
-from launch.jobs.failure_reports import RankStart, would_recur
 from launch.paper.cost import forward_flops
+from launch.state.failure_reports import RankStart, would_recur
 from launch.submission import training
 from towers import MEAN, TINY, tiny_clip
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.allocation.resolve import Allocation
-from launch.jobs.chain import VARIABLE as CHAIN
-from launch.jobs.restarts import batch_script_end
+from launch.restarts.chain import VARIABLE as CHAIN
+from launch.restarts.policy import batch_script_end
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -180,7 +180,7 @@ def rank_command(python: str, code: str) -> str:
     Args:
         python, code: as words of a shell, a command and a folder.
     """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
+    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/ranks/start.py"""
 
 
 def set_environment(allocation: Allocation) -> None:

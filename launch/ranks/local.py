@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.local.local import LocalJob
 
-from launch.jobs.processes import FOLLOWER_FLAG, JOBS_VARIABLE
+from launch.state.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
 class ControlledJob(LocalJob[Any]):

@@ -1,7 +1,7 @@
 """The first thing that runs on every rank: verifies the code that this file is part of, makes it the code of the job,
 and has the rank supervised (failures.py).
 
-    python -u RUN/code/0123456789ab/launch/jobs/start.py -u -m submitit.core._submit RUN/jobs
+    python -u RUN/code/0123456789ab/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
 
 What submitit would run by itself begins with -m, for which Python looks into the working directory first: a job that is
 requeued next week would import what the repository holds by then.
@@ -65,15 +65,15 @@ def main() -> None:
     verify(CODE)
     module = sys.argv.index("-m") + 1
     # The folder of this file stands there, and is no place to import from.
-    sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
+    sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/ranks")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
     from cfmask.runtime.logging import log_to_job
     from cfmask.runtime.machine import node_name
     from cfmask.runtime.output import tolerate_lost_output
     from launch.allocation.gpus import show_to_rank
-    from launch.jobs.failure_reports import RankStart
-    from launch.jobs.failures import supervise
+    from launch.ranks.supervisor import supervise
+    from launch.state.failure_reports import RankStart
 
     run = CODE.parents[1]
     tolerate_lost_output()
