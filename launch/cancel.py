@@ -20,8 +20,8 @@ try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import exits_cleanly
-    from launch.jobs.cancellation import cancel_run
-    from launch.jobs.run_state import find_runs
+    from launch.state.cancellation import cancel_run
+    from launch.state.facts import find_runs
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

@@ -43,9 +43,9 @@ try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import exits_cleanly
-    from launch.jobs.run_state import find_runs, look_at
-    from launch.jobs.run_status import status_of
-    from launch.jobs.status_table import attempts_table, table
+    from launch.state.facts import find_runs, look_at
+    from launch.state.status import status_of
+    from launch.state.table import attempts_table, table
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.follow:
         if len(runs) != 1:
             raise UserError(f"--follow shows one run, and here are {len(runs)}. Name one of them.")
-        from launch.jobs.follow import follow_run
+        from launch.state.follow import follow_run
 
         return follow_run(RunFolder(runs[0].root.resolve()))
     found, slurm = look_at(runs, history=arguments.attempts)

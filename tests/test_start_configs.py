@@ -22,8 +22,8 @@ from cfmask.models.initial import check_initial_model, describe, initial_model, 
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.training import setup as train_setup
-from launch.jobs.failure_reports import RankStart, would_recur
 from launch.paper.cost import forward_flops
+from launch.state.failure_reports import RankStart, would_recur
 from launch.submission import training
 from towers import MEAN, TINY, tiny_clip
 

@@ -18,14 +18,13 @@ import argparse
 import sys
 
 try:
-    from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
-
     from cfmask.errors import UserError
     from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import Evaluation
     from cfmask.runs import find_model
     from cfmask.runtime.command import exits_cleanly
     from cfmask.tool_arguments import MODEL_HELP
+    from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

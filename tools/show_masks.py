@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 try:
+    from torch import Tensor
+
     from cfmask.data.images import EXTENSIONS, crop, decode
     from cfmask.data.shards import Manifest, load_sets
     from cfmask.data.stream import eval_batches

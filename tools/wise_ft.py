@@ -15,11 +15,10 @@ import argparse
 import sys
 
 try:
-    from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
-
     from cfmask.evaluation_spec import WiseFT
     from cfmask.runtime.command import exits_cleanly
     from cfmask.tool_arguments import MODEL_HELP
+    from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

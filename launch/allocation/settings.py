@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESTARTS_WITHOUT_PROGRESS = 3
-"""The default budget of a job's automatic restarts (restarts.py)."""
-RETRIES = 3
-"""The default for restarts after a rank has died (retries.py)."""
+from launch.restarts.policy import RESTARTS_WITHOUT_PROGRESS
+from launch.restarts.retries import RETRIES
 
 # What a value may be: the words for it in an error, and the TOML types.
 TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))

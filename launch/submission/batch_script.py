@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.allocation.resolve import Allocation
-from launch.jobs.chain import VARIABLE as CHAIN
-from launch.jobs.restarts import batch_script_end
+from launch.restarts.chain import VARIABLE as CHAIN
+from launch.restarts.policy import batch_script_end
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -172,7 +172,7 @@ def write_environment(allocation: Allocation, jobs: Path) -> None:
 
 
 def rank_command(python: str, code: str) -> str:
-    """What starts a rank, as submitit's ``python``: the code's own start.py.
+    """What starts a rank, as submitit's ``python``: the code's own start.py, with this code first on PYTHONPATH.
 
     A signal that comes in the first second, while Python imports and there is no handler, would end the rank, and with
     it the job; sh ignores it, and passes that on. Nothing is lost by not hearing it: there is nothing to save yet.
@@ -180,7 +180,8 @@ def rank_command(python: str, code: str) -> str:
     Args:
         python, code: as words of a shell, a command and a folder.
     """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
+    ignore, path = 'trap "" USR2 TERM', 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"'
+    return f"""sh -c '{ignore}; {path}; exec "$@"' {code} {python} -u {code}/launch/ranks/start.py"""
 
 
 def set_environment(allocation: Allocation) -> None:

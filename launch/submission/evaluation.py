@@ -24,7 +24,7 @@ from cfmask.urls import is_remote
 from launch.allocation.cluster_file import load_cluster_file
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.allocation.settings import add_allocation_arguments, given_flags
-from launch.jobs.processes import ending_signals, silence_output
+from launch.state.processes import ending_signals, silence_output
 from launch.submission.claims import check_path, take_folder
 from launch.submission.planning import Planned, claim_run_folders, should_skip
 from launch.submission.submit import dry_run, run_here, submit_to_slurm

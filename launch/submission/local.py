@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
-from launch.jobs.local import LocalExecutor
+from launch.ranks.local import LocalExecutor
 from launch.submission.batch_script import rank_command
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.files import sync, write_atomically
-from launch.jobs.start import FOLDERS, code_files, digest_of
+from launch.ranks.start import FOLDERS, code_files, digest_of
 
 _INFO = "snapshot.json"
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy")

@@ -22,10 +22,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.secrets import mask_secrets
 from launch.allocation.resolve import Allocation
-from launch.jobs.notify import keep_command
-from launch.jobs.processes import ending_signals
+from launch.notification.notify import keep_command
 from launch.slurm.site import max_array_members
 from launch.slurm.submission import SubmissionUnknown, test_only
+from launch.state.processes import ending_signals
 from launch.submission import snapshot
 from launch.submission.batch_script import ENVIRONMENT, NO_LIMIT_MIN, set_environment, write_environment
 from launch.submission.planning import AnyPlanned, drop
@@ -125,7 +125,7 @@ def submit_to_slurm(
         chain: so many jobs for each, one after the other; 0: one.
         pace_s: see ``Job``.
     """
-    from launch.jobs.follow import follow_run
+    from launch.state.follow import follow_run
 
     if chain:
         for number, each in enumerate(planned):
@@ -232,7 +232,7 @@ def enqueue(
     Raises:
         UserError: Slurm does not take it. Folders that this command has made, and nobody else uses, are gone again.
     """
-    from launch.jobs.rank import Job
+    from launch.ranks.rank import Job
 
     batch = SubmissionBatch.of(planned)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
@@ -292,8 +292,8 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool, p
     """
     import submitit
 
-    from launch.jobs.follow import follow_local_job, tell_end
-    from launch.jobs.rank import Job
+    from launch.ranks.rank import Job
+    from launch.state.follow import follow_local_job, tell_end
     from launch.submission.local import local_executor
 
     set_environment(allocation)

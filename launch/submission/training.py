@@ -36,7 +36,7 @@ from launch.allocation.resolve import (
     warn_of_paths_outside,
 )
 from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
-from launch.jobs.notify import kept_setting
+from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
 from launch.submission.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
 from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from

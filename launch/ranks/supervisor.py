@@ -44,7 +44,12 @@ from cfmask.runtime.process import (
     kill_children,
 )
 from cfmask.secrets import mask_secrets
-from launch.jobs.failure_reports import (
+from launch.ranks.beside_rank_0 import BesideRank0, tell_end
+from launch.ranks.hangs import Hang, HangWatch
+from launch.ranks.health import NodeUnhealthy
+from launch.restarts.policy import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED
+from launch.restarts.retries import Decision, decide
+from launch.state.failure_reports import (
     DEVICE,
     HUNG,
     KILLED,
@@ -55,23 +60,14 @@ from launch.jobs.failure_reports import (
     first_failure,
     is_connection_loss,
     is_device_error,
-    report_of,
     says_connection_lost,
-    would_recur,
 )
-from launch.jobs.hangs import Hang, HangWatch
-from launch.jobs.health import NodeUnhealthy
-from launch.jobs.processes import JOBS_VARIABLE, SAVE_WITHIN_S
-from launch.jobs.rank_0 import BesideRank0, tell_end
-from launch.jobs.restarts import REQUEUE_IF_PREEMPTED, REQUEUE_ME, STOPPED
-from launch.jobs.retries import Decision, decide
+from launch.state.processes import JOBS_VARIABLE, SAVE_WITHIN_S
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["conclude_for", "report_for", "report_of", "supervise", "would_recur", "write_failure"]
-
 _AGREED_ENDS = (0, REQUEUE_ME, REQUEUE_IF_PREEMPTED, STOPPED)
-"""Exit codes of a rank that ends as all have agreed to (launch/jobs/restarts.py)."""
+"""Exit codes of a rank that ends as all have agreed to (launch/restarts/policy.py)."""
 _RAISED = 1
 """Exit code of a rank that has raised, and printed it."""
 _LOOK_S = 2.0
@@ -103,7 +99,7 @@ def write_failure(run: Path, error: BaseException) -> None:
 def _formatted(error: BaseException) -> str:
     """The traceback, without what runs before our code does."""
     entry = error.__traceback__
-    while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/jobs/rank.py"):
+    while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/ranks/rank.py"):
         entry = entry.tb_next
     return "".join(traceback.format_exception(type(error), error, entry or error.__traceback__))
 

@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.local.local import LocalJob
 
-from launch.jobs.processes import FOLLOWER_FLAG, JOBS_VARIABLE
+from launch.state.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
 class ControlledJob(LocalJob[Any]):
@@ -65,7 +65,9 @@ class LocalExecutor(submitit.LocalExecutor):
         }
         follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
         # Of the code that runs here and now: the ranks check that their copy of it is whole.
-        controller = [sys.executable, "-u", str(Path(__file__).with_name("controller.py")), *follower, str(self.folder)]
+        own = Path(__file__).resolve()
+        controller = [sys.executable, "-u", str(own.with_name("controller.py")), *follower, str(self.folder)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own.parents[2]), os.environ.get("PYTHONPATH")]))
         # Streams of its own: who reads a pipe of ours, as in `submit.py --no-follow | tail`, would wait for the job.
         with open(Path(self.folder) / "controller.log", "ab") as log:
             process = subprocess.Popen(

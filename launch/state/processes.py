@@ -88,7 +88,7 @@ def is_controller(pid: int, jobs: Path) -> bool:
     words = _command(pid)
     return (
         len(words) > 2
-        and any(word.endswith("launch/jobs/controller.py") for word in words)
+        and any(word.endswith("launch/ranks/controller.py") for word in words)
         and Path(words[-1]).resolve() == jobs.resolve()
         and process_runs(pid)
     )

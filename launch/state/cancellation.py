@@ -10,13 +10,13 @@ import time
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.lock import Owner
-from launch.jobs import processes
-from launch.jobs.run_state import RunState, accepted_jobs, ask_queue, read_state
-from launch.jobs.status_table import latest_checkpoint
 from launch.slurm import control
 from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.queue import SlurmJob
 from launch.slurm.states import is_pending, is_running, words
+from launch.state import processes
+from launch.state.facts import RunState, accepted_jobs, ask_queue, read_state
+from launch.state.table import latest_checkpoint
 
 _GONE_WITHIN_S = 60
 """How long jobs may take to end after they were killed: Slurm's KillWait and epilogue, and a last look at the mark."""

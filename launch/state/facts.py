@@ -20,12 +20,12 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.lock import Owner
-from launch.jobs.processes import is_controller
 from launch.slurm import queue as of_slurm
 from launch.slurm.client import SlurmError
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_pending
 from launch.slurm.submission import submitted
+from launch.state.processes import is_controller
 
 T = TypeVar("T")
 

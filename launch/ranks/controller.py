@@ -1,6 +1,6 @@
 """Looks after the ranks of a job on this machine: starts them, passes signals on, and leaves none behind.
 
-    python -u launch/jobs/controller.py [--follower PID] RUN/jobs
+    python -u launch/ranks/controller.py [--follower PID] RUN/jobs
 
 What submitit's own controller does, and in addition:
 
@@ -10,7 +10,7 @@ What submitit's own controller does, and in addition:
                                    have not begun to train have nothing to save, and are killed at once
     all ranks have ended           whatever they have started is killed
 
-Everything else comes in the environment that launch/jobs/local.py sets.
+Everything else comes in the environment that launch/ranks/local.py sets.
 """
 
 from __future__ import annotations
@@ -25,16 +25,13 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-CODE = Path(__file__).resolve().parents[2]
-# The folder of this file stands there, and is no place to import from.
-sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
-
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.process import adopt_orphans, kill_children  # noqa: E402
-from launch.jobs import failures  # noqa: E402
-from launch.jobs.failure_reports import RankStart  # noqa: E402
-from launch.jobs.processes import FOLLOWER_FLAG, SAVE_WITHIN_S  # noqa: E402
-from launch.jobs.restarts import LOCAL_START, REQUEUE_ME  # noqa: E402
+from cfmask.runs import RunFolder
+from cfmask.runtime.process import adopt_orphans, kill_children
+from launch.ranks import supervisor
+from launch.restarts.policy import REQUEUE_ME
+from launch.state.attempt import LOCAL_START
+from launch.state.failure_reports import RankStart
+from launch.state.processes import FOLLOWER_FLAG, SAVE_WITHIN_S
 
 _LOOK_S = 0.1
 _REPEAT_S = 0.5
@@ -104,7 +101,7 @@ class Controller:
         finally:
             self._kill()
         for rank in killed:
-            failures.conclude_for(self._start_of(rank), self._log(0))
+            supervisor.conclude_for(self._start_of(rank), self._log(0))
         return [rank.returncode if rank.returncode is not None else -signal.SIGKILL for rank in self._ranks]
 
     def _wait(self) -> list[int]:
@@ -141,7 +138,7 @@ class Controller:
         """Write the failure report of a rank whose supervisor was killed; whether it was."""
         if code is None or (self._asked and code == -signal.SIGTERM):  # it had no handler yet
             return False
-        return failures.report_for(self._start_of(rank), code, self._log(rank))
+        return supervisor.report_for(self._start_of(rank), code, self._log(rank))
 
     def _start_of(self, rank: int) -> RankStart:
         job = str(os.getpid())

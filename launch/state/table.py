@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cfmask.runs import RunFolder
-from launch.jobs.run_state import RunState, SlurmAnswers
-from launch.jobs.run_status import Status, explained, when
+from launch.state.facts import RunState, SlurmAnswers
+from launch.state.status import Status, explained, when
 
 
 def table(statuses: Iterable[Status]) -> str:

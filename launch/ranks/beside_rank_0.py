@@ -14,8 +14,8 @@ from pathlib import Path
 
 from cfmask.runs import RunFolder
 from cfmask.runtime.process import die_with_parent, ignore_job_signals, kill_children
-from launch.jobs import notify, wandb_sender
-from launch.jobs.run_state import read_state
+from launch.notification import notify, wandb_sender
+from launch.state.facts import read_state
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class BesideRank0:
             except subprocess.TimeoutExpired:
                 logger.warning(
                     f"W&B: the end of the history was not sent within {notify.WITHIN_S:g} s. The next start "
-                    f"sends it, or: python launch/jobs/wandb_sender.py {self._run.root} "
+                    f"sends it, or: python launch/notification/wandb_sender.py {self._run.root} "
                     f"{os.environ[wandb_sender.VARIABLE]}"
                 )
         if self._command is not None or self._sender is not None:

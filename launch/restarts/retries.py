@@ -20,15 +20,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfmask.errors import UserError
-from launch.allocation.settings import RETRIES
-from launch.jobs.failure_reports import DEATHS, UNHEALTHY, RankFailure, RankStart
-from launch.jobs.run_restarts import restarts_of, saved_progress
+from launch.restarts.of_run import restarts_of, saved_progress
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.queue import host_names
 from launch.slurm.site import read_nodes
+from launch.state.failure_reports import DEATHS, UNHEALTHY, RankFailure, RankStart
 
 logger = logging.getLogger(__name__)
 
+RETRIES = 3
+"""The default of --retries."""
 VARIABLE = "CFMASK_RETRIES"
 _WINDOW_S = 24 * 3600.0
 _DEATHS_OF_NODE = 2

@@ -42,25 +42,24 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.runtime.attempts import AttemptLog
-from launch.allocation.settings import RESTARTS_WITHOUT_PROGRESS
 from launch.slurm.client import SlurmError, SlurmUnavailable, ask, show_job, version
 from launch.slurm.control import requeue
 from launch.slurm.site import read_config
 from launch.slurm.states import is_running
 from launch.slurm.texts import parse_records, seconds
+from launch.state.attempt import attempt_name, restart_of
 
 if TYPE_CHECKING:
     import submitit
 
-    from launch.jobs.chain import Chain
+    from launch.restarts.chain import Chain
 
 logger = logging.getLogger(__name__)
 
+RESTARTS_WITHOUT_PROGRESS = 3
+"""The default budget."""
 VARIABLE = "CFMASK_RESTARTS_WITHOUT_PROGRESS"
 """Environment variable in which a job has its budget (launch/allocation/resolve.py)."""
-
-LOCAL_START = "CFMASK_LOCAL_START"
-"""Environment variable that counts the starts of a local job, from 0 (launch/jobs/controller.py)."""
 
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a rank that has stopped and asks for nothing: the job is over, or Slurm requeues it by itself."""
@@ -206,16 +205,6 @@ def seconds_left(job: JobRecord | None, now: float, *, kill_wait_s: float = _KIL
     if not job.is_live:  # TERM was sent at its end time
         return max(0.0, min(kill_wait_s, end + kill_wait_s - now))
     return max(0.0, end - now) if job.end_time is not None else float("inf")
-
-
-def restart_of(environment: submitit.JobEnvironment) -> int | None:
-    """How often Slurm has started this job again; None on the local executor, which may run within a job of Slurm's."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) if environment.cluster == "slurm" else None
-
-
-def attempt_name(job: str, restart: int | None) -> str:
-    """Names a start of a job, the same on all its ranks; ``batch_script_end`` says it in shell."""
-    return f"{job}-{int(os.environ.get(LOCAL_START) or 0) if restart is None else restart}"
 
 
 # --- a job ------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.patience import StorageUnavailable
-from launch.jobs.chain import Chain
-from launch.jobs.restarts import Restarts
+from launch.restarts.chain import Chain
+from launch.restarts.policy import Restarts
 
 if TYPE_CHECKING:
     import submitit

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.stragglers import straggler_of
-from launch.jobs.run_state import RunState, SlurmAnswers, in_queue, jobs_in_queue
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_completing, is_pending, words
+from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
 
 ENDED = ("never started", "finished", "cancelled", "stopped", "failed", "dead")
 """States in which nothing happens any more by itself."""

@@ -1,6 +1,6 @@
 """Sends the history of a run to Weights & Biases (--wandb), from the files of its run folder.
 
-    python launch/jobs/wandb_sender.py RUN [ENTITY/]PROJECT      sends what is missing, by hand
+    python launch/notification/wandb_sender.py RUN [ENTITY/]PROJECT      sends what is missing, by hand
 
 In a job this is a process of its own beside rank 0 (rank_0.py): training does not wait for it, and goes on without it
 if it fails or hangs. log.jsonl is its one source, with the names of TensorBoard's curves. A start that is killed takes
@@ -37,22 +37,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-CODE = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    # The folder of this file stands there, and is no place to import from.
-    sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
-
-from cfmask.curves import curves_of, top1_of  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sync, write_atomically  # noqa: E402
-from cfmask.recipe import Recipe, preset_of  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.jsonl import read_lines, read_object  # noqa: E402
-from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld  # noqa: E402
-from cfmask.secrets import mask_secrets  # noqa: E402
-from launch.jobs.run_restarts import counted_images  # noqa: E402
-from launch.jobs.run_state import read_state  # noqa: E402
+from cfmask.curves import curves_of, top1_of
+from cfmask.errors import UserError
+from cfmask.files import sync, write_atomically
+from cfmask.recipe import Recipe, preset_of
+from cfmask.runs import RunFolder
+from cfmask.runtime.command import exits_cleanly
+from cfmask.runtime.jsonl import read_lines, read_object
+from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld
+from cfmask.secrets import mask_secrets
+from launch.restarts.of_run import counted_images
+from launch.state.facts import read_state
 
 VARIABLE = "CFMASK_WANDB"
 """Environment variable in which a job has its project (launch/allocation/resolve.py)."""
@@ -323,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         _say(
             f"warning: the history could not be sent: {type(error).__name__}: {_one_line(error)}. Training goes on; "
-            "what is missing is sent by the next start, or by launch/jobs/wandb_sender.py"
+            "what is missing is sent by the next start, or by launch/notification/wandb_sender.py"
         )
         return 1
     return 0

@@ -22,7 +22,7 @@ from cfmask.errors import UserError
 from cfmask.files import disk_is_full
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
-from launch.jobs.node import file_clock, free_bytes
+from launch.ranks.node import file_clock, free_bytes
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 

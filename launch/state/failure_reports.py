@@ -24,7 +24,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import node_name
-from launch.jobs.restarts import attempt_name, restart_of
+from launch.state.attempt import attempt_name, restart_of
 
 logger = logging.getLogger(__name__)
 

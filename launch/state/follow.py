@@ -16,14 +16,14 @@ from tqdm import tqdm
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import failures
-from launch.jobs.processes import kill, silence_output, wait_until_gone
-from launch.jobs.run_state import look_at
-from launch.jobs.run_status import ENDED, status_of
-from launch.jobs.status_table import latest_checkpoint
+from launch.state.facts import look_at
+from launch.state.failure_reports import report_of, would_recur
+from launch.state.processes import kill, silence_output, wait_until_gone
+from launch.state.status import ENDED, status_of
+from launch.state.table import latest_checkpoint
 
 if TYPE_CHECKING:
-    from launch.jobs.local import ControlledJob
+    from launch.ranks.local import ControlledJob
 
 _SAME_COMMAND = "The same command resumes from the last checkpoint."
 _SAVE_S = 60.0
@@ -164,7 +164,7 @@ def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
         print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")
     else:
         print(f"The run did not finish. {_failure_report(run, job)}")
-    if failures.would_recur(run, job):
+    if would_recur(run, job):
         print(f"A new start would fail in the same way: remove the cause first. Then: {how_to_go_on}")
     else:
         print(how_to_go_on)
@@ -173,7 +173,7 @@ def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
 
 def _failure_report(run: RunFolder, job: str) -> str:
     """Those of the rank that died first; where nobody has left any, the end of the log that says most."""
-    if report := failures.report_of(run, job):
+    if report := report_of(run, job):
         return report.rstrip()
     logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_complains, reverse=True)
     if not logs:

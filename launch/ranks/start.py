@@ -1,7 +1,9 @@
 """The first thing that runs on every rank: verifies the code that this file is part of, makes it the code of the job,
 and has the rank supervised (failures.py).
 
-    python -u RUN/code/0123456789ab/launch/jobs/start.py -u -m submitit.core._submit RUN/jobs
+    PYTHONPATH=CODE python -u CODE/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
+
+CODE is RUN/code/0123456789ab. It comes first on PYTHONPATH (batch_script.rank_command), before what is installed.
 
 What submitit would run by itself begins with -m, for which Python looks into the working directory first: a job that is
 requeued next week would import what the repository holds by then.
@@ -12,7 +14,6 @@ Nothing but the standard library is imported before the code is verified.
 from __future__ import annotations
 
 import hashlib
-import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -64,16 +65,13 @@ def verify(code: Path) -> None:
 def main() -> None:
     verify(CODE)
     module = sys.argv.index("-m") + 1
-    # The folder of this file stands there, and is no place to import from.
-    sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/jobs")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     sys.argv = sys.argv[module:]
     from cfmask.runtime.logging import log_to_job
     from cfmask.runtime.machine import node_name
     from cfmask.runtime.output import tolerate_lost_output
     from launch.allocation.gpus import show_to_rank
-    from launch.jobs.failure_reports import RankStart
-    from launch.jobs.failures import supervise
+    from launch.ranks.supervisor import supervise
+    from launch.state.failure_reports import RankStart
 
     run = CODE.parents[1]
     tolerate_lost_output()

@@ -7,9 +7,9 @@ Signal handlers set a flag and do nothing else; training asks for it at every st
     time nearly up      watched without any signal, the same
     TERM, INT           scancel, or a preemption without a warning: Slurm is asked which → checkpoint
     RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
-    another rank died   nothing is asked for: the process that waits for this one ends it (launch/jobs/failures.py)
+    another rank died   nothing is asked for: the process that waits for this one ends it (launch/ranks/supervisor.py)
 
-What happens after the checkpoint is decided in launch/jobs/restarts.py, on rank 0; the other ranks just end.
+What happens after the checkpoint is decided in launch/restarts/policy.py, on rank 0; the other ranks just end.
 
 In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
 (``batch_script.rank_command``), because a rank that a signal kills takes the job with it, which then counts as failed.
@@ -34,10 +34,10 @@ import submitit
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import failures, health
-from launch.jobs.deadline import AT_TIME_LIMIT, stop_time
-from launch.jobs.restarts import Cause, GivenUp, Restarts
-from launch.jobs.run_restarts import restarts_of, saved_progress
+from launch.ranks import health, supervisor
+from launch.restarts.deadline import AT_TIME_LIMIT, stop_time
+from launch.restarts.of_run import restarts_of, saved_progress
+from launch.restarts.policy import Cause, GivenUp, Restarts
 
 if TYPE_CHECKING:
     from cfmask.distributed import DistributedContext
@@ -138,7 +138,7 @@ def _work(run: RunFolder, context: DistributedContext, stop_request: StopRequest
     """Train or evaluate: the folder says which."""
 
     def failing(error: Exception) -> None:
-        failures.write_failure(run.root, error)
+        supervisor.write_failure(run.root, error)
 
     work = run.work()
     if isinstance(work, Recipe):

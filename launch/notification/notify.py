@@ -40,8 +40,8 @@ from cfmask.runtime.attempts import now
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import node_name
 from cfmask.secrets import MASK, mask_secrets
-from launch.jobs.deadline import AT_TIME_LIMIT
-from launch.jobs.run_state import RunState
+from launch.restarts.deadline import AT_TIME_LIMIT
+from launch.state.facts import RunState
 
 logger = logging.getLogger(__name__)
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfmask.runs import RunFolder
-from launch.jobs.run_state import read_jobs
 from launch.slurm.client import SlurmError
 from launch.slurm.control import leave_out
 from launch.slurm.queue import queue
+from launch.state.facts import read_jobs
 
 logger = logging.getLogger(__name__)
 
