@@ -15,10 +15,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 try:
+    import numpy as np
+    import torch
     from torch import Tensor
 
     from cfmask.data.images import EXTENSIONS, crop, decode
