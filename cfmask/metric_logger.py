@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from cfmask.checkpoint.state import Skips
+from cfmask.counting import Score
 from cfmask.data import receipts
-from cfmask.evaluation.counting import Score
 from cfmask.log_lines import curves_of, straggler_of
 from cfmask.metrics import StepResult
 from cfmask.optim import Phase, lr_and_betas

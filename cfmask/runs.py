@@ -1,7 +1,7 @@
 """The run folder: everything about a run, and everything that a resume needs.
 
 RUN/
-  recipe.json            the recipe; a folder belongs to one recipe (or to one evaluation, see evaluation/spec.py)
+  recipe.json            the recipe; a folder belongs to one recipe (or one evaluation, see evaluation_spec.py)
   initial.safetensors    the pre-trained tower with its head: start, teacher, and zero-shot model of WiSE-FT
   ensemble.safetensors   wise-kd's second teacher
   log.jsonl              metrics by step
@@ -21,7 +21,7 @@ RUN/
   cancelled.json         who cancelled the run, and when; it does not continue until the user resumes it
   from_step_0.json       permission to restart at step 0 after checkpoints were lost; a start removes it
   jobs/                  files of the launcher: logs of every rank by job, failure reports, the command of --notify
-  wandb.json, wandb/     state of the upload to Weights & Biases, and its own files (launch/jobs/wandb_sender.py)
+  wandb.json, wandb/     state of the upload to Weights & Biases, and its files (launch/notification/wandb_sender.py)
   code/                  the code that its jobs were submitted with
   rendezvous/            where rank 0 can be reached; empty once all ranks have joined (runtime/rendezvous.py)
   .owner/                the process that trains here (runtime/lock.py)
@@ -42,7 +42,7 @@ from typing import Any
 from cfmask.checkpoint.best import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation, load_evaluation
+from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import AttemptLog, now
 from cfmask.runtime.files import write_atomically
@@ -294,7 +294,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """If the run is finished and the lock is free, remove what killed processes have left: intermediate results of
-        an evaluation, claims (launch/jobs/claims.py), submitit's pickles of jobs that were not submitted."""
+        an evaluation, claims (launch/submission/claims.py), submitit's pickles of jobs that were not submitted."""
         owner = self.owner()
         if owner is None or owner.has_ended():
             with suppress(UserError), self.locked(patience_s=0):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 AUTO: Literal["auto"] = "auto"
-"""Value of --micro-batches: the first start chooses their number (cfmask/memory.py)."""
+"""Value of --micro-batches: the first start chooses their number (cfmask/training/memory.py)."""
 
 
 @dataclass(frozen=True)

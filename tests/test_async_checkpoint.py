@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfmask.runtime.jsonl
-import cfmask.train
+import cfmask.training.train
 import made
 from cfmask.checkpoint import image as image_module
 from cfmask.checkpoint import resume
@@ -519,7 +519,9 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     def stop_request() -> str | None:
         return REQUEUE if next(steps) >= 3 else None
 
-    outcome = cfmask.train.train(recipe, run, DistributedContext(), stop_request, seconds_left=lambda: seconds_left)
+    outcome = cfmask.training.train.train(
+        recipe, run, DistributedContext(), stop_request, seconds_left=lambda: seconds_left
+    )
     assert outcome == REQUEUE
     return run
 
@@ -566,7 +568,7 @@ def test_no_rank_ends_before_the_checkpoint_is_complete(materials, tmp_path, mon
 
 def test_a_failing_run_waits_for_its_checkpoint(materials, tmp_path, monkeypatch):
     slow_down(monkeypatch, lambda image, number: time.sleep(0.02))
-    real = cfmask.train.take_step
+    real = cfmask.training.train.take_step
     calls = iter(range(1, 99))
 
     def take_step(*arguments):
@@ -574,7 +576,7 @@ def test_a_failing_run_waits_for_its_checkpoint(materials, tmp_path, monkeypatch
             raise MemoryError("made up")
         return real(*arguments)
 
-    monkeypatch.setattr(cfmask.train, "take_step", take_step)
+    monkeypatch.setattr(cfmask.training.train, "take_step", take_step)
     with pytest.raises(MemoryError):
         train(recipe_of(materials), tmp_path / "run")
     assert steps_in(tmp_path / "run/checkpoints") == [4]
@@ -619,7 +621,7 @@ from cfmask.checkpoint.image import FileImage
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.process import exit_without_finalization
-from cfmask.train import train
+from cfmask.training.train import train
 
 real = FileImage.pieces
 

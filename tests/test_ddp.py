@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask.ddp import data_parallel
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
 from cfmask.runtime import network, rendezvous
 from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.step import training_step
+from cfmask.training.ddp import data_parallel
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 

@@ -9,7 +9,7 @@ import os
 import pytest
 from safetensors.torch import load_file
 
-import cfmask.train
+import cfmask.training.train
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
@@ -38,8 +38,8 @@ def train(materials, folder, stop_at=None):
 
 
 def start_again(run: RunFolder, stop_request=lambda: None) -> None:
-    """Start like a requeued job, with the settings in the run folder."""
-    cfmask.train.train(run.recipe(), run, DistributedContext(), stop_request)
+    """As a requeued job does: with what the run folder says."""
+    cfmask.training.train.train(run.recipe(), run, DistributedContext(), stop_request)
 
 
 def records(run) -> dict[str, bytes]:

@@ -22,8 +22,8 @@ from cfmask.evaluation.selection import check_selection, known_test_set, refuse_
 from cfmask.presets import PRESETS, preset_of
 from cfmask.recipe import Data, Method, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
-from launch.jobs.training import check_best_on
 from launch.paper import holdout
+from launch.submission.training import check_best_on
 
 # --- the best checkpoint ----------------------------------------------------------------------------------------------
 

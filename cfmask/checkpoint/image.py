@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfmask.pinned import pinned_bytes
+from cfmask.runtime.pinned import pinned_bytes
 
 # Written and hashed in pieces, between which other threads can run.
 _PIECE = 1 << 22

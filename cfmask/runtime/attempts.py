@@ -72,7 +72,7 @@ class AttemptLog:
         """Record why the latest start ends. If that fails, a warning is logged.
 
         Args:
-            died: which rank has died, and on which node (launch/jobs/retries.py).
+            died: which rank has died, and on which node (launch/restarts/retries.py).
         """
         try:
             contents = {"why": why, "ended": now(), "attempt": len(self.lines())}

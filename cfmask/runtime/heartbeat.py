@@ -1,8 +1,8 @@
 """A rank's heartbeat: what it is doing, since when, and how long that may take.
 
 The rank writes it into memory that it shares with its supervising process, which ends a rank that makes no progress
-(launch/jobs/failures.py). A beat takes microseconds and uses neither I/O nor a thread, so that a rank that is stopped
-or hangs in a driver is detected.
+(launch/ranks/supervisor.py). A beat takes microseconds and uses neither I/O nor a thread, so that a rank that is
+stopped or hangs in a driver is detected.
 
     heartbeat = Heartbeat()                  before the fork
     heartbeat.activate()                     in the child
@@ -37,7 +37,7 @@ _FIRST_STEPS = 5
 
 
 def _seconds(variable: str, default_min: float) -> float:
-    """Value of an environment variable that gives minutes (launch/jobs/allocation.py)."""
+    """Value of an environment variable that gives minutes (launch/allocation/resolve.py)."""
     return 60 * float(os.environ.get(variable) or default_min)
 
 
