@@ -188,7 +188,7 @@ def group_formed(folder: Path, attempt: str = "0") -> bool:
 def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
-    mp.start_processes(join_group, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="spawn")
+    mp.start_processes(join_group, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="fork")
     assert group_formed(tmp_path)
 
 
@@ -196,14 +196,14 @@ def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
 def test_rank_0_is_found_at_the_first_reachable_address(tmp_path, hosts):
-    mp.start_processes(join_group, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="spawn")
+    mp.start_processes(join_group, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="fork")
     assert group_formed(tmp_path)
 
 
 def test_jobs_on_one_machine_form_separate_groups(tmp_path):
     jobs = [
         mp.start_processes(
-            join_group, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="spawn", join=False
+            join_group, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="fork", join=False
         )
         for name in ("71-0", "72-0")
     ]
