@@ -82,7 +82,7 @@ def restore_optimizer(checkpoint: Checkpoint, model: Classifier, optimizer: torc
     for name, parameter in trained_parameters(model):
         optimizer.state[parameter] = {
             "step": torch.tensor(float(checkpoint.updates), device=device),
-            **{moment: moments[f"{moment}.{name}"].to(device) for moment in MOMENTS},
+            **{moment: moments[f"{moment}.{name}"].to(device, copy=True) for moment in MOMENTS},
         }
 
 
