@@ -347,11 +347,15 @@ LOCAL = {
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "raises while rank 0 hangs": (
-        {"cfmask__train": IN_A_STEP.format(what="_die(1, \"raise ValueError('planted')\"); _time.sleep(600)")},
+        {
+            "cfmask__training__train": IN_A_STEP.format(
+                what="_die(1, \"raise ValueError('planted')\"); _time.sleep(600)"
+            )
+        },
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "killed in a step": (
-        {"cfmask__train": IN_A_STEP.format(what=f"_die(1, {KILL!r})")},
+        {"cfmask__training__train": IN_A_STEP.format(what=f"_die(1, {KILL!r})")},
         (
             "rank 1 was killed by signal 9 (SIGKILL: out of memory?)",
             r"^rank 1 on \S+ was killed by signal 9 .* first to end\. Its log: \S+_1_log\.out$",
@@ -359,7 +363,7 @@ LOCAL = {
     ),
     "raises while it writes a checkpoint": (
         {
-            "cfmask__train": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
+            "cfmask__training__train": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
             "cfmask__checkpoint": WHILE_IT_WRITES,
             **QUICK,
         },
@@ -387,11 +391,11 @@ def test_on_this_machine(plant, materials, tmp_path, ends, expected):
 
 SLURM = {
     "raises in the evaluation": (
-        {"cfmask__train": IN_EVALUATION},
+        {"cfmask__training__train": IN_EVALUATION},
         ("rank 1: MemoryError: planted", "^MemoryError: planted$"),
     ),
     "rank 0 is killed": (
-        {"cfmask__train": IN_A_STEP.format(what=f"_die(0, {KILL!r})")},
+        {"cfmask__training__train": IN_A_STEP.format(what=f"_die(0, {KILL!r})")},
         ("rank 0 was killed by signal 9 (SIGKILL: out of memory?)", r"^rank 0 on n1 was killed by signal 9"),
     ),
 }

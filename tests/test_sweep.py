@@ -57,7 +57,7 @@ def submit(repo: Path, *words: object, check: bool = True, **popen) -> subproces
 
 def break_code(repo: Path) -> None:
     """Whatever is imported from here from now on fails."""
-    for module in ("cfmask/train.py", "launch/ranks/rank.py"):
+    for module in ("cfmask/training/train.py", "launch/ranks/rank.py"):
         (repo / module).write_text("raise RuntimeError('this is not what was submitted')\n")
 
 
@@ -66,7 +66,7 @@ def test_a_snapshot_is_all_that_a_job_imports_named_after_what_is_in_it(tmp_path
     assert snapshot.path == tmp_path / "code" / snapshot.digest
     assert differing_files(clone, snapshot.path) == []
     assert not list(snapshot.path.rglob("__pycache__"))
-    assert (snapshot.path / "cfmask/train.py").stat().st_mode & 0o777 == 0o444
+    assert (snapshot.path / "cfmask/training/train.py").stat().st_mode & 0o777 == 0o444
     assert take(clone, tmp_path / "code").info == snapshot.info, "once is enough"
     assert [path.name for path in (tmp_path / "code").iterdir()] == [snapshot.digest], "nothing else is left there"
     (clone / "cfmask/step.py").write_text("# better\n")

@@ -24,14 +24,17 @@ try:
     from cfmask.data.shards import Manifest, load_sets
     from cfmask.data.stream import eval_batches
     from cfmask.errors import UserError
-    from cfmask.masking.cam import Relevance
+    from cfmask.masking.cam import (
+        Relevance,
+        build_cam,
+    )
     from cfmask.masking.fills import DrawSpec, draw
     from cfmask.masking.masks import normalised
     from cfmask.models.head import ModelInfo
     from cfmask.models.tower import Classifier, Normalise
     from cfmask.recipe import Method, Recipe
     from cfmask.runtime.command import exits_cleanly
-    from cfmask.step import build_cam, counterfactual
+    from cfmask.step import counterfactual
     from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method
     from tools._progress import stages
 except ModuleNotFoundError as missing:

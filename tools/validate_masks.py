@@ -37,8 +37,8 @@ try:
     from cfmask.data.stream import check_image_size
     from cfmask.errors import UserError
     from cfmask.evaluation.checks import check_classes
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
-    from cfmask.masking.validator import Validation, method_to_validate
     from cfmask.models.head import ModelInfo
     from cfmask.report.masks import write_report
     from cfmask.runtime.command import exits_cleanly

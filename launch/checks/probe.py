@@ -165,7 +165,7 @@ class Probe:
         begin("importing torch and cfmask")
         started = time.monotonic()
         try:
-            import cfmask.train  # noqa: F401  what training imports, all of it
+            import cfmask.training.train  # noqa: F401  what training imports, all of it
         except Exception as error:
             report.import_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise

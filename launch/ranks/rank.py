@@ -143,7 +143,7 @@ def _work(run: RunFolder, context: DistributedContext, stop_request: StopRequest
     work = run.work()
     if isinstance(work, Recipe):
         with _importing():
-            from cfmask.train import train
+            from cfmask.training.train import train
 
         return train(work, run, context, stop_request, failing, restarts.seconds_left)
     with _importing():

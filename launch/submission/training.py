@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch
-from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
@@ -26,6 +25,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile, load_cluster_file
 from launch.allocation.resolve import (
     Allocation,

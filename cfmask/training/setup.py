@@ -18,7 +18,7 @@ import torch.distributed as dist
 from cfmask import checkpoint, resume
 from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, Input
 from cfmask.checkpoint_state import found as found_checkpoints
-from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.remote import node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import MicroBatch, train_batches
@@ -36,6 +36,7 @@ from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
 from cfmask.session import rank_0_first
 from cfmask.step import Teachers
+from cfmask.urls import is_remote
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from cfmask import triton_support
-from cfmask.triton_support import DTYPES, jit, tl, triton
+from cfmask.kernels import triton_support
+from cfmask.kernels.triton_support import DTYPES, jit, tl, triton
 
 MAX_HEAD_SIZE = 128
 

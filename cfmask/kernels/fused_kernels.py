@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cfmask.triton_support import jit, tl, triton
+from cfmask.kernels.triton_support import jit, tl, triton
 
 # Elements of a tile. With 4 warps that is 32 of each operand in a thread's registers.
 _TILE = 4096

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfmask.models import fused_kernels
-from cfmask.triton_support import usable
+from cfmask.kernels import fused_kernels
+from cfmask.kernels.triton_support import usable
 
 _activations_only = False
 

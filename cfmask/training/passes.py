@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.data.stream import MicroBatch
-from cfmask.ddp import data_parallel
 from cfmask.masking.fills import Draws
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Classifier, Normalise
@@ -30,7 +29,8 @@ from cfmask.recipe import Recipe
 from cfmask.runtime.heartbeat import WAITING, beat
 from cfmask.session import autocast
 from cfmask.step import Metrics, Teachers, training_step
-from cfmask.step_clock import StepClock
+from cfmask.training.ddp import data_parallel
+from cfmask.training.step_clock import StepClock
 
 GRAPHED_IMAGES = 128
 """The largest micro-batch on a GPU, in images, that ``--cuda-graphs auto`` captures. Times: docs/benchmarks.md."""

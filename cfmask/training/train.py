@@ -27,13 +27,10 @@ from cfmask.data.stream import eval_batches
 from cfmask.distributed import DistributedContext
 from cfmask.files import write_atomically
 from cfmask.logs import MetricLogger
-from cfmask.masking.study import MaskStudy, MaskStudyLog
-from cfmask.memory import choose_micro_batches, explained_out_of_memory
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, lr_and_betas, phases, take_step
-from cfmask.passes import inputs_of, make_passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
@@ -48,8 +45,10 @@ from cfmask.session import (
     choose_arithmetic,
     session,
 )
-from cfmask.step_clock import StepClock
-from cfmask.train_setup import (
+from cfmask.training.mask_study import MaskStudy, MaskStudyLog
+from cfmask.training.memory import choose_micro_batches, explained_out_of_memory
+from cfmask.training.passes import inputs_of, make_passes
+from cfmask.training.setup import (
     agree_on_checkpoint,
     begin_history,
     begin_phase,
@@ -59,6 +58,7 @@ from cfmask.train_setup import (
     load_training_sets,
     loader_workers,
 )
+from cfmask.training.step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 

@@ -38,10 +38,10 @@ from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.passes import Inputs, Passes
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.step import Teachers
+from cfmask.training.passes import Inputs, Passes
 
 logger = logging.getLogger(__name__)
 

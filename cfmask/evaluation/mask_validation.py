@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
 from cfmask.errors import UserError
 from cfmask.files import sha256_of
+from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import OBJECT
 from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
 from cfmask.models.head import ModelInfo
@@ -27,7 +28,6 @@ from cfmask.recipe import Method, Recipe
 from cfmask.runs import find_model
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.progress import progress_bar
-from cfmask.step import build_cam
 
 Tallies = list[dict[str, Tally]]
 """By model, by group."""
