@@ -285,7 +285,7 @@ _real = _write_hashed
 def _write_hashed(*given):
     _time.sleep(600)
 """
-QUICK = {"launch__jobs__failures": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
+QUICK = {"launch__ranks__supervisor": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
 KILL = "_os.kill(_os.getpid(), _signal.SIGKILL)"
 
 
@@ -343,7 +343,7 @@ def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
 
 LOCAL = {
     "raises at import": (
-        {"launch__jobs__rank": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
+        {"launch__ranks__rank": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "raises while rank 0 hangs": (
