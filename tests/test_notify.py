@@ -18,7 +18,7 @@ from cfmask.runtime.jsonl import append_lines
 from launch.allocation.cluster_file import ClusterFile, read_cluster_file
 from launch.allocation.resolve import resolve_allocation
 from launch.notification import notify
-from launch.notification.notify import News, news_of_end, news_of_preemptions, preemptions_to_tell, run_command
+from launch.notification.notify import Event, event_of_end, event_of_preemptions, preemptions_to_report, run_command
 from launch.state.facts import read_state
 from launch.submission.training import plan_resume
 from launch.submit import parser
@@ -38,8 +38,8 @@ def run(tmp_path) -> RunFolder:
     return made_run
 
 
-def news_of(run: RunFolder, attempt: str = "12-1", failed: str | None = "exit code 1") -> News | None:
-    return news_of_end(read_state(run), attempt, failed=failed, node="n07")
+def news_of(run: RunFolder, attempt: str = "12-1", failed: str | None = "exit code 1") -> Event | None:
+    return event_of_end(read_state(run), attempt, failed=failed, node="n07")
 
 
 # --- what is told -----------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_a_run_that_has_finished_tells_its_accuracies(run):
     run.results.write_text(json.dumps({"step": 70, "sets": {"val": {"correct": 3, "total": 4, "top1": 75.0}}}))
     run.end_attempt("finished")
     told = news_of(run, failed=None)
-    assert told == News(
+    assert told == Event(
         *("finished", str(run.root), "12", 2, 70, 1000, "finished"), node=told.node, top1={"val": 75.0}, time=told.time
     )
     assert datetime.strptime(told.time, "%Y-%m-%dT%H:%M:%S%z")
@@ -141,16 +141,16 @@ PREEMPTED, KILLED = "stopped at step 70 (requeue)", "killed without notice"
 )
 def test_preemptions_are_told_once_in_a_window(lines, told_at):
     """As each start sees it, with the lines up to its own."""
-    assert [n for n in range(len(lines)) if preemptions_to_tell(lines[: n + 1])] == told_at
+    assert [n for n in range(len(lines)) if preemptions_to_report(lines[: n + 1])] == told_at
 
 
-def test_news_of_preemptions_say_how_many(run):
+def test_event_of_preemptions_say_how_many(run):
     run.attempts.unlink()
     append_lines(run.attempts, attempts(*((hour, PREEMPTED) for hour in range(5))))
-    told = news_of_preemptions(read_state(run), "12-5")
+    told = event_of_preemptions(read_state(run), "12-5")
     assert told and (told.event, told.attempt) == ("preempted_too_often", 6) and "5 times" in told.why
     append_lines(run.attempts, attempts(*((hour, PREEMPTED) for hour in range(6)))[-1:])
-    assert news_of_preemptions(read_state(run), "12-6") is None
+    assert event_of_preemptions(read_state(run), "12-6") is None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -199,18 +199,18 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, command):
 
 
 def test_a_command_is_run_in_the_run_folder_and_its_failure_is_a_line_of_the_log(run, capsys):
-    told = News("failed", str(run.root), "12", 1, 0, None, "x", "n07")
-    notify.tell("cat > got && pwd > where", told)
+    told = Event("failed", str(run.root), "12", 1, 0, None, "x", "n07")
+    notify.send("cat > got && pwd > where", told)
     assert capsys.readouterr().out == ""
     assert (run.root / "where").read_text().strip() == str(run.root)
-    assert News(**json.loads((run.root / "got").read_text())) == told
-    notify.tell("echo https://x/?sig=SECRET; exit 5", told)
+    assert Event(**json.loads((run.root / "got").read_text())) == told
+    notify.send("echo https://x/?sig=SECRET; exit 5", told)
     assert capsys.readouterr().err == "warning: --notify ended with exit code 5: ***\n"
 
 
 def test_a_command_that_cannot_be_run_is_a_line_of_the_log(run, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")  # no sh
-    notify.tell("cat > got", News("failed", str(run.root), "12", 1, 0, None, "x", "n07"))
+    notify.send("cat > got", Event("failed", str(run.root), "12", 1, 0, None, "x", "n07"))
     assert "warning: --notify cannot be run: " in capsys.readouterr().err
 
 

@@ -189,7 +189,6 @@ def test_a_local_job_within_a_job_of_slurms_that_was_requeued_has_one_name(tmp_p
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = RunFolder(tmp_path)
     assert RankStart.found(tmp_path).attempt == restarts_of(run).attempt == "7-0"
-    assert RankStart.of_local(run, "7", 0, 1).attempt == "7-0"
 
 
 @pytest.mark.parametrize("code", [0, 143, 144])

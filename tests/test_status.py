@@ -349,7 +349,7 @@ def test_slurm_that_does_not_answer_is_a_note(tmp_path, fake_slurm, capsys):
         "#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2\nexit 1\n"
     )
     assert status.main([str(tmp_path / "a")]) == 0
-    assert "note: Slurm cannot be asked from here" in capsys.readouterr().out
+    assert "note: Slurm does not answer here" in capsys.readouterr().out
     (fake_slurm / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
     assert status.main([str(tmp_path / "a")]) == 0
     assert "note" not in capsys.readouterr().out, "no such job any more is an answer"
@@ -472,7 +472,7 @@ def test_ctrl_c_leaves_the_run_alone(materials, tmp_path):
         following.send_signal(signal.SIGINT)
         told, errors = following.communicate(timeout=300)
         assert following.returncode == 130 and "Traceback" not in errors
-        assert "The run goes on" in told
+        assert "The run continues" in told
         assert process.poll() is None
     finally:
         made.kill_all(process)

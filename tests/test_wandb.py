@@ -284,7 +284,7 @@ def test_wandb_that_hangs_holds_no_job_up(run):
     wait_until(lambda: nothing_is_left_of(run), "the end of all processes")
 
 
-@pytest.mark.parametrize(("plant", "told"), [("find_spec", "wandb is not there"), ("wandb", "could not be sent")])
+@pytest.mark.parametrize(("plant", "told"), [("find_spec", "wandb is not installed"), ("wandb", "could not be sent")])
 def test_wandb_that_is_missing_or_broken_is_a_line_of_the_log(run, tmp_path, plant, told):
     take_steps(run, 100, committed=100)
     (tmp_path / "path").mkdir()

@@ -1,10 +1,10 @@
-"""The first thing that runs on every rank: verifies the code that this file is part of, makes it the code of the job,
-and has the rank supervised (failures.py).
+"""The entry point of every rank: verifies the code that this file is part of, makes it the code of the job, and starts
+the rank under its supervisor (supervisor.py).
 
     python -u RUN/code/0123456789ab/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
 
-What submitit would run by itself begins with -m, for which Python looks into the working directory first: a job that is
-requeued next week would import what the repository holds by then.
+submitit's own command begins with -m, for which Python searches the working directory first: a job that is requeued
+next week would import what the repository holds by then.
 
 Nothing but the standard library is imported before the code is verified.
 """
@@ -67,6 +67,7 @@ def main() -> None:
     # The folder of this file stands there, and is no place to import from.
     sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/ranks")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
+    os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"  # its records are repetitions, in another format
     sys.argv = sys.argv[module:]
     from cfmask.runtime.logging import log_to_job
     from cfmask.runtime.machine import node_name
