@@ -374,6 +374,7 @@ def test_three_starts_of_a_run_are_one_history_without_gaps_or_repeats(tmp_path,
     board = EventAccumulator(str(run.root / "tensorboard")).Reload().Tags()["scalars"]
     assert {name for line in whole.history for name in line if name[0] != "_"} == set(board)
     assert len(read_lines(run.attempts)) == 3
+    made.assert_log_format(run.root)
     [news] = read_lines(tmp_path / "news")
     assert (news["event"], news["attempt"], news["step"], news["total_steps"]) == ("finished", 3, 144, 144)
     assert news["top1"] == {"val": results["sets"]["val"]["top1"]} and news["run"] == str(run.root)
