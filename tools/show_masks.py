@@ -15,11 +15,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 try:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
     from cfmask.data.images import EXTENSIONS, crop, decode
     from cfmask.data.shards import Manifest, load_sets
     from cfmask.data.stream import eval_batches

@@ -38,27 +38,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-CODE = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    # The folder of this file stands there, and is no place to import from.
-    sys.path = [
-        str(CODE),
-        *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/notification"),
-    ]
-
-from cfmask.curves import curves_of, top1_of  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sync, write_atomically  # noqa: E402
-from cfmask.recipe import Recipe, preset_of  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.jsonl import read_lines, read_object  # noqa: E402
-from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld  # noqa: E402
-from cfmask.runtime.logging import log_to_job  # noqa: E402
-from cfmask.runtime.machine import node_name  # noqa: E402
-from cfmask.secrets import mask_secrets  # noqa: E402
-from launch.restarts.of_run import counted_images  # noqa: E402
-from launch.state.facts import read_state  # noqa: E402
+from cfmask.curves import curves_of, top1_of
+from cfmask.errors import UserError
+from cfmask.files import sync, write_atomically
+from cfmask.recipe import Recipe, preset_of
+from cfmask.runs import RunFolder
+from cfmask.runtime.command import exits_cleanly
+from cfmask.runtime.jsonl import read_lines, read_object
+from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld
+from cfmask.runtime.logging import log_to_job
+from cfmask.runtime.machine import node_name
+from cfmask.secrets import mask_secrets
+from launch.restarts.of_run import counted_images
+from launch.state.facts import read_state
 
 logger = logging.getLogger("launch.notification.wandb_sender")  # also where this module is __main__
 

@@ -25,19 +25,15 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-CODE = Path(__file__).resolve().parents[2]
-# The folder of this file stands there, and is no place to import from.
-sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/ranks")]
-
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.logging import log_to_job  # noqa: E402
-from cfmask.runtime.machine import node_name  # noqa: E402
-from cfmask.runtime.process import adopt_orphans, kill_children  # noqa: E402
-from launch.ranks import supervisor  # noqa: E402
-from launch.restarts.policy import REQUEUE_ME  # noqa: E402
-from launch.state.attempt import LOCAL_START  # noqa: E402
-from launch.state.failure_reports import RankStart  # noqa: E402
-from launch.state.processes import FOLLOWER_FLAG, SAVE_WITHIN_S  # noqa: E402
+from cfmask.runs import RunFolder
+from cfmask.runtime.logging import log_to_job
+from cfmask.runtime.machine import node_name
+from cfmask.runtime.process import adopt_orphans, kill_children
+from launch.ranks import supervisor
+from launch.restarts.policy import REQUEUE_ME
+from launch.state.attempt import LOCAL_START
+from launch.state.failure_reports import RankStart
+from launch.state.processes import FOLLOWER_FLAG, SAVE_WITHIN_S
 
 _LOOK_S = 0.1
 _REPEAT_S = 0.5

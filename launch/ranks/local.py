@@ -65,7 +65,9 @@ class LocalExecutor(submitit.LocalExecutor):
         }
         follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
         # This code, not the snapshot: only the ranks verify that the snapshot is undamaged.
-        controller = [sys.executable, "-u", str(Path(__file__).with_name("controller.py")), *follower, str(self.folder)]
+        own = Path(__file__).resolve()
+        controller = [sys.executable, "-u", str(own.with_name("controller.py")), *follower, str(self.folder)]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own.parents[2]), os.environ.get("PYTHONPATH")]))
         # Its own streams: with inherited ones, the reader in `submit.py --no-follow | tail` would wait for the job.
         with open(Path(self.folder) / "controller.log", "ab") as log:
             process = subprocess.Popen(

@@ -1,7 +1,9 @@
 """The entry point of every rank: verifies the code that this file is part of, makes it the code of the job, and starts
 the rank under its supervisor (supervisor.py).
 
-    python -u RUN/code/0123456789ab/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
+    PYTHONPATH=CODE python -u CODE/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
+
+CODE is RUN/code/0123456789ab. It comes first on PYTHONPATH (batch_script.rank_command), before what is installed.
 
 submitit's own command begins with -m, for which Python searches the working directory first: a job that is requeued
 next week would import what the repository holds by then.
@@ -12,7 +14,6 @@ Nothing but the standard library is imported before the code is verified.
 from __future__ import annotations
 
 import hashlib
-import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -64,9 +65,6 @@ def verify(code: Path) -> None:
 def main() -> None:
     verify(CODE)
     module = sys.argv.index("-m") + 1
-    # The folder of this file stands there, and is no place to import from.
-    sys.path = [str(CODE), *(entry for entry in sys.path if entry and Path(entry).resolve() != CODE / "launch/ranks")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")]))
     os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"  # its records are repetitions, in another format
     sys.argv = sys.argv[module:]
     from cfmask.runtime.logging import log_to_job

@@ -171,7 +171,7 @@ def write_environment(allocation: Allocation, jobs: Path) -> None:
 
 
 def rank_command(python: str, code: str) -> str:
-    """What starts a rank, as submitit's ``python``: the code's own start.py.
+    """What starts a rank, as submitit's ``python``: the code's own start.py, with this code first on PYTHONPATH.
 
     A signal that comes in the first second, while Python imports and there is no handler, would end the rank, and with
     it the job; sh ignores it, and passes that on. Nothing is lost by not hearing it: there is nothing to save yet.
@@ -179,7 +179,8 @@ def rank_command(python: str, code: str) -> str:
     Args:
         python, code: as words of a shell, a command and a folder.
     """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/ranks/start.py"""
+    ignore, path = 'trap "" USR2 TERM', 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"'
+    return f"""sh -c '{ignore}; {path}; exec "$@"' {code} {python} -u {code}/launch/ranks/start.py"""
 
 
 def set_environment(allocation: Allocation) -> None:
