@@ -14,6 +14,7 @@ Nothing but the standard library is imported before the code is verified.
 from __future__ import annotations
 
 import hashlib
+import os
 import runpy
 import sys
 from collections.abc import Iterator
