@@ -122,6 +122,8 @@ def submit(
 ) -> subprocess.CompletedProcess:
     """``submit_command``, with one thread a process, until it ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
+    if repository != REPO:
+        environment["PYTHONPATH"] = os.pathsep.join([str(repository), environment["PYTHONPATH"]])
     command = submit_command(*flags, repository=repository, pace_s=pace_s)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **popen)
     if check and done.returncode:

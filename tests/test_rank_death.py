@@ -312,9 +312,7 @@ def died_at(clone: Path) -> float:
 def submit(clone: Path, materials: Path, *flags: object) -> subprocess.CompletedProcess:
     recipe = [*made.recipe_flags(materials, clone.parent / "run"), "--epochs", 40, "--eval-sets", "val", "--retries", 0]
     recipe += flags
-    command = [sys.executable, clone / "launch/submit.py", *recipe]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
-    return subprocess.run([str(w) for w in command], capture_output=True, text=True, env=environment, timeout=200)
+    return made.submit(*recipe, repository=clone, check=False, env={"CFMASK_CLUSTER": ""})
 
 
 def processes_of(run: Path) -> list[int]:
