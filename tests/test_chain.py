@@ -199,7 +199,7 @@ def test_after_a_failure_no_job_of_a_chain_is_requeued_and_its_bad_node_is_left_
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: dict.fromkeys(jobs))
     monkeypatch.setattr(retries, "_left_out", lambda here, deaths: tuple(death["node"] for death in deaths))
     left_out_nodes: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(chain, "leave_out", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
+    monkeypatch.setattr(chain, "exclude_nodes", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
     kind = {"killed": KILLED, "unhealthy": UNHEALTHY}.get(how, RAISED)
     failure = RankFailure(1, "n2", "2026-11-24T12:00:00.000", "no", broken_off=how == "node lost", kind=kind)
     decision = decide(RankStart(run, "11-0", 0, local=False, nodes=2, world_size=2), failure)

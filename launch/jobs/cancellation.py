@@ -16,7 +16,7 @@ from launch.jobs.status_table import latest_checkpoint
 from launch.slurm import control
 from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.queue import SlurmJob
-from launch.slurm.states import is_pending, is_running, words
+from launch.slurm.states import base_and_flags, is_pending, is_running
 
 _GONE_WITHIN_S = 60
 """How long jobs may take to end after they were killed: Slurm's KillWait and epilogue, and a last look at the mark."""
@@ -105,7 +105,7 @@ def _ask_queue(run_state: RunState) -> dict[str, SlurmJob] | None:
 
 
 def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s: float) -> None:
-    if is_pending(job.state) or words(job.state) == {"CONFIGURING"}:
+    if is_pending(job.state) or base_and_flags(job.state) == {"CONFIGURING"}:
         print(f"job {job.id} waits in the queue: removed from it", flush=True)
         _scancel(job.id)
     elif late and f"kill {job.id}" not in asked:

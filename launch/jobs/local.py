@@ -1,4 +1,4 @@
-"""submitit's local executor, with a controller of our own (controller.py): ranks as processes of this machine."""
+"""submitit's local executor with our own controller (controller.py): ranks are processes of this machine."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from launch.jobs.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
 class ControlledJob(LocalJob[Any]):
-    """Its id is its controller's pid."""
+    """A job on this machine; its id is the pid of its controller."""
 
     _process: subprocess.Popen[bytes]
 
     @property
     def exit_code(self) -> int:
-        """The controller's, when the job is done; negative if a signal killed it."""
+        """Exit code of the controller, once the job has ended; negative if a signal killed it."""
         return self._process.wait()
 
     def terminate(self) -> None:
-        """Ask the ranks for a checkpoint, and to end."""
+        """Ask the ranks to save a checkpoint and end."""
         self._process.terminate()
 
 
 class LocalExecutor(submitit.LocalExecutor):
-    """submitit's, except that jobs are looked after by ``controller.py``, in a session of their own: a terminal that is
-    closed, or a Ctrl-C, reaches the process that follows the job and nothing else.
+    """submitit's executor, except that ``controller.py`` starts the ranks in a session of their own: Ctrl-C, or closing
+    the terminal, reaches only the process that follows the job.
 
     Args:
-        folder: for submitit's files.
-        python: the shell command that starts a rank.
-        followed: the job ends with this process.
+        folder: Gets submitit's files.
+        python: Shell command that starts a rank.
+        followed: End the job when this process ends.
     """
 
     def __init__(self, folder: Path, *, python: str, followed: bool) -> None:
@@ -45,7 +45,7 @@ class LocalExecutor(submitit.LocalExecutor):
         self._followed = followed
 
     def start(self, work: Callable[[], Any]) -> ControlledJob:
-        """``submit``, and what it gives here."""
+        """``submit``, with the type of job that this executor returns."""
         job = self.submit(work)
         assert isinstance(job, ControlledJob)
         return job
@@ -64,9 +64,9 @@ class LocalExecutor(submitit.LocalExecutor):
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.parameters.get("gpus_per_node", 0)))),
         }
         follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
-        # Of the code that runs here and now: the ranks check that their copy of it is whole.
+        # The controller of this checkout, not of the snapshot: only the ranks verify their copy of the code.
         controller = [sys.executable, "-u", str(Path(__file__).with_name("controller.py")), *follower, str(self.folder)]
-        # Streams of its own: who reads a pipe of ours, as in `submit.py --no-follow | tail`, would wait for the job.
+        # The controller gets its own streams; otherwise `submit.py --no-follow | tail` would wait for the job.
         with open(Path(self.folder) / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 controller,

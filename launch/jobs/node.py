@@ -1,4 +1,4 @@
-"""What can be seen of a node by itself: the shared folder as it sees it, disks, its clock."""
+"""Measurements of the node that this process runs on: shared folder, free space, clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_and_look(folder: Path, name: str) -> tuple[str, list[float]]:
-    """``file_clock``, or why that failed."""
+    """The error, or "" and the bounds that ``file_clock`` returns."""
     try:
         return "", list(file_clock(folder / name))
     except OSError as error:
@@ -16,11 +16,14 @@ def write_and_look(folder: Path, name: str) -> tuple[str, list[float]]:
 
 
 def file_clock(path: Path) -> tuple[float, float]:
-    """Write a file, read it back, and remove it; the bounds of (file system's clock - this machine's), in seconds. A
-    time is taken as up to a clock tick old, or a second where a file system has whole ones.
+    """Write a file, read it back, and remove it.
+
+    Returns:
+        Bounds of (file system's clock - this machine's clock), in seconds. A time stamp may be one clock tick old, or
+        one second if the file system stores whole seconds.
 
     Raises:
-        OSError: that is not possible, or what is read is not what was written.
+        OSError: A file operation fails, or the file has other content than was written.
     """
     before = time.time()
     with open(path, "wb") as file:
@@ -38,5 +41,6 @@ def file_clock(path: Path) -> tuple[float, float]:
 
 
 def free_bytes(folder: Path) -> int:
+    """Bytes that this user may still write there."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize

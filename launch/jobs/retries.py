@@ -57,7 +57,7 @@ def decide(here: RankStart, failure: RankFailure) -> Decision:
     jobs = (*chain.before, here.job) if chain else (here.job,)
     earlier = [death for job in jobs for death in here.run.deaths(job, before=here.attempt)]
     if chain:
-        chain.leave_out(_left_out(here, [*earlier, died]))
+        chain.exclude_nodes(_left_out(here, [*earlier, died]))
         next_one = _refusal(here)
         return Decision(f"{failure.why}; {next_one}", f"{next_one}\n", died=died)
     limit = int(os.environ.get(VARIABLE) or RETRIES)
