@@ -16,7 +16,7 @@ from cfmask.errors import UserError
 from launch.arrays import array
 from launch.arrays import task as array_task
 from launch.arrays.arguments import Array, add_array_arguments, resolve_array
-from launch.jobs.restarts import Cause
+from launch.restarts.policy import Cause
 from made import REPO
 from slurm_fixture import Cluster, wait_until
 

@@ -224,7 +224,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
 
 
 def batch_code(member: Path, swept: bool, number: int) -> str:
-    return f"/{number}/code/DIGEST/launch/jobs/start.py" if swept else f"{member}/code/DIGEST/launch/jobs/start.py"
+    return f"/{number}/code/DIGEST/launch/ranks/start.py" if swept else f"{member}/code/DIGEST/launch/ranks/start.py"
 
 
 def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):

@@ -415,8 +415,8 @@ def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues
 
 def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):
     """The command that starts it: whatever the shell and Python's first moments are, USR2 does not end them."""
-    (tmp_path / "launch/jobs").mkdir(parents=True)
-    (tmp_path / "launch/jobs/start.py").write_text(
+    (tmp_path / "launch/ranks").mkdir(parents=True)
+    (tmp_path / "launch/ranks/start.py").write_text(
         "import os, signal, sys\n"
         "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('alive', sys.argv[1:])"

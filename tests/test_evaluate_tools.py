@@ -17,8 +17,8 @@ from PIL import Image
 
 import made
 from cfmask.distributed import DistributedContext
-from cfmask.evaluation.spec import UniformSoup
 from cfmask.evaluation.worker import run_evaluation
+from cfmask.evaluation_spec import UniformSoup
 from cfmask.models.head import load_model
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report import read_results

@@ -17,7 +17,7 @@ from launch.allocation.cluster_file import read_cluster_file
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation
 from launch.checks.cluster import check_nodes, check_partition
 from launch.checks.findings import OK, PROBLEM
-from launch.jobs import deadline
+from launch.restarts import deadline
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.executor import SlurmExecutor
 from launch.slurm.texts import SlurmNode

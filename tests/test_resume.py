@@ -21,7 +21,7 @@ from cfmask.runtime.jsonl import read_lines
 from launch import submit
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation
-from launch.jobs.rank import Job
+from launch.ranks.rank import Job
 from launch.submission import training
 from launch.submission.recipe_arguments import recipe_from
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import made
 from cfmask.distributed import DistributedContext
-from cfmask.evaluation.spec import Evaluation
 from cfmask.evaluation.worker import run_evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines

@@ -13,12 +13,12 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import cancellation
-from launch.jobs.run_state import in_queue, look_at, read_jobs
-from launch.jobs.run_status import status_of
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.queue import SlurmJob
 from launch.slurm.submission import SubmissionUnknown
+from launch.state import cancellation
+from launch.state.facts import in_queue, look_at, read_jobs
+from launch.state.status import status_of
 from launch.submission import planning
 from launch.submission import submit as submission
 from slurm_fixture import wait_until

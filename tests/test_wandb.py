@@ -19,14 +19,14 @@ import pytest
 import made
 from cfmask.curves import curves_of
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import PRESETS, Data, Method, Recipe, preset_of
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, cut_lines, read_lines
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation
-from launch.jobs import wandb_sender
-from launch.jobs.wandb_sender import UNTIL_EOF
+from launch.notification import wandb_sender
+from launch.notification.wandb_sender import UNTIL_EOF
 from launch.submit import parser
 from slurm_fixture import wait_until
 from wandb_server import KEY, Run, offline_run, serving
@@ -36,7 +36,7 @@ pytest.importorskip("wandb")
 SENDER = """
 import os, signal, sys, time
 sys.path[:0] = [{repo!r}]
-from launch.jobs import wandb_sender
+from launch.notification import wandb_sender
 wandb_sender._INIT_S, wandb_sender._LOOK_S = {init_s}, 0.2
 {plant}
 sys.exit(wandb_sender.main(sys.argv[1:]))
@@ -232,11 +232,12 @@ SUPERVISE = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch.jobs import failures, notify
+from launch.ranks import supervisor
+from launch.notification import notify
 notify.WITHIN_S = {within_s}
 def rank():
     {body}
-sys.exit(failures.supervise(rank, Path(sys.argv[1])))
+sys.exit(supervisor.supervise(rank, Path(sys.argv[1])))
 """
 
 

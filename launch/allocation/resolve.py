@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.allocation.settings import BY_NAME, GPU_SETTINGS, SLURM_ONLY, flag_of

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launch.restarts.policy import RESTARTS_WITHOUT_PROGRESS
+from launch.restarts.retries import RETRIES
+
 T = TypeVar("T")
 
-RESTARTS_WITHOUT_PROGRESS = 3
-"""Default budget of automatic restarts (restarts.py)."""
-RETRIES = 3
-"""Default number of restarts after the death of a rank (retries.py)."""
 UNLIMITED, PARTITION_TIME = "UNLIMITED", "partition"
 """Values of --time that are not numbers: no limit, and the partition's default."""
 GPU_SETTINGS = ("gpus_per_node", "gres", "gpus_per_task", "exclusive")

@@ -40,11 +40,11 @@ from cfmask.runtime.pool import ignore
 from launch.allocation.resolve import warn_of_paths_outside
 from launch.arrays.arguments import Array
 from launch.arrays.task import FINISHED, FUNCTION, ArrayTask
-from launch.jobs import failures
 from launch.slurm.client import SlurmError
 from launch.slurm.control import cancel
 from launch.slurm.queue import queue_of_name
 from launch.slurm.site import max_array_members
+from launch.state.failure_reports import report_of
 from launch.submission import snapshot
 from launch.submission.claims import check_path
 from launch.submission.dependencies import array_id, split_array
@@ -221,7 +221,7 @@ def _why(folder: Path) -> str:
         log = AttemptLog(task)
         job = str(log.lines()[-1].get("job")).rpartition("-")[0] if log.lines() else task.name
         ended = log.ended()
-        report = failures.report_of(RunFolder(folder), job)
+        report = report_of(RunFolder(folder), job)
         why = ended["why"] if ended else report.strip().splitlines()[-1] if report else None
         if why and why != FINISHED:
             reasons.setdefault(why, []).append(job)

@@ -18,7 +18,7 @@ from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.output import escape_unencodable_output
 from cfmask.runtime.pool import map_in_processes
 from cfmask.secrets import mask_secrets
-from launch.jobs.restarts import Cause, Restarts
+from launch.restarts.policy import Cause, Restarts
 
 FINISHED = "finished"
 """Recorded at the end of a task that has processed all of its items."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from launch.allocation.resolve import Allocation
 from launch.paper.plan import DONE, QUEUED, WAITING, PlanNode, arrays, awaited, to_submit
 from launch.paper.progress import NodeStatus, count_jobs, states_of

@@ -15,7 +15,7 @@ from cfmask.data.benchmarks import SHIFTED, VAL
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.model_origin import BEST, LAST
-from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot
+from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
 from cfmask.files import write_atomically
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info

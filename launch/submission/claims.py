@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.machine import aside_of, is_abandoned, process_runs
-from launch.jobs.run_state import read_jobs
+from launch.state.facts import read_jobs
 
 _CLAIMS, _REMOVING = ".claims", ".removing-"
 _REMOVED_WITHIN_S = 20.0

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfmask.data.benchmarks import ALIASES
-from cfmask.data.remote import is_remote
 from cfmask.evaluation.checks import check_choices, check_models_and_sets, chosen_models, set_folder
 from cfmask.evaluation.model_origin import CHOICES, LAST, settled
 from cfmask.evaluation.selection import FLAG, FLAG_HELP
-from cfmask.evaluation.spec import Evaluation, is_of_other_models
+from cfmask.evaluation_spec import Evaluation, is_of_other_models
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import mask_secrets
 from cfmask.tool_arguments import DATA_HELP
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import load_cluster_file
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.allocation.settings import add_allocation_arguments, given_flags
-from launch.jobs.processes import ending_signals, silence_output
+from launch.state.processes import ending_signals, silence_output
 from launch.submission.claims import check_path, take_folder
 from launch.submission.planning import PlannedJob, claim_run_folders, should_skip
 from launch.submission.submit import dry_run, start

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs.processes import controller_of, is_ending, wait_until_gone
-from launch.jobs.run_state import Jobs, accepted_jobs, read_jobs, read_state
 from launch.slurm.client import SlurmError, SlurmMissing
 from launch.slurm.queue import SlurmJob, queue
 from launch.slurm.states import is_completing, is_pending
+from launch.state.facts import Jobs, accepted_jobs, read_jobs, read_state
+from launch.state.processes import controller_of, is_ending, wait_until_gone
 from launch.submission.claims import Claim, take_folder
 
 _ASK_S = 20.0

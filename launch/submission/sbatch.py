@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any
 from cfmask.files import write_atomically
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
-from launch.jobs.chain import VARIABLE as CHAIN
-from launch.jobs.restarts import batch_script_end
+from launch.restarts.chain import VARIABLE as CHAIN
+from launch.restarts.policy import batch_script_end
 from launch.slurm.client import ignored_options
 
 if TYPE_CHECKING:
     import submitit
 
-    from launch.jobs.local import LocalExecutor
+    from launch.ranks.local import LocalExecutor
     from launch.slurm.executor import SlurmExecutor
 
 logger = logging.getLogger(__name__)
@@ -171,7 +171,8 @@ def _double_quoted(value: str) -> str:
 
 
 def rank_command(python: str, code: str) -> str:
-    """The command that starts a rank, as submitit's ``python``: start.py of the job's copy of the code.
+    """The command that starts a rank, as submitit's ``python``: start.py of the job's copy of the code. This code is
+    first on PYTHONPATH.
 
     A signal in the first second, before Python has installed a handler, would end the rank and with it the job. The
     shell ignores these signals, and Python inherits that. There is nothing to save yet.
@@ -180,7 +181,8 @@ def rank_command(python: str, code: str) -> str:
         python: Shell command that starts Python.
         code: Folder of the code, quoted for the shell.
     """
-    return f"""sh -c 'trap "" USR2 TERM; exec "$0" "$@"' {python} -u {code}/launch/jobs/start.py"""
+    ignore, path = 'trap "" USR2 TERM', 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"'
+    return f"""sh -c '{ignore}; {path}; exec "$@"' {code} {python} -u {code}/launch/ranks/start.py"""
 
 
 # --- executors --------------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def local_executor(
         code: Snapshot of the code that the jobs run.
         followed: End the jobs when this process ends.
     """
-    from launch.jobs.local import LocalExecutor
+    from launch.ranks.local import LocalExecutor
 
     python = rank_command(allocation.python, shlex.quote(str(code)))
     # submitit would take the machine's first GPUs instead of those that CUDA_VISIBLE_DEVICES shows here.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.files import sync, write_atomically
-from launch.jobs.start import FOLDERS, code_files, digest_of
+from launch.ranks.start import FOLDERS, code_files, digest_of
 
 REPO = Path(__file__).resolve().parents[2]
 """The repository that this module belongs to, or the snapshot."""

@@ -22,10 +22,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.secrets import mask_secrets
 from launch.allocation.resolve import Allocation
-from launch.jobs.notify import keep_command
-from launch.jobs.processes import ending_signals
+from launch.notification.notify import keep_command
 from launch.slurm.site import max_array_members
 from launch.slurm.submission import SubmissionUnknown, test_only
+from launch.state.processes import ending_signals
 from launch.submission import snapshot
 from launch.submission.dependencies import ArrayPart, array_id, chained, split_array
 from launch.submission.planning import PlannedJob, drop
@@ -157,7 +157,7 @@ def submit_to_slurm(
     Raises:
         UserError: Slurm refuses a job. Jobs that it accepted before stay in the queue.
     """
-    from launch.jobs.follow import follow_run
+    from launch.state.follow import follow_run
 
     submitted = 0
     try:
@@ -249,7 +249,7 @@ def enqueue(
     Raises:
         UserError: Slurm refuses. The folders that this command made and no other command uses are removed.
     """
-    from launch.jobs.rank import Job
+    from launch.ranks.rank import Job
 
     batch = SubmissionBatch.of(planned)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
@@ -306,8 +306,8 @@ def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, p
     """
     import submitit
 
-    from launch.jobs.follow import follow_local_job, tell_end
-    from launch.jobs.rank import Job
+    from launch.ranks.rank import Job
+    from launch.state.follow import follow_local_job, tell_end
 
     set_environment(allocation)
     run = planned.run

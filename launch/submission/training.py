@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import Any
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch
-from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
@@ -26,6 +25,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile, load_cluster_file
 from launch.allocation.resolve import (
     Allocation,
@@ -36,7 +36,7 @@ from launch.allocation.resolve import (
     warn_of_paths_outside,
 )
 from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
-from launch.jobs.notify import kept_setting
+from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
 from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
