@@ -307,7 +307,7 @@ def test_without_the_package_a_run_on_this_machine_is_refused(monkeypatch, capsy
     monkeypatch.setattr("launch.allocation.resolve.shutil.which", lambda name: name)
     allocation = resolve_allocation(parser().parse_args([*arguments, "slurm"]), ClusterFile())
     assert allocation.environment[wandb_sender.VARIABLE] == allocation.again["wandb"] == "imagenet"
-    assert "this Python has no package wandb" in capsys.readouterr().err
+    assert "this Python does not have the package wandb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("project", ["", "a b", "lab/a/b", "x" * 129, "a;b"])
