@@ -665,7 +665,7 @@ def test_a_run_keeps_no_checkpoint_by_a_test_set_without_a_word(materials, tmp_p
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
     arguments = submit_parser().parse_args(words)
     file = SimpleNamespace(values={}, path=None, environment={}, image=None)
-    [planned] = training.plan(arguments, file, resolve_allocation(arguments, file))
+    [planned] = training.plan_runs(arguments, file, resolve_allocation(arguments, file))
     planned.run.claim(planned.work)
     assert submit_main(words) == 0, "a run that was begun so goes on"
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err

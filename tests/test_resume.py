@@ -120,7 +120,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_requeue(material
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 7, process)
-    os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # only one rank gets the signal
+    os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # one rank alone gets it
     assert process.wait(timeout=300) == 0
     first, second = read_lines(run / "attempts.jsonl")
     assert second["why_last_ended"] == f"stopped at step {second['from_step']} (requeue)"

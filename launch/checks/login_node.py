@@ -19,8 +19,9 @@ from launch.slurm.client import SlurmError
 from launch.slurm.submission import test_only
 from launch.slurm.texts import Qos, SlurmNode
 from launch.submission import snapshot
-from launch.submission.planning import Planned
-from launch.submission.submit import REPO, SubmissionBatch
+from launch.submission.planning import PlannedJob
+from launch.submission.snapshot import REPO
+from launch.submission.submit import SubmissionBatch
 
 if TYPE_CHECKING:
     from launch.slurm.executor import SlurmExecutor
@@ -87,7 +88,7 @@ def ask_slurm(findings: Findings, allocation: Allocation) -> Site | None:
 
 def probe_executor(folder: Path, allocation: Allocation) -> SlurmExecutor:
     """The executor that a run in this folder would be submitted with."""
-    batch = SubmissionBatch.of([Planned(RunFolder(folder), Recipe())])
+    batch = SubmissionBatch.of([PlannedJob(RunFolder(folder), Recipe())])
     executor = batch.executor(allocation, snapshot.digest_of(REPO))
     executor.update_parameters(job_name="cfmask-doctor")
     return executor

@@ -21,10 +21,8 @@ from launch.slurm.client import SlurmError, show_job
 from launch.slurm.control import cancel
 from launch.slurm.states import is_over, is_pending
 from launch.submission import snapshot
-from launch.submission.batch_script import set_environment, write_environment
-from launch.submission.local import local_executor
-from launch.submission.sbatch import send
-from launch.submission.submit import REPO
+from launch.submission.sbatch import local_executor, send, set_environment, write_environment
+from launch.submission.snapshot import REPO
 
 PROBE_MIN = 6
 """The probe's time limit: more than its ranks wait for each other, and for files of each other."""

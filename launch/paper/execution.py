@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import Recipe
 from launch.allocation.resolve import Allocation
 from launch.paper.plan import DONE, QUEUED, WAITING, PlanNode, arrays, awaited, to_submit
 from launch.paper.progress import NodeStatus, count_jobs, states_of
 from launch.paper.reproduction import Reproduction
 from launch.slurm.control import cancel
-from launch.submission.planning import Planned, claim_run_folders
-from launch.submission.sbatch import after_success
+from launch.submission.dependencies import after_success
+from launch.submission.planning import PlannedJob, claim_run_folders
 from launch.submission.submit import enqueue_all, run_one_here
 
 
@@ -60,7 +59,7 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         if waits:  # those jobs have already waited for what --dependency names
             allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
         try:
-            for part in enqueue_all(planned, allocation, tell=lambda line: None):
+            for part in enqueue_all(planned, allocation, quiet=True):
                 for each, job in part:
                     name = each.run.root.name
                     jobs[name] = job.job_id
@@ -110,9 +109,9 @@ def run_here(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
 
 def _prepare(
     reproduction: Reproduction, nodes: Sequence[PlanNode], statuses: Mapping[str, NodeStatus]
-) -> list[Planned[Recipe | Evaluation]]:
+) -> list[PlannedJob]:
     """Claim the run folders of the nodes, and remove results that were computed from models that have been replaced."""
-    planned = claim_run_folders([Planned(reproduction.folder(node.name), node.work) for node in nodes])
+    planned = claim_run_folders([PlannedJob(reproduction.folder(node.name), node.work) for node in nodes])
     for node in nodes:
         if statuses[node.name].status.state == "finished":
             reproduction.folder(node.name).drop_results()
