@@ -16,12 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cfmask.runtime.file_system import file_system_of
 from launch import doctor
 from launch.checks import cluster as _slurm_checks
-from launch.checks import probe as _probe
+from launch.checks import node as _node
 from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.checks.probe import BYTES, ProbeReport
+from launch.checks.probe import BYTES, offset_bounds
+from launch.checks.report import ProbeReport
 from launch.jobs.allocation import Allocation
 from launch.slurm.texts import (
     SlurmNode,
@@ -138,7 +140,7 @@ def preemption(config: str, partitions: str, nodes: str = "", qos: str = "", own
 def test_a_partition_that_requeues_with_warning_and_grace_is_as_it_should_be():
     found = preemption(CONFIG_22_05, PARTITIONS_22_05, NODES)
     assert {name: each.state for name, each in found.items()} == {"preemption": OK, "warning signal": OK, "grace": OK}
-    assert "gives way to high, PreemptMode=REQUEUE" in found["preemption"].found  # and not to one on other nodes
+    assert "is preempted by high, PreemptMode=REQUEUE" in found["preemption"].found  # and not to one on other nodes
     assert "120 s" in found["grace"].found
 
 
@@ -149,7 +151,7 @@ def test_without_nodes_any_more_important_partition_may_preempt():
 @pytest.mark.parametrize(
     ("grace", "state", "said"),
     [
-        ("0", WARNING, "5 sec later KILL"),
+        ("0", WARNING, "KILL 5 sec later"),
         ("30", WARNING, "30 s between"),
         ("00:01:00", OK, "60 s"),
         ("?", NOT_CHECKED, "?"),
@@ -164,8 +166,8 @@ def test_the_grace_has_to_be_enough_for_a_checkpoint(grace, state, said):
 @pytest.mark.parametrize(
     ("mode", "state", "said"),
     [
-        ("CANCEL", PROBLEM, "over until somebody resumes it"),
-        ("GANG,SUSPEND", WARNING, "stopped where it is"),
+        ("CANCEL", PROBLEM, "until it is resumed by hand"),
+        ("GANG,SUSPEND", WARNING, "it is suspended"),
         ("OFF", OK, "not preempted: PreemptMode=OFF"),
         ("GANG", OK, "not preempted"),
     ],
@@ -187,7 +189,7 @@ def test_nobody_comes_before_the_most_important_partition():
     high = [r for r in records if r["PartitionName"] == "high"]
     config = parse_config(CONFIG_22_05)
     [found] = _slurm_checks.check_preemption(config, [high[0] | {"PreemptMode": "REQUEUE"}], records, [], [], None)
-    assert found.state == OK and "nobody comes before it" in found.found
+    assert found.state == OK and "nothing has a higher priority" in found.found
 
 
 @pytest.mark.parametrize("kind", ["preempt/none", "(null)", None])
@@ -201,7 +203,7 @@ def test_a_cluster_without_preemption(kind):
 def test_with_preempt_qos_the_quality_of_service_decides():
     cancelled = preemption(CONFIG_23_11, PARTITIONS_22_05, NODES, QOS, "normal")
     assert cancelled["preemption"].state == PROBLEM, "its mode is the cluster's, CANCEL"
-    assert "gives way to urgent" in cancelled["preemption"].found
+    assert "is preempted by urgent" in cancelled["preemption"].found
     assert "sacctmgr modify qos normal set PreemptMode=REQUEUE" in cancelled["preemption"].change
     assert (
         cancelled["grace"].state == WARNING
@@ -225,7 +227,7 @@ def test_the_warning_signal_has_two_names():
     assert user_signal("24.05.3", **old).state == OK, "later versions know the old name, too"
     assert user_signal("24.05.3", **new).state == OK
     unknown = user_signal("22.05.8", **new)
-    assert unknown.state == WARNING and "does not know it by this name" in unknown.found
+    assert unknown.state == WARNING and "uses another name" in unknown.found
     assert unknown.change.startswith("SlurmctldParameters=preempt_send_user_signal in slurm.conf")
     for version, line in (
         ("22.05.8", "SlurmctldParameters=preempt_send_user_signal"),
@@ -249,7 +251,7 @@ def test_settings_of_requeue_and_accounting():
     config = parse_config
     assert _slurm_checks.check_requeue_setting(config(CONFIG_22_05)).state == OK
     overridden = _slurm_checks.check_requeue_setting(config(CONFIG_23_11))
-    assert overridden.state == OK and "asks for --requeue itself" in overridden.found
+    assert overridden.state == OK and "submit.py gives --requeue" in overridden.found
     states = [_slurm_checks.check_accounting(config(c)).state for c in (CONFIG_22_05, CONFIG_23_11, CONFIG_24_05)]
     assert states == [OK, WARNING, WARNING]
 
@@ -344,7 +346,7 @@ def test_a_requeue_that_was_seen_or_refused():
     refused = _slurm_checks.check_requeue({"Restarts": "0"}, asked | {"code": 1, "said": "Access denied"})
     assert refused.state == PROBLEM and "Access denied" in refused.found and "administrator.md, 4" in refused.change
     assert _slurm_checks.check_requeue({}, None).state == NOT_CHECKED
-    assert _slurm_checks.check_job_record({"Requeue": "0"})[0].state == PROBLEM
+    assert _slurm_checks.check_job_record({"Requeue": "0"}).state == PROBLEM
 
 
 # --- the ranks' reports -------------------------------------------------------------------------------------------
@@ -390,9 +392,9 @@ def test_good_reports_have_no_problem():
         ({"packages": {"torch": "2.5.0"}}, "packages", PROBLEM, "torch 2.6.0 on n1, 2.5.0 on n2", "requirements.txt"),
         ({"import_error": "ImportError: libGL"}, "packages", PROBLEM, "on n2: ImportError: libGL", "requirements.txt"),
         ({"import_s": 130.0}, "packages", WARNING, "within 130 s", "faster file system"),
-        ({"usable": [0]}, "cores", PROBLEM, "4 cores asked for, a rank can use 1 on n2", "cpus_per_task = 1"),
+        ({"usable": [0]}, "cores", PROBLEM, "4 cores requested, a rank can use 1 on n2", "cpus_per_task = 1"),
         ({"quota": 2.5}, "cores", PROBLEM, "can use 2.5 on n2", "administrator.md, 7"),
-        ({"memory": 1 << 30}, "memory", WARNING, "1.07 GB a rank on n2", "--memory 0"),
+        ({"memory": 1 << 30}, "memory", WARNING, "1.07 GB per rank on n2", "--memory 0"),
         ({"shared_error": "Read-only file system"}, "shared folder", PROBLEM, "n2 cannot write to /shared", "--shared"),
         ({"free": 1 << 30}, "room", WARNING, "1.07 GB free", "make room"),
         ({"appears": 8.0}, "files of others", WARNING, "after 8 s", "acregmax"),
@@ -455,13 +457,13 @@ n1:4711:4780 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM
 
 
 def test_what_nccl_says_it_uses():
-    told = _probe.nccl_transport(NCCL_LOG)
+    told = _node.nccl_transport(NCCL_LOG)
     assert told == "network Socket; eth0:10.0.0.3<0>; channels via NET/Socket, P2P/CUMEM"
-    infiniband = _probe.nccl_transport(
+    infiniband = _node.nccl_transport(
         "NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/RoCE [RO]; OOB ib0:10.1.0.1<0>\n"
     )
     assert infiniband == "mlx5_0:1/IB mlx5_1:1/RoCE [RO]; OOB ib0:10.1.0.1<0>"
-    assert _probe.nccl_transport("") == ""
+    assert _node.nccl_transport("") == ""
 
     nccl = {"backend": "nccl", "transport": told, "seconds": 0.02}
     *_, idle = _rank_checks.check_network([report(0, infiniband=["mlx5_0"], **nccl), report(1, "n2", **nccl)], 2, True)
@@ -472,7 +474,7 @@ def test_what_nccl_says_it_uses():
 
 
 def test_the_rank_that_has_a_reason_of_its_own_is_named():
-    waits = {"stage": "meeting the other ranks", "failed": "TimeoutError: 1 of 2 ranks did not come"}
+    waits = {"stage": "waiting for the other ranks", "failed": "TimeoutError: 1 of 2 ranks did not come"}
     fails = {"stage": "finding the GPUs", "failed": "UserError: Rank 1 on n2 sees no GPU."}
     found = _rank_checks.check_ranks([report(0, **waits), report(1, "n2", **fails)], 2, {})
     assert found.state == PROBLEM and "rank 1 on n2 failed, finding the GPUs" in found.found
@@ -485,7 +487,7 @@ def test_the_rank_that_has_a_reason_of_its_own_is_named():
     assert "administrator.md, 6" in apart.change and "--interface" in apart.change
 
     hung = _rank_checks.check_ranks(two(stage="all-reduce"), 2, {})
-    assert "ended without a word, all-reduce" in hung.found and "NCCL_IB_DISABLE" in hung.change
+    assert "ended without an error message, all-reduce" in hung.found and "NCCL_IB_DISABLE" in hung.change
 
 
 # --- what a rank sees ---------------------------------------------------------------------------------------------
@@ -500,13 +502,13 @@ def test_the_true_offset_of_two_clocks_is_within_its_bounds(offset, delays):
     for there, back, pause in delays:
         rounds.append((now + offset, now + there, now + there + back + offset))
         now += there + back + pause
-    low, high = _probe.offset_bounds(rounds)
+    low, high = offset_bounds(rounds)
     assert low - 1e-5 <= offset <= high + 1e-5
     assert high - low <= min(there + back for there, back, _ in delays) + 1e-5
 
 
 def test_a_clock_that_was_set_meanwhile_shows_as_a_jump():
-    low, high = _probe.offset_bounds([(10.0, 10.0, 10.1), (21.0, 11.0, 21.1)])
+    low, high = offset_bounds([(10.0, 10.0, 10.1), (21.0, 11.0, 21.1)])
     assert (low, high) == (pytest.approx(0.1), 10.0)
 
 
@@ -524,22 +526,22 @@ def test_limits_of_control_groups():
     def read(*place: str) -> str | None:
         return files.get(place)
 
-    assert _probe.control_group_limits("0::/a/b\n", read) == (4.0, 8 << 30)
-    assert _probe.control_group_limits("4:memory:/slurm\n3:cpu,cpuacct:/slurm\n", read) == (1.5, None)
-    assert _probe.control_group_limits("0::/\n", read) == (None, None)
+    assert _node.control_group_limits("0::/a/b\n", read) == (4.0, 8 << 30)
+    assert _node.control_group_limits("4:memory:/slurm\n3:cpu,cpuacct:/slurm\n", read) == (1.5, None)
+    assert _node.control_group_limits("0::/\n", read) == (None, None)
 
 
 def test_the_file_system_of_a_folder():
     mounts = "none / overlay rw 0 0\nserver:/home /home nfs4 rw 0 0\nx /home/my\\040own ext4 rw 0 0\n"
-    kinds = [_probe.file_system_of(Path(p), mounts) for p in ("/home/a/b", "/homestead", "/home/my own/a")]
+    kinds = [file_system_of(Path(p), mounts) for p in ("/home/a/b", "/homestead", "/home/my own/a")]
     assert kinds == ["nfs4", "overlay", "ext4"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    error, clock = _probe.write_and_look(tmp_path, "x")
+    error, clock = _node.write_and_compare_clocks(tmp_path, "x")
     assert not error and clock[0] - 1 < 0 < clock[1] + 1
     assert not list(tmp_path.iterdir())
-    error, clock = _probe.write_and_look(tmp_path / "none", "x")
+    error, clock = _node.write_and_compare_clocks(tmp_path / "none", "x")
     assert "No such file" in error and clock == []
 
 
@@ -621,7 +623,7 @@ def test_a_good_cluster(slurm_cluster: Cluster, tmp_path):
     assert "a node sees what another has renamed" in found["files of others"]["found"]
     assert str(tmp_path / "runs") in found["shared folder"]["found"]
     assert "gloo, 64 MB: right" in found["all-reduce"]["found"]
-    assert "back into the queue at its own wish" in found["requeue"]["found"]
+    assert "the job requeued itself" in found["requeue"]["found"]
     assert not list((tmp_path / "runs").iterdir()) and not queue(slurm_cluster), "something was left behind"
 
 
@@ -657,7 +659,7 @@ def test_a_folder_that_nodes_do_not_have(slurm_cluster: Cluster, tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     found = next(line for line in lines if line["check"] == "shared folder")
-    assert found["state"] == PROBLEM and "n1 could not make the job's log" in found["found"]
+    assert found["state"] == PROBLEM and "n1 could not create the job's log" in found["found"]
     assert "--shared DIR" in found["change"]
     assert not queue(slurm_cluster)
 

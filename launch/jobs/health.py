@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from cfmask.errors import UserError
 from cfmask.files import disk_is_full
+from cfmask.runtime.file_system import file_clock, free_bytes
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
-from launch.checks.node import file_clock, free_bytes
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 
