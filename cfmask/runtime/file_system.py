@@ -1,9 +1,8 @@
-"""What this machine sees of a file system: its type, its free space, and how far its clock is from this machine's."""
+"""What this machine sees of a file system: its free space, and how far its clock is from this machine's."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -36,18 +35,3 @@ def file_clock(path: Path) -> tuple[float, float]:
 
 def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
-
-
-def file_system_of(path: Path, mounts: str) -> str:
-    """The type of the file system that holds an absolute path.
-
-    Args:
-        mounts: the content of /proc/mounts.
-    """
-    best = ("", "")
-    for line in mounts.splitlines():
-        _, point, kind, *_ = line.split()
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), point)
-        if path.is_relative_to(point) and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1]

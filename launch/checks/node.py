@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.data.remote import cache_folder
-from cfmask.runtime.file_system import file_clock, file_system_of, free_bytes
+from cfmask.runtime.file_system import file_clock, free_bytes
 from launch.checks.report import ProbeReport
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def inspect_node(report: ProbeReport, folder: Path, needed: Sequence[str]) -> No
     report.infiniband = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     report.shared_error, report.clock = write_and_compare_clocks(folder, f".rank-{report.rank}")
     report.free = free_bytes(folder)
-    report.file_system = file_system_of(folder.resolve(), Path("/proc/mounts").read_text())
+    kind = ["stat", "--file-system", "--format=%T", str(folder)]
+    report.file_system = subprocess.run(kind, capture_output=True, text=True).stdout.strip()
     report.cache = str(cache_folder())
     cache = Path(report.cache).absolute()
     existing = next(path for path in (cache, *cache.parents) if path.exists())

@@ -48,7 +48,6 @@ BYTES = 64 << 20
 
 _PINGS = 16
 _ROUNDS = 5
-_FIRST, _SECOND = "first", "second"  # the content of a shared file before and after it is replaced
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Probe:
             _all_reduce(report, context)
             report.transport = nccl_transport(nccl_log.read_text()) if nccl_log.exists() else ""
             report.begin("done", folder)
-            _barrier(store, context, "reported")
+            _barrier(store, context.rank, range(context.world_size), "reported")
 
     def _requeue(self, job_id: str) -> None:
         """Requeue the job as a run does (launch/jobs/restarts.py): with scontrol, else through the batch script."""
@@ -149,10 +148,10 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _barrier(store: dist.Store, context: DistributedContext, name: str) -> None:
-    """A barrier through the store, independent of the backend that is yet to be tested."""
-    store.set(f"{name} {context.rank}", "")
-    store.wait([f"{name} {rank}" for rank in range(context.world_size)])
+def _barrier(store: dist.Store, rank: int, ranks: Sequence[int], name: str) -> None:
+    """A barrier of these ranks through the store, independent of the backend that is yet to be tested."""
+    store.set(f"{name} {rank}", "")
+    store.wait([f"{name} {each}" for each in ranks])
 
 
 def _leaders(store: dist.Store, context: DistributedContext, node: str) -> list[int]:
@@ -214,31 +213,20 @@ def offset_bounds(rounds: Iterable[tuple[float, float, float]]) -> tuple[float, 
 def _exchange_files(
     report: ProbeReport, store: dist.Store, context: DistributedContext, leaders: Sequence[int], folder: Path
 ) -> None:
-    """Rank 0's node creates and replaces a file, and the others measure when they see it; then the other way round."""
+    """Each node creates a file and then replaces it, and measures when it sees the files of the others."""
     if len(leaders) > 1 and context.rank in leaders:
         folder.mkdir(exist_ok=True)
-        others = leaders[1:]
-        common = folder / "of-rank-0"
-        if context.rank == 0:
-            store.wait([f"looked {rank}" for rank in others])
-            for step, content in enumerate((_FIRST, _SECOND)):
-                write_atomically(common, content)
-                store.set(f"made {step}", "")
-                store.wait([f"saw {step} {rank}" for rank in others])
-            store.wait([f"made {rank}" for rank in others])
-            report.appears = max(_visible_after(folder / f"of-rank-{rank}", _FIRST) for rank in others)
-        else:
-            common.exists()  # a network file system may cache that the file does not exist
-            store.set(f"looked {context.rank}", "")
-            times = []
-            for step, content in enumerate((_FIRST, _SECOND)):
-                store.wait([f"made {step}"])
-                times.append(_visible_after(common, content))
-                store.set(f"saw {step} {context.rank}", "")
-            report.appears, report.replaced = times
-            write_atomically(folder / f"of-rank-{context.rank}", _FIRST)
-            store.set(f"made {context.rank}", "")
-    _barrier(store, context, "watched")
+        others = [folder / str(rank) for rank in leaders if rank != context.rank]
+        for path in others:
+            path.exists()  # a network file system may cache that the file does not exist
+        times = []
+        for content in ("first", "second"):
+            _barrier(store, context.rank, leaders, f"before {content}")
+            write_atomically(folder / str(context.rank), content)
+            _barrier(store, context.rank, leaders, f"after {content}")
+            times.append(max(_visible_after(path, content) for path in others))
+        report.appears, report.replaced = times
+    _barrier(store, context.rank, range(context.world_size), "exchanged")
 
 
 def _visible_after(path: Path, content: str) -> float:
