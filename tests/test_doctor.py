@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import doctor
+from launch.allocation.resolve import Allocation
 from launch.checks import cluster as _slurm_checks
 from launch.checks import login_node
 from launch.checks import node as _node
@@ -24,7 +25,6 @@ from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, offset_bounds
 from launch.checks.report import ProbeReport
-from launch.jobs.allocation import Allocation
 from launch.slurm.texts import (
     SlurmNode,
     default_qos,

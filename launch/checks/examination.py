@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 from cfmask.errors import UserError
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import Allocation, uncovered
 from launch.checks.findings import Findings, not_checked, problem, warning
 from launch.checks.login_node import ask_slurm, check_submission
 from launch.checks.node import write_and_compare_clocks
 from launch.checks.probe_job import run_probe
-from launch.jobs.allocation import Allocation, uncovered
-from launch.jobs.claims import check_path
-from launch.jobs.cluster_file import ClusterFile
+from launch.submission.claims import check_path
 
 
 def examine(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.data.remote import cache_folder
-from cfmask.runtime.file_system import file_clock, free_bytes
+from cfmask.runtime.storage import file_clock, free_bytes
 from launch.checks.report import ProbeReport
 
 if TYPE_CHECKING:

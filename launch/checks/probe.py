@@ -29,9 +29,10 @@ from cfmask.files import write_atomically
 from cfmask.runtime.machine import node_name
 from launch.checks.node import enable_nccl_log, inspect_gpus, inspect_node, nccl_transport
 from launch.checks.report import ProbeReport
-from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
+from launch.restarts.policy import REQUEUE_ME
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
+from launch.state.attempt import attempt_name, restart_of
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ class Probe:
         report.begin("importing torch and cfmask", folder)
         started = time.monotonic()
         try:
-            import cfmask.train  # noqa: F401  everything that training imports
+            import cfmask.training.train  # noqa: F401  everything that training imports
         except Exception as error:
             report.import_error = _one_line(error)
             raise
@@ -128,7 +129,7 @@ class Probe:
             _barrier(store, context.rank, range(context.world_size), "reported")
 
     def _requeue(self, job_id: str) -> None:
-        """Requeue the job as a run does (launch/jobs/restarts.py): with scontrol, else through the batch script."""
+        """Requeue the job as a run does (launch/restarts/policy.py): with scontrol, else through the batch script."""
         asked: dict[str, Any] = {"scontrol": shutil.which("scontrol"), "code": None, "said": ""}
         path = self.folder / "requeue.json"
         write_atomically(path, json.dumps(asked))  # first: a successful requeue may end this process

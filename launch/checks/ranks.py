@@ -9,11 +9,11 @@ from functools import partial
 from typing import TypeVar
 
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
+from launch.allocation.resolve import Allocation
 from launch.checks.cluster import ADMINISTRATOR
 from launch.checks.findings import Finding, not_checked, ok, problem, warning
 from launch.checks.probe import BYTES, VISIBLE_WITHIN_S
 from launch.checks.report import ProbeReport
-from launch.jobs.allocation import Allocation
 
 T = TypeVar("T", bound=Hashable)
 

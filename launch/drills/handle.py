@@ -20,13 +20,13 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import training
-from launch.jobs.submission import submissions
 from launch.slurm.client import ask, show_job
 from launch.slurm.control import cancel, start_now
 from launch.slurm.queue import host_names
 from launch.slurm.states import is_over, is_pending
 from launch.slurm.submission import submit
+from launch.submission import training
+from launch.submission.submit import submissions
 
 Poll = Iterator[None]
 
@@ -45,7 +45,7 @@ for each in $rank; do
     case " $rank " in *" $parent "*) kill -{signal} $each ;; esac
 done
 """
-"""Signals the child of the two processes of a rank (launch/jobs/failures.py): it is the one that trains."""
+"""Signals the child of the two processes of a rank (launch/ranks/supervisor.py): it is the one that trains."""
 
 
 class DrillFailed(Exception):

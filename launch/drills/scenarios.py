@@ -25,7 +25,7 @@ from launch.drills.faults import (
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.materials import MAKE_SHARDS
-from launch.jobs.deadline import AT_TIME_LIMIT
+from launch.restarts.deadline import AT_TIME_LIMIT
 from launch.slurm.control import cancel, requeue
 
 EARLY, HALF = 25, 63
