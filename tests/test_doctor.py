@@ -355,8 +355,6 @@ def test_a_requeue_that_was_seen_or_refused():
 def report(rank: int = 0, node: str = "n1", **given: Any) -> ProbeReport:
     """The report of a rank without any problem."""
     good = {
-        "local_rank": 0,
-        "host": node,
         "stage": "done",
         "python": "3.11.7",
         "packages": {"torch": "2.6.0", "numpy": "2.0"},

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from cfmask.errors import UserError
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import Allocation, uncovered
 from launch.checks.findings import Findings, not_checked, problem, warning
@@ -69,7 +70,7 @@ def shared_folder(given: Path | None) -> Path:
 def _shards(file: ClusterFile) -> tuple[str, ...]:
     """The shards folder of the cluster file, unless it is a URL."""
     given = file.values.get("shards")
-    if file.path is None or not given or "://" in given or ":" in given.split("/")[0]:
+    if file.path is None or not given or is_remote(given):
         return ()
     return (str((file.path.parent / Path(given).expanduser()).resolve()),)
 

@@ -73,7 +73,7 @@ class Probe:
         for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read when distributed.py is imported
             os.environ[name] = str(PATIENCE_MIN)
         job = submitit.JobEnvironment()
-        report = ProbeReport(job.global_rank, job.local_rank, node_name(), socket.gethostname())
+        report = ProbeReport(job.global_rank, node_name())
         report.write(self.folder)
         try:
             self._examine(report, job)

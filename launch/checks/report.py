@@ -15,9 +15,7 @@ class ProbeReport:
     """What a rank has found. A field keeps its default if the rank ended before it could set it."""
 
     rank: int
-    local_rank: int
     node: str
-    host: str
     stage: str = "inspecting the node"
     """The last stage that the rank began; "done" at the end."""
     failed: str = ""
