@@ -15,7 +15,7 @@ listen on the loopback interface only:
            log/                                  one log per daemon
 
 The daemons are the real ones (munged, mariadbd, slurmdbd, slurmctld, and one slurmd per node), private to the folder.
-So several clusters can run side by side, beside a munged or MariaDB of the machine. Standard library only.
+Several clusters can run at the same time, and so can a munged or MariaDB of the machine. Standard library only.
 
 Daemons and jobs see "localhost" as the host's name. If the kernel does not allow that (in a container without the
 SYS_ADMIN capability), they see the machine's name, and Slurm's daemons listen on every interface; `status` says so.

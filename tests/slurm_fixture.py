@@ -100,7 +100,7 @@ def wait_until(holds: Callable[[], bool], what: str, timeout: float = 300) -> No
     """Check the condition five times a second; fail with its description after the timeout."""
     deadline = time.monotonic() + timeout
     while not holds():
-        assert time.monotonic() < deadline, f"waited {timeout:.0f} s in vain until {what}"
+        assert time.monotonic() < deadline, f"timed out after {timeout:.0f} s waiting until {what}"
         time.sleep(0.2)
 
 

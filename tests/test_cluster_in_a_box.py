@@ -84,11 +84,11 @@ while kill -0 $!; do wait; done
         slurm_cluster.call("scontrol", "update", "PartitionName=low", "GraceTime=30")
 
     assert slurm_cluster.job(low)["Restarts"] == "1"
-    told = log.read_text()
+    output = log.read_text()
     for node in ("n1", "n2"):
-        assert f"{node} starts, restarts 0" in told
-        assert f"{node} got USR2" in told
-        assert f"{node} starts, restarts 1" in told
+        assert f"{node} starts, restarts 0" in output
+        assert f"{node} got USR2" in output
+        assert f"{node} starts, restarts 1" in output
 
 
 def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) -> None:
@@ -96,7 +96,7 @@ def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) ->
     before = {name: slurm_cluster.pid(name) for name in ("slurmctld", "slurmd-n1", "slurmd-n2")}
     os.kill(before["slurmctld"], signal.SIGKILL)
     command = [sys.executable, str(CLUSTER_TOOL), "status", "--state", str(slurm_cluster.state)]
-    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 1, "status tells that one is dead")
+    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 1, "status reports the dead daemon")
     slurm_cluster.revive()
     assert slurm_cluster.pid("slurmctld") != before["slurmctld"]
     assert slurm_cluster.pid("slurmd-n1") == before["slurmd-n1"]

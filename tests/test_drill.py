@@ -21,6 +21,7 @@ from launch.drills.cluster import DevCluster
 from launch.drills.environment import STEPS, DrillEnvironment
 from launch.drills.faults import fill_disk
 from launch.drills.handle import Fault, Snapshot, seconds_to_checkpoint, steps_lost
+from launch.drills.materials import make_materials
 from launch.drills.runner import DrillResult, different_losses, judge
 from launch.drills.scenarios import DRILLS, UNDISTURBED
 from slurm_fixture import CannotBeHad, Cluster, running_cluster, wait_until
@@ -191,8 +192,9 @@ def test_command_writes_table_and_chart(done):
 
 
 @pytest.mark.slurm
-def test_drills_that_cannot_be_done_here_are_refused(cluster, tmp_path, monkeypatch, capsys):
+def test_drills_that_cannot_be_done_here_are_refused(done, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drill, "make_materials", lambda _, **size: make_materials(done / "materials", **size))
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()

@@ -109,9 +109,9 @@ def test_exactly_the_missing_nodes_are_submitted(drawn):
     assert left == [n for n in plan.nodes if states[n] != DONE and is_needed(plan, states, n)], "in order, once each"
     chosen = [node.name for node in to_submit(plan, states)]
     for name in left:
-        gone = states[name] == MISSING
-        waits_in_vain = states[name] == WAITING and any(each in chosen for each in plan.nodes[name].after)
-        assert (name in chosen) == (gone or waits_in_vain)
+        missing = states[name] == MISSING
+        waits_for_missing = states[name] == WAITING and any(each in chosen for each in plan.nodes[name].after)
+        assert (name in chosen) == (missing or waits_for_missing)
     assert set(chosen) <= set(left)
     for i, name in enumerate(chosen):
         for before in plan.nodes[name].after:

@@ -32,7 +32,7 @@ PROBE_MIN = 6
 
 _POLL_S = 0.5
 _NOTICES = ("srun: ", "slurmstepd: error: *** ", "submitit ")
-"""Beginnings of log lines that tell that a rank has ended, but not why."""
+"""Beginnings of log lines that report the end of a rank without the reason."""
 
 
 def run_probe(
@@ -68,7 +68,7 @@ def run_probe(
                 return
         else:
             name = _run_here(probe, small)
-            small = replace(small, cpus_per_task=1)  # of a local run, whatever the machine has
+            small = replace(small, cpus_per_task=1)  # a local run does not request cores
         os.listdir(folder)  # makes a network file system look again instead of answering from its cache
         reports = read_reports(folder)
         last_lines = _last_lines(folder, name, small)

@@ -194,7 +194,7 @@ class RunHandle:
         deadline = time.monotonic() + patience
         while not holds():
             if time.monotonic() > deadline:
-                raise DrillFailed(f"waited {patience:.0f} s in vain until {what}")
+                raise DrillFailed(f"timed out after {patience:.0f} s waiting until {what}")
             yield
 
     def wait(self, seconds: float) -> Poll:

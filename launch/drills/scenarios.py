@@ -1,6 +1,6 @@
 """The drills: each is a scenario, registered with its fault and the ends that attempts.jsonl has to record.
 
-The longest come first, so that others are done beside them.
+The longest come first, so that the others run at the same time.
 """
 
 from __future__ import annotations
