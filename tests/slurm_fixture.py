@@ -13,6 +13,7 @@ it runs, so that sbatch, srun and submitit find it. If it cannot be started, the
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -42,6 +44,13 @@ sys.exit(code)
 
 class CannotBeHad(Exception):
     """This machine cannot run the cluster; the message says why."""
+
+
+def slurm_module(name: str) -> ModuleType:
+    """A module of slurm/, whose programs import the modules beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(CLUSTER_TOOL.parent)
+        return importlib.import_module(name)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from slurm_fixture import slurm_module
+
 REPO = Path(__file__).resolve().parents[1]
 TOOL = REPO / "slurm/chroot.py"
-sys.path.insert(0, str(TOOL.parent))
-
-import chroot  # noqa: E402
+chroot = slurm_module("chroot")
 
 
 def call(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:

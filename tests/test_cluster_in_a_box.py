@@ -12,12 +12,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
+from slurm_fixture import CLUSTER_TOOL, Cluster, slurm_module, tool, wait_until
 
-import cluster  # noqa: E402
-import configuration  # noqa: E402
-
-from slurm_fixture import CLUSTER_TOOL, Cluster, tool, wait_until
+cluster, configuration = slurm_module("cluster"), slurm_module("configuration")
 
 pytestmark = pytest.mark.slurm
 

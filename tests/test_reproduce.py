@@ -384,7 +384,6 @@ def call(words: list[str], *, check: bool = True, **popen) -> subprocess.Complet
 PACE_S = 0.1
 START_PACED = """
 import functools, sys
-sys.path.insert(0, sys.argv.pop(1))
 pace_s = float(sys.argv.pop(1))
 from launch.paper import execution
 for name in ("enqueue_all", "run_one_here"):
@@ -397,9 +396,9 @@ def start(words: list[str]) -> subprocess.Popen:
     """The command in a process group of its own, not waited for. Its runs wait ``PACE_S`` at each step, so that they
     are interrupted before they finish."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", START_PACED, str(made.REPO), str(PACE_S), *words]
+    command = [sys.executable, "-c", START_PACED, str(PACE_S), *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
+    return subprocess.Popen(command, cwd=made.REPO, start_new_session=True, env=environment, **quiet)
 
 
 @pytest.mark.parametrize(
