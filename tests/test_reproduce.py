@@ -638,7 +638,7 @@ def test_missing_holdout_is_refused_without_its_flag(materials, tmp_path, capsys
     assert reproduce.main([*words, "--without-holdout"]) == 0
     said = capsys.readouterr()
     assert "Trains on 48 images; none are held out. Rows are of each run's checkpoint that is last." in said.out
-    assert "warning: no set is held out" in said.err
+    assert "warning: No set is held out" in said.err
     assert reproduce.main([*words, "--without-holdout", "--checkpoint", "best"]) == 2
     (tmp_path / "out").mkdir()
     (tmp_path / "out/plan.json").write_text(json.dumps({"checkpoint": "best"}))

@@ -8,8 +8,8 @@ evaluate each run's checkpoint that is best on the held-out images.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +22,8 @@ from cfmask.evaluation.selection import FLAG, FLAG_HELP, HOLDOUT, check_selectio
 from cfmask.recipe import Recipe
 from launch.allocation.cluster_file import ClusterFile
 from launch.submission import training
+
+logger = logging.getLogger(__name__)
 
 IMAGES = 10_240
 """The size of the paper's held-out set."""
@@ -112,10 +114,9 @@ def check_holdout(
                 "last checkpoints without it."
             )
         refuse_idle_flag(select_on_test_set, False)
-        print(
-            f"warning: no set is held out of {train.root}: its {train.num_samples:,} images are trained on, and last "
-            f"checkpoints are evaluated ({_WITHOUT}).",
-            file=sys.stderr,
+        logger.warning(
+            f"No set is held out of {train.root}: its {train.num_samples:,} images are trained on, and last "
+            f"checkpoints are evaluated ({_WITHOUT})."
         )
         return f"Trains on {train.num_samples:,} images; none are held out."
     if holdout is None:
@@ -148,7 +149,7 @@ def check_holdout(
                 f"{train.root} and {holdout.root} are not the paper's: {' and '.join(deviations)}. Convert the "
                 f"training set with {_MAKE} into an empty folder, or take these with --allow-count-mismatch."
             )
-        print(f"warning: {' and '.join(deviations)} (--allow-count-mismatch).", file=sys.stderr)
+        logger.warning(f"{' and '.join(deviations)} (--allow-count-mismatch).")
     return f"Trains on {train.num_samples:,} images; {holdout.num_samples:,} are held out ({name})."
 
 
