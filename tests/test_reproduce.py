@@ -24,7 +24,7 @@ from cfmask.data.shard_index import index_name
 from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.recipe import PRESETS, Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
@@ -166,7 +166,7 @@ def setup(seeds: tuple[int, ...] = (0, 1, 2), soup: Path | None = None) -> Setup
         return dataclasses.replace(recipe, model=model, method=method, run=run).resolved()
 
     sets = tuple(name for name in IMAGENET if name != "train")
-    return Setup(Path("/out"), recipe_of, Evaluation(shards="/s", sets=sets), "M", "openai", seeds, soup)
+    return Setup(Path("/out"), recipe_of, Evaluation(shards="/s", sets=sets), Model("M", "openai"), seeds, soup)
 
 
 def test_all_rows_of_the_paper_from_one_start():
@@ -208,14 +208,13 @@ def test_all_rows_of_the_paper_from_one_start():
 
 
 def test_all_needs_of_a_kind_are_drawn_above_it():
-    """overview() draws each kind below one that it needs: the others have to be among the needs of that one."""
+    """overview() draws each kind below the last one that it needs, which has to depend on the others."""
     for soup in (None, Path("/soup.safetensors")):
         s = setup(soup=soup)
         nodes = paper_plan(choose_rows(None, s), s).nodes
         for node in nodes.values():
             if node.after and not node.name.startswith("soup-of"):
-                deepest = max(node.after, key=lambda name: len(with_needed(nodes, [name])))
-                assert set(node.after) <= with_needed(nodes, [deepest])
+                assert set(node.after) <= with_needed(nodes, [node.after[-1]])
 
 
 def test_a_row_brings_what_it_depends_on_and_nothing_else():

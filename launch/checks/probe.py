@@ -17,7 +17,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -116,7 +115,8 @@ class Probe:
         started = time.monotonic()
         with process_group(context, folder / "rendezvous") as store:
             report.met_s = time.monotonic() - started
-            report.link = _link(store)
+            # process_group sets the variable to the interface that reached rank 0, if it is no loopback.
+            report.link = [str(getattr(store, "host", "")), os.environ.get("GLOO_SOCKET_IFNAME", "")]
             leaders = _leaders(store, context, report.node)
             report.begin("comparing clocks", folder)
             report.offset = _compare_clocks(store, context, leaders)
@@ -160,21 +160,6 @@ def _leaders(store: dist.Store, context: DistributedContext, node: str) -> list[
     store.set(f"node {context.rank}", node)
     nodes = [store.get(f"node {rank}").decode() for rank in range(context.world_size)]
     return sorted({name: rank for rank, name in reversed(list(enumerate(nodes)))}.values())
-
-
-def _link(store: Any) -> list[str]:
-    """The address at which rank 0 was reached, and the local interface that leads there."""
-    from cfmask import distributed
-
-    address = str(getattr(store, "host", ""))
-    try:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as asking:
-            asking.connect((address, 9))  # sends nothing: the kernel only looks up the route
-            own = asking.getsockname()[0]
-    except OSError:
-        return [address, ""]
-    return [address, next((name for name, each in distributed.interface_addresses() if each == own), "")]
 
 
 def _compare_clocks(store: dist.Store, context: DistributedContext, leaders: Sequence[int]) -> list[float]:

@@ -19,7 +19,7 @@ from cfmask.best_checkpoint import POINTER
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
-from cfmask.recipe import Recipe
+from cfmask.recipe import Model, Recipe
 
 HEADLINE = "object-mask-single-fill"
 """The row that the paper calls its method."""
@@ -57,7 +57,7 @@ class PlanNode:
     seed: int | None
     work: Recipe | Evaluation
     after: tuple[str, ...] = ()
-    """Names of the nodes whose models it reads."""
+    """Names of the nodes whose models it reads. The last one depends on the others."""
 
     @property
     def name(self) -> str:
@@ -111,16 +111,13 @@ class Setup:
     """Returns the resolved recipe of a preset, seed, initial model and ensemble (of WiSE-KD)."""
     evaluation: Evaluation
     """The shards, sets, precision and other settings of all evaluations."""
-    architecture: str
-    """Of the zero-shot model, as in recipe.Model; so are pretrained, mean and std."""
-    pretrained: str
+    start: Model
+    """The zero-shot model."""
     seeds: tuple[int, ...]
     soup: Path | None = None
     """A model file to start the soup's rows from; None: the average of the plan's FT models."""
     checkpoint: str = LAST
     """Which checkpoint of a training run is evaluated, mixed and averaged: "best" (on the held-out set) or "last"."""
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
 
     def model(self, node: str) -> Path:
         """The model that an evaluation writes."""
@@ -160,10 +157,10 @@ def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
         None,
         setup.evaluation.as_kind(
             ZeroShot,
-            architecture=setup.architecture,
-            pretrained=setup.pretrained,
-            mean=setup.mean,
-            std=setup.std,
+            architecture=setup.start.name,
+            pretrained=setup.start.pretrained,
+            mean=setup.start.mean,
+            std=setup.start.std,
         ),
     )
     nodes = {zero.name: zero}

@@ -74,19 +74,13 @@ def node_state(status: Status, job: SlurmJob | None) -> str:
 def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
     """The plan as a tree, with a line for each kind of job and the states of its jobs.
 
-    A kind is drawn below the deepest of the kinds that it waits for; the others are above that one.
+    A kind is drawn below the last of the kinds that it waits for; the others are above that one.
     """
     kinds: dict[str, list[PlanNode]] = {}
     for node in reproduction.plan.nodes.values():
         kinds.setdefault(node.kind, []).append(node)
     kind_of = {name: node.kind for name, node in reproduction.plan.nodes.items()}
-    needs = {
-        kind: list(dict.fromkeys(kind_of[n] for node in nodes for n in node.after)) for kind, nodes in kinds.items()
-    }
-    depth: dict[str, int] = {}
-    for kind in kinds:  # in the order of the plan, so that the depths of its needs are known
-        depth[kind] = 1 + max((depth[each] for each in needs[kind]), default=-1)
-    parent = {kind: max(needs[kind], key=lambda each: depth[each], default=None) for kind in kinds}
+    parent = {kind: kind_of[nodes[0].after[-1]] if nodes[0].after else None for kind, nodes in kinds.items()}
     lines: list[tuple[str, str, str]] = []
 
     def add(kind: str, first: str, rest: str) -> None:
