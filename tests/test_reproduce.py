@@ -384,6 +384,7 @@ PACE_S = 0.1
 START_PACED = """
 import functools, sys
 pace_s = float(sys.argv.pop(1))
+from launch import reproduce
 from launch.paper import execution
 for name in ("enqueue_all", "run_one_here"):
     setattr(execution, name, functools.partial(getattr(execution, name), pace_s=pace_s))
