@@ -29,7 +29,7 @@ from cfmask.data.shard_index import load_index
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.files import sole_writer
+from cfmask.runtime.files import sole_writer
 from tools import make_shards, verify_shards
 
 REPO = Path(__file__).resolve().parents[1]

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 import cfmask.training.train
 import made
 from cfmask.data.plan import divisors
-from cfmask.distributed import DistributedContext, process_group
 from cfmask.errors import UserError
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
-from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import AUTO, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
@@ -143,7 +144,7 @@ def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple]
     trial = Pretended(2, *trials[rank])
     memory.trial_on = lambda *_, **__: trial
     found: object
-    with process_group(context, folder / "meeting"):
+    with process_group(context, folder / "rendezvous"):
         try:
             found = memory.choose_micro_batches(recipe, RunFolder(folder), context, None, None, None, tower=True).optim
         except UserError as error:

@@ -24,7 +24,8 @@ from cfmask.data.shard_index import index_name
 from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import PRESETS, Model, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 INDEXED_BY = "index_shards"
 """Maker, in a manifest's ``made`` and in an index's ``about``, of indexes of shards that another program wrote."""

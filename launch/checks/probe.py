@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.machine import node_name
 from launch.checks.node import enable_nccl_log, inspect_gpus, inspect_node, nccl_transport
 from launch.checks.report import ProbeReport
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
 
 PATIENCE_MIN = 1.5
 """How long ranks wait for each other. The probe's time limit is more than twice as long."""
@@ -69,7 +69,7 @@ class Probe:
             return "requeued"  # all checks were done before
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read when distributed.py is imported
+        for name in ("CFMASK_RENDEZVOUS_TIMEOUT", "CFMASK_COLLECTIVE_TIMEOUT"):  # read at import
             os.environ[name] = str(PATIENCE_MIN)
         job = submitit.JobEnvironment()
         report = ProbeReport(job.global_rank, node_name())
@@ -95,7 +95,7 @@ class Probe:
             report.import_error = _one_line(error)
             raise
         report.import_s = time.monotonic() - started
-        from cfmask.distributed import DistributedContext, process_group
+        from cfmask.runtime.distributed import DistributedContext, process_group
 
         context = DistributedContext(
             rank=job.global_rank,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cfmask.best_checkpoint import POINTER
+from cfmask.checkpoint.best import POINTER
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot

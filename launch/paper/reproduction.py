@@ -16,11 +16,11 @@ from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
-from cfmask.files import write_atomically
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import has_secrets
 from launch.allocation.cluster_file import ClusterFile

@@ -9,7 +9,7 @@ from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.secrets import mask_secrets
 from launch.paper.plan import HEADLINE, LABELS
 from launch.paper.reproduction import Reproduction

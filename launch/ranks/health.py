@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
 from cfmask.runtime.storage import file_clock, free_bytes
@@ -28,7 +28,7 @@ from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 
 if TYPE_CHECKING:
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
 
