@@ -1,42 +1,32 @@
-"""Ranks that have read different things refuse to compute, on all of them, and say who differs."""
+"""Ranks that have read different things refuse to compute, on all of them, and name the rank and node that differ."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
-
-import made
-
-RANK = """
-import sys
-sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
+
 from cfmask.agreement import check_agreement
 from cfmask.errors import UserError
-rank, recipe = int(sys.argv[3]), sys.argv[4]
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 3), rank=rank, world_size=3)
-try:
-    print(check_agreement({"the recipe": recipe, "the set train": "abc"}))
-except UserError as error:
-    print(error)
-"""
+from made import run_ranks
+
+
+def compare(rank: int, folder: Path, recipes: tuple[str, ...]) -> None:
+    os.environ["SLURMD_NODENAME"] = f"n{rank}"
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3)
+    try:
+        said = str(check_agreement({"the recipe": recipes[rank], "the set train": "abc"}))
+    except UserError as error:
+        said = str(error)
+    (folder / f"{rank}.txt").write_text(said)
 
 
 @pytest.mark.parametrize("recipes", [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b")])
 def test_ranks_compare_what_they_have_read(tmp_path, recipes):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(made.REPO), str(tmp_path / "store"), str(rank), recipe],
-            env={**os.environ, "SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, recipe in enumerate(recipes)
-    ]
-    said = {rank.communicate(timeout=300)[0].strip() for rank in ranks}
+    run_ranks(compare, 3, tmp_path, recipes)
+    said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(3)}
     if len(set(recipes)) == 1:
         assert said == {"['n0', 'n1', 'n2']"}
         return

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask import distributed
@@ -27,6 +26,7 @@ from cfmask.masking.fills import concat
 from cfmask.recipe import Method
 from cfmask.step import training_step
 from cfmask.training.ddp import data_parallel
+from made import run_ranks
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 
@@ -43,7 +43,6 @@ def joined(lanes: list) -> tuple:
 
 def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
-    torch.set_num_threads(1)
     with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
         student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
@@ -75,7 +74,7 @@ def gradients_of_a_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    mp.start_processes(gradients_of_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    run_ranks(gradients_of_a_rank, RANKS, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -93,14 +92,13 @@ def test_two_processes_have_the_loss_and_gradients_of_one(by_rank, method):
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(tmp_path):
-    mp.start_processes(gradients_beside_a_bad_sample, args=(tmp_path,), nprocs=RANKS, start_method="spawn")
+    run_ranks(gradients_beside_a_bad_sample, RANKS, tmp_path)
     for rank in range(RANKS):
         loss, norm = torch.load(tmp_path / f"{rank}.pt")
         assert loss.isfinite() == (rank != 1) and not norm.isfinite()
 
 
 def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
         method = resolved(Method(mask="random"))
         student, teachers, normalise = student_and_teachers(TINY, method)
@@ -117,7 +115,6 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
     """What warming up leaves, and the gradients of one batch as a first step and as a second."""
-    torch.set_num_threads(1)
     with process_group(DistributedContext(rank=rank, world_size=3), folder / "meeting"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
@@ -142,7 +139,7 @@ def gradients_of_two_steps(rank: int, folder: Path) -> None:
 
 def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_before_it(tmp_path):
     """With three ranks the order in which an all-reduce adds depends on where in a bucket a gradient lies."""
-    mp.start_processes(gradients_of_two_steps, args=(tmp_path,), nprocs=3, start_method="spawn")
+    run_ranks(gradients_of_two_steps, 3, tmp_path)
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert (found["passes"], found["gradients"], found["forward"], found["rebuilt"]) == (0, [], False, True)
@@ -164,7 +161,6 @@ def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
 
 def meet(rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
     """Join a group of two, and leave the sum of the ranks' numbers, which tells that both are in it."""
-    torch.set_num_threads(1)
     time.sleep(late_s if rank == 0 else 0)
     if hosts:
         distributed._own_hosts = lambda: list(hosts)
@@ -187,7 +183,7 @@ def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, l
     """A file left by a killed attempt of the same name; the group forms all the same."""
     (tmp_path / "meeting").mkdir()
     (tmp_path / "meeting/0.json").write_text(json.dumps(left))
-    mp.start_processes(meet, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="spawn")
+    run_ranks(meet, 2, tmp_path, DistributedContext(), (), 2)
     assert have_met(tmp_path)
 
 
@@ -195,17 +191,12 @@ def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, l
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
 def test_rank_zero_is_found_at_whichever_of_its_addresses_leads_there(tmp_path, hosts):
-    mp.start_processes(meet, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="spawn")
+    run_ranks(meet, 2, tmp_path, DistributedContext(nodes=2), hosts)
     assert have_met(tmp_path)
 
 
 def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
-    jobs = [
-        mp.start_processes(
-            meet, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="spawn", join=False
-        )
-        for name in ("71-0", "72-0")
-    ]
+    jobs = [run_ranks(meet, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")]
     for job in jobs:
         while not job.join():
             pass

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -138,7 +137,6 @@ def recipe_of_lanes(lanes: int = 16, **optim) -> Recipe:
 
 
 def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple], recipe: Recipe) -> None:
-    torch.set_num_threads(1)
     context = DistributedContext(rank=rank, world_size=world_size)
     trial = Pretended(2, *trials[rank])
     memory.trial_on = lambda *_, **__: trial
@@ -155,8 +153,7 @@ def on_ranks(folder: Path, trials: dict[int, tuple], recipe: Recipe | None = Non
     """What each of so many ranks settles, and the lanes that it has tried."""
     recipe = recipe or recipe_of_lanes()
     RunFolder(folder).claim(recipe)
-    arguments = (folder, len(trials), trials, recipe)
-    mp.start_processes(chosen_by, args=arguments, nprocs=len(trials), start_method="spawn")
+    made.run_ranks(chosen_by, len(trials), folder, len(trials), trials, recipe)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(trials))]
 
 

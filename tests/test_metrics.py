@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+import made
 from cfmask.data import receipts
 from cfmask.distributed import DistributedContext, process_group
 from cfmask.metrics import AsyncMetricReducer, Mean, StepResult, Sum, step_metrics, stop_metrics, stop_of
@@ -24,13 +24,12 @@ CPU = torch.device("cpu")
 def on_ranks(tmp_path_factory) -> dict[str, list]:
     """What the functions below return on each rank of a group, by their names."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_on_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    made.run_ranks(_on_a_rank, RANKS, folder)
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return {name: [of_rank[name] for of_rank in by_rank] for name in by_rank[0]}
 
 
 def _on_a_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     functions = (sums_and_means, sent_by_ranks_of_different_speed, requests)
     with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
         torch.save({function.__name__: function(rank, folder) for function in functions}, folder / f"{rank}.pt")
