@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import rendezvous_work
 from cfmask import distributed
 from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
@@ -27,6 +27,7 @@ from cfmask.recipe import Method
 from cfmask.step import training_step
 from cfmask.training.ddp import data_parallel
 from made import run_ranks
+from rendezvous_work import meet
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 
@@ -43,7 +44,7 @@ def joined(lanes: list) -> tuple:
 
 def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
         results = {}
@@ -99,7 +100,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(
 
 
 def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         student, teachers, normalise = student_and_teachers(TINY, method)
         images, labels, draws = make_batch(TINY, method, PER_LANE, seed=rank)
@@ -115,7 +116,7 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
     """What warming up leaves, and the gradients of one batch as a first step and as a second."""
-    with process_group(DistributedContext(rank=rank, world_size=3), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=3), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
         for each in (model, teachers.pretrained, normalise):
@@ -159,17 +160,6 @@ def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
 # --- how ranks find each other ----------------------------------------------------------------------------------------
 
 
-def meet(rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
-    """Join a group of two, and leave the sum of the ranks' numbers, which tells that both are in it."""
-    time.sleep(late_s if rank == 0 else 0)
-    if hosts:
-        distributed._own_hosts = lambda: list(hosts)
-    with process_group(dataclasses.replace(context, rank=rank, world_size=2), folder / "meeting"):
-        total = torch.tensor(rank + 1)
-        dist.all_reduce(total)
-        (folder / f"{context.attempt}-{rank}").write_text(str(total.item()))
-
-
 def have_met(folder: Path, attempt: str = "0") -> bool:
     return [(folder / f"{attempt}-{rank}").read_text() for rank in range(2)] == ["3", "3"]
 
@@ -181,8 +171,8 @@ def have_met(folder: Path, attempt: str = "0") -> bool:
 )
 def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, left):
     """A file left by a killed attempt of the same name; the group forms all the same."""
-    (tmp_path / "meeting").mkdir()
-    (tmp_path / "meeting/0.json").write_text(json.dumps(left))
+    (tmp_path / "rendezvous").mkdir()
+    (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
     run_ranks(meet, 2, tmp_path, DistributedContext(), (), 2)
     assert have_met(tmp_path)
 
@@ -201,7 +191,7 @@ def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
         while not job.join():
             pass
     assert have_met(tmp_path, "71-0") and have_met(tmp_path, "72-0")
-    assert not list((tmp_path / "meeting").iterdir()), "addresses are taken back"
+    assert not list((tmp_path / "rendezvous").iterdir()), "addresses are taken back"
 
 
 @pytest.mark.parametrize("said", [None, b"", b"wrong word, and more of it than was asked for"])
@@ -251,9 +241,8 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
             subprocess.Popen(
                 [
                     *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
-                    *(sys.executable, "-c", f"import test_ddp; test_ddp.meet_on_a_machine({rank}, {str(tmp_path)!r})"),
+                    *(sys.executable, rendezvous_work.__file__, str(rank), str(tmp_path)),
                 ],
-                cwd=Path(__file__).parent,
                 env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -266,11 +255,6 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-
-def meet_on_a_machine(rank: int, folder: str) -> None:
-    distributed._CONNECT_S = 1
-    meet(rank, Path(folder), DistributedContext(nodes=2))
 
 
 def _make_machines(names: list[str], addresses: str) -> None:

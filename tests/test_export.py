@@ -248,7 +248,7 @@ def test_missing_packages_are_named(tuned, tmp_path, monkeypatch, capsys):
         ("hub", "a", ["--pretrained", "tuned.safetensors"], "is a cfmask model file, which has no text tower"),
         ("hub", "a", ["--pretrained", "tower.pt"], "they hold no text tower"),
         ("open-clip", "a.pt", ["--pretrained", "odd.pt"], "are not those of the CLIP"),
-        ("open-clip", "a.pt", ["--pretrained", "openai"], "open_clip has no weights 'openai' for"),
+        ("open-clip", "a.pt", ["--pretrained", "openai"], "Unknown weights 'openai': neither a tag"),
         ("open-clip", "a.pt", ["--pretrained", "none.pt"], "there is no such file"),
     ],
 )

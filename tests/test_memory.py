@@ -141,7 +141,7 @@ def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple]
     trial = Pretended(2, *trials[rank])
     memory.trial_on = lambda *_, **__: trial
     found: object
-    with process_group(context, folder / "meeting"):
+    with process_group(context, folder / "rendezvous"):
         try:
             found = memory.choose_micro_batches(recipe, RunFolder(folder), context, None, None, None, tower=True).optim
         except UserError as error:

@@ -31,7 +31,7 @@ def on_ranks(tmp_path_factory) -> dict[str, list]:
 
 def _on_a_rank(rank: int, folder: Path) -> None:
     functions = (sums_and_means, sent_by_ranks_of_different_speed, requests)
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         torch.save({function.__name__: function(rank, folder) for function in functions}, folder / f"{rank}.pt")
 
 
@@ -51,7 +51,7 @@ class Copied:
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def reducer(request, tmp_path, monkeypatch) -> Iterator[AsyncMetricReducer]:
     """In a group of this process; also with what it does on a GPU: staged numbers, a side stream, events."""
-    with process_group(DistributedContext(), tmp_path / "meeting"):
+    with process_group(DistributedContext(), tmp_path / "rendezvous"):
         made = AsyncMetricReducer(CPU)
         if request.param == "as on a GPU":
             empty = torch.empty
@@ -197,7 +197,7 @@ def test_a_receipt_crosses_exactly_and_a_norm_that_is_not_finite_is_a_skipped_st
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_results_arrive_while_the_device_is_busy_and_nothing_waits_for_it(tmp_path):
     context = DistributedContext(gpu=True)
-    with process_group(context, tmp_path / "meeting"):
+    with process_group(context, tmp_path / "rendezvous"):
         device = context.device
         reducer = AsyncMetricReducer(device)
         work = torch.randn(8192, 8192, device=device)

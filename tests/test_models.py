@@ -133,7 +133,7 @@ def test_a_model_file_that_is_not_what_its_header_says_is_refused(tmp_path):
         dataclasses.replace(info, config={**info.config, "vision_cfg": {**info.config["vision_cfg"], "layers": 1}}),
     ):
         save_tensors(path, model.state_dict(), other.to_metadata())
-        with pytest.raises(UserError, match="m.safetensors is not what its header says"):
+        with pytest.raises(UserError, match="m.safetensors do not match its header"):
             load_model(path)
 
 

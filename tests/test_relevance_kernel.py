@@ -1,7 +1,6 @@
 """The relevance kernels equal the formula in fp64: by Triton's interpreter on the CPU, and for real on a GPU.
 
-Triton decides at its import whether kernels are interpreted, for the whole process. So this file, run as a script with
-TRITON_INTERPRET=1, computes every case and leaves the results in a file; the tests compare them.
+Run as a script with TRITON_INTERPRET=1, this file computes every case and writes the results; the tests compare them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from cfmask.kernels import triton_support
 from cfmask.kernels.relevance_kernel import MAX_HEAD_SIZE, extend_row, usable
 from made import REPO
-from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache
+from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache, run_interpreted
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -173,9 +172,7 @@ def interpret_all(path: str) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     path = tmp_path_factory.mktemp("interpreted") / "results.npz"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
-    done = subprocess.run([sys.executable, __file__, path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__, path)
     with np.load(path) as results:
         yield results
 
@@ -250,12 +247,15 @@ def test_tensors_that_do_not_fit_together_are_refused(wrong):
 @has_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
 @pytest.mark.parametrize(
-    "heads, queries, size, dtype",
-    [(12, 197, 64, BF16), (12, 197, MAX_HEAD_SIZE, BF16), (1, 1, 64, BF16), (12, 197, MAX_HEAD_SIZE, F32)],
-)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+    "capability, heads, queries, size, dtype",
+    [
+        *((capability, 12, 197, size, BF16) for capability in SHARED_MEMORY for size in (64, MAX_HEAD_SIZE)),
+        *((89, heads, queries, size, dtype)  # with the least shared memory
+          for heads, queries, size, dtype in ((1, 1, 64, BF16), (12, 197, MAX_HEAD_SIZE, F32))),
+    ],
+)  # fmt: skip
 def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads, queries, size, dtype, tmp_path):
-    """The interpreter takes what the compiler or the chip refuses."""
+    """The interpreter accepts kernels that the compiler or a GPU refuses."""
     row, keys = torch.empty(2, 197), torch.empty(2, heads, 197, size, dtype=dtype)
     q = keys[:, :, :queries]
     with no_cache(tmp_path):

@@ -315,5 +315,5 @@ def test_a_mask_of_another_size_is_refused_and_of_a_crop_one_of_the_crop_taken(c
 def test_shards_of_images_are_no_masks(converted):
     with pytest.raises(UserError, match="a set of images, not of masks"):
         open_masks(converted / "shards/val")
-    with pytest.raises(UserError, match="it holds these sets, name one of them: .*shards/val"):
+    with pytest.raises(UserError, match="holds several. Give one of them: .*shards/val"):
         open_masks(converted / "shards")

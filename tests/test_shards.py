@@ -120,7 +120,7 @@ def test_a_folder_without_manifest_says_what_makes_one(made, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no manifest.json.*make_shards.py"):
         load_manifest(tmp_path / "empty")
-    with pytest.raises(UserError, match=r"holds these sets, name one of them: .*/train"):
+    with pytest.raises(UserError, match=r"holds several. Give one of them: .*/train"):
         load_manifest(tmp_path)
     (made.root / "manifest.json").unlink()
     with pytest.raises(UserError, match="holds tars but no manifest.json.*run the same.*index_shards.py"):
@@ -155,11 +155,11 @@ def test_missing_and_torn_shards_are_named_at_loading(made):
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-512])
     with pytest.raises(
-        UserError, match=rf"train-000002.tar has {len(whole) - 512} bytes on disk, its manifest says {len(whole)}"
+        UserError, match=rf"train-000002.tar has {len(whole) - 512} bytes, and {len(whole)} in the manifest"
     ):
         load_manifest(made.root)
     tar.unlink()
-    with pytest.raises(UserError, match="train-000002.tar of the manifest beside it cannot be found"):
+    with pytest.raises(UserError, match="train-000002.tar is listed in the manifest but cannot be found"):
         load_manifest(made.root)
     tar.write_bytes(whole)
     shard_index.index_path(tar).unlink()

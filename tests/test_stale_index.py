@@ -148,7 +148,7 @@ def test_a_shard_of_ours_that_got_another_label_is_refused(tmp_path, capsys, lab
     relabel(tar, label)
     assert tar.stat().st_size == size
     message = refused(folder)
-    assert f"begins with {label.decode()[:1]}, and its index has another one (sample b)" in message
+    assert f"begins with {label.decode()[:1]} and differs from the index (sample b)" in message
     assert verify(folder) == 1
 
 

@@ -378,7 +378,7 @@ def test_raw_crops_stream_the_pixels_of_the_originals(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a pixel", "another size"])
-def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, manifest, tmp_path, damage):
+def test_a_damaged_raw_crop_is_replaced(quick_retries, manifest, tmp_path, damage):
     def wrong(number):
         crop = torch.zeros(3, SIZE + 1, SIZE + 1, dtype=torch.uint8)
         return images.encode(crop, "crop-raw")[1] if number == 13 else raw_picture(number)
@@ -429,7 +429,7 @@ def test_a_lane_of_which_nothing_can_be_read_ends_the_stream(quick_retries, tmp_
 
 def test_crops_of_another_size_are_refused_at_once(manifest):
     crops = dataclasses.replace(manifest, store="crop-raw", image_size=32)
-    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels, the model takes 28 × 28. Convert"):
+    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels, and the model takes 28 × 28. Convert"):
         train(crops)
     with pytest.raises(UserError, match="holds crops of 32 × 32 pixels"):
         eval_batches(crops, image_size=28, batch_size=4, rank=0, world_size=1, loader_workers=0)

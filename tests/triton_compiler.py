@@ -1,15 +1,31 @@
-"""Compiles Triton kernels for GPUs that this machine does not have, as their launchers would on these GPUs."""
+"""Triton kernels without a GPU: run by Triton's interpreter, or compiled for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from made import REPO
+
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """KiB that one block may have, by compute capability: A100, L4 and RTX 40, H100."""
+
+
+def run_interpreted(script: str, results: Path) -> None:
+    """Run a script, which writes ``results``, in a process in which Triton's interpreter runs kernels: Triton decides that
+    when it is imported, for the whole process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, script, results], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("the interpreter of this version of Triton needs NumPy before 2.4")
+    assert done.returncode == 0, done.stderr
 
 
 class Launch(NamedTuple):
