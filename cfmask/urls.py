@@ -42,8 +42,8 @@ def _place(where: str, name: str, rest: str) -> str:
         raise UserError(f"{where} has no {{}}, which stands for the name of a file, as in `{_EXAMPLE}`.")
     command = where.replace("{}", shlex.quote(name) + rest)
     if shlex.quote(name) != name:
-        # A name comes from a manifest and may be malicious. Within quotes of the user, its own quotes would end them, and
-        # the shell would run the name. So the words of the command must be those that the plain name gives.
+        # A name comes from a manifest and may be malicious. Within quotes of the user, its own quotes would end them,
+        # and the shell would run the name. So the words of the command must be those that the plain name gives.
         try:
             kept = shlex.split(command) == [word.replace("{}", name + rest) for word in shlex.split(where)]
         except ValueError:  # a quotation that does not end

@@ -106,7 +106,7 @@ def test_the_printed_lines_load_the_checkpoint_and_its_preprocessing(tuned, tmp_
     (tmp_path / "again.json").write_text(json.dumps(TINY.info().config))
     info = describe(str(tmp_path / "again.json"), str(out)).info
     assert (info.mean, info.std) == (MEAN, STD)
-    with pytest.raises(UserError, match="given in two ways"):
+    with pytest.raises(UserError, match="contradict each other"):
         describe(str(tmp_path / "again.json"), str(out), mean=[0.5] * 3, std=[0.5] * 3)
 
 
@@ -246,10 +246,10 @@ def test_missing_packages_are_named(tuned, tmp_path, monkeypatch, capsys):
         ("open-clip", "a.onnx", ["--pretrained", "clip.safetensors"], "ends in .safetensors or .pt"),
         ("onnx", "a.onnx", ["--pretrained", "clip.safetensors"], "--pretrained would do nothing"),
         ("hub", "a", ["--pretrained", "tuned.safetensors"], "is a cfmask model file, which has no text tower"),
-        ("hub", "a", ["--pretrained", "tower.pt"], "they hold no text tower"),
+        ("hub", "a", ["--pretrained", "tower.pt"], "they have no text tower"),
         ("open-clip", "a.pt", ["--pretrained", "odd.pt"], "are not those of the CLIP"),
         ("open-clip", "a.pt", ["--pretrained", "openai"], "Unknown weights 'openai': neither a tag"),
-        ("open-clip", "a.pt", ["--pretrained", "none.pt"], "there is no such file"),
+        ("open-clip", "a.pt", ["--pretrained", "none.pt"], "no such file"),
     ],
 )
 def test_what_does_not_go_is_refused(tuned, tmp_path, monkeypatch, capsys, kind, name, flags, reason):

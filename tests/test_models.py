@@ -203,7 +203,7 @@ def test_missing_files_and_unknown_names_are_refused(tmp_path):
         find_weights("ViT-B-32-quickgelu", str(tmp_path / "none.pt"))
     with pytest.raises(UserError, match="Its tags: .*openai"):
         find_weights("ViT-B-32-quickgelu", "opneai")
-    with pytest.raises(UserError, match="no model 'ViT-Z'"):
+    with pytest.raises(UserError, match="Unknown model 'ViT-Z'"):
         model_info("ViT-Z")
     garbage = tmp_path / "garbage.pt"
     garbage.write_bytes(b"not a checkpoint")

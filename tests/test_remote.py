@@ -604,7 +604,7 @@ def test_the_cache_is_this_users_alone(server, tmp_path, monkeypatch):
 
     away = own.rename(shared / "away")
     own.symlink_to(away)
-    refused(lambda: contents(remote.node_cache(), url), str(own), "is no folder", "--cache-dir")
+    refused(lambda: contents(remote.node_cache(), url), str(own), "is not a folder", "--cache-dir")
     own.unlink()
     if os.geteuid() == 0:
         own.mkdir()

@@ -132,7 +132,7 @@ def test_tags_are_not_believed_against_the_folder_above(weights, tmp_path):
     os.rename(weights, below)
     config = open_clip.get_model_config("ViT-B-32")
     beside(weights, json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": HALF, "std": HALF}}))
-    with pytest.raises(UserError, match="in two ways. open_clip's tags of ViT-B-32: .*open_clip_config.json: mean 0.5"):
+    with pytest.raises(UserError, match="contradict each other .*open_clip's tags of ViT-B-32: .*mean 0.5"):
         model_info("ViT-B-32", str(below))
     assert model_info("ViT-B-32", str(below), mean=HALF, std=HALF).mean == (0.5, 0.5, 0.5)
     beside(weights, TINY.config(mean=HALF))  # of another model: not about these weights
@@ -221,7 +221,7 @@ def test_parts_of_weights_repositories_and_other_versions_files_are_told(weights
     info = dataclasses.replace(TINY.info(classes=3), classes=made.CLASSES)
     newer = SimpleNamespace(classes=info.classes, to_metadata=lambda: {"cfmask": json.dumps({"depth": 3})})
     save_model(tmp_path / "newer.safetensors", TINY.classifier(classes=3), newer)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="header of .*newer.safetensors is not as this version"):
+    with pytest.raises(UserError, match="header of .*newer.safetensors has another form"):
         describe("ViT-B-32", str(tmp_path / "newer.safetensors"))
 
 
@@ -233,7 +233,7 @@ def test_sizes_may_be_written_as_pairs():
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"head.weight": torch.tensor(1.0)}, "no linear head"),
+        ({"head.weight": torch.tensor(1.0)}, "a linear head has the shape"),
         ({"head.weight": torch.ones(3, 8, dtype=torch.int8)}, "and type int8; a linear head has the shape"),
         ({"visual.positional_embedding": torch.tensor(1.0)}, r"positional_embedding has the shape \(\)"),
         ({"text_projection": torch.ones(32, 8, dtype=torch.int8)}, "text_projection as int8"),

@@ -231,5 +231,5 @@ def test_the_code_of_an_archive_tells_its_activation(tmp_path, quick):
 
 
 def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="is a folder: give the file"):
+    with pytest.raises(UserError, match="is a folder. Give the file"):
         find_weights("ViT-B-32", str(tmp_path))

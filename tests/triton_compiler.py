@@ -19,8 +19,8 @@ SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 
 
 def run_interpreted(script: str, results: Path) -> None:
-    """Run a script, which writes ``results``, in a process in which Triton's interpreter runs kernels: Triton decides that
-    when it is imported, for the whole process."""
+    """Run a script, which writes ``results``, in a process in which Triton's interpreter runs kernels: Triton decides
+    that when it is imported, for the whole process."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
     done = subprocess.run([sys.executable, script, results], env=environment, capture_output=True, text=True)
     if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:

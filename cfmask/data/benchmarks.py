@@ -65,8 +65,8 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (TRAIN, VAL, *SHIFTED)}
 
 
 def deviations_of(manifest: Manifest) -> list[str]:
-    """Differences of a set from the known set of its name, in words; [] for a complete copy or an unknown set. A set named
-    train or val is a known one only if it has ImageNet's classes."""
+    """Differences of a set from the known set of its name, in words; [] for a complete copy or an unknown set. A set
+    named train or val is a known one only if it has ImageNet's classes."""
     known = BENCHMARKS.get(manifest.split)
     classes = [wnid for wnid, _ in manifest.classes]
     if known is None or (known in (TRAIN, VAL) and tuple(classes) != imagenet.wnids()):

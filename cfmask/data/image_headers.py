@@ -26,8 +26,8 @@ LARGE, PIXELS_PER_BYTE = 1 << 24, 1000
 thousand times as many; blank images, and headers without an image, have fewer."""
 
 MAX_SCANS = 100
-"""Most scans of a progressive JPEG; encoders write about ten. Each needs a pass over the image, even if it is a few bytes
-long."""
+"""Most scans of a progressive JPEG; encoders write about ten. Each needs a pass over the image, even if it is a few
+bytes long."""
 
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes of a value, by TIFF type."""

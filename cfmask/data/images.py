@@ -2,8 +2,8 @@
 
 The recipe has no augmentation: bicubic resize of the short side, centre crop (appendix A.1). JPEGs are decoded by
 libjpeg-turbo and resized by torch's antialiased uint8 kernel, in less than half the time of Pillow and without Python's
-lock. Other formats, and JPEGs with any fault, are decoded by Pillow. Decoded pixels are bitwise those of Pillow; resized
-ones differ by at most 2 levels, in fewer than one value of a hundred (tests/test_images.py).
+lock. Other formats, and JPEGs with any fault, are decoded by Pillow. Decoded pixels are bitwise those of Pillow;
+resized ones differ by at most 2 levels, in fewer than one value of a hundred (tests/test_images.py).
 
 Values of more than 8 bits are scaled by the depth that the file states (Pillow would clip those of grey images). Alpha,
 ICC profiles and gamma are ignored, and the first of several pictures in a file is read, as in torchvision. EXIF
@@ -322,8 +322,8 @@ class ImageInfo:
 def inspect(data: Data) -> ImageInfo:
     """Facts of an image file from its header, and a check that it is complete.
 
-    A common JPEG with an end marker counts as complete: libjpeg reports no errors between header and end, so decoding it
-    would show no more. (``verify_shards.py --full`` decodes everything.) Other files are decoded.
+    A common JPEG with an end marker counts as complete: libjpeg reports no errors between header and end, so decoding
+    it would show no more. (``verify_shards.py --full`` decodes everything.) Other files are decoded.
 
     Raises:
         UserError: as ``decode``.

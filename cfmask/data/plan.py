@@ -13,8 +13,8 @@ An example with 3 shards of 4, 3 and 4 samples, a global batch of 4 and 2 lanes:
 Rank r of W owns lanes r*V/W … (r+1)*V/W - 1. The order above does not depend on ranks, so the global batch of a step is
 the same for every W. The state of the stream is (epoch, step), and a resume slices the order.
 
-Orders are drawn from raw Philox words, which are the same in every version of numpy. Its derived distributions (shuffle,
-integers) may change with an upgrade, which would break resumed runs.
+Orders are drawn from raw Philox words, which are the same in every version of numpy. Its derived distributions
+(shuffle, integers) may change with an upgrade, which would break resumed runs.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
-    """The consecutive lanes that a rank owns. Raises UserError if the world size does not divide the number of lanes."""
+    """The consecutive lanes that a rank owns. Raises UserError if the world size does not divide the number of
+    lanes."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}")
     if lanes % world_size:
@@ -158,9 +159,9 @@ def _shuffle_in_windows(n: int, *, window: float, bits: np.random.Philox) -> NDA
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int, start: int = 0) -> list[range]:
     """The ids of each batch that a rank evaluates.
 
-    Batch b begins with sample b · batch_size; the last one may be smaller. Batches do not depend on the number of ranks,
-    so results are bitwise identical for any. From ``start`` on, they are distributed to the ranks in turn: a rank may
-    have one fewer than others, or none.
+    Batch b begins with sample b · batch_size; the last one may be smaller. Batches do not depend on the number of
+    ranks, so results are bitwise identical for any. From ``start`` on, they are distributed to the ranks in turn: a
+    rank may have one fewer than others, or none.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}")

@@ -16,8 +16,8 @@ MARK = ".ok"
 
 
 def private_folder(folder: Path) -> Path:
-    """``folder`` if only this user can write to it, otherwise a subfolder of this user. Missing folders are created, with
-    mode 700.
+    """``folder`` if only this user can write to it, otherwise a subfolder of this user. Missing folders are created,
+    with mode 700.
 
     Raises:
         UserError: the folder cannot be created, belongs to another user, or is a link, which could be an attack.

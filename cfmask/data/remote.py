@@ -87,8 +87,8 @@ def _retry(url: str, attempts: int, once: Callable[[], T]) -> T:
 
 
 def _curl(config: str, offset: int) -> str:
-    """The command that prints a file from byte ``offset`` on. All users of the machine can see its arguments, so the URL,
-    which may contain a token, is in the file ``config``.
+    """The command that prints a file from byte ``offset`` on. All users of the machine can see its arguments, so the
+    URL, which may contain a token, is in the file ``config``.
 
     webdataset's own command has no limit for a server that stops sending, reports a broken server only after a minute,
     and prints the first part of a file twice if it has to start again.
@@ -299,8 +299,8 @@ class Cache:
             time.sleep(0.1)
 
     def _files(self, but: str = "") -> tuple[list[tuple[int, int, Path]], int]:
-        """(time of last use, size, path) of all copies, least recently used first; and the bytes of downloads except the
-        one named ``but``. Removes files of killed downloads. The caller holds .lock."""
+        """(time of last use, size, path) of all copies, least recently used first; and the bytes of downloads except
+        the one named ``but``. Removes files of killed downloads. The caller holds .lock."""
         copies, downloads = [], 0
         for entry in os.scandir(self._folder):
             if entry.name == but or not _OURS.fullmatch(entry.name):
@@ -329,8 +329,8 @@ class Cache:
                     copies, _ = self._files()
                     if not copies:
                         raise UserError(
-                            f"The disk of the cache folder {self._folder} is full ({error.strerror}), and the cache has "
-                            f"no more copies to remove. Make room on it, or use a folder on another disk."
+                            f"The disk of the cache folder {self._folder} is full ({error.strerror}), and the cache "
+                            f"has no more copies to remove. Make room on it, or use a folder on another disk."
                         ) from None
                     _remove(copies[0][2])
 

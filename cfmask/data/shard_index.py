@@ -30,8 +30,8 @@ COPY_AGAIN = (
     "Delete it and copy it again from the set's source, or run the conversion again, which makes what is missing."
 )
 INDEX_AGAIN = (
-    "If the shard was changed on purpose, run tools/index_shards.py on the folder, which reads the labels again. If not, "
-    "copy the shard again from its source first."
+    "If the shard was changed on purpose, run tools/index_shards.py on the folder, which reads the labels again. If "
+    "not, copy the shard again from its source first."
 )
 
 

@@ -57,7 +57,8 @@ class Scratch:
 
 _BLOCK = tarfile.BLOCKSIZE
 _LABEL_NEAR = 4 * _BLOCK
-"""A label that begins within so many bytes after its image is read with it. In shards of cfmask it is the next member."""
+"""A label that begins within so many bytes after its image is read with it. In shards of cfmask it is the next
+member."""
 
 
 class _OpenShard:
@@ -102,8 +103,8 @@ class _OpenShard:
         return {"__key__": self._keys[row], "__url__": self._place, "__label__": self._labels[row]}
 
     def _read(self, member: int, target: Target, label: int = -1) -> memoryview:
-        """A member's bytes. With ``label``, the .cls member after it is read with it and checked. That costs a kilobyte,
-        and detects a tar whose labels were changed after it was indexed."""
+        """A member's bytes. With ``label``, the .cls member after it is read with it and checked. That costs a
+        kilobyte, and detects a tar whose labels were changed after it was indexed."""
         memory, skip, crc = target
         offset, size = self._offset[member] + skip, self._size[member] - skip
         behind = bytearray(self._offset[label] + self._size[label] - offset - size) if label >= 0 else bytearray()
@@ -161,7 +162,8 @@ class ShardReader:
     def read_images(
         self, sample_ids: ArrayLike, target: Callable[[int, int], Target] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """Yield samples as ``read``, with only their images. A sample that cannot be read is {"__error__": SampleError}.
+        """Yield samples as ``read``, with only their images. A sample that cannot be read is {"__error__":
+        SampleError}.
 
         Args:
             target: returns the memory for an image, by its number in this call and its size in bytes. By default all
@@ -215,8 +217,8 @@ class ShardReader:
         return opened
 
     def _check_current(self, number: int, file: BinaryIO, index: Index) -> None:
-        """Raises StaleIndex if a tar of another program was changed since it was indexed. It has no checksums of labels, so
-        this is checked once for each file."""
+        """Raises StaleIndex if a tar of another program was changed since it was indexed. It has no checksums of
+        labels, so this is checked once for each file."""
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if self._current.get(number) != identity:

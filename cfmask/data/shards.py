@@ -4,8 +4,8 @@
     SET/train-000000.tar                 .jpg .cls .json members; any WebDataset reader reads it
     SET/train-000000.index.safetensors   key and class id of each sample; offset, size and crc32 of each member
 
-With the index, a loader reads any sample by one `pread`; webdataset itself reads a tar only from its beginning. An index
-is written after its tar, and the manifest after everything else: if they exist, what they describe is complete.
+With the index, a loader reads any sample by one `pread`; webdataset itself reads a tar only from its beginning. An
+index is written after its tar, and the manifest after everything else: if they exist, what they describe is complete.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def find_set(where: str | Path, name: str) -> Path | str:
 def load_sets(
     where: str | Path, names: Iterable[str], *, cache: remote.Cache | None = None, check_files: bool = True
 ) -> dict[str, Manifest]:
-    """Manifests of sets in a folder or behind a URL, by name. Arguments are those of ``load_manifest``; the default cache
-    is the node's.
+    """Manifests of sets in a folder or behind a URL, by name. Arguments are those of ``load_manifest``; the default
+    cache is the node's.
 
     Raises:
         UserError: a missing set, or (with ``check_files``) an incomplete one.
@@ -218,8 +218,8 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
             raise UserError(f"{root} is not a set of shards but holds several. Give one of them: {found}.")
         if any(root.glob("*.tar")):
             raise UserError(
-                f"{root} holds tars but no {MANIFEST}. If a conversion was interrupted, run the same {_HOW_TO_MAKE} again: "
-                f"it makes only what is missing. If another program wrote the shards, index them with "
+                f"{root} holds tars but no {MANIFEST}. If a conversion was interrupted, run the same {_HOW_TO_MAKE} "
+                f"again: it makes only what is missing. If another program wrote the shards, index them with "
                 f"`python tools/index_shards.py {root}`."
             )
         raise UserError(f"{root} holds no {MANIFEST}, so it is not a set of shards. Make one with {_HOW_TO_MAKE}.")
@@ -279,7 +279,7 @@ def _check_file(tar: Path, expected: int, remedy: str) -> None:
     try:
         size = tar.stat().st_size
     except OSError as error:
-        raise UserError(f"Shard {tar} is listed in the manifest but cannot be found ({error.strerror}). {remedy}") from None
+        raise UserError(f"Shard {tar} of the manifest cannot be found ({error.strerror}). {remedy}") from None
     if size != expected:
         raise UserError(
             f"Shard {tar} has {size} bytes, and {expected} in the manifest: it is truncated or was replaced. {remedy}"

@@ -8,8 +8,8 @@ The samples and draws of a batch depend only on (seed, epoch, step, lanes): not 
 not on where an epoch is resumed. A sample that cannot be read is replaced by the next readable one of its lane.
 
 The stream uses threads and not processes. Reading, decoding and resizing release Python's lock, so threads are as fast
-(``tools/bench.py loader`` measures it). They write pixels directly into the batch in page-locked memory, where processes
-need a queue and /dev/shm. They end with the trainer, and get no signals of the job.
+(``tools/bench.py loader`` measures it). They write pixels directly into the batch in page-locked memory, where
+processes need a queue and /dev/shm. They end with the trainer, and get no signals of the job.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def check_image_size(manifest: Manifest, image_size: int) -> None:
     """Raises UserError if the crops of a set have another size than the model's input."""
     if manifest.image_size not in (None, image_size):
         raise UserError(
-            f"The set {manifest.root} holds crops of {manifest.image_size} × {manifest.image_size} pixels, and the model "
-            f"takes {image_size} × {image_size}. Convert the set with --image-size {image_size}, or with --store "
+            f"The set {manifest.root} holds crops of {manifest.image_size} × {manifest.image_size} pixels, and the "
+            f"model takes {image_size} × {image_size}. Convert the set with --image-size {image_size}, or with --store "
             f"original, which fits every size."
         )
 
@@ -214,8 +214,8 @@ class _Part:
     """Of the first sample in the order."""
 
     def replacements(self, row: int) -> NDArray[np.int64]:
-        """Ids that may replace the sample of a row, by preference: those that follow it in the lane, cyclically. None in
-        an evaluation."""
+        """Ids that may replace the sample of a row, by preference: those that follow it in the lane, cyclically. None
+        in an evaluation."""
         if self.order is None:
             return np.empty(0, np.int64)
         count = min(_MOST_REPLACEMENTS, self.order.size - 1)
