@@ -73,7 +73,7 @@ PYCOCOTOOLS = "`2:?0000000000000000000000000000000000000c3JaM"
 
 @pytest.mark.parametrize(
     ("counts", "reason"),
-    [([3, 4], "7 pixels"), ([3, -1, 4], "whole numbers"), ("0`", "end within"), ("0\x1f", "no character")],
+    [([3, 4], "7 pixels"), ([3, -1, 4], "whole numbers"), ("0`", "end within"), ("0\x1f", "not a character")],
 )
 def test_runs_that_are_none_are_refused(counts, reason):
     with pytest.raises(UserError, match=reason):
@@ -154,13 +154,13 @@ def test_what_is_no_mask_is_refused_with_the_reason(tmp_path, mask):
 
 
 def test_places_without_masks_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no masks at"):
+    with pytest.raises(UserError, match="No such file or folder of masks"):
         open_masks(tmp_path / "none")
     with pytest.raises(UserError, match="holds no masks"):
         open_masks(tmp_path)
     save_png(tmp_path / "a.png", np.zeros((2, 2)))
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(UserError, match="Keep one"):
+    with pytest.raises(UserError, match="Keep only the one"):
         open_masks(tmp_path)
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": []}))
     with pytest.raises(UserError, match="not a file of COCO annotations"):
@@ -217,7 +217,7 @@ def test_instances_give_the_union_of_a_categorys_runs(tmp_path, mask):
     assert np.array_equal(masks.read("0007", "", "cat"), other)
     with pytest.raises(UserError, match="polygons"):
         masks.read("0008", "", "cat")
-    with pytest.raises(UserError, match="has 9 × 6 pixels, and an annotation of it has 6 × 9"):
+    with pytest.raises(UserError, match="has 9 × 6 pixels, but an annotation of it has 6 × 9"):
         masks.read("0008", "", "dog")
 
 
@@ -260,8 +260,8 @@ def test_groups_of_other_sets_are_their_classes():
     assert class_groups(classes, ["ring", "n90000001"]) == {"ring": frozenset({1}), "n90000001": frozenset({0})}
     for names, reason in (
         (["dog"], "none of ImageNet's 118"),
-        (["fish"], "no group 'fish'"),
-        (["all", "all"], "twice"),
+        (["fish"], "Unknown group 'fish'"),
+        (["all", "all"], "repeats"),
     ):
         with pytest.raises(UserError, match=reason):
             class_groups(classes, names)
@@ -306,14 +306,14 @@ def test_samples_come_with_their_masks_in_order_from_originals_and_from_crops(co
 def test_a_mask_of_another_size_is_refused_and_of_a_crop_one_of_the_crop_taken(converted, tmp_path):
     key = read(converted, "shards", converted / "masks")[0].key
     save_png(tmp_path / f"{key}.png", np.ones((16, 16), bool))
-    with pytest.raises(UserError, match=rf"{key} has 16 × 16 pixels, its image had 23 × 20"):
+    with pytest.raises(UserError, match=rf"{key} has 16 × 16 pixels, and its original image has 23 × 20"):
         read(converted, "shards", tmp_path)
     found = {sample.key: sample.mask for sample in read(converted, "crops", tmp_path)}
     assert found.pop(key).all() and not any(mask is not None for mask in found.values())
 
 
 def test_shards_of_images_are_no_masks(converted):
-    with pytest.raises(UserError, match="a set of images, not of masks"):
+    with pytest.raises(UserError, match="a set of images and not of masks"):
         open_masks(converted / "shards/val")
     with pytest.raises(UserError, match="holds several. Give one of them: .*shards/val"):
         open_masks(converted / "shards")

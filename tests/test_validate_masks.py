@@ -211,11 +211,11 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--groups", "fish"), "no group 'fish'"),
-        (("--groups", "dog", "dog"), "twice"),
-        (("--thresholds", "1.0"), "--thresholds must lie in 0…1"),
-        (("--thresholds", "0.2", "0.2"), "twice"),
-        (("--segmentation", "nowhere"), "There are no masks at nowhere"),
+        (("--groups", "fish"), "Unknown group 'fish'"),
+        (("--groups", "dog", "dog"), "repeats"),
+        (("--thresholds", "1.0"), "--thresholds must be at least 0 and below 1"),
+        (("--thresholds", "0.2", "0.2"), "repeats"),
+        (("--segmentation", "nowhere"), "No such file or folder of masks: nowhere"),
         (("--set", "train"), "no folder of shards"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--cam", "grad-cam", "--first-block", "1"), "--first-block would do nothing"),
@@ -234,7 +234,7 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
     for path in (scene / "masks/val").rglob("*.png"):
         Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / path.name)
     assert validate_masks.main([*asked, "--segmentation", str(tmp_path)]) == 2
-    assert "it is the mask of another image" in capsys.readouterr().err
+    assert "It must be the mask of this image" in capsys.readouterr().err
 
 
 def test_the_demos_exact_masks_are_found_by_their_keys(tmp_path, monkeypatch):
