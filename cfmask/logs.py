@@ -11,9 +11,9 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from cfmask.checkpoint_state import Skips
+from cfmask.counting import Score
 from cfmask.curves import curves_of
 from cfmask.data import receipts
-from cfmask.evaluation.counting import Score
 from cfmask.metrics import StepResult
 from cfmask.optim import Phase, lr_and_betas
 from cfmask.recipe import Recipe

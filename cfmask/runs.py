@@ -1,7 +1,7 @@
 """The run folder: everything about a run, and all that a resume needs.
 
 RUN/
-  recipe.json            what is trained, and how; a folder belongs to one recipe (or evaluation: evaluation/spec.py)
+  recipe.json            what is trained, and how; a folder belongs to one recipe (or evaluation: evaluation_spec.py)
   initial.safetensors    the pre-trained tower and its head: start, teacher, and WiSE-FT's other end
   ensemble.safetensors   wise-kd's other teacher
   log.jsonl              metrics by step
@@ -21,7 +21,7 @@ RUN/
   cancelled.json         who ended the run for good, and when: nothing goes on with it before it is resumed by hand
   from_step_0.json       leave to begin again at step 0 where checkpoints were lost, until a start has used it
   jobs/                  what the launcher writes: logs of every rank, by job; failure reports; the command of --notify
-  wandb.json, wandb/     what was sent to Weights & Biases, and its own files (launch/jobs/wandb_sender.py)
+  wandb.json, wandb/     what was sent to Weights & Biases, and its own files (launch/notification/wandb_sender.py)
   code/                  the code that its jobs were submitted with
   .owner/                who trains here (runtime/lock.py)
 """
@@ -42,7 +42,7 @@ from cfmask.best_checkpoint import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint_state import found as found_checkpoints
 from cfmask.checkpoint_state import step_of
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation, load_evaluation
+from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.files import write_atomically
 from cfmask.recipe import Recipe, load_recipe
 from cfmask.runtime.attempts import AttemptLog, now
@@ -325,7 +325,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """If the run is finished and nobody holds the folder, remove what killed processes have left in it: progress
-        of an evaluation, claims (launch/jobs/claims.py), submitit's pickles of jobs that were never sent."""
+        of an evaluation, claims (launch/submission/claims.py), submitit's pickles of jobs that were never sent."""
         owner = self.owner()
         if owner is None or owner.has_ended():
             with suppress(UserError), self.locked(patience_s=0):

@@ -224,7 +224,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Pids of the ranks that a submit command has started, in the order in which they came. Each is the child of a
-    process that waits for it (launch/jobs/failures.py)."""
+    process that waits for it (launch/ranks/supervisor.py)."""
     of_command = [process.pid, *descendants(process.pid)]
     shown = ",".join(map(str, of_command))
     listed = subprocess.run(["ps", "-ww", "-o", "pid=,ppid=,args=", "-p", shown], capture_output=True, text=True).stdout

@@ -17,14 +17,14 @@ from PIL import Image
 
 import made
 from cfmask.distributed import DistributedContext
-from cfmask.evaluation.spec import UniformSoup
 from cfmask.evaluation.worker import run_evaluation
+from cfmask.evaluation_spec import UniformSoup
 from cfmask.models.head import load_model
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import allocation
+from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
 

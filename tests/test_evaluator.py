@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 
 import made
 import tools.evaluate
+from cfmask.counting import Counts, Score, calibration_error
 from cfmask.data import benchmarks, imagenet
+from cfmask.data.label_space import LabelSpace, label_space_of
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation import counter
 from cfmask.evaluation.checks import check_set
-from cfmask.evaluation.counting import Counts, Score, calibration_error
-from cfmask.evaluation.label_space import LabelSpace, label_space_of
 from cfmask.evaluation.soup import average, greedy_soup
-from cfmask.evaluation.spec import KINDS, Evaluation, UniformSoup, WiseFT
 from cfmask.evaluation.worker import run_evaluation
+from cfmask.evaluation_spec import KINDS, Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder

@@ -18,7 +18,7 @@ import made
 from cfmask.runtime import heartbeat
 from cfmask.runtime.heartbeat import CHECKING, CHECKPOINT, PREPARING, Heartbeat
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import hangs
+from launch.ranks import hangs
 
 # --- the heartbeat ----------------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from cfmask.session import FINISHED
 from cfmask.step import Teachers
 from cfmask.training import memory
 from cfmask.training.memory import MARGIN, Footprint, Trial, explained_out_of_memory, fewest_micro_batches
-from launch.jobs.recipe_arguments import recipe_from
+from launch.submission.recipe_arguments import recipe_from
 from launch.submit import parser
 from test_step import METHODS, name_of, resolved, student_and_teachers
 from towers import TINY, Geometry

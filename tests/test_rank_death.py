@@ -19,11 +19,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
-from launch.jobs import failures
-from launch.jobs.failure_reports import RankFailure, RankStart, first_failure
-from launch.jobs.run_restarts import restarts_of
-from launch.jobs.run_state import look_at
-from launch.jobs.run_status import status_of
+from launch.restarts.of_run import restarts_of
+from launch.state.facts import look_at
+from launch.state.failure_reports import RankFailure, RankStart, first_failure, report_of
+from launch.state.status import status_of
 from slurm_fixture import Cluster, wait_until
 
 WITHIN_S = 120
@@ -101,13 +100,13 @@ SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch.jobs import failures
-failures._LOOK_S, failures._GRACE_S, failures._LISTEN_S = 0.2, 0.5, 0.2
+from launch.ranks import supervisor
+supervisor._LOOK_S, supervisor._GRACE_S, supervisor._LISTEN_S = 0.2, 0.5, 0.2
 def rank():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(sys.argv[1], "rank").write_text(str(os.getpid()))
     {body}
-sys.exit(failures.supervise(rank, Path(sys.argv[1])))
+sys.exit(supervisor.supervise(rank, Path(sys.argv[1])))
 """
 
 
@@ -149,7 +148,7 @@ def test_a_rank_that_hangs_is_ended_when_another_dies(supervise, tmp_path, how):
     assert not process_runs(pid_of(tmp_path))
     assert told.endswith("Traceback (most recent call last):\nValueError: planted\n")
     assert RunFolder(tmp_path).ended()["why"] == "failed: rank 1: ValueError: planted"
-    assert failures.report_of(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
+    assert report_of(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
 
 
 def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
@@ -207,7 +206,7 @@ def test_a_rank_that_crashes_after_the_run_has_finished_changes_nothing(supervis
     told, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 128 + signal.SIGABRT and "Fatal Python error: Aborted" in told
     assert RunFolder(tmp_path).ended()["why"] == "finished"
-    assert failures.report_of(RunFolder(tmp_path), "7") is None
+    assert report_of(RunFolder(tmp_path), "7") is None
 
 
 @pytest.mark.parametrize("end", ["return", "sys.exit(0)", "sys.exit(144)"])

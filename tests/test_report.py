@@ -19,7 +19,7 @@ from scipy import stats
 from cfmask import report
 from cfmask.data.benchmarks import BENCHMARKS, SHIFTED
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import KINDS
+from cfmask.evaluation_spec import KINDS
 from cfmask.report import PUBLISHED, Row, Split
 
 PAPER = ("val", *(benchmark.name for benchmark in SHIFTED))

@@ -22,9 +22,9 @@ from cfmask.models.initial import check_initial_model, describe, initial_model, 
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.training import setup as train_setup
-from launch.jobs import training
-from launch.jobs.failure_reports import RankStart, would_recur
 from launch.paper.cost import forward_flops
+from launch.state.failure_reports import RankStart, would_recur
+from launch.submission import training
 from towers import MEAN, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(made.CLASSES)]

@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 import cfmask.training.train
 from cfmask.checkpoint import Writer
 from cfmask.checkpoint_state import found, read_state
+from cfmask.counting import Counts
 from cfmask.distributed import DistributedContext
-from cfmask.evaluation.counting import Counts
 from cfmask.recipe import Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines

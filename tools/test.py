@@ -3,6 +3,7 @@
     python3 tools/test.py                     all of it, except the sweeps marked slow
     python3 tools/test.py --slow              those too
     python3 tools/test.py --quick             the linters, and tests that start no runs: two minutes
+    python3 tools/test.py --lowest            core tests at the lowest versions that requirements.txt allows
     python3 tools/test.py tests/test_step.py -k relevance     what follows goes to pytest
 
 pytest runs even if a linter complains, so that one run shows everything; the exit code is 0 only if all passed.
@@ -12,9 +13,9 @@ Tests that were skipped are listed at the end with the reason, and the files tha
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import _bootstrap
-
+ROOT = Path(__file__).resolve().parents[1]
 WORKERS = str(min(4, 1 + len(os.sched_getaffinity(0))))
 """One more than there are cores: much of what tests do is wait, for a Slurm or a run that they have started."""
 QUICK = (
@@ -23,13 +24,18 @@ QUICK = (
     *("validation", "weights"),
 )
 """What --quick runs of tests/."""
+LOWEST = (*QUICK, "ddp", "evaluator", "fused", "methods", "models", "preprocessing", "relevance_kernel", "stream")
+"""What --lowest runs of tests/."""
+
+
+FLAGS = ("--slow", "--quick", "--lowest")
 
 
 def main(arguments: list) -> int:
-    slow, quick = "--slow" in arguments, "--quick" in arguments
-    arguments = [argument for argument in arguments if argument not in ("--slow", "--quick")]
-    pytest_options = [] if slow else ["-m", "not slow and not slurm" if quick else "not slow"]
-    pytest_options += [f"tests/test_{name}.py" for name in QUICK] if quick else []
+    slow, quick, lowest = (flag in arguments for flag in FLAGS)
+    arguments = [argument for argument in arguments if argument not in FLAGS]
+    pytest_options = [] if slow else ["-m", "not slow and not slurm" if quick or lowest else "not slow"]
+    pytest_options += [f"tests/test_{name}.py" for name in (QUICK if quick else LOWEST if lowest else ())]
     checks = {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
@@ -40,13 +46,15 @@ def main(arguments: list) -> int:
             *arguments,
         ],
     }
-    if not slow and not quick:
+    if lowest:
+        del checks["ruff check"], checks["ruff format"], checks["mypy"]
+    if not (slow or quick or lowest):
         print("Left out: the sweeps marked slow; python3 tools/test.py --slow runs them too.", flush=True)
     failed = []
     for name, command in checks.items():
         print(f"== {name}", flush=True)
-        environment = dict(os.environ, OMP_NUM_THREADS="1")  # threads of many processes are in each other's way
-        if subprocess.run([sys.executable, "-m", *command], cwd=_bootstrap.ROOT, env=environment).returncode:
+        variables = dict(os.environ, OMP_NUM_THREADS="1")  # threads of many processes are in each other's way
+        if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=variables).returncode:
             failed.append(name)  # pytest's 5 included: no tests found is a failure
     if failed:
         print("FAILED: " + ", ".join(failed), flush=True)
@@ -57,7 +65,9 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         sys.exit(0)
-    _bootstrap.ensure(("requirements.txt", "tests/requirements.txt"))
+    import environment
+
+    environment.ensure(("requirements.txt", "tests/requirements.txt"), lowest="--lowest" in sys.argv)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from cfmask.data.shards import Manifest, find_set, load_sets, manifest_if_there
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, is_training_run, origin_of
 from cfmask.evaluation.selection import check_selection, refuse_idle_flag
-from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT
+from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, check_same_kind, read_info
 from cfmask.runs import RunFolder
 from cfmask.urls import is_remote

@@ -23,14 +23,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
+from cfmask.counting import Counts
+from cfmask.data.label_space import label_space_of
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_classes
-from cfmask.evaluation.counting import Counts
-from cfmask.evaluation.label_space import label_space_of
-from cfmask.evaluation.spec import Evaluation, files_of
+from cfmask.evaluation_spec import Evaluation, files_of
 from cfmask.files import read_bytes, replace_tensors
 from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.tower import Classifier, Normalise

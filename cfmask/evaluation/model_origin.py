@@ -13,7 +13,7 @@ from typing import Any
 
 from cfmask.checkpoint_state import found, step_of
 from cfmask.errors import UserError
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object

@@ -9,7 +9,7 @@ import torch
 
 from cfmask.errors import UserError
 from cfmask.evaluation.counter import SetCounter
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.models.head import ModelInfo, load_model
 from cfmask.models.tower import Classifier, Normalise
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfmask.errors import UserError
 from cfmask.evaluation.counter import SetCounter
-from cfmask.evaluation.spec import GreedySoup, UniformSoup
+from cfmask.evaluation_spec import GreedySoup, UniformSoup
 from cfmask.models.head import ModelInfo, load_alike, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cfmask.errors import UserError
 from cfmask.evaluation.counter import SetCounter
-from cfmask.evaluation.spec import WiseFT
+from cfmask.evaluation_spec import WiseFT
 from cfmask.models.head import load_alike, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder

@@ -15,7 +15,7 @@ from cfmask.evaluation import side_by_side, soup, wise_ft, zero_shot
 from cfmask.evaluation.checks import load_sets_of
 from cfmask.evaluation.counter import SetCounter, Stopped
 from cfmask.evaluation.model_origin import origin_of
-from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot, files_of
+from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, files_of
 from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.patience import patiently

@@ -7,7 +7,7 @@ from typing import Any
 
 from cfmask.evaluation.counter import SetCounter
 from cfmask.evaluation.side_by_side import load_side_by_side
-from cfmask.evaluation.spec import ZeroShot
+from cfmask.evaluation_spec import ZeroShot
 from cfmask.models.head import save_model
 from cfmask.models.initial import initial_model
 from cfmask.runs import RunFolder

@@ -1,4 +1,4 @@
-"""What evaluations found, as tables and pictures: results.json (cfmask/evaluation/spec.py has its layout) to Markdown,
+"""What evaluations found, as tables and pictures: results.json (cfmask/evaluation_spec.py has its layout) to Markdown,
 LaTeX and PNG.
 
     results.py      what is in a results.json; a ResultRow is a line of a table (one model, or a recipe's models of

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from cfmask.data.benchmarks import IMAGENET_A, IMAGENET_R, IMAGENET_SKETCH, IMAGENET_V2, OBJECTNET, SHIFTED, VAL
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 
 IMAGENET = (VAL.name, "imagenet")
 """Names that ImageNet's validation set goes by."""

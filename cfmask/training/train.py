@@ -20,13 +20,13 @@ from cfmask import resume
 from cfmask.agreement import check_agreement
 from cfmask.checkpoint_state import CheckpointState, Skips
 from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
+from cfmask.counting import Score, top1
+from cfmask.data.label_space import LabelSpace, label_space_of
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
 from cfmask.distributed import DistributedContext
-from cfmask.evaluation.counting import Score, top1
-from cfmask.evaluation.label_space import LabelSpace, label_space_of
 from cfmask.files import write_atomically
 from cfmask.logs import MetricLogger
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics

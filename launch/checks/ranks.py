@@ -9,10 +9,10 @@ from functools import partial
 from typing import TypeVar
 
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
+from launch.allocation.resolve import Allocation
 from launch.checks.cluster import ADMINISTRATOR
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, SEEN_WITHIN_S, ProbeReport
-from launch.jobs.allocation import Allocation
 
 T = TypeVar("T", bound=Hashable)
 

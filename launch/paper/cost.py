@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cfmask.data.plan import steps_per_epoch
-from cfmask.evaluation.spec import Evaluation
+from cfmask.evaluation_spec import Evaluation
 from cfmask.models.architecture import VISION_DEFAULTS, image_size_of, patch_size_of
 from cfmask.recipe import Method, Recipe
 from launch.paper.plan import PlanNode

@@ -18,7 +18,7 @@ from pathlib import Path
 from cfmask.best_checkpoint import POINTER
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, LAST
-from cfmask.evaluation.spec import Evaluation, UniformSoup, WiseFT, ZeroShot
+from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
 from cfmask.recipe import Recipe
 
 HEADLINE = "object-mask-single-fill"
