@@ -62,6 +62,15 @@ def save_moved_model(source: Path, path: Path, by: float) -> None:
     save_model(path, model, info)
 
 
+def forkserver():
+    """The context of ``multiprocessing`` whose processes are forked from one that has imported torch and training, and
+    has no threads."""
+    import multiprocessing
+
+    multiprocessing.set_forkserver_preload(["cfmask.training.passes"])
+    return multiprocessing.get_context("forkserver")
+
+
 def run_ranks(function: Callable, ranks: int, *args: object, join: bool = True):
     """``function(rank, *args)`` in processes, which are forked from one that has imported what ranks need.
 
@@ -71,11 +80,9 @@ def run_ranks(function: Callable, ranks: int, *args: object, join: bool = True):
     Returns:
         Without ``join``, the context of ``torch.multiprocessing``.
     """
-    import multiprocessing
-
     import torch.multiprocessing
 
-    multiprocessing.set_forkserver_preload(["cfmask.training.passes"])
+    forkserver()
     return torch.multiprocessing.start_processes(
         _rank, args=(function, args), nprocs=ranks, join=join, start_method="forkserver"
     )

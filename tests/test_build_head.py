@@ -118,7 +118,7 @@ def test_imagenets_classes_are_the_default_in_the_order_of_their_ids(tmp_path, t
     assert info is not None and list(zip(info.classes, info.class_names, strict=True)) == list(imagenet.classes())
 
 
-def test_a_run_starts_from_it_and_evaluate_takes_it(tmp_path, tiny, capsys):
+def test_a_run_starts_from_it_and_evaluate_accepts_it(tmp_path, tiny, capsys):
     made.draw_images(tmp_path / "images", per_class=16)
     made.convert(tmp_path / "images", tmp_path / "shards")
     out = tmp_path / "head.safetensors"
@@ -147,7 +147,7 @@ def test_a_run_starts_from_it_and_evaluate_takes_it(tmp_path, tiny, capsys):
     assert done.returncode == 2 and "another class order" in done.stderr
 
 
-def test_stopped_it_goes_on_where_it_was_and_the_head_is_the_same_to_the_bit(tmp_path, tiny, monkeypatch, capsys):
+def test_an_interrupted_build_resumes_and_the_head_is_bitwise_identical(tmp_path, tiny, monkeypatch, capsys):
     classes = ["--classes", str(class_file(tmp_path, [f"thing {i}" for i in range(34)]))]
     own = open_clip.build_zero_shot_classifier
     asked: list[tuple[str, ...]] = []
@@ -179,7 +179,7 @@ def test_stopped_it_goes_on_where_it_was_and_the_head_is_the_same_to_the_bit(tmp
     assert not asked and "there already" in capsys.readouterr().out
 
 
-def test_rows_of_another_head_are_not_taken_over(tmp_path, tiny, monkeypatch):
+def test_rows_of_another_head_are_not_used(tmp_path, tiny, monkeypatch):
     out = tmp_path / "head.safetensors"
     kept = tmp_path / ".head.safetensors.rows"
     classes = ["--classes", str(class_file(tmp_path))]
@@ -196,7 +196,7 @@ def test_rows_of_another_head_are_not_taken_over(tmp_path, tiny, monkeypatch):
     assert not torch.allclose(load_model(out)[0].head.weight, other)
 
 
-def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, capsys):
+def test_the_head_of_a_checkpoint_is_kept_if_its_classes_are_given(tmp_path, tiny, capsys):
     """As in a uniform soup, a state dict of tower and head."""
     clip = tiny_clip(seed=3)
     visual = {f"module.model.visual.{k}": v for k, v in clip.visual.state_dict().items()}
@@ -247,7 +247,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
         (["--out", "{tmp}/head.pt"], "ends in .safetensors"),
     ],
 )
-def test_what_does_not_go_is_refused(tmp_path, tiny, capsys, flags, reason):
+def test_invalid_requests_are_refused(tmp_path, tiny, capsys, flags, reason):
     (tmp_path / "bare.txt").write_text("a {}\na photo\n")
     (tmp_path / "empty.txt").write_text("\n")
     torch.save(tiny_clip().state_dict(), tmp_path / "tiny.pt")

@@ -132,7 +132,7 @@ def test_pngs_are_read_from_the_folder_or_the_zip(copy, tmp_path, how):
             assert np.array_equal(found, object_of(number, category)), (number, name)
 
 
-def test_pngs_that_are_not_there_are_missed_at_once(copy, tmp_path):
+def test_missing_pngs_are_reported_at_once(copy, tmp_path):
     shutil.rmtree(copy.with_suffix(""))
     with pytest.raises(UserError, match="panoptic_val2017.zip exists.*--panoptic-pngs"):
         open_masks(copy)
@@ -196,7 +196,7 @@ def _transparent(image: Image.Image) -> Image.Image:
         (Path.unlink, 139, "000000000139.png, which does not exist"),
     ],
 )
-def test_a_png_that_is_not_the_jsons_is_refused(copy, damage, number, reason):
+def test_a_png_that_does_not_match_the_json_is_refused(copy, damage, number, reason):
     damage(copy.with_suffix("") / file_name(number, "png"))
     masks = open_masks(copy)
     with pytest.raises(UserError, match=reason):
@@ -278,7 +278,7 @@ def test_images_without_an_annotation_are_counted(copy):
         ("panoptic_annotations_trainval2017.zip", "is an archive. Unpack it"),
     ],
 )
-def test_what_lies_beside_the_json_says_to_give_the_json(copy, tmp_path, place, reason):
+def test_files_beside_the_json_are_refused_with_a_hint_to_give_the_json(copy, tmp_path, place, reason):
     zipped(copy.parent / "panoptic_val2017", tmp_path / "panoptic_annotations_trainval2017.zip")
     with pytest.raises(UserError, match=reason):
         open_masks(tmp_path / place).read(f"{139:012}", "", "dog")
@@ -339,13 +339,13 @@ def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distribu
     assert np.array_equal(pngs.read(f"{139:012}", "", "dog"), object_of(139, DOG))
 
 
-def test_images_are_counted_once_whatever_they_show(distributed, tmp_path):
+def test_images_with_several_categories_are_counted_once(distributed, tmp_path):
     shutil.copytree(distributed / "val2017", tmp_path / "images")
     (tmp_path / "images" / file_name(285)).unlink()  # a cat and a dog
     assert photos(distributed, tmp_path / "images", allow_missing=True).left_out == [file_name(285)]
 
 
-def test_photographs_that_are_not_the_annotations_are_refused(distributed, tmp_path):
+def test_photographs_that_do_not_match_the_annotations_are_refused(distributed, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(distributed / "val2017", images)
     Image.open(images / file_name(139)).resize((26, 30)).save(images / file_name(139))
@@ -371,7 +371,7 @@ def test_photographs_that_are_not_the_annotations_are_refused(distributed, tmp_p
     ("groups", "reason"),
     [([WNIDS[2]], "is a dog too. Choose whole categories"), ([WNIDS[0]], "no category 'n01443537'")],
 )
-def test_groups_that_the_annotations_do_not_tell_are_refused(distributed, groups, reason):
+def test_groups_that_are_not_whole_categories_are_refused(distributed, groups, reason):
     with pytest.raises(UserError, match=reason):
         photos(distributed, distributed / "val2017", groups)
 
@@ -473,7 +473,7 @@ def test_masks_of_other_folders_and_endings(tmp_path):
         open_masks(tmp_path)
 
 
-def test_a_mask_larger_than_any_image_takes_no_memory(tmp_path):
+def test_a_mask_larger_than_any_image_is_refused_before_memory_is_allocated(tmp_path):
     (tmp_path / "1.json").write_text(json.dumps({"size": [10**9, 10**9], "counts": [10**18]}))
     with pytest.raises(UserError, match="more than any image"):
         open_masks(tmp_path).read("1", "", "dog")
@@ -495,7 +495,7 @@ def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path)
     assert FileTree(folder).digest({"x/1.png"}) == tree.digest({"x/1.png"})
 
 
-def test_an_archive_that_is_damaged_inside_says_so(tmp_path):
+def test_a_damaged_entry_of_an_archive_is_named(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("v/1.png", b"pixels")

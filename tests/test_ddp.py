@@ -92,7 +92,7 @@ def test_two_processes_have_the_loss_and_gradients_of_one(by_rank, method):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(tmp_path):
+def test_a_loss_that_is_not_finite_on_one_rank_makes_gradients_not_finite_on_all(tmp_path):
     run_ranks(gradients_beside_a_bad_sample, RANKS, tmp_path)
     for rank in range(RANKS):
         loss, norm = torch.load(tmp_path / f"{rank}.pt")
@@ -138,7 +138,7 @@ def gradients_of_two_steps(rank: int, folder: Path) -> None:
         torch.save(found, folder / f"{rank}.pt")
 
 
-def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_before_it(tmp_path):
+def test_the_first_step_sums_in_the_order_of_later_ones_and_no_layer_runs_before_it(tmp_path):
     """With three ranks the order in which an all-reduce adds depends on where in a bucket a gradient lies."""
     run_ranks(gradients_of_two_steps, 3, tmp_path)
     for rank in range(3):
@@ -148,7 +148,7 @@ def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_be
             assert torch.equal(gradient, found[2][name]), name
 
 
-def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
+def test_waiting_ranks_fail_with_the_error_of_rank_0(tmp_path):
     call_off(DistributedContext(), tmp_path, "the disk is on fire")
     with (
         pytest.raises(UserError, match="the disk is on fire"),
@@ -169,7 +169,7 @@ def have_met(folder: Path, attempt: str = "0") -> bool:
     [{"hosts": ["127.0.0.1"], "door": 1, "port": 1, "word": "w"}, {"host": "127.0.0.1", "port": 1}],
     ids=["nobody there", "another version"],
 )
-def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, left):
+def test_an_address_of_an_earlier_attempt_is_ignored(tmp_path, left):
     """A file left by a killed attempt of the same name; the group forms all the same."""
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
@@ -180,12 +180,12 @@ def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, l
 @pytest.mark.parametrize(
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
-def test_rank_zero_is_found_at_whichever_of_its_addresses_leads_there(tmp_path, hosts):
+def test_rank_0_is_found_at_any_of_its_addresses_that_is_reachable(tmp_path, hosts):
     run_ranks(meet, 2, tmp_path, DistributedContext(nodes=2), hosts)
     assert have_met(tmp_path)
 
 
-def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
+def test_jobs_on_one_machine_form_separate_groups(tmp_path):
     jobs = [run_ranks(meet, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")]
     for job in jobs:
         while not job.join():
@@ -195,7 +195,7 @@ def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("said", [None, b"", b"wrong word, and more of it than was asked for"])
-def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch, said):
+def test_another_server_at_an_address_is_not_mistaken_for_rank_0(monkeypatch, said):
     monkeypatch.setattr(distributed, "_CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -211,7 +211,7 @@ def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch
         assert distributed._knock("127.0.0.1", server.getsockname()[1], "word") is None
 
 
-def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
+def test_missing_ranks_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
     with pytest.raises(TimeoutError, match="2 of 3 ranks did not come.*rank 1, rank 2"):
         with process_group(DistributedContext(world_size=3), tmp_path):
@@ -221,7 +221,7 @@ def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
             pass
 
 
-def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
+def test_a_missing_interface_is_named_with_those_that_exist(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
         with process_group(DistributedContext(nodes=2, world_size=2), tmp_path):
@@ -231,7 +231,7 @@ def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, m
 
 
 @pytest.mark.parametrize("addresses", ["10.77.0.{}/24", "fd77::{}/64"], ids=["IPv4", "IPv6 only"])
-def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tmp_path, addresses):
+def test_machines_whose_names_do_not_resolve_connect_over_their_common_network(tmp_path, addresses):
     """Two machines, as far as the network goes: each has a bridge of the same address, as Docker makes it, and a name
     that the other does not know."""
     names = [f"cfmask-{os.getpid()}-{i}" for i in range(2)]

@@ -268,12 +268,12 @@ def interpreted(tmp_path_factory):
 
 @has_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernels_are_the_formula(case, interpreted):
+def test_interpreted_kernels_equal_the_formula(case, interpreted):
     assert_close(interpreted["cases"][str(case)], case)
 
 
 @has_triton
-def test_a_step_by_kernels_is_the_step_without(interpreted):
+def test_a_step_with_kernels_equals_the_step_without(interpreted):
     ours = interpreted["steps"]["fp32"]
     plain = step_of(B32, torch.float64, autocast=False)
     torch.testing.assert_close(ours["loss"].double(), plain["loss"], rtol=1e-5, atol=0)
@@ -293,7 +293,7 @@ def test_operator_calls_of_a_step_do_not_grow(interpreted):
 
 
 @has_triton
-def test_a_block_keeps_what_was_counted_by_hand(interpreted):
+def test_a_block_saves_the_bytes_that_were_counted_by_hand(interpreted):
     """In channels a token: the stream twice, both norms' outputs, q, k and v, the heads' outputs, and the MLP before
     and after its activation: 2 + 2 + 3 + 1 + 4 + 4 = 16 in bf16, and the log-sum-exp of each head."""
     tokens = 2 * (B32.patches + 1)
@@ -333,7 +333,7 @@ def launches_of_all(dtype: torch.dtype, width: int, heads: int):
 
 @has_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
-def test_kernels_are_handed_the_bytes_that_were_counted_by_hand():
+def test_kernels_read_and_write_the_bytes_that_were_counted_by_hand():
     """fused_kernels' docstring counts what a block moves a token and channel of its stream; a kernel that is handed one
     activation more moves more."""
     tokens, width = 100, 64
@@ -381,7 +381,7 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, dtype,
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_on_a_gpu_are_the_formula_and_repeat_bitwise(case, poisoned):
+def test_kernels_on_a_gpu_equal_the_formula_and_repeat_bitwise(case, poisoned):
     results = FUNCTIONS[case.name](tensors(case, "cuda"))
     assert_close(results, case)
     again = FUNCTIONS[case.name](tensors(case, "cuda"))
@@ -390,7 +390,7 @@ def test_kernels_on_a_gpu_are_the_formula_and_repeat_bitwise(case, poisoned):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_full_sized_batch_is_the_formula(poisoned):
+def test_a_full_sized_batch_equals_the_formula(poisoned):
     case = Case("add-bias-norm", (128, 197, 768), BF16)
     assert_close(FUNCTIONS[case.name](tensors(case, "cuda")), case)
 

@@ -1,4 +1,4 @@
-"""Passes by operators or as a graph: which of them a recipe gets. (What graphs compute: test_gpu.py.)"""
+"""Whether passes run operator by operator or as a CUDA graph. (test_gpu.py tests what graphs compute.)"""
 
 from __future__ import annotations
 

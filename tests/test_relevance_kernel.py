@@ -179,7 +179,7 @@ def interpreted(tmp_path_factory):
 
 @has_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernels_are_the_formula(case, interpreted):
+def test_interpreted_kernels_equal_the_formula(case, interpreted):
     assert_close(
         torch.from_numpy(interpreted[str(case)][0]), make_inputs(case, *interpreted_shape(case)), tolerance(case)
     )
@@ -187,11 +187,11 @@ def test_interpreted_kernels_are_the_formula(case, interpreted):
 
 @has_triton
 @pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_two_interpreted_runs_agree_bit_for_bit(case, interpreted):
+def test_two_interpreted_runs_are_bitwise_identical(case, interpreted):
     assert same_bits(*torch.from_numpy(interpreted[str(case)]))
 
 
-def test_without_triton_the_module_imports_and_says_that_it_cannot_be_used():
+def test_without_triton_the_module_imports_and_is_not_usable():
     code = """
 import sys
 sys.modules["triton"] = None  # what an import of it then finds
@@ -203,7 +203,7 @@ assert not usable(torch.zeros(1, 5), torch.zeros(1, 1, 5, 16))
     assert done.returncode == 0, done.stderr
 
 
-def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch():
+def test_tensors_that_the_kernels_do_not_accept_are_left_to_plain_pytorch():
     row, q = torch.zeros(1, 5), torch.zeros(1, 1, 5, 16)
     if os.environ.get("TRITON_INTERPRET") != "1":
         assert not usable(row, q)  # on the CPU
@@ -213,7 +213,7 @@ def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch():
 
 
 @has_triton
-def test_a_triton_that_cannot_launch_is_warned_of_and_not_used(monkeypatch):
+def test_a_triton_that_cannot_launch_causes_a_warning_and_is_not_used(monkeypatch):
     import triton
 
     class Driver:
@@ -238,7 +238,7 @@ def test_a_triton_that_cannot_launch_is_warned_of_and_not_used(monkeypatch):
         {name: torch.zeros(2, 3, 5, MAX_HEAD_SIZE + 1) for name in ("q", "k", "v", "d_out")},
     ],
 )
-def test_tensors_that_do_not_fit_together_are_refused(wrong):
+def test_tensors_of_inconsistent_shapes_or_dtypes_are_refused(wrong):
     right = {"row": torch.zeros(2, 5), **{name: torch.zeros(2, 3, 5, 16) for name in ("q", "k", "v", "d_out")}}
     with pytest.raises(ValueError, match="row"):
         extend_row(**{**right, **wrong})
@@ -268,7 +268,7 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads,
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_on_a_gpu_are_the_formula(case, poisoned):
+def test_kernels_on_a_gpu_equal_the_formula(case, poisoned):
     inputs = make_inputs(case, 3, 5, "cuda")
     assert usable(inputs.row, inputs.q)
     new = extend_row(*inputs)
@@ -292,7 +292,7 @@ def test_no_map_of_all_pairs_of_tokens_reaches_memory():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_device_is_never_waited_for():
+def test_the_host_never_waits_for_the_device():
     inputs = make_inputs(Case(64, 50, 50, BF16), 3, 5, "cuda")
     extend_row(*inputs)  # loads the kernels
     torch.cuda.synchronize()
@@ -313,7 +313,7 @@ def test_more_heads_than_the_second_axis_of_a_grid_holds(poisoned):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_an_image_that_lies_beyond_32_bits_of_elements(poisoned):
+def test_an_image_beyond_32_bits_of_elements(poisoned):
     n, heads, length, size = 2, 3, 65, 64
     near = make_inputs(Case(size, length, length, BF16), n, heads, "cuda")
     stride = 2**31 + 64

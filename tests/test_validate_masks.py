@@ -1,4 +1,4 @@
-"""tools/validate_masks.py: its numbers beside a count of every pixel, interruption, bad input, pictures."""
+"""tools/validate_masks.py: its rates against a count of every pixel, interruption, bad input, pictures."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_table_and_pictures(scene, tmp_path, capsys):
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
 
 
-def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_validation_resumes_with_the_same_results(scene, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert validate_masks.main(command(scene, whole, "--count", 0)) == 0
     part, shards_done = Validation.part, []
@@ -179,7 +179,7 @@ def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, mo
     assert "a validation of other thresholds" in capsys.readouterr().err
 
 
-def test_a_run_is_asked_about_its_own_masks(scene, tmp_path):
+def test_the_masks_of_a_run_are_the_default(scene, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes((scene / "a.safetensors").read_bytes())
@@ -221,7 +221,7 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
         (("--cam", "grad-cam", "--first-block", "1"), "--first-block would do nothing"),
     ],
 )
-def test_what_makes_no_sense_is_refused(scene, tmp_path, capsys, flags, reason):
+def test_invalid_flags_are_refused(scene, tmp_path, capsys, flags, reason):
     assert validate_masks.main(command(scene, tmp_path, *flags)) == 2
     assert reason in capsys.readouterr().err
 
