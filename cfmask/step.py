@@ -13,9 +13,7 @@ Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from cfmask.losses import classification, feature_distillation, knowledge_distil
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
+from cfmask.masking.tensors import TensorFields
 from cfmask.masking.validation import THRESHOLDS, Coverage, MaskRates, mask_rates, masks_at
 from cfmask.models.tower import Classifier, ClassifierOutput, Normalise
 from cfmask.recipe import Method
@@ -41,7 +40,7 @@ class Teachers:
 
 
 @dataclass(frozen=True)
-class Metrics:
+class Metrics(TensorFields):
     """Results of one micro-batch on this rank, on the device. Reading them waits for it.
 
     loss: ce + γ · kd + β · mse.
@@ -62,13 +61,6 @@ class Metrics:
     samples: int
     finite: Tensor
     overlap: MaskRates | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Metrics:
-        """``function`` applied to each tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        overlap = None if self.overlap is None else self.overlap.map(function)
-        return Metrics(**{**values, **mapped, "overlap": overlap})
 
 
 @dataclass(frozen=True)

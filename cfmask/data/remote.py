@@ -113,11 +113,11 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
         opened = f"/proc/{os.getpid()}/fd"
         if is_http(url):
             quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-            _fill(config, f'url = "{quoted}"\n')
+            os.write(config, f'url = "{quoted}"\n'.encode())
             command = _curl(f"{opened}/{config}", offset)
         else:
             command = url.removeprefix("pipe:")
-        _fill(script, f"{command}\n")
+        os.write(script, f"{command}\n".encode())
         # In a file, because other users could read the arguments of the shell.
         pipe = gopen(f"pipe:exec 2>{opened}/{complaints}; . {opened}/{script}", "rb")
         try:
@@ -131,7 +131,7 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
                     continue
                 with suppress(subprocess.TimeoutExpired):
                     if status := pipe.proc.wait(stall):
-                        raise _failure(url, status, _tail(complaints))
+                        raise _failure(url, status, complaints)
                     return
                 break
             raise _Failed(f"the command neither sent anything for {stall} seconds nor ended", _remedy(url))
@@ -144,23 +144,16 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
             os.close(descriptor)
 
 
-def _fill(descriptor: int, text: str) -> None:
-    with open(descriptor, "w", closefd=False) as file:
-        file.write(text)
-
-
-def _tail(descriptor: int, size: int = 500) -> str:
-    start = max(0, os.fstat(descriptor).st_size - size)
-    return os.pread(descriptor, size, start).decode(errors="replace").strip().rstrip(".")
-
-
 def _remedy(url: str) -> str:
     if is_http(url):
         return "Check the address, and that this machine reaches the server; then start again."
     return "Run the command on this machine to find the cause; then start again."
 
 
-def _failure(url: str, status: int, complaint: str) -> _Failed:
+def _failure(url: str, status: int, complaints: int) -> _Failed:
+    """complaints: descriptor of the command's standard error."""
+    end = os.pread(complaints, 500, max(0, os.fstat(complaints).st_size - 500))
+    complaint = end.decode(errors="replace").strip().rstrip(".")
     if is_http(url):
         if status == 127:
             return _Failed("curl is not installed on this machine", "Install curl.", lasting=True)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -143,18 +144,19 @@ def train_batches(
             f"leaves one sample a lane: use at most {batch_size // 2} lanes."
         )
     check_image_size(manifest, image_size)
-    source = _TrainSource(
-        manifest=manifest,
-        batch_size=batch_size,
-        lanes=lanes,
-        owned=owned,
+    units = _train_units(
+        manifest.sample_counts,
+        owned,
+        range(start_step, steps),
+        together=len(owned) // micro_batches,
+        draw_spec=draw_spec,
         seed=seed,
         epoch=epoch,
-        steps=range(start_step, steps),
-        micro_batches=micro_batches,
-        draw_spec=draw_spec,
-        objects=objects,
+        lanes=lanes,
+        batch_size=batch_size,
     )
+    # A window overlaps one shard more than its length, and lanes drift into the next window.
+    source = _Source(manifest, units, open_shards=len(owned) * (WINDOW_SHARDS + 2), objects=objects)
     return _run(source, image_size, loader_workers, pin_memory)
 
 
@@ -183,8 +185,8 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"the batch size of an evaluation must be at least 1, got {batch_size}.")
     check_image_size(manifest, image_size)
-    ids = plan.eval_batches(manifest.num_samples, batch_size, rank, world_size, start)
-    return _run(_EvalSource(manifest, ids), image_size, loader_workers, pin_memory)
+    batches = plan.eval_batches(manifest.num_samples, batch_size, rank, world_size, start)
+    return _run(_Source(manifest, _eval_units(batches), open_shards=4), image_size, loader_workers, pin_memory)
 
 
 def check_image_size(manifest: Manifest, image_size: int) -> None:
@@ -229,81 +231,63 @@ class _Unit:
     epoch: int
     step: int
     parts: list[_Part]
+    draws: Draws
 
     def __len__(self) -> int:
         return sum(len(part.ids) for part in self.parts)
 
 
 @dataclass(frozen=True)
-class _TrainSource:
+class _Source:
+    """The units of a rank."""
+
     manifest: Manifest
-    batch_size: int
-    lanes: int
-    owned: range
-    seed: int
-    epoch: int
-    steps: range
-    micro_batches: int
-    draw_spec: DrawSpec | None
-    objects: ObjectReader | None
+    units: Iterator[_Unit]
+    open_shards: int
+    """How many shards are kept open."""
+    objects: ObjectReader | None = None
 
-    def units(self) -> Iterator[_Unit]:
-        per_lane = self.batch_size // self.lanes
-        orders = {
-            lane: plan.lane_order(
-                self.manifest.sample_counts,
-                seed=self.seed,
-                epoch=self.epoch,
-                lane=lane,
-                lanes=self.lanes,
-                batch_size=self.batch_size,
-                window_shards=WINDOW_SHARDS,
-            )
-            for lane in self.owned
-        }
-        together = len(self.owned) // self.micro_batches
-        for step in self.steps:
-            for begin in range(0, len(self.owned), together):
-                lanes = self.owned[begin : begin + together]
-                yield _Unit(
-                    self.epoch,
-                    step,
-                    [
-                        _Part(n * per_lane, lane, orders[lane][step], orders[lane].reshape(-1), step * per_lane)
-                        for n, lane in enumerate(lanes)
-                    ],
-                )
 
-    def draws(self, unit: _Unit) -> Draws:
-        return concat(
-            [
-                draw(self.draw_spec, len(part.ids), plan.lane_generator(self.seed, unit.epoch, unit.step, part.lane))
-                for part in unit.parts
+def _train_units(
+    sample_counts: NDArray[np.int64],
+    owned: range,
+    steps: range,
+    *,
+    together: int,
+    draw_spec: DrawSpec | None,
+    seed: int,
+    epoch: int,
+    lanes: int,
+    batch_size: int,
+) -> Iterator[_Unit]:
+    """``owned``: the lanes of the rank. ``together``: number of lanes of a micro-batch."""
+    per_lane = batch_size // lanes
+    order = partial(
+        plan.lane_order,
+        sample_counts,
+        seed=seed,
+        epoch=epoch,
+        lanes=lanes,
+        batch_size=batch_size,
+        window_shards=WINDOW_SHARDS,
+    )
+    orders = {lane: order(lane=lane) for lane in owned}
+    for step in steps:
+        for begin in range(0, len(owned), together):
+            of_unit = owned[begin : begin + together]
+            parts = [
+                _Part(n * per_lane, lane, orders[lane][step], orders[lane].reshape(-1), step * per_lane)
+                for n, lane in enumerate(of_unit)
             ]
-        )
-
-    @property
-    def open_shards(self) -> int:
-        # A window overlaps one shard more than its length, and lanes drift into the next window.
-        return len(self.owned) * (WINDOW_SHARDS + 2)
+            draws = [draw(draw_spec, per_lane, plan.lane_generator(seed, epoch, step, lane)) for lane in of_unit]
+            yield _Unit(epoch, step, parts, concat(draws))
 
 
-@dataclass(frozen=True)
-class _EvalSource:
-    manifest: Manifest
-    batches: list[range]
-
-    def units(self) -> Iterator[_Unit]:
-        for number, samples in enumerate(self.batches):
-            ids = np.arange(samples.start, samples.stop)
-            parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
-            yield _Unit(0, number, parts)
-
-    def draws(self, unit: _Unit) -> Draws:
-        return Draws()
-
-    open_shards = 4
-    objects = None
+def _eval_units(batches: list[range]) -> Iterator[_Unit]:
+    for number, samples in enumerate(batches):
+        ids = np.arange(samples.start, samples.stop)
+        parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
+        yield _Unit(0, number, parts, Draws())
 
 
 # --- the pipeline's stages ------------------------------------------------------------------------------------------
@@ -333,7 +317,7 @@ def _decode(sample: dict[str, Any], image_size: int, manifest: Manifest) -> dict
 class _Filler:
     """The tensors of a batch, which threads fill part by part."""
 
-    def __init__(self, source: _TrainSource | _EvalSource, unit: _Unit, image_size: int, pin_memory: bool):
+    def __init__(self, source: _Source, unit: _Unit, image_size: int, pin_memory: bool):
         self._source, self._unit, self._size = source, unit, image_size
         n = len(unit)
         self._images = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pin_memory)
@@ -406,23 +390,21 @@ class _Filler:
         """The batch. Call it after all parts are filled."""
         unit = self._unit
         digits = receipts.to_digits(receipts.receipt(self._keys, unit.epoch))
-        receipt, draws = torch.tensor(digits, dtype=torch.float32), self._source.draws(unit)
+        receipt, draws, objects = torch.tensor(digits, dtype=torch.float32), unit.draws, self._objects
         if self._pin:
             receipt, draws = receipt.pin_memory(), draws.map(torch.Tensor.pin_memory)
-        objects = self._objects
-        if objects is not None and self._pin:
-            objects = objects.map(torch.Tensor.pin_memory)
+            objects = objects and objects.map(torch.Tensor.pin_memory)
         return MicroBatch(
             unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad), objects
         )
 
 
-def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[MicroBatch]:
+def _run(source: _Source, image_size: int, threads: int, pin_memory: bool) -> Iterator[MicroBatch]:
     """The batches of a source, in order."""
     if pin_memory:
         pinned.allocate_exact_sizes()
     with ShardReader(source.manifest, max_open=source.open_shards) as reader:
-        fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units())
+        fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units)
         if threads == 0:
             for filler, parts in fillers:
                 yield filler.batch([bad for part in parts for bad in filler.fill(part, reader)])

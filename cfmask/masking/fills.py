@@ -7,12 +7,13 @@ the same for any number of ranks and loader workers. Donors come from the same l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cfmask.masking.tensors import TensorFields
 from cfmask.recipe import Method
 
 RANDOM, OBJECT, CONTEXT = "random", "object", "context"
@@ -42,7 +43,7 @@ class DrawSpec:
 
 
 @dataclass(frozen=True)
-class Draws:
+class Draws(TensorFields):
     """The draws of n samples. A field is None if the method does not need it."""
 
     mask: Tensor | None = None
@@ -51,11 +52,6 @@ class Draws:
     """(n, K) int64, ascending: patches that a random mask without fill keeps."""
     donors: Tensor | None = None
     """Indices into the same n samples: (n,) int64 for single-fill, (n, P) int64 for multi-fill."""
-
-    def map(self, function) -> Draws:
-        """``function`` applied to each tensor (moving to a device, pinning)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{name: None if value is None else function(value) for name, value in values.items()})
 
 
 def draw(spec: DrawSpec | None, n: int, rng: np.random.Generator) -> Draws:

@@ -11,8 +11,8 @@ in exact integers. A mask that is independent of the object has an object maskin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from cfmask.errors import UserError
 from cfmask.masking.fills import CONTEXT, OBJECT
 from cfmask.masking.masks import context_mask, object_mask
+from cfmask.masking.tensors import TensorFields
 
 THRESHOLDS = tuple(n / 10 for n in range(1, 10))
 """Thresholds at which masks are validated by default."""
@@ -35,7 +36,7 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
 
 
 @dataclass(frozen=True)
-class Coverage:
+class Coverage(TensorFields):
     """Where the objects of N images are, on the patch grid."""
 
     patches: Tensor
@@ -52,10 +53,6 @@ class Coverage:
     def known(self) -> Tensor:
         """(N,) bool, which images have a segmentation."""
         return self.total != UNKNOWN
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Coverage:
-        """``function`` applied to each tensor (moving to a device, pinning)."""
-        return replace(self, patches=function(self.patches), total=function(self.total))
 
 
 UNKNOWN = -1
@@ -102,17 +99,13 @@ def masks_at(cam: Tensor, thresholds: Sequence[float], mask: str = OBJECT) -> Te
 
 
 @dataclass(frozen=True)
-class MaskRates:
+class MaskRates(TensorFields):
     """Rates of N images under T masks each: (N, T) float64, in 0…1."""
 
     image: Tensor
     object: Tensor
     """NaN if M_seg is empty, like ``iou``."""
     iou: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> MaskRates:
-        """``function`` applied to each tensor."""
-        return MaskRates(function(self.image), function(self.object), function(self.iou))
 
 
 def mask_rates(masks: Tensor, where: Coverage) -> MaskRates:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.data.stream import MicroBatch
 from cfmask.masking.fills import Draws
+from cfmask.masking.tensors import TensorFields
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
@@ -39,24 +40,13 @@ GRAPHED_IMAGES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Inputs(TensorFields):
     """The tensors that the passes of a micro-batch read, all on one device (``data.stream.MicroBatch``)."""
 
     images: Tensor
     labels: Tensor
     draws: Draws
     objects: Coverage | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """``function`` applied to each tensor."""
-        objects = None if self.objects is None else self.objects.map(function)
-        return Inputs(function(self.images), function(self.labels), self.draws.map(function), objects)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return found
 
 
 def inputs_of(batch: MicroBatch) -> Inputs:
