@@ -134,7 +134,7 @@ class AsyncMetricReducer:
         self._tensors, self._numbers, self._mean_of = {}, {}, {}
 
     def receive(self, before: int | None = None) -> list[Reduced]:
-        """Results in the order of ``send``: of steps before ``before``, or of all. Waits until they are there."""
+        """Results in the order of ``send``: of steps before ``before``, or of all. Waits until they are available."""
         received = []
         while self._in_flight and (before is None or self._in_flight[0].step < before):
             received.append(self._read(self._in_flight.popleft()))

@@ -270,7 +270,7 @@ def test_weights_of_another_architecture_are_refused_with_the_ones_that_they_fit
 
 
 def with_tokenizer(tmp_path, tiny):
-    """The same CLIP, with a tokenizer of Hugging Face's that nobody has."""
+    """The same CLIP, with a tokenizer of Hugging Face that does not exist."""
     config = json.loads(open(tiny[1]).read())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/none"
     (tmp_path / "hf.json").write_text(json.dumps(config))

@@ -115,7 +115,7 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 
 
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
-    """What warming up leaves, and the gradients of one batch as a first step and as a second."""
+    """The state after the warm-up, and the gradients of a batch in the first step and in the second."""
     with process_group(DistributedContext(rank=rank, world_size=3), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
@@ -170,7 +170,7 @@ def have_met(folder: Path, attempt: str = "0") -> bool:
     ids=["nobody there", "another version"],
 )
 def test_an_address_of_an_earlier_attempt_is_ignored(tmp_path, left):
-    """A file left by a killed attempt of the same name; the group forms all the same."""
+    """The file of a killed attempt of the same name does not prevent the group."""
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
     run_ranks(meet, 2, tmp_path, DistributedContext(), (), 1)

@@ -157,8 +157,7 @@ def assert_close(results: list[Tensor], case: Case) -> None:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operator calls, views included: each is host time. A kernel of Triton's is one call, whatever its
-    interpreter does for it."""
+    """Counts operator calls, including views: each takes host time. A Triton kernel counts as one call."""
 
     def __init__(self) -> None:
         super().__init__()

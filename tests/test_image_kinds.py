@@ -30,7 +30,7 @@ def little(array):
 
 
 def twelve(array):
-    """12 bits a sample, two of them in three bytes."""
+    """12 bits a value; two values take three bytes."""
     a, b = (array >> 4).reshape(-1, 2).astype(np.uint32).T
     return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
 

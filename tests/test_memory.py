@@ -185,7 +185,7 @@ def test_a_start_on_another_number_of_ranks_chooses_again(tmp_path):
     [(found, _)] = on_ranks(tmp_path / "one", {0: (10, 1)}, dataclasses.replace(recipe, optim=before))
     assert (found.micro_batches, found.micro_batches_for) == (4, 1)
     found = on_ranks(tmp_path / "two", {0: (1, 1), 1: (1, 1)}, dataclasses.replace(recipe, optim=before))
-    assert [(each, tried) for each, tried in found] == [(before, [])] * 2  # whatever is free now
+    assert [(each, tried) for each, tried in found] == [(before, [])] * 2  # independently of free memory
 
 
 def test_a_given_number_is_kept_and_a_single_lane_needs_no_trial(tmp_path):
@@ -261,7 +261,7 @@ def test_the_trial_leaves_no_trace_in_the_weights(materials, tmp_path, monkeypat
     recipe = recipe_of(materials, preset, micro_batches=AUTO)
     run = made.train(recipe, tmp_path / "auto", stop_at=3)
     assert run.recipe().optim.micro_batches == 2
-    # The next start has less room, and goes by the recipe.
+    # The next start has less memory, and uses the number in the recipe.
     monkeypatch.setattr(OnThisMachine, "images", 4)
     made_again = cfmask.training.train.train(run.recipe(), run, DistributedContext())
     assert made_again == FINISHED
@@ -304,11 +304,11 @@ def test_a_pass_leaves_the_model_as_it_was(method):
     assert model.compiled and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-# --- what is asked of CUDA --------------------------------------------------------------------------------------------
+# --- calls of CUDA ----------------------------------------------------------------------------------------------------
 
 
 class Gpu:
-    """torch.cuda's functions about memory, for one GPU of 80 GB, 1 GB of which is somebody else's.
+    """torch.cuda's memory functions for a GPU of 80 GB, of which another process uses 1 GB.
 
     A pass takes 100 bytes, and 7 an image; what is held besides by torch.empty is counted too.
     """
@@ -450,7 +450,7 @@ def large(tmp_path, materials) -> Recipe:
 
 @pytest.fixture
 def emptied():
-    """A GPU on which nothing of other tests is left, and of which all may be used again afterwards."""
+    """A GPU without memory of other tests; the memory fraction is reset afterwards."""
     gc.collect()
     torch.cuda.empty_cache()
     yield

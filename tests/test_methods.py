@@ -68,7 +68,7 @@ def test_a_preset_trains_its_parameters_with_the_terms_of_its_loss(materials, tm
     terms = TERMS.get(preset, {"mse"})
     method = run.recipe().method
     weights = {"kd": method.gamma, "mse": method.beta}
-    # The teacher is where the student starts, so there the term is 0; it grows as the student leaves.
+    # The student starts as the teacher, so the term begins at 0 and grows.
     assert all(any(line[term] > 0 for line in logged) == (term in terms) for term in ("kd", "mse"))
     for line in logged:
         expected = line["ce"] + sum(weights[term] * line[term] for term in terms)
@@ -224,7 +224,7 @@ def test_a_phase_whose_last_epoch_took_no_step_is_not_finished(materials, tmp_pa
 
 
 def test_a_resumed_run_counts_skipped_steps_over_its_starts(materials, tmp_path, corrupt):
-    """In the last epoch two steps were taken before the stop: what was skipped since is not all of it."""
+    """Two steps of the last epoch were taken before the stop, so not all of its steps were skipped."""
     recipe = recipe_of(materials, "ft", max_skipped_steps=99)
     train(recipe, tmp_path / "run", stop_at=STEPS + 2)
     corrupt(set(range(STEPS + 3, 99)), first_step=STEPS + 3)

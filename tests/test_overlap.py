@@ -148,7 +148,7 @@ def test_masks_that_cannot_be_used_are_left_out_with_a_warning(materials, tmp_pa
     (tmp_path / f"{WNIDS[1]}_3.png").write_bytes(b"torn")
     recipe = recipe_of(materials)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, segmentation=str(tmp_path)))
-    with pytest.warns(UserWarning, match=f"{WNIDS[1]}_3 takes no part"):
+    with pytest.warns(UserWarning, match=f"{WNIDS[1]}_3 is left out"):
         run = train(recipe, tmp_path / "run")
     assert overlaps(run)[0]["overlap"]["bird"]["images"] == 15
 

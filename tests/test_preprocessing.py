@@ -78,7 +78,7 @@ def test_preprocessing_is_read_from_the_configuration_beside_any_file(weights, t
         given.symlink_to(weights)
     model, info = initial_model(bare(weights), str(given), None, NAMED)
     assert info.mean == (0.5, 0.5, 0.5)
-    # and goes on from there with the weights
+    # and continues with the weights
     save_model(tmp_path / "made.safetensors", model, info)
     assert load_model(tmp_path / "made.safetensors")[1].mean == (0.5, 0.5, 0.5)
     with pytest.raises(UserError, match="contradict each other"):
@@ -157,7 +157,7 @@ def test_preprocessing_is_that_of_tags_if_they_agree(tmp_path):
         model_info("ViT-L-14", str(tmp_path / "gone.pt"))
     with pytest.raises(UserError, match="no pretrained ViT-S-16"):
         model_info("ViT-S-16", str(tmp_path / "gone.pt"))
-    # DFN's are squashed, MetaCLIP's are not: the mean alone does not tell.
+    # DFN's images are squashed and MetaCLIP's are not, with the same mean.
     with pytest.raises(UserError, match="open_clip.s pretrained .* differ .*--model FILE.json"):
         model_info("ViT-H-14-quickgelu", str(tmp_path / "gone.pt"), mean=OPENAI_MEAN, std=OPENAI_STD)
     with pytest.raises(UserError, match="contradict each other"):

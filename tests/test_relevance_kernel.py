@@ -106,7 +106,7 @@ def make_inputs(case: Case, n: int, heads: int, device: str = "cpu") -> Inputs:
     qkv, d_out = qkv.to(case.dtype), d_out.to(case.dtype)
 
     def guarded(t: Tensor) -> Tensor:
-        """``t`` amid NaN: whoever reads one element too many sees it in the result."""
+        """``t`` surrounded by NaN: an element read outside of it would show in the result."""
         field = torch.full([extent + 3 for extent in t.shape], math.nan, dtype=t.dtype, device=device)
         inner = field[tuple(slice(1, 1 + extent) for extent in t.shape)]
         return inner.copy_(t)
@@ -120,7 +120,7 @@ def make_inputs(case: Case, n: int, heads: int, device: str = "cpu") -> Inputs:
 
 
 def expected(inputs: Inputs) -> Tensor:
-    """The formula as it stands, in fp64."""
+    """The formula in fp64."""
     row, q, k, v, d_out = (t.cpu().double() for t in inputs)
     attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
     positive = (attention * (d_out @ v.mT)).relu()
@@ -194,7 +194,7 @@ def test_two_interpreted_runs_are_bitwise_identical(case, interpreted):
 def test_without_triton_the_module_imports_and_is_not_usable():
     code = """
 import sys
-sys.modules["triton"] = None  # what an import of it then finds
+sys.modules["triton"] = None  # makes its import fail
 import torch
 from cfmask.kernels.relevance_kernel import usable
 assert not usable(torch.zeros(1, 5), torch.zeros(1, 1, 5, 16))

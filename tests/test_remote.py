@@ -353,7 +353,7 @@ def test_files_of_a_killed_download_are_removed_by_the_next_one(server, cache):
     assert contents(cache, server.put("/b.tar", b), len(b)) == b
     assert not left.exists()
     assert all(path.read_bytes() == a for path in foreign), "only the cache's own files are counted and removed"
-    # The same file's: taken over, whatever is in it.
+    # Of the same file: it is overwritten.
     url = server.put("/c.tar", b)
     (cache._folder / (remote._copy_name(url, None) + ".part")).write_bytes(a)
     assert contents(cache, url) == b
@@ -583,7 +583,7 @@ def test_links_in_the_cache_are_not_followed(server, cache, tmp_path):
 
 
 def test_the_cache_belongs_to_one_user(server, tmp_path, monkeypatch):
-    """On a disk that everybody writes to, as /tmp is, in a folder that somebody else may have made before."""
+    """On a disk that all users write to, like /tmp, where another user may have created the folder."""
     url = server.put("/a.tar", made(5 * KB))
     shared = tmp_path / "shared"
     shared.mkdir()

@@ -286,7 +286,7 @@ def test_an_evaluation_names_a_shard_that_has_vanished(quick_retries, tmp_path):
         list(batches)
 
 
-# --- bad samples in training: something of the same lane stands in ---------------------------------------------------
+# --- bad samples in training are replaced by others of their lane ----------------------------------------------------
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_the_pickles_of_these_tests_would_do_harm(tmp_path):
 
 
 def test_torchscript_classes_are_inert(tmp_path):
-    """Whatever they are called, and whatever is built, called or set on them."""
+    """Under any name, and when they are built, called or given a state."""
     target = tmp_path / "owned"
     inner = call(b"__torch__.os", b"system", f"touch {target}".encode())[2:-1]
     data = b"\x80\x02" + b"c__torch__\nM\n)\x81}\x8c\x01x" + inner + b"sb."

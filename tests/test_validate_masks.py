@@ -73,7 +73,7 @@ def by_hand(root: Path, model_file: str, threshold: float, *, context: bool = Fa
     normalise, size, patch = Normalise(info.mean, info.std), model.image_size, model.patch_size
     for path in sorted((root / "images/val").rglob("*.JPEG")):
         whole = np.array(Image.open(root / "masks/val" / path.parent.name / f"{path.stem}.png"))
-        # The short side becomes ``size``, each pixel takes the nearest one's value, and the middle is cut out.
+        # The short side becomes ``size``, each pixel takes the nearest one's value, and the centre is cropped.
         height, width = whole.shape
         scaled = [size if side == min(whole.shape) else int(size * side / min(whole.shape)) for side in whole.shape]
         rows = [int((i + 0.5) * height / scaled[0]) for i in range(scaled[0])]

@@ -93,7 +93,7 @@ def test_checkpoints_of_common_programs_are_read(clip, tmp_path, kind):
         "ddp in compile": renamed(wrapped(state, "_orig_mod.module."), "visual.", "visual._fsdp_wrapped_module."),
         "ddp tower": renamed(state, "visual.", "visual.module."),
     }
-    if kind == "safetensors":  # whatever it is called
+    if kind == "safetensors":  # with any extension
         save_file(state, path)
     else:
         torch.save(saved.get(kind, state), path, _use_new_zipfile_serialization=kind != "old")
