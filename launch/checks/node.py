@@ -18,7 +18,7 @@ from cfmask.runtime.storage import file_clock, free_bytes
 from launch.checks.report import ProbeReport
 
 if TYPE_CHECKING:
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy", "safetensors", "simplejpeg")
 

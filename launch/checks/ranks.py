@@ -22,7 +22,7 @@ SKEW_S = 1.0
 SLOW_FILES_S = 5.0
 """Files of other nodes that become visible later than this slow down every start."""
 SLOW_IMPORT_S = 60.0
-"""Importing torch and cfmask.train takes longer than this only from a slow file system."""
+"""Importing torch and cfmask takes longer than this only from a slow file system."""
 ROOM = 10 << 30
 """Free bytes that a run needs in the shared folder: a checkpoint of ViT-B/32 takes 1.1 GB, and several are kept."""
 RANK_MEMORY = 4 << 30

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 
 @dataclass
