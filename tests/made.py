@@ -16,6 +16,7 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.logging import message_of
+from cfmask.runtime.process import exit_without_finalization
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
@@ -60,6 +61,40 @@ def save_moved_model(source: Path, path: Path, by: float) -> None:
         for parameter in model.parameters():
             parameter += by * torch.randn_like(parameter)
     save_model(path, model, info)
+
+
+def forkserver():
+    """The context of ``multiprocessing`` whose processes are forked from one that has imported torch and training, and
+    has no threads."""
+    import multiprocessing
+
+    multiprocessing.set_forkserver_preload(["cfmask.training.passes"])
+    return multiprocessing.get_context("forkserver")
+
+
+def run_ranks(function: Callable, ranks: int, *args: object, join: bool = True):
+    """``function(rank, *args)`` in processes, which are forked from one that has imported what ranks need.
+
+    A rank that is done ends as one of a job does, without Python's finalization, which can abort. Environment variables
+    that a test sets do not reach it.
+
+    Returns:
+        Without ``join``, the context of ``torch.multiprocessing``.
+    """
+    import torch.multiprocessing
+
+    forkserver()
+    return torch.multiprocessing.start_processes(
+        _rank, args=(function, args), nprocs=ranks, join=join, start_method="forkserver"
+    )
+
+
+def _rank(rank: int, function: Callable, args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    function(rank, *args)
+    exit_without_finalization(0)
 
 
 def path_of_all_imports() -> str:

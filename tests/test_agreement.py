@@ -8,23 +8,22 @@ import sys
 
 import pytest
 
-import made
-
 CASES = ["aaa", "aab", "abb"]
 """Recipes of the three ranks."""
 RANK = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
 from cfmask.runtime.agreement import check_agreement
 from cfmask.errors import UserError
-rank, recipes = int(sys.argv[3]), sys.argv[4:]
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 3), rank=rank, world_size=3)
+from cfmask.runtime.process import exit_without_finalization
+rank, recipes = int(sys.argv[2]), sys.argv[3:]
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 3), rank=rank, world_size=3)
 for recipe in recipes:
     try:
         print(check_agreement({"the recipe": recipe, "the set train": "abc"}))
     except UserError as error:
         print(error)
+exit_without_finalization(0)  # as ranks of a job do
 """
 
 
@@ -34,7 +33,7 @@ def printed(tmp_path_factory) -> list[set[str]]:
     store = str(tmp_path_factory.mktemp("agreement") / "store")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(made.REPO), store, str(rank), *(case[rank] for case in CASES)],
+            [sys.executable, "-c", RANK, store, str(rank), *(case[rank] for case in CASES)],
             env={**os.environ, "SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,

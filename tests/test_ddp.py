@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.errors import UserError
@@ -27,6 +26,7 @@ from cfmask.runtime import network, rendezvous
 from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.step import training_step
 from cfmask.training.ddp import data_parallel
+from made import run_ranks
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 
@@ -43,7 +43,6 @@ def joined(lanes: list) -> tuple:
 
 def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
-    torch.set_num_threads(1)
     with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
@@ -75,7 +74,7 @@ def gradients_of_a_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    mp.start_processes(gradients_of_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    run_ranks(gradients_of_a_rank, RANKS, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -92,15 +91,14 @@ def test_two_processes_have_the_loss_and_gradients_of_one(by_rank, method):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(tmp_path):
-    mp.start_processes(gradients_beside_a_bad_sample, args=(tmp_path,), nprocs=RANKS, start_method="spawn")
+def test_a_loss_that_is_not_finite_on_one_rank_makes_gradients_not_finite_on_all(tmp_path):
+    run_ranks(gradients_beside_a_bad_sample, RANKS, tmp_path)
     for rank in range(RANKS):
         loss, norm = torch.load(tmp_path / f"{rank}.pt")
         assert loss.isfinite() == (rank != 1) and not norm.isfinite()
 
 
 def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         student, teachers, normalise = student_and_teachers(TINY, method)
@@ -116,8 +114,7 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 
 
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
-    """What warming up leaves, and the gradients of one batch as a first step and as a second."""
-    torch.set_num_threads(1)
+    """The state after the warm-up, and the gradients of a batch in the first step and in the second."""
     with process_group(DistributedContext(rank=rank, world_size=3), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
@@ -140,9 +137,9 @@ def gradients_of_two_steps(rank: int, folder: Path) -> None:
         torch.save(found, folder / f"{rank}.pt")
 
 
-def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_before_it(tmp_path):
+def test_the_first_step_sums_in_the_order_of_later_ones_and_no_layer_runs_before_it(tmp_path):
     """With three ranks the order in which an all-reduce adds depends on where in a bucket a gradient lies."""
-    mp.start_processes(gradients_of_two_steps, args=(tmp_path,), nprocs=3, start_method="spawn")
+    run_ranks(gradients_of_two_steps, 3, tmp_path)
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert (found["passes"], found["gradients"], found["forward"], found["rebuilt"]) == (0, [], False, True)
@@ -166,7 +163,6 @@ def join_group(
     rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0
 ) -> None:
     """Join a group of two ranks and write the sum of the ranks' numbers, which shows that both have joined."""
-    torch.set_num_threads(1)
     time.sleep(late_s if rank == 0 else 0)
     if hosts:
         rendezvous.own_hosts = lambda: list(hosts)
@@ -188,7 +184,7 @@ def group_formed(folder: Path, attempt: str = "0") -> bool:
 def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
-    mp.start_processes(join_group, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="fork")
+    run_ranks(join_group, 2, tmp_path, DistributedContext(), (), 1)
     assert group_formed(tmp_path)
 
 
@@ -196,16 +192,13 @@ def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
 def test_rank_0_is_found_at_the_first_reachable_address(tmp_path, hosts):
-    mp.start_processes(join_group, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="fork")
+    run_ranks(join_group, 2, tmp_path, DistributedContext(nodes=2), hosts)
     assert group_formed(tmp_path)
 
 
 def test_jobs_on_one_machine_form_separate_groups(tmp_path):
     jobs = [
-        mp.start_processes(
-            join_group, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="fork", join=False
-        )
-        for name in ("71-0", "72-0")
+        run_ranks(join_group, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")
     ]
     for job in jobs:
         while not job.join():
@@ -263,7 +256,6 @@ def test_machines_with_unknown_host_names_form_a_group(tmp_path, addresses):
                     *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
                     *(sys.executable, "-c", f"import test_ddp; test_ddp.join_on_a_machine({rank}, {str(tmp_path)!r})"),
                 ],
-                cwd=Path(__file__).parent,
                 env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
                 text=True,

@@ -570,7 +570,7 @@ def test_models_that_do_not_belong_together_are_refused_with_the_reason(material
     makes = [("wise-ft", {"alphas": (0.5,)}), ("uniform-soup", {}), ("greedy-soup", {"holdout": "train"})]
     for make, more in makes:
         assert "another class order" in refused(make, "order", **more)
-        assert "the same images would not be the same" in refused(make, "mean", **more)
+        assert "must have the same preprocessing" in refused(make, "mean", **more)
         assert "differ in" in refused(make, "size", **more)
 
 

@@ -1,4 +1,4 @@
-"""The training loop never waits for the device, but where it says so.
+"""The training loop waits for the device only where it says so.
 
 One run, on the CPU and on a GPU alike: steps, logging, checkpoints beside training, evaluations and a mask study. From
 its ``WARM``-th step on a mode is on in which an operation that waits for the device is an error. Off it is
@@ -147,7 +147,7 @@ def nothing_is_read(monkeypatch) -> Iterator[SetMode]:
         yield set_mode
 
 
-def test_a_run_s_steps_checkpoints_and_evaluations_read_nothing_out_of_a_tensor(
+def test_steps_checkpoints_and_evaluations_of_a_run_read_no_tensor(
     materials,  # noqa: F811
     tmp_path,
     monkeypatch,
@@ -161,7 +161,7 @@ def test_a_run_s_steps_checkpoints_and_evaluations_read_nothing_out_of_a_tensor(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("graphs", ["on", "off"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_run_s_steps_checkpoints_and_evaluations_never_wait_for_the_device(
+def test_steps_checkpoints_and_evaluations_of_a_run_never_wait_for_the_device(
     materials,  # noqa: F811
     tmp_path,
     monkeypatch,
