@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 try:
-    from cfmask.files import sole_writer
+    from cfmask.runtime.files import sole_writer
 
     from cfmask.convert.clip_benchmark import find_mapping
     from cfmask.convert.indexed_set import commit, find_tars

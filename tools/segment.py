@@ -19,7 +19,7 @@ from pathlib import Path
 
 try:
     import torch
-    from cfmask.files import sole_writer
+    from cfmask.runtime.files import sole_writer
 
     from cfmask.convert.mask2former import DEFAULT
     from cfmask.convert.planning import claim, is_made

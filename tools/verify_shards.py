@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 try:
-    from cfmask.files import remove_leftovers, write_atomically
+    from cfmask.runtime.files import remove_leftovers, write_atomically
 
     from cfmask.convert import verification
     from cfmask.convert.set_verification import SetReport, as_json, checks_of, find_sets, report_on
