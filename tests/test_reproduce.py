@@ -512,7 +512,7 @@ def fake_jobs(materials, monkeypatch):
         return 0
 
     monkeypatch.setattr(execution, "run_one_here", run_one_here)
-    monkeypatch.setattr("cfmask.report.bar_chart", lambda rows, path, split: path.write_text(""))
+    monkeypatch.setattr("cfmask.report.charts.bar_chart", lambda rows, path, split: path.write_text(""))
     return told
 
 
@@ -719,9 +719,9 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
 
 
 def test_published_numbers_stand_beside_ours():
-    from cfmask import report
+    from cfmask.report.tables import PUBLISHED
 
-    known = published_rows(report.PUBLISHED["ViT-B-16"])
+    known = published_rows(PUBLISHED["ViT-B-16"])
     assert known[LABELS["zero-shot"]]["IN"] == 68.3 and known[LABELS["wise-ft"]]["A"] == 47.6
     assert known[LABELS[HEADLINE]]["Avg."] == 63.3 and known[LABELS["ft"]]["V2"] == 70.6
 

@@ -13,7 +13,7 @@ import made
 from cfmask.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
-from cfmask.report import read_results
+from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch.jobs.allocation import resolve_allocation

@@ -31,7 +31,7 @@ from cfmask.data.shards import Manifest, load_sets  # noqa: E402
 from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
 from cfmask.errors import UserError  # noqa: E402
 from cfmask.recipe import Recipe  # noqa: E402
-from cfmask.report import table  # noqa: E402
+from cfmask.report.tables import table  # noqa: E402
 from cfmask.runs import RunFolder  # noqa: E402
 from cfmask.runtime.command import exits_cleanly  # noqa: E402
 from cfmask.runtime.jsonl import read_lines  # noqa: E402

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.files import write_atomically
-from cfmask.report import table
+from cfmask.report.tables import table
 from tools.benchmarks.gpu.setting import Setting
 
 RAN = "ran"
