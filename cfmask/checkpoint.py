@@ -50,9 +50,9 @@ from cfmask.files import sync, write_atomically
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier
 from cfmask.optim import MOMENTS, trained_parameters
-from cfmask.pinned import pinned_bytes
 from cfmask.runtime.jsonl import JsonLines, read_object
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.pinned import pinned_bytes
 
 logger = logging.getLogger(__name__)
 

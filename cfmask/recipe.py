@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cfmask.data.remote import is_remote
 from cfmask.errors import UserError
 from cfmask.record import Record
 from cfmask.runtime.patience import patiently
+from cfmask.urls import is_remote
 
 # Values that the authors give: threshold for object and context masks, masking rate for random ones.
 PAPER_VALUES = {
@@ -36,7 +36,7 @@ GAMMA = {"kd": 30.0, "wise-kd": 1.0}
 the paper states 1 for WiSE-KD (appendix A.3)."""
 
 AUTO: Literal["auto"] = "auto"
-"""Of --micro-batches: to be chosen by the first start (cfmask/memory.py)."""
+"""Of --micro-batches: to be chosen by the first start (cfmask/training/memory.py)."""
 
 
 def setting(

@@ -21,7 +21,7 @@ RUN/
   cancelled.json         who ended the run for good, and when: nothing goes on with it before it is resumed by hand
   from_step_0.json       leave to begin again at step 0 where checkpoints were lost, until a start has used it
   jobs/                  what the launcher writes: logs of every rank, by job; failure reports; the command of --notify
-  wandb.json, wandb/     what was sent to Weights & Biases, and its own files (launch/jobs/wandb_sender.py)
+  wandb.json, wandb/     what was sent to Weights & Biases, and its own files (launch/notification/wandb_sender.py)
   code/                  the code that its jobs were submitted with
   .owner/                who trains here (runtime/lock.py)
 """
@@ -325,7 +325,7 @@ class RunFolder:
 
     def tidy(self) -> None:
         """If the run is finished and nobody holds the folder, remove what killed processes have left in it: progress
-        of an evaluation, claims (launch/jobs/claims.py), submitit's pickles of jobs that were never sent."""
+        of an evaluation, claims (launch/submission/claims.py), submitit's pickles of jobs that were never sent."""
         owner = self.owner()
         if owner is None or owner.has_ended():
             with suppress(UserError), self.locked(patience_s=0):

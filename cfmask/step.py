@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.losses import classification, feature_distillation, knowledge_distillation
-from cfmask.masking.cam import GRAD_CAM, Cam, GradCam, Relevance
+from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
 from cfmask.masking.validation import THRESHOLDS, Coverage, MaskRates, mask_rates, masks_at
@@ -223,13 +223,6 @@ def _distillation(method: Method, output: ClassifierOutput, teacher_output: Clas
 def _kd(method: Method, logits: Tensor, teacher_output: Tensor) -> Tensor:
     assert method.temperature is not None
     return knowledge_distillation(logits, teacher_output, method.temperature)
-
-
-def build_cam(method: Method) -> Cam | None:
-    """What watches the clean pass, if masks depend on it."""
-    if not method.by_cam:
-        return None
-    return GradCam() if method.cam == GRAD_CAM else Relevance(method.first_block or 0)
 
 
 @torch.no_grad()

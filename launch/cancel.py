@@ -16,13 +16,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.cancellation import cancel_run  # noqa: E402
-from launch.jobs.run_state import find_runs  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runs import RunFolder
+    from cfmask.runtime.command import exits_cleanly
+    from launch.state.cancellation import cancel_run
+    from launch.state.facts import find_runs
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -23,15 +23,16 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.checks.examination import examine, shared_folder  # noqa: E402
-from launch.checks.findings import Findings  # noqa: E402
-from launch.jobs.allocation import resolve_allocation  # noqa: E402
-from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
-from launch.jobs.settings import add_allocation_arguments  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runtime.command import exits_cleanly
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation
+    from launch.allocation.settings import add_allocation_arguments
+    from launch.checks.examination import examine, shared_folder
+    from launch.checks.findings import Findings
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 _NO_USE = (
     *("dependency", "array_parallelism", "restarts_without_progress", "rendezvous_timeout", "collective_timeout"),

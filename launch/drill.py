@@ -23,19 +23,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.drills.cluster import DevCluster  # noqa: E402
-from launch.drills.environment import RECIPE, STEPS, DrillEnvironment  # noqa: E402
-from launch.drills.materials import make_materials  # noqa: E402
-from launch.drills.report import draw, table  # noqa: E402
-from launch.drills.runner import run_drills  # noqa: E402
-from launch.drills.scenarios import DRILLS  # noqa: E402
-from launch.jobs.allocation import resolve_allocation  # noqa: E402
-from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
-from launch.jobs.training import add_submit_arguments  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runtime.command import exits_cleanly
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation
+    from launch.drills.cluster import DevCluster
+    from launch.drills.environment import RECIPE, STEPS, DrillEnvironment
+    from launch.drills.materials import make_materials
+    from launch.drills.report import draw, table
+    from launch.drills.runner import run_drills
+    from launch.drills.scenarios import DRILLS
+    from launch.submission.training import add_submit_arguments
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def parser() -> argparse.ArgumentParser:

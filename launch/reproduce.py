@@ -24,21 +24,22 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.allocation import resolve_allocation, warn_of_paths_outside  # noqa: E402
-from launch.jobs.cluster_file import load_cluster_file  # noqa: E402
-from launch.jobs.recipe_arguments import add_recipe_arguments  # noqa: E402
-from launch.jobs.settings import add_allocation_arguments  # noqa: E402
-from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate  # noqa: E402
-from launch.paper.execution import describe_arrays, run_here, submit_jobs  # noqa: E402
-from launch.paper.holdout import add_holdout_arguments  # noqa: E402
-from launch.paper.plan import LABELS, arrays, to_submit  # noqa: E402
-from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of  # noqa: E402
-from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags  # noqa: E402
-from launch.paper.table import write_table  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runtime.command import exits_cleanly
+    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
+    from launch.allocation.settings import add_allocation_arguments
+    from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate
+    from launch.paper.execution import describe_arrays, run_here, submit_jobs
+    from launch.paper.holdout import add_holdout_arguments
+    from launch.paper.plan import LABELS, arrays, to_submit
+    from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
+    from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
+    from launch.paper.table import write_table
+    from launch.submission.recipe_arguments import add_recipe_arguments
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -39,14 +39,15 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.run_state import find_runs, look_at  # noqa: E402
-from launch.jobs.run_status import status_of  # noqa: E402
-from launch.jobs.status_table import attempts_table, table  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.runs import RunFolder
+    from cfmask.runtime.command import exits_cleanly
+    from launch.state.facts import find_runs, look_at
+    from launch.state.status import status_of
+    from launch.state.table import attempts_table, table
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.follow:
         if len(runs) != 1:
             raise UserError(f"--follow shows one run, and here are {len(runs)}. Name one of them.")
-        from launch.jobs.follow import follow_run
+        from launch.state.follow import follow_run
 
         return follow_run(RunFolder(runs[0].root.resolve()))
     found, slurm = look_at(runs, history=arguments.attempts)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from launch.jobs.training import add_submit_arguments, submit  # noqa: E402
+try:
+    from cfmask.runtime.command import exits_cleanly
+    from launch.submission.training import add_submit_arguments, submit
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -9,23 +9,19 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-# Started in the background, a shell lets it ignore Ctrl-C, and everything that it starts: tests send that signal.
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+import pytest
+from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from cfmask.runtime.logging import log_to_terminal
+from slurm_fixture import slurm_cluster  # noqa: F401
+
 REPO = Path(__file__).resolve().parents[1]
-for folder in (REPO, REPO / "tests"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
 LEAN = REPO / "tests/lean"
 
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
-from cfmask.runtime.logging import log_to_terminal  # noqa: E402
-from slurm_fixture import slurm_cluster  # noqa: E402,F401
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and all that they start: tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes is not what these tests are about, and a busy machine would fail them.
 settings.register_profile("cfmask", deadline=None)
@@ -90,10 +86,13 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """What tests start does not import what it does not call: that is half the time of every rank's start. The workers
-    of pytest-xdist, which the process that has ``numprocesses`` starts, import everything."""
+    """Processes that tests start run this checkout's code, whichever one is installed, and do not import what they do
+    not call: that is half the time of every rank's start. The workers of pytest-xdist, which the process that has
+    ``numprocesses`` starts, import everything."""
+    own = [str(REPO)]
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(LEAN), os.environ.get("PYTHONPATH")]))
+        own.insert(0, str(LEAN))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*own, os.environ.get("PYTHONPATH")]))
 
 
 def pytest_collection_finish():

@@ -71,7 +71,7 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
     """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
     import tensorboard.summary.writer.event_file_writer as events
 
-    import cfmask.train
+    import cfmask.training.train
     from cfmask.distributed import DistributedContext
     from cfmask.session import FINISHED, REQUEUE
 
@@ -82,7 +82,7 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
     run = RunFolder(folder)
     run.claim(recipe)
     asked = iter(range(10**6))
-    outcome = cfmask.train.train(
+    outcome = cfmask.training.train.train(
         recipe, run, DistributedContext(), lambda: REQUEUE if next(asked) + 1 == stop_at else None
     )
     assert outcome == (FINISHED if stop_at is None else REQUEUE)
@@ -90,7 +90,7 @@ def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder
 
 
 def plant(clone: Path, **ends: str) -> Path:
-    """A working copy with more code at the end of modules, which are named as cfmask__train."""
+    """A working copy with more code at the end of modules, which are named as cfmask__training__train."""
     for folder in ("cfmask", "launch"):
         shutil.copytree(REPO / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for module, end in ends.items():
@@ -196,7 +196,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
     """Pids of the ranks that a submit command has started, in the order in which they came. Each is the child of a
-    process that waits for it (launch/jobs/failures.py)."""
+    process that waits for it (launch/ranks/supervisor.py)."""
     of_command = [process.pid, *descendants(process.pid)]
     shown = ",".join(map(str, of_command))
     listed = subprocess.run(["ps", "-ww", "-o", "pid=,ppid=,args=", "-p", shown], capture_output=True, text=True).stdout

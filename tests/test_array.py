@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from launch.jobs import array, array_task
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array
-from launch.jobs.restarts import Cause
+from launch.arrays import array
+from launch.arrays import task as array_task
+from launch.arrays.arguments import Array, add_array_arguments, resolve_array
+from launch.restarts.policy import Cause
 from made import REPO
 from slurm_fixture import Cluster, wait_until
 
@@ -173,8 +174,8 @@ def test_a_warning_before_a_task_listens_follows_the_restart_policy(tmp_path, mo
 COMMAND = """
 import argparse, json, os, sys, time
 from cfmask.runtime.command import exits_cleanly
-from launch.jobs.array import Work, run_array
-from launch.jobs.array_arguments import add_array_arguments, resolve_array
+from launch.arrays.array import Work, run_array
+from launch.arrays.arguments import add_array_arguments, resolve_array
 
 @exits_cleanly
 def main():

@@ -16,12 +16,12 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import submission
-from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned, claim_run_folders, queued_job
-from launch.jobs.sbatch import ArrayPart, split_array
-from launch.jobs.submission import submit_to_slurm
+from launch.allocation.resolve import Allocation
 from launch.slurm.texts import array_limit, parse_config
+from launch.submission import submit as submission
+from launch.submission.planning import Planned, claim_run_folders, queued_job
+from launch.submission.sbatch import ArrayPart, split_array
+from launch.submission.submit import submit_to_slurm
 from slurm_fixture import Cluster
 from test_array import start as start_array
 from test_reproduce import ON_ONE_NODE, put_part, submits

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfmask.runtime.jsonl
-import cfmask.train
+import cfmask.training.train
 import made
 from cfmask import checkpoint, resume
 from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
@@ -517,7 +517,9 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     def stop_request() -> str | None:
         return REQUEUE if next(steps) >= 3 else None
 
-    outcome = cfmask.train.train(recipe, run, DistributedContext(), stop_request, seconds_left=lambda: seconds_left)
+    outcome = cfmask.training.train.train(
+        recipe, run, DistributedContext(), stop_request, seconds_left=lambda: seconds_left
+    )
     assert outcome == REQUEUE
     return run
 
@@ -564,7 +566,7 @@ def test_nobody_hears_of_an_end_before_the_checkpoint_is_whole(materials, tmp_pa
 
 def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(materials, tmp_path, monkeypatch):
     slow_down(monkeypatch, lambda image, number: time.sleep(0.02))
-    real = cfmask.train.take_step
+    real = cfmask.training.train.take_step
     calls = iter(range(1, 99))
 
     def take_step(*arguments):
@@ -572,7 +574,7 @@ def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(mater
             raise MemoryError("made up")
         return real(*arguments)
 
-    monkeypatch.setattr(cfmask.train, "take_step", take_step)
+    monkeypatch.setattr(cfmask.training.train, "take_step", take_step)
     with pytest.raises(MemoryError):
         train(recipe_of(materials), tmp_path / "run")
     assert steps_in(tmp_path / "run/checkpoints") == [4]
@@ -617,7 +619,7 @@ from cfmask.checkpoint_state import State, read_state
 from cfmask.distributed import DistributedContext
 from cfmask.runs import RunFolder
 from cfmask.runtime.process import exit_without_finalization
-from cfmask.train import train
+from cfmask.training.train import train
 
 real = checkpoint._Image.pieces
 

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from cfmask.errors import UserError
-from cfmask.masking import relevance_kernel
-from cfmask.models import fused_kernels
+from cfmask.kernels import fused_kernels, relevance_kernel
 from made import REPO
 from tools.benchmarks.gpu import bits, kernels, profile, runner, steps, whole_run
 from tools.benchmarks.gpu.command import STAGES, chosen

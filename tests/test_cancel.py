@@ -20,9 +20,9 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
 from launch import cancel
-from launch.jobs import cancellation
-from launch.jobs.run_state import SlurmAnswers, read_state
-from launch.jobs.run_status import status_of
+from launch.state import cancellation
+from launch.state.facts import SlurmAnswers, read_state
+from launch.state.status import status_of
 from made import wait_for_step
 from slurm_fixture import Cluster, wait_until
 

@@ -21,17 +21,20 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from launch import status
-from launch.jobs import cancellation, chain, restarts, retries, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import slurm_parameters
-from launch.jobs.chain import Chain
-from launch.jobs.failure_reports import KILLED, RAISED, UNHEALTHY, RankFailure, RankStart
-from launch.jobs.planning import Planned, claim_run_folders
-from launch.jobs.restarts import STOPPED, Cause, GivenUp, JobRecord, Restarts
-from launch.jobs.retries import decide
-from launch.jobs.run_state import read_state
-from launch.jobs.submission import chained, submit_to_slurm
+from launch.allocation.resolve import Allocation
+from launch.restarts import chain, retries
+from launch.restarts import policy as restart_policy
+from launch.restarts.chain import Chain
+from launch.restarts.policy import STOPPED, Cause, GivenUp, JobRecord, Restarts
+from launch.restarts.retries import decide
 from launch.slurm.client import SlurmError, SlurmUnavailable
+from launch.state import cancellation
+from launch.state.facts import read_state
+from launch.state.failure_reports import KILLED, RAISED, UNHEALTHY, RankFailure, RankStart
+from launch.submission import training
+from launch.submission.batch_script import slurm_parameters
+from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.submit import chained, submit_to_slurm
 from made import wait_for, wait_for_step
 from slurm_fixture import Cluster, wait_until
 from test_slurm_client import TIMED_OUT, FakeSlurm, fake  # noqa: F401
@@ -138,18 +141,18 @@ def ask(run, monkeypatch):
                 raise queued
             return {job: None for job in jobs if job in queued}
 
-        monkeypatch.setattr(restarts, "slurm_record", record)
+        monkeypatch.setattr(restart_policy, "slurm_record", record)
         monkeypatch.setattr(chain, "queue", queue)
-        monkeypatch.setattr(restarts.shutil, "which", lambda name: None if answer is None else f"/usr/bin/{name}")
+        monkeypatch.setattr(restart_policy.shutil, "which", lambda name: None if answer is None else f"/usr/bin/{name}")
         here = policy(run, 1)
         here.begin(0)
         here.log.end("stopped at step 10 (requeue)")
         return here.after_stop(cause, 10)
 
-    monkeypatch.setattr(restarts, "requeue", lambda job, **given: pytest.fail("a job of a chain was requeued"))
-    monkeypatch.setattr(restarts, "_ASK_AGAIN_S", 0.0)
-    monkeypatch.setattr(restarts, "_SETTLED_S", 0.1)
-    monkeypatch.setattr(restarts, "_REQUEUE_PATIENCE_S", 0.1)
+    monkeypatch.setattr(restart_policy, "requeue", lambda job, **given: pytest.fail("a job of a chain was requeued"))
+    monkeypatch.setattr(restart_policy, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(restart_policy, "_SETTLED_S", 0.1)
+    monkeypatch.setattr(restart_policy, "_REQUEUE_PATIENCE_S", 0.1)
     return ends
 
 

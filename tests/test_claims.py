@@ -18,11 +18,12 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import aside_of
-from launch.jobs import claims, planning, submission, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import write_environment
-from launch.jobs.claims import take_folder
-from launch.jobs.planning import Planned, claim_run_folders
+from launch.allocation.resolve import Allocation
+from launch.submission import claims, planning, training
+from launch.submission import submit as submission
+from launch.submission.batch_script import write_environment
+from launch.submission.claims import take_folder
+from launch.submission.planning import Planned, claim_run_folders
 from slurm_fixture import wait_until
 
 
@@ -223,7 +224,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
 
 
 def batch_code(member: Path, swept: bool, number: int) -> str:
-    return f"/{number}/code/DIGEST/launch/jobs/start.py" if swept else f"{member}/code/DIGEST/launch/jobs/start.py"
+    return f"/{number}/code/DIGEST/launch/ranks/start.py" if swept else f"{member}/code/DIGEST/launch/ranks/start.py"
 
 
 def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):

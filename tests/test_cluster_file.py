@@ -14,16 +14,16 @@ import pytest
 from submitit.slurm.slurm import _make_sbatch_string
 
 from cfmask.errors import UserError
-from launch.jobs import allocation as allocations
-from launch.jobs.allocation import (
+from launch.allocation import resolve as allocations
+from launch.allocation.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
+from launch.allocation.resolve import (
     Allocation,
     resolve_allocation,
 )
-from launch.jobs.array_arguments import add_array_arguments, resolve_array
-from launch.jobs.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
-from launch.jobs.cluster_file import OWN_KEYS, ClusterFile, find_cluster_file, read_cluster_file
-from launch.jobs.sbatch import after_success, slurm_executor
-from launch.jobs.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
+from launch.allocation.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
+from launch.arrays.arguments import add_array_arguments, resolve_array
+from launch.submission.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
+from launch.submission.sbatch import after_success, slurm_executor
 from launch.submit import parser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -415,8 +415,8 @@ def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues
 
 def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):
     """The command that starts it: whatever the shell and Python's first moments are, USR2 does not end them."""
-    (tmp_path / "launch/jobs").mkdir(parents=True)
-    (tmp_path / "launch/jobs/start.py").write_text(
+    (tmp_path / "launch/ranks").mkdir(parents=True)
+    (tmp_path / "launch/ranks/start.py").write_text(
         "import os, signal, sys\n"
         "os.kill(os.getpid(), signal.SIGUSR2); os.kill(os.getpid(), signal.SIGTERM)\n"
         "print('alive', sys.argv[1:])"

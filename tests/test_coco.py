@@ -25,7 +25,7 @@ from cfmask.data.images import crop, crop_mask, decode
 from cfmask.data.segmentation import class_groups, open_masks
 from cfmask.data.segmented import SegmentedPhotos
 from cfmask.errors import UserError
-from cfmask.masking.validator import Validation
+from cfmask.evaluation.mask_validation import Validation
 from cfmask.models.head import load_model
 from cfmask.recipe import Recipe
 from tools import validate_masks

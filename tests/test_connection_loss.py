@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from launch.jobs.failure_reports import is_connection_loss
+from launch.state.failure_reports import is_connection_loss
 
 PAIR = "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] "
 LOSSES = [
@@ -57,7 +57,8 @@ RANK = """
 import datetime, os, pathlib, signal, sys, time
 sys.path.insert(0, sys.argv[4])
 import torch, torch.distributed as dist
-from launch.jobs import failure_reports, failures
+from launch.state import failure_reports
+from launch.ranks import supervisor
 how, rank, file = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 if how == "interface" and rank == 1:
     os.environ["GLOO_SOCKET_IFNAME"] = "none7"
@@ -75,7 +76,7 @@ try:
         time.sleep(8)  # silent for longer than rank 0 waits
     dist.all_reduce(torch.zeros(1))
 except Exception as error:
-    print(failure_reports.is_connection_loss(error, group_formed=failures._group_formed()), repr(error), flush=True)
+    print(failure_reports.is_connection_loss(error, group_formed=supervisor._group_formed()), repr(error), flush=True)
 os._exit(0)
 """
 

@@ -21,12 +21,12 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from cfmask import distributed
-from cfmask.ddp import data_parallel
 from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
 from cfmask.step import training_step
+from cfmask.training.ddp import data_parallel
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import doctor
+from launch.allocation.resolve import Allocation
 from launch.checks import cluster as _slurm_checks
 from launch.checks import probe as _probe
 from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, ProbeReport
-from launch.jobs.allocation import Allocation
 from launch.slurm.texts import (
     SlurmNode,
     default_qos,

@@ -24,7 +24,7 @@ from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import allocation
+from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from cfmask.models import fused, fused_kernels
-from cfmask.models.fused import Branch, activation_gradients_only
+from cfmask.kernels import fused, fused_kernels
+from cfmask.kernels.fused import Branch, activation_gradients_only
 from cfmask.models.tower import encode, store_products_in
 from cfmask.recipe import Method
 from cfmask.step import training_step

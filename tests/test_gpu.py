@@ -15,18 +15,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 import made
-from cfmask import passes as passes_module
-from cfmask.ddp import data_parallel
 from cfmask.masking.fills import DrawSpec, draw
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import LrAndBetas, Phase, adamw, take_step
-from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe
 from cfmask.session import choose_arithmetic
 from cfmask.step import Teachers, training_step
-from cfmask.step_clock import StepClock
+from cfmask.training import passes as passes_module
+from cfmask.training.ddp import data_parallel
+from cfmask.training.passes import GraphedPasses, Inputs, Passes
+from cfmask.training.step_clock import StepClock
 from test_step import METHODS, assert_same_gradients, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, KEYS_197, KEYS_257, Geometry
 
@@ -324,7 +324,7 @@ def test_a_rank_that_hangs_leaves_nccls_flight_recorder(materials, tmp_path):
     hang = "\nimport time as _time\n_take_step, _taken = take_step, []\n"
     hang += "def take_step(*given):\n    _taken.append(1)\n    _time.sleep(600 * (len(_taken) == 9))\n"
     hang += "    return _take_step(*given)\n"
-    clone, run = made.plant(tmp_path / "clone", cfmask__train=hang), tmp_path / "run"
+    clone, run = made.plant(tmp_path / "clone", cfmask__training__train=hang), tmp_path / "run"
     flags = [*made.recipe_flags(materials, run), "--model", materials / "k197.json", "--epochs", 3, "--retries", 0]
     flags += ["--pretrained", materials / "k197.safetensors", "--executor", "local", "--gpus-per-node", 1]
     ended = made.submit(*flags, "--hang-timeout", 0.2, repository=clone, check=False)

@@ -12,16 +12,16 @@ import pytest
 
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe, Run
+from launch.allocation import resolve as allocations
+from launch.allocation.cluster_file import read_cluster_file
+from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation
 from launch.checks.cluster import check_nodes, check_partition
 from launch.checks.findings import OK, PROBLEM
-from launch.jobs import allocation as allocations
-from launch.jobs import deadline
-from launch.jobs.allocation import Allocation, check_arithmetic, resolve_allocation
-from launch.jobs.batch_script import slurm_parameters
-from launch.jobs.cluster_file import read_cluster_file
+from launch.restarts import deadline
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.executor import SlurmExecutor
 from launch.slurm.texts import SlurmNode
+from launch.submission.batch_script import slurm_parameters
 from launch.submit import parser
 
 

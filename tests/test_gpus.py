@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 import made
 from cfmask.errors import UserError
-from launch.jobs import snapshot
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
-from launch.jobs.local import local_executor
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
+from launch.allocation.resolve import resolve_allocation
+from launch.submission import snapshot
+from launch.submission.local import local_executor
 from launch.submit import parser
 
 LISTING = """\

@@ -18,7 +18,7 @@ import made
 from cfmask.runtime import heartbeat
 from cfmask.runtime.heartbeat import CHECKING, CHECKPOINT, PREPARING, Heartbeat
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import hangs
+from launch.ranks import hangs
 
 # --- the heartbeat ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +180,7 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
     made.submit(*made.recipe_flags(materials, whole), *flags)
     clone = made.plant(
         tmp_path / "clone",
-        cfmask__train=IN_TRAINING + TRAIN,
+        cfmask__training__train=IN_TRAINING + TRAIN,
         cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER,
         cfmask__runtime__heartbeat="_FACTOR = 10\n",  # half, for less to wait
     )
@@ -213,7 +213,7 @@ def test_retries_end_and_the_reason_is_said(materials, tmp_path):
     (die / "sitecustomize.py").write_text(
         "import lean, os, sys, threading, time\n"
         "def later():\n"
-        "    while 'cfmask.train' not in sys.modules: time.sleep(0.1)\n"
+        "    while 'cfmask.training.train' not in sys.modules: time.sleep(0.1)\n"
         "    os.abort()\n"
         "def start(): threading.Thread(target=later, daemon=True).start()\n"
         "if os.environ.get('SUBMITIT_LOCAL_GLOBALID'): os.register_at_fork(after_in_child=start)\n"
@@ -236,7 +236,7 @@ def test_a_node_on_which_ranks_die_twice_is_left_out(slurm_cluster, materials, t
     (die / "sitecustomize.py").write_text(
         f"import lean, os, sys, threading, time\nBAD = {str(tmp_path / 'bad')!r}\n"
         "def later():\n"
-        "    while 'cfmask.train' not in sys.modules: time.sleep(0.1)\n"
+        "    while 'cfmask.training.train' not in sys.modules: time.sleep(0.1)\n"
         "    os.abort()\n"
         "def start(): threading.Thread(target=later, daemon=True).start()\n"
         "if os.environ.get('SLURM_PROCID') and os.environ.get('SUBMITIT_EXECUTOR') != 'local':\n"

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from cfmask.distributed import DistributedContext
-from launch.jobs import health
-from launch.jobs.failure_reports import is_device_error
-from launch.jobs.health import NodeUnhealthy
+from launch.ranks import health
+from launch.ranks.health import NodeUnhealthy
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
+from launch.state.failure_reports import is_device_error
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def test_a_clock_that_is_off_from_both_others(monkeypatch, capsys, off):
         health.check_clock((-off - 0.01, -off))
     monkeypatch.setattr(health, "controller_clock", lambda **_: now)
     health.check_clock((-off - 0.01, -off))
-    assert "warning: the clock of the run folder's file system is off by" in capsys.readouterr().out
+    assert "warning: the clock of the run folder's file system is off by" in capsys.readouterr().err
 
     def silent(**_):
         raise SlurmError("no answer")

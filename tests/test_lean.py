@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-import cfmask.train
+import cfmask.training.train
 from cfmask.data import imagenet
 
 parameter = torch.nn.Parameter(torch.ones(1))

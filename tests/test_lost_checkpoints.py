@@ -9,7 +9,7 @@ import os
 import pytest
 from safetensors.torch import load_file
 
-import cfmask.train
+import cfmask.training.train
 import made
 from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
@@ -39,7 +39,7 @@ def train(materials, folder, stop_at=None):
 
 def start_again(run: RunFolder, stop_request=lambda: None) -> None:
     """As a requeued job does: with what the run folder says."""
-    cfmask.train.train(run.recipe(), run, DistributedContext(), stop_request)
+    cfmask.training.train.train(run.recipe(), run, DistributedContext(), stop_request)
 
 
 def records(run) -> dict[str, bytes]:

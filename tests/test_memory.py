@@ -18,13 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import cfmask.train
+import cfmask.training.train
 import made
-from cfmask import memory
 from cfmask.data.plan import divisors
 from cfmask.distributed import DistributedContext, process_group
 from cfmask.errors import UserError
-from cfmask.memory import MARGIN, Footprint, Trial, explained_out_of_memory, fewest_micro_batches
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
 from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
@@ -32,7 +30,9 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
-from launch.jobs.recipe_arguments import recipe_from
+from cfmask.training import memory
+from cfmask.training.memory import MARGIN, Footprint, Trial, explained_out_of_memory, fewest_micro_batches
+from launch.submission.recipe_arguments import recipe_from
 from launch.submit import parser
 from test_step import METHODS, name_of, resolved, student_and_teachers
 from towers import TINY, Geometry
@@ -266,7 +266,7 @@ def test_the_trial_leaves_no_trace_in_the_weights(materials, tmp_path, monkeypat
     assert run.recipe().optim.micro_batches == 2
     # The next start has less room, and goes by the recipe.
     monkeypatch.setattr(OnThisMachine, "images", 4)
-    made_again = cfmask.train.train(run.recipe(), run, DistributedContext())
+    made_again = cfmask.training.train.train(run.recipe(), run, DistributedContext())
     assert made_again == FINISHED
     assert_equal(run, given)
 
@@ -281,7 +281,7 @@ def test_a_run_whose_choice_was_not_recorded_chooses_at_the_next_start(materials
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "record_recipe", full)
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
-            cfmask.train.train(recipe, run, DistributedContext())
+            cfmask.training.train.train(recipe, run, DistributedContext())
     assert run.recipe().optim.micro_batches == AUTO and not read_lines(run.log)
     made.train(recipe, run.root)
     assert run.recipe().optim.micro_batches == 1
@@ -396,7 +396,7 @@ def test_what_a_step_holds_besides_and_the_margin_are_held_while_a_number_is_con
 
 
 def test_an_out_of_memory_error_in_training_names_the_flags(materials, tmp_path, monkeypatch):
-    real, calls = cfmask.train.inputs_of, []
+    real, calls = cfmask.training.train.inputs_of, []
 
     def full(*arguments, **options):
         calls.append(1)
@@ -404,7 +404,7 @@ def test_an_out_of_memory_error_in_training_names_the_flags(materials, tmp_path,
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB.")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(cfmask.train, "inputs_of", full)
+    monkeypatch.setattr(cfmask.training.train, "inputs_of", full)
     run = RunFolder(tmp_path / "run")
     with pytest.raises(UserError) as raised:
         made.train(recipe_of(materials), run.root)
@@ -465,7 +465,7 @@ def emptied():
 def trained(recipe: Recipe, folder: Path) -> RunFolder:
     run = RunFolder(folder)
     run.claim(recipe)
-    assert cfmask.train.train(recipe, run, DistributedContext(gpu=True)) == FINISHED
+    assert cfmask.training.train.train(recipe, run, DistributedContext(gpu=True)) == FINISHED
     return run
 
 

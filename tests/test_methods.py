@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cfmask.train
+import cfmask.training.train
 import made
 from cfmask.errors import UserError
 from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
@@ -139,7 +139,7 @@ def spoil(monkeypatch):
 
     def arrange(steps: set[int], first_step: int = 1) -> list[str]:
         keys: list[str] = []
-        real = cfmask.train.inputs_of
+        real = cfmask.training.train.inputs_of
         count = iter(range(2 * (first_step - 1), 10**6))
 
         def spoiling(batch):
@@ -151,7 +151,7 @@ def spoil(monkeypatch):
                 keys.append(batch.keys[3])
             return real(batch)
 
-        monkeypatch.setattr(cfmask.train, "inputs_of", spoiling)
+        monkeypatch.setattr(cfmask.training.train, "inputs_of", spoiling)
         return keys
 
     yield arrange

@@ -15,12 +15,12 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
-from launch.jobs import notify
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile, read_cluster_file
-from launch.jobs.notify import News, news_of_end, news_of_preemptions, preemptions_to_tell, run_command
-from launch.jobs.run_state import read_state
-from launch.jobs.training import plan_resume
+from launch.allocation.cluster_file import ClusterFile, read_cluster_file
+from launch.allocation.resolve import resolve_allocation
+from launch.notification import notify
+from launch.notification.notify import News, news_of_end, news_of_preemptions, preemptions_to_tell, run_command
+from launch.state.facts import read_state
+from launch.submission.training import plan_resume
 from launch.submit import parser
 from slurm_fixture import wait_until
 
@@ -205,13 +205,13 @@ def test_a_command_is_run_in_the_run_folder_and_its_failure_is_a_line_of_the_log
     assert (run.root / "where").read_text().strip() == str(run.root)
     assert News(**json.loads((run.root / "got").read_text())) == told
     notify.tell("echo https://x/?sig=SECRET; exit 5", told)
-    assert capsys.readouterr().out == "warning: --notify ended with exit code 5: ***\n"
+    assert capsys.readouterr().err == "warning: --notify ended with exit code 5: ***\n"
 
 
 def test_a_command_that_cannot_be_run_is_a_line_of_the_log(run, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")  # no sh
     notify.tell("cat > got", News("failed", str(run.root), "12", 1, 0, None, "x", "n07"))
-    assert "warning: --notify cannot be run: " in capsys.readouterr().out
+    assert "warning: --notify cannot be run: " in capsys.readouterr().err
 
 
 def test_the_command_is_kept_for_its_owner_alone_and_for_a_resume(run, capsys):
@@ -241,7 +241,7 @@ def test_a_command_that_sh_cannot_read_is_refused(tmp_path, monkeypatch, command
     file = read_cluster_file(tmp_path / "cluster.toml")
     on_slurm = parser().parse_args(["--gpus-per-node", "0"])
     on_slurm.executor = "slurm"
-    monkeypatch.setattr("launch.jobs.allocation.choose_executor", lambda arguments: "slurm")
+    monkeypatch.setattr("launch.allocation.resolve.choose_executor", lambda arguments: "slurm")
     with pytest.raises(UserError, match="notify is .* which is not a command of the shell"):
         resolve_allocation(on_slurm, file)
 

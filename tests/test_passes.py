@@ -9,8 +9,16 @@ import torch
 from torch import nn
 
 from cfmask.errors import UserError
-from cfmask.passes import GRAPHED_IMAGES, GraphedPasses, Inputs, Passes, flat_gradients, make_passes, uses_graphs
 from cfmask.recipe import Recipe, Run
+from cfmask.training.passes import (
+    GRAPHED_IMAGES,
+    GraphedPasses,
+    Inputs,
+    Passes,
+    flat_gradients,
+    make_passes,
+    uses_graphs,
+)
 from test_step import make_batch, student_and_teachers
 from towers import TINY
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import made
-from cfmask import pinned
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import train_batches
+from cfmask.runtime import pinned
 
 sound = pytest.mark.skipif(torch.__version__ < pinned._SOUND_FROM, reason="PyTorch has no sound setting for it")
-ASKED = "from cfmask import pinned; import torch; {before}; pinned.allocate_exact_sizes(); {after}"
+ASKED = "from cfmask.runtime import pinned; import torch; {before}; pinned.allocate_exact_sizes(); {after}"
 
 
 class Cudart:

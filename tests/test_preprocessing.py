@@ -22,8 +22,8 @@ from cfmask.models.initial import check_initial_model, describe, initial_model, 
 from cfmask.models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from cfmask.models.tower import replace_attention
 from cfmask.runs import RunFolder
-from launch.jobs import follow
-from launch.jobs.failure_reports import RankStart
+from launch.state import follow
+from launch.state.failure_reports import RankStart
 from towers import B32, MEAN, ODD, STD, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(made.CLASSES)]

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import made
 from cfmask.runs import RunFolder
 from cfmask.runtime.machine import process_runs
-from launch.jobs import processes
+from launch.state import processes
 from made import REPO
 from slurm_fixture import wait_until
 

@@ -19,11 +19,10 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.machine import process_runs
-from launch.jobs import failures
-from launch.jobs.failure_reports import RankFailure, RankStart, first_failure
-from launch.jobs.run_restarts import restarts_of
-from launch.jobs.run_state import look_at
-from launch.jobs.run_status import status_of
+from launch.restarts.of_run import restarts_of
+from launch.state.facts import look_at
+from launch.state.failure_reports import RankFailure, RankStart, first_failure, report_of
+from launch.state.status import status_of
 from slurm_fixture import Cluster, wait_until
 
 WITHIN_S = 120
@@ -101,13 +100,13 @@ SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch.jobs import failures
-failures._LOOK_S, failures._GRACE_S, failures._LISTEN_S = 0.2, 0.5, 0.2
+from launch.ranks import supervisor
+supervisor._LOOK_S, supervisor._GRACE_S, supervisor._LISTEN_S = 0.2, 0.5, 0.2
 def rank():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Path(sys.argv[1], "rank").write_text(str(os.getpid()))
     {body}
-sys.exit(failures.supervise(rank, Path(sys.argv[1])))
+sys.exit(supervisor.supervise(rank, Path(sys.argv[1])))
 """
 
 
@@ -149,7 +148,7 @@ def test_a_rank_that_hangs_is_ended_when_another_dies(supervise, tmp_path, how):
     assert not process_runs(pid_of(tmp_path))
     assert told.endswith("Traceback (most recent call last):\nValueError: planted\n")
     assert RunFolder(tmp_path).ended()["why"] == "failed: rank 1: ValueError: planted"
-    assert failures.report_of(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
+    assert report_of(RunFolder(tmp_path), "7").splitlines()[0].startswith("rank 1 on ")
 
 
 def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
@@ -207,7 +206,7 @@ def test_a_rank_that_crashes_after_the_run_has_finished_changes_nothing(supervis
     told, _ = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 128 + signal.SIGABRT and "Fatal Python error: Aborted" in told
     assert RunFolder(tmp_path).ended()["why"] == "finished"
-    assert failures.report_of(RunFolder(tmp_path), "7") is None
+    assert report_of(RunFolder(tmp_path), "7") is None
 
 
 @pytest.mark.parametrize("end", ["return", "sys.exit(0)", "sys.exit(144)"])
@@ -348,11 +347,15 @@ LOCAL = {
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "raises while rank 0 hangs": (
-        {"cfmask__train": IN_A_STEP.format(what="_die(1, \"raise ValueError('planted')\"); _time.sleep(600)")},
+        {
+            "cfmask__training__train": IN_A_STEP.format(
+                what="_die(1, \"raise ValueError('planted')\"); _time.sleep(600)"
+            )
+        },
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "killed in a step": (
-        {"cfmask__train": IN_A_STEP.format(what=f"_die(1, {KILL!r})")},
+        {"cfmask__training__train": IN_A_STEP.format(what=f"_die(1, {KILL!r})")},
         (
             "rank 1 was killed by signal 9 (SIGKILL: out of memory?)",
             r"^rank 1 on \S+ was killed by signal 9 .* first to end\. Its log: \S+_1_log\.out$",
@@ -360,7 +363,7 @@ LOCAL = {
     ),
     "raises while it writes a checkpoint": (
         {
-            "cfmask__train": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
+            "cfmask__training__train": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
             "cfmask__checkpoint": WHILE_IT_WRITES,
             **QUICK,
         },
@@ -388,11 +391,11 @@ def test_on_this_machine(plant, materials, tmp_path, ends, expected):
 
 SLURM = {
     "raises in the evaluation": (
-        {"cfmask__train": IN_EVALUATION},
+        {"cfmask__training__train": IN_EVALUATION},
         ("rank 1: MemoryError: planted", "^MemoryError: planted$"),
     ),
     "rank 0 is killed": (
-        {"cfmask__train": IN_A_STEP.format(what=f"_die(0, {KILL!r})")},
+        {"cfmask__training__train": IN_A_STEP.format(what=f"_die(0, {KILL!r})")},
         ("rank 0 was killed by signal 9 (SIGKILL: out of memory?)", r"^rank 0 on n1 was killed by signal 9"),
     ),
 }

@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfmask import triton_support
-from cfmask.masking.relevance_kernel import MAX_HEAD_SIZE, extend_row, usable
+from cfmask.kernels import triton_support
+from cfmask.kernels.relevance_kernel import MAX_HEAD_SIZE, extend_row, usable
 from made import REPO
 from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache
 
@@ -199,7 +199,7 @@ def test_without_triton_the_module_imports_and_says_that_it_cannot_be_used():
 import sys
 sys.modules["triton"] = None  # what an import of it then finds
 import torch
-from cfmask.masking.relevance_kernel import usable
+from cfmask.kernels.relevance_kernel import usable
 assert not usable(torch.zeros(1, 5), torch.zeros(1, 1, 5, 16))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)

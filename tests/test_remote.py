@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cfmask import urls
 from cfmask.data import remote
 from cfmask.errors import UserError
 
@@ -167,18 +168,18 @@ def refused(call, *parts):
     ],
 )
 def test_names_are_put_where_they_belong(where, folder, file):
-    assert remote.is_remote(where)
-    assert remote.join(where, "train") == folder
-    assert remote.file_url(where, "a b.tar") == file
+    assert urls.is_remote(where)
+    assert urls.join(where, "train") == folder
+    assert urls.file_url(where, "a b.tar") == file
 
 
 def test_paths_are_not_remote(tmp_path):
     for where in (tmp_path, str(tmp_path), "shards", "pipes/x", "gs:x"):
-        assert not remote.is_remote(where)
+        assert not urls.is_remote(where)
 
 
 def test_a_pipe_without_a_place_for_names_is_shown_one():
-    for call in (remote.join, remote.file_url):
+    for call in (urls.join, urls.file_url):
         refused(
             lambda call=call: call("pipe:cat /x", "train"), "pipe:cat /x ", "`pipe:aws s3 cp s3://bucket/shards/{} -`"
         )
@@ -192,17 +193,17 @@ NAMES = st.text(st.characters(exclude_characters="\0/{}", exclude_categories=["C
 @given(folder=NAMES, name=NAMES)
 @settings(max_examples=60, deadline=None)
 def test_any_name_arrives_as_it_is(folder, name):
-    url = remote.file_url(remote.join("http://h/x?q=1", folder), name)
+    url = urls.file_url(urls.join("http://h/x?q=1", folder), name)
     assert unquote(urlsplit(url).path) == f"/x/{folder}/{name}" and urlsplit(url).query == "q=1"
-    command = remote.file_url(remote.join("pipe:printf %s '/x y'/{}", folder), name).removeprefix("pipe:")
+    command = urls.file_url(urls.join("pipe:printf %s '/x y'/{}", folder), name).removeprefix("pipe:")
     assert subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE).stdout == f"/x y/{folder}/{name}".encode()
 
 
 @pytest.mark.parametrize("where", ["pipe:cat '/x/{}'", 'pipe:cat "/x/{}"', "pipe:cat /x/\\{}", "pipe:cat it's/{}"])
 def test_a_name_never_gets_out_of_the_users_quotes(where):
-    assert remote.file_url(where, "a.tar") == where.replace("{}", "a.tar")
+    assert urls.file_url(where, "a.tar") == where.replace("{}", "a.tar")
     for name in ("'; touch x; '", "$(touch x)", "a b"):
-        refused(lambda name=name: remote.file_url(where, name), "outside of any quotes")
+        refused(lambda name=name: urls.file_url(where, name), "outside of any quotes")
 
 
 # --- reading --------------------------------------------------------------------------------------------------------

@@ -27,9 +27,7 @@ from cfmask.recipe import PRESETS, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
-from launch.jobs import training
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.run_status import Status
+from launch.allocation.resolve import resolve_allocation
 from launch.paper import cost, execution
 from launch.paper.estimate import estimate, measured
 from launch.paper.plan import (
@@ -57,6 +55,8 @@ from launch.paper.progress import node_state, read_statuses
 from launch.paper.reproduction import Reproduction
 from launch.paper.table import published_rows
 from launch.slurm.queue import SlurmJob
+from launch.state.status import Status
+from launch.submission import training
 from launch.submit import main as submit_main
 from launch.submit import parser as submit_parser
 from slurm_fixture import Cluster, wait_until

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from cfmask.runtime.attempts import AttemptLog
-from launch.jobs import restarts
-from launch.jobs.restarts import (
+from launch.restarts import policy as restart_policy
+from launch.restarts.policy import (
     REQUEUE_IF_PREEMPTED,
     REQUEUE_ME,
     STOPPED,
@@ -209,11 +209,11 @@ def slurm(monkeypatch) -> list[tuple[str, ...]]:
     def requeue(job: str, **given) -> None:
         asked.append(("scontrol", "requeue", job))
 
-    monkeypatch.setattr(restarts, "slurm_record", answer)
-    monkeypatch.setattr(restarts, "requeue", requeue)
-    monkeypatch.setattr(restarts.shutil, "which", lambda name: "/usr/bin/" + name)
-    monkeypatch.setattr(restarts, "_ASK_AGAIN_S", 0.0)
-    monkeypatch.setattr(restarts, "_SETTLED_S", 0.2)
+    monkeypatch.setattr(restart_policy, "slurm_record", answer)
+    monkeypatch.setattr(restart_policy, "requeue", requeue)
+    monkeypatch.setattr(restart_policy.shutil, "which", lambda name: "/usr/bin/" + name)
+    monkeypatch.setattr(restart_policy, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(restart_policy, "_SETTLED_S", 0.2)
     return asked
 
 
@@ -246,7 +246,7 @@ def test_rank_0_requeues_or_leaves_it_to_slurm(tmp_path, slurm, cause, answers, 
 )
 def test_the_batch_script_asks_where_commands_of_slurm_fail(tmp_path, slurm, monkeypatch, cause, code):
     """A container may have the commands and not the keys: nobody would end a rank that waits for an answer."""
-    monkeypatch.setattr(restarts, "_REQUEUE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(restart_policy, "_REQUEUE_PATIENCE_S", 0.2)
     slurm.answers = [SlurmError("`scontrol show job` failed: Protocol authentication error")]
     policy(tmp_path).begin(0)
     assert policy(tmp_path).after_stop(cause, progress=10) == code
@@ -268,7 +268,7 @@ def test_no_requeue_is_asked_for_that_would_only_be_given_up(tmp_path, slurm, mo
         begins(tmp_path, restart, 50, "stopped at step 55, its checkpoint could not be written")
     with pytest.raises(GivenUp, match=r"could not be written \(4 times\)"):
         policy(tmp_path, 3).after_stop(Cause.WARNED, progress=50)
-    monkeypatch.setattr(restarts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(restart_policy.shutil, "which", lambda name: None)
     with pytest.raises(GivenUp):
         policy(tmp_path, 3).after_stop(Cause.WARNED, progress=50)
     assert REQUEUE not in slurm
@@ -281,12 +281,12 @@ def test_a_requeue_that_slurm_does_not_take_is_the_batch_scripts(tmp_path, slurm
     def away(job: str, **given) -> None:
         raise SlurmUnavailable("away")
 
-    monkeypatch.setattr(restarts, "requeue", away)
+    monkeypatch.setattr(restart_policy, "requeue", away)
     assert policy(tmp_path).after_stop(Cause.WARNED, progress=10) == REQUEUE_ME
 
 
 def test_in_a_container_without_scontrol_the_batch_script_is_asked(tmp_path, slurm, monkeypatch):
-    monkeypatch.setattr(restarts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(restart_policy.shutil, "which", lambda name: None)
     assert policy(tmp_path).after_stop(Cause.WARNED, progress=10) == REQUEUE_ME
     assert policy(tmp_path).after_stop(Cause.TERMINATED, progress=10) == REQUEUE_IF_PREEMPTED
 

@@ -19,11 +19,11 @@ import made
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import submit
-from launch.jobs import training
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.rank import Job
-from launch.jobs.recipe_arguments import recipe_from
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import resolve_allocation
+from launch.ranks.rank import Job
+from launch.submission import training
+from launch.submission.recipe_arguments import recipe_from
 
 STEPS = 18  # 3 epochs of 6
 PACE_S = 0.1  # a step of a run that is disturbed: it must not finish before

@@ -15,9 +15,9 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT
-from launch.jobs import rank
-from launch.jobs.restarts import Cause, GivenUp
-from launch.jobs.run_restarts import restarts_of, saved_progress
+from launch.ranks import rank
+from launch.restarts.of_run import restarts_of, saved_progress
+from launch.restarts.policy import Cause, GivenUp
 from test_async_checkpoint import recipe_of
 
 
@@ -130,6 +130,6 @@ def test_a_stop_without_a_checkpoint_is_given_up_when_the_budget_is_spent(materi
     run.begin_attempt(job="12-0", from_step=0)
     run.end_attempt("stopped at step 3 (requeue), without a checkpoint: Disk quota exceeded")
     restarts = restarts_of(run, job(0, limit=0))
-    monkeypatch.setattr("launch.jobs.restarts.shutil.which", lambda name: None)
+    monkeypatch.setattr("launch.restarts.policy.shutil.which", lambda name: None)
     with pytest.raises(GivenUp, match="without a checkpoint: Disk quota exceeded"):
         restarts.after_stop(Cause.WARNED, saved_progress(run))

@@ -19,9 +19,11 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Data, Recipe
 from cfmask.runs import RunFolder
 from cfmask.secrets import has_secrets, mask_secrets
-from launch.jobs import failures, submission, training
-from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned
+from launch.allocation.resolve import Allocation
+from launch.ranks import supervisor
+from launch.submission import submit as submission
+from launch.submission import training
+from launch.submission.planning import Planned
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -157,7 +159,7 @@ def test_failure_reports_show_no_secret(tmp_path, monkeypatch):
     try:
         raise RuntimeError(f"no route to {WITH_SECRETS[0]}")
     except RuntimeError as error:
-        failures.write_failure(tmp_path, error)
+        supervisor.write_failure(tmp_path, error)
     [report] = (tmp_path / "jobs/failures").iterdir()
     assert SECRET not in report.read_text() and "no route to https://***@host/shards" in report.read_text()
 

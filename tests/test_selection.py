@@ -21,8 +21,8 @@ from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describ
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
 from cfmask.runs import RunFolder, find_model
-from launch.jobs.training import check_best_on
 from launch.paper import holdout
+from launch.submission.training import check_best_on
 
 # --- the best checkpoint ----------------------------------------------------------------------------------------------
 

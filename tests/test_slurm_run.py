@@ -16,10 +16,10 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.planning import Planned, claim_run_folders
-from launch.jobs.submission import enqueue
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import resolve_allocation
+from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.submit import enqueue
 from launch.submit import parser
 from slurm_fixture import wait_until
 

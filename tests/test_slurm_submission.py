@@ -13,12 +13,14 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import cancellation, planning, submission
-from launch.jobs.run_state import in_queue, look_at, read_jobs
-from launch.jobs.run_status import status_of
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.queue import SlurmJob
 from launch.slurm.submission import SubmissionUnknown
+from launch.state import cancellation
+from launch.state.facts import in_queue, look_at, read_jobs
+from launch.state.status import status_of
+from launch.submission import planning
+from launch.submission import submit as submission
 from slurm_fixture import wait_until
 from test_slurm_client import AWAY, HOSTILE, TIMED_OUT, FakeSlurm, fake  # noqa: F401
 
@@ -148,7 +150,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
     """The disk is full when sbatch has answered, or before."""
     from submitit.core.utils import JobPaths
 
-    from launch.jobs.allocation import Allocation
+    from launch.allocation.resolve import Allocation
 
     planned = planning.claim_run_folders(
         [planning.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]

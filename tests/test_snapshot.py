@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs import snapshot
-from launch.jobs.start import digest_of, verify
+from launch.ranks.start import digest_of, verify
+from launch.submission import snapshot
 
 
 @pytest.fixture
 def repository(tmp_path):
-    for name in ("cfmask/a.py", "cfmask/data/b.py", "launch/jobs/start.py"):
+    for name in ("cfmask/a.py", "cfmask/data/b.py", "launch/ranks/start.py"):
         path = tmp_path / "repository" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"# {name}\n")
-    start = Path(__file__).parents[1] / "launch/jobs/start.py"
-    (tmp_path / "repository/launch/jobs/start.py").write_text(start.read_text())
+    start = Path(__file__).parents[1] / "launch/ranks/start.py"
+    (tmp_path / "repository/launch/ranks/start.py").write_text(start.read_text())
     return tmp_path / "repository"
 
 
@@ -47,7 +47,7 @@ def test_a_damaged_copy_does_not_run_and_is_replaced_at_the_next_submission(repo
     taken = snapshot.take(repository, tmp_path / "run/code")
     verify(taken.path)
     damage(taken.path)
-    command = [sys.executable, str(taken.path / "launch/jobs/start.py"), "-u", "-m", "submitit.core._submit", "jobs"]
+    command = [sys.executable, str(taken.path / "launch/ranks/start.py"), "-u", "-m", "submitit.core._submit", "jobs"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{taken.path}, is damaged" in done.stderr and f"submit.py --resume {tmp_path / 'run'}`" in done.stderr

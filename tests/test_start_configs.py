@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import made
-from cfmask import train_setup
 from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.models.architecture import read_config
@@ -22,9 +21,10 @@ from cfmask.models.head import check_same_kind, read_info, save_model
 from cfmask.models.initial import check_initial_model, describe, initial_model, model_info
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
-from launch.jobs import training
-from launch.jobs.failure_reports import RankStart, would_recur
+from cfmask.training import setup as train_setup
 from launch.paper.cost import forward_flops
+from launch.state.failure_reports import RankStart, would_recur
+from launch.submission import training
 from towers import MEAN, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(made.CLASSES)]

@@ -20,12 +20,12 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from launch import status
-from launch.jobs import follow
-from launch.jobs import run_state as run_states
-from launch.jobs.run_state import SlurmAnswers, read_state
-from launch.jobs.run_status import Status, status_of
-from launch.jobs.status_table import attempts_table, duration, table
 from launch.slurm.queue import SacctRecord, SlurmJob
+from launch.state import facts as run_states
+from launch.state import follow
+from launch.state.facts import SlurmAnswers, read_state
+from launch.state.status import Status, status_of
+from launch.state.table import attempts_table, duration, table
 from slurm_fixture import wait_until
 
 REPO = Path(__file__).resolve().parents[1]

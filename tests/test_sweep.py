@@ -17,7 +17,7 @@ import pytest
 
 import made
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs.snapshot import differing_files, take
+from launch.submission.snapshot import differing_files, take
 from made import logs, wait_for, wait_for_step
 from slurm_fixture import wait_until
 
@@ -57,7 +57,7 @@ def submit(repo: Path, *words: object, check: bool = True, **popen) -> subproces
 
 def break_code(repo: Path) -> None:
     """Whatever is imported from here from now on fails."""
-    for module in ("cfmask/train.py", "launch/jobs/rank.py"):
+    for module in ("cfmask/training/train.py", "launch/ranks/rank.py"):
         (repo / module).write_text("raise RuntimeError('this is not what was submitted')\n")
 
 
@@ -66,7 +66,7 @@ def test_a_snapshot_is_all_that_a_job_imports_named_after_what_is_in_it(tmp_path
     assert snapshot.path == tmp_path / "code" / snapshot.digest
     assert differing_files(clone, snapshot.path) == []
     assert not list(snapshot.path.rglob("__pycache__"))
-    assert (snapshot.path / "cfmask/train.py").stat().st_mode & 0o777 == 0o444
+    assert (snapshot.path / "cfmask/training/train.py").stat().st_mode & 0o777 == 0o444
     assert take(clone, tmp_path / "code").info == snapshot.info, "once is enough"
     assert [path.name for path in (tmp_path / "code").iterdir()] == [snapshot.digest], "nothing else is left there"
     (clone / "cfmask/step.py").write_text("# better\n")
@@ -239,7 +239,7 @@ def test_a_dry_run_prints_what_slurm_would_take_and_queues_nothing(slurm_cluster
         text = done.stdout[done.stdout.index("#!/bin/bash") :]
         for line in ("--nodes=2", "--partition=high", "--time=30", "--requeue", f"--dependency=afterok:{blocker}"):
             assert f"#SBATCH {line}" in text
-        assert "srun --unbuffered" in text and "--cpus-per-task=1" in text and "/launch/jobs/start.py" in text
+        assert "srun --unbuffered" in text and "--cpus-per-task=1" in text and "/launch/ranks/start.py" in text
         assert ("#SBATCH --array=0-2%2" in text) == bool(more)
         assert re.search(r"Job \d+ to start at", text), "Slurm's own answer"
         assert not list(tmp_path.iterdir())

@@ -20,9 +20,9 @@ from torch import nn
 import made
 from cfmask.data import imagenet
 from cfmask.data.images import crop, decode
+from cfmask.evaluation.mask_validation import Validation, method_to_validate
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.masks import normalised
-from cfmask.masking.validator import Validation, method_to_validate
 from cfmask.models.head import build_tower, load_model, save_model
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise

@@ -25,16 +25,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-import cfmask.train
+import cfmask.training.train
 from cfmask.checkpoint import Writer
 from cfmask.checkpoint_state import found, read_state
 from cfmask.counting import Counts
 from cfmask.distributed import DistributedContext
-from cfmask.masking.study import MaskStudyLog
 from cfmask.recipe import Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
+from cfmask.training.mask_study import MaskStudyLog
 from test_overlap import materials, recipe_of  # noqa: F401
 
 WARM = 4  # the first checkpoint and the first evaluation have been
@@ -91,16 +91,20 @@ def train_watched(
         switch(False)
         return real_wait(writer)
 
-    real_take_step, real_scores, real_wait = cfmask.train.take_step, Counts.scores, cfmask.train.wait_for_checkpoint
-    monkeypatch.setattr(cfmask.train, "take_step", take_step)
-    monkeypatch.setattr(cfmask.train, "wait_for_checkpoint", wait_for_checkpoint)
-    monkeypatch.setattr(cfmask.train, "top1", counted("evaluation", cfmask.train.top1))
+    real_take_step, real_scores, real_wait = (
+        cfmask.training.train.take_step,
+        Counts.scores,
+        cfmask.training.train.wait_for_checkpoint,
+    )
+    monkeypatch.setattr(cfmask.training.train, "take_step", take_step)
+    monkeypatch.setattr(cfmask.training.train, "wait_for_checkpoint", wait_for_checkpoint)
+    monkeypatch.setattr(cfmask.training.train, "top1", counted("evaluation", cfmask.training.train.top1))
     monkeypatch.setattr(Counts, "scores", scores)
     monkeypatch.setattr(Writer, "start", counted("checkpoint", Writer.start))
     run = RunFolder(folder)
     run.claim(recipe)
     try:
-        assert cfmask.train.train(recipe, run, context) == FINISHED
+        assert cfmask.training.train.train(recipe, run, context) == FINISHED
     finally:
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS

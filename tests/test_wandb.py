@@ -23,10 +23,10 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import PRESETS, Data, Method, Recipe, preset_of
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, cut_lines, read_lines
-from launch.jobs import wandb_sender
-from launch.jobs.allocation import resolve_allocation
-from launch.jobs.cluster_file import ClusterFile
-from launch.jobs.wandb_sender import UNTIL_EOF
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import resolve_allocation
+from launch.notification import wandb_sender
+from launch.notification.wandb_sender import UNTIL_EOF
 from launch.submit import parser
 from slurm_fixture import wait_until
 from wandb_server import KEY, Run, offline_run, serving
@@ -36,7 +36,7 @@ pytest.importorskip("wandb")
 SENDER = """
 import os, signal, sys, time
 sys.path[:0] = [{repo!r}]
-from launch.jobs import wandb_sender
+from launch.notification import wandb_sender
 wandb_sender._INIT_S, wandb_sender._LOOK_S = {init_s}, 0.2
 {plant}
 sys.exit(wandb_sender.main(sys.argv[1:]))
@@ -232,11 +232,12 @@ SUPERVISE = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [{repo!r}]
-from launch.jobs import failures, notify
+from launch.ranks import supervisor
+from launch.notification import notify
 notify.WITHIN_S = {within_s}
 def rank():
     {body}
-sys.exit(failures.supervise(rank, Path(sys.argv[1])))
+sys.exit(supervisor.supervise(rank, Path(sys.argv[1])))
 """
 
 
@@ -299,11 +300,11 @@ def test_wandb_that_is_missing_or_broken_is_a_line_of_the_log(run, tmp_path, pla
 
 
 def test_without_the_package_a_run_on_this_machine_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr("launch.jobs.allocation.wandb_is_installed", lambda: False)
+    monkeypatch.setattr("launch.allocation.resolve.wandb_is_installed", lambda: False)
     arguments = ["--gpus-per-node", "0", "--wandb", "imagenet", "--executor"]
     with pytest.raises(UserError, match="--wandb needs the package wandb"):
         resolve_allocation(parser().parse_args([*arguments, "local"]), ClusterFile())
-    monkeypatch.setattr("launch.jobs.allocation.shutil.which", lambda name: name)
+    monkeypatch.setattr("launch.allocation.resolve.shutil.which", lambda name: name)
     allocation = resolve_allocation(parser().parse_args([*arguments, "slurm"]), ClusterFile())
     assert allocation.environment[wandb_sender.VARIABLE] == allocation.again["wandb"] == "imagenet"
     assert "this Python has no package wandb" in capsys.readouterr().err

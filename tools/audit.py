@@ -18,24 +18,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+try:
+    import numpy as np
+    from numpy.typing import NDArray
+    from tqdm import tqdm
 
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state  # noqa: E402
-from cfmask.data import plan  # noqa: E402
-from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash  # noqa: E402
-from cfmask.data.shards import Manifest, load_sets  # noqa: E402
-from cfmask.data.stream import WINDOW_SHARDS  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.recipe import Recipe  # noqa: E402
-from cfmask.report.tables import table  # noqa: E402
-from cfmask.runs import RunFolder  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.jsonl import read_lines  # noqa: E402
-from cfmask.runtime.patience import patiently  # noqa: E402
+    from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state
+    from cfmask.data import plan
+    from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash
+    from cfmask.data.shards import Manifest, load_sets
+    from cfmask.data.stream import WINDOW_SHARDS
+    from cfmask.errors import UserError
+    from cfmask.recipe import Recipe
+    from cfmask.report.tables import table
+    from cfmask.runs import RunFolder
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.jsonl import read_lines
+    from cfmask.runtime.patience import patiently
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 _EXPLAINED = 20
 """Wrong steps that are looked into: each takes as long as an epoch's receipts."""

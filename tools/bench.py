@@ -25,12 +25,13 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from cfmask.data.images import STORES  # noqa: E402
-from cfmask.recipe import PRESETS  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.tool_arguments import add_device_argument  # noqa: E402
+try:
+    from cfmask.data.images import STORES
+    from cfmask.recipe import PRESETS
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.tool_arguments import add_device_argument
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 BENCHMARKS = {
     "loader": "training streams",

@@ -26,19 +26,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask import recipe  # noqa: E402
-from cfmask.convert.tables import read_classes  # noqa: E402
-from cfmask.data import imagenet  # noqa: E402
-from cfmask.data.shards import load_manifest  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import written_aside  # noqa: E402
-from cfmask.models.head import read_info, save_model  # noqa: E402
-from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info  # noqa: E402
-from cfmask.models.zero_shot import openai_templates, read_templates  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.tool_arguments import add_device_argument  # noqa: E402
+try:
+    from cfmask import recipe
+    from cfmask.convert.tables import read_classes
+    from cfmask.data import imagenet
+    from cfmask.data.shards import load_manifest
+    from cfmask.errors import UserError
+    from cfmask.files import written_aside
+    from cfmask.models.head import read_info, save_model
+    from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info
+    from cfmask.models.zero_shot import openai_templates, read_templates
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.tool_arguments import add_device_argument
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -14,11 +14,6 @@ Whatever is there already is used again: started a second time, the command goes
 
 from __future__ import annotations
 
-import _bootstrap
-
-if __name__ == "__main__":
-    _bootstrap.ensure()
-
 import argparse
 import hashlib
 import json
@@ -29,12 +24,15 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    import environment
+
+    environment.ensure()
+
+from cfmask.errors import UserError
+from cfmask.runtime.command import exits_cleanly
+
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-
 EVAL_SETS = ("val", "shift-random", "shift-swapped", "shift-style")
 
 # One recipe for all rows: the paper's (β, thresholds, AdamW, clipping, cosine) with sizes that suit ten classes.

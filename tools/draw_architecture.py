@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO))
-
-from cfmask.files import write_atomically  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from tools.diagram.imports import read_graph  # noqa: E402
-from tools.diagram.svg import draw  # noqa: E402
+try:
+    from cfmask.files import write_atomically
+    from cfmask.runtime.command import exits_cleanly
+    from tools.diagram.imports import read_graph
+    from tools.diagram.svg import draw
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

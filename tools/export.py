@@ -23,13 +23,14 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import written_aside  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.tool_arguments import MODEL_HELP, load_models  # noqa: E402
-from tools._progress import stages  # noqa: E402
+try:
+    from cfmask.errors import UserError
+    from cfmask.files import written_aside
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.tool_arguments import MODEL_HELP, load_models
+    from tools._progress import stages
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

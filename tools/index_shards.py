@@ -23,20 +23,21 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.convert import tarscan  # noqa: E402
-from cfmask.convert.clip_benchmark import find_mapping  # noqa: E402
-from cfmask.convert.indexed_set import commit, find_tars  # noqa: E402
-from cfmask.convert.indexing import IndexTask, index_shard, is_indexed, plan_tasks  # noqa: E402
-from cfmask.convert.labels import LABEL_FIELDS, find_label  # noqa: E402
-from cfmask.convert.tables import Classes, read_classes  # noqa: E402
-from cfmask.data import imagenet  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sole_writer  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.pool import map_in_processes  # noqa: E402
-from cfmask.runtime.progress import progress_bar  # noqa: E402
+try:
+    from cfmask.convert import tarscan
+    from cfmask.convert.clip_benchmark import find_mapping
+    from cfmask.convert.indexed_set import commit, find_tars
+    from cfmask.convert.indexing import IndexTask, index_shard, is_indexed, plan_tasks
+    from cfmask.convert.labels import LABEL_FIELDS, find_label
+    from cfmask.convert.tables import Classes, read_classes
+    from cfmask.data import imagenet
+    from cfmask.errors import UserError
+    from cfmask.files import sole_writer
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.pool import map_in_processes
+    from cfmask.runtime.progress import progress_bar
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -59,24 +59,25 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.convert.arguments import add_sets, check_arguments, request_of  # noqa: E402
-from cfmask.convert.collection import Request, collect  # noqa: E402
-from cfmask.convert.conversion import (  # noqa: E402
-    Run,
-    check_space,
-    convert_split,
-    free_space,
-    plan_all,
-    to_unpack,
-    unpack_first,
-)
-from cfmask.convert.tarscan import shown_size  # noqa: E402
-from cfmask.convert.unpacking import remove_unpacked  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.pool import map_in_processes  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+try:
+    from cfmask.convert.arguments import add_sets, check_arguments, request_of
+    from cfmask.convert.collection import Request, collect
+    from cfmask.convert.conversion import (
+        Run,
+        check_space,
+        convert_split,
+        free_space,
+        plan_all,
+        to_unpack,
+        unpack_first,
+    )
+    from cfmask.convert.tarscan import shown_size
+    from cfmask.convert.unpacking import remove_unpacked
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.pool import map_in_processes
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -100,7 +101,7 @@ def on_this_machine(workers: int | None) -> Run:
 
 def on_slurm(array: Array, request: Request) -> Run:
     """In a job array. Ctrl-C leaves it in the queue."""
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     def run(*, kind, identity, function, items, describe, preload, progress):
         keys = [Path(describe(item)).stem for item in items]

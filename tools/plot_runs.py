@@ -12,9 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
+try:
+    from cfmask.runtime.command import exits_cleanly
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -18,21 +18,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+try:
+    import torch
 
-import torch  # noqa: E402
-
-from cfmask.convert.mask2former import DEFAULT  # noqa: E402
-from cfmask.convert.planning import claim, is_made  # noqa: E402
-from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard  # noqa: E402
-from cfmask.data.shards import load_sets  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import sole_writer  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.pool import map_in_processes  # noqa: E402
-from cfmask.runtime.progress import progress_bar  # noqa: E402
-from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+    from cfmask.convert.mask2former import DEFAULT
+    from cfmask.convert.planning import claim, is_made
+    from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard
+    from cfmask.data.shards import load_sets
+    from cfmask.errors import UserError
+    from cfmask.files import sole_writer
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.pool import map_in_processes
+    from cfmask.runtime.progress import progress_bar
+    from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly
@@ -88,7 +89,7 @@ def segment(
             progress=progress,
         )
         return
-    from launch.jobs.array import Work, run_array
+    from launch.arrays.array import Work, run_array
 
     folder, source = missing[0].tar.parent, missing[0].where
     work = Work(

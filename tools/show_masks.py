@@ -15,26 +15,30 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
+try:
+    import numpy as np
+    import torch
+    from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.data.images import EXTENSIONS, crop, decode  # noqa: E402
-from cfmask.data.shards import Manifest, load_sets  # noqa: E402
-from cfmask.data.stream import eval_batches  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.masking.cam import Relevance  # noqa: E402
-from cfmask.masking.fills import DrawSpec, draw  # noqa: E402
-from cfmask.masking.masks import normalised  # noqa: E402
-from cfmask.models.head import ModelInfo  # noqa: E402
-from cfmask.models.tower import Classifier, Normalise  # noqa: E402
-from cfmask.recipe import Method, Recipe  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.step import build_cam, counterfactual  # noqa: E402
-from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method  # noqa: E402
-from tools._progress import stages  # noqa: E402
+    from cfmask.data.images import EXTENSIONS, crop, decode
+    from cfmask.data.shards import Manifest, load_sets
+    from cfmask.data.stream import eval_batches
+    from cfmask.errors import UserError
+    from cfmask.masking.cam import (
+        Relevance,
+        build_cam,
+    )
+    from cfmask.masking.fills import DrawSpec, draw
+    from cfmask.masking.masks import normalised
+    from cfmask.models.head import ModelInfo
+    from cfmask.models.tower import Classifier, Normalise
+    from cfmask.recipe import Method, Recipe
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.step import counterfactual
+    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method
+    from tools._progress import stages
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -12,9 +12,9 @@ Tests that were skipped are listed at the end with the reason, and the files tha
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import _bootstrap
-
+ROOT = Path(__file__).resolve().parents[1]
 WORKERS = str(min(4, 1 + len(os.sched_getaffinity(0))))
 """One more than there are cores: much of what tests do is wait, for a Slurm or a run that they have started."""
 QUICK = (
@@ -45,8 +45,8 @@ def main(arguments: list) -> int:
     failed = []
     for name, command in checks.items():
         print(f"== {name}", flush=True)
-        environment = dict(os.environ, OMP_NUM_THREADS="1")  # threads of many processes are in each other's way
-        if subprocess.run([sys.executable, "-m", *command], cwd=_bootstrap.ROOT, env=environment).returncode:
+        variables = dict(os.environ, OMP_NUM_THREADS="1")  # threads of many processes are in each other's way
+        if subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=variables).returncode:
             failed.append(name)  # pytest's 5 included: no tests found is a failure
     if failed:
         print("FAILED: " + ", ".join(failed), flush=True)
@@ -57,7 +57,9 @@ if __name__ == "__main__":
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         sys.exit(0)
-    _bootstrap.ensure(("requirements.txt", "tests/requirements.txt"))
+    import environment
+
+    environment.ensure(("requirements.txt", "tests/requirements.txt"))
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

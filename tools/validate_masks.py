@@ -29,21 +29,22 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.data.coco import CocoMasks  # noqa: E402
-from cfmask.data.segmentation import class_groups, open_masks  # noqa: E402
-from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards  # noqa: E402
-from cfmask.data.shards import load_sets  # noqa: E402
-from cfmask.data.stream import check_image_size  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.evaluation.checks import check_classes  # noqa: E402
-from cfmask.masking.validation import THRESHOLDS, check_thresholds  # noqa: E402
-from cfmask.masking.validator import Validation, method_to_validate  # noqa: E402
-from cfmask.models.head import ModelInfo  # noqa: E402
-from cfmask.report.masks import write_report  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method  # noqa: E402
+try:
+    from cfmask.data.coco import CocoMasks
+    from cfmask.data.segmentation import class_groups, open_masks
+    from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards
+    from cfmask.data.shards import load_sets
+    from cfmask.data.stream import check_image_size
+    from cfmask.errors import UserError
+    from cfmask.evaluation.checks import check_classes
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate
+    from cfmask.masking.validation import THRESHOLDS, check_thresholds
+    from cfmask.models.head import ModelInfo
+    from cfmask.report.masks import write_report
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

@@ -20,17 +20,18 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.convert import verification  # noqa: E402
-from cfmask.convert.set_verification import Findings, as_json, checks_of, find_sets, findings_of  # noqa: E402
-from cfmask.convert.tarscan import shown_size  # noqa: E402
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.files import remove_leftovers, write_atomically  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.runtime.pool import map_in_processes  # noqa: E402
-from cfmask.runtime.progress import progress_bar  # noqa: E402
-from launch.jobs.array_arguments import Array, add_array_arguments, resolve_array  # noqa: E402
+try:
+    from cfmask.convert import verification
+    from cfmask.convert.set_verification import Findings, as_json, checks_of, find_sets, findings_of
+    from cfmask.convert.tarscan import shown_size
+    from cfmask.errors import UserError
+    from cfmask.files import remove_leftovers, write_atomically
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.pool import map_in_processes
+    from cfmask.runtime.progress import progress_bar
+    from launch.arrays.arguments import Array, add_array_arguments, resolve_array
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 def show(found: Findings) -> None:
@@ -109,7 +110,7 @@ def verify(items: list[verification.Check], array: Array | None, workers: int) -
 
         preload = ("torch",) if any(item.full for item in items) else ()
         if array is not None:
-            from launch.jobs.array import Work, run_array
+            from launch.arrays.array import Work, run_array
 
             work = Work(
                 kind="verify",

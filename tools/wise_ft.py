@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.evaluation_spec import WiseFT  # noqa: E402
-from cfmask.runtime.command import exits_cleanly  # noqa: E402
-from cfmask.tool_arguments import MODEL_HELP  # noqa: E402
-from launch.jobs.evaluation import add_arguments, allocation_of, carry_out, evaluation_of  # noqa: E402
+try:
+    from cfmask.evaluation_spec import WiseFT
+    from cfmask.runtime.command import exits_cleanly
+    from cfmask.tool_arguments import MODEL_HELP
+    from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly

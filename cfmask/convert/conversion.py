@@ -84,7 +84,7 @@ def to_unpack(splits: list[Split]) -> list[Unpack]:
 class Run(Protocol):
     """Applies a function to items, in processes of this machine or in the tasks of a job array.
 
-    kind, identity: as those of ``launch.jobs.array.Work``. describe: path of what becomes of an item; their stems
+    kind, identity: as those of ``launch.arrays.array.Work``. describe: path of what becomes of an item; their stems
     differ. progress: gets each result, (images, bytes).
     """
 

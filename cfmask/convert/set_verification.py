@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfmask import urls
 from cfmask.convert.verification import Check, Problem, Verdict
-from cfmask.data import remote
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest
 from cfmask.errors import UserError
 
@@ -27,7 +27,7 @@ def find_sets(given: str) -> list[Manifest]:
     Raises:
         UserError: there is none, one of them has no manifest or a damaged one, or it is a URL.
     """
-    if remote.is_remote(given):
+    if urls.is_remote(given):
         raise UserError(f"{given} is a URL, and shards are verified where their files are: run this there.")
     folder = Path(given).expanduser().absolute()
     if folder.is_dir() and not (folder / MANIFEST).exists():

@@ -31,12 +31,12 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import quote
 
 from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
 from cfmask.files import disk_is_full
 from cfmask.runtime.machine import this_machine
+from cfmask.urls import is_http
 
 T = TypeVar("T")
 
@@ -51,53 +51,6 @@ PIPE_STALL_S = 600
 
 _CHUNK = 1 << 20
 _OURS = re.compile(r".+\.[0-9a-f]{20}(\.part|\.ok)?")  # nothing else in the folder is ever counted or removed
-_EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
-
-
-def is_remote(where: str | Path) -> bool:
-    """Whether ``where`` is a URL that this module reads, and not a path."""
-    return isinstance(where, str) and where.startswith(("http:", "https:", "pipe:"))
-
-
-def join(where: str, name: str) -> str:
-    """The URL of folder ``name`` in folder ``where``. In a pipe {} stays, behind the name.
-
-    Raises:
-        UserError: a pipe has no {}, or has it where ``name`` cannot be written.
-    """
-    return _place(where, name, "/{}")
-
-
-def file_url(where: str, name: str) -> str:
-    """The URL that opens file ``name`` of folder ``where``.
-
-    Raises:
-        UserError: as ``join``.
-    """
-    return _place(where, name, "")
-
-
-def _place(where: str, name: str, rest: str) -> str:
-    if _is_http(where):
-        path, mark, query = where.partition("?")
-        return f"{path.rstrip('/')}/{quote(name)}{mark}{query}"
-    if "{}" not in where:
-        raise UserError(f"{where} does not say where the name of a file goes: write {{}} there, as in `{_EXAMPLE}`.")
-    command = where.replace("{}", shlex.quote(name) + rest)
-    if shlex.quote(name) != name:
-        # Names come from a manifest that somebody else may have written. Inside the user's own quotes, ours would end
-        # those, and the shell would run the name: the words have to be those that the plain name would give.
-        try:
-            kept = shlex.split(command) == [word.replace("{}", name + rest) for word in shlex.split(where)]
-        except ValueError:  # a quotation that does not end
-            kept = False
-        if not kept:
-            raise UserError(f"The name {name!r} cannot be put into {where}: write {{}} there outside of any quotes.")
-    return command
-
-
-def _is_http(url: str) -> bool:
-    return url.startswith(("http:", "https:"))
 
 
 # --- one transfer ---------------------------------------------------------------------------------------------------
@@ -154,11 +107,11 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
     """
     from webdataset.gopen import gopen  # it imports torch
 
-    stall = PIPE_STALL_S if not _is_http(url) else CONNECT_S + HTTP_STALL_S + 15  # curl notices first
+    stall = PIPE_STALL_S if not is_http(url) else CONNECT_S + HTTP_STALL_S + 15  # curl notices first
     complaints, config, script = (os.memfd_create(name) for name in ("stderr", "config", "script"))
     try:
         opened = f"/proc/{os.getpid()}/fd"
-        if _is_http(url):
+        if is_http(url):
             quoted = url.replace("\\", "\\\\").replace('"', '\\"')
             _fill(config, f'url = "{quoted}"\n')
             command = _curl(f"{opened}/{config}", offset)
@@ -202,13 +155,13 @@ def _tail(descriptor: int, size: int = 500) -> str:
 
 
 def _remedy(url: str) -> str:
-    if _is_http(url):
+    if is_http(url):
         return "Check the address, and that this machine reaches the server; then start again."
     return "Run the command by itself on this machine to see what is wrong; then start again."
 
 
 def _failure(url: str, status: int, complaint: str) -> _Failed:
-    if _is_http(url):
+    if is_http(url):
         if status == 127:
             return _Failed("curl, which reads it, is not installed on this machine", "Install curl.", lasting=True)
         match = re.search(r"returned error: (\d+)", complaint)
@@ -292,7 +245,7 @@ class Cache:
         room = size or 0
         self._take_room(url, part, name, room)
         digest, written, resume = hashlib.sha256(), 0, False
-        resumable = sha256 is not None and _is_http(url)  # unchecked, two answers could be of two files
+        resumable = sha256 is not None and is_http(url)  # unchecked, two answers could be of two files
 
         def once() -> None:
             nonlocal room, digest, written, resume, resumable

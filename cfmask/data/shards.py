@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cfmask import urls
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
 from cfmask.errors import UserError
@@ -50,7 +51,7 @@ class Shard:
 class Manifest:
     """What a converted set (one split) holds.
 
-    root: its folder, or the URL of it (``remote.is_remote``), whose files come through ``cache``.
+    root: its folder, or the URL of it (``urls.is_remote``), whose files come through ``cache``.
     classes: (wnid or folder name, display name) by class id. class_counts: samples by class id.
     store: what the image members are; "original" are the source's bytes, the others crops of side ``image_size``.
     border: pixels that a reader has to cut off each side before anything else (ObjectNet's originals).
@@ -121,7 +122,7 @@ class Manifest:
 
     def place(self, shard: Shard) -> str:
         """Where a shard is, for people: path or URL."""
-        return remote.file_url(self.root, shard.name) if isinstance(self.root, str) else str(self.root / shard.name)
+        return urls.file_url(self.root, shard.name) if isinstance(self.root, str) else str(self.root / shard.name)
 
     def open_shard(self, shard: Shard) -> BinaryIO:
         """The tar, unbuffered. Raises OSError or UserError."""
@@ -130,7 +131,7 @@ class Manifest:
     def discard_copy(self, shard: Shard) -> None:
         """Of a shard behind a URL: download it again when it is next opened."""
         if self.cache is not None:
-            self.cache.discard(remote.file_url(str(self.root), shard.name), sha256=shard.sha256 or None)
+            self.cache.discard(urls.file_url(str(self.root), shard.name), sha256=shard.sha256 or None)
 
     def open_index(self, shard: Shard) -> Index:
         """The index of a shard, checked against the manifest.
@@ -158,13 +159,13 @@ class Manifest:
     def _open(self, name: str, size: int | None, sha256: str) -> BinaryIO:
         if isinstance(self.root, str):
             assert self.cache is not None
-            return self.cache.open(remote.file_url(self.root, name), size=size, sha256=sha256 or None)
+            return self.cache.open(urls.file_url(self.root, name), size=size, sha256=sha256 or None)
         return open(self.root / name, "rb", buffering=0)
 
 
 def find_set(where: str | Path, name: str) -> Path | str:
     """The set ``name`` in a folder of sets, or behind a URL of one."""
-    return remote.join(str(where), name) if remote.is_remote(where) else Path(where) / name
+    return urls.join(str(where), name) if urls.is_remote(where) else Path(where) / name
 
 
 def load_sets(
@@ -176,7 +177,7 @@ def load_sets(
     Raises:
         UserError: no such set, or (``check_files``) one that is not whole.
     """
-    if cache is None and remote.is_remote(where):
+    if cache is None and urls.is_remote(where):
         cache = remote.node_cache()
     return {name: load_manifest(find_set(where, name), cache=cache, check_files=check_files) for name in names}
 
@@ -201,8 +202,8 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
     Raises:
         UserError: one paragraph: what is missing or torn, where, and what makes it whole.
     """
-    if remote.is_remote(where):
-        url = remote.file_url(str(where), MANIFEST)
+    if urls.is_remote(where):
+        url = urls.file_url(str(where), MANIFEST)
         return _parse_manifest(remote.read(url), url, str(where), cache)
     root = Path(where)
     path = root / MANIFEST

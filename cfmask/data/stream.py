@@ -28,7 +28,6 @@ import webdataset as wds
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfmask import pinned
 from cfmask.data import images, plan, receipts
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shard_reader import SampleError, ShardReader, Target
@@ -36,6 +35,7 @@ from cfmask.data.shards import Manifest
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import Coverage, nothing_known
+from cfmask.runtime import pinned
 
 WINDOW_SHARDS = 4
 """Length of a lane's shuffle window in shards (see ``plan.lane_order``)."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cfmask.best_checkpoint import POINTER
 from cfmask.data import benchmarks
-from cfmask.data.remote import is_remote
 from cfmask.data.shards import Manifest, find_set, load_sets, manifest_if_there
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, is_training_run, origin_of
@@ -16,6 +15,7 @@ from cfmask.evaluation.selection import check_selection, refuse_idle_flag
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, check_same_kind, read_info
 from cfmask.runs import RunFolder
+from cfmask.urls import is_remote
 
 logger = logging.getLogger(__name__)
 

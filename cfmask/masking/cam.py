@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfmask.masking import relevance_kernel
-from cfmask.models.fused import activation_gradients_only
+from cfmask.kernels import relevance_kernel
+from cfmask.kernels.fused import activation_gradients_only
+from cfmask.recipe import Method
 
 RELEVANCE, GRAD_CAM = "relevance", "grad-cam"
 
@@ -108,6 +109,13 @@ class GradCam(Cam):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             weight = gradient.to(wide).sum(1)
             return torch.einsum("nlc,nc->nl", x[:, 1:].to(wide), weight).relu_()
+
+
+def build_cam(method: Method) -> Cam | None:
+    """What watches the clean pass, if masks depend on it."""
+    if not method.by_cam:
+        return None
+    return GradCam() if method.cam == GRAD_CAM else Relevance(method.first_block or 0)
 
 
 class _CotangentHook(torch.autograd.Function):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfmask.models.fused import split_heads
+from cfmask.kernels.fused import split_heads
 
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Sees (out, q, k, v), each (N, heads, tokens, d); what it returns goes on in place of out."""

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfmask.errors import UserError
+from cfmask.kernels import fused
+from cfmask.kernels.fused import Branch, add_norm, linear_before
 from cfmask.masking.cam import Cam
-from cfmask.models import fused
 from cfmask.models.attention import Attention
-from cfmask.models.fused import Branch, add_norm, linear_before
 
 
 def replace_attention(visual: nn.Module) -> VisionTransformer:

@@ -17,9 +17,9 @@ from matplotlib import rc_context
 from torch import Tensor
 
 from cfmask.data.segmented import Segmented
+from cfmask.evaluation.mask_validation import Part, Tallies, Validation
 from cfmask.files import write_atomically
 from cfmask.masking.validation import add_up, coverage, mask_rates, masks_at
-from cfmask.masking.validator import Part, Tallies, Validation
 from cfmask.report.figures import STYLE, legend_below, new_figure, save
 from cfmask.report.tables import table
 

@@ -67,7 +67,7 @@ class AttemptLog:
         """Record why the latest start ends. On a full disk that is a warning: the end has its own reason.
 
         Args:
-            died: which rank has died, and where (launch/jobs/retries.py).
+            died: which rank has died, and where (launch/restarts/retries.py).
         """
         try:
             contents = {"why": why, "ended": now(), "attempt": len(self.lines())}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
@@ -21,6 +22,7 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     def wrapped(*args: Any, **kwargs: Any) -> int:
         escape_unencodable_output()
         try:
+            _check_checkout(Path(main.__code__.co_filename))
             log_to_terminal()
             return main(*args, **kwargs) or 0
         except UserError as error:
@@ -31,3 +33,17 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return wrapped
+
+
+def _check_checkout(command: Path) -> None:
+    """Refuse a command of one checkout with the library of another.
+
+    Raises:
+        UserError: the environment has another checkout installed (``pip install -e``) than the command's.
+    """
+    installed, own = Path(__file__).resolve().parents[2], command.resolve().parents[1]
+    if own != installed and (own / "cfmask/runtime/command.py").exists():
+        raise UserError(
+            f"{command} is of another checkout than the installed cfmask, {installed}. Run `pip install -e {own}`, or "
+            f"set PYTHONPATH={own}."
+        )

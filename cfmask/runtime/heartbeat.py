@@ -1,8 +1,8 @@
 """A rank's heartbeat: what it is doing, since when, and how long that may take.
 
 The process that computes writes it into memory that it shares with the process that waits for it, which ends a rank
-that has stopped making progress (launch/jobs/failures.py). A beat takes microseconds, and neither I/O nor a thread: a
-rank that is stopped, or that hangs in a driver, needs do nothing to be found.
+that has stopped making progress (launch/ranks/supervisor.py). A beat takes microseconds, and neither I/O nor a thread:
+a rank that is stopped, or that hangs in a driver, needs do nothing to be found.
 
     heartbeat = Heartbeat()                  before the fork
     heartbeat.activate()                     in the child
@@ -37,7 +37,7 @@ _FIRST_STEPS = 5
 
 
 def _seconds(variable: str, default_min: float) -> float:
-    """Of a variable of the job's environment, which is in minutes (launch/jobs/allocation.py)."""
+    """Of a variable of the job's environment, which is in minutes (launch/allocation/resolve.py)."""
     return 60 * float(os.environ.get(variable) or default_min)
 
 

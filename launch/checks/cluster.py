@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from launch.allocation.resolve import Allocation
+from launch.allocation.settings import PARTITION_TIME, UNLIMITED
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.jobs.allocation import Allocation
-from launch.jobs.settings import PARTITION_TIME, UNLIMITED
 from launch.slurm.texts import Qos, SlurmNode, gpus_of, seconds, version_of
 
 ADMINISTRATOR = "slurm/administrator.md"

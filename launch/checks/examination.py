@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 from cfmask.errors import UserError
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import Allocation, uncovered
 from launch.checks.findings import NOT_CHECKED, PROBLEM, WARNING, Finding, Findings
 from launch.checks.login_node import ask_slurm, check_submission
-from launch.checks.node import write_and_look
 from launch.checks.probe_job import run_probe
-from launch.jobs.allocation import Allocation, uncovered
-from launch.jobs.claims import check_path
-from launch.jobs.cluster_file import ClusterFile
+from launch.ranks.node import write_and_look
+from launch.submission.claims import check_path
 
 
 def examine(

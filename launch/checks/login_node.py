@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from launch.allocation.resolve import Allocation
 from launch.checks import cluster
 from launch.checks.findings import OK, PROBLEM, Finding, Findings
-from launch.jobs import snapshot
-from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned
-from launch.jobs.submission import REPO, SubmissionBatch
 from launch.slurm import site
 from launch.slurm.client import SlurmError
 from launch.slurm.submission import test_only
 from launch.slurm.texts import Qos, SlurmNode
+from launch.submission import snapshot
+from launch.submission.planning import Planned
+from launch.submission.submit import REPO, SubmissionBatch
 
 if TYPE_CHECKING:
     from launch.slurm.executor import SlurmExecutor

@@ -30,10 +30,11 @@ from typing import TYPE_CHECKING, Any
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
 from cfmask.runtime.machine import node_name
-from launch.checks.node import free_bytes, write_and_look
-from launch.jobs.restarts import REQUEUE_ME, attempt_name, restart_of
+from launch.ranks.node import free_bytes, write_and_look
+from launch.restarts.policy import REQUEUE_ME
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue
+from launch.state.attempt import attempt_name, restart_of
 
 if TYPE_CHECKING:
     import torch
@@ -164,7 +165,7 @@ class Probe:
         begin("importing torch and cfmask")
         started = time.monotonic()
         try:
-            import cfmask.train  # noqa: F401  what training imports, all of it
+            import cfmask.training.train  # noqa: F401  what training imports, all of it
         except Exception as error:
             report.import_error = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise
@@ -201,7 +202,7 @@ class Probe:
             _all_there(store, context, "reported")
 
     def _requeue(self, job_id: str) -> None:
-        """As a run does it (launch/jobs/restarts.py): scontrol, else the batch script."""
+        """As a run does it (launch/restarts/policy.py): scontrol, else the batch script."""
         words: dict[str, Any] = {"scontrol": shutil.which("scontrol"), "code": None, "said": ""}
         asked = self.folder / "requeue.json"
         write_atomically(asked, json.dumps(words))  # before: it may be the last thing that this process does

@@ -12,19 +12,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from cfmask.runtime.jsonl import read_object
+from launch.allocation.resolve import Allocation
 from launch.checks import cluster, ranks
 from launch.checks.findings import NOT_CHECKED, PROBLEM, Finding, Findings
 from launch.checks.login_node import Site, probe_executor
 from launch.checks.probe import Probe, ProbeReport, read_reports
-from launch.jobs import snapshot
-from launch.jobs.allocation import Allocation
-from launch.jobs.batch_script import set_environment, write_environment
-from launch.jobs.local import local_executor
-from launch.jobs.sbatch import send
-from launch.jobs.submission import REPO
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.control import cancel
 from launch.slurm.states import is_over, is_pending
+from launch.submission import snapshot
+from launch.submission.batch_script import set_environment, write_environment
+from launch.submission.local import local_executor
+from launch.submission.sbatch import send
+from launch.submission.submit import REPO
 
 PROBE_MIN = 6
 """The probe's time limit: more than its ranks wait for each other, and for files of each other."""

@@ -9,10 +9,10 @@ from functools import partial
 from typing import TypeVar
 
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S
+from launch.allocation.resolve import Allocation
 from launch.checks.cluster import ADMINISTRATOR
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, SEEN_WITHIN_S, ProbeReport
-from launch.jobs.allocation import Allocation
 
 T = TypeVar("T", bound=Hashable)
 
@@ -21,7 +21,7 @@ SKEW_S = 1.0
 SLOW_FILES_S = 5.0
 """Files that another node sees later than this slow down every start."""
 SLOW_IMPORT_S = 60.0
-"""A start that takes longer than this to import torch and cfmask.train reads them from a slow file system."""
+"""A start that takes longer than this to import torch and cfmask.training.train reads them from a slow file system."""
 ROOM = 10 << 30
 """Free bytes that a run wants on the shared folder: a checkpoint of ViT-B/32 has 1.1 GB, and several are kept."""
 RANK_MEMORY = 4 << 30

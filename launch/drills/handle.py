@@ -19,12 +19,12 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from launch.jobs import training
-from launch.jobs.submission import submissions
 from launch.slurm.client import ask, show_job
 from launch.slurm.control import cancel, start_now
 from launch.slurm.queue import host_names
 from launch.slurm.states import is_over, is_pending
+from launch.submission import training
+from launch.submission.submit import submissions
 
 Poll = Iterator[None]
 

@@ -23,7 +23,7 @@ from launch.drills.faults import (
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.materials import MAKE_SHARDS
-from launch.jobs.deadline import AT_TIME_LIMIT
+from launch.restarts.deadline import AT_TIME_LIMIT
 from launch.slurm.client import ask
 from launch.slurm.control import cancel, requeue
 from launch.slurm.submission import submit
@@ -158,7 +158,7 @@ for each in $rank; do
     case " $rank " in *" $parent "*) kill -{signal} $each ;; esac
 done
 """
-"""Of the two processes that a rank is (launch/jobs/failures.py), the child: it trains, and takes the memory."""
+"""Of the two processes that a rank is (launch/ranks/supervisor.py), the child: it trains, and takes the memory."""
 
 
 def _signal_last_rank(run: RunHandle, signal: str) -> None:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
-from launch.jobs.allocation import Allocation
-from launch.jobs.planning import Planned, claim_run_folders
-from launch.jobs.sbatch import after_success
-from launch.jobs.submission import enqueue_all, run_one_here
+from launch.allocation.resolve import Allocation
 from launch.paper.plan import DONE, QUEUED, WAITING, PlanNode, arrays, awaited, to_submit
 from launch.paper.progress import NodeStatus, count_jobs, states_of
 from launch.paper.reproduction import Reproduction
 from launch.slurm.control import cancel
+from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.sbatch import after_success
+from launch.submission.submit import enqueue_all, run_one_here
 
 
 def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> int:

@@ -20,8 +20,8 @@ from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, CHOICES, LAST
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, HOLDOUT, check_selection, refuse_idle_flag, trained_on
 from cfmask.recipe import Recipe
-from launch.jobs import training
-from launch.jobs.cluster_file import ClusterFile
+from launch.allocation.cluster_file import ClusterFile
+from launch.submission import training
 
 IMAGES = 10_240
 """Of the paper's held-out set."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_object
-from launch.jobs.run_state import jobs_in_queue, look_at
-from launch.jobs.run_status import ENDED, Status, status_of
-from launch.jobs.status_table import duration
 from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, PlanNode, still_needed
 from launch.paper.reproduction import Reproduction
 from launch.slurm.queue import SlurmJob
+from launch.state.facts import jobs_in_queue, look_at
+from launch.state.status import ENDED, Status, status_of
+from launch.state.table import duration
 
 _LOOK_S = 10
 """Seconds between two looks of ``follow``."""

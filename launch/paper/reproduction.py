@@ -23,12 +23,12 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import has_secrets
-from launch.jobs import training
-from launch.jobs.allocation import Allocation
-from launch.jobs.claims import check_path
-from launch.jobs.cluster_file import ClusterFile
+from launch.allocation.cluster_file import ClusterFile
+from launch.allocation.resolve import Allocation
 from launch.paper.holdout import check_holdout, settle_choice
 from launch.paper.plan import MISSING, ReproductionPlan, Setup, arrays, choose_rows, paper_plan, still_needed
+from launch.submission import training
+from launch.submission.claims import check_path
 
 if TYPE_CHECKING:
     from cfmask.data.shards import Manifest

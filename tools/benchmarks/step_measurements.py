@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from cfmask.losses import classification, feature_distillation
+from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import Draws
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.session import autocast, choose_arithmetic
-from cfmask.step import build_cam, counterfactual
+from cfmask.step import counterfactual
 from tools.benchmarks.metering import count_flops, counter, peak_memory, start_of_memory, wait
 from tools.benchmarks.training import (
     HEADLINE,
@@ -171,7 +172,7 @@ def measure_forward(case: Case) -> Forward:
 
 
 def _relevance_flops(m: Materials) -> int:
-    """What cfmask.masking.relevance_kernel multiplies: q kᵀ twice and dO vᵀ, the last block for one query only."""
+    """What cfmask.kernels.relevance_kernel multiplies: q kᵀ twice and dO vᵀ, the last block for one query only."""
     length, width = m.student.positional_embedding.shape
     queries = (len(m.student.transformer.resblocks) - 1) * length + 1
     return 3 * 2 * len(m.images) * queries * length * width

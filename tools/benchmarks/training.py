@@ -22,10 +22,10 @@ from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import LrAndBetas, Phase, adamw, take_step
-from cfmask.passes import GraphedPasses, Inputs, Passes
 from cfmask.recipe import Method, Recipe, Run
 from cfmask.session import autocast
 from cfmask.step import Teachers
+from cfmask.training.passes import GraphedPasses, Inputs, Passes
 from tools.benchmarks.authors_step import authors_step
 
 CLASSES = 1000

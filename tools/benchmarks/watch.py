@@ -19,7 +19,7 @@ from cfmask.models.tower import Classifier
 from cfmask.optim import LrAndBetas, Phase, adamw, take_step
 from cfmask.recipe import Recipe
 from cfmask.runtime.heartbeat import WAITING, Heartbeat, beat
-from cfmask.step_clock import StepClock
+from cfmask.training.step_clock import StepClock
 from tools.benchmarks.tables import report
 
 HEADER = ["", "median µs a step", "lowest", "highest", "of a step"]

@@ -11,7 +11,7 @@ from html import escape, unescape
 from tools.diagram.imports import BASE, CORE, FOUNDATION, RUNTIME, Graph
 from tools.diagram.layout import Layout, Link, lay_out, links_of
 
-PAGE, MARGIN, GAP, ROW_GAP = 1000, 14, 22, 58
+PAGE, MARGIN, GAP, ROW_GAP = 1120, 14, 22, 58
 """In pixels: width of the page, its margin, and the space between boxes and between layers."""
 _LISTED = (CORE, *FOUNDATION)
 """Boxes that list their modules."""

@@ -15,9 +15,9 @@ import torch
 from open_clip.transformer import LayerNorm
 from torch import Tensor, nn
 
+from cfmask.kernels import fused
+from cfmask.kernels.relevance_kernel import extend_row, usable
 from cfmask.masking.cam import extend_row_with_maps
-from cfmask.masking.relevance_kernel import extend_row, usable
-from cfmask.models import fused
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import Setting, free_memory
 from tools.benchmarks.metering import time_calls, wait

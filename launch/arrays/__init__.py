@@ -1,0 +1,1 @@
+"""Slurm arrays that do one thing to many items: conversion, verification, segmentation."""

@@ -1,0 +1,187 @@
+"""Show a run's progress from its run folder while it goes on, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_lines
+from launch.state.facts import look_at
+from launch.state.failure_reports import report_of, would_recur
+from launch.state.processes import kill, silence_output, wait_until_gone
+from launch.state.status import ENDED, status_of
+from launch.state.table import latest_checkpoint
+
+if TYPE_CHECKING:
+    from launch.ranks.local import ControlledJob
+
+_SAME_COMMAND = "The same command resumes from the last checkpoint."
+_SAVE_S = 60.0
+"""What ranks have for a checkpoint after a signal to this process."""
+_ONE_SIGNAL_S = 1.0
+"""A Ctrl-C may come twice: from the terminal, and passed on by a wrapper. What comes later is another one."""
+_LOOK_S = 5
+"""Between looks at a run's state. Two have to agree that it has ended: on a requeue there are moments without a job."""
+
+
+def follow_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
+    """A progress bar with loss, rate and ETA until a job on this machine ends; then its results, or why there are none.
+
+    Args:
+        received: the signals that this process has been sent (``processes.ending_signals``): each ends the job after a
+            checkpoint. A Ctrl-C after that kills it at once.
+
+    Returns:
+        0 if the run is finished, 1 if it failed or was cancelled, 128 + the signal that ended it.
+    """
+
+    def states() -> Iterator[str]:
+        while not job.done() and not received:
+            yield ""
+
+    try:
+        _watch(run, states())
+    except OSError:
+        time.sleep(1)  # a terminal that was closed cannot be written to; HUP comes with it, or after it
+        if not received:
+            raise
+    if received:
+        return _end_local_job(job, run, received)
+    if job.exit_code < 0:
+        died = signal.Signals(-job.exit_code).name
+        print(f"The controller of the ranks, process {job.job_id}, was killed ({died}): the ranks end.", flush=True)
+        wait_until_gone(run)
+    return tell_end(run, job.job_id, _SAME_COMMAND)
+
+
+def _end_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
+    """Ask the ranks for a checkpoint, and kill what has not ended in time; 128 + the signal that was received first."""
+    first = received[0]
+    if first == signal.SIGHUP:
+        silence_output()
+    again = " Ctrl-C again kills them at once." if first == signal.SIGINT else ""
+    _say(f"{first.name}: the ranks save a checkpoint and end.{again}")
+    began, heard = time.monotonic(), len(received)
+    job.terminate()
+    while not job.done():
+        passed_s = time.monotonic() - began
+        if passed_s < _ONE_SIGNAL_S:
+            heard = len(received)
+        if passed_s > _SAVE_S or signal.SIGINT in received[heard:]:
+            _say(f"The ranks have not ended in {passed_s:.0f} s: killed")
+            kill(run)
+        time.sleep(0.1)
+    wait_until_gone(run)
+    if run.results.exists():
+        _say(f"finished: {run.results}")
+    else:
+        _say(f"The ranks have ended; {latest_checkpoint(run)}. {_SAME_COMMAND}")
+    return 128 + first
+
+
+def _say(text: str) -> None:
+    """Print it, unless whoever read the output was ended by the same signal (as `| tee` is by a Ctrl-C)."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        silence_output()
+
+
+def follow_run(run: RunFolder) -> int:
+    """The same for a run that anyone has started, on Slurm or on this machine, from its first start to its end.
+
+    Returns:
+        0 if the run is finished, 1 if it failed or was cancelled, 130 after a Ctrl-C, which leaves the run alone.
+    """
+    try:
+        _watch(run, _states(run))
+    except KeyboardInterrupt:
+        print(f"The run goes on. Its progress: {run.log}")
+        return 130
+    [run_state], _ = look_at([run])
+    name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
+    return tell_end(run, name, f"`python launch/submit.py --resume {run.root}` goes on from its last checkpoint.")
+
+
+def _states(run: RunFolder) -> Iterator[str]:
+    """What there is to say beside the progress, as often as it is asked for, until the run has ended."""
+    ended = 0
+    while True:
+        [run_state], slurm = look_at([run])
+        status = status_of(run_state, slurm)
+        ended = ended + 1 if status.state in ENDED else 0
+        if ended == 2 or status.state == "finished":
+            return
+        until = time.monotonic() + _LOOK_S
+        while time.monotonic() < until:
+            yield "" if status.state == "running" else ", ".join(filter(None, [status.state, status.next_start]))
+
+
+def _watch(run: RunFolder, states: Iterator[str]) -> None:
+    # In a file a bar is a line each time: there, a few of them.
+    pace = 0.5 if sys.stderr.isatty() else 15
+    unit = "step" if isinstance(run.work(), Recipe) else "image"
+    with tqdm(unit=unit, dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
+        for state in states:
+            time.sleep(0.5)
+            _show(bar, run, state)
+        _show(bar, run, "")
+
+
+def _show(bar: tqdm, run: RunFolder, state: str) -> None:
+    lines: list[dict[str, Any]] = []
+    with suppress(OSError):  # read again in a moment: if the follower ended, so would the job
+        lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
+    if lines:
+        last = lines[-1]
+        bar.total = last["total_steps"]
+        bar.n = last["step"]
+        loss = f"loss {last['loss']:.3f}, " if "loss" in last else ""  # not of an evaluation, or a step left out
+        bar.set_postfix_str(f"{loss}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
+    if lines or state:
+        bar.set_description(f"{run.root.name} ({state})" if state else run.root.name, refresh=False)
+    bar.update(0)  # the clock runs on
+
+
+def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
+    if run.results.exists():
+        if isinstance(run.work(), Recipe):
+            for name, score in json.loads(run.results.read_text())["sets"].items():
+                print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
+        print(f"finished: {run.final if run.final.exists() else run.results}")
+        return 0
+    if told := run.cancelled():
+        print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")
+    else:
+        print(f"The run did not finish. {_failure_report(run, job)}")
+    if would_recur(run, job):
+        print(f"A new start would fail in the same way: remove the cause first. Then: {how_to_go_on}")
+    else:
+        print(how_to_go_on)
+    return 1
+
+
+def _failure_report(run: RunFolder, job: str) -> str:
+    """Those of the rank that died first; where nobody has left any, the end of the log that says most."""
+    if report := report_of(run, job):
+        return report.rstrip()
+    logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_complains, reverse=True)
+    if not logs:
+        return f"There is no log in {run.root / 'jobs'}."
+    tail = logs[0].read_text(errors="replace").rstrip().splitlines()[-25:]
+    return f"The end of {logs[0]}:\n" + "\n".join("  " + line for line in tail)
+
+
+def _complains(log: Path) -> tuple[bool, bool]:
+    text = log.read_text(errors="replace")
+    return any(f"{kind}Error" in text for kind in ("User", "Sample", "FloatingPoint")), "Traceback" in text

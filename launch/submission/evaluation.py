@@ -1,0 +1,202 @@
+"""Evaluations before they are queued, and in this process: the flags of evaluate, wise_ft and soup, the Evaluation that
+they ask for, and how it is carried out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cfmask.data.benchmarks import ALIASES
+from cfmask.evaluation.checks import check_choices, check_models_and_sets, chosen_models, set_folder
+from cfmask.evaluation.model_origin import CHOICES, LAST, settled
+from cfmask.evaluation.selection import FLAG, FLAG_HELP
+from cfmask.evaluation_spec import Evaluation, is_of_other_models
+from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.jsonl import read_object
+from cfmask.secrets import mask_secrets
+from cfmask.tool_arguments import DATA_HELP
+from cfmask.urls import is_remote
+from launch.allocation.cluster_file import load_cluster_file
+from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
+from launch.allocation.settings import add_allocation_arguments, given_flags
+from launch.state.processes import ending_signals, silence_output
+from launch.submission.claims import check_path, take_folder
+from launch.submission.planning import Planned, claim_run_folders, should_skip
+from launch.submission.submit import dry_run, run_here, submit_to_slurm
+
+_Kind = TypeVar("_Kind", bound=Evaluation)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True) -> None:
+    """The flags that evaluate, wise_ft and soup share."""
+    parser.add_argument("--shards", required=sets_required, metavar="DIR_OR_URL", help=DATA_HELP)
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        required=sets_required,
+        default=[],
+        metavar="SET",
+        help=f"folders under --shards to evaluate on; {', '.join(ALIASES)} are the paper's six",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for results.json, table.md, table.tex and pictures; the same command goes on in it "
+        "(default: evaluations/<tool>-<hash>)",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHOICES,
+        default=LAST,
+        help="which checkpoint the folder of a training run stands for: that of its last step, or of the epoch's end "
+        "that was best on the run's held-out set, as in the authors' evaluation (default: last). The path of a model "
+        "file or checkpoint folder is taken as it is",
+    )
+    parser.add_argument(FLAG, action="store_true", help=FLAG_HELP)
+    parser.add_argument(
+        "--allow-count-mismatch", action="store_true", help="take a known set that has other counts than it should"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="images at a time (default: 256)",
+    )
+    parser.add_argument(
+        "--loader-workers", type=int, metavar="N", help="threads that read (default: one less than there are cores)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "tf32", "bf16"),
+        default="auto",
+        help="arithmetic of the forward pass; auto: bf16 on GPUs, fp32 without (default: auto)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be run, run nothing")
+    parser.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="stay until the job ends, and show the results (default: yes)",
+    )
+    add_allocation_arguments(parser, here=True)
+
+
+def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
+    """What the flags ask for; None: the work is done in this process."""
+    if arguments.executor == "here" and not given_flags(arguments):
+        return None
+    if arguments.executor == "here":
+        arguments.executor = "auto"
+    return resolve_allocation(arguments, load_cluster_file(arguments.cluster))
+
+
+def evaluation_of(
+    arguments: argparse.Namespace,
+    allocation: Allocation | None,
+    kind: type[_Kind],
+    models: Sequence[str],
+    **fields: Any,
+) -> _Kind:
+    """The evaluation that flags ask for, checked against the models and sets on disk.
+
+    Args:
+        allocation: where it runs; None: in this process.
+        models: as the user names them.
+        fields: further fields of ``kind``.
+
+    Raises:
+        UserError: flags that contradict each other, or models and sets that do not belong together.
+    """
+    precision = resolve_precision(arguments.precision, allocation)
+    check_arithmetic(precision, allocation)
+    shards = arguments.shards or ""
+    if shards and not is_remote(shards):
+        shards = str(Path(shards).resolve())
+    if fields.get("holdout") is not None:
+        fields["holdout"] = set_folder(shards, fields["holdout"])
+    chosen = chosen_models(models, arguments.checkpoint)
+    evaluation = kind(
+        models=tuple(str(settled(find_model(path))) for path in chosen),
+        shards=shards,
+        sets=tuple(set_folder(shards, name) for name in arguments.sets),
+        batch_size=arguments.batch_size,
+        precision=precision,
+        loader_workers=arguments.loader_workers,
+        allow_count_mismatch=arguments.allow_count_mismatch,
+        **fields,
+    ).checked()
+    check_choices(evaluation, chosen, allowed=arguments.select_on_test_set)
+    check_models_and_sets(evaluation)
+    return evaluation
+
+
+def carry_out(
+    tool: str, evaluation: Evaluation, allocation: Allocation | None, arguments: argparse.Namespace
+) -> tuple[int, RunFolder]:
+    """Evaluate on ``allocation``, or in this process if that is None; 0 when the results are there.
+
+    Returns:
+        Exit code, and the evaluation's folder.
+    """
+    folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
+    run = RunFolder(folder.absolute())
+    check_path(run.root)
+    _drop_results_of_other_models(evaluation, run)
+    planned = Planned(run, evaluation)
+    if run.results.exists():
+        run.claim(evaluation)
+        run.tidy()
+        print(f"{run.root} has the results already", file=sys.stderr)
+        return 0, run
+    if arguments.dry_run:
+        print(mask_secrets(evaluation.to_json()))
+        if allocation is None:
+            print(f"Would run in this process, into {run.root}. Everything checked; nothing was run.")
+            return 0, run
+        return dry_run([planned], allocation), run
+    if allocation is None:
+        return _in_this_process(evaluation, run), run
+    if should_skip(run, sweep=False):
+        return 0, run
+    taken = claim_run_folders([planned])
+    if allocation.on_slurm:
+        return submit_to_slurm(taken, allocation, follow=arguments.follow), run
+    return run_here(taken, allocation, follow=arguments.follow), run
+
+
+def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
+    """Results of a model file that has been replaced since are no results of this evaluation."""
+    if run.has_work() and is_of_other_models(read_object(run.results) or {}):
+        run.claim(evaluation)
+        print(f"Models changed since {run.results} was written: they are evaluated anew.", file=sys.stderr)
+        run.drop_results()
+
+
+def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
+    import torch
+
+    from cfmask.distributed import DistributedContext
+    from cfmask.evaluation.worker import run_evaluation
+    from cfmask.session import FINISHED, QUIT
+
+    with ending_signals() as received:
+        take_folder(run, evaluation).keep()
+        run.clear_cancelled()
+        cores = len(os.sched_getaffinity(0))
+        context = DistributedContext(attempt=f"here-{os.getpid()}", cpus=cores, gpu=torch.cuda.is_available())
+        outcome = run_evaluation(evaluation, run, context, lambda: QUIT if received else None)
+        if outcome == FINISHED:
+            return 0
+        if signal.SIGHUP in received:
+            silence_output()
+        print(
+            f"Interrupted by {received[0].name}. The same command resumes after what has been counted.", file=sys.stderr
+        )
+    return 128 + received[0]

@@ -1,0 +1,128 @@
+"""The code that was submitted, kept in the run folder: a requeue next week runs it, whatever the repository holds.
+
+RUN/code/0123456789ab/    named after what is in it; files are read-only; start.py verifies them before they run
+  cfmask/ launch/         all that a job imports of this repository
+  snapshot.json           commit, files that differ from it, when it was taken, versions of Python and packages
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cfmask.files import sync, write_atomically
+from launch.ranks.start import FOLDERS, code_files, digest_of
+
+_INFO = "snapshot.json"
+_PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where it is, and what it says about itself."""
+
+    path: Path
+    info: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return str(self.info["digest"])
+
+    def __str__(self) -> str:
+        commit, changed = self.info.get("commit"), self.info.get("uncommitted") or []
+        if commit is None:
+            return self.digest
+        return f"{self.digest} (commit {commit[:7]}" + (f", {len(changed)} files changed since)" if changed else ")")
+
+
+def take(repository: Path, folder: Path) -> Snapshot:
+    """Copy the code into ``folder``, unless it is there. May be called by several processes at once. A copy that is
+    damaged is replaced."""
+    digest = digest_of(repository)
+    final = folder / digest
+    if (final / _INFO).exists() and digest_of(final) == digest:
+        return _read(final)
+    mine = f"{digest}.{platform.node()}-{os.getpid()}"
+    aside = folder / f".{mine}"
+    shutil.rmtree(aside, ignore_errors=True)
+    _copy(repository, aside, digest)
+    if final.exists():
+        damaged = folder / f".damaged-{mine}"
+        with contextlib.suppress(FileNotFoundError):  # another process replaces it as well
+            final.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    try:
+        aside.rename(final)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        if not (final / _INFO).exists() or digest_of(final) != digest:
+            raise
+    sync(folder)
+    return _read(final)
+
+
+def _copy(repository: Path, aside: Path, digest: str) -> None:
+    """Everything is on the disk before it gets its name: after a power cut, what has the name is whole."""
+    folders = {aside}
+    for path in code_files(repository):
+        copy = aside / path.relative_to(repository)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        copy.chmod(0o444)
+        sync(copy)
+        folders |= {parent for parent in copy.parents if parent.is_relative_to(aside)}
+    write_atomically(aside / _INFO, json.dumps(_info(repository, digest), indent=2))
+    for each in folders:
+        sync(each)
+
+
+def _read(final: Path) -> Snapshot:
+    return Snapshot(final, json.loads((final / _INFO).read_text()))
+
+
+def differing_files(one: Path, other: Path) -> list[str]:
+    """Names of the files that two trees do not have in common."""
+    contents = [{str(p.relative_to(root)): p.read_bytes() for p in code_files(root)} for root in (one, other)]
+    names = sorted(contents[0].keys() | contents[1].keys())
+    return [name for name in names if contents[0].get(name) != contents[1].get(name)]
+
+
+def _info(repository: Path, digest: str) -> dict[str, Any]:
+    if (repository / _INFO).exists():  # submitted from a snapshot
+        return json.loads((repository / _INFO).read_text())
+    commit = _git(repository, "rev-parse", "HEAD")
+    status = _git(repository, "status", "--porcelain", "--", *FOLDERS) if commit else None
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "digest": digest,
+        "commit": commit,
+        "uncommitted": [line[3:] for line in status.splitlines()] if status else [],
+        "taken": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+
+
+def _git(repository: Path, *words: str) -> str | None:
+    """What git says; None without git, or where this is not a repository of its own."""
+    if not (repository / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *words], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None

@@ -1,0 +1,396 @@
+"""Training runs before they are queued: which runs the flags ask for, their recipes with nothing left open, and all
+checks that need no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from cfmask.data.plan import lanes_of_rank, steps_per_epoch
+from cfmask.data.shards import Manifest, find_set, load_manifest
+from cfmask.errors import UserError
+from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
+from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
+from cfmask.models.initial import check_initial_model, described
+from cfmask.models.weights import is_path
+from cfmask.recipe import PRESETS, Recipe
+from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.jsonl import read_lines
+from cfmask.secrets import mask_secrets
+from cfmask.urls import is_remote
+from launch.allocation.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.resolve import (
+    Allocation,
+    check_arithmetic,
+    choose_executor,
+    resolve_allocation,
+    resolve_precision,
+    warn_of_paths_outside,
+)
+from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
+from launch.notification.notify import kept_setting
+from launch.submission.claims import check_path
+from launch.submission.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
+from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
+from launch.submission.submit import dry_run, last_submission, run_here, submit_to_slurm
+
+
+def add_submit_arguments(p: argparse.ArgumentParser) -> None:
+    """All flags of launch/submit.py."""
+    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<method>-<model>-s<seed>-<hash>)")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with this run; its folder says everything else, also what it got last, unless flags do",
+    )
+    p.add_argument(
+        "--from-step-0",
+        action="store_true",
+        help="with --resume, for a run whose checkpoints were lost: let it begin again at step 0 and discard its logs. "
+        "A whole checkpoint that is found is used all the same. Without this flag such a start ends with an error",
+    )
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
+    p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
+    p.add_argument(
+        "--chain",
+        type=argument_type(count),
+        metavar="N",
+        help="queue N jobs for each run, for sites where a job may not requeue itself: each starts when the one before "
+        "has ended in whatever way, resumes the run, and ends at once if the run is finished. With --resume, they "
+        "queue up behind the run's jobs that are there",
+    )
+    p.add_argument(FLAG, action="store_true", help=f"--best-on may {FLAG_HELP}")
+    p.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and the sbatch file, check everything, queue nothing",
+    )
+    p.add_argument(
+        "--follow",
+        action=argparse.BooleanOptionalAction,
+        help="stay and show progress until the job ends (default: yes here, no on Slurm)",
+    )
+    add_allocation_arguments(p)
+    add_recipe_arguments(p)
+
+
+def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
+    """Plan, check and submit what the flags of ``add_submit_arguments`` ask for.
+
+    Args:
+        pace_s: seconds that its runs wait at each step (``Job``), for fault injection by launch/drill.py
+            and by tests.
+
+    Returns:
+        The exit code of submit.py.
+
+    Raises:
+        UserError: what is refused, before anything is queued.
+    """
+    if arguments.from_step_0 and not arguments.resume:
+        raise UserError("--from-step-0 would do nothing: it is for a run that is resumed (--resume RUN).")
+    file = load_cluster_file(arguments.cluster)
+    planned: Sequence[AnyPlanned]
+    if arguments.resume:
+        allocation, planned = plan_resume(arguments, file)
+        print(mask_secrets(planned[0].work.to_json()))
+    else:
+        allocation = resolve_allocation(arguments, file)
+        first, *others = planned = plan(arguments, file, allocation)
+        print(mask_secrets(first.work.to_json()))
+        for other in others:
+            print(mask_secrets(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}"))
+    choices: dict[tuple[object, ...], bool] = {}
+    for each in planned:
+        check_path(each.run.root)
+        if isinstance(each.work, Recipe):
+            check(each.work, each.run, allocation)
+            # A run that was begun with this choice keeps it.
+            allowed = arguments.select_on_test_set or each.run.has_work()
+            choice = (each.work.data.shards, each.work.data.train_split, each.work.run.best_on, allowed)
+            if choice not in choices:  # of a sweep, once
+                choices[choice] = check_best_on(each.work, allowed=allowed)
+    on_test_set = any(choices.values())
+    refuse_idle_flag(arguments.select_on_test_set, on_test_set)
+    work = planned[0].work
+    warn_of_paths_outside(
+        allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
+    )
+    sweep = len(planned) > 1
+    if sweep and arguments.follow is not None:
+        raise UserError(
+            "--follow and --no-follow are for one run, and this is a sweep: on this machine its runs go one after the "
+            "other; on Slurm, python launch/status.py shows them all."
+        )
+    for each in planned:
+        if each.run.has_work():
+            each.run.claim(each.work)
+    if not sweep and arguments.array_parallelism:
+        raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
+    if arguments.chain:
+        check_chain(arguments, allocation)
+        if arguments.resume:
+            planned = [behind_its_jobs(each) for each in planned]
+    wanted = [each for each in planned if each.behind or not should_skip(each.run, sweep=sweep)]
+    if not wanted:
+        return 0
+    chain = arguments.chain or 0
+    if arguments.dry_run:
+        return dry_run(wanted, allocation, chain=chain)
+    if arguments.from_step_0 and wanted[0].behind:
+        raise UserError(
+            f"--from-step-0 is for a run that has no job, and job {wanted[0].behind[0]} is there: it would be allowed "
+            "to begin again, too. End it first, with launch/cancel.py."
+        )
+    wanted = claim_run_folders(wanted)
+    for each in wanted:
+        if not each.behind:
+            each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
+    if allocation.on_slurm:
+        return submit_to_slurm(wanted, allocation, chain=chain, follow=bool(arguments.follow), pace_s=pace_s)
+    return run_here(wanted, allocation, follow=arguments.follow is not False, pace_s=pace_s)
+
+
+def check_chain(arguments: argparse.Namespace, allocation: Allocation) -> None:
+    """Raises UserError: --chain would do nothing, or contradicts another flag."""
+    if not allocation.on_slurm:
+        raise UserError(
+            f"--chain would do nothing: its jobs wait for each other in Slurm's queue, and --executor is "
+            f"{allocation.executor}. Leave it out."
+        )
+    if arguments.retries is not None:
+        raise UserError(
+            "--retries would do nothing with --chain: after any end of a job, the next one of the chain starts. "
+            "--restarts-without-progress limits how many of them do so in vain."
+        )
+    if arguments.array_parallelism:
+        raise UserError(
+            "--array-parallelism would do nothing with --chain: each run of the sweep has a chain of its own, because "
+            "an array waits for whole arrays, or for the success of their members."
+        )
+
+
+# --- which runs ---------------------------------------------------------------------------------------------------
+
+
+def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned[Recipe]]:
+    """The runs that the flags ask for: one, or one for each of --presets and --seeds.
+
+    Raises:
+        UserError: flags that contradict each other.
+    """
+    for one, many in (("seed", "seeds"), ("preset", "presets")):
+        given = getattr(arguments, many)
+        if given and (hasattr(arguments, f"run.{one}") or (one == "preset" and arguments.preset)):
+            raise UserError(f"--{one} and --{many} contradict each other: give one of them.")
+        if given and len(set(given)) != len(given):
+            raise UserError(f"--{many} names one of them twice: {' '.join(map(str, given))}.")
+    recipes = [
+        resolve_recipe(recipe_of(arguments, file, preset, seed), allocation)
+        for preset in arguments.presets or [arguments.preset]
+        for seed in arguments.seeds or [None]
+    ]
+    if len(recipes) > 1 and arguments.run:
+        raise UserError(f"--run names one folder, and this is a sweep of {len(recipes)} runs. Leave it out.")
+    planned = []
+    for recipe in recipes:
+        run = RunFolder((arguments.run or default_folder(recipe)).resolve())
+        planned.append(Planned(run, recipe))
+    return planned
+
+
+def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | None, seed: int | None = None) -> Recipe:
+    """What flags, a row, a seed and the cluster file say of a recipe, not yet resolved; flags win."""
+    member = argparse.Namespace(**vars(arguments))
+    member.preset = preset
+    if seed is not None:
+        setattr(member, "run.seed", seed)
+    for key, value in _recipe_values(file).items():
+        if not hasattr(member, f"data.{key}"):
+            setattr(member, f"data.{key}", value)
+    return recipe_from(member)
+
+
+def _recipe_values(file: ClusterFile) -> dict[str, Any]:
+    """What the cluster file says of a recipe; a path in it is seen from where the file is."""
+    values = {key: file.values[key] for key in RECIPE_KEYS if key in file.values}
+    if file.path is not None and "shards" in values and not is_remote(values["shards"]):
+        values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
+    return values
+
+
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[AnyPlanned]]:
+    """The run (or evaluation) to go on with, and what it gets: what it got last, unless flags say otherwise.
+
+    Raises:
+        UserError: it is no run folder, or a flag would do nothing.
+    """
+    flags = [f"--{name}" for name in ("run", "seeds", "presets") if getattr(arguments, name)]
+    flags += given_recipe_flags(arguments)
+    if flags:
+        raise UserError(
+            f"--resume continues the recipe in {arguments.resume}; these flags would do nothing: "
+            f"{', '.join(flags)}. Leave them out, or start another run without --resume."
+        )
+    run = RunFolder(arguments.resume.resolve())
+    work = run.work()
+    if arguments.from_step_0 and not isinstance(work, Recipe):
+        raise UserError(f"--from-step-0 would do nothing: {run.root} is an evaluation, which has no checkpoints.")
+    last = last_submission(run)
+    same = last is not None and last["executor"] == choose_executor(arguments)
+    before = {**last["allocation"], **kept_setting(run)} if last is not None and same else None
+    allocation = resolve_allocation(arguments, file, before)
+    had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
+    if isinstance(work, Recipe) and had not in (None, allocation.world_size):
+        print(
+            f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
+            "to rounding.",
+            file=sys.stderr,
+        )
+    return allocation, [Planned(run, work)]
+
+
+# --- resolving and checking -------------------------------------------------------------------------------------
+
+
+def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
+    """The recipe with nothing left open: paths absolute, the paper's values and the precision filled in."""
+    if not recipe.data.shards:
+        raise UserError(
+            "--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split. A cluster file "
+            "(slurm/cluster.toml) can say it once for all runs."
+        )
+    shards = recipe.data.shards if is_remote(recipe.data.shards) else str(Path(recipe.data.shards).resolve())
+    precision = resolve_precision(recipe.run.precision, allocation)
+    model = replace(
+        recipe.model,
+        name=_absolute(recipe.model.name) if recipe.model.name.endswith(".json") else recipe.model.name,
+        pretrained=_absolute(recipe.model.pretrained) if is_path(recipe.model.pretrained) else recipe.model.pretrained,
+        head=_absolute(recipe.model.head) if recipe.model.head else None,
+    )
+    segmentation = None if recipe.data.segmentation is None else _absolute(recipe.data.segmentation)
+    method = recipe.method
+    if method.ensemble is not None:
+        method = replace(method, ensemble=_absolute(method.ensemble))
+    return replace(
+        recipe,
+        model=model,
+        method=method,
+        data=replace(recipe.data, shards=shards, segmentation=segmentation),
+        run=replace(recipe.run, precision=precision),
+    ).resolved()
+
+
+def _absolute(path: str) -> str:
+    """A job starts elsewhere. Links are not followed: beside one may lie the configuration of the weights that it leads
+    to. Nor is ".." shortened: behind a link to a folder it leads to the folder above the target. What is not there
+    has the same path as before it was moved: a run that has started needs it no more."""
+    return str(Path(path).absolute())
+
+
+def default_folder(recipe: Recipe) -> Path:
+    model = Path(recipe.model.name).stem
+    return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
+
+
+def check(
+    recipe: Recipe, run: RunFolder, allocation: Allocation, coming: Mapping[str, ModelInfo] = MappingProxyType({})
+) -> None:
+    """All that can be known before a job is queued.
+
+    Args:
+        coming: what model files will be that are not there yet: another job makes them before this one starts.
+
+    Raises:
+        UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
+    """
+    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
+    shards = recipe.data.shards
+    train = load_set(shards, recipe.data.train_split)
+    steps_per_epoch(train.num_samples, recipe.optim.batch_size)
+    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
+    optim = recipe.optim
+    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
+        raise UserError(
+            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
+            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
+        )
+    if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
+        raise UserError(
+            f"--segmentation {recipe.data.segmentation}: no such file or directory. Give what tools/validate_masks.py "
+            "takes: a folder of PNGs, COCO annotations, or masks that tools/segment.py made."
+        )
+    for name in recipe.data.eval_sets:
+        check_same_classes(load_set(shards, name), train)
+    if run.initial.exists():
+        return  # the run has its weights and head
+    classes = tuple(wnid for wnid, _ in train.classes)
+    start = _check_start(recipe, train, coming)
+    depth = start.config["vision_cfg"].get("layers", 12)
+    if recipe.method.first_block is not None and recipe.method.first_block >= depth:
+        raise UserError(
+            f"--first-block is {recipe.method.first_block}; {recipe.model.name} has {depth} blocks, counted from 0."
+        )
+    ensemble = recipe.method.ensemble
+    if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
+        path = find_model(ensemble)
+        check_same_kind(read_info(path), replace(start, classes=classes), str(path))
+
+
+def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo]) -> ModelInfo:
+    """What the run starts from. Here, not in the job: compute nodes often have no network.
+
+    Raises:
+        UserError: weights or head that cannot be had, or do not belong to the model or the classes.
+    """
+    model = recipe.model
+    if os.path.isfile(model.pretrained) or model.pretrained not in coming:
+        return check_initial_model(
+            model.name, model.pretrained, model.head, train.classes, mean=model.mean, std=model.std
+        ).info
+    own = coming[model.pretrained]
+    classes = tuple(wnid for wnid, _ in train.classes)
+    if model.head:
+        check_head(model.head, classes)
+    elif own.classes != classes:
+        raise UserError(
+            f"{model.pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated "
+            f"first; {train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+        )
+    return described(own, model.name, model.pretrained, mean=model.mean, std=model.std)
+
+
+def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:
+    """``check_selection`` for the set that chooses a run's best checkpoint, with what it returns and raises. Warns of
+    images in it that are trained on."""
+    name = recipe.run.best_on
+    if name is None:
+        return False
+    chooses, train = (load_set(recipe.data.shards, each) for each in (name, recipe.data.train_split))
+    on_test_set = check_selection(f"--best-on {name}", name, chooses, allowed=allowed)
+    if shared := trained_on(chooses, train):
+        print(f"warning: --best-on {name}: {shared}", file=sys.stderr)
+    return on_test_set
+
+
+@functools.cache
+def load_set(shards: str, name: str) -> Manifest:
+    return load_manifest(find_set(shards, name))
+
+
+def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
+    ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
+    if ours != theirs:
+        raise UserError(
+            f"The set {evaluated.root} has another class list ({len(theirs)} classes) than {train.root} "
+            f"({len(ours)} classes): its labels mean other classes. Convert both with one class list."
+        )
