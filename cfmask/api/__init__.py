@@ -16,7 +16,7 @@ from torch import Tensor
 from cfmask.counting import Counts
 from cfmask.data.images import crop, decode
 from cfmask.data.label_space import label_space_of
-from cfmask.data.remote import is_remote, node_cache
+from cfmask.data.remote import node_cache
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import MicroBatch, eval_batches
 from cfmask.errors import UserError
@@ -29,6 +29,7 @@ from cfmask.recipe import Method, Recipe
 from cfmask.report.results import SetResult
 from cfmask.runs import find_model
 from cfmask.step import build_cam, counterfactual
+from cfmask.urls import is_remote
 
 __all__ = ["Counterfactuals", "Method", "Model", "batches", "counterfactuals", "evaluate", "load_model", "load_set"]
 

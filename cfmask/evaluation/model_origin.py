@@ -143,11 +143,10 @@ def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
     """Short distinct names of models: their paths without the parts at either end that all have in common."""
-    parts = [list(Path(path).absolute().parts) for path in paths]
-    if len(parts) < 2:
+    if len(paths) < 2:
         return [str(path) for path in paths]
-    while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [each[1:] for each in parts]
-    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [each[:-1] for each in parts]
-    return ["/".join(each) for each in parts]
+    parts = [Path(path).absolute().parts for path in paths]
+    most = min(map(len, parts)) - 1
+    start = min(most, len(os.path.commonprefix(parts)))
+    end = min(most - start, len(os.path.commonprefix([each[::-1] for each in parts])))
+    return ["/".join(each[start : len(each) - end]) for each in parts]

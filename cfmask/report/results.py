@@ -38,16 +38,6 @@ _Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class SetInfo:
-    """The size of a set."""
-
-    samples: int
-    """Number of images."""
-    classes: int
-    """Number of classes that may be predicted."""
-
-
-@dataclass(frozen=True)
 class SetResult:
     """A model's result on a set."""
 
@@ -101,16 +91,14 @@ class Results:
 
     evaluation: Evaluation
     """What was evaluated."""
-    sets: dict[str, SetInfo]
-    """Size by name of a set."""
+    sets: tuple[str, ...]
+    """Names of the sets."""
     models: tuple[ModelResult, ...]
     """Result of each model."""
     chosen: int | None = None
     """Index in ``models`` of the model that was saved; None: no model was."""
     chosen_on: str | None = None
     """The set on which it was chosen."""
-    ingredients: tuple[str, ...] = ()
-    """Models in a soup, in the order in which they were added."""
     origins: tuple[ModelOrigin, ...] = ()
     """Origin of each evaluated model, in the order of ``evaluation.models``; empty in results of earlier versions."""
 
@@ -175,11 +163,10 @@ def _results(content: Mapping[str, Any]) -> Results:
         raise UserError(f"“chosen” is {chosen}, and there are {len(models)} models. Evaluate again.")
     return Results(
         Evaluation.from_json(json.dumps(content["evaluation"])),
-        {name: SetInfo(info["samples"], info["classes"]) for name, info in content["sets"].items()},
+        tuple(content["sets"].keys()),
         models,
         chosen,
         content.get("chosen_on"),
-        tuple(content.get("ingredients") or ()),
         tuple(ModelOrigin.from_json(each) for each in content.get("checkpoints") or ()),
     )
 

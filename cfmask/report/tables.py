@@ -83,17 +83,13 @@ class _Notation:
     bold: str
     missing: str
 
-    def cell(self, e: Estimate | None, *, uncertainty: bool = True, digits: int = 1, bold: bool = False) -> str:
+    def cell(self, e: Estimate | None, *, bold: bool = False) -> str:
         if e is None:
             return self.missing
-        text = f"{e.value:.{digits}f}"
-        if uncertainty and e.seeds > 1:
-            text += f"{self.plus_minus}{e.sd:.{digits}f}"
+        text = f"{e.value:.1f}" if e.seeds == 1 else f"{e.value:.1f}{self.plus_minus}{e.sd:.1f}"
         if bold:
             text = self.bold.format(text)
-        if uncertainty and e.seeds == 1:
-            text += " " + self.interval.format(f"{e.low:.{digits}f}", f"{e.high:.{digits}f}")
-        return text
+        return text if e.seeds > 1 else f"{text} {self.interval.format(f'{e.low:.1f}', f'{e.high:.1f}')}"
 
 
 _MARKDOWN = _Notation(" ± ", "({}–{})", "**{}**", "–")
@@ -118,9 +114,7 @@ def differences(
     return found
 
 
-def markdown_table(
-    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
-) -> str:
+def markdown_table(rows: Sequence[ResultRow], split: Split | None = None, *, note: str = "") -> str:
     """Top-1 in percent, with a line below that explains the numbers. The best of each column is bold, with ties after
     rounding.
 
@@ -131,23 +125,20 @@ def markdown_table(
         UserError: no row, or none with a set.
     """
     split = checked_split(rows, split)
-    cells = _cells(rows, split, _MARKDOWN, uncertainty, digits)
+    cells = _cells(rows, split, _MARKDOWN)
     lines = [[markdown_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
-    below = _note(rows, split, uncertainty, note)
-    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + below
+    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + _note(rows, split, note)
 
 
-def latex_table(
-    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
-) -> str:
+def latex_table(rows: Sequence[ResultRow], split: Split | None = None, *, note: str = "") -> str:
     r"""The same as ``markdown_table`` as a tabular, for \input in a paper; needs the package booktabs."""
     split = checked_split(rows, split)
-    cells = _cells(rows, split, _LATEX, uncertainty, digits)
+    cells = _cells(rows, split, _LATEX)
     lines = [[latex_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
-            *(f"% {line}" for line in textwrap.wrap(_note(rows, split, uncertainty, note), 110)),
+            *(f"% {line}" for line in textwrap.wrap(_note(rows, split, note), 110)),
             rf"\begin{{tabular}}{{l{'c' * len(split.columns)}}}",
             r"\toprule",
             " & ".join(["", *map(latex_text, split.columns)]) + r" \\",
@@ -191,7 +182,7 @@ def comparison(
         "Student's t. The unknown noise of the published numbers is not included."
     )
     header = table(["top-1 %", *map(markdown_text, labels)], lines)
-    return f"{header}\n\n" + _note(rows, split, True, note, rule)
+    return f"{header}\n\n" + _note(rows, split, note, rule)
 
 
 def latex_text(text: str) -> str:
@@ -239,38 +230,28 @@ def checked_split(rows: Sequence[ResultRow], split: Split | None) -> Split:
     return split
 
 
-def _cells(
-    rows: Sequence[ResultRow], split: Split, notation: _Notation, uncertainty: bool, digits: int
-) -> list[list[str]]:
+def _cells(rows: Sequence[ResultRow], split: Split, notation: _Notation) -> list[list[str]]:
     """The cells of each row. With several rows, the best of each column is bold."""
     estimates = [row.estimates(split) for row in rows]
-    cells = []
+    columns = []
     for label in split.columns:
         column = [of_row.get(label) for of_row in estimates]
-        best = max((round(e.value, digits) for e in column if e), default=None) if len(rows) > 1 else None
-        cells.append(
-            [
-                notation.cell(
-                    e, uncertainty=uncertainty, digits=digits, bold=e is not None and round(e.value, digits) == best
-                )
-                for e in column
-            ]
-        )
-    return [list(line) for line in zip(*cells, strict=True)]
+        best = max((round(e.value, 1) for e in column if e), default=None) if len(rows) > 1 else None
+        columns.append([notation.cell(e, bold=e is not None and round(e.value, 1) == best) for e in column])
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
-def _note(rows: Sequence[ResultRow], split: Split, uncertainty: bool, *more: str) -> str:
+def _note(rows: Sequence[ResultRow], split: Split, *more: str) -> str:
     """Sentences that explain a table's numbers, and then ``more``."""
     seeds = sorted({len(row.per_seed) for row in rows if len(row.per_seed) > 1})
-    numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""
-    average = AVERAGE in split.columns
     parts = []
     if seeds:
-        parts.append(f"Mean {'± sample standard deviation ' if uncertainty else ''}over {numbers} seeds.")
-    if uncertainty and any(len(row.per_seed) == 1 for row in rows):
-        of_average = "; for the average, from the sets' binomial variances" if average else ""
+        numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        parts.append(f"Mean ± sample standard deviation over {numbers} seeds.")
+    if any(len(row.per_seed) == 1 for row in rows):
+        of_average = "; for the average, from the sets' binomial variances" if AVERAGE in split.columns else ""
         parts.append(f"Of one seed: the 95 % interval over draws of the test set (Wilson's{of_average}).")
-    if average:
+    if AVERAGE in split.columns:
         shifted = [label for label, name in split.columns.items() if name in split.shifted]
         parts.append(f"{AVERAGE}: mean of {', '.join(shifted)}.")
     return " ".join(filter(None, [*parts, *more]))
