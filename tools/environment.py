@@ -63,17 +63,19 @@ if python_problem(sys.version_info):
     sys.exit(2)
 
 
-def ensure(requirements=("requirements.txt",)) -> None:
+def ensure(requirements=("requirements.txt",), lowest: bool = False) -> None:
     """Return inside an environment that has this project and the packages of ``requirements``; create it if need be.
 
     Args:
         requirements: pip requirement files, relative to the repository's root.
+        lowest: an environment of its own, `.venv-lowest`, with the lowest versions that requirements.txt allows.
 
     A process outside the environment is replaced (``os.execv``) by the same command in the environment's Python, which
     calls this function again. This checkout is put first on PYTHONPATH: a shared environment may have another one
     installed. Errors end the process with exit code 2, Ctrl-C with 130; the next run continues.
     """
-    venv = Path(os.path.abspath(os.path.expanduser(os.environ.get("CFMASK_VENV") or str(ROOT / ".venv"))))
+    chosen = str(ROOT / ".venv-lowest") if lowest else os.environ.get("CFMASK_VENV") or str(ROOT / ".venv")
+    venv = Path(os.path.abspath(os.path.expanduser(chosen)))
     files = list(requirements) + ([PROJECT] if (ROOT / PROJECT).exists() else [])
     wanted = {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in files}
     inside = os.path.realpath(sys.prefix) == os.path.realpath(str(venv))
@@ -81,7 +83,7 @@ def ensure(requirements=("requirements.txt",)) -> None:
     came_from = os.environ.pop("CFMASK_BOOTSTRAPPED", None)
     try:
         if not _is_ready(venv, wanted, inside):
-            _set_up(venv, wanted)
+            _set_up(venv, wanted, lowest)
             inside = False  # the environment of this process may have been replaced
         if inside:
             return
@@ -126,7 +128,7 @@ def _is_ready(venv: Path, wanted: dict, inside: bool) -> bool:
     return stamp["python"] == (list(sys.version_info[:2]) if inside else _version_of(venv))
 
 
-def _set_up(venv: Path, wanted: dict) -> None:
+def _set_up(venv: Path, wanted: dict, lowest: bool) -> None:
     """Bring the environment to the state that ``_is_ready`` asks for, one process at a time."""
     venv.mkdir(parents=True, exist_ok=True)
     with open(str(venv / "cfmask-setup.lock"), "w") as lock:
@@ -164,7 +166,7 @@ def _set_up(venv: Path, wanted: dict) -> None:
         stamp = {"made_here": not made_by_hand, "changing": False, "python": _version_of(venv), "installed": installed}
         if remake:
             _write_stamp(venv, stamp)
-        _install(venv, [name for name in wanted if installed.get(name) != wanted[name]], stamp, lock)
+        _install(venv, [name for name in wanted if installed.get(name) != wanted[name]], stamp, lock, lowest)
         _write_stamp(venv, dict(stamp, installed=dict(installed, **wanted)))
         _say(f"the environment is ready: {venv}")
 
@@ -194,7 +196,7 @@ def _make(venv: Path) -> None:
         raise SetupError(f"`python -m venv {venv}` failed: {_last_lines(done.stdout)}")
 
 
-def _install(venv: Path, files: list, stamp: dict, lock) -> None:
+def _install(venv: Path, files: list, stamp: dict, lock, lowest: bool) -> None:
     """Install requirement files, and this project in editable mode, with pip; its output goes to stderr and the log."""
     scratch, log_path = venv / "tmp", venv / "cfmask-setup.log"
     shutil.rmtree(str(scratch), ignore_errors=True)
@@ -207,6 +209,10 @@ def _install(venv: Path, files: list, stamp: dict, lock) -> None:
     command += ["--progress-bar", "off", "--retries", "3"]
     for name in files:
         command += ["-e", str(ROOT)] if name == PROJECT else ["-r", str(ROOT / name)]
+    if lowest:
+        bounds = re.findall(r"^([\w-]+)>=([\w.]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+        (scratch / "lowest.txt").write_text("".join(f"{name}=={version}\n" for name, version in bounds))
+        command += ["-c", str(scratch / "lowest.txt")]
     output, start = [], time.monotonic()
     try:
         # pip holds the lock too: if this process is killed, the next one waits until pip has stopped.

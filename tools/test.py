@@ -3,6 +3,7 @@
     python3 tools/test.py                     all of it, except the sweeps marked slow
     python3 tools/test.py --slow              those too
     python3 tools/test.py --quick             the linters, and tests that start no runs: two minutes
+    python3 tools/test.py --lowest            core tests at the lowest versions that requirements.txt allows
     python3 tools/test.py tests/test_step.py -k relevance     what follows goes to pytest
 
 pytest runs even if a linter complains, so that one run shows everything; the exit code is 0 only if all passed.
@@ -23,13 +24,18 @@ QUICK = (
     *("validation", "weights"),
 )
 """What --quick runs of tests/."""
+LOWEST = (*QUICK, "ddp", "evaluator", "fused", "methods", "models", "preprocessing", "relevance_kernel", "stream")
+"""What --lowest runs of tests/."""
+
+
+FLAGS = ("--slow", "--quick", "--lowest")
 
 
 def main(arguments: list) -> int:
-    slow, quick = "--slow" in arguments, "--quick" in arguments
-    arguments = [argument for argument in arguments if argument not in ("--slow", "--quick")]
-    pytest_options = [] if slow else ["-m", "not slow and not slurm" if quick else "not slow"]
-    pytest_options += [f"tests/test_{name}.py" for name in QUICK] if quick else []
+    slow, quick, lowest = (flag in arguments for flag in FLAGS)
+    arguments = [argument for argument in arguments if argument not in FLAGS]
+    pytest_options = [] if slow else ["-m", "not slow and not slurm" if quick or lowest else "not slow"]
+    pytest_options += [f"tests/test_{name}.py" for name in (QUICK if quick else LOWEST if lowest else ())]
     checks = {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
@@ -40,7 +46,9 @@ def main(arguments: list) -> int:
             *arguments,
         ],
     }
-    if not slow and not quick:
+    if lowest:
+        del checks["ruff check"], checks["ruff format"], checks["mypy"]
+    if not (slow or quick or lowest):
         print("Left out: the sweeps marked slow; python3 tools/test.py --slow runs them too.", flush=True)
     failed = []
     for name, command in checks.items():
@@ -59,7 +67,7 @@ if __name__ == "__main__":
         sys.exit(0)
     import environment
 
-    environment.ensure(("requirements.txt", "tests/requirements.txt"))
+    environment.ensure(("requirements.txt", "tests/requirements.txt"), lowest="--lowest" in sys.argv)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
