@@ -208,7 +208,8 @@ class UniformSoup(Evaluation):
         return 1
 
     def _check_kind(self) -> None:
-        pass
+        if not self.models:
+            raise UserError("Nothing to do: name the models to average.")
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ class GreedySoup(UniformSoup):
         return self.holdout
 
     def _check_kind(self) -> None:
+        super()._check_kind()
         if self.holdout is None:
             raise UserError("A greedy soup needs a held-out set, not a test set: name it with --holdout.")
 

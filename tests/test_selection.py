@@ -17,7 +17,7 @@ from cfmask.data.receipts import DataProgress
 from cfmask.data.shard_index import Index, index_name, write_index
 from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
-from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
+from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, origin_of, settled
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
 from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
 from cfmask.runs import RunFolder, find_model
@@ -161,12 +161,9 @@ def test_results_state_the_step_of_a_model_and_what_chose_it(tmp_path):
     assert said(find_model(running.root)) == (20, "last so far", None)
     assert said(tmp_path / "foreign.safetensors") == (None, "a file of no run", None)
     origins = [origin_of(run.final), origin_of(tmp_path / "foreign.safetensors"), origin_of(run.best().model)]
-    assert describe(origins, {str(run.final): "A"}) == (
-        "Checkpoints: A: step 30, last; run: step 20, best on holdout (80.00 %)."
-    )
-    assert describe(origins[1:2], {}) == ""
-    note = checkpoint_note({"FT": origins[::2], "zero-shot": []})
-    assert note == "Checkpoints by row and seed — FT: last, step 30; best on holdout, step 20."
+    note = checkpoint_note({"FT": origins[::2], "foreign": origins[1:2], "zero-shot": []})
+    assert note == "Checkpoints: FT: step 30, last / step 20, best on holdout (80.00 %)."
+    assert checkpoint_note({"foreign": origins[1:2]}) == ""
 
 
 # --- which sets may choose --------------------------------------------------------------------------------------------

@@ -265,6 +265,7 @@ class SetCounter:
             return {}
         try:
             tensors = safetensors.torch.load(data)
+            # Parsed here, because safetensors reads metadata from files only.
             about = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
             digest = about.pop("digest")
             if digest != _digest_of(tensors, about):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,36 +109,23 @@ def is_training_run(path: str | Path) -> bool:
     return Path(path).is_dir() and run.has_work() and isinstance(run.work(), Recipe)
 
 
-def describe(origins: Iterable[ModelOrigin], names: Mapping[str, str]) -> str:
-    """A sentence for a table that names the checkpoints of its models; "" if none is of a training run.
-
-    Args:
-        names: by file, the model's name in the table.
-    """
-    parts = []
-    for origin in origins:
-        if origin.run is not None:
-            accuracy = "" if origin.top1 is None else f" ({origin.top1:.2f} %)"
-            step = "an unknown step" if origin.step is None else f"step {origin.step}"
-            parts.append(f"{names.get(origin.file, Path(origin.run).name)}: {step}, {origin.chosen}{accuracy}")
-    return f"Checkpoints: {'; '.join(parts)}." if parts else ""
-
-
 def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
-    """A sentence for a table of several seeds that names the checkpoints of its rows; "" if none is known.
+    """A sentence for a table that names the checkpoints of its rows; "" if none is of a training run.
 
     Args:
-        rows: by label of a row, the origins of its models, one for each seed.
+        rows: by name of a row, the origins of its models, one for each seed.
     """
     parts = []
-    for label, origins in rows.items():
-        steps: dict[str, list[str]] = {}
+    for name, origins in rows.items():
+        seeds = []
         for origin in origins:
-            steps.setdefault(origin.chosen, []).append("unknown" if origin.step is None else f"{origin.step:,}")
-        chosen = "; ".join(f"{how}, step {', '.join(found)}" for how, found in steps.items())
-        if chosen:
-            parts.append(f"{label}: {chosen}")
-    return f"Checkpoints by row and seed — {'. '.join(parts)}." if parts else ""
+            step = "an unknown step" if origin.step is None else f"step {origin.step:,}"
+            accuracy = "" if origin.top1 is None else f" ({origin.top1:.2f} %)"
+            if origin.run is not None:
+                seeds.append(f"{step}, {origin.chosen}{accuracy}")
+        if seeds:
+            parts.append(f"{name}: {' / '.join(seeds)}")
+    return f"Checkpoints: {'; '.join(parts)}." if parts else ""
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfmask.errors import UserError
 from cfmask.evaluation.counter import SetCounter
 from cfmask.evaluation_spec import GreedySoup, UniformSoup
 from cfmask.models.head import ModelInfo, load_alike, save_model
@@ -84,23 +83,16 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
 
 def average(states: Iterable[StateDict]) -> dict[str, Tensor]:
     """The mean of weights, added in the order given. One state at a time is in memory beside the sum, which is fp64 so
-    that rounding does not grow with the number of ingredients.
-
-    Raises:
-        UserError: no states, or different architectures.
-    """
+    that rounding does not grow with the number of ingredients."""
     total: dict[str, Tensor] = {}
     first: StateDict = {}
     count = 0
     for state in states:
         if not total:
             first, total = state, {key: torch.zeros_like(value, dtype=torch.float64) for key, value in state.items()}
-        _check_alike(first, state)
         for key, value in total.items():
             value += state[key]
         count += 1
-    if not count:
-        raise UserError("A soup needs at least one model.")
     return {key: (value / count).to(first[key].dtype) for key, value in total.items()}
 
 
@@ -139,10 +131,3 @@ def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
     model, info = kept[0]
     model.load_state_dict(mean)
     return model, info
-
-
-def _check_alike(one: StateDict, other: StateDict) -> None:
-    if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
-        raise UserError(
-            "Two models have different tensors, and only weights of one architecture can be averaged. Omit one of them."
-        )

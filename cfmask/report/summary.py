@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cfmask.data.shards import find_set, manifest_if_there
-from cfmask.evaluation.model_origin import describe, short_names
+from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, short_names
 from cfmask.evaluation.selection import known_test_set
 from cfmask.files import write_atomically
 from cfmask.report.charts import bar_chart, reliability_chart
@@ -38,8 +38,11 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
 def _note(results: Results, names: Sequence[str]) -> str:
     """Sentences that say which sets have chosen the models."""
     files = [origin.file for origin in results.origins]
-    called = names if len(names) == len(files) else short_names(files) if files else []
-    parts = [describe(results.origins, dict(zip(files, called, strict=True)))]
+    called = names if len(names) == len(files) else short_names(files)
+    by_name: dict[str, list[ModelOrigin]] = {}
+    for name, origin in zip(called, results.origins, strict=True):
+        by_name.setdefault(name, []).append(origin)
+    parts = [checkpoint_note(by_name)]
     for name in sorted({origin.chosen_on for origin in results.origins if origin.chosen_on is not None}):
         if name in results.sets:
             parts.append(f"{name} has chosen a checkpoint: its accuracy on this set is too high.")
