@@ -594,7 +594,7 @@ def test_the_choice_of_checkpoints_is_said_and_kept_and_a_plan_of_before_keeps_t
     best = flags(materials, tmp_path / "best", *HERE, *rows)
     assert reproduce.main(best) == 0
     table = (tmp_path / "best/table.md").read_text()
-    assert "FT: best on holdout, step 7. WiSE-FT, α = 0.5: best on holdout, step 7." in table
+    assert "FT: step 7, best on holdout; WiSE-FT, α = 0.5: step 7, best on holdout." in table
     written = json.loads((tmp_path / "best/results.json").read_text())
     assert written["plan"]["checkpoint"] == "best" and written["rows"][0]["checkpoints"][0]["step"] == 7
     assert RunFolder(tmp_path / "best/ft-s0").recipe().data.eval_sets == ("holdout",)
@@ -709,7 +709,7 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
         assert rows[word]["shifted"]["value"] == model["sets"]["shifted"]["top1"]
     assert (out / "bars.png").stat().st_size > 5000
     best = RunFolder(out / "ft-s0").best()
-    assert f"FT: best on holdout, step {best.step}" in table
+    assert f"FT: step {best.step}, best on holdout" in table
     [origin] = json.loads((out / "ft-eval-s0/results.json").read_text())["checkpoints"]
     assert (origin["file"], origin["step"], origin["top1"]) == (str(best.model), best.step, best.top1)
     # An evaluation goes on like any run.

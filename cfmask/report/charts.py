@@ -36,14 +36,12 @@ def bar_chart(rows: Sequence[ResultRow], path: Path, split: Split | None = None)
     width = 0.84 / len(rows)
     for i, row in enumerate(rows):
         estimates = row.estimates(split)
+        found = list(estimates.values())
         bars = axis.bar(
             [labels.index(label) + (i - (len(rows) - 1) / 2) * width for label in estimates],
-            [e.value for e in estimates.values()],
+            [e.value for e in found],
             width * 0.92,
-            yerr=[
-                [abs(e.value - end) for e, end in zip(estimates.values(), ends, strict=True)]
-                for ends in ([e.low for e in estimates.values()], [e.high for e in estimates.values()])
-            ],
+            yerr=[[abs(e.value - e.low) for e in found], [abs(e.high - e.value) for e in found]],
             error_kw={"elinewidth": 0.9, "capsize": min(3, 14 / len(rows)), "ecolor": "#333333"},
             label=row.name,
             color=colour(i),
