@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import made
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
-from cfmask.report import read_results
+from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines

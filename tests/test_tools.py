@@ -53,7 +53,7 @@ def test_curves_of_two_runs_and_an_error_for_a_run_without_any(tmp_path, capsys)
     assert plot_runs.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
     assert Image.open(out).size[0] > 500
     assert plot_runs.main([str(tmp_path)]) == 2
-    assert "no log yet" in capsys.readouterr().err
+    assert "has no log: it is not a run folder" in capsys.readouterr().err
 
 
 def test_a_model_is_named_by_file_checkpoint_or_run(tmp_path):

@@ -205,7 +205,7 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
     found = results(tmp_path / "out")
     assert found["without_mask"] == 7 and found["models"][0]["groups"]["dog"]["images"] == 2
     assert found["models"][0]["groups"]["cat"]["iou"] == [None] * 9
-    assert "Left out, because they have no mask: 7" in (tmp_path / "out/table.md").read_text()
+    assert "Excluded because they have no mask: 7" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
     made.save_tiny_model(tmp_path / "other.safetensors", ODD, WNIDS[::-1])
     asked = command(scene, tmp_path / "out")
     assert validate_masks.main([str(tmp_path / "other.safetensors"), *asked[1:]]) == 2
-    assert "labels and answers would not mean the same" in capsys.readouterr().err
+    assert "labels and predictions would not mean the same" in capsys.readouterr().err
     for path in (scene / "masks/val").rglob("*.png"):
         Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / path.name)
     assert validate_masks.main([*asked, "--segmentation", str(tmp_path)]) == 2

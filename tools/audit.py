@@ -30,7 +30,7 @@ try:
     from cfmask.data.stream import WINDOW_SHARDS
     from cfmask.errors import UserError
     from cfmask.recipe import Recipe
-    from cfmask.report import table
+    from cfmask.report.tables import table
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import exits_cleanly
     from cfmask.runtime.jsonl import read_lines

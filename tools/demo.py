@@ -149,7 +149,7 @@ def run(*command: object) -> None:
 
 def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
     """Evaluate every model on every set, write results.json and table.md; the table."""
-    from cfmask.report import read_results
+    from cfmask.report.results import read_results
 
     say("Evaluating")
     zero = out / "tower.safetensors"

@@ -11,7 +11,7 @@ import torch
 from cfmask.errors import UserError
 from cfmask.presets import PRESETS
 from cfmask.recipe import Recipe
-from cfmask.report import table
+from cfmask.report.tables import table
 from tools.benchmarks.fresh_process import DoesNotFit, fresh
 from tools.benchmarks.metering import measure_matmul
 from tools.benchmarks.step_measurements import (

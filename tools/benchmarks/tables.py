@@ -9,7 +9,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from cfmask.report import table
+from cfmask.report.tables import table
 
 
 def spread(values: list[float], form: str = "{:.0f}") -> str:

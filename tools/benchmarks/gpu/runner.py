@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cfmask.report import table
+from cfmask.report.tables import table
 from cfmask.runtime.files import write_atomically
 from tools.benchmarks.gpu.setting import Setting
 
