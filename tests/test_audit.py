@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cfmask.audit
 import made
 from cfmask.checkpoint_state import digest_of
 from cfmask.data import plan, receipts
@@ -85,7 +86,7 @@ def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, 
         run = train(materials, tmp_path / "run")
     code, out = said(run, capsys)
     assert code == 1 and "NOT PROVEN" in out
-    planned = audit.load_plan(run)[0]
+    planned = cfmask.audit.load_plan(run)[0]
     repeated, missing = planned.keys[planned.ids(STEPS + 3)[8]], planned.keys[planned.ids(STEPS + 4)[9]]
     assert f"Step 10 (epoch 2, step 4 in it) consumed {repeated} where {missing} was planned" in out
     assert out.count("consumed") == 1
@@ -185,7 +186,7 @@ def test_lines_of_receipts_are_written_once_a_step(materials, tmp_path):
 @pytest.mark.parametrize("name", ["receipts.jsonl", "bad_samples.jsonl", "attempts.jsonl"])
 def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials, tmp_path, monkeypatch, capsys, name):
     run = train(materials, tmp_path / "run", stop_at=2)
-    real = audit.read_lines
+    real = cfmask.audit.read_lines
 
     def failing(path):
         if path.name == name:
@@ -193,6 +194,6 @@ def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials
         return real(path)
 
     monkeypatch.setenv("CFMASK_READ_PATIENCE", "0")
-    monkeypatch.setattr(audit, "read_lines", failing)
+    monkeypatch.setattr(cfmask.audit, "read_lines", failing)
     code, out = said(run, capsys)
     assert code == 2 and "PROVEN" not in out.upper()
