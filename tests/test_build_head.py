@@ -176,7 +176,7 @@ def test_stopped_it_goes_on_where_it_was_and_the_head_is_the_same_to_the_bit(tmp
 
     asked = []
     assert build(tiny, out, *classes) == 0
-    assert not asked and "there already" in capsys.readouterr().out
+    assert not asked and "up to date" in capsys.readouterr().out
 
 
 def test_rows_of_another_head_are_not_taken_over(tmp_path, tiny, monkeypatch):
@@ -244,7 +244,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
             "Give the model that they were made with: --model {tmp}/clip/open_clip_config.json",
         ),
         (["--model", "RN50-quickgelu", "--pretrained", "{tmp}/tiny.pt"], "its image tower is a ResNet"),
-        (["--out", "{tmp}/head.pt"], "ends in .safetensors"),
+        (["--out", "{tmp}/head.pt"], "has to end in .safetensors"),
     ],
 )
 def test_what_does_not_go_is_refused(tmp_path, tiny, capsys, flags, reason):

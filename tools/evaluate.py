@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Top-1 accuracy of models on sets of shards: each sample once, on any number of ranks the same.
+"""Evaluate top-1 accuracy of models on sets of shards. The result does not depend on the number of ranks.
 
     python tools/evaluate.py RUN RUN/initial.safetensors --shards DIR --sets val sketch
     python tools/evaluate.py RUN … --shards DIR --sets imagenet v2 r sketch objectnet a      the paper's table
     python tools/evaluate.py RUN … --shards DIR --sets … --nodes 2                           as a job on Slurm
     python tools/evaluate.py B32 B16 RUN --shards DIR --sets … --fit-on B32 B16              effective robustness
 
-ImageNet-R and -A are answered among their 200 classes, ObjectNet among its 125 ids, whose several are all right; a copy
-of a known set that is not whole is refused. Stopped at any moment, the same command goes on behind what was counted.
-RUN is the run's last checkpoint; with --checkpoint best, the one that was best on its held-out set, as the authors
-evaluate. results.json and the tables say which step it is, and what chose it.
+Predictions on ImageNet-R and -A are restricted to their 200 classes, those on ObjectNet to its 125 class ids, several
+of which may be correct for an image. An incomplete copy of a known set is refused. If it is interrupted, the same
+command resumes after what was counted. RUN stands for the run's last checkpoint; --checkpoint best takes the one that
+was best on the held-out set, as the authors do. results.json and the tables name the step and how it was chosen.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def main(argv: list[str] | None = None) -> int:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="what tables call the models (default: their paths); models of one name are seeds of one row: mean ± sd",
+        help="names in tables (default: paths); models with the same name are seeds of one row, mean ± sd",
     )
     parser.add_argument(
         "--fit-on",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="draw effective robustness too: above the line through these of the models (zero-shot ones)",
+        help="draw effective robustness too, relative to a line through these (zero-shot) models",
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     names = arguments.names or short_names(arguments.models)
     if len(names) != len(arguments.models):
-        raise UserError(f"--names gives {len(names)} names to {len(arguments.models)} models.")
+        raise UserError(f"--names gives {len(names)} names for {len(arguments.models)} models.")
     fit_on = [_number(path, arguments.models) for path in arguments.fit_on]
 
     allocation = allocation_of(arguments)
@@ -76,7 +76,7 @@ def _number(path: str, models: list[str]) -> int:
     for i, model in enumerate(models):
         if path == model or find_model(path).resolve() == find_model(model).resolve():
             return i
-    raise UserError(f"--fit-on {path} is none of the models that are evaluated: name it among them as well.")
+    raise UserError(f"--fit-on {path} is not among the models that are evaluated. Add it to them.")
 
 
 if __name__ == "__main__":

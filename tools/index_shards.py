@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Make shards of another program (img2dataset, timm, WebDataset's ShardWriter, …) readable: an index beside each, and a
-manifest. The tars stay as they are; their headers and their labels are read, no images.
+"""Index the shards of another program (img2dataset, timm, WebDataset's ShardWriter, …): write an index beside each tar,
+and a manifest. The tars are not changed. Their headers and labels are read, but no images.
 
     python tools/index_shards.py DIR                                labels from .cls, or .json, or wnids in the keys
     python tools/index_shards.py DIR --label-field class_id --classes names.tsv
-    python tools/index_shards.py DIR --checksums                    reads everything once, so that rot is found later
+    python tools/index_shards.py DIR --checksums                    reads everything once, for verification later
 
     python tools/index_shards.py DIR --split imagenet-a             CLIP-benchmark's wds_imagenet-a, -r, v2, …: labels
                                                                     mapped by its classnames.txt
 
     DIR/00000.tar   00000.index.safetensors  …  manifest.json  bad_samples.jsonl (what is left out)
 
-DIR is one split. Shards that have their index already, and did not change since, are skipped: stopped at any moment,
-the same command indexes the others. After a tar was changed, run it again: an old index is refused.
+DIR holds one split. Shards with an up-to-date index are skipped, so after an interruption the same command indexes the
+others. Run it again after a tar has changed, because an outdated index is refused.
 """
 
 from __future__ import annotations
@@ -45,37 +45,39 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("folder", type=Path, metavar="DIR", help="folder with the tars of one split")
-    p.add_argument("--split", metavar="NAME", help="what the split is called (default: the folder's name)")
+    p.add_argument("--split", metavar="NAME", help="name of the split (default: the folder's name)")
     p.add_argument(
         "--label-from",
         choices=("cls", "json", "key"),
-        help="where labels are (default: the first of these that the first sample has)",
+        help="source of labels (default: the first of these that the first sample has)",
     )
     p.add_argument(
         "--label-field",
         metavar="NAME",
-        help=f"the json's field that is the label (default: the first of {', '.join(LABEL_FIELDS)} that is a number)",
+        help=f"JSON field of the label (default: the first of {', '.join(LABEL_FIELDS)} that is a number)",
     )
     p.add_argument(
         "--classes",
         metavar="FILE",
-        help="a line `folder<TAB>display name` a class, class 0 first; or `imagenet` (default: ImageNet, where the "
-        "keys' wnids or all of the labels 0 … 999 say so)",
+        help="file with a line `folder<TAB>display name` for each class, class 0 first; or `imagenet` (default: "
+        "ImageNet if keys begin with wnids or labels are 0 … 999)",
     )
     p.add_argument(
         "--mappings",
         type=Path,
         metavar="DIR",
-        help="folder of ObjectNet's mapping files, for CLIP-benchmark's wds_objectnet (default: looked for beside its "
+        help="folder of ObjectNet's mapping files, for CLIP-benchmark's wds_objectnet (default: the folder of "
         "classnames.txt)",
     )
     p.add_argument(
         "--allow-count-mismatch",
         action="store_true",
-        help="take a set that has a benchmark's name (imagenet-v2, …) and other numbers of images or classes than it",
+        help="accept a set with the name of a benchmark (imagenet-v2, …) and other numbers of images or classes",
     )
     p.add_argument(
-        "--checksums", action="store_true", help="read everything, and record CRC and sha256 for verify_shards --full"
+        "--checksums",
+        action="store_true",
+        help="read everything, and record CRC-32 and sha256 for verify_shards.py --full",
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
     return p
@@ -87,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers is not None and args.workers < 1:
         raise UserError("--workers must be at least 1.")
     if args.label_field is not None and args.label_from not in (None, "json"):
-        raise UserError(f"--label-field is of the json, and --label-from is {args.label_from}: leave one of them out.")
+        raise UserError(
+            f"--label-field names a JSON field, but --label-from is {args.label_from}: leave one of them out."
+        )
     folder = args.folder.expanduser().absolute()
     tars = find_tars(folder)
     classes: Classes | None = None
@@ -95,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
         classes = imagenet.classes()
     elif args.classes:
         classes = read_classes(Path(args.classes).expanduser())
-    # A class list that is given goes before the set's own.
+    # --classes takes precedence over the set's own classes.
     mapping = None if args.classes not in (None, "imagenet") else find_mapping(folder, tars, args.mappings)
     if args.mappings and mapping is None:
-        raise UserError("--mappings goes with a classnames.txt of CLIP-benchmark, and none is used: leave it out.")
+        raise UserError("--mappings needs a classnames.txt of CLIP-benchmark, and none is used here. Leave it out.")
     keyed = classes or imagenet.classes()
     label = find_label(tars, args.label_from, args.label_field, {name: i for i, (name, _) in enumerate(keyed)})
     tasks = plan_tasks(tars, label, keyed, mapping, checksums=args.checksums)
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             index_all(missing, args.workers or len(os.sched_getaffinity(0)))
         except KeyboardInterrupt:
-            print("\nFinished indexes are kept; the same command makes those that are missing.", file=sys.stderr)
+            print("\nFinished indexes are kept. The same command makes the missing ones.", file=sys.stderr)
             raise
         manifest = commit(
             folder,

@@ -1,55 +1,51 @@
 #!/usr/bin/env python3
-"""Convert images to shards: plain WebDataset tars, an index beside each, one manifest a set.
+"""Convert images to shards: WebDataset tars with an index each, and a manifest for each set.
 
     python tools/make_shards.py imagenet --source SOURCE --out DIR      ImageNet: folders, official tars, Kaggle's zip
     python tools/make_shards.py imagenet-v2 --source … --out DIR        also -r, -a, -sketch, and objectnet
-    python tools/make_shards.py folder --source SOURCE --out DIR        any tree of [split/]class/image
-    python tools/make_shards.py folder --source SOURCE --labels FILE    images and labels that a CSV or TSV file names
+    python tools/make_shards.py folder --source SOURCE --out DIR        any folders of [split/]class/image
+    python tools/make_shards.py folder --source SOURCE --labels FILE    images with labels from a CSV or TSV file
 
-SOURCE is a folder, or a tar or zip archive, which is read in place, or Parquet files as the Hugging Face hub has them,
-which are unpacked once below OUT/.unpacked.
+SOURCE is a folder, a tar or zip archive (read in place), or Parquet files in the layout of the Hugging Face hub
+(unpacked once below OUT/.unpacked).
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json  bad_samples.jsonl
     OUT/holdout/…  OUT/val/…  OUT/imagenet-v2/…
 
-Stopped at any moment, by any signal, the same command makes the shards that are missing. Every shard's bytes
-follow from the source and the seed alone; how many processes or jobs made it, and in how many attempts, leaves no
-trace.
+If it is interrupted, the same command makes the missing shards. The bytes of every shard depend on the source and the
+seed alone, not on the number of processes, jobs or attempts.
 
-What is done with a source that is not as it should be. All but errors are listed in bad_samples.jsonl, a line an issue
-with its policy; the manifest's bad_samples counts the images that were left out.
+Treatment of problems in a source. Except for errors, bad_samples.jsonl has a line for each problem with its treatment,
+and bad_samples in the manifest is the number of images that were left out.
 
-    does not decode, is truncated, claims an absurd size (a
-    decompression bomb), or has sides that differ by more than a
-    hundred times                                                   left out
-    TIFF of floats, signed or 32-bit samples: nothing says which
-    value is black and which white                                  left out
-    CMYK, greyscale, palette, alpha                                 kept, read as RGB
-    16-bit, 12-bit                                                  kept, scaled to 8 bits
-    several pictures in one file (animations, pages)                kept, the first one
-    EXIF orientation                                                kept, orientation not applied
-    TIFF orientation                                                kept, orientation applied
-    extension contradicts the content                               kept, under the extension of its content
-    names that make the same key                                    kept, its key numbered
-    class folder without an image                                   class has no images
-    an image that is a dangling link, a named pipe or a device      left out
+    image that does not decode, is truncated, claims an absurd
+    size (decompression bomb), or is 100 times as long as wide      left out
+    TIFF of float, signed or 32-bit samples, whose black and white
+    are unknown                                                     left out
+    CMYK, greyscale, palette, alpha                                 read as RGB
+    16-bit, 12-bit                                                  scaled to 8 bits
+    several pictures in one file (animations, pages)                the first one is read
+    EXIF orientation                                                not applied
+    TIFF orientation                                                applied
+    extension contradicts the content                               stored under the extension of the content
+    names that give the same key                                    a number is added to the key
+    class folder without an image                                   the class has no images
+    dangling link, named pipe or device                             left out
     links to images in folders and archives                         followed
-    files that are no images by their names, hidden files,
-    archives inside the source, ImageNet's test set                 stay out, counted by reason and ending
-    a known set with other numbers of images or classes             error first of all; --allow-count-mismatch: kept,
-                                                                    and the manifest says so
-    a folder that is no class; one name twice in a class; a link
-    to a folder that is not there                                   error first of all
-    an archive that was cut or goes on after its end, sparse or
-    encrypted files in it                                           error first of all
-    labels of one image that contradict each other; classes whose
-    names differ in case or accents alone, in other splits or in a
-    table; two folders that are one split (val, validation)         error first of all
-    rows of Parquet files without a label (null or -1)              stay out, counted
-    rows without the bytes of their image                           left out
-    a set of which a Parquet file is missing or there twice; labels
-    whose classes nothing names                                     error first of all
-    a source that changes or cannot be read                         error; finished shards are kept
+    names without an image extension, hidden files, archives in
+    the source, ImageNet's test set                                 skipped, counted by reason and extension
+    Parquet row without a label (null or -1)                        skipped, counted
+    Parquet row without image bytes                                 left out
+    known set with other numbers of images or classes               error; kept with --allow-count-mismatch, and noted
+                                                                    in the manifest
+    folder that is not a class; duplicate name in a class; link to
+    a missing folder                                                error before anything is written
+    archive that is truncated or has data after its end, or that
+    has sparse or encrypted files                                   error before anything is written
+    contradictory labels of an image; class names that differ in
+    case or accents alone; two folders of one split                 error before anything is written
+    missing or duplicate Parquet file; labels without class names   error before anything is written
+    source that changes or cannot be read                           error; finished shards are kept
 """
 
 from __future__ import annotations
@@ -90,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def on_this_machine(workers: int | None) -> Run:
-    """In processes of this machine, by default one a core."""
+    """Run in processes of this machine, by default one per core."""
 
     def run(*, kind, identity, function, items, describe, preload, progress):
         workers_ = workers or len(os.sched_getaffinity(0))
@@ -100,7 +96,7 @@ def on_this_machine(workers: int | None) -> Run:
 
 
 def on_slurm(array: Array, request: Request) -> Run:
-    """In a job array. Ctrl-C leaves it in the queue."""
+    """Run in a job array. Ctrl-C leaves it in the queue."""
     from launch.arrays.array import Work, run_array
 
     def run(*, kind, identity, function, items, describe, preload, progress):
@@ -144,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             convert_split(split, request, run)
         remove_unpacked(found.unpack)
     except KeyboardInterrupt:
-        print("\nFinished shards are kept; the same command makes those that are missing.", file=sys.stderr)
+        print("\nFinished shards are kept. The same command makes the missing ones.", file=sys.stderr)
         raise
     return 0
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Segment the images of a set with Mask2Former: where is the dog, the cat, the bird? For tools/validate_masks.py.
+"""Segment the objects in the images of a set with Mask2Former, for tools/validate_masks.py.
 
     python tools/segment.py --shards DIR --set train --out masks
     python tools/segment.py --shards DIR --set train --out masks --executor slurm --array 16
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json
 
-The masks are shards as images are: one mask an image of the groups' classes, a PNG of the image's own size under the
-image's key, white where the model sees the category that the class belongs to. One shard of masks is made of one of
-images; stopped at any moment, by any signal, the same command makes those that are missing.
+Masks are stored as shards: for each image of the groups' classes, a PNG of the image's size under the image's key,
+white where Mask2Former finds the category of its class (dog for Chihuahua). Each shard of images gives a shard of
+masks. If it is interrupted, the same command makes the missing shards.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
-        raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task says how many there are.")
+        raise UserError(
+            "--workers would do nothing with --executor slurm, where --gpus-per-task sets it. Leave it out."
+        )
     [manifest] = load_sets(_absolute(arguments.shards), [arguments.set]).values()
     folder = arguments.out.absolute() / arguments.set
     tasks, facts = plan_masks(
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
 def segment(
     missing: list[ShardTask], array: Array | None, arguments: argparse.Namespace, progress: Callable[[int], object]
 ) -> None:
-    """Make the missing shards of masks, here or in a job array."""
+    """Make the missing shards of masks, on this machine or in a job array."""
     preload = ("transformers.models.mask2former.modeling_mask2former",)
     if not missing:
         return
@@ -104,7 +106,7 @@ def segment(
 
 
 def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
-    """Where to compute: what this machine has says nothing about the nodes of an array."""
+    """The device to compute on. This machine's device tells nothing about the nodes of an array."""
     if array is None or arguments.device != "auto":
         return resolve_device(arguments.device)
     return "cuda" if array.allocation.gpus_per_node else "cpu"
@@ -120,21 +122,21 @@ def parser() -> argparse.ArgumentParser:
         "--groups",
         nargs="+",
         metavar="GROUP",
-        help="classes whose images are segmented: dog, cat, bird (ImageNet's 118, 5 and 21), all, or a class of the "
-        "set by folder or display name, if COCO has it (default: those of the first three that the set has)",
+        help="classes to segment: dog, cat, bird (ImageNet's 118, 5 and 21), all, or a class of the set by folder or "
+        "display name, if COCO has it (default: those of the first three that the set has)",
     )
     p.add_argument(
         "--segmenter",
         default=DEFAULT,
         metavar="NAME_OR_DIR",
-        help=f"a Mask2Former of Hugging Face's, or a folder with its files (default: {DEFAULT})",
+        help=f"Mask2Former on the Hugging Face hub, or a folder with its files (default: {DEFAULT})",
     )
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
     add_device_argument(p, resolve=False)
-    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one per GPU)")
     add_array_arguments(p, with_gpus=True)
     p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of masks, named as the set"
+        "--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of masks, named after the set"
     )
     return p
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Model soups: average the weights of models that were fine-tuned from one start.
+"""Model soups: average the weights of models that were fine-tuned from the same weights.
 
-    python tools/soup.py RUN RUN RUN --shards DIR --sets imagenet v2 r                        uniform: all of them
-    python tools/soup.py RUN RUN RUN --greedy --holdout holdout --shards DIR --sets imagenet  best first, if they help
+    python tools/soup.py RUN RUN RUN --shards DIR --sets imagenet v2 r                        uniform: all models
+    python tools/soup.py RUN RUN RUN --greedy --holdout holdout --shards DIR --sets imagenet  greedy: those that help
     python tools/soup.py RUN RUN --out DIR                                                    DIR/model.safetensors
 
-Wortsman et al., "Model soups", ICML 2022. A soup is a model as any other: evaluate it, or start from it with
-submit.py --pretrained. A released soup's state dict becomes one by tools/build_head.py --keep-head.
+Wortsman et al., "Model soups", ICML 2022. A soup is a model like any other: evaluate it, or start a run from it with
+submit.py --pretrained. tools/build_head.py --keep-head converts the state dict of a released soup.
 """
 
 from __future__ import annotations
@@ -33,15 +33,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--greedy", action="store_true", help="put in each model, best first, that does not make --holdout worse"
+        "--greedy", action="store_true", help="add models, best first, if accuracy on --holdout does not fall"
     )
-    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses: never a test set")
+    parser.add_argument(
+        "--holdout", metavar="SET", help="folder under --shards that chooses the models; never a test set"
+    )
     add_arguments(parser, sets_required=False)
     arguments = parser.parse_args(argv)
     if arguments.holdout and not arguments.greedy:
-        raise UserError("--holdout would do nothing: a uniform soup takes all models. Add --greedy, or leave it out.")
+        raise UserError(
+            "--holdout would do nothing, because a uniform soup takes all models. Add --greedy, or leave it out."
+        )
     if len(arguments.models) < 2:
-        raise UserError("A soup is of two models or more.")
+        raise UserError("A soup needs two models or more.")
 
     allocation = allocation_of(arguments)
     evaluation: UniformSoup

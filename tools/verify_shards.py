@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""See whether sets of shards are what they were when they were made.
+"""Verify that shards have not changed since they were made.
 
-    python tools/verify_shards.py shards             every set in the folder, quick: sizes, counts, indexes, every
-                                                     label, end marks, a few headers of each tar; reads no images
-    python tools/verify_shards.py shards/val --full  reads everything: sha256, every member's CRC, every label, and
-                                                     every image decodes
+    python tools/verify_shards.py shards             all sets in a folder, quickly: sizes, counts, indexes, labels, ends
+                                                     and some headers of the tars, but no images
+    python tools/verify_shards.py shards/val --full  everything: sha256, CRC of every member, labels, and decoding of
+                                                     every image
     python tools/verify_shards.py shards --full --executor slurm --array 32 --cpus-per-task 8
 
-A line for each bad shard: what, where, what to do. Exit status: 0 all is well, 1 something is wrong with the shards,
-2 they cannot be verified.
+Prints a line for each bad shard with the problem and the remedy. Exit status: 0 all good; 1 some shards are bad; 2
+they could not be verified.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="read and decode everything (default: sizes, indexes, labels, some headers)"
     )
     p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: all cores)")
-    p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the findings to as well")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write the findings to")
     add_array_arguments(p)
     return p
 
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     array = resolve_array(args)
     if args.workers is not None and (args.workers < 1 or array):
-        raise UserError("--workers must be at least 1, and goes with --cpus-per-task where there is --executor slurm.")
+        raise UserError("--workers must be at least 1, and is not for --executor slurm, where --cpus-per-task sets it.")
     begun = time.monotonic()
     manifests = {str(m.root): m for given in args.sets for m in find_sets(given)}
     items = [check for manifest in manifests.values() for check in checks_of(manifest, args.full)]

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""WiSE-FT: mix a zero-shot and a fine-tuned model, see what each share gives, keep the best.
+"""WiSE-FT: interpolate between a zero-shot and a fine-tuned model, evaluate each mixture, and keep one.
 
     python tools/wise_ft.py ZERO FINE --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --shards DIR --sets imagenet v2 r
     python tools/wise_ft.py ZERO FINE --alphas 0 0.25 0.5 0.75 1 --shards DIR --sets val sketch --holdout holdout
-    python tools/wise_ft.py ZERO FINE --alphas 0.5 --out DIR                 the model alone: DIR/model.safetensors
+    python tools/wise_ft.py ZERO FINE --alphas 0.5 --out DIR                 no evaluation: DIR/model.safetensors
 
 θ = (1-α)·θ_zeroshot + α·θ_finetuned over tower and head (Wortsman et al., CVPR 2022). Data is read once for all α, and
-weights are mixed on the device. Among several, --holdout chooses the α that is saved: never a test set.
+weights are mixed on the device. If there are several α, --holdout chooses the saved one; a test set may not.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("zero", metavar="ZERO", help=f"the zero-shot model: {MODEL_HELP}")
-    parser.add_argument("fine", metavar="FINE", help="the fine-tuned model, likewise")
+    parser.add_argument("zero", metavar="ZERO", help=f"zero-shot model: {MODEL_HELP}")
+    parser.add_argument("fine", metavar="FINE", help=f"fine-tuned model: {MODEL_HELP}")
     parser.add_argument(
         "--alphas", nargs="+", type=float, default=[0.5], metavar="α", help="shares of FINE, in 0…1 (default: 0.5)"
     )
-    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses which α is saved")
+    parser.add_argument(
+        "--holdout", metavar="SET", help="folder under --shards that chooses the saved α; never a test set"
+    )
     add_arguments(parser, sets_required=False)
     arguments = parser.parse_args(argv)
 
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         on = f", the best on {results.chosen_on}" if results.chosen_on else ""
         print(f"{results.models[results.chosen].name}{on}: {run.final}")
     else:
-        print("No model was saved: there are several α. --holdout SET chooses one, or --alphas names one.")
+        print("No model was saved, because there are several α. Choose one by --holdout SET, or give one to --alphas.")
     return 0
 
 
