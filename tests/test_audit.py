@@ -1,4 +1,4 @@
-"""Receipts prove what a run was trained on, and an audit finds what was repeated or skipped."""
+"""Receipts prove which samples a run was trained on. The audit finds repeated and skipped samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def materials(tmp_path_factory):
 
 
 def train(materials, folder, stop_at=None):
-    """A run of two epochs in this process; ``stop_at`` asks it to stop there, as a preemption does."""
+    """A run of two epochs in this process. At ``stop_at`` it is asked to stop, as by a preemption."""
     recipe = Recipe(
         model=Model(name=str(materials / "tiny.json"), pretrained=str(materials / "tiny.safetensors")),
         method=Method(name="vanilla"),
@@ -40,35 +40,35 @@ def train(materials, folder, stop_at=None):
     return made.train(recipe, folder, stop_at)
 
 
-def said(run, capsys):
+def run_audit(run, capsys):
     capsys.readouterr()
     code = audit.main([str(run.root)])
     return code, capsys.readouterr().out
 
 
-def test_a_run_that_was_left_alone_is_proven(materials, tmp_path, capsys):
+def test_an_uninterrupted_run_is_proven(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "Proven" in out
     assert out.count("each planned sample once") == 2
     states = [json.loads(path.read_text()) for path in sorted(run.checkpoints.glob("*/state.json"))]
     assert [(s["step"], s["consumed"]["samples"]) for s in states] == [(n, 16 * n) for n in (4, 6, 8, 12)]
 
 
-def test_a_run_that_was_stopped_and_resumed_is_proven_and_has_the_same_receipts(materials, tmp_path, capsys):
+def test_a_resumed_run_is_proven_and_has_the_same_receipts(materials, tmp_path, capsys):
     whole = train(materials, tmp_path / "whole")
     run = train(materials, tmp_path / "run", stop_at=5)
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "each of its first 6 of 6" not in out
-    assert "each planned sample once" in out  # asked at step 5, told at 6
+    assert "each planned sample once" in out  # the request of step 5 takes effect after step 6
     run = train(materials, tmp_path / "run")
     assert run.receipts.read_text() == whole.receipts.read_text()
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "attempt 2: from step 6" in out
 
 
 def tampered(monkeypatch, change):
-    """The stream follows another plan than it should, in the second epoch."""
+    """Change the plan that the stream follows in the second epoch."""
     real = plan.lane_order
 
     def other(counts, *, lane, epoch, **rest):
@@ -80,11 +80,11 @@ def tampered(monkeypatch, change):
     monkeypatch.setattr(plan, "lane_order", other)
 
 
-def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, capsys, monkeypatch):
+def test_a_repeated_sample_is_found_with_its_step(materials, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         tampered(patch, lambda order: order.__setitem__((3, 1), order[2, 0]))
         run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "NOT PROVEN" in out
     planned = cfmask.audit.load_plan(run)[0]
     repeated, missing = planned.keys[planned.ids(STEPS + 3)[8]], planned.keys[planned.ids(STEPS + 4)[9]]
@@ -94,7 +94,7 @@ def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, 
     assert [row[-2].strip() for row in rows[1:]] == ["each planned sample once", "WRONG"]
 
 
-def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypatch):
+def test_a_skipped_step_is_found(materials, tmp_path, capsys, monkeypatch):
     def skip_step_3(order):
         order[2:-1] = order[3:].copy()
 
@@ -109,37 +109,37 @@ def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypat
 
         patch.setattr(plan, "lane_order", other)
         run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1
     for step in (9, 10, 11):
         assert f"Step {step} (epoch 2, step {step - 6} in it) consumed the samples of step {step + 1}" in out
     assert "Step 12" not in out and "Step 8" not in out
 
 
-def test_a_flipped_bit_in_a_checkpoints_state_is_not_proven(materials, tmp_path, capsys):
+def test_a_checkpoint_with_a_damaged_state_proves_nothing(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000012/state.json"
     state.write_bytes(state.read_bytes().replace(b'"updates": 12', b'"updates": 13'))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "NOT PROVEN" in out and "step-00000012 is damaged: state.json" in out
 
 
-def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
+def test_a_checkpoint_with_other_samples_than_the_receipts_is_found(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000008/state.json"
     raw = json.loads(state.read_text())
     raw["consumed"]["receipt"] = f"{int(raw['consumed']['receipt'], 16) ^ 1:032x}"
     del raw["digest"]
     state.write_text(json.dumps({**raw, "digest": digest_of(raw)}))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "checkpoint of step 8 was trained on other samples" in out
     lines = run.receipts.read_text().splitlines(keepends=True)
     run.receipts.write_text("".join(lines[:4] + lines[5:]))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "receipts.jsonl has step 6 where step 5 belongs" in out
 
 
-def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys):
+def test_a_missing_run_or_set_is_named(materials, tmp_path, capsys):
     assert audit.main([str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     run = train(materials, tmp_path / "run", stop_at=2)
@@ -149,16 +149,16 @@ def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys)
     assert "no folder of shards at /nowhere/train" in capsys.readouterr().err
 
 
-# --- receipts themselves --------------------------------------------------------------------------------------------
+# --- receipts -------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, receipts.MODULUS - 1), min_size=1, max_size=40))
-def test_digits_of_any_parts_add_up_to_the_receipt_of_the_whole(values):
+def test_digits_of_parts_add_up_to_the_receipt_of_the_whole(values):
     sums = np.sum([np.float32(receipts.to_digits(value)) for value in values], axis=0, dtype=np.float32)
     assert receipts.from_digits(sums.tolist()) == sum(values) % receipts.MODULUS
 
 
-def test_as_many_parts_as_are_allowed_add_up_without_rounding():
+def test_the_largest_number_of_parts_adds_up_without_rounding():
     worst = np.float32(receipts.to_digits(receipts.MODULUS - 1))
     total = np.zeros(receipts.DIGITS, np.float32)
     for _ in range(receipts.MOST_PARTS):
@@ -167,7 +167,7 @@ def test_as_many_parts_as_are_allowed_add_up_without_rounding():
 
 
 @given(st.lists(st.text(max_size=12), max_size=20), st.integers(0, 9), st.randoms(use_true_random=False))
-def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoch, random):
+def test_a_receipt_depends_on_the_epoch_and_not_on_the_order(keys, epoch, random):
     shuffled = list(keys)
     random.shuffle(shuffled)
     assert receipts.receipt(shuffled, epoch) == receipts.receipt(keys, epoch)
@@ -178,13 +178,13 @@ def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoc
         )
 
 
-def test_lines_of_receipts_are_written_once_a_step(materials, tmp_path):
+def test_each_step_writes_one_receipt(materials, tmp_path):
     run = train(materials, tmp_path / "run")
     assert [line["step"] for line in read_lines(run.receipts)] == list(range(1, 2 * STEPS + 1))
 
 
 @pytest.mark.parametrize("name", ["receipts.jsonl", "bad_samples.jsonl", "attempts.jsonl"])
-def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials, tmp_path, monkeypatch, capsys, name):
+def test_unreadable_records_are_an_error_and_no_verdict(materials, tmp_path, monkeypatch, capsys, name):
     run = train(materials, tmp_path / "run", stop_at=2)
     real = cfmask.audit.read_lines
 
@@ -195,5 +195,5 @@ def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials
 
     monkeypatch.setenv("CFMASK_READ_PATIENCE", "0")
     monkeypatch.setattr(cfmask.audit, "read_lines", failing)
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 2 and "PROVEN" not in out.upper()
