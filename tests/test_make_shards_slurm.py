@@ -91,7 +91,7 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
     command.send_signal(signal.SIGINT)
     said, _ = command.communicate(timeout=300)
-    assert command.returncode == 130 and "The jobs go on" in said and f"array job {array} of 3 tasks" in said
+    assert command.returncode == 130 and "The jobs continue" in said and f"array job {array} of 3 tasks" in said
     assert not (folder / "manifest.json").exists()
 
     command = start(source, tmp_path)  # while the jobs run: it joins them

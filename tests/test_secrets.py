@@ -23,7 +23,7 @@ from launch.allocation.resolve import Allocation
 from launch.ranks import supervisor
 from launch.submission import submit as submission
 from launch.submission import training
-from launch.submission.planning import Planned
+from launch.submission.planning import PlannedJob
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -168,6 +168,6 @@ def test_a_dry_run_shows_no_secret_of_the_setup(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submission, "test_only", lambda text: "would start" if SECRET in text else "")
     setup = (f"pip install --index-url {WITH_SECRETS[0]} x",)
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", setup=setup)
-    submission.dry_run([Planned(RunFolder(tmp_path / "x"), Recipe())], allocation)
+    submission.dry_run([PlannedJob(RunFolder(tmp_path / "x"), Recipe())], allocation)
     said = capsys.readouterr().out
     assert SECRET not in said and "--index-url https://***@host/shards x" in said and "would start" in said

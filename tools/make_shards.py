@@ -102,7 +102,7 @@ def on_slurm(array: Array, request: Request) -> Run:
     def run(*, kind, identity, function, items, describe, preload, progress):
         keys = [Path(describe(item)).stem for item in items]
         work = Work(kind=kind, identity=identity, function=function, items=items, keys=keys, preload=preload)
-        run_array(work, array, progress=progress, paths=[request.out, request.source], goes_on=True)
+        run_array(work, array, progress=progress, paths=[request.out, request.source], survives_interrupt=True)
 
     return run
 
