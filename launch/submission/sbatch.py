@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.files import write_atomically
+
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
 from launch.restarts.batch_script_end import batch_script_end
