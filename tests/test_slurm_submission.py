@@ -57,7 +57,7 @@ def test_a_run_is_not_submitted_again_while_slurm_cannot_be_asked(fake: FakeSlur
             planning.should_skip(run, sweep=sweep)
 
 
-def test_a_run_that_says_it_ended_is_not_resubmitted_either_while_the_controller_is_away(fake, run, monkeypatch):  # noqa: F811
+def test_a_run_that_records_its_end_is_not_resubmitted_either_while_the_controller_is_away(fake, run, monkeypatch):  # noqa: F811
     """It may have been preempted, and be in the queue again."""
     monkeypatch.setattr(planning, "_ASK_S", 0.0)
     submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)

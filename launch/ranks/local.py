@@ -1,4 +1,4 @@
-"""submitit's local executor, with a controller of our own (controller.py): ranks as processes of this machine."""
+"""submitit's local executor with this project's controller (controller.py): ranks as processes of this machine."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from launch.state.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
 class ControlledJob(LocalJob[Any]):
-    """Its id is its controller's pid."""
+    """A job whose id is the pid of its controller."""
 
     _process: subprocess.Popen[bytes]
 
     @property
     def exit_code(self) -> int:
-        """The controller's, when the job is done; negative if a signal killed it."""
+        """The controller's exit code, when the job is done; negative if a signal killed it."""
         return self._process.wait()
 
     def terminate(self) -> None:
-        """Ask the ranks for a checkpoint, and to end."""
+        """Ask the ranks to save a checkpoint and end."""
         self._process.terminate()
 
 
 class LocalExecutor(submitit.LocalExecutor):
-    """submitit's, except that jobs are looked after by ``controller.py``, in a session of their own: a terminal that is
-    closed, or a Ctrl-C, reaches the process that follows the job and nothing else.
+    """Starts jobs under ``controller.py``, each in a session of its own, so that a closed terminal or a Ctrl-C reaches
+    only the process that follows the job.
 
     Args:
         folder: for submitit's files.
         python: the shell command that starts a rank.
-        followed: the job ends with this process.
+        followed: whether the job ends with this process.
     """
 
     def __init__(self, folder: Path, *, python: str, followed: bool) -> None:
@@ -45,7 +45,7 @@ class LocalExecutor(submitit.LocalExecutor):
         self._followed = followed
 
     def start(self, work: Callable[[], Any]) -> ControlledJob:
-        """``submit``, and what it gives here."""
+        """The same as ``submit``, with the type of its result."""
         job = self.submit(work)
         assert isinstance(job, ControlledJob)
         return job
@@ -64,11 +64,11 @@ class LocalExecutor(submitit.LocalExecutor):
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.parameters.get("gpus_per_node", 0)))),
         }
         follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
-        # Of the code that runs here and now: the ranks check that their copy of it is whole.
+        # This code, not the snapshot: only the ranks verify that the snapshot is undamaged.
         own = Path(__file__).resolve()
         controller = [sys.executable, "-u", str(own.with_name("controller.py")), *follower, str(self.folder)]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own.parents[2]), os.environ.get("PYTHONPATH")]))
-        # Streams of its own: who reads a pipe of ours, as in `submit.py --no-follow | tail`, would wait for the job.
+        # Its own streams: with inherited ones, the reader in `submit.py --no-follow | tail` would wait for the job.
         with open(Path(self.folder) / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 controller,

@@ -1,4 +1,4 @@
-"""When a start of a job stops by itself, so that it has saved its work before the time limit."""
+"""When a start of a job stops by itself, to save its work before the time limit."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from launch.slurm.client import SlurmError, show_job
 from launch.slurm.texts import seconds
 
-AT_TIME_LIMIT = ", at the time limit"
-"""What a start records behind why it has stopped, to tell it from one that was preempted."""
 _PATIENCE_S = 10.0
 _MARGIN_S = 180.0
 
 
 def stop_time(limit_min: float | None, slurm_job: str | None) -> float:
-    """On the clock of time.monotonic(); infinity if there is no limit, or nobody knows it: Slurm's USR2 remains.
+    """The stop time on the clock of time.monotonic(). It is infinite if there is no limit or the limit is unknown; then
+    only Slurm's USR2 stops the job in time.
 
     Args:
-        limit_min: None: there is none, or it is the partition's default.
-        slurm_job: the job to ask Slurm about where the limit is not known; None: do not ask.
+        limit_min: the time limit; None if there is none, or it is the partition's default.
+        slurm_job: job to ask Slurm about if ``limit_min`` is None; None: do not ask.
     """
     if limit_min is not None:
         return time.monotonic() + 60 * limit_min - margin_s(60 * limit_min)
@@ -29,7 +28,7 @@ def stop_time(limit_min: float | None, slurm_job: str | None) -> float:
         return math.inf
     try:
         limit_s, left_s = limit_and_rest(show_job(slurm_job, patience_s=_PATIENCE_S))
-    except (SlurmError, ValueError):  # a container may have no scontrol; Slurm 23.02 and later say it here as well
+    except (SlurmError, ValueError):  # a container may have no scontrol; Slurm sets this variable since 23.02
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         left_s = int(end) - time.time() if end.isdigit() and int(end) else math.inf
         limit_s = left_s
@@ -37,20 +36,20 @@ def stop_time(limit_min: float | None, slurm_job: str | None) -> float:
 
 
 def margin_s(limit_s: float) -> float:
-    """Time kept free before the limit, for a step and a checkpoint."""
+    """Time reserved before the limit for a step and a checkpoint."""
     return min(_MARGIN_S, 0.1 * limit_s)
 
 
 def limit_and_rest(job: Mapping[str, str]) -> tuple[float, float]:
-    """The time limit of a job that runs, and what is left of it, in seconds; infinity: there is none.
+    """The time limit of a running job and what is left of it, in seconds; infinity if there is none.
 
     Args:
-        job: as `scontrol show job` has it.
+        job: fields of `scontrol show job`.
 
     Raises:
-        ValueError: it does not say.
+        ValueError: a field is missing or invalid.
     """
     limit = job.get("TimeLimit", "")
-    if limit == "Partition_Limit":  # of one that has no limit of its own
+    if limit == "Partition_Limit":  # shown for a partition without a limit
         return math.inf, math.inf
     return seconds(limit), seconds(limit) - seconds(job.get("RunTime", ""))

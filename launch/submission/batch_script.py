@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.allocation.resolve import Allocation
+from launch.restarts.batch_script_end import batch_script_end
 from launch.restarts.chain import VARIABLE as CHAIN
-from launch.restarts.policy import batch_script_end
 
 NOTICE_S = 120
 """How long before the time limit Slurm sends USR2, where that is not more than a tenth of it. It may be half a minute
@@ -140,8 +140,7 @@ def _after_ranks() -> list[str]:
 
 
 def _end(jobs: str) -> list[str]:
-    """The last lines of the batch script. After all that srun has said: why, as the rank that died first has it
-    (failures.py); and whether the job goes back into the queue."""
+    """The last lines of the batch script: the failure report of the rank that failed first, and the requeue."""
     return [
         "status=$?",
         'if [ "$status" -eq 0 ]; then',

@@ -293,7 +293,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool, p
     import submitit
 
     from launch.ranks.rank import Job
-    from launch.state.follow import follow_local_job, tell_end
+    from launch.state.follow import follow_local_job, print_end
     from launch.submission.local import local_executor
 
     set_environment(allocation)
@@ -308,7 +308,7 @@ def run_one_here(planned: AnyPlanned, allocation: Allocation, *, follow: bool, p
         _announce(run, job, allocation)
         with contextlib.suppress(SystemExit):  # a rank's way to stop
             job.result()
-        return tell_end(run, job.job_id, "The same command resumes from the last checkpoint.")
+        return print_end(run, job.job_id, "The same command resumes from the last checkpoint.")
     with ending_signals() as received:
         # The controller counts the time down and kills: there is no queue to give the machine back to.
         executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=NO_LIMIT_MIN, followed=follow)
