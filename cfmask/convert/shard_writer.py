@@ -17,8 +17,6 @@ from cfmask.data.shard_index import Index, index_path, load_index, parse_index, 
 from cfmask.data.shards import Shard
 from cfmask.errors import UserError
 from cfmask.runtime.files import sync, write_atomically
-from cfmask.runtime.files import sync
-from cfmask.runtime.files import write_atomically
 from cfmask.runtime.machine import aside_of
 
 BAD_SAMPLES = "bad_samples.jsonl"
