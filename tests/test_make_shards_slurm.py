@@ -1,4 +1,4 @@
-"""Conversion by a job array on a real Slurm: the bytes of a local one, whatever becomes of the tasks on the way."""
+"""Conversion by a job array on a real Slurm writes the same bytes as a local one, also after requeues."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
     assert sorted(os.listdir(folder)) == sorted(os.listdir(undisturbed)), "nothing is left behind"
 
 
-def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_of_one_process(
-    slurm_cluster, source, undisturbed, tmp_path
-):
+def test_interrupted_and_requeued_array_writes_the_same_bytes(slurm_cluster, source, undisturbed, tmp_path):
     folder = tmp_path / "train"
     command = start(source, tmp_path)
     array = array_of(slurm_cluster, command)
@@ -134,7 +132,7 @@ def test_the_array_runs_the_code_that_was_submitted(slurm_cluster, source, undis
     assert_same(tmp_path / "out/train", undisturbed)
 
 
-def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_cluster, source, undisturbed, tmp_path):
+def test_local_conversion_beside_an_array_writes_the_same_bytes(slurm_cluster, source, undisturbed, tmp_path):
     command = start(source, tmp_path)
     array_of(slurm_cluster, command)
     wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards")
@@ -148,7 +146,7 @@ def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_clust
     load_manifest(tmp_path / "train")
 
 
-def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
+def test_failed_array_names_the_cause(slurm_cluster, source, tmp_path):
     gone = tmp_path / "set.tar"
     gone.write_bytes(source.read_bytes())
     command = start(gone, tmp_path / "out")
