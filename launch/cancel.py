@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""End a run for good, with a checkpoint if there is time.
+"""Cancel a run, with a checkpoint if there is time.
 
     python launch/cancel.py RUN
 
-A mark in the run folder (cancelled.json) keeps every job of the run from starting, training on or requeueing; whatever
-trains is asked to save a checkpoint and end, and is killed after --grace seconds if it has not; what waits in Slurm's
-queue leaves it. `python launch/submit.py --resume RUN` takes the mark away and goes on.
+A mark in the run folder (cancelled.json) prevents all jobs of the run from starting, training and requeueing. Running
+jobs are asked to save a checkpoint and end, and are killed after --grace seconds. Pending jobs are removed from Slurm's
+queue. `python launch/submit.py --resume RUN` removes the mark and resumes the run.
 
-Exit codes: 0 the run has ended (or had before), 1 something of it is still there, 2 refused, 130 interrupted.
+Exit codes: 0 the run has ended (or had before), 1 a job or process has not ended, 2 refused, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("run", type=Path, metavar="RUN", help="run folder")
     p.add_argument(
-        "--grace", type=float, default=120, metavar="S", help="seconds for a checkpoint before the kill (default: 120)"
+        "--grace", type=float, default=120, metavar="S", help="seconds until running jobs are killed (default: 120)"
     )
     arguments = p.parse_args(argv)
     [run, *others] = find_runs([arguments.run])

@@ -1,34 +1,34 @@
 #!/usr/bin/env python3
-"""Show runs: how far they are, how fast, what ended their starts, and when they start next.
+"""Show runs: their progress, speed, why their starts ended, and when they start next.
 
     python launch/status.py                    all runs in runs/
-    python launch/status.py RUN [RUN…]         these, or all in a folder of runs
+    python launch/status.py RUN [RUN…]         these runs, or all in a folder of runs
     python launch/status.py RUN --attempts     each start: when, where, from which step to which, why it ended
     python launch/status.py RUN --follow       a progress bar, across requeues, until the run has ended
-    python launch/status.py --json             an object a line, for scripts
+    python launch/status.py --json             a JSON object for each run, for scripts
 
-What a run can be:
+The states of a run:
 
     never started   there is no job
     queued          waits for its first start
-    requeued        waits to go on
+    requeued        waits in the queue to resume
     starting        its job runs, training has not begun
-    running         trains: lets hear of itself
+    running         trains, and its heartbeat is fresh
     ending          training has ended, its job has not
     finished        has its results
-    cancelling      launch/cancel.py was here; its job is not gone yet
-    cancelled       ended for good
-    stopped         was told to end, by a signal or scancel
+    cancelling      was cancelled (launch/cancel.py); its job has not ended yet
+    cancelled       was cancelled, and its jobs have ended
+    stopped         ended by a signal or scancel
     failed          ended with an error
-    dead            no job, no heartbeat, and no word of its own
-    unknown         Slurm would know, and cannot be asked from here
+    dead            no job, no heartbeat, and no recorded end
+    unknown         only Slurm knows, and it does not answer here
 
-A job's number with (+2) behind it: two more jobs of the run wait for its end (submit.py --chain).
+(+2) after a job's number: two more jobs of the run wait for its end (submit.py --chain).
 
-`submit.py --resume RUN` resumes any of them that has ended and is not finished.
+`submit.py --resume RUN` resumes a run that has ended and is not finished.
 
-All of this stands in run folders; what Slurm alone knows comes from one squeue, and one sacct where a job has ended
-without a word. Nothing here needs torch.
+The information comes from run folders, one squeue, and one sacct if a job has ended without a recorded reason. torch is
+not needed.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--attempts", action="store_true", help="each start of each run")
-    what.add_argument("--follow", action="store_true", help="a progress bar of one run until it has ended")
-    what.add_argument("--json", action="store_true", help="an object a line instead of a table")
+    what.add_argument("--attempts", action="store_true", help="show each start of each run")
+    what.add_argument("--follow", action="store_true", help="show a progress bar of one run until it has ended")
+    what.add_argument("--json", action="store_true", help="print a JSON object for each run instead of a table")
     arguments = p.parse_args(argv)
     runs = find_runs(arguments.runs)
     if arguments.follow:
         if len(runs) != 1:
-            raise UserError(f"--follow shows one run, and here are {len(runs)}. Name one of them.")
+            raise UserError(f"--follow shows one run, but {len(runs)} are given. Name one of them.")
         from launch.state.follow import follow_run
 
         return follow_run(RunFolder(runs[0].root.resolve()))
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         if status.straggler:
             print(f"note: {status.run}: slowest: {status.straggler}")
     if slurm.queue is None and any(f.jobs.slurm and not f.finished for f in found):
-        print("note: Slurm cannot be asked from here: what waits in its queue is unknown.")
+        print("note: Slurm does not answer here: pending jobs are unknown.")
     return 0
 
 

@@ -15,6 +15,7 @@ from cfmask.models.head import save_model
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.logging import message_of
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
@@ -121,6 +122,8 @@ def submit(
 ) -> subprocess.CompletedProcess:
     """``submit_command``, with one thread a process, until it ends."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
+    if repository != REPO:
+        environment["PYTHONPATH"] = os.pathsep.join([str(repository), environment["PYTHONPATH"]])
     command = submit_command(*flags, repository=repository, pace_s=pace_s)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **popen)
     if check and done.returncode:
@@ -154,6 +157,13 @@ def assert_same_weights(run: Path, other: Path) -> None:
         ours, theirs = (load_file(each / name) for each in last)
         assert ours and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[tensor], theirs[tensor]) for tensor in ours), name
+
+
+def assert_log_format(run: Path) -> None:
+    """Every line in the logs of a job on this machine has its time, level, rank and node."""
+    logs = [*(run / "jobs").glob("*_log.out"), run / "jobs/controller.log"]
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    assert lines and [line for line in lines if message_of(line) == line] == []
 
 
 def logs(run: Path) -> str:

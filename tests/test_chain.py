@@ -25,8 +25,9 @@ from launch.allocation.resolve import Allocation
 from launch.restarts import chain, retries
 from launch.restarts import policy as restart_policy
 from launch.restarts.chain import Chain
-from launch.restarts.policy import STOPPED, Cause, GivenUp, JobRecord, Restarts
+from launch.restarts.policy import STOPPED, Cause, GivenUp, Restarts
 from launch.restarts.retries import decide
+from launch.restarts.slurm_record import JobRecord
 from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.state import cancellation
 from launch.state.facts import read_state
@@ -209,7 +210,7 @@ def test_failed_job_of_a_chain_is_not_requeued_and_later_jobs_exclude_its_bad_no
     assert left_out_nodes == (dict.fromkeys(("12", "13"), ("n2",)) if how in ("killed", "unhealthy") else {})
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 2))
     decision = decide(RankStart(run, "13-0", 0, local=False, nodes=2, world_size=2), failure)
-    assert ("job 13 is the last of its chain" in decision.said) == (how != "raised")
+    assert ("job 13 is the last of its chain" in decision.message) == (how != "raised")
 
 
 def test_deaths_in_earlier_jobs_of_a_chain_count(run, monkeypatch):
@@ -378,10 +379,10 @@ def test_a_run_has_not_ended_while_a_job_of_its_chain_may_come(run):
     submitted(run, "12", "13")
     run.begin_attempt(job="12-0", from_step=0)
     run.end_attempt("stopped at step 7 (requeue); job 13 resumes the run")
-    assert not read_state(run).says_it_ended and read_state(run).comes_back
+    assert not read_state(run).records_its_end and read_state(run).comes_back
     run.begin_attempt(job="13-0", from_step=7)
     run.end_attempt("given up: job 13 is the last of its chain, and runs/a is not finished.")
-    assert read_state(run).says_it_ended and not read_state(run).comes_back
+    assert read_state(run).records_its_end and not read_state(run).comes_back
 
 
 def test_all_jobs_of_a_chain_are_cancelled(live, fake):  # noqa: F811

@@ -198,28 +198,35 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
         assert start["last_died"]["rank"] == rank
     assert "evaluating" in starts[1]["why_last_ended"]
     log = next((run / "jobs").glob("*_0_log.out")).read_text()
-    assert "rank 0 hung: at step" in log and "stacks of its threads:" in log, "what the other one waited at"
+    assert re.search(r" ERROR rank 0 \S+ \| hung: at step .*stacks of its threads:", log), "its stacks"
+    for each in (whole, run):
+        made.assert_log_format(each)
     made.assert_same_weights(run, whole)
     lines = [line for line in read_lines(run / "log.jsonl") if "slowest_rank" in line]
     assert sum(line["slowest_rank"] == 1 for line in lines) > len(lines) * 0.5
     assert sorted(line["slowest_rank_s"] for line in lines)[len(lines) // 2] >= 0.15
 
 
-def test_retries_end_and_the_reason_is_said(materials, tmp_path):
-    run = tmp_path / "run"
-    flags = (*made.recipe_flags(materials, run), "--executor", "local", "--tasks-per-node", 1, "--retries", 1)
-    die = tmp_path / "die"
-    die.mkdir()
-    (die / "sitecustomize.py").write_text(
+def aborting_ranks(folder: Path, where: str) -> dict[str, str]:
+    """The environment in which a rank aborts when it imports training. where: the last lines of a program, which may
+    call ``abort_rank``."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
         "import lean, os, sys, threading, time\n"
         "def later():\n"
         "    while 'cfmask.training.train' not in sys.modules: time.sleep(0.1)\n"
         "    os.abort()\n"
         "def start(): threading.Thread(target=later, daemon=True).start()\n"
-        "if os.environ.get('SUBMITIT_LOCAL_GLOBALID'): os.register_at_fork(after_in_child=start)\n"
+        f"def abort_rank(): os.register_at_fork(after_in_child=start)\n{where}"
     )
-    paths = os.pathsep.join([str(die), os.environ["PYTHONPATH"]])
-    done = made.submit(*flags, "--epochs", 1, check=False, env={"PYTHONPATH": paths})
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
+
+
+def test_retries_end_and_the_reason_is_said(materials, tmp_path):
+    run = tmp_path / "run"
+    flags = (*made.recipe_flags(materials, run), "--executor", "local", "--tasks-per-node", 1, "--retries", 1)
+    environment = aborting_ranks(tmp_path / "die", "if os.environ.get('SUBMITIT_LOCAL_GLOBALID'): abort_rank()\n")
+    done = made.submit(*flags, "--epochs", 1, check=False, env=environment)
     assert done.returncode == 1
     ended = json.loads((run / "ended.json").read_text())
     assert ended["why"].startswith("failed: rank 0 was killed by signal 6 (SIGABRT)")
@@ -231,21 +238,16 @@ def test_retries_end_and_the_reason_is_said(materials, tmp_path):
 @pytest.mark.slurm
 def test_a_node_on_which_ranks_die_twice_is_left_out(slurm_cluster, materials, tmp_path):
     """On whichever node the job starts, its rank is aborted."""
-    run, die = tmp_path / "run", tmp_path / "die"
-    die.mkdir()
-    (die / "sitecustomize.py").write_text(
-        f"import lean, os, sys, threading, time\nBAD = {str(tmp_path / 'bad')!r}\n"
-        "def later():\n"
-        "    while 'cfmask.training.train' not in sys.modules: time.sleep(0.1)\n"
-        "    os.abort()\n"
-        "def start(): threading.Thread(target=later, daemon=True).start()\n"
+    run = tmp_path / "run"
+    environment = aborting_ranks(
+        tmp_path / "die",
         "if os.environ.get('SLURM_PROCID') and os.environ.get('SUBMITIT_EXECUTOR') != 'local':\n"
+        f"    BAD = {str(tmp_path / 'bad')!r}\n"
         "    if not os.path.exists(BAD): open(BAD, 'w').write(os.environ['SLURMD_NODENAME'])\n"
-        "    if open(BAD).read() == os.environ['SLURMD_NODENAME']: os.register_at_fork(after_in_child=start)\n"
+        "    if open(BAD).read() == os.environ['SLURMD_NODENAME']: abort_rank()\n",
     )
-    paths = os.pathsep.join([str(die), os.environ["PYTHONPATH"]])
     ranks = ("--tasks-per-node", 1, "--cpus-per-task", 1, "--gpus-per-node", 0, "--time", 30, "--epochs", 1)
-    made.submit(*made.recipe_flags(materials, run), *ranks, env={"PYTHONPATH": paths, "CFMASK_CLUSTER": ""})
+    made.submit(*made.recipe_flags(materials, run), *ranks, env={**environment, "CFMASK_CLUSTER": ""})
     job = read_lines(run / "jobs/submissions.jsonl")[-1]["job"]
     for restart in (1, 2):
         made.wait_for(run, lambda n=restart: slurm_cluster.job(job)["Restarts"] == str(n), f"restart {restart}")

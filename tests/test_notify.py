@@ -1,4 +1,4 @@
-"""--notify: what is told when, and that no command delays or changes a job."""
+"""--notify: which event is sent when, and that no command delays or changes a job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfmask.runtime.jsonl import append_lines
 from launch.allocation.cluster_file import ClusterFile, read_cluster_file
 from launch.allocation.resolve import resolve_allocation
 from launch.notification import notify
-from launch.notification.notify import News, news_of_end, news_of_preemptions, preemptions_to_tell, run_command
+from launch.notification.notify import Event, event_of_end, event_of_preemptions, preemptions_to_report, run_command
 from launch.state.facts import read_state
 from launch.submission.training import plan_resume
 from launch.submit import parser
@@ -38,33 +38,36 @@ def run(tmp_path) -> RunFolder:
     return made_run
 
 
-def news_of(run: RunFolder, attempt: str = "12-1", failed: str | None = "exit code 1") -> News | None:
-    return news_of_end(read_state(run), attempt, failed=failed, node="n07")
+def event_after(run: RunFolder, attempt: str = "12-1", failed: str | None = "exit code 1") -> Event | None:
+    return event_of_end(read_state(run), attempt, failed=failed, node="n07")
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- which event is sent ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_has_finished_tells_its_accuracies(run):
+def test_a_finished_run_sends_its_accuracies(run):
     run.results.write_text(json.dumps({"step": 70, "sets": {"val": {"correct": 3, "total": 4, "top1": 75.0}}}))
     run.end_attempt("finished")
-    told = news_of(run, failed=None)
-    assert told == News(
-        *("finished", str(run.root), "12", 2, 70, 1000, "finished"), node=told.node, top1={"val": 75.0}, time=told.time
+    found = event_after(run, failed=None)
+    assert found == Event(
+        *("finished", str(run.root), "12", 2, 70, 1000, "finished"),
+        node=found.node,
+        top1={"val": 75.0},
+        time=found.time,
     )
-    assert datetime.strptime(told.time, "%Y-%m-%dT%H:%M:%S%z")
+    assert datetime.strptime(found.time, "%Y-%m-%dT%H:%M:%S%z")
     # From Slurm 24.05 on, the job of a finished run may be started again.
-    assert news_of(run, attempt="12-2", failed=None) is None
+    assert event_after(run, attempt="12-2", failed=None) is None
 
 
-def test_an_evaluation_tells_accuracies_by_model(tmp_path):
+def test_an_evaluation_sends_accuracies_by_model(tmp_path):
     run = RunFolder(tmp_path / "evaluation")
     run.claim(Evaluation(models=("a",), shards="s", sets=("r",)))
     run.begin_attempt(job="7_3-0", nodes=1, world_size=1, device="cpu", from_step=0)
     run.results.write_text(json.dumps({"sets": {}, "models": [{"name": "a", "sets": {"r": {"top1": 50.0}}}]}))
     run.end_attempt("finished")
-    told = news_of(run, "7_3-0", failed=None)
-    assert told and (told.event, told.job, told.top1) == ("finished", "7_3", {"a": {"r": 50.0}})
+    found = event_after(run, "7_3-0", failed=None)
+    assert found and (found.event, found.job, found.top1) == ("finished", "7_3", {"a": {"r": 50.0}})
 
 
 @pytest.mark.parametrize(
@@ -82,27 +85,27 @@ def test_an_evaluation_tells_accuracies_by_model(tmp_path):
         (None, None, None),
     ],
 )
-def test_what_is_told_of_an_end(run, why, failed, event):
+def test_the_event_of_an_end(run, why, failed, event):
     if why:
         run.end_attempt(why)
-    told = news_of(run, failed=failed)
-    assert (told and told.event) == event
-    if told:
-        assert (told.why, told.node, told.step, told.total_steps, told.attempt) == (why, "n07", 70, 1000, 2)
+    found = event_after(run, failed=failed)
+    assert (found and found.event) == event
+    if found:
+        assert (found.why, found.node, found.step, found.total_steps, found.attempt) == (why, "n07", 70, 1000, 2)
 
 
-def test_an_end_that_could_not_be_recorded_is_told_with_what_is_known(run):
-    told = news_of(run)
-    assert told and (told.event, told.why) == ("failed", "exit code 1")
+def test_an_end_that_could_not_be_recorded_is_sent_with_what_is_known(run):
+    found = event_after(run)
+    assert found and (found.event, found.why) == ("failed", "exit code 1")
 
 
-def test_a_cancelled_run_and_a_job_that_was_refused_tell_nothing(run):
+def test_a_cancelled_run_and_a_refused_job_send_nothing(run):
     with run.locked("13-0"):
-        assert news_of(run, attempt="14-0") is None, "job 13 trains here"
-    assert news_of(run, attempt="14-0").event == "failed"
+        assert event_after(run, attempt="14-0") is None, "job 13 trains here"
+    assert event_after(run, attempt="14-0").event == "failed"
     run.end_attempt("failed: rank 1 was killed by signal 9")
     run.cancel()
-    assert news_of(run) is None
+    assert event_after(run) is None
 
 
 def attempts(*ends: tuple[float, str], job: str = "12") -> list[dict]:
@@ -121,7 +124,7 @@ PREEMPTED, KILLED = "stopped at step 70 (requeue)", "killed without notice"
 
 
 @pytest.mark.parametrize(
-    ("lines", "told_at"),
+    ("lines", "reported_at"),
     [
         (attempts(*((hour, PREEMPTED) for hour in range(4))), []),
         (attempts(*((hour, PREEMPTED) for hour in range(14))), [5, 10]),
@@ -139,18 +142,18 @@ PREEMPTED, KILLED = "stopped at step 70 (requeue)", "killed without notice"
         ([{}, {"job": "x", "why_last_ended": 3}], []),
     ],
 )
-def test_preemptions_are_told_once_in_a_window(lines, told_at):
+def test_preemptions_are_reported_once_in_a_window(lines, reported_at):
     """As each start sees it, with the lines up to its own."""
-    assert [n for n in range(len(lines)) if preemptions_to_tell(lines[: n + 1])] == told_at
+    assert [n for n in range(len(lines)) if preemptions_to_report(lines[: n + 1])] == reported_at
 
 
-def test_news_of_preemptions_say_how_many(run):
+def test_the_event_of_preemptions_has_their_number(run):
     run.attempts.unlink()
     append_lines(run.attempts, attempts(*((hour, PREEMPTED) for hour in range(5))))
-    told = news_of_preemptions(read_state(run), "12-5")
-    assert told and (told.event, told.attempt) == ("preempted_too_often", 6) and "5 times" in told.why
+    found = event_of_preemptions(read_state(run), "12-5")
+    assert found and (found.event, found.attempt) == ("preempted_too_often", 6) and "5 times" in found.why
     append_lines(run.attempts, attempts(*((hour, PREEMPTED) for hour in range(6)))[-1:])
-    assert news_of_preemptions(read_state(run), "12-6") is None
+    assert event_of_preemptions(read_state(run), "12-6") is None
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -172,10 +175,10 @@ def test_news_of_preemptions_say_how_many(run):
         ("post --token=SECRET; echo denied: SECRET; false", "ended with exit code 1: denied: ***"),
     ],
 )
-def test_what_becomes_of_a_command(tmp_path, command, complaint):
+def test_the_end_of_a_command(tmp_path, command, complaint):
     began = time.monotonic()
-    told = run_command(command, '{"event": "failed"}', tmp_path, within_s=600)
-    assert told == complaint if complaint is None else told.startswith(complaint) and len(told) < 250
+    found = run_command(command, '{"event": "failed"}', tmp_path, within_s=600)
+    assert found == complaint if complaint is None else found.startswith(complaint) and len(found) < 250
     assert time.monotonic() - began < 400
     if "got" in command:
         assert json.loads((tmp_path / "got").read_text()) == {"event": "failed"}
@@ -190,7 +193,7 @@ def test_what_becomes_of_a_command(tmp_path, command, complaint):
         "trap '' TERM; echo $$ >> pids; while :; do :; done",
     ],
 )
-def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, command):
+def test_a_command_that_hangs_is_killed_with_its_children(tmp_path, command):
     began = time.monotonic()
     assert "did not end within 2 s and was killed" in run_command(command, "{}", tmp_path, within_s=2)
     assert 2 <= time.monotonic() - began < 400
@@ -199,18 +202,18 @@ def test_a_command_that_hangs_is_ended_with_its_children(tmp_path, command):
 
 
 def test_a_command_is_run_in_the_run_folder_and_its_failure_is_a_line_of_the_log(run, capsys):
-    told = News("failed", str(run.root), "12", 1, 0, None, "x", "n07")
-    notify.tell("cat > got && pwd > where", told)
+    found = Event("failed", str(run.root), "12", 1, 0, None, "x", "n07")
+    notify.send("cat > got && pwd > where", found)
     assert capsys.readouterr().out == ""
     assert (run.root / "where").read_text().strip() == str(run.root)
-    assert News(**json.loads((run.root / "got").read_text())) == told
-    notify.tell("echo https://x/?sig=SECRET; exit 5", told)
+    assert Event(**json.loads((run.root / "got").read_text())) == found
+    notify.send("echo https://x/?sig=SECRET; exit 5", found)
     assert capsys.readouterr().err == "warning: --notify ended with exit code 5: ***\n"
 
 
 def test_a_command_that_cannot_be_run_is_a_line_of_the_log(run, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")  # no sh
-    notify.tell("cat > got", News("failed", str(run.root), "12", 1, 0, None, "x", "n07"))
+    notify.send("cat > got", Event("failed", str(run.root), "12", 1, 0, None, "x", "n07"))
     assert "warning: --notify cannot be run: " in capsys.readouterr().err
 
 
@@ -246,7 +249,7 @@ def test_a_command_that_sh_cannot_read_is_refused(tmp_path, monkeypatch, command
         resolve_allocation(on_slurm, file)
 
 
-def test_without_a_process_that_waits_for_the_rank_it_is_refused():
+def test_without_a_supervisor_it_is_refused():
     for flag in ("--notify", "--wandb"):
         arguments = parser().parse_args(["--executor", "debug", "--tasks-per-node", "1", flag, "x"])
         with pytest.raises(UserError, match=f"{flag} would do nothing with --executor debug"):

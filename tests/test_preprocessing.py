@@ -374,7 +374,7 @@ def test_the_end_of_a_run_does_not_advise_what_would_fail_again(tmp_path, capsys
         here.file.unlink(missing_ok=True)
         here.write_failure(error, kind=kind, traceback="Traceback …" if kind == "raised" else "")
         here.mark("txt").write_text(f"{error}\n")
-        assert follow.tell_end(here.run, "123", "The same command resumes.") == 1
+        assert follow.print_end(here.run, "123", "The same command resumes.") == 1
         said = capsys.readouterr().out
         assert ("would fail in the same way: remove the cause first" in said) is again, said
 

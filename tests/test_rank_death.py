@@ -18,6 +18,7 @@ import made
 from cfmask.runs import RunFolder
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.logging import message_of
 from cfmask.runtime.machine import process_runs
 from launch.restarts.of_run import restarts_of
 from launch.state.facts import look_at
@@ -75,16 +76,16 @@ def hung(rank: int, second: int, step: int, activity: str = WAITING, state: str 
     ids=[
         "nobody",
         "by time",
-        "not who was cut off",
+        "not a rank that was cut off",
         "only cut off",
         "alike: the lowest",
         "killed: by time",
         "before they met",
-        "hung: who is stopped",
-        "hung: who is behind",
-        "hung: who does not wait",
-        "hung: who is not heard of",
-        "hung: nobody is behind",
+        "hung: a stopped process",
+        "hung: a rank that is behind",
+        "hung: a rank that does not wait",
+        "hung: a rank without a report",
+        "hung: no rank is behind",
         "killed before the others hang",
         "cut off after it was stopped",
     ],
@@ -189,7 +190,6 @@ def test_a_local_job_within_a_job_of_slurms_that_was_requeued_has_one_name(tmp_p
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     run = RunFolder(tmp_path)
     assert RankStart.found(tmp_path).attempt == restarts_of(run).attempt == "7-0"
-    assert RankStart.of_local(run, "7", 0, 1).attempt == "7-0"
 
 
 @pytest.mark.parametrize("code", [0, 143, 144])
@@ -285,7 +285,7 @@ _real = _write_hashed
 def _write_hashed(*given):
     _time.sleep(600)
 """
-QUICK = {"launch__jobs__failures": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
+QUICK = {"launch__ranks__supervisor": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
 KILL = "_os.kill(_os.getpid(), _signal.SIGKILL)"
 
 
@@ -312,9 +312,7 @@ def died_at(clone: Path) -> float:
 def submit(clone: Path, materials: Path, *flags: object) -> subprocess.CompletedProcess:
     recipe = [*made.recipe_flags(materials, clone.parent / "run"), "--epochs", 40, "--eval-sets", "val", "--retries", 0]
     recipe += flags
-    command = [sys.executable, clone / "launch/submit.py", *recipe]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CFMASK_CLUSTER": ""}
-    return subprocess.run([str(w) for w in command], capture_output=True, text=True, env=environment, timeout=200)
+    return made.submit(*recipe, repository=clone, check=False, env={"CFMASK_CLUSTER": ""})
 
 
 def processes_of(run: Path) -> list[int]:
@@ -335,7 +333,7 @@ def log_of_rank_0(run: Path) -> str:
 
 def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
     assert json.loads((run / "ended.json").read_text())["why"] == f"failed: {why}"
-    assert re.search(last_line, log_of_rank_0(run).splitlines()[-1]), log_of_rank_0(run)
+    assert re.search(last_line, message_of(log_of_rank_0(run).splitlines()[-1])), log_of_rank_0(run)
     [run_state], slurm = look_at([RunFolder(run)])
     told = status_of(run_state, slurm)
     assert (told.state, told.last_end) == ("failed", f"failed: {why}")
@@ -343,7 +341,7 @@ def assert_the_story_is_told(run: Path, why: str, last_line: str) -> None:
 
 LOCAL = {
     "raises at import": (
-        {"launch__jobs__rank": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
+        {"launch__ranks__rank": "_die(1, \"raise ValueError('planted')\")\n", **QUICK},
         ("rank 1: ValueError: planted", "^ValueError: planted$"),
     ),
     "raises while rank 0 hangs": (
@@ -386,7 +384,9 @@ def test_on_this_machine(plant, materials, tmp_path, ends, expected):
     assert (news["event"], news["why"], news["attempt"]) == ("failed", f"failed: {expected[0]}", 1)
     holding = [path.name for path in run.rglob("*") if path.is_file() and notify.encode() in path.read_bytes()]
     assert holding == ["notify.sh"], "the command may hold a secret"
-    assert "The run did not finish. rank " in done.stdout and log_of_rank_0(run).splitlines()[-1] in done.stdout
+    assert "The run did not finish. rank " in done.stdout
+    assert message_of(log_of_rank_0(run).splitlines()[-1]) in done.stdout
+    made.assert_log_format(run)
 
 
 SLURM = {

@@ -11,21 +11,20 @@ import pytest
 
 from cfmask.runtime.attempts import AttemptLog
 from launch.restarts import policy as restart_policy
+from launch.restarts.batch_script_end import batch_script_end
 from launch.restarts.policy import (
     REQUEUE_IF_PREEMPTED,
     REQUEUE_ME,
     STOPPED,
     Cause,
     GivenUp,
-    JobRecord,
     JobStart,
     Restarts,
     Verdict,
-    batch_script_end,
-    seconds_left,
     starts_without_progress,
     verdict,
 )
+from launch.restarts.slurm_record import JobRecord, seconds_left
 from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.texts import parse_records
 

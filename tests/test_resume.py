@@ -120,7 +120,7 @@ def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(mater
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 7, process)
-    os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # one rank alone hears of it
+    os.kill(made.ranks_of(process)[1], signal.SIGUSR2)  # one rank alone gets it
     assert process.wait(timeout=300) == 0
     first, second = read_lines(run / "attempts.jsonl")
     assert second["why_last_ended"] == f"stopped at step {second['from_step']} (requeue)"

@@ -1,4 +1,4 @@
-"""The table of runs: every state told apart, from whole and from damaged folders, with one question to Slurm."""
+"""The table of runs: every state found apart, from whole and from damaged folders, with one question to Slurm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from launch import status
 from launch.slurm.queue import SacctRecord, SlurmJob
-from launch.state import facts as run_states
-from launch.state import follow
+from launch.state import facts, follow
 from launch.state.facts import SlurmAnswers, read_state
 from launch.state.status import Status, status_of
 from launch.state.table import attempts_table, duration, table
@@ -71,7 +69,7 @@ def row(run: RunFolder, *jobs: SlurmJob, starts: tuple[SacctRecord, ...] = ()) -
     return status_of(read_state(run), SlurmAnswers({job.id: job for job in jobs}, starts))
 
 
-def life(state: str, job: str = "12", *, ago_s: int = 3600) -> SacctRecord:
+def sacct_record(state: str, job: str = "12", *, ago_s: int = 3600) -> SacctRecord:
     begin = (datetime.now() - timedelta(seconds=ago_s)).isoformat(timespec="seconds")
     return SacctRecord(job, state, begin, (datetime.now() + timedelta(seconds=9)).isoformat(timespec="seconds"))
 
@@ -89,8 +87,8 @@ def test_never_started(root):
 
 
 def test_queued_says_what_it_waits_for(root):
-    told = row(submitted(make_run(root), "12"), queued("12"))
-    assert (told.state, told.job, told.next_start, told.last_end) == ("queued", "12", "(Priority)", None)
+    found = row(submitted(make_run(root), "12"), queued("12"))
+    assert (found.state, found.job, found.next_start, found.last_end) == ("queued", "12", "(Priority)", None)
 
 
 def test_queued_with_an_estimate(root):
@@ -101,10 +99,10 @@ def test_queued_with_an_estimate(root):
 
 def test_requeued_says_when_it_may_start(root):
     run = submitted(make_run(root, starts=1, step=70, saved=70, ended="stopped at step 70 (requeue)"), "12")
-    told = row(run, queued("12", restarts=1, eligible_in_s=90, reason="BeginTime"))
-    assert told.state == "requeued" and told.next_start.startswith("eligible ")
-    assert told.last_end == "stopped at step 70 (requeue)"
-    assert (told.step, told.total_steps, told.eta_s) == (70, 1000, None)
+    found = row(run, queued("12", restarts=1, eligible_in_s=90, reason="BeginTime"))
+    assert found.state == "requeued" and found.next_start.startswith("eligible ")
+    assert found.last_end == "stopped at step 70 (requeue)"
+    assert (found.step, found.total_steps, found.eta_s) == (70, 1000, None)
 
 
 def test_its_job_runs_and_training_has_not_begun(root):
@@ -116,15 +114,21 @@ def test_its_job_runs_and_training_is_over(root):
     run = submitted(make_run(root, starts=2, step=70, ended="stopped at step 70 (quit)"), "12")
     assert row(run, queued("12", "RUNNING", restarts=1)).state == "ending"
     assert row(run, queued("12", "COMPLETING", restarts=1)).state == "ending"
-    assert row(run, queued("12", "RUNNING", restarts=2)).state == "starting", "of its next life"
+    assert row(run, queued("12", "RUNNING", restarts=2)).state == "starting", "of its next start"
 
 
 def test_running(root):
     run = submitted(make_run(root, starts=1, step=70, saved=50), "12")
     with run.locked("12-0"):
-        told = row(run, queued("12", "RUNNING"))
-    assert (told.state, told.step, told.samples_per_s, told.loss, told.eta_s) == ("running", 70, 512.0, 2.5, 3723.0)
-    assert (told.attempts, told.last_end) == (1, None)
+        found = row(run, queued("12", "RUNNING"))
+    assert (found.state, found.step, found.samples_per_s, found.loss, found.eta_s) == (
+        "running",
+        70,
+        512.0,
+        2.5,
+        3723.0,
+    )
+    assert (found.attempts, found.last_end) == (1, None)
 
 
 def test_running_without_slurm_is_known_from_the_heartbeat(root):
@@ -139,14 +143,14 @@ def test_running_without_slurm_is_known_from_the_heartbeat(root):
         elsewhere.rename(file)
 
 
-def test_killed_on_another_node_a_run_in_the_queue_is_not_said_to_run(root):
+def test_a_queued_run_that_was_killed_on_another_node_is_not_running(root):
     run = submitted(make_run(root, starts=1, step=70), "12")
     with run.locked("12-0"):
         [file] = (run.root / ".owner").iterdir()
         elsewhere = file.rename(file.with_name("n17,another machine,4711,12-0,0a1b2c3d"))
-        told = row(run, queued("12", restarts=1))
+        found = row(run, queued("12", restarts=1))
         elsewhere.rename(file)
-    assert (told.state, told.last_end) == ("requeued", "killed without notice")
+    assert (found.state, found.last_end) == ("requeued", "killed without notice")
 
 
 def test_finished(root):
@@ -159,52 +163,37 @@ def test_cancelling_and_cancelled(root):
     run = submitted(make_run(root, starts=1, step=70, saved=70, ended="stopped at step 70 (quit)"), "12")
     run.cancel()
     assert row(run, queued("12", "RUNNING")).state == "cancelling"
-    told = row(run)
-    assert told.state == "cancelled"
-    assert told.last_end.startswith(f"cancelled at step 70 by {run.cancelled()['by']}, ")
-
-
-def test_stopped_by_a_signal(root):
-    run = submitted(make_run(root, starts=1, step=70, ended="stopped at step 70 (quit)"), "12")
-    assert (row(run).state, row(run).last_end) == ("stopped", "stopped at step 70 (quit)")
-
-
-def test_scancelled_in_the_queue(root):
-    told = row(submitted(make_run(root), "12"), starts=(life("CANCELLED by 1000"),))
-    assert (told.state, told.last_end) == ("stopped", "scancel by 1000, before training began")
-
-
-def test_failed_with_a_word_of_its_own(root):
-    told = row(submitted(make_run(root, starts=1, step=70, ended="failed: UserError: a\nlong story"), "12"))
-    assert told.state == "failed"
-    assert "failed: UserError: a long story" in table([told])
+    found = row(run)
+    assert found.state == "cancelled"
+    assert found.last_end.startswith(f"cancelled at step 70 by {run.cancelled()['by']}, ")
 
 
 @pytest.mark.parametrize(
-    ("slurms_word", "state", "said"),
+    ("trained", "history", "state", "last_end"),
     [
-        ("NODE_FAIL", "dead", "killed: node failed"),
-        ("OUT_OF_MEMORY", "dead", "killed: out of memory"),
-        ("TIMEOUT", "dead", "killed: time limit"),
-        ("CANCELLED by 0", "stopped", "killed: scancel by 0"),
-        ("FAILED", "failed", "killed: its job failed"),
+        ({"ended": "stopped at step 70 (quit)"}, None, "stopped", "stopped at step 70 (quit)"),
+        ({"ended": "failed: UserError: a\nlong story"}, None, "failed", "failed: UserError: a\nlong story"),
+        ({}, None, "dead", "killed without notice"),
+        ({}, "NODE_FAIL", "dead", "killed: node failed"),
+        ({}, "OUT_OF_MEMORY", "dead", "killed: out of memory"),
+        ({}, "TIMEOUT", "dead", "killed: time limit"),
+        ({}, "CANCELLED by 0", "stopped", "killed: scancel by 0"),
+        ({}, "FAILED", "failed", "killed: its job failed"),
+        (None, "FAILED", "failed", "its job failed, before training began"),
+        (None, "CANCELLED by 1000", "stopped", "scancel by 1000, before training began"),
     ],
 )
-def test_killed_and_slurm_knows_why(root, slurms_word, state, said):
-    told = row(submitted(make_run(root, starts=1, step=70), "12"), starts=(life(slurms_word),))
-    assert (told.state, told.last_end) == (state, said)
+def test_a_run_without_a_job_has_the_reason_of_its_folder_or_that_of_slurm(root, trained, history, state, last_end):
+    """trained: None: no start was recorded."""
+    run = make_run(root) if trained is None else make_run(root, starts=1, step=70, **trained)
+    found = row(submitted(run, "12"), starts=(sacct_record(history),) if history else ())
+    assert (found.state, found.last_end) == (state, last_end)
+    assert " ".join(last_end.split()) in table([found])
 
 
-def test_dead_without_a_word_from_anybody(root):
-    told = row(submitted(make_run(root, starts=1, step=70), "12"))
-    assert (told.state, told.last_end) == ("dead", "killed without notice")
-
-
-def test_failed_before_training_began(root):
-    told = row(submitted(make_run(root), "12"), starts=(life("FAILED"),))
-    assert (told.state, told.last_end) == ("failed", "its job failed, before training began")
-    local = row(submitted(make_run(root.with_name("local")), "4000000", slurm=False))
-    assert (local.state, local.last_end) == ("failed", "ended before training began")
+def test_a_local_job_that_failed_before_training_began(root):
+    found = row(submitted(make_run(root), "4000000", slurm=False))
+    assert (found.state, found.last_end) == ("failed", "ended before training began")
 
 
 def test_a_member_of_an_array(root):
@@ -215,31 +204,31 @@ def test_a_member_of_an_array(root):
     assert row(run, queued("12_4")).state == "dead"
 
 
-def test_without_slurm_what_may_wait_there_is_unknown(root):
-    def told(name: str, **made_as) -> str:
+def test_without_slurm_a_run_that_may_be_queued_is_unknown(root):
+    def found(name: str, **made_as) -> str:
         run = submitted(make_run(root.with_name(name), **made_as), "12")
         return status_of(read_state(run), SlurmAnswers()).state
 
-    assert told("a", starts=1, step=70, ended="stopped at step 70 (requeue)") == "unknown"
-    assert told("b", starts=1, step=70) == "unknown"
-    assert told("c") == "unknown"
-    assert told("lost", starts=1, step=70, ended="lost a rank without a report: rank 1 was cut off") == "unknown"
+    assert found("a", starts=1, step=70, ended="stopped at step 70 (requeue)") == "unknown"
+    assert found("b", starts=1, step=70) == "unknown"
+    assert found("c") == "unknown"
+    assert found("lost", starts=1, step=70, ended="lost a rank without a report: rank 1 was cut off") == "unknown"
     why = "given up: job 12 made no progress. Their ends: stopped at step 70 (requeue)"
-    assert told("given-up", starts=1, step=70, ended=why) == "failed"
-    assert told("d", starts=1, step=70, ended="stopped at step 70 (quit)") == "stopped"
-    assert told("e", starts=1, step=70, ended="failed: UserError: no") == "failed"
+    assert found("given-up", starts=1, step=70, ended=why) == "failed"
+    assert found("d", starts=1, step=70, ended="stopped at step 70 (quit)") == "stopped"
+    assert found("e", starts=1, step=70, ended="failed: UserError: no") == "failed"
 
 
 # --- each start ---------------------------------------------------------------------------------------------------
 
 
-def test_attempts_are_told_each_with_its_way_and_its_end(root):
+def test_attempts_have_their_steps_and_their_ends(root):
     run = submitted(make_run(root, starts=1, step=70, saved=50), "12")
     run.begin_attempt(job="12-1", nodes=1, world_size=2, device="cpu", from_step=50)
     append_lines(run.log, [{"step": 90, "total_steps": 100, "loss": 1, "samples_per_s": 5, "eta_s": 1}])
     run.end_attempt("stopped at step 90 (quit)")
     run_state = read_state(run)
-    slurm = SlurmAnswers({}, (life("NODE_FAIL"),))
+    slurm = SlurmAnswers({}, (sacct_record("NODE_FAIL"),))
     header, first, second = attempts_table(run_state, status_of(run_state, slurm), slurm).splitlines()
     assert header.split() == "attempt started job nodes ranks device from step to step ended".split()
     assert first.split()[2:] == "12-0 2 4 cuda:0 0 70 killed: node failed".split()
@@ -280,13 +269,13 @@ def test_a_damaged_file_leaves_the_rest_of_the_table(root, capsys, file, content
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert status.main([str(root.parent), "--attempts"]) == 0
-    told = capsys.readouterr().out
-    rows = told.splitlines()[1:3]
+    found = capsys.readouterr().out
+    rows = found.splitlines()[1:3]
     assert str(root) in rows[0] and str(root.with_name("whole")) in rows[1]
-    assert ("note: " in told) == bool(note) and note in told
+    assert ("note: " in found) == bool(note) and note in found
 
 
-def test_a_path_that_is_none_is_a_sentence(tmp_path, capsys, monkeypatch):
+def test_a_wrong_path_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):
     def refused(*arguments: object) -> str:
         assert status.main(list(map(str, arguments))) == 2
         [said] = capsys.readouterr().err.splitlines()
@@ -297,15 +286,15 @@ def test_a_path_that_is_none_is_a_sentence(tmp_path, capsys, monkeypatch):
     assert "no recipe.json" in refused(tmp_path / "empty")
     assert "No such file" in refused(tmp_path / "nowhere")
     monkeypatch.chdir(tmp_path)
-    assert "call this where they were submitted from" in refused()
+    assert "change to the directory of the submission" in refused()
     make_run(tmp_path / "runs/a")
     make_run(tmp_path / "runs/b")
-    assert "here are 2" in refused("--follow")
+    assert "2 are given" in refused("--follow")
 
     def deny(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(run_states, "_is_run", deny)
+    monkeypatch.setattr(facts, "_is_run", deny)
     assert "cannot be read: Permission denied" in refused(tmp_path / "runs")
 
 
@@ -335,9 +324,9 @@ def test_slurm_is_asked_once_for_all_runs(tmp_path, fake_slurm, capsys, monkeypa
     begin, end = ((now + timedelta(seconds=s)).isoformat(timespec="seconds") for s in (-60, 60))
     (fake_slurm / "sacct.out").write_text(f"13|NODE_FAIL|{begin}|{end}\n13|PENDING|Unknown|Unknown\n")
     assert status.main([]) == 0
-    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "queued" in told["runs/r12"] and "(Priority)" in told["runs/r12"]
-    assert "dead" in told["runs/r13"] and "killed: node failed" in told["runs/r13"]
+    found = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "queued" in found["runs/r12"] and "(Priority)" in found["runs/r12"]
+    assert "dead" in found["runs/r13"] and "killed: node failed" in found["runs/r13"]
     squeue, sacct = (fake_slurm / "calls").read_text().splitlines()
     assert "--jobs=12,13,14,15,16,17,18,19" in squeue
     assert "-j 13,14,15,16,17,18,19" in sacct, "what waits in the queue has not ended"
@@ -349,7 +338,7 @@ def test_slurm_that_does_not_answer_is_a_note(tmp_path, fake_slurm, capsys):
         "#!/bin/sh\necho slurm_load_jobs error: Unable to contact slurm controller >&2\nexit 1\n"
     )
     assert status.main([str(tmp_path / "a")]) == 0
-    assert "note: Slurm cannot be asked from here" in capsys.readouterr().out
+    assert "note: Slurm does not answer here" in capsys.readouterr().out
     (fake_slurm / "squeue").write_text("#!/bin/sh\necho slurm_load_jobs error: Invalid job id specified >&2\nexit 1\n")
     assert status.main([str(tmp_path / "a")]) == 0
     assert "note" not in capsys.readouterr().out, "no such job any more is an answer"
@@ -382,12 +371,12 @@ print([name for name in ("torch", "numpy", "submitit") if name in sys.modules])
 
 
 def test_on_a_terminal_a_long_reason_is_cut(monkeypatch):
-    told = Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
-    assert len(table([told]).splitlines()[1]) > 700
+    found = Status("runs/a", "failed", 1, 2, 3.0, 4.0, None, None, 1, None, "why " * 200, ())
+    assert len(table([found]).splitlines()[1]) > 700
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setattr(shutil, "get_terminal_size", lambda *given, **named: os.terminal_size((100, 24)))
-    assert [len(line) <= 100 for line in table([told]).splitlines()] == [True, True]
-    assert table([told]).endswith("…")
+    assert [len(line) <= 100 for line in table([found]).splitlines()] == [True, True]
+    assert table([found]).endswith("…")
 
 
 @pytest.mark.parametrize(
@@ -400,8 +389,8 @@ def test_durations(seconds, said):
 # --- following a run ----------------------------------------------------------------------------------------------
 
 
-def test_a_log_that_cannot_be_read_for_a_moment_does_not_end_who_follows_it(tmp_path, monkeypatch):
-    """With the follower of a run on this machine, the run would end."""
+def test_a_log_that_cannot_be_read_for_a_moment_does_not_end_the_follower(tmp_path, monkeypatch):
+    """A run on this machine ends with its follower."""
     run = make_run(tmp_path / "run", starts=1, step=4)
     append_lines(run.log, [{"step": 5, "total_steps": 9, "loss": 1.0, "samples_per_s": 2.0, "eta_s": 3.0}])
     failures = iter([OSError(5, "Input/output error")])
@@ -441,38 +430,29 @@ def test_a_run_on_this_machine_is_followed_over_a_restart_to_its_end(materials, 
     following = start_following(run)
     wait_until(lambda: any(x["step"] >= 5 for x in read_lines(run / "log.jsonl")), "step 5")
     os.kill(RunFolder(run).owner().pid, signal.SIGUSR2)
-    told, bar = following.communicate(timeout=240)
-    assert following.returncode == 0, told + bar
-    assert f"finished: {run / 'model.safetensors'}" in told
+    found, bar = following.communicate(timeout=240)
+    assert following.returncode == 0, found + bar
+    assert f"finished: {run / 'model.safetensors'}" in found
     assert "loss" in bar and "samples/s" in bar and f"/{EPOCHS * 6}" in bar
     assert len(read_lines(run / "attempts.jsonl")) == 2
     assert process.wait(timeout=300) == 0
     assert follow.follow_run(RunFolder(run)) == 0, "of a finished run, at once"
 
 
-def test_following_ends_with_a_run_that_dies(materials, tmp_path):
-    run = tmp_path / "run"
-    process = made.start(*local_flags(materials, run))
-    wait_until(lambda: any(x["step"] >= 2 for x in read_lines(run / "log.jsonl")), "step 2")
-    following = start_following(run)
-    time.sleep(2)
-    made.kill_all(process)
-    told, bar = following.communicate(timeout=300)
-    assert following.returncode == 1, told + bar
-    assert "The run did not finish" in told and "--resume" in told
-
-
-def test_ctrl_c_leaves_the_run_alone(materials, tmp_path):
+def test_a_follower_leaves_the_run_alone_after_ctrl_c_and_ends_with_a_run_that_dies(materials, tmp_path):
     run = tmp_path / "run"
     process = made.start(*local_flags(materials, run))
     try:
-        wait_until(lambda: (run / "recipe.json").exists(), "the run is there")
-        following = start_following(run)
-        assert following.stderr.read(1), "it shows its bar"
-        following.send_signal(signal.SIGINT)
-        told, errors = following.communicate(timeout=300)
-        assert following.returncode == 130 and "Traceback" not in errors
-        assert "The run goes on" in told
+        wait_until(lambda: any(x["step"] >= 2 for x in read_lines(run / "log.jsonl")), "step 2")
+        first, second = start_following(run), start_following(run)
+        assert first.stderr.read(1) and second.stderr.read(1), "both show their bars"
+        first.send_signal(signal.SIGINT)
+        found, errors = first.communicate(timeout=300)
+        assert first.returncode == 130 and "Traceback" not in errors
+        assert "The run continues" in found
         assert process.poll() is None
     finally:
         made.kill_all(process)
+    found, bar = second.communicate(timeout=300)
+    assert second.returncode == 1, found + bar
+    assert "The run did not finish" in found and "--resume" in found

@@ -284,7 +284,7 @@ def test_wandb_that_hangs_holds_no_job_up(run):
     wait_until(lambda: nothing_is_left_of(run), "the end of all processes")
 
 
-@pytest.mark.parametrize(("plant", "told"), [("find_spec", "wandb is not there"), ("wandb", "could not be sent")])
+@pytest.mark.parametrize(("plant", "told"), [("find_spec", "wandb is not installed"), ("wandb", "could not be sent")])
 def test_wandb_that_is_missing_or_broken_is_a_line_of_the_log(run, tmp_path, plant, told):
     take_steps(run, 100, committed=100)
     (tmp_path / "path").mkdir()
@@ -374,6 +374,7 @@ def test_three_starts_of_a_run_are_one_history_without_gaps_or_repeats(tmp_path,
     board = EventAccumulator(str(run.root / "tensorboard")).Reload().Tags()["scalars"]
     assert {name for line in whole.history for name in line if name[0] != "_"} == set(board)
     assert len(read_lines(run.attempts)) == 3
+    made.assert_log_format(run.root)
     [news] = read_lines(tmp_path / "news")
     assert (news["event"], news["attempt"], news["step"], news["total_steps"]) == ("finished", 3, 144, 144)
     assert news["top1"] == {"val": results["sets"]["val"]["top1"]} and news["run"] == str(run.root)

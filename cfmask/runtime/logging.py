@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 
 from cfmask.errors import UserError
@@ -24,6 +25,8 @@ from cfmask.errors import UserError
 LEVEL_VARIABLE = "CFMASK_LOG_LEVEL"
 _OWN = ("cfmask", "launch", "slurm", "tools")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_PREFIX = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d ({'|'.join(_LEVELS)}) (rank \d+|controller) \S+ \| ")
+"""What ``_JobFormatter`` puts before each line."""
 
 
 class _Handler(logging.Handler):
@@ -40,10 +43,11 @@ class _Handler(logging.Handler):
 
 
 class _JobFormatter(logging.Formatter):
-    """The time, level, rank and node before each line of a message."""
+    """The time, level, rank and node before each line of a message. rank: None: the controller of a local job."""
 
-    def __init__(self, rank: int, node: str) -> None:
-        super().__init__(f"%(asctime)s %(levelname)s rank {rank} {node} | ", "%Y-%m-%d %H:%M:%S")
+    def __init__(self, rank: int | None, node: str) -> None:
+        who = "controller" if rank is None else f"rank {rank}"
+        super().__init__(f"%(asctime)s %(levelname)s {who} {node} | ", "%Y-%m-%d %H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         record.asctime = self.formatTime(record, self.datefmt)
@@ -62,13 +66,28 @@ class _CommandFormatter(logging.Formatter):
         return level + super().format(record)
 
 
-def log_to_job(rank: int, node: str) -> None:
+def log_to_job(rank: int | None, node: str) -> None:
     """Called first in each process of a job.
+
+    Args:
+        rank: the one that the process is, or works for; None: the controller of a local job.
 
     Raises:
         UserError: CFMASK_LOG_LEVEL names no level.
     """
     _configure(_Handler(_JobFormatter(rank, node), warnings_to_stderr=False))
+
+
+def as_logged(text: str, rank: int, node: str) -> str:
+    """An error as the rank would log it; for another process that writes it into the rank's log file."""
+    record = logging.makeLogRecord({"msg": text, "levelno": logging.ERROR, "levelname": "ERROR"})
+    return _JobFormatter(rank, node).format(record) + "\n"
+
+
+def message_of(line: str) -> str:
+    """A line of a job's log without time, level, rank and node."""
+    found = _PREFIX.match(line)
+    return line[found.end() :] if found else line
 
 
 def log_to_terminal() -> None:

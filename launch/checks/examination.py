@@ -12,7 +12,7 @@ from launch.allocation.resolve import Allocation, uncovered
 from launch.checks.findings import NOT_CHECKED, PROBLEM, WARNING, Finding, Findings
 from launch.checks.login_node import ask_slurm, check_submission
 from launch.checks.probe_job import run_probe
-from launch.ranks.node import write_and_look
+from launch.ranks.health import write_and_look
 from launch.submission.claims import check_path
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from cfmask.data.remote import cache_folder
 from cfmask.files import write_atomically
 from cfmask.runtime.machine import node_name
-from launch.ranks.node import free_bytes, write_and_look
+from launch.ranks.health import free_bytes, write_and_look
 from launch.restarts.policy import REQUEUE_ME
 from launch.slurm.client import SlurmError
 from launch.slurm.control import requeue

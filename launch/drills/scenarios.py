@@ -23,10 +23,10 @@ from launch.drills.faults import (
 )
 from launch.drills.handle import DrillFailed, Poll, RunHandle
 from launch.drills.materials import MAKE_SHARDS
-from launch.restarts.deadline import AT_TIME_LIMIT
 from launch.slurm.client import ask
 from launch.slurm.control import cancel, requeue
 from launch.slurm.submission import submit
+from launch.state.ends import AT_TIME_LIMIT
 
 EARLY, HALF = 25, 63
 """Steps at which runs are interrupted."""

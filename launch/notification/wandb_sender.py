@@ -2,23 +2,23 @@
 
     python launch/notification/wandb_sender.py RUN [ENTITY/]PROJECT      sends what is missing, by hand
 
-In a job this is a process of its own beside rank 0 (rank_0.py): training does not wait for it, and goes on without it
-if it fails or hangs. log.jsonl is its one source, with the names of TensorBoard's curves. A start that is killed takes
-steps again, so only those behind a committed checkpoint are sent, and the rest when the run has finished. All starts of
-a run folder are one run of W&B.
+In a job this is a process of its own beside rank 0 (launch/ranks/beside_rank_0.py): training does not wait for it, and
+continues without it if it fails or hangs. Its only source is log.jsonl, with TensorBoard's names of curves. A start
+that is killed repeats steps, so only steps before a committed checkpoint are sent, and the rest when the run has
+finished. All starts of a run folder are one run of W&B.
 
-    RUN/wandb.json              by project: the id of the run there, and the last step that was sent
-    RUN/wandb/                  what wandb writes
+    RUN/wandb.json              by project: the id of the W&B run, and the last step that was sent
+    RUN/wandb/                  files of the wandb package
       offline-run-TIME-ID/      of offline mode: `wandb sync RUN/wandb` uploads them in order, as one run
 
-**Each step once, however this process ends.** Online, W&B itself says at the start which step it has last. Offline,
-wandb keeps the last 32 KiB of a folder in memory. So steps are written at the start and at the end of this process
-only, each time into a folder of its own, which counts when wandb has closed it. One that does not count is removed, and
-its steps are written again.
+**Each step is sent once, however this process ends.** Online, W&B reports its last step at the start. Offline, wandb
+keeps the last 32 KiB of a folder in memory. So steps are written only at the start and at the end of this process, each
+time into a new folder, which counts once wandb has closed it. A folder that does not count is removed, and its steps
+are written again.
 
-W&B that does not answer, or has no API key, is a warning, and the start is offline. The next one is online again if
-the folders have been synced until then: what they hold comes before its own steps. After a start that was online and
-was killed, nobody but W&B knows which steps it has: then steps wait in log.jsonl until it answers.
+If W&B does not answer or there is no API key, this logs a warning and the start is offline. The next start is online
+again if the folders have been synced by then, because their steps come before its own. After an online start that was
+killed, only W&B knows which steps it has: then steps wait in log.jsonl until it answers.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import secrets
 import select
@@ -45,21 +46,25 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.command import exits_cleanly
 from cfmask.runtime.jsonl import read_lines, read_object
 from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld
+from cfmask.runtime.logging import log_to_job
+from cfmask.runtime.machine import node_name
 from cfmask.secrets import mask_secrets
 from launch.restarts.of_run import counted_images
 from launch.state.facts import read_state
 
+logger = logging.getLogger("launch.notification.wandb_sender")  # also where this module is __main__
+
 VARIABLE = "CFMASK_WANDB"
-"""Environment variable in which a job has its project (launch/allocation/resolve.py)."""
+"""Environment variable of a job that holds its project."""
 UNTIL_EOF = "--until-eof"
-"""Of this program: send until standard input is closed."""
+"""Flag of this program: send until standard input is closed."""
 
 _LOOK_S = 10.0
 """Between two looks for a new checkpoint."""
 _INIT_S = 60
-"""What W&B has to answer at the start."""
+"""Within which W&B has to answer at the start."""
 _LOCK_S = 300.0
-"""How long another sender of the run is waited for: one whose node is lost, say."""
+"""How long to wait for another sender of the run, for example one whose node was lost."""
 _ENVIRONMENT = {
     "WANDB_SILENT": "true",
     "WANDB_CONSOLE": "off",
@@ -68,19 +73,19 @@ _ENVIRONMENT = {
     "WANDB__DISABLE_STATS": "true",
     "WANDB__SAVE_REQUIREMENTS": "false",
 }
-"""Settings of wandb, unless the environment has them: what it would record is this process's, not the run's."""
+"""Settings of wandb, unless the environment has them. wandb would record this process instead of the run."""
 
 HistoryRow = tuple[int, dict[str, float]]
-"""A step, and the points of all curves there."""
+"""A step, and the values of all curves at this step."""
 
 
 @dataclass
 class SyncState:
-    """What a run folder keeps of a project.
+    """What RUN/wandb.json has for a project.
 
-    id: of the run there.
+    id: of the W&B run.
     sent: the last step that is in W&B, or in a folder that counts.
-    folders: of offline mode, in order, that count.
+    folders: the folders of offline mode that count, in order.
     unconfirmed: a start has been online since ``sent`` was written, and may have sent more.
     finished: the results were sent.
     """
@@ -93,16 +98,16 @@ class SyncState:
 
 
 def is_installed() -> bool:
-    """Whether this Python has wandb. A folder of that name in the working directory is none."""
+    """Whether this Python has the package. A folder with that name in the working directory does not count."""
     found = importlib.util.find_spec("wandb")
     return found is not None and found.origin is not None
 
 
 class Sender:
-    """Of one run and project. For the one process that holds the lock of RUN/wandb."""
+    """Sends one run to one project. The process must hold the lock of RUN/wandb."""
 
     def __init__(self, run: RunFolder, project: str, has_ended: Callable[[float], bool]) -> None:
-        """has_ended: waits for so many seconds, and tells whether the run's start has ended."""
+        """has_ended: waits so many seconds, and returns whether the run's start has ended."""
         self._run, self._has_ended = run, has_ended
         self._entity, _, self._project = project.rpartition("/")
         self._key, self._path = project, run.root / "wandb.json"
@@ -116,7 +121,10 @@ class Sender:
             return
         if mode not in ("offline", "dryrun"):
             if unsynced := self._unsynced():
-                _say(f"{unsynced} in {self._run.root / 'wandb'} is not synced, so this start is offline too")
+                _log(
+                    logging.WARNING,
+                    f"{unsynced} in {self._run.root / 'wandb'} is not synced, so this start is offline too",
+                )
             elif self._send_online():
                 return
         self._send_offline()
@@ -124,24 +132,24 @@ class Sender:
     # --- online
 
     def _send_online(self) -> bool:
-        """Whether W&B has answered."""
+        """Send online until the start has ended; whether W&B has answered."""
         try:
-            there = self._init("online")
+            wandb_run = self._init("online")
         except Exception as error:
             _teardown()
-            _say(f"cannot be reached, so this start is offline: {_one_line(error)}")
+            _log(logging.WARNING, f"cannot be reached, so this start is offline: {_one_line(error)}")
             return False
-        _say(f"{'resumed' if there.resumed else 'new run'} {self._key}, id {self.state.id}")
-        self.state.sent = max(0, there.step - 1) if there.resumed else 0
+        _log(logging.INFO, f"{'resumed' if wandb_run.resumed else 'new run'} {self._key}, id {self.state.id}")
+        self.state.sent = max(0, wandb_run.step - 1) if wandb_run.resumed else 0
         self.state.unconfirmed = True
         self._save()
         ended = False
         while not ended:
             ended = self._has_ended(_LOOK_S)
             for step, row in self._rows():
-                there.log(row, step=step, commit=True)
+                wandb_run.log(row, step=step, commit=True)
                 self.state.sent = step
-        self._finish(there, resumes=self._comes_back())
+        self._finish(wandb_run, resumes=self._comes_back())
         self.state.unconfirmed = False
         self._save()
         return True
@@ -150,32 +158,30 @@ class Sender:
 
     def _send_offline(self) -> None:
         if self.state.unconfirmed:
-            _say("which steps it has is not known: they wait in log.jsonl until it answers")
+            _log(logging.WARNING, "which steps it has is not known: they wait in log.jsonl until it answers")
             return
         try:
             self._write_folder(resumes=True)
         except Exception as error:
-            _say(f"warning: the history could not be sent, and is tried again at the end: {_one_line(error)}")
+            _log(logging.WARNING, f"the history could not be sent, and is tried again at the end: {_one_line(error)}")
         while not self._has_ended(3600):
             pass
         if not self._comes_back():  # else the next start writes what is missing
             self._write_folder(resumes=False)
 
     def _write_folder(self, *, resumes: bool) -> None:
-        """A folder of what was not sent, if there is any. resumes: more is to come."""
+        """Write what was not sent into a new folder. resumes: the run has not ended."""
         self._remove_incomplete()
         rows, results = self._rows(), self._results()
         if not rows and (results is None or self.state.finished):
             return
         self._wait_for_new_name()
-        there = self._init("offline")
-        file = Path(there.settings.sync_file)
+        wandb_run = self._init("offline")
+        file = Path(wandb_run.settings.sync_file)
         for step, row in rows:
-            there.log(row, step=step, commit=True)
-        self._finish(there, resumes=resumes)
-        if file.stat().st_size < sum(
-            len(name) for _, row in rows for name in row
-        ):  # a full disk is no error of wandb's
+            wandb_run.log(row, step=step, commit=True)
+        self._finish(wandb_run, resumes=resumes)
+        if file.stat().st_size < sum(len(name) for _, row in rows for name in row):  # wandb does not report a full disk
             raise OSError(f"{file} was not written to its end")
         with open(file, "rb") as written:
             os.fsync(written.fileno())
@@ -183,13 +189,16 @@ class Sender:
         self.state.sent = rows[-1][0] if rows else self.state.sent
         self.state.folders = (*self.state.folders, file.parent.name)
         self._save()
-        _say(f"steps up to {self.state.sent} are in {file.parent}; `wandb sync {file.parents[1]}` uploads them")
+        _log(
+            logging.INFO,
+            f"steps up to {self.state.sent} are in {file.parent}; `wandb sync {file.parents[1]}` uploads them",
+        )
 
     def _folders(self) -> list[Path]:
         return sorted((self._run.root / "wandb").glob(f"offline-run-*-{self.state.id}"))
 
     def _unsynced(self) -> str | None:
-        """A folder that counts and was not uploaded."""
+        """The name of a folder that counts and was not uploaded; None if there is none."""
         for folder in self._folders():
             if folder.name in self.state.folders and not list(folder.glob("*.synced")):
                 return folder.name
@@ -201,16 +210,16 @@ class Sender:
                 shutil.rmtree(folder)
 
     def _wait_for_new_name(self) -> None:
-        """wandb names a folder after the second."""
+        """wandb names a folder after the second at which it is created."""
         while any(time.strftime("run-%Y%m%d_%H%M%S-") in folder.name for folder in self._folders()):
             time.sleep(0.1)
 
     # --- what is sent
 
     def _rows(self) -> list[HistoryRow]:
-        """What is behind a committed checkpoint, or all of a run that has finished, and was not sent."""
+        """What was not sent, up to the committed checkpoint; of a finished run, to its end."""
         found: dict[int, dict[str, float]] = {}
-        committed = self._committed()  # before the lines are read, which are written before a checkpoint
+        committed = self._committed()  # before log.jsonl is read, whose lines are written before their checkpoint
         if committed is not None and committed <= self.state.sent:
             return []
         for line in read_lines(self._run.log):
@@ -220,7 +229,7 @@ class Sender:
         return sorted(found.items())
 
     def _committed(self) -> int | None:
-        """The step that a start would resume from; None: the run has finished."""
+        """The step from which a start would resume; None: the run has finished."""
         if self._run.results.exists():
             return None
         if not isinstance(self._run.work(), Recipe):
@@ -236,7 +245,7 @@ class Sender:
         return read_state(self._run).comes_back
 
     def _init(self, mode: str) -> Any:
-        """The run of wandb, with recipe and tags. Raises what wandb does."""
+        """Begin a run of wandb, with recipe and tags. Raises what wandb raises."""
         import wandb
 
         work = self._run.work()
@@ -244,7 +253,7 @@ class Sender:
             tags = [preset_of(work) or work.method.row]
         else:
             tags = ["evaluation", work.make]
-        there = wandb.init(
+        wandb_run = wandb.init(
             entity=self._entity or None,
             project=self._project,
             id=self.state.id,
@@ -255,17 +264,17 @@ class Sender:
             tags=tags,
             settings=wandb.Settings(init_timeout=_INIT_S),
         )
-        there.config.update(json.loads(mask_secrets(work.to_json())), allow_val_change=True)
-        return there
+        wandb_run.config.update(json.loads(mask_secrets(work.to_json())), allow_val_change=True)
+        return wandb_run
 
-    def _finish(self, there: Any, *, resumes: bool) -> None:
-        """End what ``_init`` has begun, and wait until wandb has written or uploaded it. resumes: the run goes on."""
+    def _finish(self, wandb_run: Any, *, resumes: bool) -> None:
+        """End a run of wandb, and wait until it is written or uploaded. resumes: the training run has not ended."""
         results = self._results()
         if results is not None:
-            there.summary.update({"results": top1_of(results)})
+            wandb_run.summary.update({"results": top1_of(results)})
         elif resumes:
-            there.mark_preempting()
-        there.finish(exit_code=0 if results is not None else 1)
+            wandb_run.mark_preempting()
+        wandb_run.finish(exit_code=0 if results is not None else 1)
         _teardown()
         self.state.finished = results is not None
 
@@ -275,14 +284,14 @@ class Sender:
 
 
 def _teardown() -> None:
-    """Wait until wandb's own process has ended, and with it what it does."""
+    """Wait until wandb's own process has ended."""
     import wandb
 
     wandb.teardown()
 
 
-def _say(text: str) -> None:
-    print(f"W&B: {mask_secrets(text)}", flush=True)
+def _log(level: int, text: str) -> None:
+    logger.log(level, f"W&B: {mask_secrets(text)}")
 
 
 def _one_line(error: BaseException) -> str:
@@ -300,9 +309,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("project", metavar="[ENTITY/]PROJECT")
     arguments = parser.parse_args(argv)
+    if arguments.until_eof:
+        log_to_job(0, node_name())
     run = RunFolder(arguments.run.resolve())
     if not is_installed():
-        _say(f"warning: the package wandb is not there for {sys.executable}: nothing is sent. Install it with pip.")
+        _log(
+            logging.WARNING,
+            f"the package wandb is not installed for {sys.executable}: nothing is sent. Install it with pip.",
+        )
         return 1
     run.work()  # refuses what is no run folder
     os.nice(10)
@@ -316,9 +330,10 @@ def main(argv: list[str] | None = None) -> int:
     except LockHeld as held:
         raise UserError(f"W&B: the history of {run.root} is being sent by {held.owner} already.") from None
     except Exception as error:
-        _say(
-            f"warning: the history could not be sent: {type(error).__name__}: {_one_line(error)}. Training goes on; "
-            "what is missing is sent by the next start, or by launch/notification/wandb_sender.py"
+        _log(
+            logging.WARNING,
+            f"the history could not be sent: {type(error).__name__}: {_one_line(error)}. Training continues; "
+            "what is missing is sent by the next start, or by launch/notification/wandb_sender.py",
         )
         return 1
     return 0

@@ -1,5 +1,5 @@
-"""What runs beside rank 0, in the process that waits for it (failures.py): news for --notify, and the process that
-sends the history to Weights & Biases. Training waits for neither, and neither changes how the job ends."""
+"""What runs beside rank 0, in its supervisor: --notify, and the process that sends the history to Weights & Biases.
+Training waits for neither, and neither changes how the job ends."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LOOK_S = 2.0
 
 
 class BesideRank0:
-    """Of one start. On other ranks, and beside what is no run, it does nothing. Made after the rank was forked, which
-    would inherit threads and pipes.
+    """What runs beside rank 0 during one start; nothing for other ranks, and in folders that are no runs. Create it
+    after the rank was forked, because the rank would inherit threads and pipes.
 
     Args:
-        attempt: the start's name.
-        rank: of the process that is waited for.
+        attempt: name of the start.
+        rank: the supervised one.
     """
 
     def __init__(self, run: RunFolder, attempt: str, rank: int) -> None:
@@ -43,28 +43,28 @@ class BesideRank0:
                 if project := os.environ.get(wandb_sender.VARIABLE):
                     self._sender = _start_sender(run, project)
         except OSError as error:
-            logger.warning(f"no news for --notify or W&B from this start: {error}")
+            logger.warning(f"nothing of this start is sent to --notify or W&B: {error}")
         if self._command is not None:
-            threading.Thread(target=self._tell_of_preemptions, args=(self._command,), daemon=True).start()
+            threading.Thread(target=self._notify_of_preemptions, args=(self._command,), daemon=True).start()
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Processes that go on after the rank."""
+        """Processes that outlive the rank."""
         return (self._sender.pid,) if self._sender is not None else ()
 
     def end(self, *, failed: str | None, node: str | None = None) -> None:
-        """Called when the rank has ended, and why is recorded. Takes ``notify.WITHIN_S`` at most.
+        """Called when the rank has ended and the reason is recorded. Takes ``notify.WITHIN_S`` at most.
 
         Args:
-            failed: why it failed, if the run folder does not say; None: it ended as all ranks have agreed to.
-            node: of the rank that died first.
+            failed: why it failed, if the run folder does not say; None: it ended as all ranks have agreed.
+            node: of the rank that failed first.
         """
         self._ended.set()
         deadline = time.monotonic() + notify.WITHIN_S
         if self._sender is not None and self._sender.stdin is not None:
             self._sender.stdin.close()
         if self._command is not None:
-            _tell_end(self._command, self._run, self._attempt, failed, node)
+            _notify_of_end(self._command, self._run, self._attempt, failed, node)
         if self._sender is not None:
             try:
                 self._sender.wait(max(0.0, deadline - time.monotonic()))
@@ -77,12 +77,12 @@ class BesideRank0:
         if self._command is not None or self._sender is not None:
             kill_children()
 
-    def _tell_of_preemptions(self, command: str) -> None:
+    def _notify_of_preemptions(self, command: str) -> None:
         while not self._has_begun():
             if self._ended.wait(_LOOK_S):
                 return
-        if news := notify.news_of_preemptions(read_state(self._run), self._attempt):
-            notify.tell(command, news)
+        if event := notify.event_of_preemptions(read_state(self._run), self._attempt):
+            notify.send(command, event)
 
     def _has_begun(self) -> bool:
         with contextlib.suppress(OSError):  # looked for again
@@ -90,18 +90,18 @@ class BesideRank0:
         return False
 
 
-def tell_end(run: RunFolder, attempt: str, *, failed: str, node: str | None) -> None:
-    """News of a start whose process beside rank 0 is gone. The arguments are those of ``BesideRank0``."""
+def notify_of_end(run: RunFolder, attempt: str, *, failed: str, node: str | None) -> None:
+    """The same as ``BesideRank0.end`` for a start whose supervisor of rank 0 was killed."""
     if (command := notify.kept_command(run)) is not None:
-        _tell_end(command, run, attempt, failed, node)
+        _notify_of_end(command, run, attempt, failed, node)
 
 
-def _tell_end(command: str, run: RunFolder, attempt: str, failed: str | None, node: str | None) -> None:
+def _notify_of_end(command: str, run: RunFolder, attempt: str, failed: str | None, node: str | None) -> None:
     try:
-        if news := notify.news_of_end(read_state(run), attempt, failed=failed, node=node):
-            notify.tell(command, news)
+        if event := notify.event_of_end(read_state(run), attempt, failed=failed, node=node):
+            notify.send(command, event)
     except Exception as error:
-        logger.warning(f"no news for --notify: {type(error).__name__}: {error}")
+        logger.warning(f"--notify gets no event: {type(error).__name__}: {error}")
 
 
 def _start_sender(run: RunFolder, project: str) -> subprocess.Popen[bytes]:

@@ -1,16 +1,16 @@
-"""Looks after the ranks of a job on this machine: starts them, passes signals on, and leaves none behind.
+"""The controller of a job on this machine: starts the ranks, passes signals on, and leaves no process behind.
 
     python -u launch/ranks/controller.py [--follower PID] RUN/jobs
 
-What submitit's own controller does, and in addition:
+It replaces submitit's own controller, because it must also handle these:
 
-    a rank's process was killed    its failure report is written here, so that the other ranks end
-    the follower was killed        TERM to the ranks, which save a checkpoint; after SAVE_WITHIN_S a KILL
-    TERM                           the same without the KILL: whoever asked decides how long ranks may take. Ranks that
-                                   have not begun to train have nothing to save, and are killed at once
-    all ranks have ended           whatever they have started is killed
+    a supervisor was killed        the controller writes the rank's failure report, so that the other ranks end
+    the follower was killed        TERM to the ranks, which save a checkpoint; KILL after SAVE_WITHIN_S
+    TERM                           the same without KILL: the sender decides how long ranks may take. Ranks that have
+                                   not begun to train have nothing to save, and are killed at once
+    all ranks have ended           processes that they have started are killed
 
-Everything else comes in the environment that launch/ranks/local.py sets.
+Further settings are in the environment that launch/ranks/local.py sets.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from cfmask.runs import RunFolder
+from cfmask.runtime.logging import log_to_job
+from cfmask.runtime.machine import node_name
 from cfmask.runtime.process import adopt_orphans, kill_children
 from launch.ranks import supervisor
 from launch.restarts.policy import REQUEUE_ME
@@ -35,18 +37,18 @@ from launch.state.processes import FOLLOWER_FLAG, SAVE_WITHIN_S
 
 _LOOK_S = 0.1
 _REPEAT_S = 0.5
-"""In its first second a rank does not hear a TERM: it is sent again and again."""
+"""Between two TERMs: a rank ignores TERM in its first second."""
 _GONE_WITHIN_S = 5.0
 _END_WITHIN_S = 25.0
-"""What ranks have when one of them was killed; their own supervisors end them in half of it."""
+"""Until the controller kills the ranks after a supervisor was killed; the other supervisors need half of it."""
 
 
 class Controller:
-    """Of one job.
+    """The controller of one job.
 
     Args:
         run: the run folder.
-        follower: the process with which the job ends, this one's parent; None if it goes on without one.
+        follower: this process's parent, with which the job ends; None if the job does not depend on it.
     """
 
     def __init__(self, run: RunFolder, follower: int | None) -> None:
@@ -57,18 +59,22 @@ class Controller:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._start = 0
         self._asked = False
-        self._asked_again_at = 0.0
+        self._ask_again_at = 0.0
 
     def run(self) -> int:
-        """Until a start ends without asking for another one; the exit code of the first rank that ended badly, or 0."""
-        # A terminal's signals are for the follower. Ranks inherit what is ignored.
+        """Run starts until one does not ask for another.
+
+        Returns:
+            The exit code of the first rank that failed, or 0.
+        """
+        # A terminal's signals are for the follower. Ranks inherit that they are ignored.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, self._ask_to_end)
         signal.signal(signal.SIGUSR2, self._pass_on)
         adopt_orphans()
         while True:
-            codes = self._start_once()
+            codes = self._run_start()
             if self._asked or not (REQUEUE_ME in codes or self._start_of(0).mark("restart").exists()):
                 return next((code if code > 0 else 128 - code for code in codes if code), 0)
             self._start += 1
@@ -77,55 +83,67 @@ class Controller:
         self._asked = True
 
     def _pass_on(self, number: int, frame: object) -> None:
-        for rank in self._ranks:
-            rank.send_signal(number)
+        for process in self._ranks:
+            process.send_signal(number)
 
-    def _start_once(self) -> list[int]:
-        """Exit codes of one start of all ranks, negative for signals."""
-        with ExitStack() as logs:
-            self._ranks = []
-            for rank in range(self._world_size):
-                environment = {
-                    **os.environ,
-                    "SUBMITIT_LOCAL_JOB_ID": str(os.getpid()),
-                    "SUBMITIT_LOCAL_LOCALID": str(rank),
-                    "SUBMITIT_LOCAL_GLOBALID": str(rank),
-                    LOCAL_START: str(self._start),
-                }
-                log = logs.enter_context(open(self._log(rank), "ab"))
-                self._ranks.append(
-                    subprocess.Popen(self._command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-                )
+    def _run_start(self) -> list[int]:
+        """Start all ranks and wait for them; their exit codes, negative for signals."""
+        self._ranks = []
+        for rank in range(self._world_size):
+            environment = {
+                **os.environ,
+                "SUBMITIT_LOCAL_JOB_ID": str(os.getpid()),
+                "SUBMITIT_LOCAL_LOCALID": str(rank),
+                "SUBMITIT_LOCAL_GLOBALID": str(rank),
+                LOCAL_START: str(self._start),
+            }
+            with open(self._start_of(rank).log(rank), "ab") as log:
+                process = subprocess.Popen(self._command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self._ranks.append(process)
         try:
-            killed = self._wait()
+            reported = self._wait()
         finally:
             self._kill()
-        for rank in killed:
-            supervisor.conclude_for(self._start_of(rank), self._log(0))
-        return [rank.returncode if rank.returncode is not None else -signal.SIGKILL for rank in self._ranks]
+        for rank in reported:
+            supervisor.conclude_for(self._start_of(rank), self._start_of(rank).log(0))
+        return [-signal.SIGKILL if process.returncode is None else process.returncode for process in self._ranks]
 
     def _wait(self) -> list[int]:
-        """Until all ranks have ended, or had to; those whose process could not say how it ended."""
-        killed: list[int] = []
+        """Wait until all ranks have ended, or have to be killed.
+
+        Returns:
+            The ranks whose failure report was written here.
+        """
+        reported: list[int] = []
         kill_at = self._give_up_at
-        while any(each.poll() is None for each in self._ranks):
+        while any(process.poll() is None for process in self._ranks):
             now = time.monotonic()
-            for rank, each in enumerate(self._ranks):
-                if each.poll() is not None and rank not in killed and self._report(rank, each.returncode):
-                    killed.append(rank)
-                    kill_at = min(kill_at, now + _END_WITHIN_S)
+            if new := self._write_reports(reported):
+                reported += new
+                kill_at = min(kill_at, now + _END_WITHIN_S)
             if self._follower is not None and os.getppid() != self._follower:
                 self._follower, self._asked = None, True
                 kill_at = min(kill_at, now + SAVE_WITHIN_S)
-            if self._asked and now > self._asked_again_at:
-                if self._asked_again_at and not self._has_begun():
-                    break  # heard once, and there is nothing to save
-                self._asked_again_at = now + _REPEAT_S
+            if self._asked and now > self._ask_again_at:
+                if self._ask_again_at and not self._has_begun():
+                    break  # TERM was sent once, and there is nothing to save
+                self._ask_again_at = now + _REPEAT_S
                 self._pass_on(signal.SIGTERM, None)
             if now > kill_at:
                 break
             time.sleep(_LOOK_S)
-        return killed + [r for r, each in enumerate(self._ranks) if r not in killed and self._report(r, each.poll())]
+        return reported + self._write_reports(reported)
+
+    def _write_reports(self, reported: list[int]) -> list[int]:
+        """Write the failure reports of ranks whose supervisors were killed, except those in ``reported``."""
+        written = []
+        for rank, process in enumerate(self._ranks):
+            code = process.poll()
+            ended_by_us = self._asked and code == -signal.SIGTERM  # it had no handler yet
+            if rank not in reported and code is not None and not ended_by_us:
+                start = self._start_of(rank)
+                written += [rank] * supervisor.report_for(start, code, start.log(rank))
+        return written
 
     def _has_begun(self) -> bool:
         """Whether ranks may have something to save."""
@@ -134,26 +152,17 @@ class Controller:
         except OSError:
             return True
 
-    def _report(self, rank: int, code: int | None) -> bool:
-        """Write the failure report of a rank whose supervisor was killed; whether it was."""
-        if code is None or (self._asked and code == -signal.SIGTERM):  # it had no handler yet
-            return False
-        return supervisor.report_for(self._start_of(rank), code, self._log(rank))
-
     def _start_of(self, rank: int) -> RankStart:
-        job = str(os.getpid())
-        return RankStart.of_local(self._run, job, rank, self._world_size, self._start)
-
-    def _log(self, rank: int) -> Path:
-        return self._run.root / "jobs" / f"{os.getpid()}_{rank}_log.out"
+        attempt = f"{os.getpid()}-{self._start}"
+        return RankStart(self._run, attempt, rank, local=True, nodes=1, world_size=self._world_size)
 
     def _kill(self) -> None:
-        """What of the ranks is left, and what they have started."""
-        for rank in self._ranks:
-            rank.kill()
-        for rank in self._ranks:
-            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, and is left to it
-                rank.wait(_GONE_WITHIN_S)
+        """Kill the remaining ranks, and what they have started."""
+        for process in self._ranks:
+            process.kill()
+        for process in self._ranks:
+            with suppress(subprocess.TimeoutExpired):  # it hangs in the kernel, and is abandoned
+                process.wait(_GONE_WITHIN_S)
         kill_children()
 
 
@@ -162,6 +171,7 @@ def main() -> int:
     parser.add_argument(FOLLOWER_FLAG, type=int, dest="follower", help="end the job when this process ends")
     parser.add_argument("jobs", type=Path, help="jobs folder of the run")
     arguments = parser.parse_args()
+    log_to_job(None, node_name())
     return Controller(RunFolder(arguments.jobs.absolute().parent), arguments.follower).run()
 
 

@@ -1,8 +1,8 @@
-"""Finds a rank that makes no progress, in the process that waits for it, and asks it for the stacks of its threads.
+"""Detects in the supervisor that a rank makes no progress, and gets the stacks of its threads.
 
-The heartbeat (cfmask/runtime/heartbeat.py) says how long a rank may take. Beside it, a process that is stopped
-(SIGSTOP, Ctrl-Z) for ``HANG_TIMEOUT_S`` hangs, whatever it was doing; one that a debugger has attached to does not. The
-time in which this process was stopped itself, because Slurm has suspended the job, does not count.
+The heartbeat (cfmask/runtime/heartbeat.py) carries the time that a rank may take. In addition, a rank whose process is
+stopped (SIGSTOP, Ctrl-Z) for ``HANG_TIMEOUT_S`` counts as hung during any activity, unless a debugger is attached. Time
+in which the supervisor was stopped itself, because Slurm has suspended the job, does not count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from cfmask.runtime.heartbeat import HANG_TIMEOUT_S, Beat, Heartbeat
 
 _SUSPENDED_S = 5.0
-"""A longer pause between two looks: this process did not run either."""
+"""After a longer pause between two looks, the supervisor did not run either."""
 _STACKS_WITHIN_S = 2.0
 _STACKS_BYTES = 20_000
 _DUMP = signal.SIGQUIT
@@ -26,7 +26,12 @@ _DUMP = signal.SIGQUIT
 
 @dataclass(frozen=True)
 class Hang:
-    """What a rank that makes no progress was doing. state: of its process, a letter as in ps."""
+    """What a rank that makes no progress was doing.
+
+    beat: its last heartbeat.
+    silent_s: time since then.
+    state: of its process, a letter as in ps.
+    """
 
     beat: Beat
     silent_s: float
@@ -36,7 +41,7 @@ class Hang:
     def error(self) -> str:
         """One line."""
         at = f"at step {self.beat.step}, " if self.beat.step >= 0 else ""
-        how = {"T": "its process is stopped (SIGSTOP)", "D": "it waits in the kernel, for a disk or a driver"}
+        how = {"T": "its process is stopped (SIGSTOP)", "D": "it waits in the kernel for a disk or a driver"}
         state = how.get(self.state)
         return (
             f"hung: {at}{self.beat.activity}, no progress for {self.silent_s:.0f} s"
@@ -46,7 +51,7 @@ class Hang:
 
 
 class HangWatch:
-    """Of one rank. Made before the fork; ``begin_in_child`` in the child, ``begin`` in the parent."""
+    """Watches one rank. Created before the fork; then call ``begin_in_child`` in the child, ``begin`` in the parent."""
 
     def __init__(self) -> None:
         self.heartbeat = Heartbeat()
@@ -59,12 +64,11 @@ class HangWatch:
         self.heartbeat.activate()
         faulthandler.register(_DUMP, file=self._stacks, all_threads=True)
 
-    def begin(self, pid: int) -> None:
-        """pid: the child's."""
-        self._pid = pid
+    def begin(self, child: int) -> None:
+        self._pid = child
 
     def look(self) -> Hang | None:
-        """None while the rank makes progress, or may still do so. To be called every second or so."""
+        """None while the rank makes progress or has time left. Call it every few seconds."""
         now = time.monotonic()
         state = self._state()
         if now - self._looked_at > _SUSPENDED_S or state == "t":
@@ -82,17 +86,17 @@ class HangWatch:
         return None
 
     def hang(self) -> Hang:
-        """What the rank is doing now, taken for a hang."""
+        """What the rank is doing now, whether it hangs or not."""
         beat = self.heartbeat.read()
         return Hang(beat, time.monotonic() - max(beat.time, self._since), self._state())
 
     def stacks(self) -> str:
-        """The Python stacks of the rank's threads; "" if it does not answer within 2 s, as where it hangs in the
-        kernel. One that was stopped is stopped again."""
+        """The Python stacks of the rank's threads; "" if it does not answer within 2 s, for example because it hangs in
+        the kernel. A process that was stopped is stopped again."""
         stopped = self._state() == "T"
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, _DUMP)
-            os.kill(self._pid, signal.SIGCONT)  # one that is stopped takes no signal before
+            os.kill(self._pid, signal.SIGCONT)  # a stopped process handles no other signal
         deadline, size = time.monotonic() + _STACKS_WITHIN_S, 0
         while time.monotonic() < deadline:
             time.sleep(0.1)

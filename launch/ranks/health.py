@@ -1,12 +1,13 @@
-"""The check of a node at the beginning of every start, before its ranks wait for others. What it finds is this node's
-fault: the job is started again without the node (retries.py).
+"""The node check at the beginning of every start, before ranks wait for each other. If it fails, the job starts again
+without the node (launch/restarts/retries.py).
 
-    GPU            it computes, most of its memory is free, and NVML knows of no memory that has failed
-    run folder     a file can be written there, and read back
+    GPU            it computes, most of its memory is free, and NVML reports no failed memory
+    run folder     a file can be written there and read back
     local disk     there is some space for temporary files
-    clock          it agrees with the file system's, or with the controller's: the time limit is watched by it
+    clock          it agrees with the file system's or the controller's, because the time limit is watched by it
 
-A full disk is no fault of a node: training says what it could not write, and goes on as long as it can.
+A full disk of the run folder does not fail the check: training reports what it could not write, and continues while it
+can.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from cfmask.errors import UserError
 from cfmask.files import disk_is_full
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
-from launch.ranks.node import file_clock, free_bytes
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 
@@ -33,27 +33,28 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_HEALTH_CHECK"
 _FREE_SHARE = 0.8
+"""The share of a GPU's memory that must be free."""
 _LOCAL_BYTES = 256 << 20
 _CLOCK_S = 60.0
 _TRIES, _PAUSE_S = 4, 5.0
-"""A file server that is restarted is away for seconds."""
+"""Tries of the run folder: a file server that restarts is away for seconds."""
 
 
 class NodeUnhealthy(UserError):
-    """This node cannot do its part; another one may."""
+    """This node cannot take part in the job; another one may."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"node {node_name()} is unhealthy: {what}")
 
 
 def check_node(folder: Path, context: DistributedContext) -> None:
-    """Called by every rank: each looks at its GPU, the first one of a node at the rest.
+    """Called by every rank. Each checks its GPU, and the first rank of a node checks the rest.
 
     Args:
         folder: the run's.
 
     Raises:
-        NodeUnhealthy: something is wrong.
+        NodeUnhealthy: a check has failed.
     """
     if os.environ.get(VARIABLE) == "off":
         return
@@ -66,10 +67,10 @@ def check_node(folder: Path, context: DistributedContext) -> None:
 
 
 def check_folder(folder: Path) -> tuple[float, float] | None:
-    """``file_clock``; None on a full disk.
+    """The result of ``file_clock``; None on a full disk.
 
     Raises:
-        NodeUnhealthy: nothing can be written there, or read.
+        NodeUnhealthy: a file cannot be written or read there.
     """
     for left in reversed(range(_TRIES)):
         try:
@@ -86,7 +87,14 @@ def check_folder(folder: Path) -> tuple[float, float] | None:
 
 
 def check_clock(off: tuple[float, float] | None) -> None:
-    """off: bounds of (file system's clock - this node's), in seconds; None if they are not known."""
+    """Compare this node's clock with the others.
+
+    Args:
+        off: bounds of (file system's clock - this node's), in seconds; None if they are unknown.
+
+    Raises:
+        NodeUnhealthy: it is off from the file system's and from the controller's.
+    """
     if off is None or (off[0] < _CLOCK_S and off[1] > -_CLOCK_S):
         return
     by = min(off, key=abs)
@@ -104,7 +112,7 @@ def check_clock(off: tuple[float, float] | None) -> None:
 
 
 def check_local_disk(folder: Path) -> None:
-    """Raises NodeUnhealthy if it has no space, or cannot be written."""
+    """Raises NodeUnhealthy if the disk has too little space or cannot be written."""
     try:
         free = free_bytes(folder)
         path = probe_in(folder, "health")
@@ -115,35 +123,36 @@ def check_local_disk(folder: Path) -> None:
     if free < _LOCAL_BYTES:
         raise NodeUnhealthy(
             f"its local disk, {folder}, has {free >> 20} MiB free; {_LOCAL_BYTES >> 20} MiB are needed for temporary "
-            "files. Set TMPDIR to another folder, in [environment] of the cluster file, if that is meant to be so."
+            "files. To use another folder, set TMPDIR in [environment] of the cluster file."
         )
 
 
 def check_gpu(context: DistributedContext) -> None:
-    """Raises NodeUnhealthy if the rank's GPU does not compute, is in use, or has memory that failed."""
+    """Raises NodeUnhealthy if the rank's GPU does not compute, is in use, or has failed memory."""
     import torch
 
     device = context.device
     try:
         numbers = torch.arange(1 << 20, device=device)
-        right = int((3 * numbers).sum()) == 3 * (1 << 20) * ((1 << 20) - 1) // 2
+        is_right = int((3 * numbers).sum()) == 3 * (1 << 20) * ((1 << 20) - 1) // 2
         free, total = torch.cuda.mem_get_info(device)
-        name = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_properties(device).uuid}"
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        name = f"GPU {device.index} ({torch.cuda.get_device_name(device)} {uuid})"
     except RuntimeError as error:
         raise NodeUnhealthy(f"GPU {device.index} does not answer: {' '.join(str(error).split())[:300]}") from error
-    if not right:
-        raise NodeUnhealthy(f"GPU {device.index} ({name}) computes wrong sums.")
+    if not is_right:
+        raise NodeUnhealthy(f"{name} computes wrong sums.")
     if free < _FREE_SHARE * total:
         raise NodeUnhealthy(
-            f"GPU {device.index} ({name}) has {free >> 20} of {total >> 20} MiB free: another process uses it "
-            "(nvidia-smi). If GPUs are shared here, give --health-check off."
+            f"{name} has {free >> 20} of {total >> 20} MiB free: another process uses it (nvidia-smi). If GPUs are "
+            "shared here, give --health-check off."
         )
-    if complaint := failed_memory(str(torch.cuda.get_device_properties(device).uuid)):
-        raise NodeUnhealthy(f"GPU {device.index} ({name}): {complaint}.")
+    if complaint := failed_memory(uuid):
+        raise NodeUnhealthy(f"{name}: {complaint}.")
 
 
 def failed_memory(uuid: str) -> str | None:
-    """What NVML says of memory that has failed; None if it knows of none, or there is no NVML (nvidia-ml-py)."""
+    """What NVML reports of failed memory; None if nothing, or if NVML (nvidia-ml-py) is not available."""
     try:
         import pynvml
     except ImportError:
@@ -152,8 +161,49 @@ def failed_memory(uuid: str) -> str | None:
         pynvml.nvmlInit()
         gpu = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
         _, _, pending, failed = pynvml.nvmlDeviceGetRemappedRows(gpu)
-    except pynvml.NVMLError:  # not of this GPU, or not to this user
+    except pynvml.NVMLError:  # not supported by this GPU, or not permitted
         return None
     if failed:
         return "rows of its memory have failed, and could not be remapped"
     return "rows of its memory are to be remapped: it needs a reset" if pending else None
+
+
+# --- what launch/doctor.py also looks at ------------------------------------------------------------------------------
+
+
+def file_clock(path: Path) -> tuple[float, float]:
+    """Write a file, read it back, and remove it.
+
+    Returns:
+        Bounds of (file system's clock - this machine's), in seconds. A timestamp may be a clock tick old, or a second
+        on file systems that store whole seconds.
+
+    Raises:
+        OSError: that is not possible, or the file had other contents.
+    """
+    before = time.time()
+    with open(path, "wb") as file:
+        file.write(b"cfmask")
+        file.flush()
+        os.fsync(file.fileno())
+        stamp = os.fstat(file.fileno()).st_mtime_ns
+    after = time.time()
+    is_whole = path.read_bytes() == b"cfmask"
+    path.unlink()
+    if not is_whole:
+        raise OSError(0, "the contents read differ from those written", str(path))
+    grain = 1.0 if stamp % 1_000_000_000 == 0 else 0.01
+    return stamp / 1e9 - after, stamp / 1e9 + grain - before
+
+
+def free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def write_and_look(folder: Path, name: str) -> tuple[str, list[float]]:
+    """``file_clock`` of a file, as a list; or why that failed, and an empty list."""
+    try:
+        return "", list(file_clock(folder / name))
+    except OSError as error:
+        return f"{error.strerror}: {error.filename or folder / name}", []

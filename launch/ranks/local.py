@@ -1,4 +1,4 @@
-"""submitit's local executor with our own controller (controller.py): ranks are processes of this machine."""
+"""submitit's local executor with this project's controller (controller.py): ranks as processes of this machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from launch.state.processes import FOLLOWER_FLAG, JOBS_VARIABLE
 
 
 class ControlledJob(LocalJob[Any]):
-    """A job on this machine; its id is the pid of its controller."""
+    """A job whose id is the pid of its controller."""
 
     _process: subprocess.Popen[bytes]
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the controller, once the job has ended; negative if a signal killed it."""
+        """The controller's exit code, when the job is done; negative if a signal killed it."""
         return self._process.wait()
 
     def terminate(self) -> None:
@@ -31,13 +31,13 @@ class ControlledJob(LocalJob[Any]):
 
 
 class LocalExecutor(submitit.LocalExecutor):
-    """submitit's executor, except that ``controller.py`` starts the ranks in a session of their own: Ctrl-C, or closing
-    the terminal, reaches only the process that follows the job.
+    """Starts jobs under ``controller.py``, each in a session of its own, so that a closed terminal or a Ctrl-C reaches
+    only the process that follows the job.
 
     Args:
-        folder: Gets submitit's files.
-        python: Shell command that starts a rank.
-        followed: End the job when this process ends.
+        folder: for submitit's files.
+        python: the shell command that starts a rank.
+        followed: whether the job ends with this process.
     """
 
     def __init__(self, folder: Path, *, python: str, followed: bool) -> None:
@@ -45,7 +45,7 @@ class LocalExecutor(submitit.LocalExecutor):
         self._followed = followed
 
     def start(self, work: Callable[[], Any]) -> ControlledJob:
-        """``submit``, with the type of job that this executor returns."""
+        """The same as ``submit``, with the type of its result."""
         job = self.submit(work)
         assert isinstance(job, ControlledJob)
         return job
@@ -64,11 +64,11 @@ class LocalExecutor(submitit.LocalExecutor):
             "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(self.parameters.get("gpus_per_node", 0)))),
         }
         follower = [FOLLOWER_FLAG, str(os.getpid())] if self._followed else []
-        # The controller of this checkout, not of the snapshot: only the ranks verify their copy of the code.
+        # This code, not the snapshot: only the ranks verify that the snapshot is undamaged.
         own = Path(__file__).resolve()
         controller = [sys.executable, "-u", str(own.with_name("controller.py")), *follower, str(self.folder)]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(own.parents[2]), os.environ.get("PYTHONPATH")]))
-        # The controller gets its own streams; otherwise `submit.py --no-follow | tail` would wait for the job.
+        # Its own streams: with inherited ones, the reader in `submit.py --no-follow | tail` would wait for the job.
         with open(Path(self.folder) / "controller.log", "ab") as log:
             process = subprocess.Popen(
                 controller,

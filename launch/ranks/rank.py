@@ -1,18 +1,18 @@
-"""What submitit runs on every rank: tells training where it is in the job, turns signals into requests to stop, and
-asks the restart policy whether the job comes back.
+"""What submitit runs on every rank: gives training its place in the job, turns signals into stop requests, and asks the
+restart policy whether the job comes back.
 
-Signal handlers set a flag and do nothing else; training asks for it at every step, and the ranks agree.
+Signal handlers only set a flag. Training looks for it at every step, and the ranks agree.
 
-    USR2                preemption with a warning, or Slurm's notice before the time limit → checkpoint, come back
-    time nearly up      watched without any signal, the same
-    TERM, INT           scancel, or a preemption without a warning: Slurm is asked which → checkpoint
-    RUN/cancelled.json  ended for good (launch/cancel.py), whatever else is asked for → checkpoint
-    another rank died   nothing is asked for: the process that waits for this one ends it (launch/ranks/supervisor.py)
+    USR2                preemption with a warning, or Slurm's notice before the time limit → checkpoint, requeue
+    time limit is near  watched without any signal, the same
+    TERM, INT           scancel, or a preemption without a warning; Slurm is asked which → checkpoint
+    RUN/cancelled.json  cancelled by launch/cancel.py, which overrides the others → checkpoint
+    another rank died   no request: the supervisor ends this rank (supervisor.py)
 
-What happens after the checkpoint is decided in launch/restarts/policy.py, on rank 0; the other ranks just end.
+After the checkpoint, rank 0 follows launch/restarts/policy.py; the other ranks just end.
 
-In a process's first second there is no handler yet: the shell that starts it sees to it that USR2 and TERM are ignored
-(``batch_script.rank_command``), because a rank that a signal kills takes the job with it, which then counts as failed.
+In the first second of the process there are no handlers, and the shell that starts it ignores USR2 and TERM
+(``batch_script.rank_command``): a rank that a signal kills would make the job fail.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from launch.ranks import health, supervisor
-from launch.restarts.deadline import AT_TIME_LIMIT, stop_time
+from launch.restarts.deadline import stop_time
 from launch.restarts.of_run import restarts_of, saved_progress
 from launch.restarts.policy import Cause, GivenUp, Restarts
+from launch.state.ends import AT_TIME_LIMIT
 
 if TYPE_CHECKING:
     from cfmask.distributed import DistributedContext
@@ -46,17 +47,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NOTICE_EARLIER_S = 60.0
-"""Slurm's USR2 before the time limit may come so much earlier than the deadline, at most."""
+"""Slurm's USR2 before the time limit comes at most so much earlier than the deadline."""
 _LOOK_S = 5
-"""Between two looks for RUN/cancelled.json: it reaches a run that no signal can, on another machine say."""
+"""Between two looks for RUN/cancelled.json, which also reaches a run on another machine."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """The callable that is pickled: where the run is. What it does stands in the run folder.
+    """The pickled callable. What to do is read from the run folder.
 
-    time_limit_min: None: there is none, or only Slurm knows it.
-    pace_s: how long it stays at each step's end. A drill's run is to last until it has been disturbed.
+    run: the run folder.
+    time_limit_min: None if there is none, or only Slurm knows it.
+    pace_s: pause at the end of each step, with which a drill makes a run last.
     """
 
     run: Path
@@ -76,14 +78,12 @@ class Job:
         )
         listener.install()
         on_slurm = environment.cluster == "slurm"
-        if (
-            self.time_limit_min is None and is_main_process and on_slurm
-        ):  # one rank that asks is enough: all stop together
+        if self.time_limit_min is None and is_main_process and on_slurm:  # one rank suffices: all stop together
             listener.deadline = stop_time(None, environment.job_id)
         if not self.gpus_per_node:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
-        # Imported late: handlers first, then the seconds that torch takes.
+        # After the handlers are installed, because importing torch takes seconds.
         with _importing():
             from cfmask.distributed import CalledOff, DistributedContext
             from cfmask.runtime.heartbeat import PREPARING, beat
@@ -100,7 +100,7 @@ class Job:
         )
         beat(PREPARING)
         try:
-            if is_main_process:  # the others may come to another view, a moment before or after: rank 0 tells them
+            if is_main_process:  # on rank 0 alone: others could see another state a moment before or after
                 _check_start(run, context, restarts)
             health.check_node(run.root, context)
             outcome = _work(run, context, listener.request, restarts)
@@ -126,7 +126,7 @@ class Job:
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Called on rank 0 by submitit's own handler, for a USR2 that comes before ours is installed. It would requeue
-        the job whatever the restart policy says, and so does not get control back. Nothing has been computed yet."""
+        the job against the restart policy, so this does not return. Nothing has been computed yet."""
         run = RunFolder(self.run)
         restarts = restarts_of(run, submitit.JobEnvironment())
         code = restarts.after_stop(Cause.WARNED, saved_progress(run), lambda: run.cancelled() is not None)
@@ -135,7 +135,7 @@ class Job:
 
 
 def _work(run: RunFolder, context: DistributedContext, stop_request: StopRequest, restarts: Restarts) -> str:
-    """Train or evaluate: the folder says which."""
+    """Train or evaluate, as the run folder says."""
 
     def failing(error: Exception) -> None:
         supervisor.write_failure(run.root, error)
@@ -154,10 +154,10 @@ def _work(run: RunFolder, context: DistributedContext, stop_request: StopRequest
 
 @contextlib.contextmanager
 def _importing() -> Iterator[None]:
-    """Import without garbage collection, and leave out of later collections what was imported.
+    """Import without garbage collection, and exclude the imported objects from later collections.
 
-    The modules of torch and open_clip are a million objects that stay. To go through them again and again takes a fifth
-    of the import's time, and afterwards 0.2 s at each full collection, in the middle of a step.
+    The modules of torch and open_clip are a million permanent objects. Scanning them takes a fifth of the import's
+    time, and later 0.2 s at each full collection, in the middle of a step.
     """
     gc.disable()
     try:
@@ -168,17 +168,17 @@ def _importing() -> Iterator[None]:
 
 
 def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts) -> None:
-    """Rank 0's look at whether to start at all. If not, attempts.jsonl and the other ranks are told; a run that is
-    finished is left as it is.
+    """Called on rank 0. If the job must not start, record that in attempts.jsonl and call off the other ranks; a
+    finished run gets no record.
 
     Raises:
-        CalledOff: the run is finished or cancelled, or its job has come back too often without progress.
+        CalledOff: the run is finished or cancelled, or the budget of restarts is spent.
     """
     from cfmask.distributed import CalledOff, call_off
 
     failed, is_recorded = False, True
     if run.results.exists():
-        # A job may be started again after its run has finished: from Slurm 24.05 on, one that was preempted meanwhile.
+        # From Slurm 24.05 on, a job that was preempted just before its run finished starts again.
         reason, is_recorded = f"not started: {run.root} is finished", False
         run.tidy()
     elif cancelled := run.cancelled():
@@ -190,16 +190,19 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
         except GivenUp as given_up:
             reason, failed = f"not started: {given_up}", True
     if is_recorded:
-        with contextlib.suppress(UserError), run.locked(context.attempt):  # another job's folder is left alone
+        with contextlib.suppress(UserError), run.locked(context.attempt):  # unless another job holds the lock
             run.end_failed(reason, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
     call_off(context, run.root / "meeting", reason, failed=failed)
     raise CalledOff(reason, failed=failed)
 
 
 class _Listener:
-    """Remembers what signals, the clock and the mark in the run folder ask for.
+    """Collects stop requests from signals, the clock and RUN/cancelled.json.
 
-    watched: the run whose mark is looked for, on one rank, which stops the others too.
+    Args:
+        deadline: when to stop for the time limit, on the clock of time.monotonic().
+        watched: the run whose cancelled.json is looked for; None on ranks other than 0, which stop with it.
+        pace_s: see ``Job``.
     """
 
     def __init__(self, deadline: float, watched: RunFolder | None, pace_s: float = 0.0) -> None:
@@ -222,7 +225,7 @@ class _Listener:
             self._quit = True
 
     def is_near_deadline(self) -> bool:
-        """Whether a stop that was asked for is that of the time limit: Slurm's notice comes at about the same time."""
+        """Whether a requested stop is due to the time limit. Slurm's notice comes at about the same time."""
         return time.monotonic() > self.deadline - _NOTICE_EARLIER_S
 
     def request(self) -> str | None:
@@ -242,6 +245,6 @@ class _Listener:
 
 
 def _cpus(tasks_per_node: int) -> int:
-    """Cores for this process: the allocation's, or a fair share of those it may run on."""
+    """Cores for this process: those of the allocation, or an equal share of the available ones."""
     given = os.environ.get("SLURM_CPUS_PER_TASK")
     return int(given) if given else max(1, len(os.sched_getaffinity(0)) // tasks_per_node)

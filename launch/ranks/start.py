@@ -1,12 +1,12 @@
-"""The first thing that runs on every rank: verifies the code that this file is part of, makes it the code of the job,
-and has the rank supervised (failures.py).
+"""The entry point of every rank: verifies the code that this file is part of, makes it the code of the job, and starts
+the rank under its supervisor (supervisor.py).
 
     PYTHONPATH=CODE python -u CODE/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
 
 CODE is RUN/code/0123456789ab. It comes first on PYTHONPATH (batch_script.rank_command), before what is installed.
 
-What submitit would run by itself begins with -m, for which Python looks into the working directory first: a job that is
-requeued next week would import what the repository holds by then.
+submitit's own command begins with -m, for which Python searches the working directory first: a job that is requeued
+next week would import what the repository holds by then.
 
 Nothing but the standard library is imported before the code is verified.
 """
@@ -14,6 +14,7 @@ Nothing but the standard library is imported before the code is verified.
 from __future__ import annotations
 
 import hashlib
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ def verify(code: Path) -> None:
 def main() -> None:
     verify(CODE)
     module = sys.argv.index("-m") + 1
+    os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"  # its records are repetitions, in another format
     sys.argv = sys.argv[module:]
     from cfmask.runtime.logging import log_to_job
     from cfmask.runtime.machine import node_name

@@ -1,18 +1,18 @@
-"""Chains: several jobs for one run folder. Slurm starts each job when the one before has ended, successfully or not.
+"""Chains: several jobs on one run folder, each of which Slurm starts when the one before has ended, however it ended.
 
-Chains are for sites where a job may not requeue itself. `submit.py --chain N` queues the jobs with
-`--dependency=afterany:` on the job before:
+They are for sites where a job may not requeue itself. `submit.py --chain N` queues N jobs, each with
+`--dependency=afterany:` on the one before:
 
-    job 12   trains until a warning or until its time limit is near, saves a checkpoint, and ends with exit code 0
+    job 12   trains until its time limit is near or it is warned, saves a checkpoint, and ends with exit code 0
     job 13   resumes; …
     job 14   finds the run finished (or cancelled), and ends at once with exit code 0
 
-No job of a chain requeues itself (restarts.py). If Slurm requeues one, after a preemption or the loss of a node, the
-job keeps its id, and the later jobs keep waiting. If the run is not finished, the last job ends with an error, so that
-jobs that depend on its success (afterok) do not start.
+No job of a chain requeues itself (policy.py). If Slurm requeues one, because it was preempted or lost a node, the job
+keeps its number and the later ones keep waiting. The last job ends with an error if the run is not finished, so that
+jobs which depend on its success (afterok) do not start.
 
-`submit.py --resume RUN --chain N` appends N jobs to those that are queued. A job therefore looks for its successor when
-it ends.
+`submit.py --resume RUN --chain N` queues N more after the run's queued jobs. So a job looks for the next one when it
+ends.
 """
 
 from __future__ import annotations
@@ -33,19 +33,21 @@ from launch.state.facts import read_jobs
 logger = logging.getLogger(__name__)
 
 VARIABLE = "CFMASK_CHAIN"
-"""Environment variable with the ids of the chain's earlier jobs, as 12,13. The batch script sets it."""
+"""Environment variable with the numbers of the jobs before this one in its chain: 12,13. The batch script sets it."""
 _PATIENCE_S = 10.0
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The chain that this process's job is part of."""
+    """The chain of the job that this process is part of.
+
+    job: its number.
+    before: the numbers of the jobs before it.
+    """
 
     run: RunFolder
     job: str
-    """Id of this process's job."""
     before: tuple[str, ...]
-    """Ids of the chain's earlier jobs."""
 
     @classmethod
     def of_job(cls, run: RunFolder, job: str) -> Chain | None:
@@ -54,29 +56,29 @@ class Chain:
         return None if before is None else cls(run, job, tuple(filter(None, before.split(","))))
 
     def later_jobs(self) -> list[str]:
-        """The run's jobs that are queued behind this one, appended chains included; the first one resumes the run. If
-        Slurm cannot be asked, as in a container, the list may include cancelled jobs."""
-        # Ordered by id: file times come from several login nodes.
-        single = (int(job) for job in read_jobs(self.run).slurm if job.isdigit())
-        later = [str(job) for job in sorted(single) if job > int(self.job)]
+        """The run's later jobs in the queue, also of a chain that was added to this one; the first of them resumes the
+        run. Where Slurm does not answer (a container), some of them may have been cancelled."""
+        # Ordered by number, because the clocks of login nodes differ.
+        alone = (int(job) for job in read_jobs(self.run).slurm if job.isdigit())
+        later = [str(job) for job in sorted(alone) if job > int(self.job)]
         with suppress(SlurmError):
             queued = queue(later, patience_s=_PATIENCE_S)
             return [job for job in later if job in queued]
         return later
 
     def exclude_nodes(self, nodes: Sequence[str]) -> None:
-        """Exclude the nodes from all later jobs."""
+        """Keep the later jobs from running on these nodes."""
         for job in self.later_jobs() if nodes else ():
             try:
                 exclude_nodes(job, nodes, patience_s=_PATIENCE_S)
             except SlurmError as error:
-                logger.info(f"{', '.join(nodes)} cannot be excluded from job {job}: {error}")
+                logger.warning(f"{', '.join(nodes)} cannot be excluded from job {job}: {error}")
 
     def first_starts(self, attempts: Sequence[dict[str, Any]]) -> dict[str, int]:
-        """For each job of the chain up to this one, the number of starts that the jobs before it had.
+        """For this job and each one before it, the number of starts of the jobs before that one, recorded or not.
 
         Args:
-            attempts: Lines of attempts.jsonl.
+            attempts: lines of attempts.jsonl.
         """
         starts: dict[str, int] = {}
         for line in attempts:
@@ -86,6 +88,6 @@ class Chain:
         found, number = {}, 0
         for job in self.before:
             found[job] = number
-            # A job that failed before it recorded a start has a log; one that was cancelled in the queue has none.
+            # A job that failed before it could record anything has a log; one that was cancelled in the queue has none.
             number += starts.get(job) or int(any((self.run.root / "jobs").glob(f"{job}_*_log.out")))
         return found | {self.job: number}

@@ -1,4 +1,4 @@
-"""The restart policy of a training run or an evaluation: where its starts are recorded, and what progress is."""
+"""The restart policy of a training run or an evaluation: where its starts are recorded, and what its progress is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def restarts_of(run: RunFolder, environment: submitit.JobEnvironment | None = None) -> Restarts:
-    """For the job that this process is part of."""
+    """The policy for the job that this process is part of."""
     restarts = Restarts.of_this_job(
         AttemptLog(run.root),
         resume=f"python launch/submit.py --resume {shlex.quote(str(run.root))}",
@@ -34,28 +34,29 @@ def restarts_of(run: RunFolder, environment: submitit.JobEnvironment | None = No
 
 
 def saved_progress(run: RunFolder) -> int:
-    """What the next start resumes from: the step of the newest checkpoint; of an evaluation, the images counted."""
+    """What the next start resumes from: the step of the newest checkpoint, or the images that an evaluation has
+    counted."""
     if not run.has_work():
-        return 0  # launch/doctor.py's folder
+        return 0  # the folder of launch/doctor.py
     if not isinstance(run.work(), Recipe):
         return counted_images(run.progress)
-    named = run.saved_step()
+    saved = run.saved_step()
     steps = [line["from_step"] for line in read_lines(run.attempts) if isinstance(line.get("from_step"), int)]
-    if len(steps) < 2 or steps[-1] != steps[-2] or named <= steps[-1]:
-        return named
-    # Two starts from the same step, and there is a newer checkpoint. If it is damaged, every start falls back to the
-    # one before it: that is no progress. It is read from its beginning to its end, which takes a while.
+    if len(steps) < 2 or steps[-1] != steps[-2] or saved <= steps[-1]:
+        return saved
+    # Two starts began at the same step although there is a newer checkpoint. If that one is damaged, every start falls
+    # back to the one before it, which is no progress. Only here, because reading a whole checkpoint takes a while.
     from cfmask import resume
 
     try:
         found = resume.latest(run.checkpoints, report=lambda text: None)
     except StorageUnavailable:
-        return named
+        return saved
     return 0 if found is None else found.step
 
 
 def counted_images(progress: Path) -> int:
-    """Of an evaluation's progress.safetensors, which holds the number in its header; 0 without one."""
+    """The number of images in the header of an evaluation's progress.safetensors; 0 without one."""
     try:
         with open(progress, "rb") as file:
             [size] = struct.unpack("<Q", file.read(8))

@@ -1,13 +1,13 @@
-"""Whether a job is started again after a rank has failed, and which nodes it must not get then.
+"""Whether a job starts again after a rank has failed, and which nodes it must not get then.
 
-    a node was lost       the restart policy alone decides (restarts.py)
-    a rank has died       killed by a signal, hung, an error of its GPU, or its node failed the check: ``--retries``
-                          within 24 hours, and the restart policy
-    a rank has raised     no: the next start would raise it again
+    a node was lost       as the restart policy allows (policy.py)
+    a rank has died       (killed by a signal, hung, GPU error, unhealthy node) as the restart policy allows, and at
+                          most ``--retries`` times within 24 hours
+    a rank has raised     no: the next start would raise the same exception
     in a chain            no: the next job of the chain resumes (chain.py)
 
-A node on which two ranks of a job have died is left out at its next start, one that failed the check at once. They stay
-with the job, for as long as it keeps its number, as sbatch's --exclude does; in a chain, with the jobs behind it.
+A node is excluded from the next start when two ranks of the job have died on it, or when it has failed the node check.
+As with sbatch's --exclude, this holds while the job keeps its number; in a chain it holds for the later jobs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,38 +32,46 @@ logger = logging.getLogger(__name__)
 RETRIES = 3
 """The default of --retries."""
 VARIABLE = "CFMASK_RETRIES"
+"""Environment variable of a job that holds its --retries."""
 _WINDOW_S = 24 * 3600.0
 _DEATHS_OF_NODE = 2
+"""So many deaths on a node exclude it."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """why: for attempts.jsonl. said: for the log, beside the failure report; "" where nothing is to be said. leave_out:
-    nodes. died: the death, for attempts.jsonl."""
+    """What follows from the failure of a rank.
+
+    why: the reason of the end, for attempts.jsonl.
+    message: for the log, after the failure report; may be empty.
+    restarts: whether the job starts again.
+    excluded: nodes that it must not get then.
+    died: which rank has died, and where, for attempts.jsonl.
+    """
 
     why: str
-    said: str = ""
+    message: str = ""
     restarts: bool = False
-    leave_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     died: dict[str, Any] | None = None
 
 
 def decide(here: RankStart, failure: RankFailure) -> Decision:
-    """What becomes of a job whose rank has failed first."""
+    """The decision after ``failure``, the first one of a start."""
     if failure.broken_off:
-        return _lost(here, failure) if not here.local and here.nodes > 1 else Decision(failure.why)
+        return _after_lost_node(here, failure) if not here.local and here.nodes > 1 else Decision(failure.why)
     if failure.kind not in DEATHS or not here.run.has_work():
         return Decision(failure.why)
     died = {"rank": failure.rank, "node": failure.node, "kind": failure.kind, "time": time.time()}
     chain = restarts_of(here.run).chain
     jobs = (*chain.before, here.job) if chain else (here.job,)
-    earlier = [death for job in jobs for death in here.run.deaths(job, before=here.attempt)]
+    deaths = [death for job in jobs for death in here.run.deaths(job, before=here.attempt)]
     if chain:
-        chain.exclude_nodes(_left_out(here, [*earlier, died]))
-        next_one = _refusal(here)
-        return Decision(f"{failure.why}; {next_one}", f"{next_one}\n", died=died)
+        chain.exclude_nodes(_nodes_to_exclude(here, [*deaths, died]))
+        outcome = _refusal(here)
+        return Decision(f"{failure.why}; {outcome}", f"{outcome}\n", died=died)
     limit = int(os.environ.get(VARIABLE) or RETRIES)
-    recent = sum(death["time"] > time.time() - _WINDOW_S for death in earlier)
+    recent = sum(death["time"] > time.time() - _WINDOW_S for death in deaths)
     if not limit:
         return Decision(failure.why, died=died)
     refusal = _refusal(here)
@@ -70,39 +79,39 @@ def decide(here: RankStart, failure: RankFailure) -> Decision:
         refusal = f"given up: --retries allows {limit} within 24 hours"
     if refusal:
         return Decision(f"{failure.why}; {refusal}", f"The job is not started again: {refusal}\n", died=died)
-    out = () if here.local else _left_out(here, [*earlier, died])
-    without = f", without {', '.join(out)}" if out else ""
+    excluded = () if here.local else _nodes_to_exclude(here, [*deaths, died])
+    without = f", without {', '.join(excluded)}" if excluded else ""
     again = f"starts again{without} (retry {recent + 1} of {limit})"
-    return Decision(f"{failure.why}; {again}", f"The job {again}.\n", restarts=True, leave_out=out, died=died)
+    return Decision(f"{failure.why}; {again}", f"The job {again}.\n", restarts=True, excluded=excluded, died=died)
 
 
-def _lost(here: RankStart, failure: RankFailure) -> Decision:
+def _after_lost_node(here: RankStart, failure: RankFailure) -> Decision:
     why = f"lost a rank without a report: rank {failure.rank} was cut off"
     refusal = _refusal(here)
-    what_next = f"The job is not requeued: {refusal}" if refusal else "The job goes back into the queue."
-    said = f"No rank has said why, as when a node is lost. {what_next}\n"
-    return Decision(f"{why}; {refusal}" if refusal else why, said, restarts=not refusal)
+    outcome = f"The job is not requeued: {refusal}" if refusal else "The job goes back into the queue."
+    message = f"No rank has reported a failure of its own, as when a node is lost. {outcome}\n"
+    return Decision(f"{why}; {refusal}" if refusal else why, message, restarts=not refusal)
 
 
 def _refusal(here: RankStart) -> str | None:
-    """Why the job is not to come back; None if it is."""
+    """Why the job does not start again; None if it may."""
     if cancelled := here.run.cancelled():
         return f"cancelled by {cancelled['by']}"
     restarts = restarts_of(here.run)
     try:
         restarts.check_restart(saved_progress(here.run))
         return f"job {restarts.next_job()} resumes the run" if restarts.chain else None
-    except UserError as refused:  # given up; or the recipe cannot be read
+    except UserError as refused:  # given up, or the recipe cannot be read
         return str(refused)
 
 
-def _left_out(here: RankStart, deaths: list[dict[str, Any]]) -> tuple[str, ...]:
-    """Nodes that the job is not to get again, the worst first; only as many as its partition can spare."""
-    found: dict[str, int] = {}
+def _nodes_to_exclude(here: RankStart, deaths: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Nodes that the job must not get again, with those that are excluded already. The worst come first, and only as
+    many are added as its partition can spare."""
+    counts: Counter[str] = Counter()
     for death in deaths:
-        if death["node"]:
-            found[death["node"]] = found.get(death["node"], 0) + (_DEATHS_OF_NODE if death["kind"] == UNHEALTHY else 1)
-    bad = sorted((node for node, number in found.items() if number >= _DEATHS_OF_NODE), key=lambda node: -found[node])
+        counts[death["node"]] += _DEATHS_OF_NODE if death["kind"] == UNHEALTHY else 1
+    bad = [node for node, number in counts.most_common() if node and number >= _DEATHS_OF_NODE]
     if not bad or not shutil.which("scontrol"):
         return ()
     try:
@@ -110,11 +119,11 @@ def _left_out(here: RankStart, deaths: list[dict[str, Any]]) -> tuple[str, ...]:
         excluded = set(host_names(job.get("ExcNodeList", "").removeprefix("(null)"), patience_s=5))
         nodes = read_nodes(patience_s=5)
     except SlurmError as error:
-        logger.info(f"No node is left out: {error}")
+        logger.warning(f"no node is excluded: {error}")
         return ()
-    there = {node.name for node in nodes if node.works and node.partition == job.get("Partition")} - excluded
-    spare = len(there) - here.nodes
-    out = [node for node in bad if node in there][: max(0, spare)]
-    if left := [node for node in bad if node in there and node not in out]:
-        logger.info(f"{', '.join(left)} cannot be left out: the partition has no other node for the job")
-    return (*sorted(excluded), *out) if out else ()
+    usable = {node.name for node in nodes if node.works and node.partition == job.get("Partition")} - excluded
+    candidates = [node for node in bad if node in usable]
+    spare = max(0, len(usable) - here.nodes)
+    if kept := candidates[spare:]:
+        logger.warning(f"{', '.join(kept)} cannot be excluded: the partition has no other node for the job")
+    return (*sorted(excluded), *candidates[:spare]) if candidates[:spare] else ()

@@ -1,4 +1,4 @@
-"""Ends a run for good: marks it as cancelled, then ends its jobs in Slurm and its processes on this machine."""
+"""Cancels a run: marks its folder, then ends its jobs in Slurm and its processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launch.state.facts import RunState, accepted_jobs, ask_queue, read_state
 from launch.state.table import latest_checkpoint
 
 _GONE_WITHIN_S = 60
-"""How long jobs may take to end after they were killed: Slurm's KillWait and epilogue, and a last look at the mark."""
+"""How long jobs may take to end after they were killed, with Slurm's KillWait and epilogue."""
 
 
 def cancel_run(run: RunFolder, grace_s: float) -> int:
@@ -34,13 +34,13 @@ def cancel_run(run: RunFolder, grace_s: float) -> int:
     if run.results.exists():
         print(f"{run.root} is finished: there is nothing to cancel.")
         return 0
-    if told := run.cancelled():
-        print(f"already cancelled by {told['by']}")
+    if earlier := run.cancelled():
+        print(f"already cancelled by {earlier['by']}")
     run.cancel()
     try:
         left = end_jobs(run, grace_s)
     except KeyboardInterrupt:
-        print("Interrupted. The mark stays: what still trains stops at its next step, and does not come back.")
+        print("Interrupted. The mark stays: jobs that still train stop at their next step, and do not come back.")
         return 130
     if run.results.exists():
         run.clear_cancelled()
@@ -58,7 +58,7 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
     """Ask all jobs and processes of the run to end, and kill those that have not ended after ``grace_s`` seconds.
 
     Returns:
-        What is still there, in words, or "".
+        A sentence about what has not ended, or "".
 
     Raises:
         UserError: Slurm or the system does not permit it.
@@ -73,7 +73,7 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
             queue = {}
             if "slurm" not in asked:
                 asked.add("slurm")
-                print("Slurm cannot be asked from here: a job of the run ends when it finds the mark.", flush=True)
+                print("Slurm does not answer here: a job of the run ends when it finds the mark.", flush=True)
         owner, controller = run_state.owner, run_state.jobs.controller
         here = processes.processes_of(run)
         if not queue and not controller and not owner and not here:
@@ -96,7 +96,7 @@ def end_jobs(run: RunFolder, grace_s: float) -> str:
 
 
 def _ask_queue(run_state: RunState) -> dict[str, SlurmJob] | None:
-    """The run's queued and running jobs, also those that sbatch did not confirm; None if Slurm does not answer."""
+    """The run's pending and running jobs, also unconfirmed ones; None if Slurm does not answer."""
     try:
         unconfirmed = accepted_jobs(run_state.run, run_state.jobs, patience_s=0)
     except SlurmError:
@@ -114,7 +114,7 @@ def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s:
             asked.add(f"kill {job.id}")
     elif is_running(job.state) and job.id not in asked:
         print(f"job {job.id} on {job.nodes}: save a checkpoint and end, or be killed in {grace_s:.0f} s", flush=True)
-        # The signal goes to the ranks, not to the batch script, whose shell would die of it and end them at once.
+        # The signal goes to the ranks alone: the shell of the batch script would die of it, and end them at once.
         if _scancel(job.id, signal="TERM"):
             asked.add(job.id)
 
@@ -123,7 +123,7 @@ def _scancel(job: str, signal: str | None = None) -> bool:
     """End the job, or send it a signal.
 
     Returns:
-        Whether Slurm has answered; if not, the caller tries again.
+        Whether Slurm has answered; otherwise the caller tries again.
 
     Raises:
         UserError: the job is another user's.

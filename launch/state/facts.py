@@ -1,9 +1,9 @@
-"""What there is to know about runs: what their folders say, and what Slurm says about their jobs.
+"""The facts about runs: what their folders say, and what Slurm says about their jobs.
 
-    found, slurm = look_at(runs)          all of it, with one squeue and at most one sacct
-    run_state = read_state(run)           a folder alone
+    found, slurm = look_at(runs)          both, with one squeue and at most one sacct
+    run_state = read_state(run)           the folder alone
 
-What it means is judged in ``run_status.py``. Nothing here needs torch.
+``status.py`` derives the status of a run from them. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.lock import Owner
-from launch.slurm import queue as of_slurm
+from launch.slurm import queue as slurm_queue
 from launch.slurm.client import SlurmError
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import is_pending
 from launch.slurm.submission import submitted
+from launch.state import ends
 from launch.state.processes import is_controller
 
 T = TypeVar("T")
 
 _ANSWER_S = 20.0
-"""How long one of Slurm's commands may take: whoever asks for a status waits for it."""
+"""How long one of Slurm's commands may take, because the user waits for it."""
 _MARKS = ("recipe.json", "evaluation.json", "attempts.jsonl", "log.jsonl", "checkpoints")
-"""One of these makes a run folder."""
+"""A folder with one of these is a run folder."""
 
 
 @dataclass(frozen=True)
 class SlurmAnswers:
     """What Slurm says about the jobs of runs.
 
-    queue: those that are not over, by id; None if Slurm cannot be asked.
-    history: starts of the others, in order; empty where there is no accounting.
+    queue: pending and running jobs by id; None if Slurm does not answer.
+    history: starts of other jobs, in order; empty without accounting.
     """
 
     queue: Mapping[str, SlurmJob] | None = None
@@ -49,12 +50,12 @@ class SlurmAnswers:
 
 @dataclass(frozen=True)
 class Jobs:
-    """What was ever submitted.
+    """All jobs that were submitted for a run.
 
     slurm: ids, the latest last.
-    unconfirmed: batch scripts of which it is not known whether Slurm has accepted them.
-    controller: the process on this machine that looks after the ranks of the local executor.
-    any: whether anything was.
+    unconfirmed: batch scripts that Slurm may or may not have accepted.
+    controller: pid of the controller of a local job on this machine.
+    any: whether any job was submitted.
     """
 
     slurm: tuple[str, ...] = ()
@@ -67,12 +68,13 @@ class Jobs:
 class RunState:
     """What a run folder says.
 
-    finished: it has its results.
+    finished: whether it has its results.
     cancelled: who cancelled it, and when.
-    attempts: a line a start.
-    ended: why and when the latest start ended, if it said so.
-    owner: who trains, if it lives.
-    last: log.jsonl's last line with a rate.
+    attempts: lines of attempts.jsonl, one for each start.
+    ended: why and when the latest start ended, if it has recorded that.
+    owner: the process that trains, if it is alive.
+    last: the last line of log.jsonl with a rate.
+    saved_step: of the newest checkpoint.
     notes: what could not be read.
     """
 
@@ -95,30 +97,32 @@ class RunState:
 
     @property
     def last_job(self) -> str | None:
-        """The one of the latest start that was recorded: 12, or 12_3."""
+        """The job of the latest recorded start: 12, or 12_3."""
         return str(self.attempts[-1].get("job")).rpartition("-")[0] if self.attempts else None
 
     @property
-    def says_it_ended(self) -> bool:
-        """Whether the folder itself says that the job that was submitted last has ended and was not to come back. Slurm
-        may have requeued it all the same: of a preempted job, say."""
-        why = str(self.ended["why"]) if self.ended else ""
-        submitted = self.jobs.slurm[-1] if self.jobs.slurm else self.last_job
-        return bool(why) and not self.jobs.unconfirmed and self.last_job == submitted and not self.comes_back
+    def why_ended(self) -> str:
+        """Why the latest start ended; "" if it has not recorded that."""
+        return str(self.ended["why"]) if self.ended else ""
 
     @property
     def comes_back(self) -> bool:
         """Whether the latest start ended in order to be repeated."""
-        why = str(self.ended["why"]) if self.ended else ""
-        back = "requeue" in why or why.startswith("lost a rank") or "starts again" in why or "resumes the run" in why
-        return back and "given up" not in why
+        return ends.comes_back(self.why_ended)
+
+    @property
+    def records_its_end(self) -> bool:
+        """Whether the folder says that the latest job has ended for good. Slurm may have requeued it nevertheless, for
+        example after a preemption."""
+        submitted = self.jobs.slurm[-1] if self.jobs.slurm else self.last_job
+        return bool(self.ended and not self.jobs.unconfirmed and self.last_job == submitted and not self.comes_back)
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """Run folders among the paths, and right below those that are folders of runs.
+    """The run folders among the paths, and those directly inside paths that are folders of runs.
 
     Raises:
-        UserError: there is none at a path, or it cannot be read.
+        UserError: a path has none, or cannot be read.
     """
     runs: list[RunFolder] = []
     for path in paths or [Path("runs")]:
@@ -128,11 +132,11 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             else:
                 found = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
         except OSError as error:
-            hint = "Check the path." if paths else "Name run folders, or call this where they were submitted from."
+            hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
         if not found:
             raise UserError(
-                f"{path} is neither a run folder nor a folder of runs: no recipe.json in it or right below."
+                f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders."
             )
         runs += [RunFolder(each) for each in found]
     return runs
@@ -143,10 +147,10 @@ def _is_run(path: Path) -> bool:
 
 
 def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[RunState], SlurmAnswers]:
-    """All there is to know about runs, with one call of squeue and at most one of sacct for all of them.
+    """The facts about runs, with one call of squeue and at most one of sacct for all of them.
 
     Args:
-        history: ask also how earlier starts of jobs have ended.
+        history: also ask how earlier starts of jobs have ended.
     """
     found = [_with_accepted(read_state(run)) for run in runs]
     queue = ask_queue(sorted({job for each in found if not each.finished for job in each.jobs.slurm}))
@@ -161,7 +165,7 @@ def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[R
 
 
 def _with_accepted(run_state: RunState) -> RunState:
-    """The same, with the jobs that Slurm has accepted and sbatch has not confirmed among the others."""
+    """The same, with jobs that Slurm has accepted although sbatch has not confirmed them."""
     if run_state.finished or not run_state.jobs.unconfirmed:
         return run_state
     try:
@@ -173,7 +177,7 @@ def _with_accepted(run_state: RunState) -> RunState:
 
 
 def read_state(run: RunFolder) -> RunState:
-    """What a folder says, whatever state it is in."""
+    """What a folder says. What cannot be read becomes a note."""
     notes: list[str] = []
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
@@ -221,9 +225,9 @@ def _lines_in(path: Path) -> int:
 
 
 def read_jobs(run: RunFolder, attempts: Sequence[dict[str, Any]] = ()) -> Jobs:
-    """From what submitit leaves: a pickle a job, and on Slurm a script a job, or one for an array (12, with jobs 12_0,
-    12_1 …). A sweep has those of its array in its own folder, and links to them in the run folders unless it was killed
-    on the way.
+    """The jobs of a run, from submitit's files: a pickle for each job, and on Slurm a script for each job or array (12,
+    with jobs 12_0, 12_1 …). A sweep has the files of its array in its own folder, and links in the run folders, which
+    are missing if it was killed before.
 
     Raises:
         OSError: the folder cannot be read.
@@ -251,28 +255,28 @@ def read_jobs(run: RunFolder, attempts: Sequence[dict[str, Any]] = ()) -> Jobs:
     submitted = alone | members
     return Jobs(
         slurm=tuple(sorted(submitted, key=lambda job: submitted[job])),
-        unconfirmed=tuple(path for path in sent if not path.is_symlink()),  # of one that was accepted it is a link
+        unconfirmed=tuple(path for path in sent if not path.is_symlink()),  # accepted ones are links
         controller=next((pid for pid in local if is_controller(pid, folder)), None),
         any=bool(pickles or members),
     )
 
 
 def sweep_links(run: RunFolder) -> list[Path]:
-    """Where sweeps have this run as a member: .sweeps/NAME/NUMBER."""
+    """The links of sweeps to this run: .sweeps/NAME/NUMBER."""
     root = run.root.resolve()
     found: list[Path] = []
     for sweep in (run.root.parent / ".sweeps").glob("*"):
-        with suppress(FileNotFoundError):  # of a command that was refused
+        with suppress(FileNotFoundError):  # left by a refused command
             found += _members(sweep, sweep.stat().st_mtime_ns).get(root, ())
     return found
 
 
 @functools.lru_cache(maxsize=256)
 def _members(sweep: Path, changed: int) -> dict[Path, list[Path]]:
-    """Links in a sweep's folder by the run folders that they lead to. Read once for all of its runs.
+    """Links in a sweep's folder by the run folders that they point to, cached for all of its runs.
 
     Args:
-        changed: when the folder was, as its mtime says.
+        changed: mtime of the folder.
     """
     found: dict[Path, list[Path]] = {}
     for link in sweep.iterdir() if sweep.is_dir() else ():
@@ -282,10 +286,10 @@ def _members(sweep: Path, changed: int) -> dict[Path, list[Path]]:
 
 
 def accepted_jobs(run: RunFolder, jobs: Jobs, *, patience_s: float) -> list[str]:
-    """The run's jobs of which sbatch has not said that they were accepted, and Slurm knows.
+    """The run's jobs that Slurm knows although sbatch has not confirmed them.
 
     Raises:
-        SlurmError: Slurm cannot be asked.
+        SlurmError: Slurm does not answer.
     """
     members = {link.parent: f"_{link.name}" for link in sweep_links(run)} if jobs.unconfirmed else {}
     return [
@@ -300,27 +304,27 @@ def _whole(line: dict[str, Any]) -> bool:
 
 
 def ask_queue(jobs: Sequence[str]) -> dict[str, SlurmJob] | None:
-    """Those of the jobs that are not over; None if Slurm cannot be asked."""
+    """The pending and running ones of the jobs; None if Slurm does not answer."""
     try:
-        return of_slurm.queue(jobs, patience_s=0, answer_s=_ANSWER_S)
+        return slurm_queue.queue(jobs, patience_s=0, answer_s=_ANSWER_S)
     except SlurmError:
         return None
 
 
 def _ask_history(jobs: Sequence[str]) -> tuple[SacctRecord, ...]:
-    """All starts of the jobs; nothing where there is no accounting, or it does not answer."""
+    """All starts of the jobs; none without accounting, or if it does not answer."""
     try:
-        return of_slurm.history(jobs, patience_s=0, answer_s=_ANSWER_S)
+        return slurm_queue.history(jobs, patience_s=0, answer_s=_ANSWER_S)
     except SlurmError:
         return ()
 
 
 def jobs_in_queue(run_state: RunState, slurm: SlurmAnswers) -> list[SlurmJob]:
-    """The run's jobs in Slurm's queue, those that run before those that wait, else in the order of their submission."""
+    """The run's jobs in Slurm's queue: running jobs first, otherwise in the order of submission."""
     jobs = [slurm.queue[job] for job in run_state.jobs.slurm if job in slurm.queue] if slurm.queue else []
     return sorted(jobs, key=lambda job: is_pending(job.state))
 
 
 def in_queue(run_state: RunState, slurm: SlurmAnswers) -> SlurmJob | None:
-    """The run's job in Slurm's queue, one that runs before one that waits."""
+    """The run's job in Slurm's queue; a running job comes before a pending one."""
     return next(iter(jobs_in_queue(run_state, slurm)), None)

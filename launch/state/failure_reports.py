@@ -1,9 +1,9 @@
-"""Failure reports: what a rank that fails leaves for the others, and which rank was the first.
+"""Failure reports: what a rank that fails leaves for the others, and which rank failed first.
 
 RUN/jobs/failures/
-  123-0_1.json   rank 1's, of the first start of job 123: what it raised, which signal killed it, or how it hung
-  123-0.txt      that of the rank that failed first, as the log ends with it
-  123-0.restart  the job is started again: its node was lost, or a rank has died and may be tried again
+  123-0_1.json   of rank 1 at the first start of job 123: its exception, the signal that killed it, or how it hung
+  123-0.txt      of the rank that failed first, as text: the end of the job's log
+  123-0.restart  the job starts again: its node was lost, or a rank has died and may be tried again
   123-0.exclude  nodes that it must not get then
 """
 
@@ -29,40 +29,53 @@ from launch.state.attempt import attempt_name, restart_of
 logger = logging.getLogger(__name__)
 
 RAISED, KILLED, HUNG, DEVICE, UNHEALTHY = "raised", "killed", "hung", "device", "unhealthy"
-"""Kinds of failures: an exception; a signal, or an end without a word; no progress; an error of the GPU; a node that
-has failed its check (health.py)."""
+"""Kinds of failures: an exception; a signal, or an exit without a report; no progress; a GPU error; a failed node check
+(launch/ranks/health.py)."""
 DEATHS = (KILLED, HUNG, DEVICE, UNHEALTHY)
-"""Those that another start, or another node, may not meet again."""
+"""Kinds that may not occur again at another start or on another node."""
+_STOPPED_STATES = ("T", "D", "Z")
+"""States of a process that does not run: stopped, waiting in the kernel, ended."""
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What a rank that failed has left.
-
-    time: ISO 8601, to the millisecond. error: one line. traceback: of an exception. broken_off: it failed of a
-    connection to another rank that broke, so another has failed before it. Of one that hung: the step that it was at,
-    what it was doing, the state of its process (a letter, as in ps), and the stacks of its threads.
-    """
+    """The failure of a rank."""
 
     rank: int
     node: str
     time: str
+    """ISO 8601, to the millisecond."""
     error: str
+    """One line."""
     traceback: str = ""
+    """Of an exception."""
     broken_off: bool = False
+    """Its connection to another rank broke, so that one has failed before it."""
     kind: str = RAISED
     step: int = -1
+    """The step at which it hung."""
     activity: str = ""
+    """What it was doing when it hung."""
     state: str = ""
+    """State of its process when it hung, a letter as in ps."""
     stacks: str = ""
+    """Stacks of its threads when it hung."""
 
     @property
     def why(self) -> str:
         """For ended.json."""
         return f"failed: rank {self.rank}{':' if self.traceback else ''} {self.error}"
 
+    @property
+    def is_stopped(self) -> bool:
+        return self.state in _STOPPED_STATES
+
     def text(self, log: Path) -> str:
-        """As the job's log ends with them. log: the rank's own."""
+        """The end of the job's log.
+
+        Args:
+            log: the rank's own.
+        """
         who, clock = f"rank {self.rank} on {self.node}", self.time[11:19]
         if self.traceback:
             return f"{who} failed first, {clock}:\n{self.traceback.rstrip()}\n"
@@ -85,6 +98,7 @@ class RankStart:
 
     @classmethod
     def found(cls, run: Path) -> RankStart:
+        """Of the rank that this process is, or supervises."""
         import submitit
 
         environment = submitit.JobEnvironment()
@@ -97,11 +111,6 @@ class RankStart:
             world_size=environment.num_tasks,
         )
 
-    @classmethod
-    def of_local(cls, run: RunFolder, job: str, rank: int, world_size: int, start: int = 0) -> RankStart:
-        """For the controller of a local job, which is in no rank's environment. start: counted from 0."""
-        return cls(run, attempt_name(job, start), rank, local=True, nodes=1, world_size=world_size)
-
     @property
     def job(self) -> str:
         return self.attempt.rpartition("-")[0]
@@ -111,24 +120,27 @@ class RankStart:
         return folder_of(self.run) / f"{self.attempt}_{self.rank}.json"
 
     def mark(self, kind: str) -> Path:
-        """RUN/jobs/failures/123-0.kind, of all ranks."""
+        """RUN/jobs/failures/123-0.kind, which all ranks share."""
         return folder_of(self.run) / f"{self.attempt}.{kind}"
 
     def log(self, rank: int) -> Path:
         return self.run.root / "jobs" / f"{self.job}_{rank}_log.out"
 
     def reports(self) -> list[RankFailure]:
-        """All that were left at this start, by any rank. Raises OSError."""
+        """The reports of all ranks at this start. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
-            # Listed, not looked up: NFS asks the server when a folder is opened.
+            # A listing, because NFS asks the server when a folder is opened, and not for each name.
             names = os.listdir(folder_of(self.run))
-            mine = [n for n in names if n.startswith(f"{self.attempt}_") and n.endswith(".json")]
-            read = [read_object(folder_of(self.run) / name) for name in mine]
-            return [RankFailure(**found) for found in read if found]
+            own = [name for name in names if name.startswith(f"{self.attempt}_") and name.endswith(".json")]
+            return _read_reports([folder_of(self.run) / name for name in own])
         return []
 
+    def first_failure(self) -> RankFailure | None:
+        """The failure of the rank that failed first at this start. Raises OSError."""
+        return first_failure(self.reports(), self.world_size)
+
     def write_failure(self, error: str, **facts: object) -> None:
-        """Only the first report of a rank counts. One that cannot be written is a warning.
+        """Write this rank's report, unless it has one: the first one counts. If it cannot be written, log a warning.
 
         Args:
             facts: fields of RankFailure.
@@ -149,31 +161,39 @@ def folder_of(run: RunFolder) -> Path:
     return run.root / "jobs" / "failures"
 
 
-def report_of(run: RunFolder, job: str) -> str | None:
-    """The failure report of the rank that failed first when the job ended last, as text; None if there is none."""
-    texts = sorted(folder_of(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
-    return texts[-1].read_text(errors="replace") if texts else None
+def _read_reports(paths: Sequence[Path]) -> list[RankFailure]:
+    return [RankFailure(**found) for found in map(read_object, paths) if found]
 
+
+# --- after the end of a job -------------------------------------------------------------------------------------------
 
 _PASSING = ("CalledOff", "GivenUp", "StorageUnavailable", "DistNetworkError", "DistStoreError")
-"""Exceptions, beside OSError, that say nothing of the next start."""
+"""Exceptions, beside OSError, that another start need not raise again."""
+
+
+def report_of(run: RunFolder, job: str) -> str | None:
+    """The failure report of the job's latest end, as text; None if there is none."""
+    text = _latest_text(run, job)
+    return text.read_text(errors="replace") if text else None
 
 
 def would_recur(run: RunFolder, job: str) -> bool:
-    """Whether the job ended last because a rank raised an exception, which another start would raise again; unlike a
-    death, or an error of a device, it is not restarted after one."""
-    texts = sorted(folder_of(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime)
-    found = [read_object(path) for path in folder_of(run).glob(f"{texts[-1].stem}_*.json")] if texts else []
-    left = [RankFailure(**failure) for failure in found if failure]
-    first = first_failure(left, len(left))
+    """Whether the job's latest end was an exception that another start would raise again."""
+    text = _latest_text(run, job)
+    reports = _read_reports(sorted(folder_of(run).glob(f"{text.stem}_*.json"))) if text else []
+    first = first_failure(reports, len(reports))
     if first is None or first.kind != RAISED or first.broken_off or not first.traceback:
         return False
-    kind = first.error.partition(":")[0]
-    passing = getattr(builtins, kind, None)
-    return kind not in _PASSING and not (isinstance(passing, type) and issubclass(passing, OSError))
+    name = first.error.partition(":")[0]
+    built_in = getattr(builtins, name, None)
+    return name not in _PASSING and not (isinstance(built_in, type) and issubclass(built_in, OSError))
 
 
-# --- which was the first ----------------------------------------------------------------------------------------------
+def _latest_text(run: RunFolder, job: str) -> Path | None:
+    return max(folder_of(run).glob(f"{job}-*.txt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+# --- which rank failed first ------------------------------------------------------------------------------------------
 
 _CONNECTION_LOST = (
     *("connection reset by peer", "connection closed by peer", "connection was likely closed", "broken pipe"),
@@ -181,33 +201,33 @@ _CONNECTION_LOST = (
     *("application timeout caused pair closure", "ncclremoteerror", "remote process exited"),
     "watchdog caught collective operation timeout",
 )
-"""What gloo, torch's store and NCCL say when a peer is gone or silent; their errors have no classes of their own."""
+"""Messages of gloo, torch's store and NCCL when a peer is gone or silent. They have no exception classes."""
 _OWN_FAULT = (
     *("ncclinvalid", "ncclunhandledcuda", "ncclsystemerror", "ncclinternalerror", "duplicate gpu"),
     *("unable to find address", "unable to find interface", "address already in use", "connection refused"),
 )
-"""What they say when it is this machine, or how it is set up."""
+"""Their messages for a fault of this machine or its set-up."""
 _DEVICE = (
     *("uncorrectable ecc", "unspecified launch failure", "illegal memory access", "illegal instruction"),
     *("hardware stack error", "misaligned address", "launch timed out", "fallen off the bus", "mapping of buffer"),
     *("system not yet initialized", "device is busy or unavailable", "ncclunhandledcuda", "nvlink", "unknown error"),
 )
-"""What CUDA says of a GPU, or of the link to it, that may be broken. An assertion on the device, and memory that does
-not suffice, are the program's."""
+"""CUDA's messages when a GPU, or the link to it, may be broken. Failed assertions on the device and exhausted memory
+are faults of the program."""
 
 
 def says_connection_lost(text: str) -> bool:
-    """Whether this is what gloo, torch's store or NCCL say when a peer is gone or silent."""
+    """Whether this is a message of gloo, torch's store or NCCL about a peer that is gone or silent."""
     text = text.lower()
     return any(part in text for part in _CONNECTION_LOST) and not any(part in text for part in _OWN_FAULT)
 
 
 def is_connection_loss(error: BaseException, *, group_formed: bool) -> bool:
-    """Whether a rank failed only because another one is gone. What goes wrong while ranks come together is a failure of
-    its own: an interface that a node does not have, or a GPU that two ranks share, would be so again.
+    """Whether a rank failed only because another one is gone.
 
     Args:
-        group_formed: the process group had been made.
+        group_formed: whether the process group existed. Before that, an error is the rank's own: an interface that the
+            node lacks, or a GPU that two ranks share.
     """
     return group_formed and isinstance(error, RuntimeError) and says_connection_lost(str(error))
 
@@ -218,39 +238,41 @@ def is_device_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "cuda" in text and any(part in text for part in _DEVICE)
 
 
-def first_failure(left: Sequence[RankFailure], world_size: int) -> RankFailure | None:
-    """Which rank failed first; None if none has left a report.
+def first_failure(reports: Sequence[RankFailure], world_size: int) -> RankFailure | None:
+    """The failure of the rank that failed first; None without reports.
 
-    A rank that was killed is heard of later than the connections that break with it, also before there is a process
-    group. What several ranks raise alike, because they know the same, the lowest of them says. Of ranks that make no
-    progress, the one that the others wait for.
+    The report of a killed rank may come later than those of ranks whose connections to it broke, also before there is a
+    process group. Of ranks that raised the same error, the lowest counts. Of ranks that hang, the one that the others
+    wait for counts.
     """
-    if not left:
+    if not reports:
         return None
-    killed = any(failure.kind == KILLED and not failure.broken_off for failure in left)
+    killed = any(failure.kind == KILLED and not failure.broken_off for failure in reports)
 
     def order(failure: RankFailure) -> tuple[bool, str]:
         cut_off = killed and says_connection_lost(failure.error)
         return failure.broken_off or cut_off, failure.time
 
-    first = min(left, key=order)
-    hung = [failure for failure in left if failure.kind == HUNG]
+    first = min(reports, key=order)
+    hung = [failure for failure in reports if failure.kind == HUNG]
     if hung and (first.kind == HUNG or first.broken_off or first.time > min(failure.time for failure in hung)):
-        return _awaited(hung, left, world_size)
-    alike = [failure for failure in left if failure.traceback and failure.error == first.error]
+        return _awaited(hung, reports, world_size)
+    alike = [failure for failure in reports if failure.traceback and failure.error == first.error]
     return min(alike, key=lambda failure: failure.rank, default=first)
 
 
-def _awaited(hung: Sequence[RankFailure], left: Sequence[RankFailure], world_size: int) -> RankFailure:
-    """Of ranks that make no progress, the one that the others wait for: a process that is stopped; a rank that has left
-    no report, if all others wait; else the one that is farthest behind."""
+def _awaited(hung: Sequence[RankFailure], reports: Sequence[RankFailure], world_size: int) -> RankFailure:
+    """Of ranks that hang, the one that the others wait for: one whose process is stopped; a rank without a report, if
+    all others wait; otherwise the one that is farthest behind."""
 
     def order(failure: RankFailure) -> tuple[bool, int, bool, str]:
-        return failure.state not in tuple("TDZ"), failure.step, failure.activity == WAITING, failure.time
+        return not failure.is_stopped, failure.step, failure.activity == WAITING, failure.time
 
     first = min(hung, key=order)
-    silent = sorted(set(range(world_size)) - {failure.rank for failure in left})
-    if silent and all(failure.activity == WAITING and failure.state not in tuple("TDZ") for failure in hung):
-        error = f"hung: it has left no report, and {len(left)} of {world_size} ranks wait for it at step {first.step}"
-        return RankFailure(silent[0], "", first.time, error, kind=HUNG, step=first.step)
+    silent = sorted(set(range(world_size)) - {failure.rank for failure in reports})
+    if silent and all(failure.activity == WAITING and not failure.is_stopped for failure in hung):
+        waiting = f"{len(reports)} of {world_size} ranks wait for it at step {first.step}"
+        return RankFailure(
+            silent[0], "", first.time, f"hung: it has left no report, and {waiting}", kind=HUNG, step=first.step
+        )
     return first

@@ -1,4 +1,4 @@
-"""Show a run's progress from its run folder while it goes on, and how it ended."""
+"""Shows the progress of a run from its folder, and how it ended."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 _SAME_COMMAND = "The same command resumes from the last checkpoint."
 _SAVE_S = 60.0
-"""What ranks have for a checkpoint after a signal to this process."""
+"""Time for a checkpoint after a signal to this process."""
 _ONE_SIGNAL_S = 1.0
-"""A Ctrl-C may come twice: from the terminal, and passed on by a wrapper. What comes later is another one."""
+"""Within this time a second Ctrl-C is the same one, from the terminal and from a wrapper that passes it on."""
 _LOOK_S = 5
-"""Between looks at a run's state. Two have to agree that it has ended: on a requeue there are moments without a job."""
+"""Between two looks at a run's state. Both must find it ended, because a requeued run has moments without a job."""
 
 
 def follow_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
-    """A progress bar with loss, rate and ETA until a job on this machine ends; then its results, or why there are none.
+    """Show a progress bar with loss, rate and ETA until a job on this machine ends; then its results, or its error.
 
     Args:
-        received: the signals that this process has been sent (``processes.ending_signals``): each ends the job after a
-            checkpoint. A Ctrl-C after that kills it at once.
+        received: signals that this process has received (``processes.ending_signals``). The first one ends the job
+            after a checkpoint; a Ctrl-C after that kills it at once.
 
     Returns:
         0 if the run is finished, 1 if it failed or was cancelled, 128 + the signal that ended it.
@@ -52,20 +52,24 @@ def follow_local_job(job: ControlledJob, run: RunFolder, received: Sequence[sign
     try:
         _watch(run, states())
     except OSError:
-        time.sleep(1)  # a terminal that was closed cannot be written to; HUP comes with it, or after it
+        time.sleep(1)  # the terminal was closed; the HUP may come a moment later
         if not received:
             raise
     if received:
         return _end_local_job(job, run, received)
     if job.exit_code < 0:
         died = signal.Signals(-job.exit_code).name
-        print(f"The controller of the ranks, process {job.job_id}, was killed ({died}): the ranks end.", flush=True)
+        print(f"The controller of the job, process {job.job_id}, was killed ({died}): the ranks end.", flush=True)
         wait_until_gone(run)
-    return tell_end(run, job.job_id, _SAME_COMMAND)
+    return print_end(run, job.job_id, _SAME_COMMAND)
 
 
 def _end_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal.Signals]) -> int:
-    """Ask the ranks for a checkpoint, and kill what has not ended in time; 128 + the signal that was received first."""
+    """Ask the ranks to save a checkpoint and end, and kill them if they take too long.
+
+    Returns:
+        128 + the first signal.
+    """
     first = received[0]
     if first == signal.SIGHUP:
         silence_output()
@@ -90,7 +94,7 @@ def _end_local_job(job: ControlledJob, run: RunFolder, received: Sequence[signal
 
 
 def _say(text: str) -> None:
-    """Print it, unless whoever read the output was ended by the same signal (as `| tee` is by a Ctrl-C)."""
+    """Print it, unless the same signal has ended the reader of the output (as a Ctrl-C ends `| tee`)."""
     try:
         print(text, flush=True)
     except OSError:
@@ -98,23 +102,23 @@ def _say(text: str) -> None:
 
 
 def follow_run(run: RunFolder) -> int:
-    """The same for a run that anyone has started, on Slurm or on this machine, from its first start to its end.
+    """The same for any run, on Slurm or on this machine, across requeues until it has ended.
 
     Returns:
-        0 if the run is finished, 1 if it failed or was cancelled, 130 after a Ctrl-C, which leaves the run alone.
+        0 if the run is finished, 1 if it failed or was cancelled, 130 after a Ctrl-C, which does not end the run.
     """
     try:
         _watch(run, _states(run))
     except KeyboardInterrupt:
-        print(f"The run goes on. Its progress: {run.log}")
+        print(f"The run continues. Its progress: {run.log}")
         return 130
     [run_state], _ = look_at([run])
     name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
-    return tell_end(run, name, f"`python launch/submit.py --resume {run.root}` goes on from its last checkpoint.")
+    return print_end(run, name, f"`python launch/submit.py --resume {run.root}` resumes from the last checkpoint.")
 
 
 def _states(run: RunFolder) -> Iterator[str]:
-    """What there is to say beside the progress, as often as it is asked for, until the run has ended."""
+    """The state to show beside the progress, until the run has ended."""
     ended = 0
     while True:
         [run_state], slurm = look_at([run])
@@ -128,7 +132,7 @@ def _states(run: RunFolder) -> Iterator[str]:
 
 
 def _watch(run: RunFolder, states: Iterator[str]) -> None:
-    # In a file a bar is a line each time: there, a few of them.
+    # In a file each update is a new line, so there are few.
     pace = 0.5 if sys.stderr.isatty() else 15
     unit = "step" if isinstance(run.work(), Recipe) else "image"
     with tqdm(unit=unit, dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
@@ -140,48 +144,49 @@ def _watch(run: RunFolder, states: Iterator[str]) -> None:
 
 def _show(bar: tqdm, run: RunFolder, state: str) -> None:
     lines: list[dict[str, Any]] = []
-    with suppress(OSError):  # read again in a moment: if the follower ended, so would the job
+    with suppress(OSError):  # read again in a moment: an error would end this process, and the job with it
         lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
     if lines:
         last = lines[-1]
         bar.total = last["total_steps"]
         bar.n = last["step"]
-        loss = f"loss {last['loss']:.3f}, " if "loss" in last else ""  # not of an evaluation, or a step left out
+        loss = f"loss {last['loss']:.3f}, " if "loss" in last else ""  # an evaluation or a skipped step has none
         bar.set_postfix_str(f"{loss}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
     if lines or state:
         bar.set_description(f"{run.root.name} ({state})" if state else run.root.name, refresh=False)
-    bar.update(0)  # the clock runs on
+    bar.update(0)  # updates the time
 
 
-def tell_end(run: RunFolder, job: str, how_to_go_on: str) -> int:
+def print_end(run: RunFolder, job: str, how_to_resume: str) -> int:
+    """Print the results of a run, or its error and how to resume it; the exit code."""
     if run.results.exists():
         if isinstance(run.work(), Recipe):
             for name, score in json.loads(run.results.read_text())["sets"].items():
                 print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
         print(f"finished: {run.final if run.final.exists() else run.results}")
         return 0
-    if told := run.cancelled():
-        print(f"The run was cancelled by {told['by']}; {latest_checkpoint(run)}")
+    if cancelled := run.cancelled():
+        print(f"The run was cancelled by {cancelled['by']}; {latest_checkpoint(run)}")
     else:
         print(f"The run did not finish. {_failure_report(run, job)}")
     if would_recur(run, job):
-        print(f"A new start would fail in the same way: remove the cause first. Then: {how_to_go_on}")
+        print(f"A new start would fail in the same way: remove the cause first. Then: {how_to_resume}")
     else:
-        print(how_to_go_on)
+        print(how_to_resume)
     return 1
 
 
 def _failure_report(run: RunFolder, job: str) -> str:
-    """Those of the rank that died first; where nobody has left any, the end of the log that says most."""
+    """The failure report of the job; without one, the end of the log that most probably has the error."""
     if report := report_of(run, job):
         return report.rstrip()
-    logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_complains, reverse=True)
+    logs = sorted((run.root / "jobs").glob(f"{job}_*_log.out"), key=_has_error, reverse=True)
     if not logs:
         return f"There is no log in {run.root / 'jobs'}."
     tail = logs[0].read_text(errors="replace").rstrip().splitlines()[-25:]
     return f"The end of {logs[0]}:\n" + "\n".join("  " + line for line in tail)
 
 
-def _complains(log: Path) -> tuple[bool, bool]:
+def _has_error(log: Path) -> tuple[bool, bool]:
     text = log.read_text(errors="replace")
     return any(f"{kind}Error" in text for kind in ("User", "Sample", "FloatingPoint")), "Traceback" in text

@@ -1,19 +1,19 @@
-"""The processes of a job on this machine: how they are found, waited for and ended.
+"""The processes of a job on this machine: finding them, waiting for them and ending them.
 
     submit.py                      shows the progress (follow.py)
       controller.py RUN/jobs       starts the ranks; its pid is the job's id
-        start.py                   waits for a rank (failures.py)
-          the rank                 trains, or evaluates
+        start.py                   supervises a rank (launch/ranks/supervisor.py)
+          the rank                 trains or evaluates
 
-Each of them may be killed at any moment. The others then end within 30 s, with a checkpoint where a rank can still
-write one:
+Each of them may be killed at any moment. The others then end within 30 s, with a checkpoint if a rank can still write
+one:
 
     submit.py (followed)     the controller ends the ranks as after Ctrl-C; with --no-follow nothing depends on it
     controller.py            each start.py ends its rank
     start.py                 the kernel kills its rank; the controller writes the failure report in its place
     a rank                   start.py writes a failure report
 
-A job's processes are found by an environment variable, which everything that they start inherits.
+A job's processes are found by an environment variable, which their children inherit.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from cfmask.runtime.machine import process_runs
 logger = logging.getLogger(__name__)
 
 SAVE_WITHIN_S = 20.0
-"""What ranks have for a checkpoint when a process that looks after them was killed, before they are killed too."""
+"""Time for a checkpoint when a process that the ranks depend on was killed; then they are killed too."""
 _GONE_WITHIN_S = 40.0
-"""After which nothing of a job that is ending can be left: SAVE_WITHIN_S, and what a process takes to end."""
+"""Within which all processes of an ending job are gone: SAVE_WITHIN_S, and the time that a process takes to end."""
 JOBS_VARIABLE = "CFMASK_LOCAL_JOBS"
 """The environment variable that names the jobs folder to all processes of a job."""
 FOLLOWER_FLAG = "--follower"
-"""Of controller.py: the process that follows the job, with which it ends."""
+"""Flag of controller.py: the process that follows the job, with which it ends."""
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
 def ending_signals() -> Iterator[list[signal.Signals]]:
-    """Collect Ctrl-C, TERM and HUP instead of dying of them. What is ignored stays so: nohup, say."""
+    """Collect Ctrl-C, TERM and HUP instead of ending. Signals that are ignored stay so, for example under nohup."""
     received: list[signal.Signals] = []
     caught = [number for number in _ENDING_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda n, _: received.append(signal.Signals(n))) for number in caught}
@@ -58,7 +58,7 @@ def ending_signals() -> Iterator[list[signal.Signals]]:
 
 
 def silence_output() -> None:
-    """After a HUP: the terminal is gone, and writing to it is an error. What is printed from now on goes nowhere."""
+    """Discard all further output. After a HUP the terminal is gone, and writing to it would be an error."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -68,7 +68,7 @@ def silence_output() -> None:
 
 
 def processes_of(run: RunFolder) -> list[int]:
-    """All processes of the run's jobs on this machine; not those of other users."""
+    """This user's processes of the run's jobs on this machine."""
     wanted = os.fsencode(f"{JOBS_VARIABLE}={(run.root / 'jobs').resolve()}")
     found = []
     for process in Path("/proc").iterdir():
@@ -79,12 +79,16 @@ def processes_of(run: RunFolder) -> list[int]:
 
 
 def controller_of(run: RunFolder) -> int | None:
-    """The process that looks after the run's ranks on this machine; None if none does."""
-    return next((pid for pid in _candidates(run) if is_controller(pid, run.root / "jobs")), None)
+    """The controller of the run's job on this machine; None if there is none."""
+    # A job's id is its controller's pid, and submitit names files after it. Before these exist, the environment of the
+    # process tells, which only its owner can read.
+    named = [path.name.removesuffix("_submitted.pkl") for path in (run.root / "jobs").glob("*_submitted.pkl")]
+    candidates = {*(int(name) for name in named if name.isdigit()), *processes_of(run)}
+    return next((pid for pid in candidates if is_controller(pid, run.root / "jobs")), None)
 
 
 def is_controller(pid: int, jobs: Path) -> bool:
-    """Whether the process is the controller of these jobs, and not one that has its number by now."""
+    """Whether the process is the controller of these jobs, and not a later one with its number."""
     words = _command(pid)
     return (
         len(words) > 2
@@ -95,7 +99,7 @@ def is_controller(pid: int, jobs: Path) -> bool:
 
 
 def is_ending(controller: int) -> bool:
-    """Whether the process that followed the job is gone, so that the job ends."""
+    """Whether the job ends because the process that followed it is gone."""
     words = _command(controller)
     if FOLLOWER_FLAG not in words:
         return False
@@ -107,17 +111,17 @@ def is_ending(controller: int) -> bool:
 
 
 def wait_until_gone(run: RunFolder) -> None:
-    """Wait for what is left of a job on this machine whose controller or follower was killed: it is ending.
+    """Wait until a job on this machine has ended whose controller or follower was killed.
 
     Raises:
-        UserError: a process of it does not end.
+        UserError: one of its processes does not end.
     """
     deadline = time.monotonic() + _GONE_WITHIN_S
     said = False
     while left := processes_of(run):
         controller = controller_of(run)
         if controller is not None and not is_ending(controller):
-            return  # it goes on: the lock of the folder refuses what comes
+            return  # the job continues, and the lock of the folder refuses another one
         if time.monotonic() > deadline:
             raise UserError(
                 f"Processes of an earlier start of {run.root} do not end: {', '.join(map(str, left))}. End them: "
@@ -137,13 +141,6 @@ def kill(run: RunFolder) -> None:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-
-
-def _candidates(run: RunFolder) -> set[int]:
-    """A job's id is its controller's pid, and submitit names files after it; in the moment before, there is only the
-    process, whose environment is its owner's to read."""
-    named = [path.name.removesuffix("_submitted.pkl") for path in (run.root / "jobs").glob("*_submitted.pkl")]
-    return {*(int(name) for name in named if name.isdigit()), *processes_of(run)}
 
 
 def _command(pid: int) -> list[str]:

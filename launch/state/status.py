@@ -1,4 +1,4 @@
-"""What the state of a run means: a row of launch/status.py's table, whose help lists what a run can be."""
+"""Derives the status of a run from its facts: a row of the table of launch/status.py, whose help lists the states."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from cfmask.stragglers import straggler_of
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import base_and_flags, is_completing, is_pending
+from launch.state import ends
 from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
 
 ENDED = ("never started", "finished", "cancelled", "stopped", "failed", "dead")
-"""States in which nothing happens any more by itself."""
+"""States that do not change by themselves."""
 
-_KILLED = "killed without notice"
 _ENDS = {
     "BOOT_FAIL": "node failed",
     "CANCELLED": "scancel",
@@ -33,11 +33,12 @@ _ENDS = {
 class Status:
     """A row of the table.
 
-    job: the one in the queue, or the process of the local executor.
-    next_start: what is known about when.
-    straggler: the rank that holds the others up, while the run trains.
+    job: id of the job in the queue, or pid of the controller of a local job.
+    attempts: number of starts.
+    next_start: when the job will probably start.
     last_end: why the latest start that has ended did.
-    waiting: more of the run's jobs that wait in the queue: of a chain.
+    straggler: the slowest rank, if it slows the training down.
+    waiting: number of further jobs of the run in the queue (of a chain).
     """
 
     run: str
@@ -57,7 +58,6 @@ class Status:
 
 
 def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
-    """The row of a run."""
     job = in_queue(run_state, slurm)
     state = _state(run_state, slurm, job)
     runs = state in ("running", "cancelling") and run_state.owner is not None
@@ -83,8 +83,8 @@ def _unconfirmed(run_state: RunState) -> list[str]:
     if run_state.finished or not run_state.jobs.unconfirmed:
         return []
     return [
-        "sbatch was given a job that it did not confirm: `squeue --me --format='%i %o'` shows "
-        f"{', '.join(path.name for path in run_state.jobs.unconfirmed)} if it is queued"
+        "sbatch has not confirmed a job. If it is queued, `squeue --me --format='%i %o'` shows "
+        f"{', '.join(path.name for path in run_state.jobs.unconfirmed)}"
     ]
 
 
@@ -97,10 +97,8 @@ def _state(run_state: RunState, slurm: SlurmAnswers, job: SlurmJob | None) -> st
     if trains:
         return "running"
     if job and not is_pending(job.state):
-        left = (
-            run_state.ended and run_state.attempts and run_state.attempts[-1].get("job") == f"{job.id}-{job.restarts}"
-        )
-        if left or is_completing(job.state):
+        last = run_state.attempts[-1].get("job") if run_state.attempts else None
+        if (run_state.ended and last == f"{job.id}-{job.restarts}") or is_completing(job.state):
             return "ending"
         return "starting" if job.state == "RUNNING" else job.state.lower()
     if run_state.jobs.controller:
@@ -111,23 +109,23 @@ def _state(run_state: RunState, slurm: SlurmAnswers, job: SlurmJob | None) -> st
 
 
 def _trains(run_state: RunState, slurm: SlurmAnswers) -> bool:
-    """Whether a process trains. One that was killed on another node looks alive for a while: Slurm knows better."""
+    """Whether a process trains. Slurm is asked because a process killed on another node looks alive for a while."""
     if run_state.owner is None:
         return False
     attempt = run_state.owner.job
-    job = attempt.rpartition("-")[0] if attempt else run_state.last_job or ""  # the attempt's name is job-restarts
+    job = attempt.rpartition("-")[0] if attempt else run_state.last_job or ""
     if slurm.queue is None or job not in run_state.jobs.slurm:
         return True
     return job in slurm.queue and not is_pending(slurm.queue[job].state)
 
 
 def _end_state(run_state: RunState, slurm: SlurmAnswers) -> str:
-    """Of a run that no job is there for."""
-    why = str(run_state.ended["why"]) if run_state.ended else ""
-    if slurm.queue is None and run_state.jobs.slurm and not run_state.says_it_ended:
+    """The state of a run without a job."""
+    why = run_state.why_ended
+    if slurm.queue is None and run_state.jobs.slurm and not run_state.records_its_end:
         return "unknown"
     if why:
-        return "stopped" if why.startswith(("stopped", "not started: cancelled")) else "failed"
+        return "stopped" if ends.is_stopped(why) or why.startswith("not started: cancelled") else "failed"
     start = _last_start(run_state, slurm)
     if start:
         return {"CANCELLED": "stopped", "FAILED": "failed"}.get(min(base_and_flags(start.state), default=""), "dead")
@@ -141,16 +139,16 @@ def _end_state(run_state: RunState, slurm: SlurmAnswers) -> str:
 def _last_end(run_state: RunState, slurm: SlurmAnswers, state: str) -> str | None:
     """Why the latest start that has ended did."""
     if state == "finished":
-        return "finished"
+        return ends.FINISHED
     if run_state.cancelled and state == "cancelled":
         where = f" at step {run_state.step}" if run_state.step else ""
         return f"cancelled{where} by {run_state.cancelled['by']}, {when(run_state.cancelled['when'])}"
     if run_state.ended:
-        return str(run_state.ended["why"])
+        return run_state.why_ended
     if state in ("running", "starting", "cancelling") and run_state.owner:
         return run_state.attempts[-1].get("why_last_ended") if run_state.attempts else None
     if run_state.attempts:
-        return explained(_KILLED, run_state.attempts[-1], slurm)
+        return explained(ends.KILLED, run_state.attempts[-1], slurm)
     start = _last_start(run_state, slurm)
     if start:
         return f"{_end_of_start(start)}, before training began"
@@ -158,14 +156,14 @@ def _last_end(run_state: RunState, slurm: SlurmAnswers, state: str) -> str | Non
 
 
 def _last_start(run_state: RunState, slurm: SlurmAnswers) -> SacctRecord | None:
-    """The last one of the job that was submitted last."""
+    """The last start of the latest submitted job."""
     starts = [start for start in slurm.history if run_state.jobs.slurm and start.job == run_state.jobs.slurm[-1]]
     return starts[-1] if starts else None
 
 
 def explained(why: str, attempt: dict[str, Any], slurm: SlurmAnswers) -> str:
-    """What Slurm adds to the end of an attempt that has left no word."""
-    if why != _KILLED:
+    """The reason of an end; if the start has recorded none, the one that Slurm knows."""
+    if why != ends.KILLED:
         return why
     started = _local_time(attempt.get("started"))
     job = str(attempt.get("job")).rpartition("-")[0]
@@ -189,7 +187,7 @@ def _next_start(job: SlurmJob) -> str:
 
 
 def _local_time(text: Any) -> datetime | None:
-    """A moment, from 2026-01-31T12:00:00 with or without a time zone; None if it is none."""
+    """Parses 2026-01-31T12:00:00 with or without a time zone; None if it is something else."""
     for form in ("%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S"):
         try:
             return datetime.strptime(str(text), form).astimezone().replace(tzinfo=None)
@@ -199,7 +197,7 @@ def _local_time(text: Any) -> datetime | None:
 
 
 def when(text: Any) -> str:
-    """A time of today as such, others with their date."""
+    """A time, with its date unless that is today."""
     moment = _local_time(text)
     if moment is None:
         return "-"
@@ -207,6 +205,6 @@ def when(text: Any) -> str:
 
 
 def _short(root: Path) -> str:
-    """As one would type it here."""
+    """The path as the user would type it."""
     root, here = root.resolve(), Path.cwd()
     return str(root.relative_to(here)) if root.is_relative_to(here) else str(root)

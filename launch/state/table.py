@@ -1,4 +1,4 @@
-"""How runs are shown: a table of them, one of a run's starts, and the words for a checkpoint and a duration."""
+"""Tables of runs and of a run's starts, and the formats of checkpoints and durations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(statuses: Iterable[Status]) -> str:
 
 
 def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers) -> str:
-    """A line a start. What came after the last step that a start had logged, or logs, is in the next one's range."""
+    """A line for each start. Steps after the last one that a start has logged are in the range of the next start."""
     rows = []
     for i, attempt in enumerate(run_state.attempts):
         why: str | None
@@ -64,7 +64,7 @@ def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers) -> 
 
 
 def _columns(header: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str:
-    """Padded columns; on a terminal the last one is cut to its width."""
+    """Padded columns; on a terminal lines are cut to its width."""
     lines = [header, *(["-" if cell is None else " ".join(cell.split()) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -73,7 +73,7 @@ def _columns(header: Sequence[str], rows: Sequence[Sequence[str | None]]) -> str
 
 
 def latest_checkpoint(run: RunFolder) -> str:
-    """The newest checkpoint in words."""
+    """Names the newest checkpoint in a sentence."""
     step = run.saved_step()
     return f"the latest checkpoint is {run.checkpoints / f'step-{step:08d}'}" if step else "there is no checkpoint"
 

@@ -137,7 +137,7 @@ def live_jobs(run: RunFolder) -> list[SlurmJob]:
         found = queue(jobs.slurm, patience_s=_ASK_S)
         found |= queue(accepted_jobs(run, jobs, patience_s=_ASK_S), patience_s=_ASK_S)
     except SlurmMissing:
-        if run_state.says_it_ended:
+        if run_state.records_its_end:
             return []  # the folder was copied to a machine without Slurm
         raise _cannot_be_asked(run, jobs, "there is no squeue on this machine") from None
     except SlurmError as error:

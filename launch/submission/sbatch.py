@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any
 from cfmask.files import write_atomically
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
+from launch.restarts.batch_script_end import batch_script_end
 from launch.restarts.chain import VARIABLE as CHAIN
-from launch.restarts.policy import batch_script_end
 from launch.slurm.client import ignored_options
 
 if TYPE_CHECKING:

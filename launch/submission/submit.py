@@ -307,7 +307,7 @@ def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, p
     import submitit
 
     from launch.ranks.rank import Job
-    from launch.state.follow import follow_local_job, tell_end
+    from launch.state.follow import follow_local_job, print_end
 
     set_environment(allocation)
     run = planned.run
@@ -319,7 +319,7 @@ def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, p
         _announce(run, debug_job, allocation)
         with contextlib.suppress(SystemExit):  # raised by a rank that stops
             debug_job.result()
-        return tell_end(run, debug_job.job_id, "The same command resumes from the last checkpoint.")
+        return print_end(run, debug_job.job_id, "The same command resumes from the last checkpoint.")
     with ending_signals() as received:
         # No time limit: the controller would kill the ranks, and nobody waits for this machine.
         executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=NO_LIMIT_MIN, followed=follow)
