@@ -199,7 +199,7 @@ def test_failed_job_of_a_chain_is_not_requeued_and_later_jobs_exclude_its_bad_no
     submitted(run, "11", "12", "13")
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 0))
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: dict.fromkeys(jobs))
-    monkeypatch.setattr(retries, "_left_out", lambda here, deaths: tuple(death["node"] for death in deaths))
+    monkeypatch.setattr(retries, "_nodes_to_exclude", lambda here, deaths: tuple(death["node"] for death in deaths))
     left_out_nodes: dict[str, tuple[str, ...]] = {}
     monkeypatch.setattr(chain, "exclude_nodes", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
     kind = {"killed": KILLED, "unhealthy": UNHEALTHY}.get(how, RAISED)
@@ -216,7 +216,7 @@ def test_failed_job_of_a_chain_is_not_requeued_and_later_jobs_exclude_its_bad_no
 def test_deaths_in_earlier_jobs_of_a_chain_count(run, monkeypatch):
     seen = []
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 1))
-    monkeypatch.setattr(retries, "_left_out", lambda here, deaths: seen.extend(deaths) or ())
+    monkeypatch.setattr(retries, "_nodes_to_exclude", lambda here, deaths: seen.extend(deaths) or ())
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: {})
     run.begin_attempt(job="11-0", from_step=0)
     run.end_attempt("failed: no", died={"rank": 0, "node": "n1", "kind": KILLED, "time": 0.0})

@@ -189,7 +189,7 @@ def _refuse_slurm_flags(arguments: argparse.Namespace, flags: Mapping[str, Any],
             f"--nodes {flags['nodes']} needs Slurm, and {why}. Run this on a machine that has srun, or leave --nodes "
             "out."
         )
-    idle = [flag_of(name) for name in SLURM_ONLY if name in flags and name != "nodes"]
+    idle = [flag_of(name) for name in SLURM_ONLY if name in flags]
     idle += ["--after"] if arguments.after else []
     if idle:
         raise UserError(f"{', '.join(idle)} would do nothing: it is for Slurm, and {why}. Leave it out.")

@@ -166,6 +166,7 @@ def flag_of(name: str) -> str:
 
 
 _RANKS = (
+    Setting("nodes", count, "N", "number of nodes (default: 1)", 1),
     Setting(
         "gpus_per_node",
         gpus,
@@ -176,7 +177,6 @@ _RANKS = (
     Setting("tasks_per_node", count, "N", "ranks of a node that trains on CPUs (default: 1), or with --gpus-per-task"),
 )
 _FOR_SLURM = (
-    Setting("nodes", count, "N", "number of nodes (default: 1)", 1),
     Setting("gres", gpu_gres, "gpu[:TYPE]:N", "request the GPUs of a node with sbatch's --gres instead"),
     Setting(
         "gpus_per_task",
