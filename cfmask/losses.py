@@ -1,4 +1,4 @@
-"""The losses of the method, each a mean over the batch it is given, in fp32 or wider."""
+"""The losses of the method: means over the batch, computed in fp32 or wider."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
 def knowledge_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) of logits (N, classes), batch mean (Hinton et al., 2015)."""
     wide = _wide(student)
-    ours = F.log_softmax(wide / temperature, dim=1)
-    theirs = F.log_softmax(teacher.to(wide.dtype) / temperature, dim=1)
-    return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    student_log = F.log_softmax(wide / temperature, dim=1)
+    teacher_log = F.log_softmax(teacher.to(wide.dtype) / temperature, dim=1)
+    return temperature**2 * F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
 
 
 def _wide(values: Tensor) -> Tensor:

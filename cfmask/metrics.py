@@ -1,11 +1,11 @@
-"""Metrics: named numbers that one all-reduce a step adds up over the ranks, and that are read a step later.
+"""Metrics: named numbers that are summed over the ranks by one all-reduce a step, and read a step later.
 
-    reducer.add({"loss": Mean(loss), "samples": Sum(32)})   of a micro-batch; any number of times
-    reducer.send(step)                                      starts the all-reduce of what was added
-    reducer.receive(before=step)                            results of earlier steps
+    reducer.add({"loss": Mean(loss), "samples": Sum(32)})   add the metrics of a micro-batch; any number of times
+    reducer.send(step)                                      start the all-reduce of everything that was added
+    reducer.receive(before=step)                            read the results of earlier steps
 
-A new metric is one entry in the mapping that is added (``micro_batch_metrics``, ``step_metrics``): it crosses the
-ranks, and a ``Mean`` is logged and drawn, without another line of code.
+A new metric is one entry in the mapping of ``micro_batch_metrics`` or ``step_metrics``. A ``Mean`` is then logged and
+drawn without further code.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from cfmask.step import Metrics
 
 @dataclass(frozen=True)
 class Sum:
-    """A metric that is added up over micro-batches and ranks.
-
-    value: a number, or a tensor of any shape, on the reducer's device or the CPU. It is added up in fp32, so counts
-        are exact up to 2**24.
-    """
+    """A metric that is summed over micro-batches and ranks, in fp32: counts are exact up to 2**24."""
 
     value: Tensor | float
+    """A number, or a tensor of any shape on the reducer's device or the CPU."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A metric that is averaged over micro-batches and ranks, each with the same weight. value: as in ``Sum``."""
+    """A metric that is averaged over micro-batches and ranks, all with the same weight."""
 
     value: Tensor | float
+    """As in ``Sum``."""
 
 
 Metric = Sum | Mean
@@ -49,17 +47,15 @@ Metric = Sum | Mean
 
 @dataclass(frozen=True)
 class Reduced:
-    """What was sent under one number, over all ranks.
-
-    time: when it was sent, in seconds of ``time.monotonic``.
-    values: by name, flattened.
-    means: names of those that are averages.
-    """
+    """The metrics of one step, over all ranks."""
 
     step: int
     time: float
+    """When they were sent, in seconds of ``time.monotonic``."""
     values: dict[str, list[float]]
+    """By name, flattened."""
     means: tuple[str, ...]
+    """Names of the metrics that are averages."""
 
     def scalar(self, name: str) -> float:
         """The value of a metric that is a single number."""
@@ -68,19 +64,19 @@ class Reduced:
 
 
 class AsyncMetricReducer:
-    """Adds named metrics up over the ranks. Neither ``add`` nor ``send`` waits for the device or for other ranks.
+    """Sums named metrics over the ranks. Neither ``add`` nor ``send`` waits for the device or for other ranks.
 
-    All ranks add the same names in the same order and send the same steps; each receives the same results.
+    All ranks must add the same names in the same order and send the same steps; they receive the same results.
 
-    On a GPU a side stream waits for the all-reduce and copies its result into page-locked memory, so that the compute
-    stream is not held up; ``receive`` waits for the event behind this copy and for nothing that was queued later.
+    On a GPU, a side stream waits for the all-reduce and copies its result into page-locked memory, so the compute
+    stream is not held up. ``receive`` waits for the event behind this copy, and not for work that was queued later.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._world_size = dist.get_world_size()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Values by the names and sizes that were added together, so that micro-batches are added up in one kernel.
+        # Keyed by the names and sizes of a mapping, so that one kernel adds a whole micro-batch.
         self._tensors: dict[_Layout, Tensor] = {}
         self._numbers: dict[_Layout, list[float]] = {}
         self._mean_of: dict[str, int] = {}
@@ -88,7 +84,7 @@ class AsyncMetricReducer:
         self._free: list[_HostBuffers] = []
 
     def add(self, metrics: Mapping[str, Metric]) -> None:
-        """Add metrics to those of the step that is sent next. Tensors may be changed as soon as this returns."""
+        """Add metrics to the step that is sent next. The caller may change the tensors afterwards."""
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, list[float]] = {}
         for name, metric in metrics.items():
@@ -112,11 +108,10 @@ class AsyncMetricReducer:
             self._numbers[layout] = [a + b for a, b in zip(before, values, strict=True)]
 
     def send(self, step: int) -> None:
-        """Start the reduction of what was added since the last one.
+        """Start the reduction of everything that was added since the last ``send``.
 
         Raises:
-            ValueError: a name was added as one kind of value and as another (on the device, on the CPU, or of two
-                sizes, or in two different mappings).
+            ValueError: a name was added in two different mappings, sizes, or devices.
         """
         layout = tuple(entry for of_mapping in (*self._tensors, *self._numbers) for entry in of_mapping)
         if len({name for name, _ in layout}) < len(layout):
@@ -139,7 +134,7 @@ class AsyncMetricReducer:
         self._tensors, self._numbers, self._mean_of = {}, {}, {}
 
     def receive(self, before: int | None = None) -> list[Reduced]:
-        """What was sent, in the order in which it was sent: of steps before ``before``, or of all. Waits for these."""
+        """Results in the order of ``send``: of steps before ``before``, or of all. Waits until they are available."""
         received = []
         while self._in_flight and (before is None or self._in_flight[0].step < before):
             received.append(self._read(self._in_flight.popleft()))
@@ -162,7 +157,7 @@ class AsyncMetricReducer:
         return Reduced(sent.step, sent.time, values, means)
 
     def _buffers(self, numbers: int, results: int) -> _HostBuffers | None:
-        """Page-locked memory that no copy uses any more; None on the CPU."""
+        """Page-locked memory that is not in use; None on the CPU."""
         if self._stream is None:
             return None
         while self._free:
@@ -187,7 +182,7 @@ class _HostBuffers:
 
 @dataclass(frozen=True)
 class _InFlight:
-    """A reduction that was not read yet. flat is kept until then: the side stream reads it."""
+    """A reduction that was not read yet. ``flat`` is kept because the side stream reads it."""
 
     step: int
     time: float
@@ -202,7 +197,7 @@ class _InFlight:
 
 
 def micro_batch_metrics(metrics: Metrics, batch: MicroBatch) -> dict[str, Metric]:
-    """Of one micro-batch on this rank. accuracy is in percent, on clean images; masked is a share of patches."""
+    """Metrics of one micro-batch on this rank. accuracy: in percent, on clean images. masked: share of patches."""
     return {
         "loss": Mean(metrics.loss),
         "ce": Mean(metrics.ce),
@@ -217,52 +212,56 @@ def micro_batch_metrics(metrics: Metrics, batch: MicroBatch) -> dict[str, Metric
 
 
 def step_metrics(grad_norm: Tensor, *, stop: str | None, overdue: bool) -> dict[str, Metric]:
-    """Of one step on this rank. grad_norm: (), the same on all ranks. stop, overdue: what the rank asks for."""
+    """Metrics of one step on this rank.
+
+    Args:
+        grad_norm: (), the same on all ranks.
+        stop: a request to stop, as for ``stop_metrics``.
+        overdue: whether a checkpoint is requested.
+    """
     return {"grad_norm": Mean(grad_norm), "overdue": Sum(overdue), **stop_metrics(stop)}
 
 
 def rank_metrics(seconds: float, rank: int, world_size: int) -> dict[str, Metric]:
-    """What each rank says of itself, side by side. seconds: of a step, by itself (``StepClock``)."""
+    """One value for each rank. seconds: duration of a step without waiting for other ranks (``StepClock``)."""
     own = torch.zeros(world_size)
     own[rank] = seconds
     return {"rank_seconds": Sum(own)}
 
 
 def stop_metrics(stop: str | None) -> dict[str, Metric]:
-    """A rank's request to stop: REQUEUE, QUIT or None. ``stop_of`` reads the ranks' together."""
+    """A rank's request to stop: REQUEUE, QUIT or None. ``stop_of`` combines those of all ranks."""
     return {"quit": Sum(stop == QUIT), "requeue": Sum(stop == REQUEUE)}
 
 
 def stop_of(reduced: Reduced) -> str | None:
-    """What the ranks ask for together: QUIT if one does, else REQUEUE if one does, else None."""
+    """QUIT if any rank requests it, else REQUEUE if any does, else None."""
     return QUIT if reduced.scalar("quit") else REQUEUE if reduced.scalar("requeue") else None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One training step over all ranks.
-
-    time: when it was queued, in seconds of ``time.monotonic``.
-    samples: of the whole batch.
-    receipt: of these samples.
-    bad: how many of them replace a sample that could not be read.
-    means: averages, by name.
-    stop: what a rank asked for: REQUEUE, QUIT or None.
-    overdue: whether rank 0 asked for a checkpoint.
-    rank_seconds: of a step, each rank by itself, where it was sent; else nothing.
-    reduced: all that was sent.
-    """
+    """One training step over all ranks."""
 
     step: int
     time: float
+    """When it was queued, in seconds of ``time.monotonic``."""
     samples: int
+    """Of the global batch."""
     receipt: int
+    """Of these samples."""
     bad: int
+    """How many of them replace a sample that could not be read."""
     means: dict[str, float]
+    """Averages by name."""
     stop: str | None
+    """What the ranks request: REQUEUE, QUIT or None."""
     overdue: bool
+    """Whether rank 0 requests a checkpoint."""
     rank_seconds: list[float]
+    """Each rank's step time without waiting, if it was sent; else empty."""
     reduced: Reduced
+    """All metrics."""
 
     @classmethod
     def of(cls, reduced: Reduced) -> StepResult:
@@ -281,5 +280,5 @@ class StepResult:
 
     @property
     def skipped(self) -> bool:
-        """Whether the step was left out; ``optim.take_step`` decides by the same number."""
+        """Whether the step was skipped; ``optim.take_step`` decides by the same number."""
         return not math.isfinite(self.means["grad_norm"])

@@ -1,4 +1,7 @@
-"""AdamW, its learning rate and the phases of a run, as appendix A.1 or the authors' code have them."""
+"""AdamW, its learning-rate schedule and the phases of a run: appendix A.1, or the authors' code.
+
+Schedules are functions of the step and not torch's schedulers, so that a resumed run needs no schedule state.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,39 @@ from torch import Tensor, nn
 
 from cfmask.recipe import Optim, Recipe
 
-# torch.optim.lr_scheduler.OneCycleLR's defaults, and the share of warm-up that the authors' code gives it.
+# Defaults of torch.optim.lr_scheduler.OneCycleLR; the share of warm-up is that of the authors' code.
 _ONE_CYCLE_WARMUP = 0.02
 _ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
 _ONE_CYCLE_BETA1 = (0.85, 0.95)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, beside its number of updates."""
+"""AdamW's state of a parameter, except its number of updates."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps ``start`` … ``end`` - 1 of a run, with one optimizer and one schedule.
-
-    tower: whether the image tower is trained, or the head alone.
-    """
+    """Steps ``start`` … ``end`` - 1 of a run, with one optimizer and one schedule."""
 
     start: int
     end: int
     tower: bool
+    """Whether the image tower is trained; otherwise the head alone."""
     lr: float
+    """Peak learning rate."""
     weight_decay: float
 
 
 @dataclass(frozen=True)
 class LrAndBetas:
-    """What a schedule sets at a step."""
+    """Values that a schedule sets at a step."""
 
     lr: float
     beta1: float
 
 
 def phases(recipe: Recipe, epoch_steps: int) -> tuple[Phase, ...]:
-    """The phases of a resolved recipe, back to back: one, or the head's and then everybody's (LP-FT; Kumar et al.,
-    ICLR 2022)."""
+    """The phases of a resolved recipe, in order: one; or for LP-FT (Kumar et al., ICLR 2022) the head alone, then the
+    whole model."""
     o = recipe.optim
     assert o.lr is not None
     probe = (o.probe_epochs or 0) * epoch_steps
@@ -57,7 +59,7 @@ def phases(recipe: Recipe, epoch_steps: int) -> tuple[Phase, ...]:
 
 
 def lr_and_betas(step: int, phase: Phase, settings: Optim) -> LrAndBetas:
-    """Rates of optimizer step ``step`` (of the run, from 0), which lies in ``phase``."""
+    """The learning rate and β1 of step ``step`` of the run (from 0), which lies in ``phase``."""
     taken, steps = step - phase.start, phase.end - phase.start
     if settings.schedule == "one-cycle":
         return _one_cycle(taken, steps, phase.lr)
@@ -66,8 +68,8 @@ def lr_and_betas(step: int, phase: Phase, settings: Optim) -> LrAndBetas:
 
 
 def warmup_then_cosine(taken: int, steps: int, warmup: int) -> float:
-    """Share of the peak at a step: a line up to it, then a cosine that ends at 0. A run shorter than its warm-up only
-    warms up."""
+    """Learning rate as a share of its peak: a linear warm-up, then a cosine down to 0. A run that is shorter than its
+    warm-up has only the warm-up."""
     if taken < warmup:
         return (taken + 1) / warmup
     progress = (taken - warmup) / max(1, steps - warmup)
@@ -77,7 +79,7 @@ def warmup_then_cosine(taken: int, steps: int, warmup: int) -> float:
 def _one_cycle(taken: int, steps: int, peak: float) -> LrAndBetas:
     """OneCycleLR with momentum cycling (Smith and Topin, 2019; torch.optim.lr_scheduler.OneCycleLR)."""
     low, high = _ONE_CYCLE_BETA1
-    top = _ONE_CYCLE_WARMUP * steps - 1  # the step of the peak, seldom a whole number
+    top = _ONE_CYCLE_WARMUP * steps - 1  # the step of the peak; not necessarily a whole number
     start = peak / _ONE_CYCLE_START
     if taken < top:
         share = taken / top
@@ -103,23 +105,22 @@ def adamw(parameters: Iterable[nn.Parameter], phase: Phase, settings: Optim) -> 
 
 
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Parameters in training, by name."""
+    """Names and parameters that require a gradient."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def take_step(optimizer: torch.optim.AdamW, now: LrAndBetas, clip_norm: float) -> Tensor:
-    """Clip all gradients once and take a step; if they are not finite, leave it out.
+    """Clip all gradients once and take a step, or skip it if they are not finite. Sets the gradients to None.
 
-    Which it is, is decided on the device: nothing is waited for. A step that is left out changes no weight, no moment
-    and no count. Gradients are gone afterwards.
+    The device decides, so the host does not wait. A skipped step changes no weight, no moment and no count.
 
     Returns:
-        Their L2 norm before clipping, (): nan or inf if the step was left out.
+        The L2 norm of the gradients before clipping, (): nan or inf if the step was skipped.
     """
     for group in optimizer.param_groups:
         group["lr"], group["betas"] = now.lr, (now.beta1, group["betas"][1])
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip_norm)
-    # The fused kernel's own switch, which torch.amp.GradScaler uses too.
+    # The fused kernel skips the step if found_inf is set; torch.amp.GradScaler uses it too.
     optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

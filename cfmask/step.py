@@ -1,11 +1,11 @@
-"""The fused counterfactual step: everything that happens to a batch, in the order it happens.
+"""The fused counterfactual step: everything that is computed for a batch, in order.
 
     clean pass → CAM → masks → counterfactual images → clean backward (gradients stay local)
     → masked teacher pass → masked student pass → backward (gradients synchronised)
 
-One student graph is alive at a time, the CAM shares the clean pass, and every parameter takes part in the
-last backward, so plain DDP synchronises the sum of both. Methods without masked images are the clean pass and its
-synchronised backward alone. Nothing here waits for the device.
+One student graph is alive at a time. The CAM shares the clean pass. Every parameter takes part in the last backward
+pass, so DDP synchronises the sum of both passes' gradients. A method without masked images has only the clean pass,
+with a synchronised backward pass. Nothing here waits for the device.
 
 Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-tuning", CVPR 2023.
 """
@@ -13,9 +13,7 @@ Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from cfmask.losses import classification, feature_distillation, knowledge_distil
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
+from cfmask.masking.tensors import TensorFields
 from cfmask.masking.validation import THRESHOLDS, Coverage, MaskRates, mask_rates, masks_at
 from cfmask.models.tower import Classifier, ClassifierOutput, Normalise
 from cfmask.recipe import Method
@@ -32,23 +31,25 @@ from cfmask.recipe import Method
 
 @dataclass(frozen=True)
 class Teachers:
-    """Frozen models.
-
-    pretrained: the pre-trained tower with the head that the run started from; for methods that distil.
-    ensemble: the WiSE-FT ensemble; for wise-kd.
-    """
+    """Frozen models."""
 
     pretrained: Classifier | None = None
+    """The run's initial tower and head; for methods that distil."""
     ensemble: Classifier | None = None
+    """The WiSE-FT ensemble; for wise-kd."""
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """Scalars of one step on this rank, on the device: reading them waits, so it is done late.
+class Metrics(TensorFields):
+    """Results of one micro-batch on this rank, on the device. Reading them waits for it.
 
-    loss = ce + γ · kd + β · mse; kd, mse and masked (share of patches masked) are 0 where the method has no such part.
-    correct counts right answers on clean images, among ``samples``. finite: (N,) bool, which samples' features and
-    logits are numbers. overlap: how far CAM masks fall on objects, at validation.THRESHOLDS, where that was asked for.
+    loss: ce + γ · kd + β · mse.
+    kd, mse: 0 if the method has no such term.
+    correct: number of clean images that are classified correctly.
+    masked: share of patches that are masked; 0 if the method masks none.
+    samples: number of images, N.
+    finite: (N,) bool, whether all features and logits of a sample are finite.
+    overlap: rates of CAM masks against objects, at validation.THRESHOLDS; None without segmentation masks.
     """
 
     loss: Tensor
@@ -61,18 +62,16 @@ class Metrics:
     finite: Tensor
     overlap: MaskRates | None = None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Metrics:
-        """``function`` applied to each tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        mapped = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-        overlap = None if self.overlap is None else self.overlap.map(function)
-        return Metrics(**{**values, **mapped, "overlap": overlap})
-
 
 @dataclass(frozen=True)
 class Counterfactual:
-    """What the second pass sees: images (N, 3, H, W) before normalisation, patches that stay (N, K) or
-    are hidden (N, P) under no-fill, and the patch mask (N, P) that did it."""
+    """Input of the second pass.
+
+    images: (N, 3, H, W), before normalisation.
+    mask: (N, P) bool, the masked patches.
+    keep: (N, K) int64, the patches that are not dropped; for random masks without fill.
+    hidden: (N, P) bool, patches that attention must not see; for CAM masks without fill.
+    """
 
     images: Tensor
     mask: Tensor
@@ -81,7 +80,7 @@ class Counterfactual:
 
 
 def counterfactual(images: Tensor, cam: Tensor | None, draws: Draws, method: Method, patch_size: int) -> Counterfactual:
-    """Mask and fill a batch as the method says.
+    """Mask and fill a batch.
 
     Args:
         images: (N, 3, H, W) before normalisation.
@@ -118,17 +117,18 @@ def training_step(
     synchronise: bool = True,
     objects: Coverage | None = None,
 ) -> Metrics:
-    """Add one micro-batch's gradients to the parameters' ``grad``.
-
-    A loss that is not finite leaves gradients that are not, on every rank.
+    """Add one micro-batch's gradients to the parameters' ``grad``. If the loss is not finite on one rank, the gradients
+    are not finite on any.
 
     Args:
         student: a Classifier, or DDP around one; parameters that need no gradient are not trained.
-        images: (N, 3, H, W) uint8 or [0, 1]; labels: (N,) int64; draws: the batch's, all on one device.
+        images: (N, 3, H, W), uint8 or in [0, 1].
+        labels: (N,) int64.
+        draws: of this batch; on the device of the images, like everything else.
         method: resolved.
-        weight: of this micro-batch in its step: 1 / micro-batches. (DDP averages over ranks.)
-        synchronise: False for all but the last micro-batch of a step.
-        objects: where the images' objects are, to be compared with the CAM's masks.
+        weight: of this micro-batch in its step: 1 / number of micro-batches. (DDP averages over ranks.)
+        synchronise: average gradients over ranks; False for all but the last micro-batch of a step.
+        objects: where the images' objects are, to compare with the CAM's masks.
     """
     model = student.module if isinstance(student, DistributedDataParallel) else student
     assert isinstance(model, Classifier)
@@ -140,7 +140,7 @@ def training_step(
     wise = None if teachers.ensemble is None else _teacher_forward(teachers.ensemble, pixels)
 
     def of_labels(logits: Tensor) -> _Loss:
-        """What is asked of the logits of clean images: the label, and in WiSE-KD the ensemble's answer."""
+        """Loss of clean images: cross entropy, and in WiSE-KD the divergence from the ensemble."""
         ce = classification(logits, labels)
         return _Loss(ce) if wise is None else _Loss(ce, kd=_kd(method, logits, wise.logits))
 
@@ -154,13 +154,13 @@ def training_step(
             _backward(weight * loss.total(method), output.logits)
         return loss.metrics(method, labels, output.logits, finite=_finite(output.features, output.logits))
 
-    # Clean pass, on the bare module: DDP is not listening, so its gradients stay on this rank.
+    # The clean pass calls the bare module, so DDP does not synchronise its gradients.
     assert teachers.pretrained is not None
     cam_hook = build_cam(method)
     features = model.encode(pixels, cam=cam_hook)
     logits = model.classify(features)
     cam = None if cam_hook is None else cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
-    # The head's share comes with the second pass; see Classifier.forward.
+    # The head's gradient is computed in the second pass; see Classifier.forward.
     (weight * of_labels(logits).total(method)).backward(inputs=list(model.visual.parameters()))
 
     overlap = None
@@ -179,7 +179,7 @@ def training_step(
 
 @dataclass(frozen=True)
 class _Loss:
-    """The parts of a loss, each (), at least fp32; 0.0 for what a pass has no part in."""
+    """Terms of a loss, each (), at least fp32; 0.0 for terms that a pass does not have."""
 
     ce: Tensor | float = 0.0
     kd: Tensor | float = 0.0
@@ -214,7 +214,7 @@ class _Loss:
 
 
 def _distillation(method: Method, output: ClassifierOutput, teacher_output: ClassifierOutput) -> _Loss:
-    """What the pre-trained model asks of the student's view of the same images."""
+    """Loss of the student against the pre-trained model on the same images."""
     if method.name == "kd":
         return _Loss(kd=_kd(method, output.logits, teacher_output.logits))
     return _Loss(mse=feature_distillation(output.features, teacher_output.features))
@@ -233,11 +233,11 @@ def _teacher_forward(
 
 
 def _backward(loss: Tensor, logits: Tensor) -> None:
-    """Gradients of a loss; where it is not finite, those of the head are not either, whatever the arithmetic makes of
-    it, and the reduction takes that to every rank."""
+    """Backward pass of a loss. If it is not finite, neither is the head's gradient, and the reduction makes it so on
+    every rank."""
     (loss + (0 * loss.detach()) * logits.sum()).backward()
 
 
 def _finite(*values: Tensor) -> Tensor:
-    """(N,) bool: rows that hold nothing but numbers."""
+    """(N,) bool: rows in which all values are finite."""
     return torch.stack([value.detach().isfinite().all(1) for value in values]).all(0)

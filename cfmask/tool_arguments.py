@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.models.head import ModelInfo, load_alike
-from cfmask.recipe import Method, load_recipe
-from cfmask.runs import find_model
+from cfmask.recipe import Method
+from cfmask.runs import find_model, load_recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help needs none of it
     from cfmask.models.tower import Classifier

@@ -16,25 +16,21 @@ _EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
 
 
 def is_remote(where: str | Path) -> bool:
-    """Whether ``where`` is a URL that this module reads, and not a path."""
+    """Whether ``where`` is such a URL and not a path."""
     return isinstance(where, str) and where.startswith(("http:", "https:", "pipe:"))
 
 
 def join(where: str, name: str) -> str:
-    """The URL of folder ``name`` in folder ``where``. In a pipe {} stays, behind the name.
+    """The URL of the subfolder ``name``. In a pipe, {} is kept behind the name.
 
     Raises:
-        UserError: a pipe has no {}, or has it where ``name`` cannot be written.
+        UserError: a pipe has no {}, or ``name`` cannot be inserted at its {}.
     """
     return _place(where, name, "/{}")
 
 
 def file_url(where: str, name: str) -> str:
-    """The URL that opens file ``name`` of folder ``where``.
-
-    Raises:
-        UserError: as ``join``.
-    """
+    """The URL of the file ``name`` in a folder. Raises as ``join``."""
     return _place(where, name, "")
 
 
@@ -43,17 +39,17 @@ def _place(where: str, name: str, rest: str) -> str:
         path, mark, query = where.partition("?")
         return f"{path.rstrip('/')}/{quote(name)}{mark}{query}"
     if "{}" not in where:
-        raise UserError(f"{where} does not say where the name of a file goes: write {{}} there, as in `{_EXAMPLE}`.")
+        raise UserError(f"{where} has no {{}}, which stands for the name of a file, as in `{_EXAMPLE}`.")
     command = where.replace("{}", shlex.quote(name) + rest)
     if shlex.quote(name) != name:
-        # Names come from a manifest that somebody else may have written. Inside the user's own quotes, ours would end
-        # those, and the shell would run the name: the words have to be those that the plain name would give.
+        # A name comes from a manifest and may be malicious. Within quotes of the user, its own quotes would end them,
+        # and the shell would run the name. So the words of the command must be those that the plain name gives.
         try:
             kept = shlex.split(command) == [word.replace("{}", name + rest) for word in shlex.split(where)]
         except ValueError:  # a quotation that does not end
             kept = False
         if not kept:
-            raise UserError(f"The name {name!r} cannot be put into {where}: write {{}} there outside of any quotes.")
+            raise UserError(f"The name {name!r} cannot be inserted into {where}. Write {{}} outside of quotes.")
     return command
 
 

@@ -1,4 +1,4 @@
-"""Ranks that have read different things refuse to compute, on all of them, and say who differs."""
+"""If ranks have read different data, all of them refuse to train and name the rank that differs."""
 
 from __future__ import annotations
 
@@ -8,39 +8,49 @@ import sys
 
 import pytest
 
-import made
-
+CASES = ["aaa", "aab", "abb"]
+"""Recipes of the three ranks."""
 RANK = """
 import sys
-sys.path.insert(0, sys.argv[1])
 import torch.distributed as dist
-from cfmask.agreement import check_agreement
+from cfmask.runtime.agreement import check_agreement
 from cfmask.errors import UserError
-rank, recipe = int(sys.argv[3]), sys.argv[4]
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 3), rank=rank, world_size=3)
-try:
-    print(check_agreement({"the recipe": recipe, "the set train": "abc"}))
-except UserError as error:
-    print(error)
+from cfmask.runtime.process import exit_without_finalization
+rank, recipes = int(sys.argv[2]), sys.argv[3:]
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 3), rank=rank, world_size=3)
+for recipe in recipes:
+    try:
+        print(check_agreement({"the recipe": recipe, "the set train": "abc"}))
+    except UserError as error:
+        print(error)
+exit_without_finalization(0)  # as ranks of a job do
 """
 
 
-@pytest.mark.parametrize("recipes", [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b")])
-def test_ranks_compare_what_they_have_read(tmp_path, recipes):
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> list[set[str]]:
+    """What the ranks print, by case."""
+    store = str(tmp_path_factory.mktemp("agreement") / "store")
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(made.REPO), str(tmp_path / "store"), str(rank), recipe],
+            [sys.executable, "-c", RANK, store, str(rank), *(case[rank] for case in CASES)],
             env={**os.environ, "SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank, recipe in enumerate(recipes)
+        for rank in range(3)
     ]
-    said = {rank.communicate(timeout=300)[0].strip() for rank in ranks}
-    if len(set(recipes)) == 1:
-        assert said == {"['n0', 'n1', 'n2']"}
-        return
-    first = recipes.index("b")
-    [text] = said
+    lines = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
+    return [set(of_case) for of_case in zip(*lines, strict=True)]
+
+
+def test_ranks_that_agree_return_their_nodes(printed):
+    assert printed[CASES.index("aaa")] == {"['n0', 'n1', 'n2']"}
+
+
+@pytest.mark.parametrize("case", ["aab", "abb"])
+def test_ranks_that_differ_are_refused(printed, case):
+    [text] = printed[CASES.index(case)]
+    first = case.index("b")
     assert text.startswith(f"Ranks differ in the recipe: rank 0 on n0 has a, rank {first} on n{first} has b")
-    assert ("(2 ranks differ)" in text) == (recipes.count("b") == 2) and f"--exclude n{first}" in text
+    assert ("(2 ranks differ)" in text) == (case.count("b") == 2) and f"--exclude n{first}" in text

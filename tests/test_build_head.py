@@ -118,7 +118,7 @@ def test_imagenets_classes_are_the_default_in_the_order_of_their_ids(tmp_path, t
     assert info is not None and list(zip(info.classes, info.class_names, strict=True)) == list(imagenet.classes())
 
 
-def test_a_run_starts_from_it_and_evaluate_takes_it(tmp_path, tiny, capsys):
+def test_a_run_starts_from_it_and_evaluate_accepts_it(tmp_path, tiny, capsys):
     made.draw_images(tmp_path / "images", per_class=16)
     made.convert(tmp_path / "images", tmp_path / "shards")
     out = tmp_path / "head.safetensors"
@@ -147,7 +147,7 @@ def test_a_run_starts_from_it_and_evaluate_takes_it(tmp_path, tiny, capsys):
     assert done.returncode == 2 and "another class order" in done.stderr
 
 
-def test_stopped_it_goes_on_where_it_was_and_the_head_is_the_same_to_the_bit(tmp_path, tiny, monkeypatch, capsys):
+def test_an_interrupted_build_resumes_and_the_head_is_bitwise_identical(tmp_path, tiny, monkeypatch, capsys):
     classes = ["--classes", str(class_file(tmp_path, [f"thing {i}" for i in range(34)]))]
     own = open_clip.build_zero_shot_classifier
     asked: list[tuple[str, ...]] = []
@@ -179,7 +179,7 @@ def test_stopped_it_goes_on_where_it_was_and_the_head_is_the_same_to_the_bit(tmp
     assert not asked and "there already" in capsys.readouterr().out
 
 
-def test_rows_of_another_head_are_not_taken_over(tmp_path, tiny, monkeypatch):
+def test_rows_of_another_head_are_not_used(tmp_path, tiny, monkeypatch):
     out = tmp_path / "head.safetensors"
     kept = tmp_path / ".head.safetensors.rows"
     classes = ["--classes", str(class_file(tmp_path))]
@@ -196,7 +196,7 @@ def test_rows_of_another_head_are_not_taken_over(tmp_path, tiny, monkeypatch):
     assert not torch.allclose(load_model(out)[0].head.weight, other)
 
 
-def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, capsys):
+def test_the_head_of_a_checkpoint_is_kept_if_its_classes_are_given(tmp_path, tiny, capsys):
     """As in a uniform soup, a state dict of tower and head."""
     clip = tiny_clip(seed=3)
     visual = {f"module.model.visual.{k}": v for k, v in clip.visual.state_dict().items()}
@@ -207,7 +207,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
     out = tmp_path / "soup.safetensors"
     classes = ["--classes", str(class_file(tmp_path))]
     assert build(soup, out, *classes) == 2
-    assert "has a head of 5 classes and does not say which they are" in capsys.readouterr().err
+    assert "has a head of 5 classes and does not state which they are" in capsys.readouterr().err
     assert build(soup, out, *classes, "--keep-head") == 0
     model, info = load_model(out)
     assert torch.equal(model.head.weight, head.weight) and torch.equal(model.head.bias, head.bias)
@@ -223,7 +223,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
         assert build(soup, out, *flags) == 2
         assert reason in capsys.readouterr().err
     assert build(tiny, out, *classes, "--keep-head") == 2
-    assert "has no head that could be kept" in capsys.readouterr().err
+    assert "has no head to keep" in capsys.readouterr().err
     assert build((None, tiny[1], str(out)), tmp_path / "again.safetensors", *classes) == 2
     assert "is a cfmask model file" in capsys.readouterr().err
 
@@ -232,11 +232,11 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
     ("flags", "reason"),
     [
         (["--templates", "{tmp}/none.txt"], "none.txt cannot be read"),
-        (["--templates", "{tmp}/bare.txt"], "bare.txt, line 2: a template has one {} where the class's name goes"),
+        (["--templates", "{tmp}/bare.txt"], "bare.txt, line 2: a template must have exactly one {}"),
         (["--templates", "{tmp}/empty.txt"], "empty.txt holds no templates"),
         (["--classes", "{tmp}/none.tsv"], "none.tsv cannot be read"),
         (["--classes", "{tmp}"], "no manifest.json"),
-        (["--pretrained", "openai"], "open_clip has no weights 'openai'"),
+        (["--pretrained", "openai"], "Unknown weights 'openai'"),
         (["--model", "ViT-B-32", "--pretrained", "openai"], "Use --model ViT-B-32-quickgelu"),
         (["--model", "ViT-B-32"], "trained with QuickGELU and --model ViT-B-32 computes GELU"),
         (
@@ -247,7 +247,7 @@ def test_a_head_of_its_own_is_kept_when_its_classes_are_told(tmp_path, tiny, cap
         (["--out", "{tmp}/head.pt"], "ends in .safetensors"),
     ],
 )
-def test_what_does_not_go_is_refused(tmp_path, tiny, capsys, flags, reason):
+def test_invalid_requests_are_refused(tmp_path, tiny, capsys, flags, reason):
     (tmp_path / "bare.txt").write_text("a {}\na photo\n")
     (tmp_path / "empty.txt").write_text("\n")
     torch.save(tiny_clip().state_dict(), tmp_path / "tiny.pt")
@@ -270,7 +270,7 @@ def test_weights_of_another_architecture_are_refused_with_the_ones_that_they_fit
 
 
 def with_tokenizer(tmp_path, tiny):
-    """The same CLIP, with a tokenizer of Hugging Face's that nobody has."""
+    """The same CLIP, with a tokenizer of Hugging Face that does not exist."""
     config = json.loads(open(tiny[1]).read())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/none"
     (tmp_path / "hf.json").write_text(json.dumps(config))
@@ -282,7 +282,7 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_named(tmp_path, tiny, monkeypa
     given = with_tokenizer(tmp_path, tiny)
     assert build(given, tmp_path / "head.safetensors", "--classes", str(class_file(tmp_path))) == 2
     said = capsys.readouterr().err
-    assert "needs the tokenizer nobody/none of Hugging Face, which cannot be had" in said and "the network" in said
+    assert "needs the tokenizer nobody/none of Hugging Face, which is not available" in said and "the network" in said
     assert not list(tmp_path.glob("*.safetensors")) and not list(tmp_path.glob(".*"))
 
 

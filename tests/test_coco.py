@@ -132,14 +132,14 @@ def test_pngs_are_read_from_the_folder_or_the_zip(copy, tmp_path, how):
             assert np.array_equal(found, object_of(number, category)), (number, name)
 
 
-def test_pngs_that_are_not_there_are_missed_at_once(copy, tmp_path):
+def test_missing_pngs_are_reported_at_once(copy, tmp_path):
     shutil.rmtree(copy.with_suffix(""))
     with pytest.raises(UserError, match="panoptic_val2017.zip exists.*--panoptic-pngs"):
         open_masks(copy)
     with pytest.raises(UserError, match="no such file or folder: .*/nowhere"):
         open_masks(copy, tmp_path / "nowhere")
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(UserError, match="neither a folder nor a whole zip archive"):
+    with pytest.raises(UserError, match="neither a folder nor a complete zip archive"):
         open_masks(copy, tmp_path / "cut.zip")
 
 
@@ -190,13 +190,13 @@ def _transparent(image: Image.Image) -> Image.Image:
         (repaint(lambda image: image.quantize()), 139, "three channels of 8 bits .* mode P"),
         (repaint(lambda image: image.getchannel(0)), 139, "three channels of 8 bits .* mode L"),
         (repaint(_transparent), 139, "transparent"),
-        (_sixteen_bits, 139, "this one has 16 bits"),
+        (_sixteen_bits, 139, "it has 16 bits"),
         (lambda path: path.write_bytes(path.read_bytes()[:100]), 139, "cannot be read as a PNG"),
         (lambda path: path.write_bytes(b"version https://git-lfs.github.com"), 139, "cannot be read as a PNG"),
-        (Path.unlink, 139, "000000000139.png, which cannot be read: there is no such file"),
+        (Path.unlink, 139, "000000000139.png, which does not exist"),
     ],
 )
-def test_a_png_that_is_not_the_jsons_is_refused(copy, damage, number, reason):
+def test_a_png_that_does_not_match_the_json_is_refused(copy, damage, number, reason):
     damage(copy.with_suffix("") / file_name(number, "png"))
     masks = open_masks(copy)
     with pytest.raises(UserError, match=reason):
@@ -232,13 +232,13 @@ def _twice(where: str, **values: Any) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_segment(id=0), "the id 0: ids are whole numbers from 1"),
+        (_segment(id=0), "the id 0. Ids must be whole numbers from 1"),
         (_segment(id="3226956"), "the id '3226956'"),
         (_segment(id=3226956.0), "the id 3226956.0"),
         (_segment(id=256**3), "the id 16777216"),
         (_segment(id=9), "two segments of 000000000139.jpg the id 9"),
         (_segment(category_id=0), "category id 0, which is not among .*bird 16, cat 17, dog 18"),
-        (_segment(category_id="18"), r"category id '18'.*\(bird 16, cat 17, dog 18, …\).*numbers in one place"),
+        (_segment(category_id="18"), r"category id '18'.*\(bird 16, cat 17, dog 18, …\).*as a number differs"),
         (_segment(category_id=[18]), "not a file of COCO annotations"),
         (_with("images", height="60"), "a height and width of '60' and 52"),
         (_with("images", width=0), "a height and width of 60 and 0"),
@@ -248,11 +248,11 @@ def _twice(where: str, **values: Any) -> Callable[[dict], None]:
         (_twice("images"), "lists the image 139 .* twice"),
         (_twice("images", id=1), "lists the image 1 .* twice"),
         (_twice("annotations"), "two panoptic annotations of 000000000139.jpg"),
-        (_twice("categories"), "two categories of the id 16"),
+        (_twice("categories"), "two categories with the id 16"),
         (_twice("categories", id=1), "2 categories named 'bird'"),
         (lambda raw: raw["annotations"].clear(), "has no annotations"),
         (lambda raw: raw.pop("categories"), "not a file of COCO annotations .*KeyError"),
-        (lambda raw: raw["annotations"][1].pop("segments_info"), "panoptic annotations and others"),
+        (lambda raw: raw["annotations"][1].pop("segments_info"), "mixes panoptic annotations with others"),
     ],
 )
 def test_a_json_that_contradicts_itself_is_refused(copy, change, reason):
@@ -278,7 +278,7 @@ def test_images_without_an_annotation_are_counted(copy):
         ("panoptic_annotations_trainval2017.zip", "is an archive. Unpack it"),
     ],
 )
-def test_what_lies_beside_the_json_says_to_give_the_json(copy, tmp_path, place, reason):
+def test_files_beside_the_json_are_refused_with_a_hint_to_give_the_json(copy, tmp_path, place, reason):
     zipped(copy.parent / "panoptic_val2017", tmp_path / "panoptic_annotations_trainval2017.zip")
     with pytest.raises(UserError, match=reason):
         open_masks(tmp_path / place).read(f"{139:012}", "", "dog")
@@ -339,17 +339,17 @@ def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distribu
     assert np.array_equal(pngs.read(f"{139:012}", "", "dog"), object_of(139, DOG))
 
 
-def test_images_are_counted_once_whatever_they_show(distributed, tmp_path):
+def test_images_with_several_categories_are_counted_once(distributed, tmp_path):
     shutil.copytree(distributed / "val2017", tmp_path / "images")
     (tmp_path / "images" / file_name(285)).unlink()  # a cat and a dog
     assert photos(distributed, tmp_path / "images", allow_missing=True).left_out == [file_name(285)]
 
 
-def test_photographs_that_are_not_the_annotations_are_refused(distributed, tmp_path):
+def test_photographs_that_do_not_match_the_annotations_are_refused(distributed, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(distributed / "val2017", images)
     Image.open(images / file_name(139)).resize((26, 30)).save(images / file_name(139))
-    with pytest.raises(UserError, match="has 26 × 30 pixels, 52 × 60 according to the annotations"):
+    with pytest.raises(UserError, match="has 26 × 30 pixels, and 52 × 60 in the annotations"):
         list(photos(distributed, images).samples([0]))
     (images / file_name(139)).unlink()
     with pytest.raises(UserError, match="lacks 1 of 3 images .* dog.*000000000139.jpg"):
@@ -371,7 +371,7 @@ def test_photographs_that_are_not_the_annotations_are_refused(distributed, tmp_p
     ("groups", "reason"),
     [([WNIDS[2]], "is a dog too. Choose whole categories"), ([WNIDS[0]], "no category 'n01443537'")],
 )
-def test_groups_that_the_annotations_do_not_tell_are_refused(distributed, groups, reason):
+def test_groups_that_are_not_whole_categories_are_refused(distributed, groups, reason):
     with pytest.raises(UserError, match=reason):
         photos(distributed, distributed / "val2017", groups)
 
@@ -404,7 +404,7 @@ def test_a_validation_on_the_photographs_ends_and_resumes(distributed, copy, tmp
     assert results["without_image"] == results["without_mask"] == 0
     groups = results["models"][0]["groups"]
     assert {name: group["images"] for name, group in groups.items()} == {"dog": 2, "cat": 1, "bird": 1, "all": 4}
-    assert "the model's most probable class of the category" in capsys.readouterr().out
+    assert "the model's most probable class in the category" in capsys.readouterr().out
     assert (out / "sheet.png").exists()
     assert validate_masks.main(command(tmp_path, out, "--count", 0)) == 0  # nothing is left to do
     save_ids(copy.with_suffix("") / file_name(139, "png"), 139)  # the same pixels, written anew
@@ -469,11 +469,11 @@ def test_masks_of_other_folders_and_endings(tmp_path):
     assert masks.read("key", "n02085620/3.jpg", "dog").all(), "a folder that has no masks"
     assert masks.read("key", "cat/3.jpg", "cat") is None, "the mask of a dog"
     shutil.copy(tmp_path / "cat/1.png", tmp_path / "cat/1.PNG")
-    with pytest.raises(UserError, match="is there as .PNG and as .png"):
+    with pytest.raises(UserError, match="exists as .PNG and as .png"):
         open_masks(tmp_path)
 
 
-def test_a_mask_larger_than_any_image_takes_no_memory(tmp_path):
+def test_a_mask_larger_than_any_image_is_refused_before_memory_is_allocated(tmp_path):
     (tmp_path / "1.json").write_text(json.dumps({"size": [10**9, 10**9], "counts": [10**18]}))
     with pytest.raises(UserError, match="more than any image"):
         open_masks(tmp_path).read("1", "", "dog")
@@ -495,7 +495,7 @@ def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path)
     assert FileTree(folder).digest({"x/1.png"}) == tree.digest({"x/1.png"})
 
 
-def test_an_archive_that_is_damaged_inside_says_so(tmp_path):
+def test_a_damaged_entry_of_an_archive_is_named(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("v/1.png", b"pixels")

@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask import distributed
-from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
+from cfmask.runtime import network, rendezvous
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.step import training_step
 from cfmask.training.ddp import data_parallel
+from made import run_ranks
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 
@@ -43,8 +43,7 @@ def joined(lanes: list) -> tuple:
 
 def gradients_of_a_rank(rank: int, folder: Path) -> None:
     """Every method in turn, with a rank's lanes as two micro-batches; steps follow each other on one DDP."""
-    torch.set_num_threads(1)
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         student, _, normalise = student_and_teachers(TINY, Method())
         wrapped = DistributedDataParallel(student)
         results = {}
@@ -75,7 +74,7 @@ def gradients_of_a_rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def by_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    mp.start_processes(gradients_of_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    run_ranks(gradients_of_a_rank, RANKS, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
@@ -92,16 +91,15 @@ def test_two_processes_have_the_loss_and_gradients_of_one(by_rank, method):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name)
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_leaves_no_rank_a_finite_gradient(tmp_path):
-    mp.start_processes(gradients_beside_a_bad_sample, args=(tmp_path,), nprocs=RANKS, start_method="spawn")
+def test_a_loss_that_is_not_finite_on_one_rank_makes_gradients_not_finite_on_all(tmp_path):
+    run_ranks(gradients_beside_a_bad_sample, RANKS, tmp_path)
     for rank in range(RANKS):
         loss, norm = torch.load(tmp_path / f"{rank}.pt")
         assert loss.isfinite() == (rank != 1) and not norm.isfinite()
 
 
 def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         student, teachers, normalise = student_and_teachers(TINY, method)
         images, labels, draws = make_batch(TINY, method, PER_LANE, seed=rank)
@@ -116,9 +114,8 @@ def gradients_beside_a_bad_sample(rank: int, folder: Path) -> None:
 
 
 def gradients_of_two_steps(rank: int, folder: Path) -> None:
-    """What warming up leaves, and the gradients of one batch as a first step and as a second."""
-    torch.set_num_threads(1)
-    with process_group(DistributedContext(rank=rank, world_size=3), folder / "meeting"):
+    """The state after the warm-up, and the gradients of a batch in the first step and in the second."""
+    with process_group(DistributedContext(rank=rank, world_size=3), folder / "rendezvous"):
         method = resolved(Method(mask="random"))
         model, teachers, normalise = student_and_teachers(B32, method)
         for each in (model, teachers.pretrained, normalise):
@@ -140,9 +137,9 @@ def gradients_of_two_steps(rank: int, folder: Path) -> None:
         torch.save(found, folder / f"{rank}.pt")
 
 
-def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_before_it(tmp_path):
+def test_the_first_step_sums_in_the_order_of_later_ones_and_no_layer_runs_before_it(tmp_path):
     """With three ranks the order in which an all-reduce adds depends on where in a bucket a gradient lies."""
-    mp.start_processes(gradients_of_two_steps, args=(tmp_path,), nprocs=3, start_method="spawn")
+    run_ranks(gradients_of_two_steps, 3, tmp_path)
     for rank in range(3):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert (found["passes"], found["gradients"], found["forward"], found["rebuilt"]) == (0, [], False, True)
@@ -150,8 +147,8 @@ def test_the_first_step_adds_in_the_order_of_those_after_it_and_no_layer_runs_be
             assert torch.equal(gradient, found[2][name]), name
 
 
-def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
-    call_off(DistributedContext(), tmp_path, "the disk is on fire")
+def test_waiting_ranks_raise_the_reason_of_a_refusal_by_rank_0(tmp_path):
+    rendezvous.call_off(tmp_path, "0", "the disk is on fire")
     with (
         pytest.raises(UserError, match="the disk is on fire"),
         process_group(DistributedContext(rank=1, world_size=2), tmp_path),
@@ -159,63 +156,60 @@ def test_ranks_that_wait_hear_why_rank_zero_gave_up(tmp_path):
         pass
 
 
-# --- how ranks find each other ----------------------------------------------------------------------------------------
+# --- rendezvous ------------------------------------------------------------------------------------------------------
 
 
-def meet(rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0) -> None:
-    """Join a group of two, and leave the sum of the ranks' numbers, which tells that both are in it."""
-    torch.set_num_threads(1)
+def join_group(
+    rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0
+) -> None:
+    """Join a group of two ranks and write the sum of the ranks' numbers, which shows that both have joined."""
     time.sleep(late_s if rank == 0 else 0)
     if hosts:
-        distributed._own_hosts = lambda: list(hosts)
-    with process_group(dataclasses.replace(context, rank=rank, world_size=2), folder / "meeting"):
+        rendezvous.own_hosts = lambda: list(hosts)
+    with process_group(dataclasses.replace(context, rank=rank, world_size=2), folder / "rendezvous"):
         total = torch.tensor(rank + 1)
         dist.all_reduce(total)
         (folder / f"{context.attempt}-{rank}").write_text(str(total.item()))
 
 
-def have_met(folder: Path, attempt: str = "0") -> bool:
+def group_formed(folder: Path, attempt: str = "0") -> bool:
     return [(folder / f"{attempt}-{rank}").read_text() for rank in range(2)] == ["3", "3"]
 
 
 @pytest.mark.parametrize(
     "left",
-    [{"hosts": ["127.0.0.1"], "door": 1, "port": 1, "word": "w"}, {"host": "127.0.0.1", "port": 1}],
+    [{"hosts": ["127.0.0.1"], "rendezvous_port": 1, "port": 1, "token": "t"}, {"host": "127.0.0.1", "port": 1}],
     ids=["nobody there", "another version"],
 )
-def test_an_address_of_an_earlier_attempt_is_not_taken_for_this_ones(tmp_path, left):
-    """A file left by a killed attempt of the same name; the group forms all the same."""
-    (tmp_path / "meeting").mkdir()
-    (tmp_path / "meeting/0.json").write_text(json.dumps(left))
-    mp.start_processes(meet, args=(tmp_path, DistributedContext(), (), 2), nprocs=2, start_method="spawn")
-    assert have_met(tmp_path)
+def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
+    (tmp_path / "rendezvous").mkdir()
+    (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
+    run_ranks(join_group, 2, tmp_path, DistributedContext(), (), 1)
+    assert group_formed(tmp_path)
 
 
 @pytest.mark.parametrize(
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
-def test_rank_zero_is_found_at_whichever_of_its_addresses_leads_there(tmp_path, hosts):
-    mp.start_processes(meet, args=(tmp_path, DistributedContext(nodes=2), hosts), nprocs=2, start_method="spawn")
-    assert have_met(tmp_path)
+def test_rank_0_is_found_at_the_first_reachable_address(tmp_path, hosts):
+    run_ranks(join_group, 2, tmp_path, DistributedContext(nodes=2), hosts)
+    assert group_formed(tmp_path)
 
 
-def test_several_jobs_on_one_machine_do_not_meet_each_other(tmp_path):
+def test_jobs_on_one_machine_form_separate_groups(tmp_path):
     jobs = [
-        mp.start_processes(
-            meet, args=(tmp_path, DistributedContext(attempt=name)), nprocs=2, start_method="spawn", join=False
-        )
-        for name in ("71-0", "72-0")
+        run_ranks(join_group, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")
     ]
     for job in jobs:
         while not job.join():
             pass
-    assert have_met(tmp_path, "71-0") and have_met(tmp_path, "72-0")
-    assert not list((tmp_path / "meeting").iterdir()), "addresses are taken back"
+    assert group_formed(tmp_path, "71-0") and group_formed(tmp_path, "72-0")
+    assert not list((tmp_path / "rendezvous").iterdir()), "rendezvous files are removed"
 
 
-@pytest.mark.parametrize("said", [None, b"", b"wrong word, and more of it than was asked for"])
-def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_CONNECT_S", 0.5)
+@pytest.mark.parametrize("said", [None, b"", b"wrong token, and more of it than was asked for"])
+def test_a_server_without_the_token_is_not_taken_for_rank_0(monkeypatch, said):
+    monkeypatch.setattr(rendezvous, "_CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -227,11 +221,11 @@ def test_another_server_behind_an_address_is_not_taken_for_rank_zero(monkeypatch
             visitor.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        assert distributed._knock("127.0.0.1", server.getsockname()[1], "word") is None
+        assert rendezvous.probe("127.0.0.1", server.getsockname()[1], "token") is None
 
 
-def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+def test_missing_ranks_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(TimeoutError, match="2 of 3 ranks did not come.*rank 1, rank 2"):
         with process_group(DistributedContext(world_size=3), tmp_path):
             pass
@@ -240,19 +234,19 @@ def test_ranks_that_do_not_come_are_named(tmp_path, monkeypatch):
             pass
 
 
-def test_an_interface_that_is_not_there_is_named_with_those_that_are(tmp_path, monkeypatch):
+def test_a_missing_interface_is_reported_with_the_existing_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
         with process_group(DistributedContext(nodes=2, world_size=2), tmp_path):
             pass
-    monkeypatch.setattr(distributed, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
-    assert distributed._own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
+    monkeypatch.setattr(network, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
+    assert network.own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
 
 
 @pytest.mark.parametrize("addresses", ["10.77.0.{}/24", "fd77::{}/64"], ids=["IPv4", "IPv6 only"])
-def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tmp_path, addresses):
-    """Two machines, as far as the network goes: each has a bridge of the same address, as Docker makes it, and a name
-    that the other does not know."""
+def test_machines_with_unknown_host_names_form_a_group(tmp_path, addresses):
+    """Two network namespaces: each has a bridge with the same address, as Docker makes it, and a host name that the
+    other cannot resolve."""
     names = [f"cfmask-{os.getpid()}-{i}" for i in range(2)]
     try:
         _make_machines(names, addresses)
@@ -260,9 +254,8 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
             subprocess.Popen(
                 [
                     *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
-                    *(sys.executable, "-c", f"import test_ddp; test_ddp.meet_on_a_machine({rank}, {str(tmp_path)!r})"),
+                    *(sys.executable, "-c", f"import test_ddp; test_ddp.join_on_a_machine({rank}, {str(tmp_path)!r})"),
                 ],
-                cwd=Path(__file__).parent,
                 env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
                 text=True,
@@ -271,15 +264,15 @@ def test_machines_whose_names_mean_nothing_meet_over_the_network_between_them(tm
         ]
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-        assert have_met(tmp_path)
+        assert group_formed(tmp_path)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def meet_on_a_machine(rank: int, folder: str) -> None:
-    distributed._CONNECT_S = 1
-    meet(rank, Path(folder), DistributedContext(nodes=2))
+def join_on_a_machine(rank: int, folder: str) -> None:
+    rendezvous._CONNECT_S = 1
+    join_group(rank, Path(folder), DistributedContext(nodes=2))
 
 
 def _make_machines(names: list[str], addresses: str) -> None:

@@ -1,4 +1,4 @@
-"""tools/export.py: what open_clip, a hub folder and onnxruntime make of a model is what cfmask makes of it."""
+"""tools/export.py: open_clip and onnxruntime compute from an export what cfmask computes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from cfmask.data.images import crop
 from cfmask.errors import UserError
-from cfmask.files import written_aside
 from cfmask.models import export as exporting
 from cfmask.models.head import build_tower, load_model, read_info, save_model
 from cfmask.models.initial import describe
 from cfmask.models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from cfmask.models.tower import Normalise
+from cfmask.runtime.files import written_aside
 from made import CLASSES, REPO
 from tools import build_head, export
 from towers import MEAN, ODD, STD, TINY, tiny_clip
@@ -106,11 +106,11 @@ def test_the_printed_lines_load_the_checkpoint_and_its_preprocessing(tuned, tmp_
     (tmp_path / "again.json").write_text(json.dumps(TINY.info().config))
     info = describe(str(tmp_path / "again.json"), str(out)).info
     assert (info.mean, info.std) == (MEAN, STD)
-    with pytest.raises(UserError, match="given in two ways"):
+    with pytest.raises(UserError, match="contradict each other"):
         describe(str(tmp_path / "again.json"), str(out), mean=[0.5] * 3, std=[0.5] * 3)
 
 
-def test_a_model_of_open_clips_needs_no_file_beside_it(tmp_path, registered):
+def test_a_known_model_of_open_clip_needs_no_configuration_file(tmp_path, registered):
     (tmp_path / "ViT-B-32-quickgelu.json").write_text("{}")
     config = open_clip.get_model_config("ViT-B-32-quickgelu")
     info = dataclasses.replace(TINY.info(), name=str(tmp_path / "ViT-B-32-quickgelu.json"), config=config)
@@ -120,7 +120,7 @@ def test_a_model_of_open_clips_needs_no_file_beside_it(tmp_path, registered):
     assert "image_mean" not in exporting.how_to_create(plain, tmp_path / "a.pt")
 
 
-def test_a_hub_folder_loads_with_its_preprocessing_and_comes_back(tuned, tmp_path, capsys):
+def test_a_hub_folder_loads_with_its_preprocessing_and_can_be_fine_tuned(tuned, tmp_path, capsys):
     model, path, clip = tuned
     folder = tmp_path / "hub/robust"
     assert run(path, "hub", folder, *of(path)) == 0
@@ -181,7 +181,7 @@ def test_onnxruntime_gives_equal_features_and_logits_for_any_batch(tuned, tmp_pa
 
 
 @needs_onnx
-def test_onnx_that_computes_something_else_is_not_left_there(tuned, tmp_path, monkeypatch):
+def test_a_wrong_onnx_export_is_removed(tuned, tmp_path, monkeypatch):
     import onnxruntime
 
     class Wrong(onnxruntime.InferenceSession):
@@ -194,7 +194,7 @@ def test_onnx_that_computes_something_else_is_not_left_there(tuned, tmp_path, mo
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_checkpoint_that_computes_something_else_is_not_left_there(tuned, tmp_path, monkeypatch):
+def test_a_wrong_checkpoint_export_is_removed(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "whole_clip", lambda *_: tiny_clip(seed=9).state_dict())
     for kind, name in (("open-clip", "robust.pt"), ("hub", "robust")):
         with pytest.raises(RuntimeError, match="open_clip computes other features"):
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_computes_something_else_is_not_left_there(tuned, tmp_
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_what_a_killed_export_left_is_gone_after_the_next(tuned, tmp_path):
+def test_files_of_a_killed_export_are_removed_by_the_next(tuned, tmp_path):
     """Nothing can be cleared up by a process that SIGKILL ends while it writes."""
     out = tmp_path / "new/robust.pt"
     code = f"""
@@ -224,7 +224,7 @@ export.main({["tuned.safetensors", "--format", "open-clip", *map(str, of(tuned[1
     open_clip.load_checkpoint(tiny_clip(), str(out))
 
 
-def test_two_exports_do_not_write_one_file(tuned, tmp_path, capsys):
+def test_two_exports_cannot_write_the_same_file(tuned, tmp_path, capsys):
     out = tmp_path / "new/robust.pt"
     with written_aside(out):
         assert run(tuned[1], "open-clip", out, *of(tuned[1])) == 2
@@ -246,13 +246,13 @@ def test_missing_packages_are_named(tuned, tmp_path, monkeypatch, capsys):
         ("open-clip", "a.onnx", ["--pretrained", "clip.safetensors"], "ends in .safetensors or .pt"),
         ("onnx", "a.onnx", ["--pretrained", "clip.safetensors"], "--pretrained would do nothing"),
         ("hub", "a", ["--pretrained", "tuned.safetensors"], "is a cfmask model file, which has no text tower"),
-        ("hub", "a", ["--pretrained", "tower.pt"], "they hold no text tower"),
+        ("hub", "a", ["--pretrained", "tower.pt"], "they have no text tower"),
         ("open-clip", "a.pt", ["--pretrained", "odd.pt"], "are not those of the CLIP"),
-        ("open-clip", "a.pt", ["--pretrained", "openai"], "open_clip has no weights 'openai' for"),
-        ("open-clip", "a.pt", ["--pretrained", "none.pt"], "there is no such file"),
+        ("open-clip", "a.pt", ["--pretrained", "openai"], "Unknown weights 'openai': neither a tag"),
+        ("open-clip", "a.pt", ["--pretrained", "none.pt"], "no such file"),
     ],
 )
-def test_what_does_not_go_is_refused(tuned, tmp_path, monkeypatch, capsys, kind, name, flags, reason):
+def test_invalid_requests_are_refused(tuned, tmp_path, monkeypatch, capsys, kind, name, flags, reason):
     _, path, clip = tuned
     torch.save(clip.visual.state_dict(), tmp_path / "tower.pt")
     torch.save(tiny_clip(ODD).state_dict(), tmp_path / "odd.pt")

@@ -269,12 +269,12 @@ def test_slurm_applies_time_limits_and_jobs_read_them(slurm_cluster, tmp_path):
 @pytest.mark.parametrize(
     ("given", "most", "default", "state", "said"),
     [
-        ("UNLIMITED", "UNLIMITED", "NONE", OK, "no limit asked for; gpu gives any time"),
-        ("UNLIMITED", "1-00:00:00", "NONE", PROBLEM, "--time asks for no limit"),
-        ("partition", "1-00:00:00", "02:00:00", OK, "gpu's default, 02:00:00, is asked for"),
-        ("partition", "1-00:00:00", "NONE", OK, "gpu's default, 1-00:00:00, is asked for"),
-        ("1440", "1-00:00:00", "NONE", OK, "1440 min asked for"),
-        ("1441", "1-00:00:00", "NONE", PROBLEM, "--time asks for 1441 min"),
+        ("UNLIMITED", "UNLIMITED", "NONE", OK, "no limit requested; gpu allows any time"),
+        ("UNLIMITED", "1-00:00:00", "NONE", PROBLEM, "--time requests no limit"),
+        ("partition", "1-00:00:00", "02:00:00", OK, "the default of gpu, 02:00:00"),
+        ("partition", "1-00:00:00", "NONE", OK, "the default of gpu, 1-00:00:00"),
+        ("1440", "1-00:00:00", "NONE", OK, "1440 min requested"),
+        ("1441", "1-00:00:00", "NONE", PROBLEM, "--time requests 1441 min"),
     ],
 )
 def test_doctor_understands_time_limits(given, most, default, state, said):

@@ -1,4 +1,4 @@
-"""One path from bytes to pixels: those of torchvision's loader followed by open_clip's transform, up to rounding."""
+"""Pixels are those of torchvision's loader followed by open_clip's transform, up to rounding."""
 
 import io
 from pathlib import Path
@@ -91,7 +91,7 @@ def test_other_colour_modes_become_rgb_as_in_torchvision_s_loader(name):
     assert images.inspect(OTHERS[name]).oddities == (name,)
 
 
-def test_exif_orientation_is_not_applied_and_told():
+def test_exif_orientation_is_not_applied_but_reported():
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90 degrees"
     data = encoded(picture(60, 40), exif=exif)
@@ -99,7 +99,7 @@ def test_exif_orientation_is_not_applied_and_told():
     assert images.inspect(data) == images.ImageInfo("jpg", 60, 40, ("EXIF orientation 6",))
 
 
-def test_the_content_names_the_extension():
+def test_the_extension_follows_from_the_content():
     image = picture(20, 20)
     assert [images.inspect(encoded(image, kind)).extension for kind in ("JPEG", "PNG", "WEBP", "BMP")] == [
         "jpg",
@@ -118,7 +118,7 @@ def test_truncation_is_an_error_at_any_length(kind):
                 function(data[:length])
 
 
-def test_an_absurd_size_is_an_error_before_memory_is_taken_for_it(monkeypatch):
+def test_an_absurd_size_is_an_error_before_memory_is_allocated(monkeypatch):
     data = encoded(picture(60, 50))
     monkeypatch.setattr(image_headers, "MAX_PIXELS", 1000)
     for function in (images.decode, images.inspect):
@@ -127,7 +127,7 @@ def test_an_absurd_size_is_an_error_before_memory_is_taken_for_it(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_a_raw_crop_is_the_crop_to_the_bit_and_webdataset_decodes_it(size):
+def test_a_raw_crop_is_bitwise_the_crop_and_webdataset_decodes_it(size):
     import webdataset as wds
 
     crop = images.pixels(encoded(picture(300, 250)), "jpg", size)
@@ -147,7 +147,7 @@ def test_a_raw_crop_of_another_size_or_no_array_is_an_error():
         images.pixels(data[:100], "npy", 32)
 
 
-def test_a_jpeg_crop_is_close_and_stays_as_it_is_when_it_is_read():
+def test_a_jpeg_crop_is_close_and_is_read_without_a_resize():
     crop = images.pixels(encoded(picture(300, 250)), "jpg", 64)
     extension, data = images.encode(crop, "crop-jpeg")
     assert extension == "jpg"
@@ -164,7 +164,7 @@ def test_a_border_is_cut_before_anything_else():
     assert torch.equal(images.pixels(data, "png", 40, border=2), images.pixels(encoded(inner, "PNG"), "png", 40))
 
 
-def test_a_line_of_pixels_is_no_image():
+def test_a_line_of_pixels_is_refused():
     data = encoded(picture(3000, 20))
     with pytest.raises(UserError, match="3000 × 20 pixels: one side is more than 100 times the other"):
         images.pixels(data, "jpg", 224)

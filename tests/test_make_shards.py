@@ -29,7 +29,7 @@ from cfmask.data.shard_index import load_index
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.files import sole_writer
+from cfmask.runtime.files import sole_writer
 from tools import make_shards, verify_shards
 
 REPO = Path(__file__).resolve().parents[1]
@@ -307,7 +307,7 @@ ODD = {  # file: (its bytes, what is said of it, the policy)
     "cut.JPEG": (picture(4)[:-200], "does not decode", LEFT_OUT),
     "cutpng.png": (picture(5, "PNG")[:-300], "does not decode", LEFT_OUT),
     "bomb.png": (bomb(), "decompression bomb", LEFT_OUT),
-    "float.tif": (floats(), "nothing says which of them is black", LEFT_OUT),
+    "float.tif": (floats(), "does not define which value is black", LEFT_OUT),
     "cmyk.JPEG": (picture(6, mode="CMYK"), "CMYK", "kept, read as RGB"),
     "grey.JPEG": (picture(7, mode="L"), "greyscale", "kept, read as RGB"),
     "palette.png": (picture(8, "PNG", "P"), "palette", "kept, read as RGB"),

@@ -1,4 +1,4 @@
-"""--micro-batches auto: as few as fit, agreed by all ranks, recorded before the first step; the bits of a number."""
+"""--micro-batches auto: the smallest number that fits on all ranks, recorded before the first step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -21,12 +20,13 @@ from safetensors.torch import load_file
 import cfmask.training.train
 import made
 from cfmask.data.plan import divisors
-from cfmask.distributed import DistributedContext, process_group
 from cfmask.errors import UserError
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
-from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import AUTO, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers
@@ -43,7 +43,7 @@ SIZES = st.floats(0, 1e12)
 
 
 @given(SIZES, SIZES, SIZES, st.integers(1, 128), st.integers(1, 512))
-def test_the_fewest_micro_batches_whose_images_fit(free, fixed, per_image, lanes, lane_size):
+def test_the_smallest_number_of_micro_batches_that_fits_is_chosen(free, fixed, per_image, lanes, lane_size):
     need = Footprint(free, fixed, per_image)
     count = fewest_micro_batches(need, lanes, lane_size)
     assert lanes % count == 0
@@ -57,7 +57,7 @@ def test_the_fewest_micro_batches_whose_images_fit(free, fixed, per_image, lanes
     assert fewest_micro_batches(more_room, lanes, lane_size) <= count
 
 
-def test_some_numbers_by_hand():
+def test_the_choice_agrees_with_numbers_computed_by_hand():
     need = Footprint(free=100e9, fixed=2e9, per_image=0.5e9)  # 92 GB: 180 images
     assert [fewest_micro_batches(need, lanes, 32) for lanes in (1, 2, 4, 5, 6, 8, 16)] == [1, 1, 1, 1, 2, 2, 4]
     assert fewest_micro_batches(dataclasses.replace(need, per_image=math.inf), 16, 32) == 16
@@ -83,7 +83,7 @@ def test_the_flag_takes_a_number_or_auto():
         Recipe(optim=Optim(micro_batches="few")).resolved()
 
 
-def test_a_recipe_with_auto_survives_json_and_says_when_it_is_open():
+def test_a_recipe_with_auto_survives_json_and_knows_when_it_is_open():
     recipe = Recipe(optim=Optim(micro_batches=AUTO)).resolved()
     assert Recipe.from_json(recipe.to_json()) == recipe
     chosen = dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2)
@@ -91,7 +91,7 @@ def test_a_recipe_with_auto_survives_json_and_says_when_it_is_open():
     assert not Optim(micro_batches=4).is_open_for(1)
 
 
-def test_a_folder_keeps_what_was_chosen_and_takes_the_same_command_again(tmp_path):
+def test_a_folder_keeps_the_choice_and_accepts_the_same_command_again(tmp_path):
     run, recipe = RunFolder(tmp_path / "run"), Recipe(optim=Optim(micro_batches=AUTO)).resolved()
     run.claim(recipe)
     chosen = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, micro_batches=4, micro_batches_for=2))
@@ -138,12 +138,11 @@ def recipe_of_lanes(lanes: int = 16, **optim) -> Recipe:
 
 
 def chosen_by(rank: int, folder: Path, world_size: int, trials: dict[int, tuple], recipe: Recipe) -> None:
-    torch.set_num_threads(1)
     context = DistributedContext(rank=rank, world_size=world_size)
     trial = Pretended(2, *trials[rank])
     memory.trial_on = lambda *_, **__: trial
     found: object
-    with process_group(context, folder / "meeting"):
+    with process_group(context, folder / "rendezvous"):
         try:
             found = memory.choose_micro_batches(recipe, RunFolder(folder), context, None, None, None, tower=True).optim
         except UserError as error:
@@ -155,8 +154,7 @@ def on_ranks(folder: Path, trials: dict[int, tuple], recipe: Recipe | None = Non
     """What each of so many ranks settles, and the lanes that it has tried."""
     recipe = recipe or recipe_of_lanes()
     RunFolder(folder).claim(recipe)
-    arguments = (folder, len(trials), trials, recipe)
-    mp.start_processes(chosen_by, args=arguments, nprocs=len(trials), start_method="spawn")
+    made.run_ranks(chosen_by, len(trials), folder, len(trials), trials, recipe)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(len(trials))]
 
 
@@ -168,7 +166,7 @@ def test_ranks_agree_on_what_fits_the_gpu_with_the_least_room(tmp_path):
     assert RunFolder(tmp_path).recipe().optim == found[0][0]
 
 
-def test_a_reckoning_that_one_gpu_refutes_is_corrected_on_all(tmp_path):
+def test_an_estimate_that_fails_on_one_gpu_is_corrected_on_all(tmp_path):
     found = on_ranks(tmp_path, {0: (100, 1), 1: (100, 1, 4)})
     assert [each.micro_batches for each, _ in found] == [4, 4]
     assert [tried for _, tried in found] == [[(8, True), (4, True), (2, True)]] * 2
@@ -188,10 +186,10 @@ def test_a_start_on_another_number_of_ranks_chooses_again(tmp_path):
     [(found, _)] = on_ranks(tmp_path / "one", {0: (10, 1)}, dataclasses.replace(recipe, optim=before))
     assert (found.micro_batches, found.micro_batches_for) == (4, 1)
     found = on_ranks(tmp_path / "two", {0: (1, 1), 1: (1, 1)}, dataclasses.replace(recipe, optim=before))
-    assert [(each, tried) for each, tried in found] == [(before, [])] * 2  # whatever is free now
+    assert [(each, tried) for each, tried in found] == [(before, [])] * 2  # independently of free memory
 
 
-def test_what_was_given_stays_and_a_single_lane_needs_no_trial(tmp_path):
+def test_a_given_number_is_kept_and_a_single_lane_needs_no_trial(tmp_path):
     given = dataclasses.replace(recipe_of_lanes(), optim=Optim(batch_size=32, lanes=16, micro_batches=8))
     [(found, tried)] = on_ranks(tmp_path / "given", {0: (1, 1)}, given)
     assert (found.micro_batches, found.micro_batches_for, tried) == (8, None, [])
@@ -250,7 +248,7 @@ class OnThisMachine(Trial):
         pass
 
 
-def test_auto_is_one_on_cpus_and_stands_in_the_recipe(materials, tmp_path):
+def test_auto_is_one_on_cpus_and_is_recorded_in_the_recipe(materials, tmp_path):
     run = made.train(recipe_of(materials, micro_batches=AUTO), tmp_path / "run")
     recorded = json.loads((run.root / "recipe.json").read_text())["optim"]
     assert (recorded["micro_batches"], recorded["micro_batches_for"]) == (1, 1)
@@ -264,7 +262,7 @@ def test_the_trial_leaves_no_trace_in_the_weights(materials, tmp_path, monkeypat
     recipe = recipe_of(materials, preset, micro_batches=AUTO)
     run = made.train(recipe, tmp_path / "auto", stop_at=3)
     assert run.recipe().optim.micro_batches == 2
-    # The next start has less room, and goes by the recipe.
+    # The next start has less memory, and uses the number in the recipe.
     monkeypatch.setattr(OnThisMachine, "images", 4)
     made_again = cfmask.training.train.train(run.recipe(), run, DistributedContext())
     assert made_again == FINISHED
@@ -307,11 +305,11 @@ def test_a_pass_leaves_the_model_as_it_was(method):
     assert model.compiled and all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-# --- what is asked of CUDA --------------------------------------------------------------------------------------------
+# --- calls of CUDA ----------------------------------------------------------------------------------------------------
 
 
 class Gpu:
-    """torch.cuda's functions about memory, for one GPU of 80 GB, 1 GB of which is somebody else's.
+    """torch.cuda's memory functions for a GPU of 80 GB, of which another process uses 1 GB.
 
     A pass takes 100 bytes, and 7 an image; what is held besides by torch.empty is counted too.
     """
@@ -362,7 +360,7 @@ def trial_on_gpu(gpu: Gpu, monkeypatch, *, tower: bool = True) -> Trial:
 
 
 @pytest.mark.parametrize("tower", [True, False])
-def test_the_footprint_is_the_line_through_two_passes_and_what_the_optimizer_and_ddp_will_hold(monkeypatch, tower):
+def test_the_footprint_extrapolates_two_passes_and_includes_optimizer_and_ddp(monkeypatch, tower):
     gpu = Gpu(monkeypatch)
     trial = trial_on_gpu(gpu, monkeypatch, tower=tower)
     need = trial.footprint()
@@ -372,19 +370,19 @@ def test_the_footprint_is_the_line_through_two_passes_and_what_the_optimizer_and
     assert gpu.passes == [10, 10, 20] and gpu.cached == 0  # the first one is for workspaces
 
 
-def test_free_memory_is_what_this_process_may_use_of_it(monkeypatch):
+def test_free_memory_respects_the_fraction_of_the_process(monkeypatch):
     assert trial_on_gpu(Gpu(monkeypatch, limit=0.5), monkeypatch)._free() == 39_000
     assert trial_on_gpu(Gpu(monkeypatch, limit=0.0), monkeypatch)._free() == 0
 
 
-def test_lanes_that_run_out_of_memory_are_no_error_but_infinitely_large(monkeypatch):
+def test_lanes_that_run_out_of_memory_count_as_infinitely_large(monkeypatch):
     trial = trial_on_gpu(Gpu(monkeypatch, limit=0.0153), monkeypatch)  # 1,224 bytes: 17 images
     monkeypatch.setattr(trial, "_unseen_bytes", lambda: 30)
     assert trial.footprint() == Footprint(free=224, fixed=170 + 30, per_image=math.inf)
     assert trial.fits(1) and not trial.fits(2)
 
 
-def test_what_a_step_holds_besides_and_the_margin_are_held_while_a_number_is_confirmed(monkeypatch):
+def test_the_rest_of_a_step_and_the_margin_are_allocated_while_a_number_is_confirmed(monkeypatch):
     trial = trial_on_gpu(Gpu(monkeypatch, limit=0.0153), monkeypatch)
     monkeypatch.setattr(trial, "_unseen_bytes", lambda: 30)
     assert trial.fits(1, with_step=True)  # 1,000 + 170 + 30 + 17 of 1,224
@@ -414,7 +412,7 @@ def test_an_out_of_memory_error_in_training_names_the_flags(materials, tmp_path,
     assert "--micro-batches" in (run.ended() or {})["why"]
 
 
-def test_other_errors_are_left_alone():
+def test_other_errors_are_not_changed():
     with pytest.raises(ZeroDivisionError), explained_out_of_memory(DistributedContext()):
         _ = 1 / 0
 
@@ -453,7 +451,7 @@ def large(tmp_path, materials) -> Recipe:
 
 @pytest.fixture
 def emptied():
-    """A GPU on which nothing of other tests is left, and of which all may be used again afterwards."""
+    """A GPU without memory of other tests; the memory fraction is reset afterwards."""
     gc.collect()
     torch.cuda.empty_cache()
     yield
@@ -471,7 +469,7 @@ def trained(recipe: Recipe, folder: Path) -> RunFolder:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_auto_is_one_where_there_is_plenty(large, tmp_path, emptied):
+def test_auto_is_one_with_much_memory(large, tmp_path, emptied):
     run = trained(large, tmp_path / "run")
     assert (run.recipe().optim.micro_batches, run.recipe().optim.micro_batches_for) == (1, 1)
 
@@ -479,7 +477,7 @@ def test_auto_is_one_where_there_is_plenty(large, tmp_path, emptied):
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.skipif(not hasattr(torch.cuda, "get_per_process_memory_fraction"), reason="needs torch 2.8")
-def test_auto_is_more_where_there_is_little_and_the_run_passes_with_the_bits_of_that_number(large, tmp_path, emptied):
+def test_auto_is_more_with_little_memory_and_equals_a_run_with_that_number(large, tmp_path, emptied):
     peak = peak_of(large, tmp_path / "plenty")
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
@@ -504,7 +502,7 @@ def peak_of(recipe: Recipe, folder: Path) -> int:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_what_is_reckoned_is_what_passes_take(large, emptied):
+def test_the_estimate_equals_the_memory_of_passes(large, emptied):
     """The line through one lane and two foretells four and eight within the margin."""
     model, info = load_model(large.model.pretrained)
     model = model.cuda()
@@ -521,7 +519,7 @@ def test_what_is_reckoned_is_what_passes_take(large, emptied):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_trial_that_runs_out_of_memory_gives_it_back(large, emptied):
+def test_a_trial_that_runs_out_of_memory_frees_it(large, emptied):
     model, info = load_model(large.model.pretrained)
     model = model.cuda()
     teachers = Teachers(pretrained=copy.deepcopy(model).requires_grad_(False))

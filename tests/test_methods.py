@@ -1,4 +1,4 @@
-"""Every method a user can ask for, from recipe to trained model: what it trains, what it leaves alone, what it logs."""
+"""Every method from recipe to trained model: which parameters it trains, and what it logs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import cfmask.training.train
 import made
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Model, Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from tools import wise_ft
@@ -60,7 +61,7 @@ TERMS = {"ft": set(), "linear-probe": set(), "kd-clean": {"kd"}, "kd-masked": {"
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("wise-kd", "lp-ft")])
-def test_a_preset_trains_what_it_says_and_its_loss_has_the_terms_it_says(materials, tmp_path, preset):
+def test_a_preset_trains_its_parameters_with_the_terms_of_its_loss(materials, tmp_path, preset):
     run = train(recipe_of(materials, preset), tmp_path / "run")
     assert changed(run) == ({"head"} if preset == "linear-probe" else {"visual", "head"})
     logged = steps_of(run)
@@ -68,7 +69,7 @@ def test_a_preset_trains_what_it_says_and_its_loss_has_the_terms_it_says(materia
     terms = TERMS.get(preset, {"mse"})
     method = run.recipe().method
     weights = {"kd": method.gamma, "mse": method.beta}
-    # The teacher is where the student starts, so there the term is 0; it grows as the student leaves.
+    # The student starts as the teacher, so the term begins at 0 and grows.
     assert all(any(line[term] > 0 for line in logged) == (term in terms) for term in ("kd", "mse"))
     for line in logged:
         expected = line["ce"] + sum(weights[term] * line[term] for term in terms)
@@ -93,7 +94,7 @@ def test_lp_ft_trains_the_head_and_then_everything_each_with_its_own_schedule(ma
 
 
 @pytest.mark.parametrize("stop_at", [3, STEPS - 1, STEPS + 2], ids=["in the probe", "where phases meet", "after it"])
-def test_lp_ft_resumed_in_either_phase_or_between_them_ends_bit_identical(materials, tmp_path, stop_at):
+def test_lp_ft_resumed_in_any_phase_ends_bitwise_identical(materials, tmp_path, stop_at):
     recipe = recipe_of(materials, "lp-ft", probe_epochs=1)
     whole = train(recipe, tmp_path / "whole")
     train(recipe, tmp_path / "run", stop_at=stop_at)
@@ -134,7 +135,7 @@ def test_wise_kd_learns_from_an_ensemble_that_wise_ft_made_and_keeps_a_copy_of_i
 
 
 @pytest.fixture
-def spoil(monkeypatch):
+def corrupt(monkeypatch):
     """Makes pixels of one sample infinite in the micro-batches of the steps named; returns their keys as they go by."""
 
     def arrange(steps: set[int], first_step: int = 1) -> list[str]:
@@ -142,7 +143,7 @@ def spoil(monkeypatch):
         real = cfmask.training.train.inputs_of
         count = iter(range(2 * (first_step - 1), 10**6))
 
-        def spoiling(batch):
+        def corrupting(batch):
             step, part = divmod(next(count), 2)
             if step + 1 in steps and part == 1:
                 images = batch.images.float() / 255
@@ -151,20 +152,20 @@ def spoil(monkeypatch):
                 keys.append(batch.keys[3])
             return real(batch)
 
-        monkeypatch.setattr(cfmask.training.train, "inputs_of", spoiling)
+        monkeypatch.setattr(cfmask.training.train, "inputs_of", corrupting)
         return keys
 
     yield arrange
 
 
-def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(materials, tmp_path, spoil):
+def test_a_step_that_is_not_finite_is_skipped_counted_and_its_sample_named(materials, tmp_path, corrupt):
     recipe = recipe_of(materials, "object-mask-single-fill")
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, checkpoint_steps=1))
-    keys = spoil({4})
+    keys = corrupt({4})
     run = train(recipe, tmp_path / "run")
     (line,) = read_lines(run.skipped_steps)
     assert line["step"] == 4 and keys[0] in line["keys"] and line["why"] == "outputs not finite"
-    # whoever has its patches is spoilt too, and nobody else
+    # samples that have its patches are not finite either, and no others
     assert len(line["keys"]) <= 2
     for file in ("model.safetensors", "optimizer.safetensors"):
         before, after = (load_file(run.checkpoints / f"step-{step:08d}" / file) for step in (3, 4))
@@ -177,20 +178,20 @@ def test_a_step_that_is_not_finite_is_left_out_counted_and_its_sample_named(mate
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.final).values())
 
 
-def test_a_run_resumed_after_a_step_that_was_left_out_ends_bit_identical(materials, tmp_path, spoil):
+def test_a_run_resumed_after_a_skipped_step_ends_bitwise_identical(materials, tmp_path, corrupt):
     recipe = recipe_of(materials, "object-mask-single-fill")
-    spoil({4})
+    corrupt({4})
     whole = train(recipe, tmp_path / "whole")
-    spoil({4})
+    corrupt({4})
     train(recipe, tmp_path / "run", stop_at=6)
     run = train(recipe, tmp_path / "run")
     assert_same_end(run, whole, 2 * STEPS)
     assert read_lines(run.skipped_steps) == read_lines(whole.skipped_steps)
 
 
-def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(materials, tmp_path, spoil):
+def test_too_many_successive_skips_end_the_run_and_keep_the_last_good_checkpoint(materials, tmp_path, corrupt):
     recipe = recipe_of(materials, "ft", max_skipped_steps=2)
-    spoil(set(range(6, 99)))
+    corrupt(set(range(6, 99)))
     with pytest.raises(FloatingPointError, match="3 steps in a row.*--max-skipped-steps allows 2.*skipped_steps.jsonl"):
         train(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
@@ -211,33 +212,33 @@ def test_too_many_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(materi
     ],
     ids=["all", "the last epoch", "linear probing", "all behind linear probing"],
 )
-def test_a_phase_whose_last_epoch_took_no_step_is_not_finished(materials, tmp_path, spoil, row, steps, at):
+def test_a_phase_whose_last_epoch_took_no_step_is_not_finished(materials, tmp_path, corrupt, row, steps, at):
     """Fewer than --max-skipped-steps allows: a short run would end before it has as many."""
     recipe = recipe_of(materials, row, max_skipped_steps=99, epochs=2)
     if row == "lp-ft":
         recipe = dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, probe_epochs=1))
-    spoil(set(steps))
+    corrupt(set(steps))
     with pytest.raises(FloatingPointError, match=f"last of them step {at}; an epoch has {STEPS}.* trained nothing"):
         train(recipe, tmp_path / "run")
     run = RunFolder(tmp_path / "run")
     assert not run.results.exists() and run.ended()["why"].startswith("failed: FloatingPointError")
 
 
-def test_a_resumed_run_counts_skipped_steps_over_its_starts(materials, tmp_path, spoil):
-    """In the last epoch two steps were taken before the stop: what was skipped since is not all of it."""
+def test_a_resumed_run_counts_skipped_steps_over_its_starts(materials, tmp_path, corrupt):
+    """Two steps of the last epoch were taken before the stop, so not all of its steps were skipped."""
     recipe = recipe_of(materials, "ft", max_skipped_steps=99)
     train(recipe, tmp_path / "run", stop_at=STEPS + 2)
-    spoil(set(range(STEPS + 3, 99)), first_step=STEPS + 3)
+    corrupt(set(range(STEPS + 3, 99)), first_step=STEPS + 3)
     run = train(recipe, tmp_path / "run")
     assert json.loads(run.results.read_text())["skipped_steps"] == STEPS - 2
 
     train(recipe, tmp_path / "other", stop_at=STEPS - 1)
-    spoil(set(range(STEPS + 1, 99)), first_step=STEPS + 1)
+    corrupt(set(range(STEPS + 1, 99)), first_step=STEPS + 1)
     with pytest.raises(FloatingPointError, match="trained nothing"):
         train(recipe, tmp_path / "other")
 
 
-def test_steps_skipped_at_the_very_end_are_said(materials, tmp_path, spoil, capsys):
-    spoil({2 * STEPS - 1, 2 * STEPS})
+def test_steps_skipped_at_the_very_end_are_reported(materials, tmp_path, corrupt, capsys):
+    corrupt({2 * STEPS - 1, 2 * STEPS})
     train(recipe_of(materials, "ft"), tmp_path / "run")
     assert "warning: the last 2 steps were left out" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The reduction of named metrics: what each rank receives, under which name, and when."""
+"""The reduction of named metrics: what each rank receives, and when."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
+import made
 from cfmask.data import receipts
-from cfmask.distributed import DistributedContext, process_group
 from cfmask.metrics import AsyncMetricReducer, Mean, StepResult, Sum, step_metrics, stop_metrics, stop_of
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.session import QUIT, REQUEUE
 
 RANKS = 3
@@ -24,15 +24,14 @@ CPU = torch.device("cpu")
 def on_ranks(tmp_path_factory) -> dict[str, list]:
     """What the functions below return on each rank of a group, by their names."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.start_processes(_on_a_rank, args=(folder,), nprocs=RANKS, start_method="spawn")
+    made.run_ranks(_on_a_rank, RANKS, folder)
     by_rank = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
     return {name: [of_rank[name] for of_rank in by_rank] for name in by_rank[0]}
 
 
 def _on_a_rank(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     functions = (sums_and_means, sent_by_ranks_of_different_speed, requests)
-    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "meeting"):
+    with process_group(DistributedContext(rank=rank, world_size=RANKS), folder / "rendezvous"):
         torch.save({function.__name__: function(rank, folder) for function in functions}, folder / f"{rank}.pt")
 
 
@@ -52,7 +51,7 @@ class Copied:
 @pytest.fixture(params=["as on a CPU", "as on a GPU"])
 def reducer(request, tmp_path, monkeypatch) -> Iterator[AsyncMetricReducer]:
     """In a group of this process; also with what it does on a GPU: staged numbers, a side stream, events."""
-    with process_group(DistributedContext(), tmp_path / "meeting"):
+    with process_group(DistributedContext(), tmp_path / "rendezvous"):
         made = AsyncMetricReducer(CPU)
         if request.param == "as on a GPU":
             empty = torch.empty
@@ -132,11 +131,11 @@ def requests(rank: int, folder: Path):
     return [stop_of(reduced) for reduced in reducer.receive()]
 
 
-def test_one_rank_s_request_is_everybody_s_and_to_quit_weighs_more_than_to_come_back(on_ranks):
+def test_a_request_of_one_rank_counts_for_all_and_quit_overrules_requeue(on_ranks):
     assert on_ranks["requests"] == [[None, REQUEUE, QUIT]] * RANKS
 
 
-def test_what_was_sent_is_what_the_tensors_held_then(reducer):
+def test_values_are_those_of_the_time_of_sending(reducer):
     value = torch.tensor([1.0, 2.0])
     reducer.add({"value": Sum(value)})
     value.fill_(9.0)
@@ -149,7 +148,7 @@ def test_what_was_sent_is_what_the_tensors_held_then(reducer):
     assert first.time <= second.time
 
 
-def test_memory_of_results_is_used_again_once_they_are_read_and_not_before(reducer):
+def test_memory_of_results_is_reused_only_after_they_are_read(reducer):
     for step in range(1, 8):
         for _ in range(2):
             reducer.add({"value": Sum(torch.tensor([step, 1.0])), "number": Mean(step)})
@@ -169,14 +168,14 @@ def test_steps_may_have_different_metrics_and_a_graph_is_not_kept(reducer):
     assert [reduced.values for reduced in reducer.receive()] == [{"loss": [2.0]}, {"other": [3.0]}]
 
 
-def test_a_name_that_is_two_things_is_refused(reducer):
+def test_a_name_that_is_added_in_two_ways_is_refused(reducer):
     reducer.add({"loss": Mean(torch.tensor(1.0))})
     reducer.add({"loss": Mean(1.0)})
     with pytest.raises(ValueError, match="metrics of step 7 were added in different ways: loss, loss"):
         reducer.send(7)
 
 
-def test_a_receipt_crosses_exactly_and_a_norm_that_is_not_finite_is_a_skipped_step(reducer):
+def test_a_receipt_is_summed_exactly_and_a_norm_that_is_not_finite_is_a_skipped_step(reducer):
     values = [receipts.receipt([f"{part}-{i}" for i in range(8)], epoch=3) for part in range(4)]
     for norm in (2.5, float("nan"), float("inf")):
         for value in values:
@@ -198,7 +197,7 @@ def test_a_receipt_crosses_exactly_and_a_norm_that_is_not_finite_is_a_skipped_st
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_results_arrive_while_the_device_is_busy_and_nothing_waits_for_it(tmp_path):
     context = DistributedContext(gpu=True)
-    with process_group(context, tmp_path / "meeting"):
+    with process_group(context, tmp_path / "rendezvous"):
         device = context.device
         reducer = AsyncMetricReducer(device)
         work = torch.randn(8192, 8192, device=device)

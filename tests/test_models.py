@@ -1,4 +1,4 @@
-"""Towers and heads: in and out of plain open_clip without a key changed; weights that cannot be had say so."""
+"""Towers and heads: conversion from and to plain open_clip, and errors for weights that are not available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import nn
 
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
-from cfmask.files import save_tensors
 from cfmask.models import preprocessing, tower
 from cfmask.models.head import (
     build_tower,
@@ -27,6 +26,7 @@ from cfmask.models.head import (
 from cfmask.models.initial import initial_model, model_info
 from cfmask.models.tower import Classifier, Compiled, Normalise, encode, replace_attention
 from cfmask.models.weights import find_weights
+from cfmask.runtime.tensor_files import save_tensors
 from made import CLASSES, save_tiny_model
 from towers import B32, ODD, TINY, tiny_clip
 
@@ -34,7 +34,7 @@ NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(CLASSES)]
 
 
 @pytest.mark.parametrize("geometry", [B32, ODD], ids=["B/32-like", "odd"])
-def test_an_adopted_tower_computes_what_open_clip_computes(geometry):
+def test_a_tower_with_replaced_attention_computes_what_open_clip_computes(geometry):
     plain = build_tower(geometry.info())
     pixels = torch.randn(3, 3, geometry.image, geometry.image)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_layer_scale_and_a_missing_ln_pre_are_honoured():
         torch.testing.assert_close(encode(replace_attention(plain), pixels), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_compiled_blocks_are_the_blocks(monkeypatch):
+def test_compiled_blocks_equal_uncompiled_ones(monkeypatch):
     monkeypatch.setattr(tower, "_run_compiled", Compiled(tower._run_block, backend="aot_eager"))
     model = B32.classifier()
     pixels = torch.randn(3, 3, B32.image, B32.image)
@@ -70,7 +70,7 @@ def test_compiled_blocks_are_the_blocks(monkeypatch):
         torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
 
 
-def test_where_nothing_compiles_blocks_run_as_they_are_with_one_warning(monkeypatch):
+def test_if_compilation_fails_blocks_run_uncompiled_with_one_warning(monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")
 
@@ -85,7 +85,7 @@ def test_where_nothing_compiles_blocks_run_as_they_are_with_one_warning(monkeypa
     assert len([w for w in said if "torch.compile" in str(w.message)]) == 1
 
 
-def test_a_checkpoint_goes_in_and_out_of_plain_open_clip_without_a_key_changed():
+def test_state_dicts_are_those_of_plain_open_clip():
     clip = tiny_clip()
     before = {k: v.clone() for k, v in clip.visual.state_dict().items()}
     model = Classifier(copy.deepcopy(clip.visual), nn.Linear(TINY.embed, 3))
@@ -106,7 +106,7 @@ def test_towers_without_a_class_token_row_are_refused():
         replace_attention(nn.Conv2d(3, 3, 1))
 
 
-def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):
+def test_a_model_file_keeps_weights_and_metadata(tmp_path):
     path = save_tiny_model(tmp_path / "m.safetensors")
     model, info = load_model(path)
     assert info == read_info(path) and info.classes == CLASSES
@@ -120,7 +120,7 @@ def test_a_model_file_keeps_weights_and_says_what_it_is(tmp_path):
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "as readable as any other file"
 
 
-def test_a_model_file_that_is_not_what_its_header_says_is_refused(tmp_path):
+def test_a_model_file_that_does_not_match_its_header_is_refused(tmp_path):
     path = save_tiny_model(tmp_path / "m.safetensors")
     model, info = load_model(path)
     whole = path.read_bytes()
@@ -133,7 +133,7 @@ def test_a_model_file_that_is_not_what_its_header_says_is_refused(tmp_path):
         dataclasses.replace(info, config={**info.config, "vision_cfg": {**info.config["vision_cfg"], "layers": 1}}),
     ):
         save_tensors(path, model.state_dict(), other.to_metadata())
-        with pytest.raises(UserError, match="m.safetensors is not what its header says"):
+        with pytest.raises(UserError, match="m.safetensors do not match its header"):
             load_model(path)
 
 
@@ -190,7 +190,7 @@ def test_openai_weights_on_a_gelu_model_are_an_error_not_a_warning():
         find_weights("ViT-B-32", "openai")
 
 
-def test_weights_that_cannot_be_downloaded_say_which_file_to_put_where(monkeypatch):
+def test_a_failed_download_names_the_file_to_copy(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
@@ -203,7 +203,7 @@ def test_missing_files_and_unknown_names_are_refused(tmp_path):
         find_weights("ViT-B-32-quickgelu", str(tmp_path / "none.pt"))
     with pytest.raises(UserError, match="Its tags: .*openai"):
         find_weights("ViT-B-32-quickgelu", "opneai")
-    with pytest.raises(UserError, match="no model 'ViT-Z'"):
+    with pytest.raises(UserError, match="Unknown model 'ViT-Z'"):
         model_info("ViT-Z")
     garbage = tmp_path / "garbage.pt"
     garbage.write_bytes(b"not a checkpoint")
@@ -236,7 +236,7 @@ def test_a_head_for_other_classes_is_refused(tmp_path):
         check_head(path, CLASSES[::-1])
 
 
-def test_pixels_enter_the_tower_as_in_open_clips_own_preprocessing():
+def test_normalised_pixels_are_those_of_open_clips_preprocessing():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (301, 433, 3), dtype=np.uint8))
     import io
@@ -251,6 +251,6 @@ def test_pixels_enter_the_tower_as_in_open_clips_own_preprocessing():
     assert off.max() < 2.01 / 255 / min(open_clip.OPENAI_DATASET_STD) and (off > 2e-6).float().mean() < 0.01
 
 
-def test_the_mean_and_deviation_of_a_model_that_says_nothing_are_open_clips():
+def test_the_default_mean_and_deviation_are_open_clips():
     assert preprocessing.OPENAI_MEAN == open_clip.OPENAI_DATASET_MEAN
     assert preprocessing.OPENAI_STD == open_clip.OPENAI_DATASET_STD

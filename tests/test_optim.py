@@ -1,4 +1,4 @@
-"""Schedules, phases, and a step that is left out when its gradients are not finite."""
+"""Schedules, phases, and steps that are skipped because gradients are not finite."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cfmask.checkpoint_state import Skips
+from cfmask.checkpoint.state import Skips
 from cfmask.optim import LrAndBetas, Phase, adamw, lr_and_betas, phases, take_step
 from cfmask.recipe import Method, Optim, Recipe
 
@@ -95,7 +95,7 @@ def test_steps_are_plain_adamws_clipped_once():
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_step_that_is_left_out_leaves_no_trace(value):
+def test_a_skipped_step_changes_nothing(value):
     model, alone = module(0), module(0)
     optimizer, undisturbed = (adamw(m.parameters(), phase(10), A1) for m in (model, alone))
     for step in range(4):
@@ -114,7 +114,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(value):
         assert all(torch.equal(optimizer.state[a][name], undisturbed.state[b][name]) for name in optimizer.state[a])
 
 
-def test_skips_in_a_row_are_forgotten_at_the_next_step_that_is_taken():
+def test_successive_skips_are_reset_by_the_next_step_taken():
     skips = Skips()
     for skipped in (True, True, False, True):
         skips = skips.plus(skipped)

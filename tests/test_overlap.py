@@ -1,4 +1,4 @@
-"""How far masks fall on objects, measured while a run trains: what it logs, and that it changes nothing."""
+"""The mask study of a training run: what it logs, and that it does not change training."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_epoch_of_a_model_that_stands_still_logs_what_validate_masks_finds(ma
     assert first["overlap"]["dog"]["images"] == 14 and first["overlap"]["bird"]["without_object"] == 1
 
 
-def test_it_changes_no_weight(materials, measured, tmp_path):
+def test_the_mask_study_changes_no_weight(materials, measured, tmp_path):
     plain = train(recipe_of(materials, segmentation=False), tmp_path / "plain")
     ours, theirs = load_file(measured.final), load_file(plain.final)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -113,7 +113,7 @@ def test_a_run_that_was_stopped_logs_each_image_once(materials, measured, tmp_pa
             assert found["iou"] == pytest.approx(wanted["iou"], abs=1e-6)
 
 
-def test_what_was_summed_past_the_checkpoint_is_summed_again(materials, measured, tmp_path):
+def test_sums_after_the_last_checkpoint_are_computed_again(materials, measured, tmp_path):
     """As after a kill: the sums of steps that are taken again are gone."""
     run = train(recipe_of(materials), tmp_path / "run", stop_at=2)
     with open(run.overlaps, "a") as file:
@@ -148,7 +148,7 @@ def test_masks_that_cannot_be_used_are_left_out_with_a_warning(materials, tmp_pa
     (tmp_path / f"{WNIDS[1]}_3.png").write_bytes(b"torn")
     recipe = recipe_of(materials)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, segmentation=str(tmp_path)))
-    with pytest.warns(UserWarning, match=f"{WNIDS[1]}_3 takes no part"):
+    with pytest.warns(UserWarning, match=f"{WNIDS[1]}_3 is left out"):
         run = train(recipe, tmp_path / "run")
     assert overlaps(run)[0]["overlap"]["bird"]["images"] == 15
 
@@ -159,17 +159,17 @@ def test_masks_of_other_samples_are_refused_before_training(materials, tmp_path)
         (tmp_path / path.name.removeprefix(f"{WNIDS[1]}_")).write_bytes(path.read_bytes())
     recipe = recipe_of(materials)
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, segmentation=str(tmp_path)))
-    with pytest.raises(UserError, match="has no mask of any sample of dog, bird .* by the samples' keys alone"):
+    with pytest.raises(UserError, match="has no mask of any sample of dog, bird .* only by the keys of samples"):
         train(recipe, tmp_path / "run")
 
 
-def test_it_is_refused_where_there_is_no_cam(materials):
+def test_the_mask_study_is_refused_without_a_cam(materials):
     for method in (Method(name="vanilla"), Method(mask="random"), Method(mask="none")):
         with pytest.raises(UserError, match="--segmentation would do nothing"):
             dataclasses.replace(recipe_of(materials), method=method).resolved()
 
 
-def test_curves_show_it(measured, tmp_path):
+def test_curves_show_the_mask_study(measured, tmp_path):
     out = tmp_path / "curves.png"
     assert plot_runs.main([str(measured.root), "--out", str(out)]) == 0
     assert Image.open(out).size[1] > 500  # a second row of panels

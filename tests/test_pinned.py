@@ -1,4 +1,4 @@
-"""Page-locked memory: of the size that is asked for, and given back."""
+"""Page-locked memory has the requested size and is released."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_memory_is_registered_in_its_size_until_the_last_view_of_it_is_gone(cuda
     assert not cudart.registered
 
 
-def test_nothing_is_nothing(cudart):
+def test_zero_bytes_need_no_registration(cudart):
     assert pinned.pinned_bytes(0).numel() == 0 and not cudart.registered
 
 
@@ -98,12 +98,12 @@ def run(code: str, settings: str = "") -> str:
         ("pinned_max_round_threshold_mb:64", "pinned_max_round_threshold_mb:64"),
     ],
 )
-def test_the_allocator_is_told_beside_what_it_was_told_before(settings, then):
+def test_earlier_settings_of_the_allocator_are_kept(settings, then):
     code = ASKED.format(before="pass", after="print(torch._C._accelerator_getAllocatorSettings())")
     assert run(code, settings) == then
 
 
-def test_a_version_that_would_hand_out_blocks_too_small_is_left_as_it_is():
+def test_versions_that_would_return_too_small_blocks_are_not_changed():
     code = ASKED.format(
         before="pinned._SOUND_FROM = '99.0'; torch._C._accelerator_setAllocatorSettings = None",
         after="print('untouched')",
@@ -114,7 +114,7 @@ def test_a_version_that_would_hand_out_blocks_too_small_is_left_as_it_is():
 @sound
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_pinned_batch_takes_no_more_than_its_images(tmp_path):
+def test_a_pinned_batch_has_the_size_of_its_images(tmp_path):
     materials = made.make_materials(tmp_path)
     batches = train_batches(
         load_manifest(materials / "shards/train"),

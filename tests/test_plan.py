@@ -1,4 +1,4 @@
-"""The order is a pure function of (seed, epoch, sample counts), and a partition."""
+"""The order of samples is a pure function of (seed, epoch, sample counts), and a partition."""
 
 import itertools
 import time
@@ -82,7 +82,7 @@ def test_orders_differ_between_epochs_and_between_seeds():
 
 
 @pytest.mark.parametrize("counts", [[101], [25, 26, 50]])
-def test_what_falls_off_differs_between_epochs_and_leaves_nobody_out_for_good(counts):
+def test_samples_left_out_differ_between_epochs(counts):
     missed = np.zeros(101, int)
     for epoch in range(400):
         used = epoch_of(counts, lanes=2, batch_size=8, epoch=epoch).ravel()
@@ -129,7 +129,7 @@ def test_the_order_does_not_change_with_a_release_of_numpy():
     epoch=st.integers(0, 50),
     data=st.data(),
 )
-def test_any_way_through_a_run_consumes_what_the_uninterrupted_one_does(
+def test_a_run_with_any_interruptions_consumes_what_an_uninterrupted_one_does(
     counts, lanes, per_lane, micro, seed, epoch, data
 ):
     """From any resume point on any number of ranks, each with micro-batches of its own, changed at every restart."""
@@ -163,7 +163,7 @@ def imagenet_counts():
 
 
 @pytest.mark.parametrize("rank", [0, 1234, 4095])
-def test_planning_imagenet_for_4096_ranks_is_light_on_each_of_them(rank):
+def test_planning_imagenet_for_4096_ranks_is_cheap_on_each(rank):
     counts = imagenet_counts()
     [lane] = plan.lanes_of_rank(rank, 4096, 4096)
     tracemalloc.start()
@@ -192,7 +192,7 @@ def test_a_batch_mixes_classes_and_neighbours_nearly_as_a_full_permutation_does(
     assert quality.met_again < 1.2 * full.met_again
 
 
-def test_a_lane_s_draws_are_keyed_by_seed_epoch_step_and_lane():
+def test_draws_of_a_lane_are_keyed_by_seed_epoch_step_and_lane():
     draws = {
         (s, e, t, v): tuple(plan.lane_generator(s, e, t, v).integers(0, 2**62, 2))
         for s in range(3)
@@ -217,7 +217,7 @@ def test_planning_all_of_imagenet_takes_well_below_a_second():
 
 @settings(max_examples=100, deadline=None)
 @given(n=st.integers(0, 500), size=st.integers(1, 60), world_size=st.integers(1, 40), start=st.integers(0, 9))
-def test_evaluation_deals_the_same_batches_to_any_number_of_ranks(n, size, world_size, start):
+def test_evaluation_has_the_same_batches_for_any_number_of_ranks(n, size, world_size, start):
     dealt = [plan.eval_batches(n, size, rank, world_size, start) for rank in range(world_size)]
     alone = plan.eval_batches(n, size, 0, 1, start)
     rounds = [batch for turn in itertools.zip_longest(*dealt) for batch in turn if batch is not None]

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of weights are never assumed, and what cannot be trained is refused before a job."""
+"""Mean and standard deviation of weights are never assumed, and models that cannot be trained are refused early."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def preprocess(**values: object) -> str:
 # --- which mean -----------------------------------------------------------------------------------------------------
 
 
-def test_without_a_source_it_has_to_be_given(weights):
-    with pytest.raises(UserError, match="not known how images were made ready.*open_clip_config.json.*--mean R G B"):
+def test_unknown_preprocessing_has_to_be_given(weights):
+    with pytest.raises(UserError, match="preprocessing of .* is unknown.*open_clip_config.json.*--mean R G B"):
         describe(bare(weights), str(weights))
     info = describe(bare(weights), str(weights), mean=HALF, std=STD).info
     assert (info.mean, info.std) == ((0.5, 0.5, 0.5), STD)
@@ -69,7 +69,7 @@ def test_without_a_source_it_has_to_be_given(weights):
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_the_configuration_beside_says_it_whatever_the_file_is_called(weights, tmp_path, link):
+def test_preprocessing_is_read_from_the_configuration_beside_any_file(weights, tmp_path, link):
     beside(weights, TINY.config(mean=HALF))
     given = weights
     if link:  # as in the Hugging Face cache
@@ -78,13 +78,15 @@ def test_the_configuration_beside_says_it_whatever_the_file_is_called(weights, t
         given.symlink_to(weights)
     model, info = initial_model(bare(weights), str(given), None, NAMED)
     assert info.mean == (0.5, 0.5, 0.5)
-    # and goes on from there with the weights
+    # and continues with the weights
     save_model(tmp_path / "made.safetensors", model, info)
     assert load_model(tmp_path / "made.safetensors")[1].mean == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="given in two ways"):
+    with pytest.raises(UserError, match="contradict each other"):
         check_initial_model(bare(weights), str(tmp_path / "made.safetensors"), None, NAMED, mean=MEAN, std=STD)
     (tmp_path / "said.json").write_text(TINY.config())
-    with pytest.raises(UserError, match="given in two ways. The header of .*made.*mean 0.5.*said.json: mean 0.48"):
+    with pytest.raises(
+        UserError, match="contradict each other .* The header of .*made.*mean 0.5.*said.json: mean 0.48"
+    ):
         check_initial_model(str(tmp_path / "said.json"), str(tmp_path / "made.safetensors"), None, NAMED)
 
 
@@ -100,9 +102,9 @@ def test_sources_that_contradict_each_other_are_refused(weights, tmp_path):
     (tmp_path / "said.json").write_text(TINY.config(mean=HALF))
     assert describe(str(tmp_path / "said.json"), str(weights)).info.mean == (0.5, 0.5, 0.5)
     beside(weights, TINY.config())
-    with pytest.raises(UserError, match="given in two ways.*open_clip_config.json: mean 0.48.*said.json: mean 0.5 0.5"):
+    with pytest.raises(UserError, match="contradict each other.*open_clip_config.json: mean 0.48.*said.json: mean 0.5"):
         describe(str(tmp_path / "said.json"), str(weights))
-    with pytest.raises(UserError, match="given in two ways.*--mean and --std: mean 0.5"):
+    with pytest.raises(UserError, match="contradict each other.*--mean and --std: mean 0.5"):
         describe(bare(weights), str(weights), mean=HALF, std=HALF)
     assert describe(bare(weights), str(weights), mean=MEAN, std=STD).info.mean == MEAN
 
@@ -130,16 +132,16 @@ def test_openais_state_dicts_have_openais_mean(weights, clip):
         ({"mean": HALF, "std": HALF, "interpolation": "bilinear"}, "interpolation is 'bilinear', not 'bicubic'"),
         ({"mean": HALF, "std": HALF, "mode": "BGR"}, "mode is 'BGR'"),
         ({"mean": HALF, "std": HALF, "size": 224}, "size 224.*16 × 16"),
-        ({}, "not known how"),
+        ({}, "is unknown"),
     ],
 )
-def test_preprocessing_that_is_not_done_here_or_makes_no_sense_is_refused(weights, values, reason):
+def test_unsupported_or_invalid_preprocessing_is_refused(weights, values, reason):
     beside(weights, preprocess(**values))
     with pytest.raises(UserError, match=reason):
         describe(bare(weights), str(weights))
 
 
-def test_open_clips_ways_to_write_it_are_understood(weights):
+def test_all_forms_of_open_clips_preprocessing_are_read(weights):
     beside(
         weights, preprocess(mean=0.5, std=0.25, size=[16, 16], interpolation="random", resize_mode=None, fill_color=0)
     )
@@ -147,18 +149,18 @@ def test_open_clips_ways_to_write_it_are_understood(weights):
     assert (info.mean, info.std) == ((0.5,) * 3, (0.25,) * 3)
 
 
-def test_tags_of_the_architecture_say_it_where_they_agree(tmp_path):
+def test_preprocessing_is_that_of_tags_if_they_agree(tmp_path):
     assert model_info("ViT-B-32", str(tmp_path / "gone.pt")).mean == OPENAI_MEAN
     assert model_info("ViT-L-14", "laion2b_s32b_b82k").mean == (0.5, 0.5, 0.5)
     assert model_info("ViT-L-14", str(tmp_path / "gone.pt"), mean=HALF, std=HALF).mean == (0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match="ViT-L-14 are not all alike .*laion400m_e31.*laion2b_s32b_b82k.*mean 0.5"):
+    with pytest.raises(UserError, match="ViT-L-14 differ .*laion400m_e31.*laion2b_s32b_b82k.*mean 0.5"):
         model_info("ViT-L-14", str(tmp_path / "gone.pt"))
     with pytest.raises(UserError, match="no pretrained ViT-S-16"):
         model_info("ViT-S-16", str(tmp_path / "gone.pt"))
-    # DFN's are squashed, MetaCLIP's are not: the mean alone does not tell.
-    with pytest.raises(UserError, match="not all alike.*--model FILE.json"):
+    # DFN's images are squashed and MetaCLIP's are not, with the same mean.
+    with pytest.raises(UserError, match="open_clip.s pretrained .* differ .*--model FILE.json"):
         model_info("ViT-H-14-quickgelu", str(tmp_path / "gone.pt"), mean=OPENAI_MEAN, std=OPENAI_STD)
-    with pytest.raises(UserError, match="given in two ways"):
+    with pytest.raises(UserError, match="contradict each other"):
         model_info("ViT-L-14", "laion2b_s32b_b82k", mean=OPENAI_MEAN, std=OPENAI_STD)
     with pytest.raises(UserError, match="Its tags: openai"):
         model_info("ViT-L-14", "opneai")
@@ -168,7 +170,7 @@ def test_tags_of_the_architecture_say_it_where_they_agree(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "open_clip_model.safetensors", "mine.pt"])
-def test_the_activation_is_told_by_the_configuration_beside(tmp_path, clip, name):
+def test_the_activation_is_read_from_the_configuration_beside(tmp_path, clip, name):
     if name.endswith(".safetensors"):
         save_file(clip.state_dict(), tmp_path / name)
     else:
@@ -188,7 +190,9 @@ def test_the_activation_is_told_by_the_configuration_beside(tmp_path, clip, name
         ("text_cfg", {"hf_tokenizer_name": "a/b"}, "text_cfg.hf_tokenizer_name"),
     ],
 )
-def test_what_shapes_do_not_show_is_compared_with_the_configuration_beside(weights, tmp_path, part, setting, reason):
+def test_settings_that_shapes_do_not_show_are_compared_with_the_configuration_beside(
+    weights, tmp_path, part, setting, reason
+):
     beside(weights, TINY.config(**{part: {**CONFIG[part], **setting}}))
     with pytest.raises(UserError, match=reason):
         check_initial_model(bare(weights), str(weights), None, NAMED)
@@ -202,7 +206,7 @@ def test_defaults_may_be_written_out(weights):
     assert check_initial_model(bare(weights), str(weights), None, NAMED).info.class_names[0] == "thing 0"
 
 
-def test_a_file_that_is_no_configuration_is_named(weights):
+def test_an_invalid_configuration_is_named(weights):
     beside(weights, "{}")
     with pytest.raises(UserError, match="open_clip_config.json"):
         describe(bare(weights), str(weights))
@@ -231,7 +235,7 @@ def test_weights_of_another_shape_are_refused_by_their_header(weights, tmp_path,
         check_initial_model(str(tmp_path / "tiny.json"), str(weights), None, NAMED)
 
 
-def test_a_head_of_another_width_and_a_torn_model_file_are_refused(weights, tmp_path):
+def test_a_head_of_another_width_and_a_truncated_model_file_are_refused(weights, tmp_path):
     (tmp_path / "tiny.json").write_text(TINY.config())
     head = made.save_tiny_model(tmp_path / "wide.safetensors", geometry=B32)
     with pytest.raises(UserError, match="takes 24-d features.*gives 8-d"):
@@ -292,7 +296,7 @@ def test_every_tag_of_a_model_that_can_be_trained_has_its_preprocessing_or_is_re
             info = model_info(name, tag)
             assert (info.mean, info.std) == (known["mean"], known["std"])
         else:
-            with pytest.raises(UserError, match="made ready in another way"):
+            with pytest.raises(UserError, match="trained with another preprocessing"):
                 model_info(name, tag)
             refused.add(tag)
     assert refused == {"dfn5b", "metaclip2_worldwide"}
@@ -310,20 +314,20 @@ def test_every_tag_of_a_model_that_can_be_trained_has_its_preprocessing_or_is_re
         ({"head_width": 5}, "not a multiple of head_width 5"),
         ({"layers": 0}, "layers is 0"),
         ({"patch_size": 32}, "patches of 32 pixels"),
-        ({"register_tokens": 4}, r"not known here \(register_tokens\)"),
+        ({"register_tokens": 4}, r"unknown settings \(register_tokens\)"),
     ],
 )
-def test_a_configuration_of_ones_own_that_cannot_be_trained_is_refused(setting, reason):
+def test_a_custom_configuration_that_cannot_be_trained_is_refused(setting, reason):
     with pytest.raises(UserError, match=f"cannot be trained: .*{reason}"):
         check_trainable("mine.json", {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], **setting}})
 
 
-def test_the_settings_that_are_known_are_open_clips():
+def test_known_settings_are_those_of_open_clip():
     theirs = asdict(CLIPVisionCfg())
     assert {**theirs, **VISION_DEFAULTS} == theirs and {*VISION_DEFAULTS, *IDLE_SETTINGS} == set(theirs)
 
 
-def test_patch_dropout_is_not_the_towers():
+def test_patch_dropout_is_off():
     config = {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "patch_dropout": 0.5}}
     check_trainable("mine.json", config)
     assert isinstance(build_tower(dataclasses.replace(ODD.info(), config=config)).patch_dropout, torch.nn.Identity)
@@ -354,7 +358,7 @@ def test_submission_refuses_what_the_job_would(materials, tmp_path, clip, capsys
         (["--model", "ViT-L-14-CLIPA", "--pretrained", "datacomp1b"], "pools by 'avg'"),
         (["--model", "coca_ViT-B-32", "--pretrained", "laion2b_s13b_b90k"], "is a CoCa"),
         (["--model", "ViT-B-16-quickgelu", "--pretrained", tmp_path / "clip.pt"], "Choose the --model"),
-        ([*start[:2], *mean], "given in two ways"),  # tiny.safetensors has another
+        ([*start[:2], *mean], "contradict each other"),  # tiny.safetensors has another
     ):
         code, error = submitted(*flags)
         assert code == 2 and reason in error and not (tmp_path / "run").exists(), (flags, error)
@@ -362,7 +366,7 @@ def test_submission_refuses_what_the_job_would(materials, tmp_path, clip, capsys
     assert code == 0, error
 
 
-def test_the_end_of_a_run_does_not_advise_what_would_fail_again(tmp_path, capsys):
+def test_the_end_of_a_run_suggests_no_command_that_would_fail(tmp_path, capsys):
     (tmp_path / "recipe.json").write_text("{}")
     here = RankStart(RunFolder(tmp_path), "123-0", 0, local=True, nodes=1, world_size=1)
     for error, kind, again in (
@@ -379,7 +383,7 @@ def test_the_end_of_a_run_does_not_advise_what_would_fail_again(tmp_path, capsys
         assert ("would fail in the same way: remove the cause first" in said) is again, said
 
 
-def test_a_run_keeps_the_flags_mean(tmp_path, clip):
+def test_a_run_keeps_the_mean_of_the_flags(tmp_path, clip):
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     (tmp_path / "tiny.json").write_text(json.dumps(CONFIG))
     model, info = initial_model(str(tmp_path / "tiny.json"), str(tmp_path / "clip.pt"), None, NAMED, mean=HALF, std=STD)

@@ -121,8 +121,8 @@ def assert_nothing_stays(run: Path) -> None:
     """Of a finished run: no process, and no file that only a process that was killed would leave."""
     assert processes.processes_of(RunFolder(run)) == []
     names = {path.name for path in run.iterdir()}
-    assert names <= {*RUN_FILES, "meeting"}, names
-    assert not list((run / "meeting").iterdir())
+    assert names <= {*RUN_FILES, "rendezvous"}, names
+    assert not list((run / "rendezvous").iterdir())
     assert [path.name for path in (run / ".owner").iterdir()] == ["free"]
     assert [name for name in os.listdir(run / "jobs") if not re.fullmatch(JOB_FILES, name)] == []
     hidden = [path for path in run.rglob(".*") if path.name != ".owner"]

@@ -101,7 +101,7 @@ def test_relevance_of_a_trained_tower_falls_on_the_object(photographs, exact):
     across = (left <= centre) & (centre <= right)
     down = (top <= centre) & (centre <= bottom)
     inside = (down[:, :, None] & across[:, None, :]).flatten(1)
-    telling = inside.float().mean(1) < 0.7  # a box of the whole picture tells nothing
+    telling = inside.float().mean(1) < 0.7  # a box of the whole image shows nothing
     by_chance = inside[telling].float().mean()
     masked = object_mask(exact, 0.3)[telling]
     on_object = (masked & inside[telling]).sum() / masked.sum()

@@ -1,7 +1,6 @@
 """The relevance kernels equal the formula in fp64: by Triton's interpreter on the CPU, and for real on a GPU.
 
-Triton decides at its import whether kernels are interpreted, for the whole process. So this file, run as a script with
-TRITON_INTERPRET=1, computes every case and leaves the results in a file; the tests compare them.
+Run as a script with TRITON_INTERPRET=1, this file computes every case and writes the results; the tests compare them.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 from cfmask.kernels import triton_support
 from cfmask.kernels.relevance_kernel import MAX_HEAD_SIZE, extend_row, usable
 from made import REPO
-from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache
+from triton_compiler import SHARED_MEMORY, compile_for, launches_of, no_cache, run_interpreted
 
 has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -107,7 +106,7 @@ def make_inputs(case: Case, n: int, heads: int, device: str = "cpu") -> Inputs:
     qkv, d_out = qkv.to(case.dtype), d_out.to(case.dtype)
 
     def guarded(t: Tensor) -> Tensor:
-        """``t`` amid NaN: whoever reads one element too many sees it in the result."""
+        """``t`` surrounded by NaN: an element read outside of it would show in the result."""
         field = torch.full([extent + 3 for extent in t.shape], math.nan, dtype=t.dtype, device=device)
         inner = field[tuple(slice(1, 1 + extent) for extent in t.shape)]
         return inner.copy_(t)
@@ -121,7 +120,7 @@ def make_inputs(case: Case, n: int, heads: int, device: str = "cpu") -> Inputs:
 
 
 def expected(inputs: Inputs) -> Tensor:
-    """The formula as it stands, in fp64."""
+    """The formula in fp64."""
     row, q, k, v, d_out = (t.cpu().double() for t in inputs)
     attention = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
     positive = (attention * (d_out @ v.mT)).relu()
@@ -173,16 +172,14 @@ def interpret_all(path: str) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
     path = tmp_path_factory.mktemp("interpreted") / "results.npz"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
-    done = subprocess.run([sys.executable, __file__, path], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__, path)
     with np.load(path) as results:
         yield results
 
 
 @has_triton
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_interpreted_kernels_are_the_formula(case, interpreted):
+def test_interpreted_kernels_equal_the_formula(case, interpreted):
     assert_close(
         torch.from_numpy(interpreted[str(case)][0]), make_inputs(case, *interpreted_shape(case)), tolerance(case)
     )
@@ -190,14 +187,14 @@ def test_interpreted_kernels_are_the_formula(case, interpreted):
 
 @has_triton
 @pytest.mark.parametrize("case", REPEATED, ids=str)
-def test_two_interpreted_runs_agree_bit_for_bit(case, interpreted):
+def test_two_interpreted_runs_are_bitwise_identical(case, interpreted):
     assert same_bits(*torch.from_numpy(interpreted[str(case)]))
 
 
-def test_without_triton_the_module_imports_and_says_that_it_cannot_be_used():
+def test_without_triton_the_module_imports_and_is_not_usable():
     code = """
 import sys
-sys.modules["triton"] = None  # what an import of it then finds
+sys.modules["triton"] = None  # makes its import fail
 import torch
 from cfmask.kernels.relevance_kernel import usable
 assert not usable(torch.zeros(1, 5), torch.zeros(1, 1, 5, 16))
@@ -206,7 +203,7 @@ assert not usable(torch.zeros(1, 5), torch.zeros(1, 1, 5, 16))
     assert done.returncode == 0, done.stderr
 
 
-def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch():
+def test_tensors_that_the_kernels_do_not_accept_are_left_to_plain_pytorch():
     row, q = torch.zeros(1, 5), torch.zeros(1, 1, 5, 16)
     if os.environ.get("TRITON_INTERPRET") != "1":
         assert not usable(row, q)  # on the CPU
@@ -216,7 +213,7 @@ def test_what_the_kernels_do_not_take_is_left_to_plain_pytorch():
 
 
 @has_triton
-def test_a_triton_that_cannot_launch_is_warned_of_and_not_used(monkeypatch):
+def test_a_triton_that_cannot_launch_causes_a_warning_and_is_not_used(monkeypatch):
     import triton
 
     class Driver:
@@ -241,7 +238,7 @@ def test_a_triton_that_cannot_launch_is_warned_of_and_not_used(monkeypatch):
         {name: torch.zeros(2, 3, 5, MAX_HEAD_SIZE + 1) for name in ("q", "k", "v", "d_out")},
     ],
 )
-def test_tensors_that_do_not_fit_together_are_refused(wrong):
+def test_tensors_of_inconsistent_shapes_or_dtypes_are_refused(wrong):
     right = {"row": torch.zeros(2, 5), **{name: torch.zeros(2, 3, 5, 16) for name in ("q", "k", "v", "d_out")}}
     with pytest.raises(ValueError, match="row"):
         extend_row(**{**right, **wrong})
@@ -250,12 +247,15 @@ def test_tensors_that_do_not_fit_together_are_refused(wrong):
 @has_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs Triton's compiler")
 @pytest.mark.parametrize(
-    "heads, queries, size, dtype",
-    [(12, 197, 64, BF16), (12, 197, MAX_HEAD_SIZE, BF16), (1, 1, 64, BF16), (12, 197, MAX_HEAD_SIZE, F32)],
-)
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+    "capability, heads, queries, size, dtype",
+    [
+        *((capability, 12, 197, size, BF16) for capability in SHARED_MEMORY for size in (64, MAX_HEAD_SIZE)),
+        *((89, heads, queries, size, dtype)  # with the least shared memory
+          for heads, queries, size, dtype in ((1, 1, 64, BF16), (12, 197, MAX_HEAD_SIZE, F32))),
+    ],
+)  # fmt: skip
 def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads, queries, size, dtype, tmp_path):
-    """The interpreter takes what the compiler or the chip refuses."""
+    """The interpreter accepts kernels that the compiler or a GPU refuses."""
     row, keys = torch.empty(2, 197), torch.empty(2, heads, 197, size, dtype=dtype)
     q = keys[:, :, :queries]
     with no_cache(tmp_path):
@@ -268,7 +268,7 @@ def test_kernels_compile_for_gpus_and_fit_their_shared_memory(capability, heads,
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_on_a_gpu_are_the_formula(case, poisoned):
+def test_kernels_on_a_gpu_equal_the_formula(case, poisoned):
     inputs = make_inputs(case, 3, 5, "cuda")
     assert usable(inputs.row, inputs.q)
     new = extend_row(*inputs)
@@ -292,7 +292,7 @@ def test_no_map_of_all_pairs_of_tokens_reaches_memory():
 
 @pytest.mark.gpu
 @needs_gpu
-def test_the_device_is_never_waited_for():
+def test_the_host_never_waits_for_the_device():
     inputs = make_inputs(Case(64, 50, 50, BF16), 3, 5, "cuda")
     extend_row(*inputs)  # loads the kernels
     torch.cuda.synchronize()
@@ -313,7 +313,7 @@ def test_more_heads_than_the_second_axis_of_a_grid_holds(poisoned):
 
 @pytest.mark.gpu
 @needs_gpu
-def test_an_image_that_lies_beyond_32_bits_of_elements(poisoned):
+def test_an_image_beyond_32_bits_of_elements(poisoned):
     n, heads, length, size = 2, 3, 65, 64
     near = make_inputs(Case(size, length, length, BF16), n, heads, "cuda")
     stride = 2**31 + 64

@@ -1,4 +1,4 @@
-"""A run whose shards come by URL trains what one on a folder trains, to the bit."""
+"""A run whose shards are behind a URL is bitwise identical to one with a folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def url(materials) -> Iterator[str]:
         server.shutdown()
 
 
-def test_http_and_pipe_urls_train_what_the_folder_does(materials, url, tmp_path, monkeypatch, capsys):
+def test_runs_with_http_and_pipe_urls_are_bitwise_identical_to_one_with_a_folder(
+    materials, url, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("CFMASK_CACHE", str(tmp_path / "cache"))
     common = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 1, "--eval-sets", "val")
     ends = {}
@@ -50,7 +52,7 @@ def test_http_and_pipe_urls_train_what_the_folder_does(materials, url, tmp_path,
     assert len(list((tmp_path / "cache").glob("[!.]*.tar.*"))) == 2 * 20, "both ranks shared each copy"
 
 
-def test_a_server_that_is_not_there_is_named_before_anything_is_queued(materials, tmp_path):
+def test_an_unreachable_server_is_named_before_a_job_is_queued(materials, tmp_path):
     flags = made.recipe_flags(materials, tmp_path / "run")
     done = made.submit(*flags, "--shards", "http://127.0.0.1:9/shards", "--executor", "local", check=False)
     assert done.returncode == 2
@@ -58,7 +60,7 @@ def test_a_server_that_is_not_there_is_named_before_anything_is_queued(materials
     assert not (tmp_path / "run").exists()
 
 
-def test_a_cache_for_a_folder_would_do_nothing(materials, tmp_path):
+def test_cache_flags_are_refused_for_a_folder(materials, tmp_path):
     flags = made.recipe_flags(materials, tmp_path / "run")
     done = made.submit(*flags, "--cache-dir", tmp_path, "--executor", "local", check=False)
     assert done.returncode == 2 and "--cache-dir and --cache-gb would do nothing" in done.stderr

@@ -60,7 +60,7 @@ def test_runs_are_decoded_plain_and_compressed(height, width, share, seed):
     assert np.array_equal(decode_runs(compressed(runs), height, width), mask)
 
 
-def test_a_text_that_pycocotools_wrote():
+def test_a_text_by_pycocotools_is_decoded():
     """Of a 25 × 30 mask: a box of rows 5…14 and columns 3…22, and rows 20…23 of column 27."""
     mask = np.zeros((25, 30), bool)
     mask[5:15, 3:23] = True
@@ -73,9 +73,9 @@ PYCOCOTOOLS = "`2:?0000000000000000000000000000000000000c3JaM"
 
 @pytest.mark.parametrize(
     ("counts", "reason"),
-    [([3, 4], "7 pixels"), ([3, -1, 4], "whole numbers"), ("0`", "end within"), ("0\x1f", "no character")],
+    [([3, 4], "7 pixels"), ([3, -1, 4], "whole numbers"), ("0`", "end within"), ("0\x1f", "not a character")],
 )
-def test_runs_that_are_none_are_refused(counts, reason):
+def test_invalid_runs_are_refused(counts, reason):
     with pytest.raises(UserError, match=reason):
         decode_runs(counts, 2, 3)
 
@@ -128,7 +128,7 @@ def test_a_folder_of_pngs_and_run_length_files_is_read_by_key_folder_and_name(tm
     assert masks.read("n1_d", "", "dog") is None
 
 
-def test_what_is_no_mask_is_refused_with_the_reason(tmp_path, mask):
+def test_invalid_masks_are_refused_with_the_reason(tmp_path, mask):
     save_png(tmp_path / "labels.png", mask + 2 * mask[::-1], 100)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colours.png")
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
@@ -153,14 +153,14 @@ def test_what_is_no_mask_is_refused_with_the_reason(tmp_path, mask):
             masks.read(key, "", "dog")
 
 
-def test_places_without_masks_are_refused(tmp_path):
-    with pytest.raises(UserError, match="no masks at"):
+def test_paths_without_masks_are_refused(tmp_path):
+    with pytest.raises(UserError, match="No such file or folder of masks"):
         open_masks(tmp_path / "none")
     with pytest.raises(UserError, match="holds no masks"):
         open_masks(tmp_path)
     save_png(tmp_path / "a.png", np.zeros((2, 2)))
     (tmp_path / "a.json").write_text("{}")
-    with pytest.raises(UserError, match="Keep one"):
+    with pytest.raises(UserError, match="Keep only the one"):
         open_masks(tmp_path)
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": []}))
     with pytest.raises(UserError, match="not a file of COCO annotations"):
@@ -217,7 +217,7 @@ def test_instances_give_the_union_of_a_categorys_runs(tmp_path, mask):
     assert np.array_equal(masks.read("0007", "", "cat"), other)
     with pytest.raises(UserError, match="polygons"):
         masks.read("0008", "", "cat")
-    with pytest.raises(UserError, match="has 9 × 6 pixels, and an annotation of it has 6 × 9"):
+    with pytest.raises(UserError, match="has 9 × 6 pixels, but an annotation of it has 6 × 9"):
         masks.read("0008", "", "dog")
 
 
@@ -260,8 +260,8 @@ def test_groups_of_other_sets_are_their_classes():
     assert class_groups(classes, ["ring", "n90000001"]) == {"ring": frozenset({1}), "n90000001": frozenset({0})}
     for names, reason in (
         (["dog"], "none of ImageNet's 118"),
-        (["fish"], "no group 'fish'"),
-        (["all", "all"], "twice"),
+        (["fish"], "Unknown group 'fish'"),
+        (["all", "all"], "repeats"),
     ):
         with pytest.raises(UserError, match=reason):
             class_groups(classes, names)
@@ -303,17 +303,17 @@ def test_samples_come_with_their_masks_in_order_from_originals_and_from_crops(co
         assert torch.equal(sample.mask, crop_mask(torch.from_numpy(whole), 16))
 
 
-def test_a_mask_of_another_size_is_refused_and_of_a_crop_one_of_the_crop_taken(converted, tmp_path):
+def test_a_mask_of_another_size_is_refused_but_a_mask_of_the_crop_accepted(converted, tmp_path):
     key = read(converted, "shards", converted / "masks")[0].key
     save_png(tmp_path / f"{key}.png", np.ones((16, 16), bool))
-    with pytest.raises(UserError, match=rf"{key} has 16 × 16 pixels, its image had 23 × 20"):
+    with pytest.raises(UserError, match=rf"{key} has 16 × 16 pixels, and its original image has 23 × 20"):
         read(converted, "shards", tmp_path)
     found = {sample.key: sample.mask for sample in read(converted, "crops", tmp_path)}
     assert found.pop(key).all() and not any(mask is not None for mask in found.values())
 
 
-def test_shards_of_images_are_no_masks(converted):
-    with pytest.raises(UserError, match="a set of images, not of masks"):
+def test_shards_of_images_are_refused_as_masks(converted):
+    with pytest.raises(UserError, match="a set of images and not of masks"):
         open_masks(converted / "shards/val")
-    with pytest.raises(UserError, match="it holds these sets, name one of them: .*shards/val"):
+    with pytest.raises(UserError, match="holds several. Give one of them: .*shards/val"):
         open_masks(converted / "shards")

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation

@@ -1,4 +1,4 @@
-"""The stream is the plan, whatever carries it: ranks, threads, micro-batches, restarts."""
+"""The stream follows the plan for any ranks, threads, micro-batches and restarts."""
 
 import dataclasses
 import errno
@@ -135,7 +135,7 @@ def epoch(request, manifest):
     return request.param, list(train(manifest, spec=request.param))
 
 
-def test_batches_are_what_the_plan_says(manifest, epoch):
+def test_batches_follow_the_plan(manifest, epoch):
     """Spelled out once, from the plan, the bytes on disk and the generator of each lane."""
     spec, batches = epoch
     assert [batch.step for batch in batches] == [0, 1, 2, 3]
@@ -221,13 +221,13 @@ def test_resuming_may_change_world_size_and_loaders(manifest, epoch):
         assert_equal(joined(parts), whole[step])
 
 
-def test_epochs_see_other_orders_of_the_same_samples(manifest):
+def test_epochs_have_different_orders_of_the_same_samples(manifest):
     epochs = [[key for batch in train(manifest, epoch=e) for key in batch.keys] for e in range(3)]
     assert all(len(set(keys)) == len(keys) == 64 for keys in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_streaming_leaves_torch_s_global_generator_alone(manifest):
+def test_streaming_does_not_use_the_global_generator_of_torch(manifest):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     list(train(manifest))
@@ -251,7 +251,7 @@ def test_evaluation_sees_each_sample_once_in_order_without_padding(manifest, wor
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_goes_on_from_any_batch_on_any_number_of_ranks(manifest, world_size):
+def test_evaluation_resumes_from_any_batch_on_any_number_of_ranks(manifest, world_size):
     common = {"image_size": SIZE, "batch_size": 6, "world_size": world_size, "loader_workers": 0}
     ranks = [list(eval_batches(manifest, rank=r, start=4, **common)) for r in range(world_size)]
     keys = {key for rank in ranks for batch in rank for key in batch.keys}
@@ -278,7 +278,7 @@ def test_a_sample_that_cannot_be_used_is_named_when_its_batch_is_due(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_an_evaluation_of_a_set_whose_shard_vanished_names_it(quick_retries, tmp_path):
+def test_an_evaluation_names_a_shard_that_has_vanished(quick_retries, tmp_path):
     made = make_set(tmp_path / "train")
     (made.root / "train-000003.tar").unlink()
     batches = eval_batches(made, image_size=SIZE, batch_size=10, rank=0, world_size=1, loader_workers=2)
@@ -286,7 +286,7 @@ def test_an_evaluation_of_a_set_whose_shard_vanished_names_it(quick_retries, tmp
         list(batches)
 
 
-# --- bad samples in training: something of the same lane stands in ---------------------------------------------------
+# --- bad samples in training are replaced by others of their lane ----------------------------------------------------
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def expected_with_replacements(whole, bad_ids, epoch=1):
 
 
 @pytest.mark.parametrize("damage", ["bit rot", "missing shard", "does not decode"])
-def test_the_next_good_sample_of_the_lane_stands_in_for_a_bad_one(quick_retries, tmp_path, damage):
+def test_a_bad_sample_is_replaced_by_the_next_good_one_of_its_lane(quick_retries, tmp_path, damage):
     good = make_set(tmp_path / "good")
     whole = list(train(good))
     if damage == "does not decode":
@@ -378,7 +378,7 @@ def test_raw_crops_stream_the_pixels_of_the_originals(manifest, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["a pixel", "another size"])
-def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, manifest, tmp_path, damage):
+def test_a_damaged_raw_crop_is_replaced(quick_retries, manifest, tmp_path, damage):
     def wrong(number):
         crop = torch.zeros(3, SIZE + 1, SIZE + 1, dtype=torch.uint8)
         return images.encode(crop, "crop-raw")[1] if number == 13 else raw_picture(number)
@@ -398,10 +398,10 @@ def test_a_raw_crop_that_is_not_what_was_written_gets_a_stand_in(quick_retries, 
     by_key = {key: image for batch in whole for key, image in zip(batch.keys, batch.images, strict=True)}
     for batch in batches:
         for key, image in zip(batch.keys, batch.images, strict=True):
-            assert torch.equal(image, by_key[key]), "the stand-in's pixels are where its key is"
+            assert torch.equal(image, by_key[key]), "the replacement's pixels are in the row of its key"
 
 
-def test_an_error_that_passes_is_waited_for(quick_retries, manifest, monkeypatch):
+def test_a_temporary_error_is_retried(quick_retries, manifest, monkeypatch):
     whole = list(train(manifest))
     real, failures = os.preadv, []
 
@@ -418,7 +418,7 @@ def test_an_error_that_passes_is_waited_for(quick_retries, manifest, monkeypatch
         assert_equal(a, b)
 
 
-def test_a_lane_of_which_nothing_can_be_read_ends_the_stream(quick_retries, tmp_path):
+def test_a_lane_without_readable_samples_ends_the_stream(quick_retries, tmp_path):
     made = make_set(tmp_path / "train")
     for shard in made.shards:
         (made.root / shard.name).unlink()
@@ -429,7 +429,7 @@ def test_a_lane_of_which_nothing_can_be_read_ends_the_stream(quick_retries, tmp_
 
 def test_crops_of_another_size_are_refused_at_once(manifest):
     crops = dataclasses.replace(manifest, store="crop-raw", image_size=32)
-    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels, the model takes 28 × 28. Convert"):
+    with pytest.raises(UserError, match="holds crops of 32 × 32 pixels, and the model takes 28 × 28. Convert"):
         train(crops)
     with pytest.raises(UserError, match="holds crops of 32 × 32 pixels"):
         eval_batches(crops, image_size=28, batch_size=4, rank=0, world_size=1, loader_workers=0)
@@ -478,7 +478,7 @@ def test_no_more_than_the_bounded_number_of_batches_is_read_ahead(manifest, monk
         assert len(begun) <= taken + 1
 
 
-def test_a_stream_that_is_left_early_leaves_no_thread_and_no_file_open(tmp_path):
+def test_a_stream_that_is_closed_early_leaves_no_thread_and_no_open_file(tmp_path):
     """However it is left: closed, by an error of its own, or forgotten in a cycle."""
     made = make_set(tmp_path / "train", lambda n: b"no image" if n == 64 else picture(n))
     batches = train(made, workers=2)
@@ -530,7 +530,7 @@ def start_trainer(tmp_path, manifest, then):
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_signals_of_a_job_leave_the_stream_alone(tmp_path, manifest):
+def test_signals_of_a_job_do_not_affect_the_stream(tmp_path, manifest):
     with start_trainer(tmp_path, manifest, then="time.sleep(0.2)") as trainer:
         assert trainer.stdout is not None
         assert trainer.stdout.readline() == "step\n"

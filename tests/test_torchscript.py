@@ -1,4 +1,4 @@
-"""TorchScript archives: the tensors that torch.jit.load gives, and no pickle gets to run anything."""
+"""TorchScript archives have the tensors of torch.jit.load, and no pickle can run code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["scripted", "odd"])
-def test_a_torchscript_archive_gives_what_torch_jit_load_gives(tmp_path, how):
+def test_a_torchscript_archive_has_the_tensors_of_torch_jit_load(tmp_path, how):
     path = tmp_path / "archive.pt"
     module = torch.jit.script(Odd() if how == "odd" else build_tower(TINY.info()).half().eval())
     torch.jit.save(module, path)
@@ -98,7 +98,7 @@ def call(module, name, argument):
     ],
 )
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_in_an_archive_gets_nothing_to_call(tmp_path, module, name, protocol):
+def test_a_pickle_in_an_archive_can_call_nothing(tmp_path, module, name, protocol):
     target = tmp_path / "owned"
     argument = f"touch {target}".encode()
     data = call(module.encode(), name.encode(), argument)
@@ -118,7 +118,7 @@ def test_the_pickles_of_these_tests_would_do_harm(tmp_path):
 
 
 def test_torchscript_classes_are_inert(tmp_path):
-    """Whatever they are called, and whatever is built, called or set on them."""
+    """Under any name, and when they are built, called or given a state."""
     target = tmp_path / "owned"
     inner = call(b"__torch__.os", b"system", f"touch {target}".encode())[2:-1]
     data = b"\x80\x02" + b"c__torch__\nM\n)\x81}\x8c\x01x" + inner + b"sb."
@@ -168,7 +168,7 @@ def one_tensor(storage, offset, size, stride):
         (("storage", "OddStorage", "0", "cpu", 4), (0, (2, 2), (2, 1)), "names torch.OddStorage"),
     ],
 )
-def test_a_tensor_is_read_from_its_own_storage_and_from_nothing_else(tmp_path, storage, shape, reason):
+def test_a_tensor_is_read_only_from_its_own_storage(tmp_path, storage, shape, reason):
     four = torch.arange(4.0).numpy().tobytes()
     path = archive(tmp_path / "archive.pt", one_tensor(storage, *shape), **{"0": four})
     if reason is None:
@@ -188,7 +188,7 @@ def deflated(archive: Path, changed=lambda name, data: data) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["scripted", "state dict"])
-def test_an_archive_that_inflates_is_refused_before_it_does(tmp_path, kind, monkeypatch):
+def test_an_archive_that_would_inflate_is_refused(tmp_path, kind, monkeypatch):
     path = tmp_path / "archive.pt"
     tower = build_tower(TINY.info()).eval()
     torch.jit.save(torch.jit.script(tower), path) if kind == "scripted" else torch.save(tower.state_dict(), path)

@@ -1,4 +1,4 @@
-"""tools/validate_masks.py: its numbers beside a count of every pixel, interruption, bad input, pictures."""
+"""tools/validate_masks.py: its rates against a count of every pixel, interruption, bad input, pictures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def by_hand(root: Path, model_file: str, threshold: float, *, context: bool = Fa
     normalise, size, patch = Normalise(info.mean, info.std), model.image_size, model.patch_size
     for path in sorted((root / "images/val").rglob("*.JPEG")):
         whole = np.array(Image.open(root / "masks/val" / path.parent.name / f"{path.stem}.png"))
-        # The short side becomes ``size``, each pixel takes the nearest one's value, and the middle is cut out.
+        # The short side becomes ``size``, each pixel takes the nearest one's value, and the centre is cropped.
         height, width = whole.shape
         scaled = [size if side == min(whole.shape) else int(size * side / min(whole.shape)) for side in whole.shape]
         rows = [int((i + 0.5) * height / scaled[0]) for i in range(scaled[0])]
@@ -149,7 +149,7 @@ def test_table_and_pictures(scene, tmp_path, capsys):
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
 
 
-def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_validation_resumes_with_the_same_results(scene, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert validate_masks.main(command(scene, whole, "--count", 0)) == 0
     part, shards_done = Validation.part, []
@@ -179,7 +179,7 @@ def test_stopped_between_shards_it_goes_on_and_ends_the_same(scene, tmp_path, mo
     assert "a validation of other thresholds" in capsys.readouterr().err
 
 
-def test_a_run_is_asked_about_its_own_masks(scene, tmp_path):
+def test_the_masks_of_a_run_are_the_default(scene, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "model.safetensors").write_bytes((scene / "a.safetensors").read_bytes())
@@ -211,17 +211,17 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--groups", "fish"), "no group 'fish'"),
-        (("--groups", "dog", "dog"), "twice"),
-        (("--thresholds", "1.0"), "--thresholds must lie in 0…1"),
-        (("--thresholds", "0.2", "0.2"), "twice"),
-        (("--segmentation", "nowhere"), "There are no masks at nowhere"),
+        (("--groups", "fish"), "Unknown group 'fish'"),
+        (("--groups", "dog", "dog"), "repeats"),
+        (("--thresholds", "1.0"), "--thresholds must be at least 0 and below 1"),
+        (("--thresholds", "0.2", "0.2"), "repeats"),
+        (("--segmentation", "nowhere"), "No such file or folder of masks: nowhere"),
         (("--set", "train"), "no folder of shards"),
         (("--batch-size", "0"), "--batch-size must be at least 1"),
         (("--cam", "grad-cam", "--first-block", "1"), "--first-block would do nothing"),
     ],
 )
-def test_what_makes_no_sense_is_refused(scene, tmp_path, capsys, flags, reason):
+def test_invalid_flags_are_refused(scene, tmp_path, capsys, flags, reason):
     assert validate_masks.main(command(scene, tmp_path, *flags)) == 2
     assert reason in capsys.readouterr().err
 
@@ -234,7 +234,7 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
     for path in (scene / "masks/val").rglob("*.png"):
         Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / path.name)
     assert validate_masks.main([*asked, "--segmentation", str(tmp_path)]) == 2
-    assert "it is the mask of another image" in capsys.readouterr().err
+    assert "It must be the mask of this image" in capsys.readouterr().err
 
 
 def test_the_demos_exact_masks_are_found_by_their_keys(tmp_path, monkeypatch):

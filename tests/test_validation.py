@@ -1,4 +1,4 @@
-"""Mask validation's arithmetic beside a count of pixels, one by one."""
+"""The rates of masks equal those of a count of single pixels."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_masks_at_thresholds_are_the_methods_own_also_where_relevance_is_at_the_
         masks_at(cam, thresholds, "random")
 
 
-def test_a_known_case():
+def test_rates_of_an_example_computed_by_hand():
     """A 4 × 4 image of 2 × 2 patches; the object covers the first patch and half of the second."""
     segmentation = torch.zeros(1, 4, 4, dtype=torch.bool)
     segmentation[0, :2, :3] = True
@@ -123,7 +123,7 @@ def test_a_tally_goes_through_json_without_a_change():
     assert (before + after).images == 10
 
 
-def test_what_is_no_segmentation_is_refused():
+def test_invalid_segmentations_are_refused():
     with pytest.raises(ValueError, match="bool"):
         coverage(torch.zeros(1, 4, 4), 2)
     with pytest.raises(ValueError, match="no patch of 8"):

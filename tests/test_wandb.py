@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import made
-from cfmask.curves import curves_of
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import PRESETS, Data, Method, Recipe, preset_of
+from cfmask.log_lines import curves_of
+from cfmask.presets import PRESETS, preset_of
+from cfmask.recipe import Data, Method, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, cut_lines, read_lines
 from launch.allocation.cluster_file import ClusterFile

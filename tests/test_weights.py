@@ -1,4 +1,4 @@
-"""Checkpoints of other programs: every wrapping comes to open_clip's names, and no pickle gets to run anything."""
+"""Checkpoints of other programs: names become open_clip's, and no pickle can run code."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NAMES = ("visual.conv1.weight", "visual.proj", "transformer.resblocks.0.ln_1.wei
 
 
 @given(st.lists(WORD, max_size=4), st.data())
-def test_whatever_a_clip_is_wrapped_in_its_names_are_open_clips_again(parts, data):
+def test_names_of_a_wrapped_clip_become_open_clips(parts, data):
     tensors = {name: torch.tensor(float(i)) for i, name in enumerate(NAMES)}
     prefix = "".join(f"{part}." for part in parts)
     depth = data.draw(st.integers(0, len(parts)))
@@ -73,7 +73,7 @@ def test_whatever_a_clip_is_wrapped_in_its_names_are_open_clips_again(parts, dat
         *("compiled", "compiled tower", "compiled blocks", "ddp in compile", "ddp tower"),
     ],
 )
-def test_the_checkpoints_that_people_have(clip, tmp_path, kind):
+def test_checkpoints_of_common_programs_are_read(clip, tmp_path, kind):
     state = clip.state_dict()
     visual = {name: value for name, value in state.items() if name.startswith("visual.")}
     weight, bias = torch.randn(5, TINY.embed), torch.randn(5)
@@ -93,7 +93,7 @@ def test_the_checkpoints_that_people_have(clip, tmp_path, kind):
         "ddp in compile": renamed(wrapped(state, "_orig_mod.module."), "visual.", "visual._fsdp_wrapped_module."),
         "ddp tower": renamed(state, "visual.", "visual.module."),
     }
-    if kind == "safetensors":  # whatever it is called
+    if kind == "safetensors":  # with any extension
         save_file(state, path)
     else:
         torch.save(saved.get(kind, state), path, _use_new_zipfile_serialization=kind != "old")
@@ -113,7 +113,7 @@ def test_openais_state_dicts_are_known_by_their_extra_entries(clip, tmp_path):
     assert found.quick_gelu and found.openai and same(found.state, clip.state_dict())
 
 
-def test_what_could_be_meant_in_two_ways_is_refused(clip):
+def test_ambiguous_checkpoints_are_refused(clip):
     state = clip.state_dict()
     with pytest.raises(UserError, match="holds 2 image towers, under 'ema.' and 'model.'"):
         in_open_clips_names({**wrapped(state, "model."), **wrapped(state, "ema.")})
@@ -172,7 +172,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["torch.save", "torch.save, old", "pickle.dump", "beside"])
-def test_a_pickled_module_is_refused_and_it_says_how_to_make_a_state_dict(tmp_path, how):
+def test_a_pickled_module_is_refused_with_instructions_to_make_a_state_dict(tmp_path, how):
     path = tmp_path / "model.pt"
     if how == "pickle.dump":  # as WiSE-FT does
         path.write_bytes(pickle.dumps(Whole()))
@@ -196,7 +196,7 @@ def test_a_pickled_module_is_refused_and_it_says_how_to_make_a_state_dict(tmp_pa
         (b"\x80\x02garbage", "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, content, reason):
+def test_a_file_that_is_not_a_checkpoint_is_refused(tmp_path, content, reason):
     path = tmp_path / "ViT-B-32.pt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason):
@@ -204,7 +204,7 @@ def test_a_file_that_is_no_checkpoint_says_what_it_is(tmp_path, content, reason)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "torchscript"])
-def test_a_torn_file_is_refused(clip, tmp_path, kind):
+def test_a_truncated_file_is_refused(clip, tmp_path, kind):
     path = tmp_path / "torn.pt"
     if kind == "safetensors":
         save_file(clip.state_dict(), path)
@@ -218,7 +218,7 @@ def test_a_torn_file_is_refused(clip, tmp_path, kind):
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_the_code_of_an_archive_tells_its_activation(tmp_path, quick):
+def test_the_activation_is_read_from_the_code_of_an_archive(tmp_path, quick):
     path = tmp_path / "ViT-B-32.pt"
     torch.jit.save(torch.jit.script(tiny_clip(dataclasses.replace(TINY, quick=quick)).eval()), path)
     shapes = read_weights(path, shapes_only=True)
@@ -230,6 +230,6 @@ def test_the_code_of_an_archive_tells_its_activation(tmp_path, quick):
         describe(str(tmp_path / "wrong.json"), str(path))
 
 
-def test_a_folder_is_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="is a folder: give the file"):
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is a folder. Give the file"):
         find_weights("ViT-B-32", str(tmp_path))

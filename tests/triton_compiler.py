@@ -1,18 +1,31 @@
-"""Compiles Triton kernels for GPUs that are not there, with the very constants that their launchers give them."""
+"""Triton kernels without a GPU: run by Triton's interpreter, or compiled for GPUs that this machine does not have."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
+
+from made import REPO
 
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227}
 """KiB that one block may have, by compute capability: A100, L4 and RTX 40, H100."""
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+def run_interpreted(script: str, results: Path) -> None:
+    """Run a script, which writes ``results``, in a process in which Triton's interpreter runs kernels: Triton decides
+    that when it is imported, for the whole process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{REPO}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, script, results], env=environment, capture_output=True, text=True)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip("the interpreter of this version of Triton needs NumPy before 2.4")
+    assert done.returncode == 0, done.stderr
 
 
 class Launch(NamedTuple):
@@ -37,32 +50,23 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
 
 
 def compile_for(launch: Launch, capability: int):
-    """What Triton makes of a launch for a GPU of this compute capability."""
-    import triton
+    """What Triton makes of a launch for a GPU of this compute capability: its own warm-up, which compiles and does not
+    launch, with a driver that claims such a GPU."""
     from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    kernel, arguments, options = launch
-    given = dict(zip(kernel.arg_names, arguments, strict=False))
-    compiler = {name: value for name, value in options.items() if name in ("num_warps", "num_stages")}
-    constants = {name: value for name, value in options.items() if name not in compiler}
-    signature, aligned = {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        value = given.get(name)
-        if name in constants:
-            signature[name] = "constexpr"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = _TYPES[value.dtype]
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif value == 1:  # a launch makes a constant of an integer that is 1
-            signature[name], constants[name] = "constexpr", 1
-        else:
-            signature[name] = "i32"
-            if value % 16 == 0:
-                aligned[(place,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=compiler)
+    class Driver:
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", capability, 32))
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+
+    launch.kernel.__init__(launch.kernel.fn)  # forget what was compiled for other GPUs
+    before = dict(vars(driver))
+    driver.set_active(Driver())
+    try:
+        return launch.kernel.run(*launch.arguments, grid=(1,), warmup=True, **launch.options)
+    finally:
+        vars(driver).update(before)
 
 
 @contextmanager

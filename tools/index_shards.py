@@ -32,8 +32,8 @@ try:
     from cfmask.convert.tables import Classes, read_classes
     from cfmask.data import imagenet
     from cfmask.errors import UserError
-    from cfmask.files import sole_writer
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import sole_writer
     from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
 except ModuleNotFoundError as missing:

@@ -26,8 +26,8 @@ try:
     from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
-    from cfmask.files import sole_writer
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import sole_writer
     from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
     from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device

@@ -25,8 +25,8 @@ try:
     from cfmask.convert.set_verification import Findings, as_json, checks_of, find_sets, findings_of
     from cfmask.convert.tarscan import shown_size
     from cfmask.errors import UserError
-    from cfmask.files import remove_leftovers, write_atomically
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import remove_leftovers, write_atomically
     from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array

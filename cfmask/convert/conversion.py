@@ -21,7 +21,7 @@ from cfmask.convert.unpacking import Unpack, pending, unpack
 from cfmask.convert.writing import LEFT_OUT, NO_IMAGES, STAYS_OUT, make_shard, preload
 from cfmask.data import images, shards
 from cfmask.errors import UserError
-from cfmask.files import remove_leftovers, sole_writer, write_atomically
+from cfmask.runtime.files import remove_leftovers, sole_writer, write_atomically
 from cfmask.runtime.output import printable
 from cfmask.runtime.progress import progress_bar
 

@@ -22,7 +22,7 @@ from cfmask.convert.tables import Classes
 from cfmask.convert.tarscan import packing
 from cfmask.data import benchmarks, imagenet, images, shard_index, shards
 from cfmask.errors import UserError
-from cfmask.files import remove_leftovers, write_atomically
+from cfmask.runtime.files import remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from cfmask.convert.sources.files import LabelledImage
 from cfmask.convert.tables import Classes
 from cfmask.data import images, plan, shards
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 PLAN = "plan.json"
 """In the folder of a set: the plan that its shards are of."""

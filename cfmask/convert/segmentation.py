@@ -24,7 +24,7 @@ from cfmask.data.segmented import facts_of
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.errors import UserError
-from cfmask.files import remove_leftovers
+from cfmask.runtime.files import remove_leftovers
 from cfmask.runtime.pool import worker_number
 
 

@@ -26,7 +26,7 @@ from cfmask.convert.sources.blobs import Blob, SourceFile
 from cfmask.convert.sources.parquet import Columns, ParquetPart, damaged
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full, written_aside
+from cfmask.runtime.files import disk_is_full, written_aside
 
 FOLDER = ".unpacked"
 _ROWS_AT_ONCE = 32

@@ -15,7 +15,7 @@ from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, ShardTask, Store, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.output import printable
 
 # Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.

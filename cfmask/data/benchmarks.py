@@ -1,7 +1,7 @@
-"""The sets of the paper's evaluation: how many images and classes each has, and which.
+"""The evaluation sets of the paper: numbers of images and classes, and the classes.
 
-Wrong copies of them are common and give wrong numbers without any error (an ObjectNet of 23.7k images instead of
-18.6k, ImageNet-V2 with its folders sorted as strings), so counts are checked before a set is converted.
+Wrong copies are common and give wrong results without an error (an ObjectNet of 23.7k images instead of 18.6k,
+ImageNet-V2 with its folders sorted as strings). So counts are checked before a set is converted.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from cfmask.data.shards import Manifest
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a whole copy of a set has. classes: folders that hold images. class_ids: of ImageNet's 1000, how many are
-    a right answer to some image; more than ``classes`` where a class of the set is several of ImageNet."""
+    """Counts of a complete copy of a set."""
 
     name: str
     images: int
     classes: int = 1000
+    """Folders that hold images."""
     class_ids: int = 1000
+    """Class ids of ImageNet that are right for some image; more than ``classes`` if a class of the set is several of
+    ImageNet."""
 
     def deviations(self, images: Mapping[str, int], class_ids: int) -> list[str]:
-        """What a copy has otherwise, in words; [] for a whole one.
+        """Differences of a copy, in words; [] for a complete one.
 
         Args:
-            images: number of images by class folder; folders without images may be there or not.
-            class_ids: as the attribute of this name.
+            images: number of images by class folder, possibly with empty folders.
+            class_ids: as the field of this name.
         """
         found = {
             "images": (sum(images.values()), self.images),
@@ -47,7 +49,7 @@ OBJECTNET = Benchmark("objectnet", 18_574, 113, 125)
 IMAGENET_A = Benchmark("imagenet-a", 7_500, 200, 200)
 
 SHIFTED = (IMAGENET_V2, IMAGENET_R, IMAGENET_SKETCH, OBJECTNET, IMAGENET_A)
-"""The five whose mean is the robustness average, in the order of the paper's tables."""
+"""The five sets of the robustness average, in the order of the paper's tables."""
 
 ALIASES = {
     "imagenet": VAL.name,
@@ -63,8 +65,8 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (TRAIN, VAL, *SHIFTED)}
 
 
 def deviations_of(manifest: Manifest) -> list[str]:
-    """What a set has otherwise than a whole copy of the known set of its name, in words; [] for a whole one, and for a
-    set that is not known. Everybody's sets are called train and val: these are known only with ImageNet's classes."""
+    """Differences of a set from the known set of its name, in words; [] for a complete copy or an unknown set. A set
+    named train or val is a known one only if it has ImageNet's classes."""
     known = BENCHMARKS.get(manifest.split)
     classes = [wnid for wnid, _ in manifest.classes]
     if known is None or (known in (TRAIN, VAL) and tuple(classes) != imagenet.wnids()):
@@ -77,11 +79,11 @@ def deviations_of(manifest: Manifest) -> list[str]:
 
 
 def right_ids(manifest: Manifest) -> list[int]:
-    """Class ids that are a right answer to some image of a set, sorted."""
+    """Class ids that are right for some image of a set, sorted."""
     seen = (label for label, count in enumerate(manifest.class_counts) if count)
     return sorted({i for label in seen for i in manifest.accepted.get(label, (label,))})
 
 
 def wnids(name: str) -> tuple[str, ...]:
-    """The sorted wnids that a set's classes are of: 200 for ImageNet-R and -A, else all 1000."""
+    """The sorted wnids of a known set: 200 for ImageNet-R and -A, else all 1000."""
     return {"imagenet-r": imagenet.r_wnids, "imagenet-a": imagenet.a_wnids}.get(name, imagenet.wnids)()

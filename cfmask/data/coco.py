@@ -1,11 +1,11 @@
-"""COCO's annotations of a set of images: panoptic ones as they are distributed, and run-length encoded instances.
+"""COCO's annotations: panoptic ones as they are distributed, and run-length encoded instances.
 
-    annotations/panoptic_val2017.json       images, categories, and for each image its segments and their categories
-    annotations/panoptic_val2017/*.png      an image of segment ids each, R + 256 G + 65536 B; 0 is no segment
+    annotations/panoptic_val2017.json       images, categories, and the segments of each image with their categories
+    annotations/panoptic_val2017/*.png      segment ids of each image, R + 256 G + 65536 B; 0 is no segment
     annotations/panoptic_val2017.zip        the same PNGs as they are downloaded, read in place
 
-The mask of a category is the union of its segments, ``iscrowd`` ones (groups that are outlined as a whole) among them.
-The JSON has to agree with itself and with the PNGs: ids that only one of the two has would be objects that are missed.
+The mask of a category is the union of its segments, including ``iscrowd`` ones (groups outlined as a whole). The JSON
+is checked for contradictions, and against the PNGs: an id that only one of them has would be a missed object.
 """
 
 from __future__ import annotations
@@ -22,19 +22,23 @@ import numpy as np
 from cfmask.data.filetree import FileTree, posix
 from cfmask.data.mask_files import Mask, Names, decode_mask, read_json, read_segment_ids, shown_size
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
+from cfmask.runtime.files import sha256_of
+
+_MIXED = (
+    "The PNGs and the JSON are not from the same download, or the PNGs were converted. Use both from the same source."
+)
 
 
 @dataclass(frozen=True)
 class CocoImage:
-    """An image of a file of annotations.
-
-    file: its name. size: height and width. annotations: one with all segments if panoptic, else one an instance.
-    """
+    """An image of the annotations."""
 
     file: str
+    """File name."""
     size: tuple[int, int]
+    """Height and width."""
     annotations: list[dict[str, Any]] = field(default_factory=list)
+    """One with all segments if panoptic, else one for each instance."""
 
 
 class CocoMasks:
@@ -42,11 +46,10 @@ class CocoMasks:
 
     Args:
         path: the JSON.
-        pngs: folder or zip of the panoptic PNGs; by default the folder beside the JSON that is named like it, or else
-            the zip.
+        pngs: folder or zip of the panoptic PNGs; by default, the one beside the JSON with the same name.
 
     Raises:
-        UserError: the file is none of COCO's annotations, contradicts itself, or the PNGs are not there.
+        UserError: the file does not have COCO's annotations or contradicts itself, or the PNGs are missing.
     """
 
     def __init__(self, path: Path, pngs: Path | None = None) -> None:
@@ -58,33 +61,30 @@ class CocoMasks:
             self._panoptic = self._read_annotations(raw["annotations"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} is not a file of COCO annotations ({error!r}): it needs images (id, file_name, height, "
-                f"width), categories (id, name) and annotations (image_id; segments_info and file_name, or category_id "
-                f"and segmentation). A file that is one mask goes into a folder, named by the sample's key."
+                f"{path} is not a file of COCO annotations ({error!r}), which has images (id, file_name, height, "
+                "width), categories (id, name) and annotations (image_id; segments_info and file_name, or category_id "
+                "and segmentation). If it is a single mask, put it into a folder, named by the sample's key."
             ) from None
         self._by_file = {Path(image.file): image for image in self._images.values()}
         self._names = Names(list(self._by_file))
         if pngs is not None and not self._panoptic:
-            raise UserError(f"{path} has no panoptic annotations, so PNGs of segment ids ({pngs}) would not be used.")
+            raise UserError(f"{path} has no panoptic annotations, so the PNGs of segment ids ({pngs}) are not needed.")
         self._pngs = self._open_pngs(pngs) if self._panoptic else None
 
     # --- reading masks ------------------------------------------------------------------------------------------------
 
     def read(self, key: str, name: str, category: str) -> Mask | None:
-        """The mask of a sample; as ``segmentation.Masks``."""
+        """As ``segmentation.Masks.read``."""
         file = self._names.find(key, name)
         return None if file is None else self.mask(self._by_file[file], category)
 
     def has(self, key: str) -> bool:
-        """Whether the sample of this key has a mask, so far as its key alone tells."""
+        """As ``segmentation.Masks.has``."""
         return self._names.find(key, "") is not None
 
     def images_with(self, categories: Collection[str]) -> list[tuple[CocoImage, str]]:
-        """Images and the categories that they show, by file name; one entry for each category of an image.
-
-        Raises:
-            UserError: a category that the annotations do not have.
-        """
+        """Pairs of an image and a category that it shows, sorted by file name. Raises UserError for a category that the
+        annotations do not have."""
         numbers = {self._category_id(name): name for name in categories}
         found = []
         for image in sorted(self._images.values(), key=lambda image: image.file):
@@ -94,10 +94,10 @@ class CocoMasks:
         return found
 
     def mask(self, image: CocoImage, category: str) -> Mask:
-        """bool (H, W): where an image shows a category.
+        """bool (H, W): the pixels of a category in an image.
 
         Raises:
-            UserError: a category that the annotations do not have, or a mask that cannot be read.
+            UserError: the annotations do not have the category, or a mask cannot be read.
         """
         number = self._category_id(category)
         mask: Mask = np.zeros(image.size, bool)
@@ -108,8 +108,8 @@ class CocoMasks:
                 part = decode_mask(annotation.get("segmentation"), self._path)
                 if part.shape != image.size:
                     raise UserError(
-                        f"{self._path} says that {image.file} has {shown_size(image.size)} pixels, and an annotation "
-                        f"of it has {shown_size(part.shape)}."
+                        f"According to {self._path}, {image.file} has {shown_size(image.size)} pixels, but an "
+                        f"annotation of it has {shown_size(part.shape)}."
                     )
                 mask |= part
         return mask
@@ -126,27 +126,25 @@ class CocoMasks:
         shown = self._pngs.place / (found or name)
         if found is None:
             raise UserError(
-                f"{self._path} names {shown}, which cannot be read: there is no such file. The PNGs of COCO's segment "
-                f"ids come with the JSON, as a zip; unpack all of it, or give the zip itself with --panoptic-pngs. If "
-                f"the file is there under another spelling, give it the name that the JSON has."
+                f"{self._path} refers to {shown}, which does not exist. COCO distributes the PNGs of segment ids with "
+                "the JSON, as a zip: unpack all of it, or give the zip with --panoptic-pngs. If the file exists under "
+                "another spelling, rename it."
             )
         try:
             data = self._pngs.read(found)
         except UserError as reason:
-            raise UserError(f"{self._path} names {shown}, which cannot be read. {reason}") from None
+            raise UserError(f"{self._path} refers to {shown}, which cannot be read. {reason}") from None
         ids = read_segment_ids(shown, data, image.size)
         segments = {segment["id"]: segment for segment in annotation["segments_info"]}
         there = set(np.unique(ids).tolist()) - {0}
         if strangers := sorted(there - segments.keys()):
             raise UserError(
-                f"{shown} has pixels of {len(strangers)} segments that {self._path} does not list (id {strangers[0]}): "
-                f"what they show is unknown. The PNGs and the JSON are not of one download, or the PNGs were "
-                f"converted. Take both from the same source."
+                f"{shown} has pixels of {len(strangers)} segments that {self._path} does not list (id {strangers[0]}). "
+                + _MIXED
             )
         if lost := sorted(number for number in segments.keys() - there if segments[number].get("area") != 0):
             raise UserError(
-                f"{shown} has no pixel of {len(lost)} segments that {self._path} lists (id {lost[0]}): the PNGs and "
-                f"the JSON are not of one download, or the PNGs were converted. Take both from the same source."
+                f"{shown} has no pixel of {len(lost)} segments that {self._path} lists (id {lost[0]}). {_MIXED}"
             )
         return np.isin(ids, [number for number, segment in segments.items() if segment["category_id"] == category])
 
@@ -156,12 +154,12 @@ class CocoMasks:
             return numbers[0]
         if numbers:
             raise UserError(
-                f"{self._path} has {len(numbers)} categories named {name!r}: which one is meant is unclear."
+                f"{self._path} has {len(numbers)} categories named {name!r}; it is unclear which one is meant."
             )
         known = sorted(self._categories)
         raise UserError(
             f"{self._path} has no category {name!r}. Its categories: {', '.join(known[:12])}"
-            f"{' …' if len(known) > 12 else ''}. Choose --groups that it has, or masks of one object a sample (PNGs)."
+            f"{' …' if len(known) > 12 else ''}. Choose other --groups, or masks of one object for each sample (PNGs)."
         )
 
     # --- reading the file ---------------------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ class CocoMasks:
         names: dict[Any, str] = {}
         for entry in entries:
             if entry["id"] in names:
-                raise UserError(f"{self._path} has two categories of the id {entry['id']!r}.")
+                raise UserError(f"{self._path} has two categories with the id {entry['id']!r}.")
             names[entry["id"]] = str(entry["name"])
         self._category_ids = names.keys()
         found: dict[str, list[Any]] = {}
@@ -192,17 +190,17 @@ class CocoMasks:
                 raise UserError(f"{self._path} gives {file} a height and width of {size[0]!r} and {size[1]!r}.")
             if entry["id"] in found or file in files:
                 raise UserError(
-                    f"{self._path} lists the image {entry['id']!r} ({file}) twice, by its id or file name: which "
-                    f"annotations are its own is unclear."
+                    f"{self._path} lists the image {entry['id']!r} ({file}) twice, by id or file name, so it is "
+                    "unclear which annotations are its own."
                 )
             files.add(file)
             found[entry["id"]] = CocoImage(file, size)
         return found
 
     def _read_annotations(self, entries: list[dict[str, Any]]) -> bool:
-        """Sort the annotations to their images; whether they are panoptic."""
+        """Assign annotations to their images. Returns whether they are panoptic."""
         if not entries:
-            raise UserError(f"{self._path} has no annotations: of a test set, COCO distributes none.")
+            raise UserError(f"{self._path} has no annotations. COCO does not distribute those of test sets.")
         panoptic = "segments_info" in entries[0]
         for entry in entries:
             if entry["image_id"] not in self._images:
@@ -211,43 +209,44 @@ class CocoMasks:
                 )
             image = self._images[entry["image_id"]]
             if ("segments_info" in entry) != panoptic:
-                raise UserError(f"{self._path} holds panoptic annotations and others (one of {image.file}).")
+                raise UserError(f"{self._path} mixes panoptic annotations with others (one of {image.file}).")
             segments = entry["segments_info"] if panoptic else [entry]
             if panoptic:
                 self._check_segments(image, entry)
             if strangers := [s["category_id"] for s in segments if s["category_id"] not in self._category_ids]:
                 raise UserError(
-                    f"{self._path} has an annotation of {image.file} of the category id {strangers[0]!r}, which is "
+                    f"{self._path} has an annotation of {image.file} with the category id {strangers[0]!r}, which is "
                     f"not among its categories ({self._examples()}). If the ids are those of a model's outputs (0, 1, "
-                    f"2, …), give annotations with the ids of the categories, as COCO numbers them (bird 16, cat 17, "
-                    f"dog 18). Ids that are numbers in one place and text in the other are different ids."
+                    "2, …), convert them to COCO's ids (bird 16, cat 17, dog 18). An id as a number differs from the "
+                    "same id as text."
                 )
             image.annotations.append(entry)
         if panoptic and (bare := sum(not image.annotations for image in self._images.values())):
             warnings.warn(
                 f"{self._path}: {bare} of {len(self._images)} images have no annotation. They count as images without "
-                f"a pixel of the object.",
+                "the "
+                f"object.",
                 stacklevel=4,
             )
         return panoptic
 
     def _examples(self) -> str:
-        """Some categories and their ids, as the file writes them."""
+        """Some categories and their ids."""
         some = [f"{name} {numbers[0]!r}" for name, numbers in list(self._categories.items())[:3]]
         return f"{', '.join(some)}{', …' if len(self._categories) > 3 else ''}" if some else "there are none"
 
     def _check_segments(self, image: CocoImage, entry: dict[str, Any]) -> None:
         if image.annotations:
-            raise UserError(f"{self._path} has two panoptic annotations of {image.file}, where there can be one.")
+            raise UserError(f"{self._path} has two panoptic annotations of {image.file}; there can be only one.")
         if not isinstance(entry["file_name"], str):
-            raise UserError(f"{self._path} gives {image.file} the PNG {entry['file_name']!r}, which is no name.")
+            raise UserError(f"{self._path} gives {image.file} the PNG {entry['file_name']!r}, not a file name.")
         seen: set[int] = set()
         for segment in entry["segments_info"]:
             number = segment["id"]
             if type(number) is not int or not 0 < number < 256**3:
                 raise UserError(
-                    f"{self._path} gives a segment of {image.file} the id {number!r}: ids are whole numbers from 1 to "
-                    f"{256**3 - 1}, as three channels of a PNG hold them."
+                    f"{self._path} gives a segment of {image.file} the id {number!r}. Ids must be whole numbers from 1 "
+                    f"to {256**3 - 1}, the values of three channels of a PNG."
                 )
             if number in seen:
                 raise UserError(f"{self._path} gives two segments of {image.file} the id {number}.")
@@ -259,8 +258,8 @@ class CocoMasks:
                 return FileTree(place)
         folder = given or self._path.with_suffix("")
         raise UserError(
-            f"The PNGs of segment ids that belong to {self._path} are not there: "
+            f"The PNGs of segment ids of {self._path} are missing: "
             + (f"no such file or folder: {given}." if given else f"neither {folder} nor {folder.name}.zip exists.")
-            + " COCO distributes them in one archive with the JSON. Put them beside it, or name their folder or zip "
-            "with --panoptic-pngs."
+            + " COCO distributes them with the JSON. Put them beside it, or give their folder or zip with "
+            "--panoptic-pngs."
         )

@@ -1,4 +1,4 @@
-"""Files of a folder or of a zip archive, found by the end of their path and read in place."""
+"""Files in a folder or a zip archive, found by the end of their path and read in place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from cfmask.errors import UserError
 
 
 def posix(name: str) -> str:
-    """A path in a canonical form: Windows' backslashes are slashes, and "./" and double slashes are left out."""
+    """A path in canonical form: with slashes instead of backslashes, and without "./" and double slashes."""
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
 class FileTree:
-    """The files below a folder, or in a zip archive. Hidden files are left out. Threads may share it.
+    """The files below a folder, or in a zip archive, without hidden ones. Threads may share it.
 
     Args:
         place: the folder or the archive.
@@ -37,17 +37,17 @@ class FileTree:
                 self._zip = zipfile.ZipFile(place)
             for path in self._list():
                 self._paths[posix(path).rpartition("/")[2]].append(path)
-        except (zipfile.BadZipFile, ValueError, RuntimeError) as error:  # of names, of a version of the format
+        except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
             raise UserError(
-                f"{place} is neither a folder nor a whole zip archive ({error}). Download the archive again."
+                f"{place} is neither a folder nor a complete zip archive ({error}). Download the archive again."
             ) from None
         except OSError as error:
             raise UserError(f"{place} cannot be read ({error.strerror}).") from None
 
     def find(self, name: str) -> str | None:
-        """The path of the file ``name``, which may lie in any subfolder; None if there is none.
+        """The path of the file ``name``, in any subfolder; None if there is none.
 
-        ``name`` may begin with folders above or at ``place``: val2017/1.jpg is 1.jpg in a folder (or zip) val2017.
+        ``name`` may begin with the name of ``place``: val2017/1.jpg is 1.jpg in a folder (or zip) val2017.
 
         Raises:
             UserError: several files match.
@@ -62,8 +62,8 @@ class FileTree:
         )
         if len(found) > 1:
             raise UserError(
-                f"{self.place} holds {name} {len(found)} times ({', '.join(found[:3])}), and nothing says which one is "
-                f"meant. Name the folder that holds the right one."
+                f"{self.place} holds {name} {len(found)} times ({', '.join(found[:3])}). Give the folder with the "
+                "right one."
             )
         return found[0] if found else None
 
@@ -79,15 +79,15 @@ class FileTree:
             raise UserError(f"{self.place / path} cannot be read ({error.strerror}).") from None
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
             raise UserError(
-                f"{path} in {self.place} cannot be read ({error}): the archive is damaged, encrypted or compressed in "
-                f"a way that Python does not read. Download it again, or unpack it and give the folder."
+                f"{path} in {self.place} cannot be read ({error}): the archive is damaged, encrypted, or compressed in "
+                "a way that Python does not support. Download it again, or unpack it and give the folder."
             ) from None
 
     def digest(self, paths: Collection[str] | None = None) -> str:
-        """A hash of the files' paths, sizes and times of change (of a zip: checksums), which a changed file changes.
+        """A hash of the files' paths, sizes, and times of change (in a zip: checksums).
 
         Args:
-            paths: of files that ``find`` returned; by default all.
+            paths: files that ``find`` returned; by default all.
 
         Raises:
             UserError: a file was removed since the tree was listed.
@@ -122,5 +122,5 @@ class FileTree:
 
 
 def _raise(error: OSError) -> None:
-    """os.walk leaves out folders that it cannot list, unless told otherwise."""
+    """For os.walk, which by default skips folders that it cannot list."""
     raise error

@@ -1,7 +1,8 @@
-"""What an image file claims in its header, read and checked before a decoder allocates anything for it.
+"""Checks of image headers before a decoder allocates memory for them.
 
-A file of a kilobyte can claim gigabytes: of pixels, of tiles, or of metadata whose entries all point at the same bytes.
-Decoders allocate what a header claims (libwebp when the file is opened), so the claims are read here first.
+The header of a small file can claim gigabytes: of pixels, of tiles, or of metadata whose entries all refer to the same
+bytes. Pillow checks the number of pixels only, and only after it has parsed metadata and libwebp has allocated the
+image. So headers are read here first.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from typing import NamedTuple
 from cfmask.errors import UserError
 
 MAX_PIXELS = 178_956_970
-"""Pixels of an image, at most: half a gigabyte of RGB. Pillow's own limit, which other libraries often switch off."""
+"""Most pixels of an image: half a gigabyte of RGB. It is Pillow's limit, which other libraries often disable."""
 
 MAX_ASPECT = 100
-"""Long side by short side, at most. A line of pixels would be resized to an image of gigabytes."""
+"""Largest ratio of long side to short side. A line of pixels would be resized to an image of gigabytes."""
 
 LARGE, PIXELS_PER_BYTE = 1 << 24, 1000
-"""An image of more than LARGE pixels has at least a byte for each PIXELS_PER_BYTE of them. Photographs have ten
-thousand times as many; a blank picture, or a header without one, has fewer."""
+"""An image of more than LARGE pixels must have at least one byte for PIXELS_PER_BYTE pixels. Photographs have ten
+thousand times as many; blank images, and headers without an image, have fewer."""
 
 MAX_SCANS = 100
-"""Scans of a progressive JPEG, at most; encoders write about ten. Each costs a pass over the whole image, and an empty
-one is a few bytes long."""
+"""Most scans of a progressive JPEG; encoders write about ten. Each needs a pass over the image, even if it is a few
+bytes long."""
 
 _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 """Bytes of a value, by TIFF type."""
@@ -35,11 +36,11 @@ _ORIENTATION, _TILE_WIDTH, _TILE_LENGTH = 274, 322, 323
 
 
 def check_size(width: int, height: int, num_bytes: int | None) -> None:
-    """Refuse what is too large to decode, or is not a picture.
+    """Refuse an image that is too large to decode.
 
     Args:
-        width, height: in pixels, as the header claims them.
-        num_bytes: size of the file; None if few bytes may be many pixels.
+        width, height: in pixels, from the header.
+        num_bytes: size of the file; None for images that may have few bytes and many pixels.
 
     Raises:
         UserError: more pixels than MAX_PIXELS or than the file can hold, or an aspect ratio above MAX_ASPECT.
@@ -51,19 +52,19 @@ def check_size(width: int, height: int, num_bytes: int | None) -> None:
 
 
 def check_aspect(width: int, height: int) -> None:
-    """Raises: UserError: one side is more than MAX_ASPECT times the other, or 0."""
+    """Raises UserError if one side is more than MAX_ASPECT times the other, or 0."""
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UserError(f"{width} × {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def safe_to_open(data: bytes) -> bytes:
-    """The same image, for Pillow to open: opening it takes memory in proportion to the size of the file.
+    """The same image, which Pillow opens with memory in proportion to the size of the file.
 
     Raises:
         UserError: the header claims too much.
     """
     if jpeg := read_jpeg(data):
-        # Pillow parses EXIF and multi-picture directories when it opens a JPEG. Pixels depend on neither.
+        # Pillow parses EXIF and multi-picture directories when it opens a JPEG. Pixels do not depend on them.
         return jpeg.without_metadata(data)
     if size := _webp_size(data):
         check_size(*size, len(data))
@@ -83,21 +84,19 @@ def safe_to_open(data: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """Header of a JPEG.
-
-    width, height: in pixels; 0 if there is no frame header.
-    components: 1 of grey, 3 of colour, 4 of CMYK.
-    common: 8 bits a sample, Huffman-coded, sequential or progressive: what every decoder knows.
-    orientation: EXIF's, 1 to 8; 1 if there is none.
-    metadata: begin and end of the segments that say nothing about pixels.
-    """
+    """Header of a JPEG."""
 
     width: int
+    """In pixels, like ``height``; 0 without a frame header."""
     height: int
     components: int
+    """1 for grey, 3 for colour, 4 for CMYK."""
     common: bool
+    """8 bits per value, Huffman-coded, sequential or progressive, which every decoder supports."""
     orientation: int
+    """EXIF's, 1 to 8; 1 without EXIF."""
     metadata: tuple[tuple[int, int], ...]
+    """Begin and end of segments that do not affect pixels."""
 
     def without_metadata(self, data: bytes) -> bytes:
         kept, at = [], 0
@@ -108,7 +107,7 @@ class Jpeg:
 
 
 def read_jpeg(data: bytes) -> Jpeg | None:
-    """Header of a JPEG; None if the data is none.
+    """Header of a JPEG; None for other data.
 
     Raises:
         UserError: more scans than MAX_SCANS.
@@ -132,7 +131,7 @@ def read_jpeg(data: bytes) -> Jpeg | None:
 
 
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP0 (JFIF) and APP14 (Adobe) say what the components are
+_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # not APP0 (JFIF) and APP14 (Adobe), which define the components
 _ALONE = {0x00, 0x01, *range(0xD0, 0xD9), *range(0xF0, 0xFE)}
 
 
@@ -157,7 +156,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the canvas; None if the data is no WebP."""
+    """Width and height of the canvas of a WebP; None for other data."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
     kind = data[12:16]
@@ -174,15 +173,17 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 class Entry(NamedTuple):
-    """tag: its number. num_bytes: size of its values. number: its value where that is one short or long, else 0."""
+    """An entry of a directory."""
 
     tag: int
     num_bytes: int
+    """Size of its values."""
     number: int
+    """Its value if that is a short or long, else 0."""
 
 
 def directory(data: bytes) -> Iterator[Entry]:
-    """Entries of the first directory of a TIFF or of EXIF data, as far as there are."""
+    """Entries of the first directory of a TIFF or of EXIF data, up to the end of the data."""
     order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
     try:
         (at,) = struct.unpack_from(f"{order}{'Q' if big else 'L'}", data, 8 if big else 4)
@@ -198,7 +199,7 @@ def directory(data: bytes) -> Iterator[Entry]:
 
 
 def exif_orientation(exif: bytes) -> int:
-    """1 to 8 of EXIF data, with or without the prefix that JPEG puts before it; 1 if it says nothing."""
+    """1 to 8, from EXIF data with or without JPEG's prefix; 1 by default."""
     found = (entry.number for entry in directory(exif.removeprefix(b"Exif\0\0")) if entry.tag == _ORIENTATION)
     orientation = next(found, 1)
     return orientation if orientation in range(1, 9) else 1

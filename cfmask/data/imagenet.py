@@ -1,6 +1,6 @@
 """ImageNet's classes: 1000 wnids in class-id order and two subsets from timm, display names from open_clip.
 
-The packages' data files are read without importing the packages, which would import torch: conversion needs neither.
+The data files of the packages are read without importing the packages, which would import torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def wnids() -> tuple[str, ...]:
 
 @functools.cache
 def wnid_set() -> frozenset[str]:
-    """The 1000 wnids, to look up."""
+    """The 1000 wnids as a set."""
     return frozenset(wnids())
 
 

@@ -1,12 +1,13 @@
-"""From bytes to the pixels that the model sees: one path for training, evaluation and conversion.
+"""From the bytes of an image to the pixels of the model's input, for training, evaluation and conversion.
 
 The recipe has no augmentation: bicubic resize of the short side, centre crop (appendix A.1). JPEGs are decoded by
-libjpeg-turbo and resized by torch's antialiased uint8 kernel, in less than half the time that Pillow takes, without
-Python's lock; all else, and JPEGs that have any fault, are decoded by Pillow. Decoded pixels are Pillow's, bitwise;
-resized ones differ from Pillow's by 2 levels at most, in less than one value of a hundred (tests/test_images.py).
-Samples of more than 8 bits are scaled by the depth that the file states (Pillow would clip those of grey images).
-Alpha, ICC profiles and gamma are dropped, and of several pictures in a file the first is read, as torchvision does.
-As in CLIP's own evaluation, an EXIF orientation is NOT applied: its published accuracies are measured without it.
+libjpeg-turbo and resized by torch's antialiased uint8 kernel, in less than half the time of Pillow and without Python's
+lock. Other formats, and JPEGs with any fault, are decoded by Pillow. Decoded pixels are bitwise those of Pillow;
+resized ones differ by at most 2 levels, in fewer than one value of a hundred (tests/test_images.py).
+
+Values of more than 8 bits are scaled by the depth that the file states (Pillow would clip those of grey images). Alpha,
+ICC profiles and gamma are ignored, and the first of several pictures in a file is read, as in torchvision. EXIF
+orientation is NOT applied, as in CLIP's own evaluation.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 Data = bytes | bytearray | memoryview
 
-# What an image file is called in a shard, by its content. Others are not opened at all: Pillow has readers for
-# formats (EPS, PSD, …) that run programs or that no data set of photographs holds.
+# Extensions in a shard by format. Other formats are not opened: some of Pillow's readers (EPS, PSD, …) run programs or
+# read formats that no data set of photographs has.
 EXTENSIONS = {
     "JPEG": "jpg",
     "PNG": "png",
@@ -42,9 +43,9 @@ EXTENSIONS = {
     "TIFF": "tif",
 }
 RAW = "npy"
-"""A crop's pixels as a .npy file, uint8 (3, S, S): WebDataset's own decoder knows it."""
+"""Extension of a raw crop, an .npy file of uint8 (3, S, S), which WebDataset's own decoder reads."""
 
-# By which a member of a shard is known to be its sample's image; shards made by others have these too.
+# Extensions of image members, also in shards of other programs.
 MEMBERS = (*EXTENSIONS.values(), "jpeg", "tiff", RAW)
 
 ORIGINAL, CROP_JPEG, CROP_RAW = STORES = ("original", "crop-jpeg", "crop-raw")
@@ -55,18 +56,18 @@ JPEG_QUALITY = 95
 
 
 def pixels(data: Data, extension: str, size: int, *, border: int = 0) -> Tensor:
-    """What the model sees of a shard's image member.
+    """The model's input from an image member of a shard.
 
     Args:
         extension: of the member, in MEMBERS.
         size: side of the crop.
-        border: pixels that are cut off each side before anything else (ObjectNet: 2).
+        border: pixels to cut off each side before anything else (ObjectNet: 2).
 
     Returns:
         uint8 (3, size, size); of a raw crop it may be a view of ``data``.
 
     Raises:
-        UserError: as ``decode``; or a raw crop of another size.
+        UserError: as ``decode``, or a raw crop of another size.
     """
     if extension == RAW:
         return _raw(data, size)
@@ -77,16 +78,16 @@ def pixels(data: Data, extension: str, size: int, *, border: int = 0) -> Tensor:
 
 
 def decode(data: Data) -> Tensor:
-    """Decode an image file completely, in RGB (``_rgb`` says how other kinds become RGB).
+    """Decode an image file to RGB (see ``_rgb``).
 
     Returns:
         uint8 (3, H, W), of any strides.
 
     Raises:
-        UserError: the bytes are no image, are truncated, claim an absurd size, or hold samples whose black and white
-            the format does not define. The message is the reason alone; the caller knows where the bytes came from.
+        UserError: not an image, a truncated one, one that claims an absurd size, or one whose format does not define
+            black and white. The message is only the reason; the caller adds the place.
     """
-    import torch  # here and below, because conversion without a crop has no use for it, in many processes
+    import torch  # here and below: conversion without a crop does not need it in its many processes
 
     data = bytes(data)
     decoded = _decode_jpeg(data)
@@ -117,7 +118,7 @@ def crop(image: Tensor, size: int) -> Tensor:
 
 
 def crop_mask(mask: Tensor, size: int) -> Tensor:
-    """What ``crop`` does to an image, to a mask of it: each pixel takes the value of the nearest one.
+    """Resize and crop a mask as ``crop`` does its image. Each pixel takes the value of the nearest one.
 
     Args:
         mask: (H, W).
@@ -131,7 +132,7 @@ def crop_mask(mask: Tensor, size: int) -> Tensor:
     import torch
 
     scaled, corner = _scaled_and_corner(mask.shape[0], mask.shape[1], size)
-    # Pixel i of n, its centre at i + ½, lies at (i + ½) · side / n of the source. In integers: the same everywhere.
+    # The centre of pixel i of n lies at (i + ½) · side / n of the source. Integers are exact everywhere.
     rows, columns = (
         (2 * torch.arange(first, first + size) + 1) * side // (2 * n)
         for first, side, n in zip(corner, mask.shape, scaled, strict=True)
@@ -140,10 +141,10 @@ def crop_mask(mask: Tensor, size: int) -> Tensor:
 
 
 def _scaled_and_corner(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width after the resize; top and left of the crop in it."""
+    """Height and width after the resize; top and left of the crop."""
     image_headers.check_aspect(width, height)
     short = min(height, width)
-    # torchvision's arithmetic, truncation of the long side and banker's rounding of the offsets included.
+    # torchvision's arithmetic: it truncates the long side, and rounds offsets to even.
     height, width = (size if side == short else int(size * side / short) for side in (height, width))
     return (height, width), (round((height - size) / 2.0), round((width - size) / 2.0))
 
@@ -165,13 +166,13 @@ def _raw(data: Data, size: int) -> Tensor:
 
 
 def _writable(data: Data) -> Data:
-    """The same bytes where torch may write, because it warns of memory where it may not."""
+    """The same bytes in writable memory: torch warns about read-only memory."""
     return bytearray(data) if memoryview(data).readonly else data
 
 
 @functools.cache
 def raw_header(size: int) -> bytes:
-    """What stands before the pixels of a raw crop."""
+    """The .npy header of a raw crop."""
     buffer = io.BytesIO()
     shape = {"descr": "|u1", "fortran_order": False, "shape": (3, size, size)}
     np.lib.format.write_array_header_1_0(buffer, shape)
@@ -179,7 +180,7 @@ def raw_header(size: int) -> bytes:
 
 
 def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
-    """(H, W, 3), if the data is a JPEG of a common kind, without any fault."""
+    """(H, W, 3) of a JPEG of a common kind without any fault; else None."""
     jpeg = image_headers.read_jpeg(data)
     if jpeg is None or not jpeg.common or jpeg.components not in (1, 3):
         return None
@@ -187,20 +188,20 @@ def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     try:
         return simplejpeg.decode_jpeg(data, "RGB")
     except ValueError:
-        return None  # Pillow bears more faults, and has better words for the rest
+        return None  # Pillow tolerates more faults, and has better messages
 
 
 @contextmanager
 def opened(
     data: Data, formats: tuple[str, ...] = tuple(EXTENSIONS), *, is_photograph: bool = True
 ) -> Iterator[Image.Image]:
-    """An image file as Pillow opens it: its header is read and its size is checked, nothing is decoded.
+    """Open an image file by Pillow: read its header and check its size, without decoding.
 
     Args:
-        is_photograph: as opposed to a mask, which may be large and of few bytes.
+        is_photograph: False for a mask, which may be large and of few bytes.
 
     Raises:
-        UserError: as ``decode``; also of what goes wrong while the image is used.
+        UserError: as ``decode``; also for errors in the ``with`` block.
     """
     data = bytes(data)
     try:
@@ -216,7 +217,7 @@ def opened(
         raise UserError(f"{what} ({len(data)} bytes)") from None
     except Image.DecompressionBombError as error:
         raise UserError(str(error)) from None
-    except Exception as error:  # damaged files make Pillow raise nearly every kind
+    except Exception as error:  # of any type: Pillow raises many for damaged files
         raise UserError(f"does not decode ({error})") from None
 
 
@@ -232,35 +233,34 @@ _MAGIC = {
 
 
 def _kind(data: bytes) -> str:
-    """By its first bytes; "" if they are no image's."""
+    """The format of an image by its first bytes; "" if they are not those of an image."""
     return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "")
 
 
 def extension_of(data: bytes) -> str:
-    """What an image is to be called by its first bytes; "" if they are no image's."""
+    """The extension of an image by its first bytes; "" if they are not those of an image."""
     return EXTENSIONS.get(_kind(data).upper(), "")
 
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, 3): the picture in RGB, 8 bits a sample.
+    """(H, W, 3): the image in RGB, 8 bits per value.
 
-    Grey is repeated; palettes are looked up; CMYK is converted without a profile (JPEG's is inverted, as Adobe writes
-    it); alpha is dropped. Of samples of more than 8 bits the highest 8 are kept, which is what Pillow does to 16-bit
-    colour and TIFF's and PNG's readers do by default: white stays 255, black 0. PNG's sBIT and TIFF's MaxSampleValue
-    change nothing: by their specifications, the former's samples are scaled already and the latter does not matter to
-    how an image looks.
+    Grey is repeated, palettes are looked up, CMYK is converted without a profile (JPEG's is inverted, as Adobe writes
+    it), and alpha is dropped. Of values of more than 8 bits the highest 8 are kept, as Pillow does for 16-bit colour.
+    PNG's sBIT and TIFF's MaxSampleValue are ignored: by their specifications, the former's values are scaled already,
+    and the latter does not affect how an image looks.
 
     Raises:
-        UserError: the format does not say which sample is black or white.
+        UserError: the format does not define which value is black or white.
     """
     bits, inverted = _depth(image)
     image.load()
     if image.mode.startswith("I"):
         grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
         return np.repeat((255 - grey if inverted else grey)[:, :, None], 3, axis=2)
-    image.info.pop("transparency", None)  # alpha is dropped; Pillow would look for a colour that can stand for it
+    image.info.pop("transparency", None)  # or Pillow would convert the transparent colour
     if image.mode == "La":
-        image = image.convert("LA")  # Pillow has no direct way
+        image = image.convert("LA")  # Pillow does not convert La to RGB
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
@@ -270,10 +270,10 @@ _WHITE_IS_ZERO, _BLACK_IS_ZERO, _COLOURS, _CMYK, _YCBCR, _LAB = 0, 1, 2, 5, 6, 8
 
 
 def _depth(image: Image.Image) -> tuple[int, bool]:
-    """Bits a sample, and whether grey samples of more than 8 bits are to be inverted because 0 is white.
+    """Bits per value, and whether grey values of more than 8 bits have to be inverted because 0 is white.
 
     Raises:
-        UserError: Pillow would read other values than the file means, or nothing says what the values mean.
+        UserError: Pillow would read wrong values, or the file does not define their meaning.
     """
     if image.format == "PNG":
         # Pillow reads 16 bits of grey as I;16 or, in older releases, as I.
@@ -285,22 +285,22 @@ def _depth(image: Image.Image) -> tuple[int, bool]:
     photometric, raw = tags.get(_PHOTOMETRIC), tags.get(_COMPRESSION, 1) == 1
     if formats != {1} or bits > 16:
         kind = {2: "signed ", 3: "floating-point "}.get(max(formats), "")
-        raise UserError(f"a TIFF of {bits}-bit {kind}samples: nothing says which of them is black and which is white")
+        raise UserError(f"a TIFF of {bits}-bit {kind}samples, which does not define which value is black or white")
     if photometric is None:
-        raise UserError("a TIFF without PhotometricInterpretation: nothing says whether 0 is black or white")
+        raise UserError("a TIFF without PhotometricInterpretation, which does not define whether 0 is black or white")
     if photometric == _YCBCR and raw and tuple(tags.get(_SUBSAMPLING, (2, 2))) != (1, 1):
-        raise UserError("an uncompressed TIFF of subsampled YCbCr, which Pillow does not read right")
+        raise UserError("an uncompressed TIFF of subsampled YCbCr, which Pillow does not read correctly")
     if tags.get(_PLANAR, 1) == 2:
         plain = bits == 8 and tags.get(_FILL_ORDER, 1) == 1 and photometric in (_BLACK_IS_ZERO, _COLOURS, _CMYK)
         if (raw and not plain) or photometric == _LAB or 1 in tags.get(_EXTRA_SAMPLES, ()):
-            raise UserError("a TIFF of separate planes of a kind that Pillow does not read right")
+            raise UserError("a TIFF of separate planes of a kind that Pillow does not read correctly")
     if image.mode in ("P", "PA") and 0 < max(tags.get(_COLORMAP, (0,))) < 256:
-        raise UserError("a TIFF whose palette is of 8 bits, where the format has 16: Pillow reads it as black")
+        raise UserError("a TIFF whose palette has 8 bits instead of 16, which Pillow reads as black")
     return bits, photometric == _WHITE_IS_ZERO
 
 
 def _png_depth(image: Image.Image) -> int:
-    """Bits a sample. Pillow does not keep them; its raw mode tells until the image is loaded."""
+    """Bits per value. Pillow does not keep them; its raw mode shows them until the image is loaded."""
     return 16 if any("16" in str(tile[3]) for tile in image.tile) else 8  # type: ignore[attr-defined]
 
 
@@ -309,20 +309,21 @@ def _png_depth(image: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class ImageInfo:
-    """What an image file is. extension: in a shard, by its content. oddities: what a reader may stumble over."""
+    """Facts of an image file."""
 
     extension: str
+    """In a shard, by its content."""
     width: int
     height: int
     oddities: tuple[str, ...]
+    """Unusual properties, in words."""
 
 
 def inspect(data: Data) -> ImageInfo:
-    """What an image file is, from its header, and that it is whole.
+    """Facts of an image file from its header, and a check that it is complete.
 
-    A common JPEG that ends with its end mark is taken as whole: libjpeg reports nothing that goes wrong between header
-    and end as an error, so decoding it would tell no more (``verify_shards.py --full`` decodes everything). All else
-    is decoded.
+    A common JPEG with an end marker counts as complete: libjpeg reports no errors between header and end, so decoding
+    it would show no more. (``verify_shards.py --full`` decodes everything.) Other files are decoded.
 
     Raises:
         UserError: as ``decode``.
@@ -335,7 +336,7 @@ def inspect(data: Data) -> ImageInfo:
     with opened(data) as image:
         width, height = image.size
         bits, _ = _depth(image)
-        # Of TIFF, the orientation is a field that Pillow applies and then forgets.
+        # Pillow applies the orientation of a TIFF when it loads the image, and then removes it.
         turned = image.tag_v2.get(_ORIENTATION, 1) if image.format == "TIFF" else 1  # type: ignore[attr-defined]
         if not whole:
             _rgb(image)
@@ -349,7 +350,7 @@ def inspect(data: Data) -> ImageInfo:
 
 
 def _plain_jpeg(data: bytes, jpeg: image_headers.Jpeg) -> ImageInfo | None:
-    """What Pillow would say, in a tenth of its time, of a JPEG in colour or grey: of nearly all."""
+    """The facts of a JPEG in colour or grey, in a tenth of Pillow's time; None for other JPEGs."""
     if jpeg.components not in (1, 3):
         return None
     try:
@@ -375,7 +376,7 @@ def _oddities(image: Image.Image, bits: int) -> tuple[str, ...]:
 def _has_several_pictures(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # of a GIF, Pillow looks for the second picture now, which may be damaged
+    except Exception:  # Pillow now reads the second picture of a GIF, which may be damaged
         return True
 
 

@@ -1,4 +1,7 @@
-"""Segmentation masks as files: PNGs, COCO's run-length encoding, and which sample a file belongs to."""
+"""Segmentation masks in files: PNGs, COCO's run-length encoding, and their assignment to samples.
+
+Run-length encodings are decoded here and not by pycocotools, which does not check its input.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ Mask = NDArray[np.bool_]
 
 
 def shown_size(shape: Sequence[int]) -> str:
-    """(H, W) as people write it: W × H."""
+    """(H, W) as W × H."""
     height, width = shape
     return f"{width} × {height}"
 
 
 class Names:
-    """Mask files or entries, by the names under which a sample may look for them. A bare name that two of them share
-    finds neither. Where a sample's own folder has masks, those of other folders are not its."""
+    """Mask files or entries by the names of samples. A name that two of them share finds neither. If a sample's own
+    folder has masks, those of other folders are not used."""
 
     def __init__(self, found: Sequence[Path]) -> None:
         self._folders = {path.parent.name for path in found}
@@ -38,7 +41,7 @@ class Names:
                 self._known[name] = None if name in self._known else path
 
     def find(self, key: str, name: str) -> Path | None:
-        """key: of the sample. name: of the file that its image was (folder/file), or ""."""
+        """The mask of a sample. name: of the original file of its image (folder/file), or ""."""
         parts = Path(name).with_suffix("").parts if name else ()
         candidates = [key, "/".join(parts[-2:])]
         if parts and (len(parts) == 1 or parts[-2] not in self._folders):
@@ -62,7 +65,8 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def open_png(shown: object, data: bytes) -> Iterator[Image.Image]:
-    """A PNG whose pixels are not read yet. What goes wrong while it is open becomes a UserError; shown: its name."""
+    """Open a PNG without reading its pixels. Errors in the ``with`` block become a UserError with its name,
+    ``shown``."""
     refused: UserError | None = None
     try:
         with images.opened(data, ("PNG",), is_photograph=False) as image:
@@ -79,16 +83,16 @@ def read_object_mask(shown: object, data: bytes) -> Mask:
     """The mask in a PNG of one object: 0, and one other value where the object is.
 
     Raises:
-        UserError: it is no such PNG.
+        UserError: not such a PNG.
     """
     with open_png(shown, data) as image:
         pixels = np.array(image)
-        if image.mode == "P":  # tools that compress PNGs reorder palettes: white may be index 0
+        if image.mode == "P":  # tools that compress PNGs may reorder palettes, so that white is index 0
             black = ~np.array(image.convert("RGB")).any(2)
             if not np.array_equal(black, pixels == 0):
                 raise UserError(
-                    f"{shown} has a palette whose index 0 is not black, so it is unclear which of its pixels are the "
-                    f"object. Save it in greyscale, 0 where the object is not."
+                    f"{shown} has a palette whose index 0 is not black, so the pixels of the object are unclear. Save "
+                    "it in greyscale, with 0 outside of the object."
                 )
     there: Mask = pixels != 0
     if pixels.ndim == 2 and (pixels.dtype == bool or ((pixels == pixels.max()) == there).all() or not there.any()):
@@ -96,8 +100,8 @@ def read_object_mask(shown: object, data: bytes) -> Mask:
     what = f"{len(np.unique(pixels))} values" if pixels.ndim == 2 else f"{pixels.shape[2]} channels"
     hint = " If it is a PNG of COCO's panoptic format, give the JSON of its annotations instead."
     raise UserError(
-        f"{shown} is no mask of one object: it has {what}, where a mask has one channel, 0 for what is not the object "
-        f"and one other value for what is.{hint if pixels.ndim == 3 else ''}"
+        f"{shown} is not a mask of one object: it has {what}. A mask has one channel, with 0 outside of the object and "
+        f"one other value in it.{hint if pixels.ndim == 3 else ''}"
     )
 
 
@@ -119,17 +123,17 @@ def read_segment_ids(shown: object, data: bytes, size: tuple[int, int]) -> NDArr
                 f"{shown} has {shown_size(image.size[::-1])} pixels, its image has {shown_size(size)} according to the "
                 f"annotations. Ids cannot be resized: take the PNGs that were distributed with the annotations."
             )
-        depth = data[24]  # of the header; Pillow cuts 16 bits to 8 without a word
+        depth = data[24]  # from the header, because Pillow silently reduces 16 bits to 8
         if image.mode not in ("RGB", "RGBA") or depth != 8:
             raise UserError(
-                f"{shown} is no PNG of COCO's segment ids: those have three channels of 8 bits (R + 256 G + 65536 B), "
-                f"this one has {depth} bits and Pillow's mode {image.mode}. Take the PNGs that were distributed with "
-                f"the annotations, not ones that were converted or drawn for viewing."
+                f"{shown} is not a PNG of COCO's segment ids, which has three channels of 8 bits (R + 256 G + 65536 "
+                f"B): it has {depth} bits and Pillow's mode {image.mode}. Use the PNGs that were distributed with the "
+                "annotations, and not converted ones."
             )
         pixels = np.array(image)
     if pixels.shape[2] == 4 and (pixels[..., 3] != 255).any():
         raise UserError(
-            f"{shown} has transparent pixels, whose segment ids are not certain: COCO's PNGs have three channels."
+            f"{shown} has transparent pixels, whose segment ids are uncertain: COCO's PNGs have three channels."
         )
     return pixels[..., :3].astype(np.int32) @ np.array([1, 256, 256**2], np.int32)
 
@@ -138,15 +142,16 @@ def read_segment_ids(shown: object, data: bytes, size: tuple[int, int]) -> NDArr
 
 
 def decode_mask(entry: Any, path: Path) -> Mask:
-    """A run-length encoded mask of the file ``path``: ``{"size": [H, W], "counts": …}``.
+    """Decode a run-length encoded mask of the file ``path``: ``{"size": [H, W], "counts": …}``.
 
     Raises:
-        UserError: it is polygons, or no run-length encoding.
+        UserError: polygons, or an invalid encoding.
     """
     if isinstance(entry, list):
         raise UserError(
-            f"{path} holds polygons, whose pixels depend on who draws them. Of COCO, give the panoptic annotations "
-            f"(panoptic_val2017.json, with its PNGs), which hold exact pixels; encode masks of your own run by run."
+            f"{path} holds polygons, whose pixels depend on the program that draws them. Give COCO's panoptic "
+            "annotations (panoptic_val2017.json, with its PNGs), which have exact pixels; or masks with run-length "
+            "encoding."
         )
     try:
         (height, width), counts = entry["size"], entry["counts"]
@@ -164,13 +169,13 @@ def decode_runs(counts: str | Sequence[int], height: int, width: int) -> Mask:
     """COCO's run-length encoding → bool (height, width).
 
     Args:
-        counts: lengths of runs of pixels that are not and are the object, in turn, beginning with the first; columns
-            one after the other. Or COCO's compressed text of them: six bits a character from "0" on, five of the number
-            with the lowest first and one that says that it goes on; from the fourth on, differences to the one before
-            the last. (pycocotools, maskApi.c)
+        counts: lengths of runs, in column order, alternately outside of the object and in it, beginning outside. Or
+            COCO's compressed text: characters of six bits from "0" on, with five bits of a number, lowest first, and a
+            bit that is set if more follow. From the fourth number on, they are differences to the number two before.
+            (pycocotools, maskApi.c)
 
     Raises:
-        UserError: they do not add up to height · width, or are no such text. The message is the reason alone.
+        UserError: the sum is not height · width, or the text is invalid. The message is only the reason.
     """
     if not all(isinstance(side, int) and side > 0 for side in (height, width)):
         raise UserError(f"its size is {height!r} × {width!r}")
@@ -193,7 +198,7 @@ def _uncompressed(text: str) -> list[int]:
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64:
-            raise UserError(f"{character!r} is no character of compressed counts")
+            raise UserError(f"{character!r} is not a character of compressed counts")
         value |= (bits & 31) << shift
         shift += 5
         if bits & 32:

@@ -4,17 +4,17 @@ An example with 3 shards of 4, 3 and 4 samples, a global batch of 4 and 2 lanes:
 
     ids           a0 a1 a2 a3 | b0 b1 b2 | c0 c1 c2 c3        a sample's id is its index when shards lie end to end
     epoch order   c0 c1 c2 c3 a0 a1 a2 a3 b0 b1 b2            shards permuted by (seed, epoch)
-    rotated       c2 c3 a0 a1 a2 a3 b0 b1 [b2 c0 c1]          start drawn by (seed, epoch); what exceeds whole steps is
-                                                              left out, other samples each epoch
+    rotated       c2 c3 a0 a1 a2 a3 b0 b1 [b2 c0 c1]          start drawn by (seed, epoch); samples beyond whole steps
+                                                              are left out, other ones in each epoch
     spans         lane 0: c2 c3 a0 a1   lane 1: a2 a3 b0 b1   equal length, (N // B) * B / lanes
     lane order    a1 c2 | a0 c3         b0 a2 | b1 a3         permuted inside windows of a few shards' length
                   step 0  step 1        step 0  step 1
 
-Rank r of W owns lanes r*V/W … (r+1)*V/W - 1. Nothing above knows about ranks, so the global batch of a step is the
-same for every W; the state of the stream is (epoch, step), and resuming is slicing.
+Rank r of W owns lanes r*V/W … (r+1)*V/W - 1. The order above does not depend on ranks, so the global batch of a step is
+the same for every W. The state of the stream is (epoch, step), and a resume slices the order.
 
-Every draw reads raw Philox words, whose stream numpy keeps fixed; its derived distributions (shuffle, integers) it
-does not, and an order that changed with a numpy upgrade would break resuming.
+Orders are drawn from raw Philox words, which are the same in every version of numpy. Its derived distributions
+(shuffle, integers) may change with an upgrade, which would break resumed runs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from numpy.typing import NDArray
 
 from cfmask.errors import UserError
 
-# First word of a generator's key: one for each purpose, so that no two purposes ever share a stream.
+# First word of a generator's key, by purpose, so that two purposes never share a stream.
 _SHARDS, _SPANS, _LANES, CONVERSION = 1, 2, 3, 4
 
 
 def philox(purpose: int, *words: int) -> np.random.Philox:
     """Counter-based bit generator for (purpose, words); each word in [0, 2**32).
 
-    Words of equal purpose must be equal in number: numpy's SeedSequence pads with zeros, so (1,) and (1, 0) coincide.
+    A purpose must always use the same number of words: numpy's SeedSequence pads with zeros, so (1,) and (1, 0) are the
+    same.
     """
     if any(not 0 <= word < 2**32 for word in words):
         raise UserError(f"seeds, epochs and steps must lie in 0 … 2**32 - 1, got {words}.")
@@ -41,12 +42,12 @@ def philox(purpose: int, *words: int) -> np.random.Philox:
 
 
 def permutation(n: int, bits: np.random.Philox) -> NDArray[np.int64]:
-    """A uniform permutation of 0 … n-1 (n,), by sorting n raw 64-bit words."""
+    """A uniform permutation of 0 … n-1, (n,), from the order of n raw 64-bit words."""
     return np.argsort(bits.random_raw(n), kind="stable").astype(np.int64, copy=False)
 
 
 def lane_generator(seed: int, epoch: int, step: int, lane: int) -> np.random.Generator:
-    """The generator of every random draw (masks, donors) of one lane at one step."""
+    """The generator of all random draws (masks, donors) of a lane at a step."""
     return np.random.Generator(philox(_LANES, seed, epoch, step, lane))
 
 
@@ -54,7 +55,7 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     """Whole global batches in an epoch: num_samples // batch_size.
 
     Raises:
-        UserError: there are fewer samples than one batch.
+        UserError: fewer samples than a batch.
     """
     if num_samples < batch_size:
         raise UserError(
@@ -65,11 +66,8 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
-    """The consecutive lanes that a rank owns.
-
-    Raises:
-        UserError: the world size does not divide the number of lanes; the message names the sizes that do.
-    """
+    """The consecutive lanes that a rank owns. Raises UserError if the world size does not divide the number of
+    lanes."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}")
     if lanes % world_size:
@@ -82,11 +80,7 @@ def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
 
 
 def samples_per_lane(batch_size: int, lanes: int) -> int:
-    """Samples of one lane in one step: batch_size / lanes.
-
-    Raises:
-        UserError: the number of lanes does not divide the batch size; the message names the numbers that do.
-    """
+    """Samples of a lane in a step: batch_size / lanes. Raises UserError if that is not a whole number."""
     if lanes < 1 or batch_size < 1 or batch_size % lanes:
         fitting = [n for n in divisors(max(batch_size, 1)) if n <= 64]
         raise UserError(
@@ -110,14 +104,14 @@ def lane_order(
 
     Args:
         sample_counts: samples in each shard, in manifest order, (shards,).
-        window_shards: length of a shuffle window, in shards of average size. It bounds how many shards a lane has
-            open at a time, and how far a sample moves from where its shard landed.
+        window_shards: length of a shuffle window, in shards of average size. It bounds how many shards a lane has open
+            at a time.
 
     Returns:
-        (steps, batch_size // lanes) int64; row t is what the lane contributes to step t.
+        (steps, batch_size // lanes) int64; row t has the lane's samples of step t.
 
     Raises:
-        UserError: lanes do not divide the batch size, or there is less than one batch.
+        UserError: lanes do not divide the batch size, or there are fewer samples than a batch.
     """
     counts = np.asarray(sample_counts, np.int64)
     per_lane = samples_per_lane(batch_size, lanes)
@@ -152,7 +146,7 @@ def epoch_order(sample_counts: NDArray[np.int64], *, lanes: int, **settings: Any
 
 
 def _shuffle_in_windows(n: int, *, window: float, bits: np.random.Philox) -> NDArray[np.int64]:
-    """0 … n-1 permuted inside equal windows of about ``window`` (all of it if n is shorter), (n,)."""
+    """0 … n-1 permuted within equal windows of a length of about ``window``, (n,)."""
     windows = max(1, round(n / max(window, 1.0)))
     bounds = np.linspace(0, n, windows + 1).astype(np.int64)
     keys = bits.random_raw(n)
@@ -163,9 +157,12 @@ def _shuffle_in_windows(n: int, *, window: float, bits: np.random.Philox) -> NDA
 
 
 def eval_batches(num_samples: int, batch_size: int, rank: int, world_size: int, start: int = 0) -> list[range]:
-    """The ids of each batch that a rank evaluates. Batch b is samples b·batch_size … of the set, the last one what is
-    left: the same batches for any number of ranks, so that a result is the same to the bit. From ``start`` on they are
-    dealt to the ranks in turn; each is dealt once, and some rank may have one less than others, or none."""
+    """The ids of each batch that a rank evaluates.
+
+    Batch b begins with sample b · batch_size; the last one may be smaller. Batches do not depend on the number of
+    ranks, so results are bitwise identical for any. From ``start`` on, they are distributed to the ranks in turn: a
+    rank may have one fewer than others, or none.
+    """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of world size {world_size}")
     firsts = range(start * batch_size, num_samples, batch_size)[rank::world_size]

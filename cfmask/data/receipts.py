@@ -1,11 +1,11 @@
-"""Receipts: a proof of what was trained on, in 128 bits.
+"""Receipts: a proof, in 128 bits, of which samples were trained on.
 
-The receipt of some samples in an epoch is the sum over them of hash(sample key, epoch), modulo 2**128. It does not
-depend on their order or on who consumed them, so ranks add theirs up; a sample that was missed or repeated changes it;
-and the difference between two receipts tells which (``tools/audit.py``).
+The receipt of samples in an epoch is the sum of hash(sample key, epoch) modulo 2**128. It does not depend on the order
+of samples, so the receipts of ranks are added up. A missed or repeated sample changes it, and the difference of two
+receipts shows which one (``tools/audit.py``).
 
-A step's receipt crosses the ranks as floats, on the reduction that carries the step's metrics: digits of 11 bits, of
-which float32 adds up 8192 without rounding.
+The metrics' all-reduce also sums the receipts of a step, as floats: digits of 11 bits, of which float32 sums 8192
+without rounding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MODULUS = 1 << 128
 _DIGIT_BITS = 11
 DIGITS = -(-128 // _DIGIT_BITS)
 MOST_PARTS = 2 ** (24 - _DIGIT_BITS)
-"""How many receipts may be added up as digits: ranks × micro-batches."""
+"""Largest number of receipts that may be summed as digits: ranks × micro-batches."""
 
 
 def sample_hash(key: str, epoch: int) -> int:
-    """128-bit hash of one sample in one epoch."""
+    """128-bit hash of a sample in an epoch."""
     digest = hashlib.blake2b(f"{epoch}\0{key}".encode(), digest_size=16).digest()
     return int.from_bytes(digest, "little")
 
@@ -39,23 +39,21 @@ def to_digits(value: int) -> list[float]:
 
 
 def from_digits(sums: Sequence[float]) -> int:
-    """The receipt whose parts' digits have these sums."""
+    """The receipt from sums of digits."""
     return sum(int(digit) << (_DIGIT_BITS * i) for i, digit in enumerate(sums)) % MODULUS
 
 
 @dataclass(frozen=True)
 class DataProgress:
-    """What a run has trained on from its beginning up to a step.
-
-    bad_in_epoch: planned samples of the current epoch that others stood in for.
-    """
+    """What a run has trained on from its beginning up to a step."""
 
     samples: int = 0
     receipt: int = 0
     bad_in_epoch: int = 0
+    """Number of samples of the current epoch that could not be read and were replaced."""
 
     def plus(self, *, samples: int, receipt: int, bad: int, epoch_begins: bool) -> DataProgress:
-        """After one more step, whether or not it is the first of its epoch."""
+        """The progress after one more step."""
         return DataProgress(
             samples=self.samples + samples,
             receipt=(self.receipt + receipt) % MODULUS,

@@ -1,17 +1,17 @@
-"""Shards that are not on a file system: http(s) and pipe URLs, through a node-local cache with a size bound.
+"""Remote shards (http(s) and pipe URLs, see urls.py), through a node-local cache of bounded size.
 
-    http://host/shards?token=…                        a folder; names go before the query
-    pipe:aws s3 cp s3://bucket/shards/{} -            a command that prints a file; names go where {} is
-
-    CACHE/train-000000.tar.<hash>                     whole; the hash is of URL and sha256
-    CACHE/train-000000.tar.<hash>.part                being downloaded by whoever holds its lock, and from the start as
-                                                      large as it will be: sizes are all the accounting there is
-    CACHE/.train-000000.tar.<hash>.ok                 the copy as it was when its contents were last verified
+    CACHE/train-000000.tar.<hash>                     a complete copy; the hash is of URL and sha256
+    CACHE/train-000000.tar.<hash>.part                a download, by the process that holds its lock; from the start it
+                                                      has its final size, because sizes are the only accounting
+    CACHE/.train-000000.tar.<hash>.ok                 identity of the copy when its contents were last verified
     CACHE/.lock                                       held while files are counted, removed or renamed
     CACHE/.unsized.lock                               held while a file of unknown size is downloaded
 
-No other user can write into the folder (private_folder.py), and no link in it is followed. All locks are flocks: a
-killed process holds none, and threads exclude each other as processes do.
+webdataset's cache and fsspec's ``filecache`` have no size bound that holds across the processes of a node, do not
+verify contents, and do not resume a download; so this cache is our own. The commands are run by webdataset's ``gopen``.
+
+Other users cannot write into the folder (private_folder.py), and links in it are not followed. Locks are flocks: the
+kernel releases those of killed processes, and they also exclude threads.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.machine import this_machine
 from cfmask.urls import is_http
 
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 ATTEMPTS = 4
 BACKOFF_S = 0.5
-"""Pause after the first failed attempt; each further one is twice as long."""
+"""Pause after the first failed attempt; each further pause is twice as long."""
 CONNECT_S = 15
 HTTP_STALL_S = 30
-"""An http transfer that brings less than a kilobyte a second for so long has failed."""
+"""An http transfer fails after so long at less than a kilobyte per second."""
 PIPE_STALL_S = 600
-"""The same for a pipe command that prints nothing: it may fetch a whole file before its first byte."""
+"""A pipe command fails after so long without output: it may fetch a whole file before its first byte."""
 
 _CHUNK = 1 << 20
 _OURS = re.compile(r".+\.[0-9a-f]{20}(\.part|\.ok)?")  # nothing else in the folder is ever counted or removed
@@ -57,17 +57,17 @@ _OURS = re.compile(r".+\.[0-9a-f]{20}(\.part|\.ok)?")  # nothing else in the fol
 
 
 class _Failed(Exception):
-    """An attempt failed. lasting: another one would fail too. whole: the server cannot continue a file."""
+    """A failed attempt. lasting: further attempts would fail too. whole: the server cannot resume a file."""
 
     def __init__(self, reason: str, remedy: str, *, lasting: bool = False, whole: bool = False):
         self.reason, self.remedy, self.lasting, self.whole = reason, remedy, lasting, whole
 
 
 def read(url: str, *, attempts: int = ATTEMPTS) -> bytes:
-    """A small file, whole.
+    """The contents of a small file.
 
     Raises:
-        UserError: it is not there, or every attempt failed; names the URL, the last reason, and what to do.
+        UserError: all attempts failed; with the URL, the last reason, and what to do.
     """
     return _retry(url, attempts, lambda: b"".join(_fetch(url)))
 
@@ -81,17 +81,17 @@ def _retry(url: str, attempts: int, once: Callable[[], T]) -> T:
             if failure.lasting or attempt >= attempts:
                 tried = "" if failure.lasting else f" (attempt {attempt} of {attempts})"
                 text = f"{url} cannot be read: {failure.reason}{tried}. {failure.remedy}"
-                raise UserError(" ".join(text.split())) from None  # a command or its complaint may have several lines
+                raise UserError(" ".join(text.split())) from None  # a command or its output may have several lines
         time.sleep(BACKOFF_S * 2 ** (attempt - 1))
         attempt += 1
 
 
 def _curl(config: str, offset: int) -> str:
-    """The command that prints what is at a URL, from byte ``offset`` on. Any user of the machine can list it with its
-    arguments: the URL, which may have a token in it, is in the file ``config``.
+    """The command that prints a file from byte ``offset`` on. All users of the machine can see its arguments, so the
+    URL, which may contain a token, is in the file ``config``.
 
-    webdataset's own: it has no limit for a server that stops sending, it waits for a broken server for a minute before
-    anyone is told, and when it starts over in the middle of a file it prints the first part twice.
+    webdataset's own command has no limit for a server that stops sending, reports a broken server only after a minute,
+    and prints the first part of a file twice if it has to start again.
     """
     options = ["--fail", "--silent", "--show-error", "--location", "--globoff", "--connect-timeout", str(CONNECT_S)]
     options += ["--speed-limit", "1000", "--speed-time", str(HTTP_STALL_S)]
@@ -100,10 +100,10 @@ def _curl(config: str, offset: int) -> str:
 
 
 def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
-    """What is at ``url``, from byte ``offset`` on (http only), as it comes.
+    """The contents of ``url`` in chunks, from byte ``offset`` on (http only).
 
     Raises:
-        _Failed: the command that reads it failed or stalled, possibly after some of it was yielded.
+        _Failed: the command failed or stalled, possibly after some chunks.
     """
     from webdataset.gopen import gopen  # it imports torch
 
@@ -113,15 +113,15 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
         opened = f"/proc/{os.getpid()}/fd"
         if is_http(url):
             quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-            _fill(config, f'url = "{quoted}"\n')
+            os.write(config, f'url = "{quoted}"\n'.encode())
             command = _curl(f"{opened}/{config}", offset)
         else:
             command = url.removeprefix("pipe:")
-        _fill(script, f"{command}\n")
-        # From a file: in the arguments of the shell, other users could read it.
+        os.write(script, f"{command}\n".encode())
+        # In a file, because other users could read the arguments of the shell.
         pipe = gopen(f"pipe:exec 2>{opened}/{complaints}; . {opened}/{script}", "rb")
         try:
-            # Not pipe.read: it drops what it has read when the command has failed meanwhile.
+            # Not pipe.read, which drops what it has read if the command has failed meanwhile.
             output = pipe.stream.fileno()
             ready = select.poll()
             ready.register(output, select.POLLIN)
@@ -131,63 +131,56 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
                     continue
                 with suppress(subprocess.TimeoutExpired):
                     if status := pipe.proc.wait(stall):
-                        raise _failure(url, status, _tail(complaints))
+                        raise _failure(url, status, complaints)
                     return
                 break
             raise _Failed(f"the command neither sent anything for {stall} seconds nor ended", _remedy(url))
         finally:
-            pipe.proc.kill()  # nothing happens if it has ended
-            with suppress(OSError):  # says that it was killed
+            pipe.proc.kill()  # no effect if it has ended
+            with suppress(OSError):  # reports that it was killed
                 pipe.close()
     finally:
         for descriptor in (complaints, config, script):
             os.close(descriptor)
 
 
-def _fill(descriptor: int, text: str) -> None:
-    with open(descriptor, "w", closefd=False) as file:
-        file.write(text)
-
-
-def _tail(descriptor: int, size: int = 500) -> str:
-    start = max(0, os.fstat(descriptor).st_size - size)
-    return os.pread(descriptor, size, start).decode(errors="replace").strip().rstrip(".")
-
-
 def _remedy(url: str) -> str:
     if is_http(url):
         return "Check the address, and that this machine reaches the server; then start again."
-    return "Run the command by itself on this machine to see what is wrong; then start again."
+    return "Run the command on this machine to find the cause; then start again."
 
 
-def _failure(url: str, status: int, complaint: str) -> _Failed:
+def _failure(url: str, status: int, complaints: int) -> _Failed:
+    """complaints: descriptor of the command's standard error."""
+    end = os.pread(complaints, 500, max(0, os.fstat(complaints).st_size - 500))
+    complaint = end.decode(errors="replace").strip().rstrip(".")
     if is_http(url):
         if status == 127:
-            return _Failed("curl, which reads it, is not installed on this machine", "Install curl.", lasting=True)
+            return _Failed("curl is not installed on this machine", "Install curl.", lasting=True)
         match = re.search(r"returned error: (\d+)", complaint)
         code = int(match[1]) if match else 0
         lasting = 400 <= code < 500 and code not in (408, 416, 425, 429)
         reason = complaint or f"curl ended with status {status}"
         return _Failed(reason, _remedy(url), lasting=lasting, whole=status == 33 or code == 416)
     reason = f"the command ended with status {status}" + (f" and said: {complaint}" if complaint else "")
-    return _Failed(reason, _remedy(url), lasting=status in (126, 127))  # it cannot be run, or is not there
+    return _Failed(reason, _remedy(url), lasting=status in (126, 127))  # it cannot be run, or does not exist
 
 
 # --- the cache ------------------------------------------------------------------------------------------------------
 
 
 class Cache:
-    """Copies of remote files in a folder that the processes of a node share, at most ``max_bytes`` of them.
+    """Copies of remote files in a folder that the processes of a node share. A Cache can be pickled.
 
-    A copy may be removed as soon as it is open; its disk space is free when the last descriptor of it is closed, so
-    what readers hold open may come on top of the bound. Holds no descriptor: it may be pickled.
+    A copy may be removed while it is open. Its disk space is freed when its last descriptor is closed, so files that
+    readers hold open may exceed the bound.
 
-    A copy's contents are compared with their sha256 when it is downloaded, and again when it is not the file that was
-    verified last: by size, time, inode and boot, because copies are not synced to disk and a power cut may tear them.
+    The contents of a copy are compared with their sha256 after the download, and again if the file is not the one that
+    was verified last, by size, time, inode and boot: copies are not synced to disk, so a power cut may damage them.
 
     Args:
-        folder: on a disk of the node; made when it is needed. Other files in it are left alone.
-        max_bytes: of all copies, those being downloaded included.
+        folder: on a disk of the node; created when it is needed. Other files in it are ignored.
+        max_bytes: bound on the size of all copies and downloads.
     """
 
     def __init__(self, folder: Path, max_bytes: int):
@@ -195,16 +188,16 @@ class Cache:
         self._max_bytes = max_bytes
 
     def open(self, url: str, *, size: int | None, sha256: str | None) -> BinaryIO:
-        """The file at ``url``, opened for reading from its copy, whose contents are verified. It is downloaded if there
-        is none, by one caller; the others wait. The least recently opened copies make room for it.
+        """Open the verified copy of the file at ``url``. If there is none, one caller downloads it and the others wait.
+        The least recently opened copies are removed to make room.
 
         Args:
-            size: in bytes. Unknown, the file is taken as it comes, and one such file is downloaded at a time.
-            sha256: hex digest that its contents must have. Another one is another file, also under the same URL.
+            size: in bytes. Only one file of unknown size is downloaded at a time.
+            sha256: hex digest of its contents. Files of different digests are different, also under the same URL.
 
         Raises:
-            UserError: it cannot be downloaded whole, is larger than the cache, or the folder or its disk cannot take
-                it or is not this user's.
+            UserError: it cannot be downloaded, is larger than the cache, or cannot be stored; or the folder belongs to
+                another user.
         """
         self._folder = private_folder(self._folder)
         name = _copy_name(url, sha256)
@@ -213,7 +206,7 @@ class Cache:
             while not (file := _open_copy(copy, size, None)):
                 with _locked(aside) as part:
                     if not _is_at(aside, part):
-                        continue  # whoever had it before has renamed or removed it
+                        continue  # the previous holder of the lock has renamed or removed it
                     try:
                         if file := _open_copy(copy, size, _verified(copy, size, sha256)):
                             aside.unlink()
@@ -232,20 +225,20 @@ class Cache:
             return file
         except OSError as error:
             raise UserError(
-                f"{url} cannot be kept in the cache folder {self._folder} ({error}): it must be on a local disk with "
-                f"room, and yours to write to."
+                f"{url} cannot be stored in the cache folder {self._folder} ({error}), which must be on a local disk "
+                f"with room, and writable for you."
             ) from None
 
     def discard(self, url: str, *, sha256: str | None) -> None:
-        """Forget the copy, so that the next one who opens it downloads it again: it is not what it should be."""
+        """Remove a wrong copy, so that it is downloaded again when it is next opened."""
         _remove(self._folder / _copy_name(url, sha256))
 
     def _download(self, url: str, part: int, name: str, size: int | None, sha256: str | None) -> str:
-        """All of ``url``, and nothing else, into the file ``part``, which is called ``name``; its sha256."""
+        """Download ``url`` into the file descriptor ``part`` of the file ``name``. Returns the sha256."""
         room = size or 0
         self._take_room(url, part, name, room)
         digest, written, resume = hashlib.sha256(), 0, False
-        resumable = sha256 is not None and is_http(url)  # unchecked, two answers could be of two files
+        resumable = sha256 is not None and is_http(url)  # without sha256, the parts could be of two files
 
         def once() -> None:
             nonlocal room, digest, written, resume, resumable
@@ -277,12 +270,12 @@ class Cache:
         return digest.hexdigest()
 
     def _take_room(self, url: str, part: int, name: str, size: int) -> None:
-        """Make ``part`` as large as it is going to be, once there is room. Waits while other downloads hold the room:
-        they end, because of all who wait here only one, of unknown size, holds any itself."""
+        """Enlarge ``part`` to ``size`` once there is room. Waits while other downloads take the room. They end, because
+        only one of the waiting downloads, that of unknown size, holds room itself."""
         if size > self._max_bytes:
             raise UserError(
-                f"{url} has {size / 1e9:.3g} GB or more, the cache {self._folder} may hold {self._max_bytes / 1e9:.3g} "
-                f"GB: raise --cache-gb. It should hold several shards for each loader."
+                f"{url} has {size / 1e9:.3g} GB or more, and the cache {self._folder} may hold "
+                f"{self._max_bytes / 1e9:.3g} GB. Raise --cache-gb: it should hold several shards for each loader."
             )
         while True:
             with _locked(self._folder / ".lock"):
@@ -299,8 +292,8 @@ class Cache:
             time.sleep(0.1)
 
     def _files(self, but: str = "") -> tuple[list[tuple[int, int, Path]], int]:
-        """(time of last use, size, path) of the copies, least recently used first, and the bytes that downloads
-        hold, but for the one called ``but``. Removes what killed downloads left. The caller holds .lock."""
+        """(time of last use, size, path) of all copies, least recently used first; and the bytes of downloads except
+        the one named ``but``. Removes files of killed downloads. The caller holds .lock."""
         copies, downloads = [], 0
         for entry in os.scandir(self._folder):
             if entry.name == but or not _OURS.fullmatch(entry.name):
@@ -324,31 +317,31 @@ class Cache:
             except OSError as error:
                 if not disk_is_full(error):
                     raise
-                # Others fill the disk too. One copy less, and again, until there is none.
+                # Other programs fill the disk too. Remove one copy at a time and retry.
                 with _locked(self._folder / ".lock"):
                     copies, _ = self._files()
                     if not copies:
                         raise UserError(
-                            f"The disk of the cache folder {self._folder} is full ({error.strerror}), with no copy "
-                            f"left in the cache to remove: make room on it, or use a folder on another disk."
+                            f"The disk of the cache folder {self._folder} is full ({error.strerror}), and the cache "
+                            f"has no more copies to remove. Make room on it, or use a folder on another disk."
                         ) from None
                     _remove(copies[0][2])
 
 
-_OTHER_FILE = "It is not the file that the set's manifest names: copy the set there again, all of it."
+_OTHER_FILE = "The file differs from the set's manifest. Copy the whole set to that place again."
 
 
 def _copy_name(url: str, sha256: str | None) -> str:
-    # What looks most like the name of a file, for whoever looks into the folder.
+    # Begins with what is probably the name of the file, for readers of the folder.
     names = re.findall(r"[\w.-]+\.\w+", url.partition("?")[0], re.ASCII) or ["file"]
     return f"{names[-1][-80:]}.{hashlib.sha256(f'{url} {sha256}'.encode()).hexdigest()[:20]}"
 
 
 def _open_copy(copy: Path, size: int | None, verified: str | None) -> BinaryIO | None:
-    """The copy, marked as used now; None if there is none, it has another size, or its contents are not verified.
+    """Open a copy and update its time of use; None if it is missing, has another size, or is not verified.
 
     Args:
-        verified: the sha256 of its contents if they are known to be right, as of this moment.
+        verified: the sha256 of its contents, if they were just verified.
     """
     try:
         file = open(os.open(copy, os.O_RDONLY | os.O_NOFOLLOW), "rb")
@@ -363,12 +356,12 @@ def _open_copy(copy: Path, size: int | None, verified: str | None) -> BinaryIO |
     elif not right or _read_mark(copy).get("file") != _identity(status):
         file.close()
         return None
-    os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))  # the time of change tells a changed file
+    os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))  # mtime must stay: it identifies the file
     return file
 
 
 def _verified(copy: Path, size: int | None, sha256: str | None) -> str | None:
-    """The sha256 of a copy's contents, read now, if it is what it has to be; None if it is not, or cannot be known."""
+    """The sha256 of the contents of a copy, if it is the expected one; None if it is not, or none is known."""
     expected = sha256 or _read_mark(copy).get("sha256")
     try:
         descriptor = os.open(copy, os.O_RDONLY | os.O_NOFOLLOW)
@@ -384,7 +377,7 @@ def _verified(copy: Path, size: int | None, sha256: str | None) -> str | None:
 
 
 def _identity(status: os.stat_result) -> list[Any]:
-    """What a file was that has been verified. It is another one when this differs."""
+    """Identity of a file whose contents were verified."""
     return [this_machine(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns]
 
 
@@ -401,7 +394,7 @@ def _read_mark(copy: Path) -> dict[str, Any]:
 
 
 def _write_mark(copy: Path, status: os.stat_result, sha256: str) -> None:
-    """Note that the contents of a copy are verified. Where that fails, they are verified again next time."""
+    """Record that a copy is verified. If that fails, it is verified again next time."""
     with suppress(OSError):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         with open(os.open(_mark_of(copy), flags, 0o600), "w") as file:
@@ -415,13 +408,13 @@ def _remove(copy: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Yields the file's descriptor. ``path`` may have got another file while the lock was waited for."""
+    """Yields a descriptor of the locked file. ``path`` may have become another file during the wait."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile holds the descriptor too
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile has the descriptor too
         os.close(descriptor)
 
 
@@ -446,12 +439,11 @@ def _remove_if_abandoned(part: Path) -> bool:
 
 
 def node_cache(folder: str | None = None, gb: float | None = None) -> Cache:
-    """This node's cache: in ``folder``, or else $CFMASK_CACHE, or else a folder of this user's in $TMPDIR; where
-    others can write to it too, in a folder of this user's in it (``private_folder``). Of ``gb`` GB, or else 200."""
+    """The cache of this node, in ``private_folder(cache_folder(folder))``, of ``gb`` GB (default 200)."""
     return Cache(cache_folder(folder), int((gb or 200) * 1e9))
 
 
 def cache_folder(folder: str | None = None) -> Path:
-    """Where ``node_cache`` puts its files, or the folder in which it makes one for this user."""
+    """``folder``, or else $CFMASK_CACHE, or else a folder of this user in $TMPDIR."""
     given = folder or os.environ.get("CFMASK_CACHE")
     return Path(given) if given else Path(tempfile.gettempdir()) / OWN_NAME

@@ -1,15 +1,15 @@
-"""Segmentation masks: where the object of a sample is, read from files.
+"""Segmentation masks of the objects of samples.
 
-    DIR/…/KEY.png                one mask a sample: 0, and one other value where the object is
-    DIR/…/KEY.json               the same run-length encoded: {"size": [H, W], "counts": …}, as COCO has it; or a list
-                                 of such, whose union it is
+    DIR/…/KEY.png                a mask of one sample: 0 outside of the object, one other value in it
+    DIR/…/KEY.json               the same in COCO's run-length encoding: {"size": [H, W], "counts": …}, or a list of
+                                 such, whose union is the mask
     FILE.json                    COCO annotations of a whole set (cfmask/data/coco.py): panoptic ones with their PNGs of
                                  segment ids, or run-length encoded instances
-    SET/manifest.json            shards of masks, as tools/segment.py writes them
+    SET/manifest.json            shards of masks by tools/segment.py
 
-Masks belong to the images as they were before the recipe's resize and crop, and go through the same, each pixel taking
-the value of the nearest one. A sample's mask is found by its key; or where its image was a file of another name, by
-FOLDER/NAME (DIR/…/n02085620/n02085620_1.png) or NAME, without ending, of that file.
+Masks are those of images before the recipe's resize and crop, and are resized and cropped in the same way, each pixel
+taking the value of the nearest one. A mask is found by the sample's key, or by FOLDER/NAME
+(DIR/…/n02085620/n02085620_1.png) or NAME, without extension, of the image's original file.
 """
 
 from __future__ import annotations
@@ -37,30 +37,31 @@ MADE_BY = "segment"
 
 _FORMS = (
     "Give a folder of PNGs or run-length JSONs named by sample key, a COCO annotation file (.json), or shards of masks "
-    "that tools/segment.py made."
+    "by tools/segment.py."
 )
 
 
 class Masks(Protocol):
-    """Where masks are read from. Threads may share it."""
+    """A source of masks. Threads may share it."""
 
     def read(self, key: str, name: str, category: str) -> Mask | None:
-        """The mask of one sample.
+        """The mask of a sample.
 
         Args:
-            key: of the sample. name: of the file that its image was (folder/file), or "".
-            category: COCO's name of what the sample shows; masks of one object a sample need none.
+            key: of the sample.
+            name: of the original file of its image (folder/file), or "".
+            category: COCO's name of the object; not used by masks of one object for each sample.
 
         Returns:
-            bool (H, W), possibly without any pixel; None if there is no mask for this sample.
+            bool (H, W), which may be all False; None if there is no mask.
 
         Raises:
-            UserError: it cannot be read, or is no mask.
+            UserError: it cannot be read, or is not a mask.
         """
         ...
 
     def has(self, key: str) -> bool:
-        """Whether the sample of this key has a mask, so far as its key alone tells."""
+        """Whether a mask is found by the key of a sample alone."""
         ...
 
     def digest(self) -> str:
@@ -69,32 +70,32 @@ class Masks(Protocol):
 
 
 def open_masks(where: str | Path, panoptic_pngs: Path | None = None) -> Masks:
-    """The masks that a path names.
+    """Open masks of any of the forms above.
 
     Args:
         panoptic_pngs: folder or zip of the PNGs of panoptic annotations, if it is not beside them.
 
     Raises:
-        UserError: there is nothing, or nothing of the forms above.
+        UserError: a missing path, or none of these forms.
     """
     path = Path(where)
     if path.is_file() and path.suffix.lower() == ".json":
         return CocoMasks(path, panoptic_pngs)
     if panoptic_pngs is not None:
         raise UserError(
-            f"--panoptic-pngs would do nothing: the PNGs of panoptic annotations belong to a JSON, and --segmentation "
-            f"names {path}."
+            "--panoptic-pngs has no effect: it gives the PNGs of a JSON of panoptic annotations, and --segmentation "
+            f"is {path}."
         )
     if path.is_file() and path.suffix.lower() == ".zip":
         raise UserError(
-            f"{path} is an archive. Unpack it and give the COCO annotation file (.json) or the folder of masks in it; "
-            f"the zip of PNGs that lies beside a panoptic JSON can stay packed."
+            f"{path} is an archive. Unpack it and give the COCO annotation file (.json) or the folder of masks in it. "
+            f"(A zip of PNGs beside a panoptic JSON need not be unpacked.)"
         )
     if (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}")):  # of a folder of sets, its error says which
         return _ShardMasks(load_manifest(path))
     if path.is_dir():
         return _FileMasks(path)
-    raise UserError(f"There are no masks at {path}. {_FORMS}")
+    raise UserError(f"No such file or folder of masks: {path}. {_FORMS}")
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------
@@ -106,7 +107,7 @@ Classes = Sequence[tuple[str, str]]
 
 
 def categories(classes: Classes) -> list[str]:
-    """COCO's name of what each class shows: its super-class, or else its own name."""
+    """COCO's category of each class: its super-class, or else its own name."""
     known = imagenet.super_class_of()
     return [known.get(folder, name) for folder, name in classes]
 
@@ -115,12 +116,12 @@ def class_groups(classes: Classes, names: Sequence[str] | None = None) -> dict[s
     """Class ids by group.
 
     Args:
-        names: dog, cat, bird: ImageNet's classes of these super-classes (``imagenet.SUPER_CLASSES``); all: those of all
-            three, or every class of a set that has none of them; or a single class, by folder or display name. By
-            default, those of the first four that the set has.
+        names: dog, cat, bird: ImageNet's classes of these super-classes (``imagenet.SUPER_CLASSES``); all: the union of
+            these, or every class of a set without them; or a single class, by folder or display name. By default,
+            those of dog, cat, bird and all that the set has.
 
     Raises:
-        UserError: a group that is none of these, or that is named twice.
+        UserError: an unknown group, or a repeated one.
     """
     known = imagenet.super_class_of()
     groups = {
@@ -138,19 +139,19 @@ def class_groups(classes: Classes, names: Sequence[str] | None = None) -> dict[s
         if name in imagenet.SUPER_CLASSES and name not in groups:
             raise UserError(
                 f"The set has none of ImageNet's {len(imagenet.SUPER_CLASSES[name])} classes of the group {name}: its "
-                f"{len(classes)} classes begin with {classes[0][0]}. Leave --groups out, or name classes of the set."
+                f"{len(classes)} classes begin with {classes[0][0]}. Leave out --groups, or give classes of the set."
             )
         if name not in groups:
             raise UserError(
-                f"There is no group {name!r}: groups are {', '.join(imagenet.SUPER_CLASSES)}, {ALL}, and each class of "
-                f"the set by its folder or display name ({', '.join(classes[0])}, for one)."
+                f"Unknown group {name!r}. Groups are {', '.join(imagenet.SUPER_CLASSES)}, {ALL}, and each class of the "
+                f"set by its folder or display name (for example {', '.join(classes[0])})."
             )
     if len(set(names)) != len(names):
-        raise UserError(f"--groups names a group twice: {' '.join(names)}.")
+        raise UserError(f"--groups repeats a group: {' '.join(names)}.")
     return {name: groups[name] for name in names}
 
 
-# --- a mask a sample --------------------------------------------------------------------------------------------------
+# --- one mask for each sample -----------------------------------------------------------------------------------------
 
 
 class _FileMasks:
@@ -159,13 +160,13 @@ class _FileMasks:
     def __init__(self, root: Path) -> None:
         found = sorted(path for path in root.rglob("*") if path.suffix.lower() in (".png", ".json") and path.is_file())
         if not found:
-            raise UserError(f"{root} holds no masks: there is no .png or .json in it. {_FORMS}")
+            raise UserError(f"{root} holds no masks: it has no .png or .json. {_FORMS}")
         endings: dict[Path, list[str]] = {}
         for path in found:
             endings.setdefault(path.with_suffix(""), []).append(path.suffix)
         if twice := [stem for stem, of_stem in endings.items() if len(of_stem) > 1]:
             raise UserError(
-                f"{twice[0]} is there as {' and as '.join(endings[twice[0]])}: which of them is the mask? Keep one."
+                f"{twice[0]} exists as {' and as '.join(endings[twice[0]])}. Keep only the one that is the mask."
             )
         self._root, self._names = root, Names(found)
 
@@ -182,10 +183,10 @@ class _FileMasks:
         entry = read_json(path)
         encoded = entry if isinstance(entry, list) else [entry]
         if not encoded:
-            raise UserError(f"{path} is an empty list: a mask without any pixel has its size, and counts [H · W].")
+            raise UserError(f"{path} is an empty list. A mask without pixels must have its size, and counts [H · W].")
         parts = [decode_mask(part, path) for part in encoded]
         if len({part.shape for part in parts}) > 1:
-            raise UserError(f"{path} holds masks of several sizes, which cannot be of one image.")
+            raise UserError(f"{path} holds masks of several sizes, which cannot belong to one image.")
         return np.logical_or.reduce(parts)
 
     def has(self, key: str) -> bool:
@@ -200,7 +201,7 @@ class _ShardMasks:
 
     def __init__(self, manifest: Manifest) -> None:
         if manifest.made.get("tool") != MADE_BY:
-            raise UserError(f"{manifest.root} is a set of images, not of masks. {_FORMS}")
+            raise UserError(f"{manifest.root} is a set of images and not of masks. {_FORMS}")
         self._manifest, self._reader = manifest, ShardReader(manifest)
         first = np.concatenate([[0], np.cumsum(manifest.sample_counts)])
         self._ids = {
@@ -227,27 +228,26 @@ class _ShardMasks:
 
 @dataclass(frozen=True)
 class ObjectReader:
-    """Reads where the objects of training samples are, as far as patch masks can tell; by key alone.
-
-    masks: of the training set.
-    classes: COCO's name of what a class's samples show, by class id, for those classes that masks are validated on.
-    size, patch_size: of the model.
-    """
+    """Reads the coverage of training samples, whose masks are found by key."""
 
     masks: Masks
+    """Of the training set."""
     classes: Mapping[int, str]
+    """COCO's category by class id, for the classes in which masks are validated."""
     size: int
+    """Of the model's images."""
     patch_size: int
+    """Of the model."""
 
     def read(self, key: str, label: int) -> Coverage | None:
-        """Of one sample, N = 1; None if it is of another class, or there is no mask for it. A mask that cannot be used
-        is none, with a warning: what is only measured ends no training."""
+        """The coverage of one sample, N = 1; None for other classes and samples without a mask. A mask that cannot be
+        used is only a warning, because it is used for a measurement and not for training."""
         if label not in self.classes:
             return None
         try:
             mask = self.masks.read(key, "", self.classes[label])
             cropped = None if mask is None else images.crop_mask(torch.from_numpy(mask.copy()), self.size)
         except UserError as error:
-            warnings.warn(f"{key} takes no part in the validation of masks: {error}", stacklevel=2)
+            warnings.warn(f"{key} is left out of the validation of masks: {error}", stacklevel=2)
             return None
         return None if cropped is None else coverage(cropped[None], self.patch_size)

@@ -1,4 +1,4 @@
-"""Samples with the masks of their objects: of a set of shards, or the photographs that COCO annotations are of."""
+"""Samples with the masks of their objects: from a set of shards, or the photographs of COCO annotations."""
 
 from __future__ import annotations
 
@@ -30,53 +30,51 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Segmented:
-    """A sample and where its object is.
-
-    key: of the sample in its set.
-    classes: class ids, of which one is the sample's: several where only its COCO category is known.
-    image: uint8 (3, S, S).
-    mask: bool (S, S); None if there is none for it.
-    """
+    """A sample and its mask."""
 
     key: str
+    """Of the sample in its set."""
     classes: tuple[int, ...]
+    """Its class id; several if only its COCO category is known."""
     image: Tensor
+    """(3, S, S) uint8."""
     mask: Tensor | None
+    """(S, S) bool; None for a sample without a mask."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive samples that are finished together.
-
-    name: unique in the set. place: where they are, for messages. ids: of the samples.
-    """
+    """Consecutive samples whose results are recorded together."""
 
     name: str
+    """Unique in the set."""
     place: str
+    """Path of the samples, for messages."""
     ids: Sequence[int]
 
 
 class SegmentedSet(Protocol):
-    """Samples with masks.
-
-    where: folder or URL of the images. digest: a hash that changes with images or masks. classes: of the model.
-    chunks: its samples. left_out: images that are annotated but not there. note: for whoever reads the numbers, or "".
-    """
+    """Samples with masks."""
 
     where: str
+    """Folder or URL of the images."""
     digest: str
+    """A hash that changes with images or masks."""
     classes: Classes
+    """Of the model."""
     chunks: list[Chunk]
     left_out: list[str]
+    """Images that are annotated but missing."""
     note: str
+    """A remark for readers of the results, or ""."""
 
     def samples(self, ids: Sequence[int]) -> Iterator[Segmented]:
-        """In the order of ``ids``. Raises UserError if one of them, or its mask, cannot be used."""
+        """Samples in the order of ``ids``. Raises UserError if a sample or its mask cannot be used."""
         ...
 
 
 def _in_order(read: Callable[[int], _T], ids: Sequence[int], threads: int) -> Iterator[_T]:
-    """``read`` of each id in order, by so many threads ahead of the caller; 0: when it is asked for."""
+    """``read`` of each id, in order, by threads that work ahead; with 0 threads, on request."""
     if threads == 0:
         yield from map(read, ids)
         return
@@ -97,12 +95,12 @@ def _in_order(read: Callable[[int], _T], ids: Sequence[int], threads: int) -> It
 
 
 class SegmentedShards:
-    """The samples of a set of shards that are of certain classes.
+    """The samples of certain classes in a set of shards.
 
     Args:
         wanted: class ids.
-        image_size: of the crop.
-        threads: that read and decode; 0 does it in the caller's.
+        image_size: side of the crop.
+        threads: number of threads that read and decode; 0 reads in the caller's thread.
 
     Raises:
         UserError: the set has no sample of these classes.
@@ -152,11 +150,11 @@ def segmented_samples(
     """Samples of a set with their masks, in the order of ``ids``.
 
     Args:
-        category: COCO's name of what a class id's samples show.
-        threads: that read and decode; 0 does it in this one, when a sample is asked for.
+        category: returns COCO's category of a class id.
+        threads: as in ``SegmentedShards``.
 
     Raises:
-        UserError: a sample or its mask cannot be read, or the mask is of another size than the image.
+        UserError: a sample or its mask cannot be read, or the mask has another size than the image.
     """
     with ShardReader(manifest) as reader:
 
@@ -183,7 +181,7 @@ def segmented_samples(
 
 
 def facts_of(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What make_shards wrote beside a sample's image (name, width, height …); {} for shards of another maker."""
+    """The facts that make_shards wrote beside an image (name, width, height …); {} for shards of other programs."""
     try:
         facts = json.loads(bytes(sample.get("json", b"{}")))
     except ValueError:
@@ -198,16 +196,15 @@ def _check_size(
     if about:
         right = (about["height"], about["width"])
     elif manifest.image_size:
-        return  # crops of another maker: nothing tells what they were cut from
+        return  # crops of another program: the size of the original is unknown
     else:
         facts = images.inspect(sample[extension])
         right = (facts.height, facts.width)
-    # Of a crop, a mask of the crop is as good.
+    # For a crop, a mask of the crop is accepted too.
     if mask.shape != right and not (manifest.image_size and mask.shape == (size, size)):
         raise UserError(
-            f"The mask of sample {sample['__key__']} has {shown_size(mask.shape)} pixels, its image had "
-            f"{shown_size(right)}: it is the mask of another image, or of a resized one. Masks belong to the images as "
-            f"they were before any resizing."
+            f"The mask of sample {sample['__key__']} has {shown_size(mask.shape)} pixels, and its original image has "
+            f"{shown_size(right)}. It must be the mask of this image before any resizing."
         )
 
 
@@ -215,22 +212,21 @@ def _check_size(
 
 
 class SegmentedPhotos:
-    """The photographs of COCO annotations that show the categories of certain classes: a sample for each photograph and
-    category in it.
+    """The photographs of COCO annotations that show certain categories: a sample for each photograph and category.
 
-    The annotations know a category (dog) and no class (Chihuahua), so a sample's ``classes`` are all of the model's
-    classes of the category.
+    The annotations have categories (dog) and not classes (Chihuahua), so the ``classes`` of a sample are all classes of
+    the model in the category.
 
     Args:
-        photos: folder or zip with the files that the annotations name.
-        classes: the model's.
-        groups: class ids by group. A group has to be one or several whole categories.
+        photos: folder or zip with the files of the annotations.
+        classes: of the model.
+        groups: class ids by group. A group has to consist of whole categories.
         allow_missing: leave out photographs that are not in ``photos``.
-        image_size: of the crop.
-        threads: that read and decode; 0 does it in the caller's.
+        image_size: side of the crop.
+        threads: as in ``SegmentedShards``.
 
     Raises:
-        UserError: a group that the annotations cannot tell, no photograph of the groups, or missing ones.
+        UserError: a group that is not made of whole categories, no photograph of the groups, or missing ones.
     """
 
     def __init__(
@@ -251,19 +247,20 @@ class SegmentedPhotos:
         self._samples: list[tuple[CocoImage, str, str]] = []  # image, category, path in the tree
         self.left_out: list[str] = []
         self.note = (
-            "The annotations know categories alone: the CAM is that of the model's most probable class of the category."
+            "The annotations have only categories, so the CAM is that of the model's most probable class in the "
+            "category."
         )
         taken: dict[str, CocoImage] = {}
         shown = masks.images_with(self._members)
         for image, category in shown:
             path = self._tree.find(image.file)
             if path is None:
-                if image.file not in self.left_out[-1:]:  # of an image with several categories, they follow each other
+                if image.file not in self.left_out[-1:]:  # the categories of an image follow each other
                     self.left_out.append(image.file)
             elif taken.setdefault(path, image) is not image:
                 raise UserError(
-                    f"{photos / path} would be two images of the annotations, {taken[path].file} and {image.file}. "
-                    f"Give the folder that the file names of the annotations begin at."
+                    f"{photos / path} matches two images of the annotations, {taken[path].file} and {image.file}. Give "
+                    f"the folder at which the file names of the annotations begin."
                 )
             else:
                 self._samples.append((image, category, path))
@@ -272,11 +269,10 @@ class SegmentedPhotos:
         if not self._samples or (self.left_out and not allow_missing):
             number = len({image.file for image, _ in shown})
             raise UserError(
-                f"{photos} lacks {len(self.left_out)} of {number} images that the annotations have of "
-                f"{', '.join(self._members)}, {self.left_out[0]} for one. Give the folder or zip of the photographs "
-                f"that they belong to (val2017 for panoptic_val2017.json); files are looked for by their name in the "
-                f"JSON, its folders and the case of its letters included. --allow-missing-masks leaves out the images "
-                f"that are missing, if there are any others, and says how many."
+                f"{photos} lacks {len(self.left_out)} of {number} images of {', '.join(self._members)} in the "
+                f"annotations, for example {self.left_out[0]}. Give the folder or zip of their photographs (val2017 "
+                "for panoptic_val2017.json); file names must match those of the JSON, including folders and case. "
+                "--allow-missing-masks leaves out missing images and reports their number."
             )
         count = len(self._samples)
         self.chunks = [
@@ -297,9 +293,8 @@ class SegmentedPhotos:
             pixels = images.decode(data)
             if pixels.shape[1:] != image.size:
                 raise UserError(
-                    f"it has {shown_size(pixels.shape[1:])} pixels, {shown_size(image.size)} according to the "
-                    f"annotations. It is another image, or was resized or turned: take the photographs as they are "
-                    f"distributed"
+                    f"it has {shown_size(pixels.shape[1:])} pixels, and {shown_size(image.size)} in the annotations. "
+                    "It is another image, or was resized or rotated: use the photographs as they are distributed"
                 )
             cropped = images.crop(pixels, self._size)
         except UserError as reason:
@@ -311,11 +306,8 @@ class SegmentedPhotos:
 
 
 def _members(classes: Classes, groups: Mapping[str, frozenset[int]]) -> dict[str, tuple[int, ...]]:
-    """Class ids by category, of the categories of groups.
-
-    Raises:
-        UserError: a group that has only some of a category's classes.
-    """
+    """Class ids by category, for the categories in groups. Raises UserError for a group that has only some classes of a
+    category."""
     names = categories(classes)
     found: dict[str, tuple[int, ...]] = {}
     for group, ids in groups.items():
@@ -323,8 +315,8 @@ def _members(classes: Classes, groups: Mapping[str, frozenset[int]]) -> dict[str
             whole = tuple(i for i, name in enumerate(names) if name == category)
             if strangers := [i for i in whole if i not in ids]:
                 raise UserError(
-                    f"The annotations tell a {category} and not its kind, so nothing says which images are of the "
-                    f"group {group}: {classes[strangers[0]][1]} is a {category} too. Choose whole categories "
+                    f"The annotations have the category {category} and not its classes, so the images of the group "
+                    f"{group} are unknown: {classes[strangers[0]][1]} is a {category} too. Choose whole categories "
                     f"(--groups {category})."
                 )
             found[category] = whole

@@ -1,8 +1,8 @@
-"""The index beside a shard: where the members of each sample lie, and its class id.
+"""The index beside a shard: the class id of each sample, and the place of its members.
 
-A tar that was changed since it was indexed has to be found, or its old labels would be used. Our own shards have a
-checksum of every member, labels included, which readers compare (shard_reader.py). Shards of other programs may have
-none: their index holds a digest of the tar's headers and labels (``frame_digest``).
+A tar that was changed after it was indexed must be detected, or old labels would be used. Shards that cfmask wrote have
+a checksum of every member, including labels, which readers compare (shard_reader.py). Shards of other programs may have
+none; their index has a digest of the tar's headers and labels (``frame_digest``).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from numpy.typing import NDArray
 
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 INDEXED_BY = "index_shards"
-"""Maker, in a manifest's ``made`` and in an index's ``about``, of indexes of shards that another program wrote."""
+"""The tool in a manifest's ``made`` and an index's ``about``, for shards that another program wrote."""
 
 COPY_AGAIN = (
-    "Delete it and copy it again from where the set came from, or run the conversion again: it makes what is missing."
+    "Delete it and copy it again from the set's source, or run the conversion again, which makes what is missing."
 )
 INDEX_AGAIN = (
-    "If the shard was changed on purpose, run tools/index_shards.py on the folder again, which reads the labels anew; "
-    "if not, get the shard again from where it came from first."
+    "If the shard was changed on purpose, run tools/index_shards.py on the folder, which reads the labels again. If "
+    "not, copy the shard again from its source first."
 )
 
 
@@ -45,30 +45,32 @@ def index_path(shard: Path) -> Path:
 
 @dataclass(frozen=True)
 class Index:
-    """Where the members of a shard lie. Row i's members are ``first[i]`` … ``first[i+1] - 1``.
-
-    keys: (n,) bytes strings, utf-8. labels: (n,) int32 class ids. first: (n + 1,) int64. extensions: names that
-    ``extension`` (m,) points into. offset, size: (m,) int64, of a member's data in the tar. crc32: (m,) uint32, or (0,)
-    where a shard of another maker was indexed without reading it all.
-    about: JSON-able facts of the whole shard: bytes, sha256, and what the maker adds.
-    """
+    """n samples and their m members. The members of row i are ``first[i]`` … ``first[i+1] - 1``."""
 
     keys: NDArray[np.bytes_]
+    """(n,) UTF-8."""
     labels: NDArray[np.int32]
+    """(n,) class ids."""
     first: NDArray[np.int64]
+    """(n + 1,)."""
     extensions: tuple[str, ...]
+    """Names that ``extension`` refers to."""
     extension: NDArray[np.uint8]
+    """(m,)."""
     offset: NDArray[np.int64]
+    """(m,) of a member's data in the tar, like ``size``."""
     size: NDArray[np.int64]
     crc32: NDArray[np.uint32]
+    """(m,), or (0,) if a shard of another program was indexed without reading all of it."""
     about: dict[str, Any]
+    """Facts of the shard for JSON: bytes, sha256, and others."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @functools.cached_property
     def image(self) -> NDArray[np.int64]:
-        """(n,) the member that is each row's image; -1 where a row has none."""
+        """(n,) the image member of each row; -1 for a row without one."""
         is_image = np.isin(self.extension, [i for i, name in enumerate(self.extensions) if name in images.MEMBERS])
         members = np.flatnonzero(is_image)
         at = np.searchsorted(members, self.first[:-1])
@@ -94,7 +96,7 @@ def read_index(tar: Path) -> bytes:
 
 
 def parse_index(data: bytes, shown: str) -> Index:
-    """The index whose file has these bytes; ``shown`` is its name in errors.
+    """Parse the bytes of an index. ``shown``: its name in errors.
 
     Raises:
         UserError: it cannot be read.
@@ -119,7 +121,7 @@ def parse_index(data: bytes, shown: str) -> Index:
 
 
 class StaleIndex(UserError):
-    """A tar is not the one that its index was made of, so the index's labels may be wrong."""
+    """A tar was changed after it was indexed, so the labels of the index may be wrong."""
 
 
 def frame_digest(descriptor: int, index: Index) -> str:
@@ -146,20 +148,20 @@ def frame_digest(descriptor: int, index: Index) -> str:
 
 
 def stamp(status: os.stat_result, *, now: float) -> dict[str, int]:
-    """What tells cheaply that a tar has not changed since it was indexed: an entry of an index's ``about``.
+    """Size and times of a tar, for an index's ``about``: a cheap check that the tar was not changed.
 
-    A tar that changed less than two seconds before ``now``, the time before its first byte was read, gets no time of
-    change: file systems count time in steps of up to that, and a second change in one step would not show.
+    ``now`` is the time before its first byte was read. A tar that changed less than two seconds before gets no time of
+    change: file systems have steps of up to that, and a second change within a step would not show.
     """
     changed = status.st_ctime_ns if now - status.st_ctime > 2 else 0
     return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "ctime_ns": changed}
 
 
 def is_current(descriptor: int, index: Index) -> bool:
-    """Whether an open tar of another program has the labels, keys and offsets that its index says.
+    """Whether an open tar of another program still has the labels, keys and offsets of its index.
 
-    A copy, a move or ``chmod`` changes the times of a tar, not its contents; and times can be set. So times are only
-    believed where all agree, and where not, the contents are compared.
+    A copy, a move or ``chmod`` changes the times of a tar but not its contents, and times can be set. So contents are
+    compared unless all times agree.
     """
     status, about = os.fstat(descriptor), index.about
     if status.st_size != about.get("bytes"):
@@ -171,10 +173,10 @@ def is_current(descriptor: int, index: Index) -> bool:
 
 
 def write_index(path: Path, index: Index) -> None:
-    """Write aside, then rename. The bytes depend on the index alone.
+    """Write an index atomically. Its bytes depend only on the index.
 
-    safetensors, not npz: numpy parses an array's header with the module ast, which in CPython 3.11 fails now and then
-    when two threads use it.
+    The format is safetensors and not npz, because numpy parses headers with ``ast``, which in CPython 3.11 sometimes
+    fails in two threads.
     """
     facts = json.dumps({"extensions": index.extensions, "about": index.about}, sort_keys=True)
     keys = index.keys.astype(np.bytes_)

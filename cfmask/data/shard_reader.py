@@ -1,4 +1,4 @@
-"""Samples of a set, read by their place in it."""
+"""Reads samples of a set by their global ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfmask.errors import UserError
 from cfmask.secrets import mask_secrets
 
 RETRY_S = (0.1, 0.5, 2.0)
-"""Waits before a read that failed is tried again: a file server that is being failed over answers with errors."""
+"""Waits before a failed read is repeated: a file server returns errors during a failover."""
 
 
 class SampleError(UserError):
@@ -34,15 +34,17 @@ class SampleError(UserError):
 
 
 class Target(NamedTuple):
-    """Where a member's bytes are read to. skip: leading bytes that are known beforehand and not read; crc: of those."""
+    """Memory that a member is read into."""
 
     memory: memoryview
     skip: int = 0
+    """Leading bytes that are known and not read."""
     crc: int = 0
+    """CRC of these bytes."""
 
 
 class Scratch:
-    """Memory that is used again: a fresh 150 kB each time would be mapped, cleared and unmapped each time."""
+    """Memory that is reused: new blocks of 150 kB would be mapped, cleared and unmapped each time."""
 
     def __init__(self) -> None:
         self._memory = bytearray()
@@ -55,15 +57,16 @@ class Scratch:
 
 _BLOCK = tarfile.BLOCKSIZE
 _LABEL_NEAR = 4 * _BLOCK
-"""A label that begins so few bytes behind its image is read with it: in our own shards, the member after it."""
+"""A label that begins within so many bytes after its image is read with it. In shards of cfmask it is the next
+member."""
 
 
 class _OpenShard:
-    """A tar and its index, closed when nobody uses it any more: one thread may drop it while another reads."""
+    """A tar and its index. The file is closed with the last reference: one thread may drop it while another reads."""
 
     def __init__(self, file: BinaryIO, place: str, index: Index):
         self._file, self._descriptor, self._place = file, file.fileno(), place
-        # Lists, because taking a single number out of an array takes longer than reading a block of a file.
+        # Lists, because taking one number from an array takes longer than reading a block of a file.
         self._image, self._first = index.image.tolist(), index.first.tolist()
         self._offset, self._size, self._crc32 = index.offset.tolist(), index.size.tolist(), index.crc32.tolist()
         self._extension = [index.extensions[i] for i in index.extension]
@@ -72,7 +75,7 @@ class _OpenShard:
         self._label_member = [self._label_near(row) for row in range(len(index))] if len(index.crc32) else []
 
     def _label_near(self, row: int) -> int:
-        """The .cls member of a row that lies just behind its image; -1 if there is none."""
+        """The .cls member that lies just after the image of a row; -1 if there is none."""
         image, members = self._image[row], range(self._first[row], self._first[row + 1])
         for member in members if image >= 0 else ():
             behind = self._offset[member] - self._offset[image] - self._size[image]
@@ -81,13 +84,13 @@ class _OpenShard:
         return -1
 
     def read(self, row: int) -> dict[str, Any]:
-        """A sample with all its members. Raises OSError, or UserError for other bytes than were written."""
+        """A sample with all its members. Raises OSError, or UserError if a checksum differs."""
         members = range(self._first[row], self._first[row + 1])
         data = {self._extension[m]: bytes(self._read(m, Scratch().target(0, self._size[m]))) for m in members}
         return {**self._head(row), **data}
 
     def read_image(self, row: int, target: Callable[[int, int], Target], number: int) -> dict[str, Any]:
-        """A sample with its image alone, read to ``target(number, size)``. Raises as ``read``."""
+        """A sample with only its image, which is read into ``target(number, size)``. Raises as ``read``."""
         sample = self._head(row)
         member = self._image[row]
         if member < 0:
@@ -100,24 +103,24 @@ class _OpenShard:
         return {"__key__": self._keys[row], "__url__": self._place, "__label__": self._labels[row]}
 
     def _read(self, member: int, target: Target, label: int = -1) -> memoryview:
-        """A member's bytes. With ``label``, the .cls member behind it is read along and checked: it costs a kB, and a
-        tar that got other labels after it was indexed is found."""
+        """A member's bytes. With ``label``, the .cls member after it is read with it and checked. That costs a
+        kilobyte, and detects a tar whose labels were changed after it was indexed."""
         memory, skip, crc = target
         offset, size = self._offset[member] + skip, self._size[member] - skip
         behind = bytearray(self._offset[label] + self._size[label] - offset - size) if label >= 0 else bytearray()
         done = os.preadv(self._descriptor, [memory, behind], offset)
-        if label >= 0 and done < size + len(behind):  # a file system may give less than was asked for
+        if label >= 0 and done < size + len(behind):  # a file system may return less than requested
             behind = bytearray(os.pread(self._descriptor, len(behind), offset + size))
         while done < size and (got := os.preadv(self._descriptor, [memory[done:]], offset + done)):
             done += got
         if done < size or (self._crc32 and crc32(memory, crc) != self._crc32[member]):
-            raise UserError("its bytes are not those that were written: the file is torn or was changed")
+            raise UserError("its checksum differs: the file is truncated or was changed")
         if label >= 0:
             self._check_label(label, bytes(behind))
         return memory
 
     def _check_label(self, member: int, behind: bytes) -> None:
-        """Compare a .cls member, with which ``behind`` ends, and its size in the tar's header with the index."""
+        """Compare the .cls member at the end of ``behind``, and its size in the tar's header, with the index."""
         begin = len(behind) - self._size[member]
         try:
             size = tarfile.nti(behind[begin - _BLOCK :][124:136])  # type: ignore[attr-defined]
@@ -125,36 +128,33 @@ class _OpenShard:
                 return
             label = int(behind[begin:])
         except (ValueError, tarfile.HeaderError):
-            raise UserError("its label is not the one that was written: the file is torn or was changed") from None
+            raise UserError("the checksum of its label differs: the file is truncated or was changed") from None
         raise StaleIndex(
-            f"A label in {self._place} begins with {label}, and its index has another one (sample "
+            f"A label in {self._place} begins with {label} and differs from the index (sample "
             f"{self._keys[bisect.bisect_right(self._first, member) - 1]}): the tar was changed after it was indexed"
         )
 
 
 class ShardReader:
-    """Samples by global id, by offset. Keeps the most recently used ``max_open`` shards open (file and index).
-
-    Threads may share it.
-    """
+    """Reads samples by global id, and keeps the ``max_open`` most recently used shards open. Threads may share it."""
 
     def __init__(self, manifest: Manifest, max_open: int = 64):
         self._manifest = manifest
         self._max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        # By shard, the file whose contents are known to be those of the index.
+        # Identity of the file, by shard, that was found to match its index.
         self._current: dict[int, tuple[int, ...]] = {}
-        # Shards whose last read failed: waiting once for each of their thousand samples would help nobody.
+        # Shards whose last read failed: reads are not repeated for each of their samples.
         self._doubtful: set[int] = set()
 
     def read(self, sample_id: int) -> dict[str, Any]:
-        """A whole sample as webdataset has it: ``__key__``, ``__url__`` (place of the shard), each member's bytes by
+        """A whole sample in webdataset's form: ``__key__``, ``__url__`` (of the shard), and each member's bytes by
         extension; and ``__label__``, the class id.
 
         Raises:
-            SampleError: after RETRY_S: the shard is gone, torn, or the bytes are not those that were written (CRC).
-            StaleIndex: after RETRY_S: the shard has other labels than its index.
+            SampleError: after RETRY_S, a missing or truncated shard, or a CRC that differs.
+            StaleIndex: after RETRY_S, other labels than those of the index.
         """
         [(number, row)] = zip(*self._manifest.locate([sample_id]), strict=True)
         return self._retry(int(number), int(row), lambda opened: opened.read(int(row)))
@@ -162,12 +162,12 @@ class ShardReader:
     def read_images(
         self, sample_ids: ArrayLike, target: Callable[[int, int], Target] | None = None
     ) -> Iterator[dict[str, Any]]:
-        """As ``read``, one sample after the other and of its members the image alone; a sample that cannot be read is
-        {"__error__": SampleError}.
+        """Yield samples as ``read``, with only their images. A sample that cannot be read is {"__error__":
+        SampleError}.
 
         Args:
-            target: where image number 0, 1, … of the call goes, by number and size in bytes; by default all go to one
-                place, where an image is valid until the next one is asked for.
+            target: returns the memory for an image, by its number in this call and its size in bytes. By default all
+                images share memory: one is valid until the next is requested.
 
         Raises:
             StaleIndex: as ``read``.
@@ -189,7 +189,7 @@ class ShardReader:
                 return sample
             except (OSError, UserError) as error:
                 with self._lock:
-                    self._open.pop(number, None)  # a stale file handle stays stale
+                    self._open.pop(number, None)  # a stale file handle would stay stale
                 self._manifest.discard_copy(self._manifest.shards[number])
                 if wait is None:
                     if isinstance(error, StaleIndex):
@@ -204,7 +204,7 @@ class ShardReader:
             if number in self._open:
                 self._open.move_to_end(number)
                 return self._open[number]
-        # Not under the lock: it may be a download. Two threads may open one shard; one of the two is dropped.
+        # Not under the lock, because it may be a download. Two threads may open the same shard; one is dropped.
         shard = self._manifest.shards[number]
         file, index = self._manifest.open_shard(shard), self._manifest.open_index(shard)
         if self._manifest.is_indexed:
@@ -217,14 +217,14 @@ class ShardReader:
         return opened
 
     def _check_current(self, number: int, file: BinaryIO, index: Index) -> None:
-        """Refuse a tar of another program that was changed since it was indexed. Its checksums, if there are any, are
-        the images': its labels are compared once for each file."""
+        """Raises StaleIndex if a tar of another program was changed since it was indexed. It has no checksums of
+        labels, so this is checked once for each file."""
         status = os.fstat(file.fileno())
         identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if self._current.get(number) != identity:
             if not is_current(file.fileno(), index):
                 place = self._manifest.place(self._manifest.shards[number])
-                raise StaleIndex(f"{place} was changed after it was indexed: labels and places of its index are old")
+                raise StaleIndex(f"{place} was changed after it was indexed, so its index is outdated")
             self._current[number] = identity
 
     def _error(self, number: int, row: int, error: Exception) -> SampleError:

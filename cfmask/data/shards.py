@@ -1,11 +1,11 @@
-"""Shards: plain WebDataset tars, an index beside each, one manifest. In a folder, or behind a URL.
+"""Sets of shards: WebDataset tars, an index beside each, and a manifest; in a folder, or behind a URL.
 
     SET/manifest.json                    counts, bytes, sha256, class histogram, classes, store, how it was made
     SET/train-000000.tar                 .jpg .cls .json members; any WebDataset reader reads it
-    SET/train-000000.index.safetensors   of each sample: key, class id; of each member: offset, size, crc32
+    SET/train-000000.index.safetensors   key and class id of each sample; offset, size and crc32 of each member
 
-The index lets a loader read any sample with one `pread`. It is written after its tar, so an index that is there
-vouches for the tar; the manifest is written last and vouches for the set.
+With the index, a loader reads any sample by one `pread`; webdataset itself reads a tar only from its beginning. An
+index is written after its tar, and the manifest after everything else: if they exist, what they describe is complete.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cfmask import urls
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 FORMAT = "cfmask-shards"
 VERSION = 2
@@ -35,51 +35,53 @@ _HOW_TO_MAKE = "`python tools/make_shards.py imagenet|folder|… --source … --
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar: file name, number of samples, size in bytes, hex sha256 of the whole file and of its index.
-
-    sha256 is "" where a shard of another maker was indexed without reading it all.
-    """
+    """One tar of a set."""
 
     name: str
+    """File name."""
     samples: int
     bytes: int
     sha256: str
+    """Hex digest of the file; "" if a shard of another program was indexed without reading all of it."""
     index_sha256: str
+    """Hex digest of its index."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a converted set (one split) holds.
-
-    root: its folder, or the URL of it (``urls.is_remote``), whose files come through ``cache``.
-    classes: (wnid or folder name, display name) by class id. class_counts: samples by class id.
-    store: what the image members are; "original" are the source's bytes, the others crops of side ``image_size``.
-    border: pixels that a reader has to cut off each side before anything else (ObjectNet's originals).
-    accepted: class id → all class ids that are right for it, where those are several (ObjectNet).
-    bad_samples: images of the source that were left out. made: how the set was made, for the reader.
-    """
+    """The contents of a set (one split)."""
 
     root: Path | str
+    """Its folder, or its URL (``urls.is_remote``)."""
     split: str
     store: str
+    """What image members are: images.ORIGINAL, the source's bytes; or crops, images.CROP_JPEG or images.CROP_RAW."""
     classes: tuple[tuple[str, str], ...]
+    """(wnid or folder name, display name) by class id."""
     class_counts: tuple[int, ...]
+    """Samples by class id."""
     shards: tuple[Shard, ...]
     image_size: int | None = None
+    """Side of crops."""
     border: int = 0
+    """Pixels to cut off each side before anything else (ObjectNet's originals)."""
     accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """All class ids that are right for a class id, if there are several (ObjectNet)."""
     bad_samples: int = 0
+    """Images of the source that were left out."""
     made: dict[str, Any] = field(default_factory=dict)
+    """How the set was made."""
     cache: remote.Cache | None = field(default=None, compare=False, repr=False)
+    """For files behind a URL."""
 
     @property
     def is_indexed(self) -> bool:
-        """Whether the tars are another program's, and were indexed."""
+        """Whether the tars were written by another program, and indexed."""
         return self.made.get("tool") == INDEXED_BY
 
     @property
     def remedy(self) -> str:
-        """What to do about a file of the set that is missing or is not what it should be."""
+        """What to do about a missing or wrong file of the set."""
         return INDEX_AGAIN if self.is_indexed else COPY_AGAIN
 
     @functools.cached_property
@@ -105,15 +107,15 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits that two sets share only if their samples are the same, in the same order; as far as
-        keys, labels and sizes tell, for shards that were indexed without reading them all."""
+        """16 hexadecimal digits. Equal digests mean the same samples in the same order; for shards that were indexed
+        without reading all of them, the same keys, labels and sizes."""
         content: list[Any] = [self.classes, self.class_counts, [(s.samples, s.bytes, s.sha256) for s in self.shards]]
         if self.is_indexed and "samples_sha256" in self.made:
             content.append(self.made["samples_sha256"])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def locate(self, ids: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shard number and row inside it of global sample ids, each of the shape of ``ids``."""
+        """Shard number, and row in the shard, of global sample ids; both have the shape of ``ids``."""
         ids = np.asarray(ids, np.int64)
         if ids.size and not (0 <= ids.min() and ids.max() < self.num_samples):
             raise IndexError(f"sample ids {ids.min()} … {ids.max()} of a set of {self.num_samples}")
@@ -121,7 +123,7 @@ class Manifest:
         return shard, ids - (self._ends - self.sample_counts)[shard]
 
     def place(self, shard: Shard) -> str:
-        """Where a shard is, for people: path or URL."""
+        """Path or URL of a shard, for messages."""
         return urls.file_url(self.root, shard.name) if isinstance(self.root, str) else str(self.root / shard.name)
 
     def open_shard(self, shard: Shard) -> BinaryIO:
@@ -129,7 +131,7 @@ class Manifest:
         return self._open(shard.name, shard.bytes, shard.sha256)
 
     def discard_copy(self, shard: Shard) -> None:
-        """Of a shard behind a URL: download it again when it is next opened."""
+        """Download a shard behind a URL again when it is next opened."""
         if self.cache is not None:
             self.cache.discard(urls.file_url(str(self.root), shard.name), sha256=shard.sha256 or None)
 
@@ -137,7 +139,7 @@ class Manifest:
         """The index of a shard, checked against the manifest.
 
         Raises:
-            UserError: it is missing, cannot be read, or belongs to other contents.
+            UserError: it is missing, cannot be read, or is that of another shard.
         """
         name = index_name(shard.name)
         try:
@@ -150,8 +152,8 @@ class Manifest:
         index = parse_index(data, f"{self.root}: {name}")
         if hashlib.sha256(data).hexdigest() != shard.index_sha256 or len(index) != shard.samples:
             raise UserError(
-                f"The index {name} of {self.root} belongs to other contents than the manifest names for {shard.name}: "
-                f"two conversions were mixed. "
+                f"The index {name} of {self.root} differs from the manifest's entry for {shard.name}: files of two "
+                f"conversions were mixed. "
                 + (self.remedy if self.is_indexed else "Copy the whole set again, or delete it and convert again.")
             )
         return index
@@ -164,18 +166,18 @@ class Manifest:
 
 
 def find_set(where: str | Path, name: str) -> Path | str:
-    """The set ``name`` in a folder of sets, or behind a URL of one."""
+    """The path or URL of the set ``name`` in a folder of sets."""
     return urls.join(str(where), name) if urls.is_remote(where) else Path(where) / name
 
 
 def load_sets(
     where: str | Path, names: Iterable[str], *, cache: remote.Cache | None = None, check_files: bool = True
 ) -> dict[str, Manifest]:
-    """Manifests by name, of sets in a folder or behind a URL. Arguments are those of ``load_manifest``; behind a URL
-    the cache is by default the node's own.
+    """Manifests of sets in a folder or behind a URL, by name. Arguments are those of ``load_manifest``; the default
+    cache is the node's.
 
     Raises:
-        UserError: no such set, or (``check_files``) one that is not whole.
+        UserError: a missing set, or (with ``check_files``) an incomplete one.
     """
     if cache is None and urls.is_remote(where):
         cache = remote.node_cache()
@@ -183,7 +185,7 @@ def load_sets(
 
 
 def manifest_if_there(where: str | Path) -> Manifest | None:
-    """A set's manifest, without a look at its shards; None where there is none, or it cannot be read from here."""
+    """The manifest of a set, without a check of its shards; None if it cannot be read."""
     try:
         return load_manifest(where, check_files=False)
     except UserError:
@@ -191,16 +193,16 @@ def manifest_if_there(where: str | Path) -> Manifest | None:
 
 
 def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check_files: bool = True) -> Manifest:
-    """Read SET/manifest.json and check that every shard and index is there, at its size.
+    """Read SET/manifest.json, and check that every shard has its size and an index.
 
     Args:
         where: folder or URL of the set.
-        cache: where files behind a URL go; needed to read samples from one.
-        check_files: False leaves out the check of a folder's files: thousands of ranks that look at thousands of
-            files each bring a file system down, and a shard that is missing is dealt with when it is due.
+        cache: for files behind a URL; needed to read samples.
+        check_files: check the files of a folder. Ranks do not: thousands of ranks that check thousands of files would
+            overload a file system, and a missing shard is handled when its samples are read.
 
     Raises:
-        UserError: one paragraph: what is missing or torn, where, and what makes it whole.
+        UserError: a missing or damaged file, and what to do about it.
     """
     if urls.is_remote(where):
         url = urls.file_url(str(where), MANIFEST)
@@ -213,12 +215,12 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
         splits = sorted(child.parent.name for child in root.glob(f"*/{MANIFEST}"))
         if splits:
             found = ", ".join(str(root / split) for split in splits)
-            raise UserError(f"{root} is not a set of shards itself; it holds these sets, name one of them: {found}.")
+            raise UserError(f"{root} is not a set of shards but holds several. Give one of them: {found}.")
         if any(root.glob("*.tar")):
             raise UserError(
-                f"{root} holds tars but no {MANIFEST}. If it is a conversion that was not finished, run the same "
-                f"{_HOW_TO_MAKE} again: it makes only what is missing. Shards that another program made get their "
-                f"manifest with `python tools/index_shards.py {root}`."
+                f"{root} holds tars but no {MANIFEST}. If a conversion was interrupted, run the same {_HOW_TO_MAKE} "
+                f"again: it makes only what is missing. If another program wrote the shards, index them with "
+                f"`python tools/index_shards.py {root}`."
             )
         raise UserError(f"{root} holds no {MANIFEST}, so it is not a set of shards. Make one with {_HOW_TO_MAKE}.")
     try:
@@ -241,12 +243,12 @@ def _parse_manifest(data: bytes, shown: str, root: Path | str, cache: remote.Cac
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{shown} cannot be read as a manifest of shards ({error!r}). Delete it and run the conversion again: "
-            f"finished shards are kept, and the manifest is written anew."
+            f"finished shards are kept, and the manifest is written again."
         ) from None
     if version != VERSION:
         raise UserError(
-            f"{shown} has version {version} of the manifest, this program reads version {VERSION}: "
-            f"use the program that made it, or convert again into another folder."
+            f"{shown} has version {version} of the manifest, and this program reads version {VERSION}. Use the program "
+            f"that made it, or convert again into another folder."
         )
     try:
         manifest = Manifest(
@@ -268,7 +270,7 @@ def _parse_manifest(data: bytes, shown: str, root: Path | str, cache: remote.Cac
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"{shown} is damaged ({error!r}). Delete it and run the conversion again: finished shards are kept, and "
-            f"the manifest is written anew."
+            f"the manifest is written again."
         ) from None
     return manifest
 
@@ -277,17 +279,17 @@ def _check_file(tar: Path, expected: int, remedy: str) -> None:
     try:
         size = tar.stat().st_size
     except OSError as error:
-        raise UserError(f"Shard {tar} of the manifest beside it cannot be found ({error.strerror}). {remedy}") from None
+        raise UserError(f"Shard {tar} of the manifest cannot be found ({error.strerror}). {remedy}") from None
     if size != expected:
         raise UserError(
-            f"Shard {tar} has {size} bytes on disk, its manifest says {expected}: it is torn or was replaced. {remedy}"
+            f"Shard {tar} has {size} bytes, and {expected} in the manifest: it is truncated or was replaced. {remedy}"
         )
     if not index_path(tar).is_file():
         raise UserError(f"Shard {tar} has no index {index_path(tar).name} beside it. {remedy}")
 
 
 def write_manifest(manifest: Manifest) -> None:
-    """Write SET/manifest.json aside, then rename. The bytes depend on the manifest alone, not on time or place."""
+    """Write SET/manifest.json atomically. Its bytes depend only on the manifest."""
     raw = {
         "format": FORMAT,
         "version": VERSION,

@@ -1,16 +1,15 @@
-"""The stream of batches: webdataset pipelines whose source stage follows the plan, run by threads.
+"""The stream of batches: webdataset pipelines whose source follows the plan, run by threads.
 
-    ShardReader.read_images   ids of one lane at one step, from the plan   → raw samples, read by offset
-    wds.map                   decode and crop                              → pixels
-    _Filler.fill              into the rows of the batch that are the lane's
+    ShardReader.read_images   ids of a lane at a step, from the plan   → raw samples, read by offset
+    wds.map                   decode and crop                          → pixels
+    _Filler.fill              copy to the lane's rows of the batch
 
-Which samples a batch holds, and its draws, follow from (seed, epoch, step, lanes) alone; so they do not depend on the
-number of ranks or threads, nor on where an epoch is resumed. A sample that cannot be read is replaced by the next one
-of its lane that can, which depends on nothing else either.
+The samples and draws of a batch depend only on (seed, epoch, step, lanes): not on the number of ranks or threads, and
+not on where an epoch is resumed. A sample that cannot be read is replaced by the next readable one of its lane.
 
-Threads, not processes: reading, decoding and resizing leave Python's lock alone, so threads go as fast (measured:
-``tools/bench.py loader``), put pixels straight into the batch in page-locked memory, where a process would send them
-through a queue and /dev/shm, and nothing of them outlives the trainer or hears the job's signals.
+The stream uses threads and not processes. Reading, decoding and resizing release Python's lock, so threads are as fast
+(``tools/bench.py loader`` measures it). They write pixels directly into the batch in page-locked memory, where
+processes need a queue and /dev/shm. They end with the trainer, and get no signals of the job.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,47 +41,50 @@ WINDOW_SHARDS = 4
 """Length of a lane's shuffle window in shards (see ``plan.lane_order``)."""
 
 PREFETCH = 4
-"""Batches that are under way while one is trained on. It bounds the memory that the stream takes."""
+"""Batches that are prepared while one is trained on. It bounds the memory of the stream."""
 
-_MOST_SUBSTITUTES = 100
-"""Samples of a lane that may fail one after the other before there is no point in going on."""
+_MOST_REPLACEMENTS = 100
+"""Successive samples of a lane that may fail before the run ends with an error."""
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample of the plan that could not be read or decoded, and the key of the one that was taken for it.
-
-    step: within the epoch. sample: its global id. key is "" where the shard's index could not be read either.
-    """
+    """A planned sample that could not be read or decoded."""
 
     epoch: int
     step: int
+    """Within the epoch."""
     lane: int
     sample: int
+    """Its global id."""
     shard: str
     key: str
+    """"" if the index of the shard could not be read either."""
     reason: str
     substitute: str
+    """Key of the sample that replaces it."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch of n samples: whole lanes in training, up to batch_size samples in evaluation.
-
-    step: within the epoch. images: uint8 (n, 3, S, S). labels: int64 (n,). draws: donors point into these n samples.
-    receipt: float32 (receipts.DIGITS,), of the keys. bad: samples that others stand in for. objects: where the objects
-    of the samples are, if that was asked for.
-    """
+    """A micro-batch of n samples: whole lanes in training, up to batch_size samples in evaluation."""
 
     epoch: int
     step: int
+    """Within the epoch."""
     images: Tensor
+    """(n, 3, S, S) uint8."""
     labels: Tensor
+    """(n,) int64."""
     keys: list[str]
     draws: Draws
+    """Donors are indices into these n samples."""
     receipt: Tensor
+    """(receipts.DIGITS,) float32, the receipt of the keys as digits."""
     bad: tuple[BadSample, ...] = ()
+    """Samples that were replaced."""
     objects: Coverage | None = None
+    """Where the objects of the samples are, if the stream reads segmentation masks."""
 
 
 def train_batches(
@@ -101,23 +104,23 @@ def train_batches(
     objects: ObjectReader | None = None,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
-    """What a rank trains on in one epoch, from ``start_step`` on.
+    """The micro-batches of a rank in one epoch, from ``start_step`` on.
 
     Args:
-        batch_size: the global batch, of all ranks and micro-batches.
+        batch_size: the global batch, over all ranks and micro-batches.
         lanes: lanes of the global batch; the rank owns lanes / world_size of them.
-        loader_workers: threads that read and decode; 0 does it in this one, when a batch is asked for.
-        draw_spec: what is drawn for each lane; None draws nothing.
-        micro_batches: batches yielded a step, each of whole lanes, in lane order.
-        objects: reads where the samples' objects are, beside their images.
-        pin_memory: batches lie in page-locked memory, from which copies to a GPU run asynchronously.
+        loader_workers: threads that read and decode; 0 reads in the caller's thread when a batch is requested.
+        draw_spec: what to draw for each lane; None draws nothing.
+        micro_batches: number of micro-batches of a step, each of whole lanes, in lane order.
+        objects: reads where the objects of samples are.
+        pin_memory: allocate batches in page-locked memory, from which copies to a GPU are asynchronous.
 
     Yields:
-        micro_batches × (steps - start_step) batches, in order.
+        micro_batches × (steps - start_step) micro-batches, in order.
 
     Raises:
-        UserError: lanes, batch size, world size and micro-batches do not divide, or the set's crops have another size
-            (at once, before anything is started); or a lane has no readable sample (when its batch is due).
+        UserError: lanes, batch size, world size and micro-batches do not divide, or crops have another size (before
+            anything is started); or a lane has no readable sample (when its batch is due).
     """
     per_lane = plan.samples_per_lane(batch_size, lanes)
     owned = plan.lanes_of_rank(rank, world_size, lanes)
@@ -141,18 +144,19 @@ def train_batches(
             f"leaves one sample a lane: use at most {batch_size // 2} lanes."
         )
     check_image_size(manifest, image_size)
-    source = _TrainSource(
-        manifest=manifest,
-        batch_size=batch_size,
-        lanes=lanes,
-        owned=owned,
+    units = _train_units(
+        manifest.sample_counts,
+        owned,
+        range(start_step, steps),
+        together=len(owned) // micro_batches,
+        draw_spec=draw_spec,
         seed=seed,
         epoch=epoch,
-        steps=range(start_step, steps),
-        micro_batches=micro_batches,
-        draw_spec=draw_spec,
-        objects=objects,
+        lanes=lanes,
+        batch_size=batch_size,
     )
+    # A window overlaps one shard more than its length, and lanes drift into the next window.
+    source = _Source(manifest, units, open_shards=len(owned) * (WINDOW_SHARDS + 2), objects=objects)
     return _run(source, image_size, loader_workers, pin_memory)
 
 
@@ -167,31 +171,31 @@ def eval_batches(
     start: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[MicroBatch]:
-    """What a rank evaluates: over all ranks every sample exactly once, nothing padded; ``plan.eval_batches`` says in
-    which batches.
+    """The batches of a rank in an evaluation, without padding: over all ranks, every sample exactly once. See
+    ``plan.eval_batches``.
 
     Args:
         start: number of batches of the set that have been evaluated already.
         loader_workers, pin_memory: as for training.
 
     Raises:
-        UserError: the set's crops have another size (at once); a sample cannot be read (when its batch is due; names
-            shard and key): nothing may stand in for a sample that is counted.
+        UserError: crops have another size (at once); or a sample cannot be read (when its batch is due). In an
+            evaluation no sample is replaced.
     """
     if batch_size < 1:
         raise UserError(f"the batch size of an evaluation must be at least 1, got {batch_size}.")
     check_image_size(manifest, image_size)
-    ids = plan.eval_batches(manifest.num_samples, batch_size, rank, world_size, start)
-    return _run(_EvalSource(manifest, ids), image_size, loader_workers, pin_memory)
+    batches = plan.eval_batches(manifest.num_samples, batch_size, rank, world_size, start)
+    return _run(_Source(manifest, _eval_units(batches), open_shards=4), image_size, loader_workers, pin_memory)
 
 
 def check_image_size(manifest: Manifest, image_size: int) -> None:
-    """Raises UserError if a set of crops has others than a model of this input size needs."""
+    """Raises UserError if the crops of a set have another size than the model's input."""
     if manifest.image_size not in (None, image_size):
         raise UserError(
-            f"The set {manifest.root} holds crops of {manifest.image_size} × {manifest.image_size} pixels, the model "
-            f"takes {image_size} × {image_size}. Convert the set with --image-size {image_size}, or with --store "
-            f"original, which serves every size."
+            f"The set {manifest.root} holds crops of {manifest.image_size} × {manifest.image_size} pixels, and the "
+            f"model takes {image_size} × {image_size}. Convert the set with --image-size {image_size}, or with --store "
+            f"original, which fits every size."
         )
 
 
@@ -200,114 +204,97 @@ def check_image_size(manifest: Manifest, image_size: int) -> None:
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive rows of a batch that one thread fills: in training, one lane's at one step.
-
-    ids (n,): the samples. replacements: ids that may replace a bad sample of a row, in this order.
-    """
+    """Consecutive rows of a batch that one thread fills: in training, those of a lane."""
 
     first_row: int
     lane: int
     ids: NDArray[np.int64]
+    """(n,) ids of the samples."""
     order: NDArray[np.int64] | None
+    """The lane's order of the epoch; None in an evaluation."""
     position: int
+    """Of the first sample in the order."""
 
     def replacements(self, row: int) -> NDArray[np.int64]:
-        """What follows in the lane, from its end on at its beginning; nothing in an evaluation."""
+        """Ids that may replace the sample of a row, by preference: those that follow it in the lane, cyclically. None
+        in an evaluation."""
         if self.order is None:
             return np.empty(0, np.int64)
-        count = min(_MOST_SUBSTITUTES, self.order.size - 1)
+        count = min(_MOST_REPLACEMENTS, self.order.size - 1)
         return self.order[(self.position + row + 1 + np.arange(count)) % self.order.size]
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """What becomes one MicroBatch."""
+    """The plan of a MicroBatch."""
 
     epoch: int
     step: int
     parts: list[_Part]
+    draws: Draws
 
     def __len__(self) -> int:
         return sum(len(part.ids) for part in self.parts)
 
 
 @dataclass(frozen=True)
-class _TrainSource:
+class _Source:
+    """The units of a rank."""
+
     manifest: Manifest
-    batch_size: int
-    lanes: int
-    owned: range
-    seed: int
-    epoch: int
-    steps: range
-    micro_batches: int
-    draw_spec: DrawSpec | None
-    objects: ObjectReader | None
+    units: Iterator[_Unit]
+    open_shards: int
+    """How many shards are kept open."""
+    objects: ObjectReader | None = None
 
-    def units(self) -> Iterator[_Unit]:
-        per_lane = self.batch_size // self.lanes
-        orders = {
-            lane: plan.lane_order(
-                self.manifest.sample_counts,
-                seed=self.seed,
-                epoch=self.epoch,
-                lane=lane,
-                lanes=self.lanes,
-                batch_size=self.batch_size,
-                window_shards=WINDOW_SHARDS,
-            )
-            for lane in self.owned
-        }
-        together = len(self.owned) // self.micro_batches
-        for step in self.steps:
-            for begin in range(0, len(self.owned), together):
-                lanes = self.owned[begin : begin + together]
-                yield _Unit(
-                    self.epoch,
-                    step,
-                    [
-                        _Part(n * per_lane, lane, orders[lane][step], orders[lane].reshape(-1), step * per_lane)
-                        for n, lane in enumerate(lanes)
-                    ],
-                )
 
-    def draws(self, unit: _Unit) -> Draws:
-        return concat(
-            [
-                draw(self.draw_spec, len(part.ids), plan.lane_generator(self.seed, unit.epoch, unit.step, part.lane))
-                for part in unit.parts
+def _train_units(
+    sample_counts: NDArray[np.int64],
+    owned: range,
+    steps: range,
+    *,
+    together: int,
+    draw_spec: DrawSpec | None,
+    seed: int,
+    epoch: int,
+    lanes: int,
+    batch_size: int,
+) -> Iterator[_Unit]:
+    """``owned``: the lanes of the rank. ``together``: number of lanes of a micro-batch."""
+    per_lane = batch_size // lanes
+    order = partial(
+        plan.lane_order,
+        sample_counts,
+        seed=seed,
+        epoch=epoch,
+        lanes=lanes,
+        batch_size=batch_size,
+        window_shards=WINDOW_SHARDS,
+    )
+    orders = {lane: order(lane=lane) for lane in owned}
+    for step in steps:
+        for begin in range(0, len(owned), together):
+            of_unit = owned[begin : begin + together]
+            parts = [
+                _Part(n * per_lane, lane, orders[lane][step], orders[lane].reshape(-1), step * per_lane)
+                for n, lane in enumerate(of_unit)
             ]
-        )
-
-    @property
-    def open_shards(self) -> int:
-        # A window of average shards overlaps one shard more than it is long, and lanes drift into the next window.
-        return len(self.owned) * (WINDOW_SHARDS + 2)
+            draws = [draw(draw_spec, per_lane, plan.lane_generator(seed, epoch, step, lane)) for lane in of_unit]
+            yield _Unit(epoch, step, parts, concat(draws))
 
 
-@dataclass(frozen=True)
-class _EvalSource:
-    manifest: Manifest
-    batches: list[range]
-
-    def units(self) -> Iterator[_Unit]:
-        for number, samples in enumerate(self.batches):
-            ids = np.arange(samples.start, samples.stop)
-            parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
-            yield _Unit(0, number, parts)
-
-    def draws(self, unit: _Unit) -> Draws:
-        return Draws()
-
-    open_shards = 4
-    objects = None
+def _eval_units(batches: list[range]) -> Iterator[_Unit]:
+    for number, samples in enumerate(batches):
+        ids = np.arange(samples.start, samples.stop)
+        parts = [_Part(row, 0, ids[row : row + 32], None, 0) for row in range(0, len(ids), 32)]
+        yield _Unit(0, number, parts, Draws())
 
 
 # --- the pipeline's stages ------------------------------------------------------------------------------------------
 
 
 def _decode(sample: dict[str, Any], image_size: int, manifest: Manifest) -> dict[str, Any]:
-    """Bytes to pixels, ``image``; a raw crop has been read to where it belongs."""
+    """Add the pixels as ``image``. A raw crop was read into the batch already."""
     if "__error__" in sample or images.RAW in sample:
         return sample
     extension = next(name for name in sample if not name.startswith("__"))
@@ -316,11 +303,11 @@ def _decode(sample: dict[str, Any], image_size: int, manifest: Manifest) -> dict
     except UserError as reason:
         key, shard = sample["__key__"], sample["__url__"]
         remedy = (
-            "Indexing reads no images. Get the shard again from where it came from, or write it without this sample; "
-            "then run tools/index_shards.py on the folder again."
+            "Indexing reads no images. Copy the shard again from its source, or write it without this sample; then run "
+            "tools/index_shards.py on the folder again."
             if manifest.is_indexed
-            else "Its bytes are as they were written, so convert the set again: the conversion leaves out what does "
-            "not decode, and lists it."
+            else "Its checksum is right, so convert the set again: the conversion lists images that do not decode and "
+            "leaves them out."
         )
         message = f"Sample {key} of shard {shard} cannot be used: {reason}. {remedy}"
         sample["__error__"] = SampleError(message, key=key, shard=shard, reason=str(reason))
@@ -328,9 +315,9 @@ def _decode(sample: dict[str, Any], image_size: int, manifest: Manifest) -> dict
 
 
 class _Filler:
-    """The rows of a batch, filled by any number of threads, each with parts of its own."""
+    """The tensors of a batch, which threads fill part by part."""
 
-    def __init__(self, source: _TrainSource | _EvalSource, unit: _Unit, image_size: int, pin_memory: bool):
+    def __init__(self, source: _Source, unit: _Unit, image_size: int, pin_memory: bool):
         self._source, self._unit, self._size = source, unit, image_size
         n = len(unit)
         self._images = torch.empty(n, 3, image_size, image_size, dtype=torch.uint8, pin_memory=pin_memory)
@@ -339,20 +326,20 @@ class _Filler:
         self._pin = pin_memory
         reader = source.objects
         self._objects = None if reader is None else nothing_known(n, reader.size, reader.patch_size)
-        # Through numpy: torch copies with as many threads as it has for computing.
+        # numpy copies, because torch would use all its threads.
         self._pixels, self._classes = self._images.numpy(), self._labels.numpy()
 
     def fill(self, part: _Part, reader: ShardReader) -> list[BadSample]:
-        """Read, decode and place one part's samples.
+        """Read and decode the samples of a part into the batch.
 
         Raises:
-            UserError: a sample cannot be used, and none of its lane stands in for it.
+            UserError: a sample cannot be used, and no other one replaces it.
         """
         bad = []
         rows = range(part.first_row, part.first_row + len(part.ids))
         for row, sample in enumerate(self._samples(reader, part.ids, rows)):
             if error := sample.get("__error__"):
-                sample = self._stand_in(reader, part, row, error)
+                sample = self._replacement(reader, part, row, error)
                 unit = self._unit
                 bad.append(
                     BadSample(
@@ -378,12 +365,12 @@ class _Filler:
         return bad
 
     def _samples(self, reader: ShardReader, ids: NDArray[np.int64], rows: Sequence[int]) -> wds.DataPipeline:
-        """ids (n,), and the rows of the batch that they are for."""
+        """ids: (n,). rows: of the batch, for these samples."""
 
         def in_place(number: int, size: int) -> Target:
             header, pixels = images.raw_header(self._size), self._pixels[rows[number]]
             if size != len(header) + pixels.nbytes:
-                raise UserError(f"a raw crop of {size} bytes, where {len(header) + pixels.nbytes} are needed")
+                raise UserError(f"a raw crop of {size} bytes where {len(header) + pixels.nbytes} are needed")
             return Target(memoryview(pixels.reshape(-1)), skip=len(header), crc=zlib.crc32(header))
 
         target = in_place if self._source.manifest.store == images.CROP_RAW else None
@@ -392,7 +379,7 @@ class _Filler:
             wds.map(lambda sample: _decode(sample, self._size, self._source.manifest)),
         )
 
-    def _stand_in(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:
+    def _replacement(self, reader: ShardReader, part: _Part, row: int, error: SampleError) -> dict[str, Any]:
         ids = part.replacements(row)
         for sample in self._samples(reader, ids, [part.first_row + row] * len(ids)):
             if "__error__" not in sample:
@@ -400,32 +387,24 @@ class _Filler:
         raise error
 
     def batch(self, bad: list[BadSample]) -> MicroBatch:
-        """The batch, once every part is filled."""
+        """The batch. Call it after all parts are filled."""
         unit = self._unit
         digits = receipts.to_digits(receipts.receipt(self._keys, unit.epoch))
-        receipt, draws = torch.tensor(digits, dtype=torch.float32), self._source.draws(unit)
+        receipt, draws, objects = torch.tensor(digits, dtype=torch.float32), unit.draws, self._objects
         if self._pin:
             receipt, draws = receipt.pin_memory(), draws.map(torch.Tensor.pin_memory)
-        objects = self._objects
-        if objects is not None and self._pin:
-            objects = objects.map(torch.Tensor.pin_memory)
+            objects = objects and objects.map(torch.Tensor.pin_memory)
         return MicroBatch(
             unit.epoch, unit.step, self._images, self._labels, self._keys, draws, receipt, tuple(bad), objects
         )
 
 
-def _run(source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool) -> Iterator[MicroBatch]:
-    """The source's batches, in order."""
+def _run(source: _Source, image_size: int, threads: int, pin_memory: bool) -> Iterator[MicroBatch]:
+    """The batches of a source, in order."""
     if pin_memory:
         pinned.allocate_exact_sizes()
-    return _batches(source, image_size, threads, pin_memory)
-
-
-def _batches(
-    source: _TrainSource | _EvalSource, image_size: int, threads: int, pin_memory: bool
-) -> Iterator[MicroBatch]:
     with ShardReader(source.manifest, max_open=source.open_shards) as reader:
-        fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units())
+        fillers = ((_Filler(source, unit, image_size, pin_memory), unit.parts) for unit in source.units)
         if threads == 0:
             for filler, parts in fillers:
                 yield filler.batch([bad for part in parts for bad in filler.fill(part, reader)])
@@ -442,5 +421,5 @@ def _batches(
                 filler, futures = under_way.popleft()
                 yield filler.batch([bad for future in futures for bad in future.result()])
         finally:
-            # What has not begun never will; what has is waited for, because the reader is closed next.
+            # Waits for parts that have begun, because the reader is closed next.
             pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""The validation of masks (appendix A.2 of the paper): models' CAM masks beside segmentation masks, over a whole set.
+"""The validation of masks (appendix A.2 of the paper): CAM masks of models against segmentation masks, over a set.
 
-A set is gone through chunk by chunk. What a chunk gives is a line of parts.jsonl, behind a line with all that decides
-the numbers: a validation that was stopped resumes behind its last line, and one of anything else is refused.
+The set is processed in chunks. parts.jsonl begins with a line that identifies the validation, followed by a line of
+results for each chunk. An interrupted validation is resumed after its last line; another validation is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import OBJECT
 from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
@@ -26,23 +25,24 @@ from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from cfmask.runs import find_model
+from cfmask.runtime.files import sha256_of
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.progress import progress_bar
 
 Tallies = list[dict[str, Tally]]
-"""By model, by group."""
+"""For each model, by group."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a chunk of samples gave.
-
-    chunk: its name. tallies: none if no sample of it has a mask. missing: keys of samples without a mask.
-    """
+    """Results of a chunk."""
 
     chunk: str
+    """Its name."""
     tallies: Tallies
+    """Empty if no sample has a mask."""
     missing: list[str]
+    """Keys of samples without a mask."""
 
     def to_line(self) -> dict[str, Any]:
         tallies = [{group: t.to_lists() for group, t in of_model.items()} for of_model in self.tallies]
@@ -55,11 +55,11 @@ class Part:
 
 
 class Validation:
-    """Models, a set with its masks, and what is measured.
+    """A validation of models on a set.
 
     Args:
         paths: of the models.
-        methods: of each model: its mask and CAM.
+        methods: mask and CAM of each model.
         groups: class ids by group.
         thresholds: of the CAM.
     """
@@ -84,12 +84,12 @@ class Validation:
         self._device, self._batch_size = device, batch_size
 
     def relevance(self, model: Classifier, method: Method, samples: Sequence[Segmented]) -> tuple[Tensor, Tensor]:
-        """CAM (N, P) of each sample's class, and the classes (N,): of several that a sample may be of, the one that the
-        model finds most probable."""
+        """The CAM (N, P) of each sample's class, and the classes (N,). If a sample has several possible classes, the
+        model's most probable one is used."""
         cam_hook = build_cam(method)
         assert cam_hook is not None
         images = torch.stack([sample.image for sample in samples]).to(self._device)
-        # The pixels ask for a gradient and the weights do not, so nothing is kept for theirs.
+        # Only pixels require a gradient, so nothing is kept for gradients of weights.
         logits = model.classify(model.encode(self._normalise(images).requires_grad_(), cam=cam_hook))
         possible = torch.zeros(logits.shape, dtype=torch.bool)
         for row, sample in zip(possible, samples, strict=True):
@@ -98,7 +98,7 @@ class Validation:
         return cam_hook.compute(logits.gather(1, classes[:, None]).squeeze(1)), classes
 
     def part(self, chunk: Chunk, bar: tqdm) -> Part:
-        """Go through one chunk's samples."""
+        """The results of a chunk."""
         batches: list[Tallies] = []
         missing: list[str] = []
         batch: list[Segmented] = []
@@ -117,7 +117,7 @@ class Validation:
 
     def _tallies(self, batch: Sequence[Segmented]) -> Tallies:
         segmentation = torch.stack([s.mask for s in batch if s.mask is not None]).to(self._device)
-        # All of the classes that a sample may be of are in a group, or none is.
+        # A group has all possible classes of a sample or none.
         labels = np.array([sample.classes[0] for sample in batch])
         chosen = {
             group: torch.from_numpy(np.isin(labels, list(classes))).to(self._device)
@@ -132,7 +132,7 @@ class Validation:
         return found
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers: parts of two validations can be put together only if all of it is the same."""
+        """Everything that decides the results: only parts with equal identities may be combined."""
         return {
             "models": [sha256_of(find_model(path)) for path in self.paths],
             "cams": [[m.mask, m.cam, m.first_block] for m in self.methods],
@@ -142,11 +142,11 @@ class Validation:
         }
 
     def carry_out(self, record: Path, *, allow_missing: bool) -> list[Part]:
-        """Go through what is not in ``record`` yet, and add it. All parts, in order.
+        """Compute the parts that are not in ``record`` yet, and add them to it. Returns all parts, in order.
 
         Raises:
-            UserError: the record is of another validation; samples without a mask, unless that is allowed; none that
-                has one.
+            UserError: the record of another validation; samples without a mask, unless they are allowed; or no sample
+                with a mask.
             OSError: the record cannot be read or written.
         """
         parts = {part.chunk: part for part in _claim(record, self.identity())}
@@ -160,10 +160,10 @@ class Validation:
                 part = self.part(chunk, bar)
                 if part.missing and not allow_missing:
                     raise UserError(
-                        f"{len(part.missing)} of {len(chunk.ids)} samples of {chunk.place} have no mask, "
-                        f"{part.missing[0]} for one. A mask is named by its sample's key, or like the file that the "
-                        f"image was; a name that is there twice names none. --allow-missing-masks leaves such samples "
-                        f"out, and says how many."
+                        f"{len(part.missing)} of {len(chunk.ids)} samples of {chunk.place} have no mask, for example "
+                        f"{part.missing[0]}. Name a mask by the key of its sample, or as the original file of its "
+                        "image; names must be unique. --allow-missing-masks leaves out such samples and reports their "
+                        "number."
                     )
                 append_lines(record, [part.to_line()])
                 parts[chunk.name] = part
@@ -175,7 +175,7 @@ class Validation:
 def method_to_validate(
     recorded: Method | None, *, mask: str | None, cam: str | None, first_block: int | None
 ) -> Method:
-    """What is asked for, else what the model's run did (``recorded``), else what the paper does."""
+    """The mask and CAM that are given; else those of the model's run (``recorded``); else those of the paper."""
     if recorded is None or not recorded.by_cam:
         recorded = Recipe().resolved().method
     mask, cam = mask or recorded.mask, cam or recorded.cam
@@ -192,11 +192,8 @@ def method_to_validate(
 
 
 def _claim(record: Path, asked: dict[str, Any]) -> list[Part]:
-    """The parts that are done; begins the file if there is none.
-
-    Raises:
-        UserError: it is of another validation.
-    """
+    """The parts in a record, which is created if it is missing. Raises UserError if it is that of another
+    validation."""
     lines = read_lines(record)
     if not lines:
         append_lines(record, [asked])
@@ -206,6 +203,6 @@ def _claim(record: Path, asked: dict[str, Any]) -> list[Part]:
         other = ", ".join(name for name in asked if begun.get(name) != asked[name])
         raise UserError(
             f"{record.parent} holds a validation of other {other}. Choose another --out, or delete {record} if it is "
-            f"not needed."
+            "not needed."
         )
     return [Part.from_line(line) for line in parts]

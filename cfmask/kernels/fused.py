@@ -1,10 +1,10 @@
-"""What a block computes between its matrix products, each piece in one pass over memory where Triton can launch.
+"""Operations between the matrix products of a block, each in one pass over memory where Triton can launch.
 
-Every function here has two ways: kernels of ``fused_kernels`` with gradients of their own, and plain PyTorch, which is
-the oracle and the path of CPUs, fp64 and torch.compile. ``fused_path`` says which one a tensor takes.
+Every function has two paths: kernels of ``fused_kernels`` with their own gradients; and plain PyTorch, which the
+kernels are tested against, and which CPUs, fp64 and torch.compile use. ``triton_support.usable`` decides for a tensor.
 
 A linear layer whose output is added to the residual stream, or goes through QuickGELU, leaves its bias to the kernel
-that reads the output next (``linear_before``): so the bias's gradient, a sum over all tokens, costs no pass of its own.
+that reads the output next (``linear_before``). So the bias's gradient, a sum over all tokens, needs no pass of its own.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ _activations_only = False
 
 @contextlib.contextmanager
 def activation_gradients_only() -> Iterator[None]:
-    """Backward passes inside compute no parameter's gradient.
+    """Within this context, backward passes compute no gradients of parameters.
 
-    PyTorch's operators see for themselves whether a pass asks for it; an autograd.Function cannot. A variable of the
-    module rather than of the thread: backward passes of a GPU run in a thread of the engine.
-    """
+    PyTorch's operators know whether a backward pass needs them; an autograd.Function does not. This is a variable of
+    the module and not of the thread, because autograd runs a GPU's backward passes in a thread of its own."""
     global _activations_only
     before, _activations_only = _activations_only, True
     try:
@@ -39,34 +38,28 @@ def activation_gradients_only() -> Iterator[None]:
 
 
 class Branch(NamedTuple):
-    """What is to be added to the residual stream, (…, C), and a bias (C,) that it does not have yet, or None."""
+    """A branch to be added to the residual stream."""
 
     value: Tensor
+    """(…, C)."""
     bias: Tensor | None = None
+    """(C,), a bias that ``value`` does not include yet."""
 
     def complete(self) -> Tensor:
         return self.value if self.bias is None else self.value + self.bias.to(self.value.dtype)
 
 
-def fused_path(x: Tensor) -> bool:
-    """Whether ``x`` is computed on by kernels."""
-    return usable(x)
-
-
 def linear_before(layer: nn.Linear, x: Tensor) -> Branch:
-    """``layer(x)``, its bias left to the next kernel where there will be one."""
-    if fused_path(x) and layer.bias is not None:
+    """``layer(x)``, without its bias if a kernel will add it."""
+    if usable(x) and layer.bias is not None:
         return Branch(F.linear(x, layer.weight), layer.bias)
     return Branch(layer(x))
 
 
 def add_norm(x: Tensor, branch: Branch | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The residual stream with a branch added, and ``norm`` of it, in the stream's dtype with statistics in fp32.
-
-    Args:
-        x: (…, C). branch: None adds nothing. norm: a LayerNorm, or an Identity.
-    """
-    if fused_path(x) and isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
+    """The residual stream x (…, C) plus a branch, and the ``norm`` (LayerNorm or Identity) of the sum. Both are in the
+    stream's dtype; statistics are in fp32."""
+    if usable(x) and isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None:
         value, bias = branch or (None, None)
         return _AddNorm.apply(x, value, bias, norm.weight, norm.bias, norm.eps)  # type: ignore[no-any-return]
     if branch is not None:
@@ -130,8 +123,8 @@ class _BiasQuickGELU(torch.autograd.Function):
 
 
 class _QuickGELU(torch.autograd.Function):
-    """QuickGELU as SiLU(1.702 x) / 1.702: one tensor is kept for the backward pass where open_clip's module keeps two,
-    and the widest of a block; and the two factors cancel in its derivative, which is one kernel."""
+    """QuickGELU as SiLU(1.702 x) / 1.702. It saves one tensor for the backward pass where open_clip's module saves two,
+    the widest of a block. The two factors cancel in the derivative, which is one kernel."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -146,7 +139,7 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class QuickGELU(nn.Module):
-    """QuickGELU in place of open_clip's module; it has no parameters."""
+    """Replaces open_clip's module; it has no parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         return bias_quick_gelu(Branch(x))
@@ -159,14 +152,14 @@ def split_heads(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Te
         x: (N, L, C). weight, bias: (parts · C, C) and (parts · C,).
 
     Returns:
-        ``parts`` tensors (N, heads, L, d), views of one. Their gradients are joined where the projection's backward
-        pass wants them; autograd would stack them, and then copy all of it once more.
+        ``parts`` tensors (N, heads, L, d), views of one tensor. Their gradients are written side by side, as the
+        backward pass of the projection needs them; autograd would stack them and copy the result once more.
     """
     n, length, _ = x.shape
     parts = len(weight) // x.shape[-1]
     x = x.flatten(0, 1)
-    if fused_path(x):
-        # The product adds the bias, and _SplitHeads has its gradient for next to nothing.
+    if usable(x):
+        # The product adds the bias; _SplitHeads computes its gradient at almost no cost.
         joined = F.linear(x, weight, bias.detach())
         return _SplitHeads.apply(joined.view(n, length, parts, heads, -1), bias)  # type: ignore[no-any-return]
     joined = F.linear(x, weight, bias)
@@ -174,8 +167,8 @@ def split_heads(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> tuple[Te
 
 
 class _SplitHeads(torch.autograd.Function):
-    """(N, L, parts, heads, d) → its parts, each (N, heads, L, d), as views. ``bias``, if it is given, has been added
-    already, and gets its gradient."""
+    """(N, L, parts, heads, d) → its parts, each (N, heads, L, d), as views. ``bias`` was added already; its gradient is
+    computed here."""
 
     @staticmethod
     def forward(ctx: Any, joined: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -184,7 +177,7 @@ class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None]:
         n, heads, length, size = gradients[0].shape
-        if fused_path(gradients[0]):
+        if usable(gradients[0]):
             sums = ctx.needs_input_grad[1] and not _activations_only
             joined, d_bias = fused_kernels.join(gradients, sums=sums)
             return joined.view(n, length, len(gradients), heads, size), d_bias

@@ -1,16 +1,16 @@
-"""Triton kernels for what lies between a block's matrix products: each reads and writes every activation once.
+"""Triton kernels for the operations between a block's matrix products. Each reads and writes every activation once.
 
-These passes are bound by memory, so the bytes that they move are their time. In bf16, with C channels a token and
-4 C in the MLP, a block moves by them, in bytes a token and channel of the residual stream:
+These passes are bound by memory, so their time is the number of bytes that they move. In bf16, with C channels a token
+and 4 C in the MLP, they move in each block, in bytes per token and channel of the residual stream:
 
                                         forward                             backward
     residual add + LayerNorm, two       2 × (2 read + 2 written) × 2 = 16   2 × (3 read + 1 written) × 2 = 16
     bias + QuickGELU on 4 C             (1 + 1) × 4 × 2             = 16    (2 + 1) × 4 × 2             = 24
     joining q, k and v's gradients                                          (3 + 3) × 2                 = 12
 
-Statistics and sums are fp32. Parameters are read in fp32 wherever they enter here. A parameter's gradient is the sum of
-a column over all tokens: each program adds up its rows in a fixed order into a row of its own of ``partial``, and
-one sum over these rows follows. The number of programs depends on the shape alone, so equal inputs give equal bits.
+Statistics, sums and parameters are in fp32. A parameter's gradient is the sum of a column over all tokens: each program
+sums its rows in a fixed order into its own row of ``partial``, and one sum over these rows follows. The number of
+programs depends only on the shape, so equal inputs give bitwise identical results.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cfmask.kernels.triton_support import jit, tl, triton
 
 # Elements of a tile. With 4 warps that is 32 of each operand in a thread's registers.
 _TILE = 4096
-# Columns of a tile where columns are independent of each other.
+# Columns of a tile if columns are independent of each other.
 _COLUMNS = 256
 _WARPS = 4
-# Of the norm's backward pass, which holds three sums for each element of its tile besides. Chosen by their time on an
-# H100, for 100,864 rows of 768 channels: 0.28 ms; twice the tile and warps take 0.31.
+# For the norm's backward pass, which also holds three sums for each element of its tile. The fastest on an H100, for
+# 100,864 rows of 768 channels: 0.28 ms; twice the tile and warps take 0.31.
 _NORM_BACKWARD_TILE, _NORM_BACKWARD_WARPS = 2048, 2
 
 
@@ -47,7 +47,7 @@ def _add_norm(
             value += tl.load(branch_bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * WIDTH + column, rounded, mask=inside)
-        value = rounded.to(tl.float32)  # the backward pass has the rounded sum to go by
+        value = rounded.to(tl.float32)  # the backward pass reads the rounded sum
     mean = tl.sum(value, 1)[:, None] / WIDTH
     centred = tl.where(inside, value - mean, 0.0)
     variance = tl.sum(centred * centred, 1)[:, None] / WIDTH
@@ -197,7 +197,8 @@ def column_options(width: int) -> dict[str, int]:
 
 
 def programs(rows: int, rows_of_tile: int, at_most: int) -> int:
-    """How many programs share the rows of a pass that sums columns: at least two tiles each, where there are many."""
+    """Number of programs that share the rows of a pass that sums columns: with many rows, each has at least two
+    tiles."""
     return max(1, min(at_most, triton.cdiv(rows, 2 * rows_of_tile)))
 
 
@@ -213,8 +214,8 @@ def add_norm(
     """x + branch + branch_bias, and its LayerNorm.
 
     Args:
-        x, branch: (…, C) of one dtype; branch None: nothing is added, and the sum is x itself.
-        branch_bias, weight, bias: (C,), of any dtype out of triton_support.DTYPES.
+        x, branch: (…, C) of the same dtype; without a branch, the sum is x itself.
+        branch_bias, weight, bias: (C,), of any dtype in triton_support.DTYPES.
 
     Returns:
         Sum and normalised sum, (…, C), contiguous, in x's dtype.

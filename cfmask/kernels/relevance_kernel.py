@@ -1,17 +1,16 @@
-"""One block's update of the relevance row as Triton kernels: no L×L map reaches memory.
+"""The update of the relevance row for one block, as Triton kernels that write no L×L map to memory.
 
-The update (Chefer et al., ICCV 2021, as ``cfmask.masking`` has it), for one block with attention map P, its
-gradient G and the row r of the blocks after it:
+The update (Chefer et al., ICCV 2021; see ``cfmask.masking.cam``), for a block with attention map P, its gradient G and
+the row r of the blocks after it:
 
     P = softmax(q kᵀ / √d)          G = ∂z/∂P = (∂z/∂out) vᵀ
     r[m] ← r[m] + mean over heads of Σ_l r[l] · relu(P ⊙ G)[l, m]
 
-In plain PyTorch P, G and their product are (N, heads, L, L) each, written and read several times: the step's
-largest tensors, and its time is memory traffic. Here they live tile by tile in registers. Where a head's keys are few
-enough one kernel does it all; else a first kernel leaves the log-sum-exp of every query's
-scores, (N, heads, L), and a second one rebuilds P and G tile by tile in registers and adds up each key's column.
-It goes over the queries in order and shares no sum with another program, so that the result is the same, bit for
-bit, from run to run.
+In plain PyTorch P, G and their product are (N, heads, L, L) each, written and read several times: the largest tensors
+of the step, bound by memory traffic. Here they exist tile by tile in registers. If a head has few keys, one kernel does
+everything. Otherwise a first kernel writes the log-sum-exp of every query's scores, (N, heads, L), and a second one
+recomputes P and G tile by tile and sums each key's column. Programs go over the queries in order and share no sum, so
+results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from cfmask.kernels.triton_support import DTYPES, jit, tl, triton
 MAX_HEAD_SIZE = 128
 
 ONE_PASS_ELEMENTS = 256 * 64
-"""Up to so many elements, padded, a head's keys stay in shared memory as a whole, beside as many values: the 50 and 197
-keys of B/32 and B/16. Beyond, two kernels take them tile by tile."""
+"""Largest number of padded elements of a head's keys for which one kernel is used: keys and values then fit into shared
+memory as a whole. The 50 and 197 keys of B/32 and B/16 do."""
 
-# Chosen by its time on an H100, for 512 images, 12 heads and 197 keys: 0.59 ms with 4 warps; 64 queries and 8 warps
-# take 0.82, the two kernels 0.73.
+# The fastest on an H100, for 512 images, 12 heads and 197 keys: 0.59 ms with 4 warps. 64 queries and 8 warps take 0.82,
+# the two kernels 0.73.
 ONE_PASS_QUERIES = 32
 
 
@@ -50,25 +49,9 @@ def _tile(
 
 @jit
 def _log_sum_exp(
-    q,
-    k,
-    lse,
-    q_n,
-    q_h,
-    q_l,
-    k_n,
-    k_h,
-    k_l,
-    heads,
-    queries,
-    keys,
-    scale,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q, k, lse, q_n, q_h, q_l, k_n, k_h, k_l, heads, queries, keys, scale,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """lse[n, h, l] = log2 Σ_m 2^(scale · q_l·k_m). One program takes QUERIES queries of one head."""
     blocks = (queries + QUERIES - 1) // QUERIES
     pair = (tl.program_id(0) // blocks).to(tl.int64)
@@ -92,37 +75,11 @@ def _log_sum_exp(
 
 @jit
 def _column_sums(
-    row,
-    q,
-    k,
-    v,
-    d_out,
-    lse,
-    sums,
-    row_n,
-    row_l,
-    q_n,
-    q_h,
-    q_l,
-    k_n,
-    k_h,
-    k_l,
-    v_n,
-    v_h,
-    v_l,
-    d_n,
-    d_h,
-    d_l,
-    heads,
-    queries,
-    keys,
-    scale,
-    SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    row, q, k, v, d_out, lse, sums,
+    row_n, row_l, q_n, q_h, q_l, k_n, k_h, k_l, v_n, v_h, v_l, d_n, d_h, d_l,
+    heads, queries, keys, scale,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """sums[n, h, m] = Σ_l row[n, l] · relu(P ⊙ G)[l, m]. One program takes KEYS keys of one head."""
     blocks = (keys + KEYS - 1) // KEYS
     pair = (tl.program_id(0) // blocks).to(tl.int64)
@@ -135,7 +92,7 @@ def _column_sums(
     q += n * q_n + h * q_h
     d_out += n * d_n + h * d_h
     lse += pair * queries
-    # Summed over the tile's queries after the loop: one exchange between warps, not one for each tile.
+    # Summed over queries after the loop, with one exchange between warps in all instead of one for each tile.
     weighted = tl.zeros((QUERIES, KEYS), tl.float32)
     for first_query in range(0, queries, QUERIES):
         q_tile = _tile(q, q_l, first_query, queries, SIZE, PADDED, QUERIES, WIDEN)
@@ -149,7 +106,7 @@ def _column_sums(
         product = tl.exp2(scores - normaliser[:, None]) * gradient
         # A network that has diverged must show: relu passes NaN on, as torch's does.
         weighted += weight[:, None] * tl.maximum(product, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    # Keys past the last have k = 0, for which P may be infinite: their columns go nowhere.
+    # For keys past the last, k = 0 and P may be infinite: their columns are not stored.
     columns = first_key + tl.arange(0, KEYS)
     tl.store(sums + pair * keys + columns, tl.sum(weighted, 0), mask=columns < keys)
 
@@ -161,7 +118,7 @@ def _column_sums_in_one_pass(
     heads, queries, keys, scale,
     SIZE: tl.constexpr, PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """``_column_sums`` where KEYS holds all keys: a query's scores are seen at once, and its sum of exponentials is no
+    """``_column_sums`` for KEYS ≥ keys: all scores of a query are in one tile, so its sum of exponentials needs no
     kernel of its own. One program takes a head."""
     pair = tl.program_id(0).to(tl.int64)
     n = pair // heads
@@ -191,27 +148,25 @@ def _column_sums_in_one_pass(
 
 
 def usable(row: Tensor, q: Tensor) -> bool:
-    """Whether ``extend_row`` can take these: else the caller computes in plain PyTorch.
-
-    True for fp32 rows and a q with heads of at most MAX_HEAD_SIZE channels that ``triton_support.usable`` allows.
-    """
+    """Whether ``extend_row`` accepts these tensors: fp32 rows, and a q with heads of at most MAX_HEAD_SIZE channels for
+    which ``triton_support.usable`` is true. Otherwise the caller computes in plain PyTorch."""
     return row.dtype == torch.float32 and q.shape[-1] <= MAX_HEAD_SIZE and triton_support.usable(q)
 
 
 def launch_options(q: Tensor, keys: int) -> dict[str, int]:
-    """The kernels' constants for such a q and so many keys: fixed, because the order of sums depends on them, and so do
-    the bits."""
+    """The kernels' constants for such a q and so many keys. They are not tuned at run time, because the order of sums,
+    and with it the last bits, depends on them."""
     _, _, queries, size = q.shape
     padded, all_keys = max(16, triton.next_power_of_2(size)), max(16, triton.next_power_of_2(keys))
     one_pass = q.element_size() == 2 and all_keys * padded <= ONE_PASS_ELEMENTS
-    # A tile of fp32 takes twice the shared memory, and its products go without tensor cores.
+    # fp32 tiles need twice the shared memory, and do not use tensor cores.
     block = 64 if q.element_size() == 2 else 32
     return {
         "SIZE": size,
         "PADDED": padded,
         "QUERIES": 16 if queries == 1 else ONE_PASS_QUERIES if one_pass else block,
         "KEYS": all_keys if one_pass else block,
-        # The interpreter multiplies bf16 matrices as the integers that numpy keeps them as.
+        # Triton's interpreter would multiply bf16 matrices as the integers in which numpy stores them.
         "WIDEN": triton_support.INTERPRETED,
         "num_warps": 4,
         "num_stages": 1 if one_pass else 2,
@@ -220,24 +175,24 @@ def launch_options(q: Tensor, keys: int) -> dict[str, int]:
 
 @torch.no_grad()
 def extend_row(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Tensor:
-    """r + r·A for one block, in memory proportional to L. Ask ``usable`` first.
+    """r + r·A for one block, in memory proportional to L. Only for tensors for which ``usable`` is true.
 
-    Scores, softmax, products and sums are fp32 whatever the inputs are. The device is never waited for, no
-    gradient flows through, and equal inputs give equal bits.
+    Scores, softmax, products and sums are computed in fp32. The host does not wait for the device, no gradient is
+    computed, and equal inputs give bitwise identical results.
 
     Args:
         row: (N, L) fp32, the row r of the blocks after this one.
-        q: (N, heads, Lq, d), d ≤ 128. Lq is L, or 1 where the block computes the class token's query alone: then
-            only ``row[:, 0]`` weighs in.
+        q: (N, heads, Lq, d), d ≤ 128. Lq is L, or 1 if the block computes only the class token's query: then only
+            ``row[:, 0]`` is used.
         k, v: (N, heads, L, d).
-        d_out: (N, heads, Lq, d), ∂z/∂out. All four of one dtype out of DTYPES; any strides, and views of one
-            (N, L, 3, heads, d) tensor are read where they lie.
+        d_out: (N, heads, Lq, d), ∂z/∂out. q, k, v and d_out have the same dtype, one of DTYPES, and any strides; views
+            of an (N, L, 3, heads, d) tensor are not copied.
 
     Returns:
         (N, L) fp32.
 
     Raises:
-        ValueError: shapes or dtypes are none of these; the kernels would read past the tensors.
+        ValueError: other shapes or dtypes, with which the kernels would read past the tensors.
     """
     n, heads, queries, size = q.shape
     keys = row.shape[1]
@@ -260,7 +215,7 @@ def extend_row(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> T
     sums = torch.empty(n, heads, keys, dtype=torch.float32, device=row.device)
     lengths = (heads, queries, keys, scale)
     strides = (*row.stride(), *(stride for t in (q, k, v, d_out) for stride in t.stride()[:3]))
-    with torch.cuda.device_of(row):  # Triton launches on the current device, whatever the tensors'
+    with torch.cuda.device_of(row):  # Triton launches on the current device
         if options["KEYS"] >= keys:
             _column_sums_in_one_pass[(n * heads,)](row, q, k, v, d_out, sums, *strides, *lengths, **options)
             return row + sums.mean(1)

@@ -1,4 +1,4 @@
-"""What every Triton kernel of this package shares: whether Triton is there, interprets, and can launch."""
+"""Whether Triton is installed, interprets, and can launch kernels."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ except ImportError:  # macOS, and builds of torch for the CPU alone
     triton = tl = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels read and write. They compute in fp32."""
+"""Dtypes that the kernels read and write. They compute in fp32."""
 
 
 def jit(kernel: Callable) -> Any:
-    """``triton.jit`` where there is Triton; otherwise the function itself, which nobody may call."""
+    """``triton.jit`` if Triton is installed; otherwise the function itself, which must not be called."""
     return kernel if triton is None else triton.jit(kernel)
 
 
@@ -30,22 +30,20 @@ def _probe(x):
     tl.store(x, 0.0)
 
 
-# What the decorator made of a kernel says for certain whether Triton's interpreter runs it (TRITON_INTERPRET=1).
+# The type of a decorated kernel shows whether Triton's interpreter runs it (TRITON_INTERPRET=1).
 INTERPRETED = triton is not None and not isinstance(_probe, triton.JITFunction)
 
 
 @functools.cache
 def can_launch() -> bool:
-    """Whether Triton can launch anything: it builds its launcher at run time, with a C compiler and Python's headers.
-
-    Warns once if it cannot.
-    """
+    """Whether Triton can launch kernels: it builds its launcher at run time, with a C compiler and Python's headers.
+    Warns once if it cannot."""
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever the compiler, the linker or the driver has to say
+    except Exception as error:  # of any type: from the compiler, the linker or the driver
         warnings.warn(
-            f"Triton cannot launch kernels here; plain PyTorch takes their place, in more time and memory: {error}. "
-            "Triton needs a C compiler (gcc, or what CC names) and Python's development headers.",
+            f"Triton cannot launch kernels here ({error}). Plain PyTorch is used instead, which takes more time and "
+            "memory. Install a C compiler (gcc, or the one that CC names) and Python's development headers.",
             stacklevel=2,
         )
         return False
@@ -53,11 +51,10 @@ def can_launch() -> bool:
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether kernels can take this tensor: else the caller computes in plain PyTorch.
+    """Whether kernels accept this tensor; otherwise the caller computes in plain PyTorch.
 
-    True for one of DTYPES on a GPU that Triton supports (compute capability 8.0 and up), or on any device under
-    Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported). Where Triton is installed and cannot launch,
-    it warns once and is False. Inside torch.compile it is False: the compiler makes kernels of its own.
+    True for DTYPES on a GPU of compute capability 8.0 or more if Triton can launch, and on any device under Triton's
+    interpreter (TRITON_INTERPRET=1 before Triton is imported). False inside torch.compile, which makes its own kernels.
     """
     if triton is None or tensor.dtype not in DTYPES or torch.compiler.is_compiling():
         return False

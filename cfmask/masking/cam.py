@@ -1,16 +1,16 @@
-"""Class activation maps: which patches of an image its class was read from.
+"""Class activation maps: the relevance of each patch for a class.
 
-A Cam watches one clean pass through the tower and is then asked for the map of a logit; it takes what it needs from a
-backward pass that computes activation gradients only.
+A Cam hooks into one clean pass through the tower and then computes the map of a logit, by a backward pass that computes
+gradients of activations only.
 
 **Relevance** (Chefer et al., ICCV 2021, as the method uses it), for attention maps P_l and a logit z:
 
     A_l = mean over heads of relu(P_l ⊙ ∂z/∂P_l)          R = (I + A_D) … (I + A_1)          cam = R[0, 1:]
 
-Only row 0 of R is needed. Built from the last block to the first it is r ← r + r·A_l, starting from e_0: the order in
-which the backward pass comes through the blocks. So each block's attention hands its cotangent over as the pass goes
-by, no L×L product between blocks is ever formed, and one block's maps live at a time (on a GPU, none: see
-``relevance_kernel``). P_l is rebuilt from the block's q and k; ∂z/∂P_l = (∂z/∂out_l) vᵀ, where out_l = P_l v.
+Only row 0 of R is needed. From the last block to the first it is r ← r + r·A_l, starting from e_0: the order of the
+backward pass. So the row is accumulated during that pass, from the cotangent of each block's attention. No product of
+two L×L maps is formed, and the maps of one block exist at a time (on a GPU, none: see ``relevance_kernel``). P_l is
+recomputed from the block's q and k; ∂z/∂P_l = (∂z/∂out_l) vᵀ, where out_l = P_l v.
 
 **Grad-CAM** (Selvaraju et al., ICCV 2017) at the last block's ``ln_1`` output.
 """
@@ -30,24 +30,25 @@ RELEVANCE, GRAD_CAM = "relevance", "grad-cam"
 
 
 class Cam:
-    """What watches a pass (``models.tower.encode`` calls the first two), and is asked once."""
+    """A hook into one forward pass: ``models.tower.encode`` calls ``normed`` and ``attended``; then call ``compute``
+    once."""
 
     def normed(self, x: Tensor) -> None:
-        """A block's ``ln_1`` output (N, L, width), block by block."""
+        """Called with the ``ln_1`` output (N, L, width) of each block."""
 
     def attended(self, block: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A block's attention; what is returned goes on in place of ``out``.
+        """Called with the attention of each block. The return value replaces ``out``.
 
         Args:
-            block: from 0.
-            out, q: (N, heads, L, d), or (N, heads, 1, d) where the class token alone asks.
+            block: number of the block, from 0.
+            out, q: (N, heads, L, d), or (N, heads, 1, d) if only the class token has a query.
             k, v: (N, heads, L, d).
         """
         return out
 
     def compute(self, target: Tensor) -> Tensor:
-        """The map of each image's ``target`` (N,), a logit of the pass watched: (N, P), ≥ 0, unnormalised, at least
-        fp32. The graph of the pass stays."""
+        """The map (N, P) of ``target`` (N,), logits of the pass: ≥ 0, unnormalised, at least fp32. The pass's graph is
+        kept."""
         raise NotImplementedError
 
 
@@ -56,22 +57,22 @@ class Relevance(Cam):
 
     def __init__(self, first_block: int = 0) -> None:
         self._first = first_block
-        self._end: Tensor | None = None  # the first used block's attention: where the backward pass may stop
+        self._end: Tensor | None = None  # attention of the first block used, where the backward pass may stop
         self._tokens = 0
-        self._row: Tensor | None = None  # r, while it is being asked for
+        self._row: Tensor | None = None  # r, during ``compute``
         self._asked = False
 
     def attended(self, block: int, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if block < self._first:
             return out
-        # With activation checkpointing blocks come by again, in a backward pass.
+        # With activation checkpointing, a backward pass runs blocks again.
         if self._end is None and not self._asked:
             self._end, self._tokens = out, k.shape[2]
         return _CotangentHook.apply(out, q, k, v, self)  # type: ignore[no-any-return]
 
     def compute(self, target: Tensor) -> Tensor:
         if self._end is None:
-            raise ValueError(f"relevance from block {self._first} on: no such block has been seen")
+            raise ValueError(f"relevance from block {self._first} on: the pass had no such block")
         self._asked, end, self._end = True, self._end, None
         dtype = torch.promote_types(end.dtype, torch.float32)
         self._row = torch.zeros(len(end), self._tokens, device=end.device, dtype=dtype)
@@ -84,8 +85,8 @@ class Relevance(Cam):
             self._row = None
 
     def accumulate(self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """A backward pass has come to a block's attention, blocks in falling order."""
-        if self._row is not None:  # not, say, the loss's own backward pass
+        """Called by backward passes at each block's attention, from the last block to the first."""
+        if self._row is not None:  # not in the backward pass of the loss
             self._row = extend_row(self._row, q, k, v, d_out)
 
 
@@ -98,10 +99,10 @@ class GradCam(Cam):
 
     def normed(self, x: Tensor) -> None:
         if not self._asked:
-            self._x = x  # the last block's stays
+            self._x = x  # that of the last block is kept
 
     def compute(self, target: Tensor) -> Tensor:
-        assert self._x is not None, "no pass was watched"
+        assert self._x is not None, "there was no pass"
         self._asked, x, self._x = True, self._x, None
         with activation_gradients_only():
             (gradient,) = torch.autograd.grad(target.sum(), x, retain_graph=True)
@@ -112,17 +113,17 @@ class GradCam(Cam):
 
 
 def build_cam(method: Method) -> Cam | None:
-    """What watches the clean pass, if masks depend on it."""
+    """The CAM of a method; None if its masks are random."""
     if not method.by_cam:
         return None
     return GradCam() if method.cam == GRAD_CAM else Relevance(method.first_block or 0)
 
 
 class _CotangentHook(torch.autograd.Function):
-    """The identity on an attention's output, whose backward lets relevance accumulate the cotangent with q, k and v.
+    """The identity on an attention's output. Its backward passes the cotangent with q, k and v to ``Relevance``.
 
-    They are saved as autograd saves, so they share the attention's own saved tensors, and with activation checkpointing
-    they are computed again like these.
+    q, k and v are saved by autograd: they share memory with the attention's own saved tensors, and activation
+    checkpointing recomputes them.
     """
 
     @staticmethod
@@ -140,11 +141,11 @@ class _CotangentHook(torch.autograd.Function):
 
 @torch.no_grad()
 def extend_row(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Tensor:
-    """r + r·A for one block, with its maps in memory or, on a GPU with Triton, without.
+    """r + r·A for one block: by a Triton kernel where it can run, else with the block's maps in memory.
 
     Args:
-        row: (N, L), at least fp32, whatever the network runs in: it is a sum of many small products.
-        q, d_out: (N, heads, L, d), or (N, heads, 1, d): the class token's alone. d_out is ∂z/∂out.
+        row: (N, L), at least fp32 in any precision of the network, because it is a sum of many small products.
+        q, d_out: (N, heads, L, d), or (N, heads, 1, d) of the class token alone. d_out is ∂z/∂out.
         k, v: (N, heads, L, d).
     """
     if relevance_kernel.usable(row, q):
@@ -153,9 +154,9 @@ def extend_row(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> T
 
 
 def extend_row_with_maps(row: Tensor, q: Tensor, k: Tensor, v: Tensor, d_out: Tensor) -> Tensor:
-    """``extend_row`` in plain PyTorch; the oracle of the kernel."""
+    """``extend_row`` in plain PyTorch; the kernel is tested against it."""
     queries = q.shape[2]
-    # Autocast would take the products to the network's own, low precision.
+    # Autocast would compute the products in a low precision.
     with torch.autocast(row.device.type, enabled=False):
         q, k, v, d_out = (tensor.to(row.dtype) for tensor in (q, k, v, d_out))
         attention = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1)

@@ -1,19 +1,19 @@
-"""The random draws of a batch and the fills they choose: which patches go, and whose come in their place.
+"""Random draws of a batch (masks and donors), and fills.
 
-Draws are made on the CPU with the batch, from a generator keyed by (seed, epoch, step, lane), and travel
-with it: masks and donors are the same on any number of ranks and loader workers. Donors come from the
-same lane.
+Draws are made on the CPU with the batch, from a generator keyed by (seed, epoch, step, lane). So masks and donors are
+the same for any number of ranks and loader workers. Donors come from the same lane.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cfmask.masking.tensors import TensorFields
 from cfmask.recipe import Method
 
 RANDOM, OBJECT, CONTEXT = "random", "object", "context"
@@ -22,20 +22,20 @@ NO_FILL, SINGLE_FILL, MULTI_FILL = "no-fill", "single-fill", "multi-fill"
 
 @dataclass(frozen=True)
 class DrawSpec:
-    """What has to be drawn for each sample.
-
-    mask: "random", "object" or "context"; fill: "no-fill", "single-fill" or "multi-fill";
-    rate: masking rate of a random mask (unused by the others); patches: patches of an image, P.
-    """
+    """What has to be drawn for each sample."""
 
     mask: str
+    """RANDOM, OBJECT or CONTEXT."""
     fill: str
+    """NO_FILL, SINGLE_FILL or MULTI_FILL."""
     rate: float
+    """Masking rate of random masks; other masks do not use it."""
     patches: int
+    """Patches of an image, P."""
 
     @classmethod
     def of(cls, method: Method, patches: int) -> DrawSpec | None:
-        """Of a resolved method on images of so many patches; None where no image is masked."""
+        """The draws of a resolved method on images of so many patches; None if it masks no image."""
         if not method.masked:
             return None
         assert method.mask is not None and method.fill is not None
@@ -43,22 +43,15 @@ class DrawSpec:
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The draws of n samples, as CPU tensors; None where the method needs no such draw.
-
-    mask: (n, P) bool, random masks that are filled.
-    keep: (n, K) int64 ascending, patches that stay under a random mask without fill.
-    donors: (n,) int64 for single-fill or (n, P) int64 for multi-fill, indices into the same n samples.
-    """
+class Draws(TensorFields):
+    """The draws of n samples. A field is None if the method does not need it."""
 
     mask: Tensor | None = None
+    """(n, P) bool, random masks that are filled."""
     keep: Tensor | None = None
+    """(n, K) int64, ascending: patches that a random mask without fill keeps."""
     donors: Tensor | None = None
-
-    def map(self, function) -> Draws:
-        """``function`` applied to each tensor that is there (moving to a device, pinning)."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Draws(**{name: None if value is None else function(value) for name, value in values.items()})
+    """Indices into the same n samples: (n,) int64 for single-fill, (n, P) int64 for multi-fill."""
 
 
 def draw(spec: DrawSpec | None, n: int, rng: np.random.Generator) -> Draws:
@@ -83,14 +76,14 @@ def draw(spec: DrawSpec | None, n: int, rng: np.random.Generator) -> Draws:
         donors = torch.from_numpy(rng.permutation(n))
     elif spec.fill == MULTI_FILL:
         if n < 2:
-            raise ValueError("multi-fill takes its patches from other images: it needs two samples a lane")
+            raise ValueError("multi-fill takes patches from other images, so it needs two samples in each lane")
         shift = rng.integers(1, n, size=(n, spec.patches))
         donors = torch.from_numpy((np.arange(n)[:, None] + shift) % n)
     return Draws(mask=mask, keep=keep, donors=donors)
 
 
 def concat(lanes: Sequence[Draws]) -> Draws:
-    """Draws of several lanes of equal size as those of one batch: donors point into the batch."""
+    """The draws of a batch of several lanes of equal size: donors become indices into the batch."""
     masks = [lane.mask for lane in lanes if lane.mask is not None]
     keeps = [lane.keep for lane in lanes if lane.keep is not None]
     donors = [lane.donors for lane in lanes if lane.donors is not None]
@@ -102,10 +95,10 @@ def concat(lanes: Sequence[Draws]) -> Draws:
 
 
 def fill(images: Tensor, mask: Tensor, donors: Tensor, patch_size: int) -> Tensor:
-    """Counterfactual images: masked patches replaced by the donors' patches of the same place.
+    """Counterfactual images: masked patches are replaced by the donors' patches at the same location.
 
-    Patches are moved as blocks through a view of the patch grid; no index of pixel size is built. Pixels
-    beyond the last whole patch, which the tower does not see either, stay.
+    Patches are moved as blocks through a view of the patch grid, without an index for each pixel. Pixels beyond the
+    last whole patch, which the tower does not see, stay.
 
     Args:
         images: (N, 3, H, W), any dtype, before normalisation.

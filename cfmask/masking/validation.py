@@ -1,19 +1,18 @@
-"""How far masks fall on objects (appendix A.2 of the paper): what is masked beside where the object is known to be.
+"""Rates that measure how far masks fall on objects (appendix A.2 of the paper).
 
     image masking rate   n(M_CAM) / n(I)
     object masking rate  n(M_CAM ∩ M_seg) / n(M_seg)
     IoU                  n(M_CAM ∩ M_seg) / n(M_CAM ∪ M_seg)
 
 n counts pixels of the model's input, M_CAM is the patch mask in pixels, M_seg the object's segmentation mask. A patch
-is masked as a whole, so the object's pixels in each patch are counted once, and give all three for any number of masks:
-nothing is blown up to pixels, and every count is an exact integer. A mask that knew nothing of the object would have an
-object masking rate of about its image masking rate.
+is masked as a whole. So the object's pixels in each patch are counted once, and give the rates of any number of masks
+in exact integers. A mask that is independent of the object has an object masking rate of about its image masking rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,48 +21,45 @@ from torch import Tensor
 from cfmask.errors import UserError
 from cfmask.masking.fills import CONTEXT, OBJECT
 from cfmask.masking.masks import context_mask, object_mask
+from cfmask.masking.tensors import TensorFields
 
 THRESHOLDS = tuple(n / 10 for n in range(1, 10))
-"""At which masks are validated, unless others are asked for."""
+"""Thresholds at which masks are validated by default."""
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Raises UserError: thresholds of a CAM that are out of range, or there twice."""
+    """Raises UserError if thresholds of a CAM are out of range or repeated."""
     if not all(0 <= threshold < 1 for threshold in thresholds):
-        raise UserError("--thresholds must lie in 0…1, 1 excluded: no patch's relevance is above its image's maximum.")
+        raise UserError("--thresholds must be at least 0 and below 1, the maximum of an image's relevance.")
     if len(set(thresholds)) != len(thresholds):
-        raise UserError(f"--thresholds has a value twice: {' '.join(map(str, thresholds))}.")
+        raise UserError(f"--thresholds repeats a value: {' '.join(map(str, thresholds))}.")
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """Where the objects of N images are, as far as patch masks can tell.
-
-    patches: (N, P) int32, pixels of the object in each patch. total: (N,) int64, in the whole image; more than the sum
-    of ``patches`` where the image is not a multiple of the patch and the object reaches into what is left over;
-    UNKNOWN where nobody knows. patch_pixels, image_pixels: pixels of a patch, of an image.
-    """
+class Coverage(TensorFields):
+    """Where the objects of N images are, on the patch grid."""
 
     patches: Tensor
+    """(N, P) int32, pixels of the object in each patch."""
     total: Tensor
+    """(N,) int64, pixels of the object in the image, or UNKNOWN. It is more than the sum of ``patches`` if the object
+    reaches beyond the last whole patch."""
     patch_pixels: int
+    """Pixels of a patch."""
     image_pixels: int
+    """Pixels of an image."""
 
     @property
     def known(self) -> Tensor:
-        """(N,) bool, of which images there is a segmentation."""
+        """(N,) bool, which images have a segmentation."""
         return self.total != UNKNOWN
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Coverage:
-        """``function`` applied to each tensor (moving to a device, pinning)."""
-        return replace(self, patches=function(self.patches), total=function(self.total))
 
 
 UNKNOWN = -1
 
 
 def nothing_known(n: int, size: int, patch_size: int) -> Coverage:
-    """The coverage of n images of ``size`` × ``size`` pixels without a segmentation."""
+    """The coverage of n images, ``size`` × ``size`` pixels, without segmentations."""
     patches = (size // patch_size) ** 2
     return Coverage(
         patches=torch.zeros(n, patches, dtype=torch.int32),
@@ -94,11 +90,8 @@ def coverage(segmentation: Tensor, patch_size: int) -> Coverage:
 
 
 def masks_at(cam: Tensor, thresholds: Sequence[float], mask: str = OBJECT) -> Tensor:
-    """(N, P) relevance → (N, T, P) bool: the mask of this kind (object, context) at each threshold.
-
-    Raises:
-        ValueError: another kind of mask: a random one has no threshold.
-    """
+    """(N, P) relevance → (N, T, P) bool: the object or context mask at each threshold. Raises ValueError for other
+    masks."""
     if mask not in (OBJECT, CONTEXT):
         raise ValueError(f"a {mask} mask does not depend on a threshold")
     of = object_mask if mask == OBJECT else context_mask
@@ -106,20 +99,17 @@ def masks_at(cam: Tensor, thresholds: Sequence[float], mask: str = OBJECT) -> Te
 
 
 @dataclass(frozen=True)
-class MaskRates:
-    """(N, T) float64 each, in 0…1: of N images under T masks each. object and iou are NaN where M_seg is empty."""
+class MaskRates(TensorFields):
+    """Rates of N images under T masks each: (N, T) float64, in 0…1."""
 
     image: Tensor
     object: Tensor
+    """NaN if M_seg is empty, like ``iou``."""
     iou: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> MaskRates:
-        """``function`` applied to each tensor."""
-        return MaskRates(function(self.image), function(self.object), function(self.iou))
 
 
 def mask_rates(masks: Tensor, where: Coverage) -> MaskRates:
-    """The three rates of each image under each of its masks. masks: (N, T, P) bool. Waits for no device."""
+    """The three rates of each image under each of its masks, (N, T, P) bool. Does not wait for the device."""
     masked = masks.sum(2) * where.patch_pixels
     both = (masks * where.patches[:, None, :]).sum(2)
     either = masked + where.total[:, None] - both
@@ -133,17 +123,16 @@ def mask_rates(masks: Tensor, where: Coverage) -> MaskRates:
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over images, which add up over batches, shards and ranks.
-
-    image, object, iou: (T,) float64, sums of rates. images, with_object: () int64, images counted, and those whose
-    M_seg is not empty: the averages of ``object`` and ``iou`` are over these.
-    """
+    """Sums of rates over images. They are summed further over batches, shards and ranks."""
 
     image: Tensor
+    """(T,) float64, like ``object`` and ``iou``."""
     object: Tensor
     iou: Tensor
     images: Tensor
+    """() int64, number of images."""
     with_object: Tensor
+    """() int64, images whose M_seg is not empty; ``object`` and ``iou`` are averaged over these."""
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(*(ours + theirs for ours, theirs in zip(self._parts, other._parts, strict=True)))
@@ -153,7 +142,7 @@ class Tally:
         return self.image, self.object, self.iou, self.images, self.with_object
 
     def to_vector(self) -> Tensor:
-        """(3 T + 2,) float32, to be added up over ranks; ``from_vector`` takes it back."""
+        """(3 T + 2,) float32, which can be summed over ranks; the inverse of ``from_vector``."""
         return torch.cat([part.reshape(-1).float() for part in self._parts])
 
     @classmethod
@@ -163,18 +152,18 @@ class Tally:
         return cls.from_lists([sums[:n], sums[n : 2 * n], sums[2 * n :], int(images), int(with_object)])
 
     def means(self) -> tuple[list[float], list[float], list[float]]:
-        """Image masking rate, object masking rate, IoU, each by threshold; NaN where there is no image to average."""
-        image, found, iou = (self.image / self.images, self.object / self.with_object, self.iou / self.with_object)
-        return image.tolist(), found.tolist(), iou.tolist()
+        """Image masking rate, object masking rate and IoU by threshold; NaN without images."""
+        means = self.image / self.images, self.object / self.with_object, self.iou / self.with_object
+        return means[0].tolist(), means[1].tolist(), means[2].tolist()
 
     def to_result(self) -> dict[str, Any]:
-        """For a reader: numbers of images and mean rates as shares of 1, None where there is nothing to average."""
+        """Numbers of images, and mean rates in 0…1; None without images."""
         means = ([None if x != x else x for x in of_rate] for of_rate in self.means())
         named = dict(zip(("image_masking_rate", "object_masking_rate", "iou"), means, strict=True))
         return {"images": int(self.images), "without_object": int(self.images - self.with_object), **named}
 
     def to_lists(self) -> list[list[float] | int]:
-        """For a JSON file, exactly; ``from_lists`` takes it back."""
+        """Exact values for a JSON file; the inverse of ``from_lists``."""
         return [part.tolist() for part in self._parts]
 
     @classmethod
@@ -190,7 +179,7 @@ class Tally:
 
 
 def tally(of: MaskRates, chosen: Tensor | None = None) -> Tally:
-    """Sum the rates of images; of all, or of those ``chosen``, (N,) bool."""
+    """Sum the rates of all images, or of those in ``chosen``, (N,) bool."""
     if chosen is None:
         chosen = torch.ones(len(of.image), dtype=torch.bool, device=of.image.device)
     known = chosen & ~of.iou[:, 0].isnan()
@@ -208,7 +197,7 @@ def tally(of: MaskRates, chosen: Tensor | None = None) -> Tally:
 
 
 def add_up(tallies: Sequence[Mapping[str, Tally]]) -> dict[str, Tally]:
-    """Tallies by name, each added up."""
+    """Sum tallies by name."""
     total: dict[str, Tally] = {}
     for of_part in tallies:
         for name, part in of_part.items():

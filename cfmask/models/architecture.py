@@ -1,7 +1,7 @@
-"""open_clip model configurations: how they are read, which of them can be trained here, and when two compute the same.
+"""open_clip model configurations: reading, which can be trained here, and in what two of them differ.
 
-torch and open_clip are imported only where a function needs them: a launcher checks the configuration of a model file
-without the seconds that they take.
+torch and open_clip take seconds to import, and are imported only by the functions that need them: a launcher checks
+configurations without them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HUB_CONFIG = "open_clip_config.json"
-"""What open_clip calls the configuration in a Hugging Face repository."""
+"""open_clip's name of the configuration file in a Hugging Face repository."""
 
 _CUSTOM_BLOCKS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 VISION_DEFAULTS: dict[str, Any] = {
@@ -44,18 +44,17 @@ IDLE_SETTINGS = (
     *("patch_dropout", "output_tokens", "final_ln_after_pool", "attn_pooler_queries", "attn_pooler_heads"),
     *("timm_model_pretrained", "timm_pool", "timm_proj", "timm_proj_bias", "timm_drop", "timm_drop_path"),
 )
-"""Settings without effect on the features of a ViT that pools by its class token. Patch dropout is one of training."""
-
+"""Settings that do not change the features of a ViT that pools by its class token. (Patch dropout acts in training.)"""
 
 _OLD_TEXT_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}
-"""Settings of text_cfg as they were called when the first repositories were written."""
+"""Earlier names of settings of text_cfg."""
 
 
 def read_config(name: str) -> dict[str, Any]:
     """An open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …).
 
     Args:
-        name: open_clip's name of a model; or the path of a .json file, either a model configuration or the
+        name: open_clip's name of a model; or the path of a .json file: a model configuration, or the
             open_clip_config.json of a Hugging Face repository, whose ``preprocess_cfg`` is kept.
 
     Raises:
@@ -74,7 +73,7 @@ def read_config(name: str) -> dict[str, Any]:
     listed = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
     near = [known for known in listed if not _why_not(open_clip.get_model_config(known))]
     raise UserError(
-        f"There is no model {name!r}: it is neither one of open_clip's nor the path of a model configuration "
+        f"Unknown model {name!r}: it is neither one of open_clip's models nor the path of a model configuration "
         f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
     )
 
@@ -83,7 +82,7 @@ def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
     """A model configuration from the text of a file, as ``read_config`` returns it.
 
     Args:
-        source: where the text comes from, in words that begin a sentence.
+        source: the origin of the text, with which errors begin.
 
     Raises:
         UserError: it is not a configuration.
@@ -104,33 +103,29 @@ def parse_config(text: str | bytes, source: str) -> dict[str, Any]:
     ):
         raise UserError(
             f"{source} is not an open_clip model configuration, which has embed_dim, vision_cfg and text_cfg (in "
-            f"model_cfg, if it is an {HUB_CONFIG}). Correct it; or, if it lies beside weights that it is not about, "
-            "move it away."
+            f"model_cfg, if it is an {HUB_CONFIG}). Correct it; or, if it lies beside weights to which it does not "
+            "belong, move it away."
         )
     return config
 
 
 def refuse_repository(flag: str, value: str) -> None:
-    """Refuse open_clip's names of Hugging Face repositories and their folders. Raises UserError."""
+    """Raises UserError for open_clip's names of Hugging Face repositories and of their folders."""
     if value.startswith(("hf-hub:", "local-dir:")):
         raise UserError(
-            f"{flag} {value}: give the files of the repository in its place: the path of its {HUB_CONFIG} with "
-            "--model, and the path of its weights with --pretrained. (On a machine with network access, `hf download "
+            f"{flag} {value}: names of repositories are not accepted. Give the path of its {HUB_CONFIG} with --model, "
+            "and the path of its weights with --pretrained. (On a machine with network access, `hf download "
             "OWNER/NAME` gets both.)"
         )
 
 
 def check_trainable(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse a model whose image tower cannot be trained here, by its configuration alone.
-
-    Raises:
-        UserError: one sentence that says why, and what to choose.
-    """
+    """Raises UserError if a configuration is that of an image tower that cannot be trained here."""
     if reason := _why_not(config):
         raise UserError(
-            f"The model {name} cannot be trained: {reason}. Relevance is read from the class token's row of softmax "
-            "attention maps, so the image tower must be open_clip's VisionTransformer with class-token pooling and "
-            "square images: choose one, for example ViT-B-32-quickgelu."
+            f"The model {name} cannot be trained: {reason}. Relevance needs the class token's row of softmax attention "
+            "maps, so the image tower must be open_clip's VisionTransformer with class-token pooling and square "
+            "images. Choose such a model, for example ViT-B-32-quickgelu."
         )
 
 
@@ -152,7 +147,7 @@ def _why_not(config: Mapping[str, Any]) -> str | None:
     if full["pos_embed_type"] != "learnable":
         return f"its positional embedding is {full['pos_embed_type']!r}, which is not trained"
     if unknown := sorted(set(vision) - set(VISION_DEFAULTS) - set(IDLE_SETTINGS)):
-        return f"vision_cfg has settings that are not known here ({', '.join(unknown)})"
+        return f"vision_cfg has unknown settings ({', '.join(unknown)})"
     return _why_no_geometry(config["embed_dim"], full)
 
 
@@ -175,7 +170,7 @@ def _why_no_geometry(embed_dim: Any, vision: Mapping[str, Any]) -> str | None:
 
 
 def _side(size: Any) -> int | None:
-    """Of a square that open_clip gives as a number or as (height, width); None if it is not one."""
+    """The side of a square that is given as a number or as (height, width); None if it is not a square."""
     if isinstance(size, (list, tuple)) and len(size) == 2 and size[0] == size[1]:
         size = size[0]
     return size if type(size) is int and size > 0 else None
@@ -198,8 +193,8 @@ def _side_of(config: Mapping[str, Any], setting: str) -> int:
 
 
 def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """In what two configurations' image towers differ, as "vision_cfg.layers (12 and 24)"; empty if they compute the
-    same. A setting that is not given has open_clip's default."""
+    """The settings in which the image towers of two configurations differ, as "vision_cfg.layers (12 and 24)". Missing
+    settings have open_clip's defaults."""
     return _differences(_vision_of(ours), _vision_of(theirs))
 
 
@@ -218,13 +213,14 @@ def _vision_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any], idle: Collection[str]) -> dict[str, Any]:
-    """All settings but the idle ones. One that is not known here, of a newer open_clip, counts if it is on."""
+    """All settings except the idle ones, with defaults filled in. An unknown setting, of a newer open_clip, counts if
+    it is on."""
     unknown = {name: value for name, value in given.items() if name not in defaults and name not in idle and value}
     return {**{name: given.get(name, default) for name, default in defaults.items()}, **unknown}
 
 
 def text_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The same for the text towers and their tokenizers. Imports open_clip."""
+    """As ``vision_differences``, for text towers and their tokenizers. Imports open_clip."""
     from dataclasses import asdict
 
     from open_clip import CLIPTextCfg
@@ -241,15 +237,12 @@ def text_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list
 def check_activation(
     name: str, config: Mapping[str, Any], pretrained: str, quick_gelu: bool | None, *, remedy: str | None = None
 ) -> None:
-    """Refuse weights that were trained with the other activation than the model computes.
+    """Raises UserError if weights were trained with another activation than the model computes.
 
     Args:
         name, config: of the model.
-        quick_gelu: what the weights were trained with; None: unknown.
-        remedy: a sentence, where the model is not a flag's; None: to use another --model.
-
-    Raises:
-        UserError: naming the model to use, or with the remedy.
+        quick_gelu: whether the weights were trained with QuickGELU; None if that is unknown.
+        remedy: the last sentence of the error; by default, it names the --model to use.
     """
     if quick_gelu is None or quick_gelu == bool(config.get("quick_gelu", False)):
         return
@@ -262,16 +255,16 @@ def check_activation(
     if right not in open_clip.list_models():
         right = f'a configuration (.json) with "quick_gelu": {json.dumps(quick_gelu)}'
     raise UserError(
-        f"The weights {pretrained!r} were trained with {theirs} and --model {name} computes {ours}: every number would "
-        f"be wrong. Use --model {right}."
+        f"The weights {pretrained!r} were trained with {theirs} and --model {name} computes {ours}, so all results "
+        f"would be wrong. Use --model {right}."
     )
 
 
 def models_like(visual: Mapping[str, Tensor]) -> str:
-    """Which of open_clip's models have an image tower of these shapes, in words that end a sentence; "" if none has.
+    """The end of a sentence that names open_clip's models whose image tower has these shapes; "" if there are none.
 
     Args:
-        visual: an image tower's tensors, without ``visual.``.
+        visual: the tensors of an image tower, by names without ``visual.``.
     """
     import open_clip
 

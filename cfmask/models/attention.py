@@ -1,9 +1,8 @@
-"""Multi-head self-attention that lets a CAM see what it does, with open_clip's parameter names.
+"""Multi-head self-attention with a hook for CAMs, and open_clip's parameter names.
 
-open_clip's blocks hold an ``nn.MultiheadAttention``, which gives either fused attention or attention maps, never the
-cheap thing relevance needs: the q, k, v that a map can be rebuilt from. The module here has the same parameters under
-the same names, so a checkpoint goes in and out of plain open_clip without a key changed, and always runs fused.
-"""
+open_clip's blocks use ``nn.MultiheadAttention``, which offers either fused attention or attention maps. Relevance needs
+q, k and v, from which a map can be recomputed. This module always uses fused attention and has the same parameters
+under the same names, so its state dict is that of plain open_clip."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from cfmask.kernels.fused import split_heads
 
 Tap = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Sees (out, q, k, v), each (N, heads, tokens, d); what it returns goes on in place of out."""
+"""A hook: takes (out, q, k, v), each (N, heads, tokens, d), and returns what replaces ``out``."""
 
 
 class Attention(nn.Module):
@@ -35,9 +34,9 @@ class Attention(nn.Module):
 
     @classmethod
     def sharing(cls, other: nn.MultiheadAttention) -> Attention:
-        """The same attention as ``other``, holding the very same parameters."""
+        """The same attention as ``other``, with shared parameters."""
         assert other.in_proj_weight is not None and other.in_proj_bias is not None
-        # Built on meta: no memory is touched and no random number is drawn for weights that are replaced.
+        # On the meta device, parameters that are replaced need no memory and no random numbers.
         with torch.device("meta"):
             attention = cls(other.embed_dim, other.num_heads)
         attention.in_proj_weight = other.in_proj_weight
@@ -53,11 +52,11 @@ class Attention(nn.Module):
         Args:
             x: (N, L, width).
             hidden: (N, L) bool, True for tokens that no query may see; token 0 must be visible.
-            class_token_only: token 0 is the only query. Its row is the same; the others are not computed.
-            tap: shown each call's out, q, k and v.
+            class_token_only: compute only the row of token 0.
+            tap: called with out, q, k and v.
 
         Returns:
-            The heads' outputs side by side, for ``out_proj``: (N · L, width), or (N, width).
+            The concatenated outputs of the heads: (N · L, width), or (N, width).
         """
         n, _, width = x.shape
         if class_token_only:
@@ -80,7 +79,7 @@ class Attention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """The call that open_clip's own block makes, so that a tower still runs as plain open_clip."""
+        """Called by open_clip's own block, so that the tower also runs in plain open_clip."""
         if need_weights or attn_mask is not None or key is not query or value is not query:
             raise NotImplementedError("an image tower's blocks call this for unmasked self-attention only")
         return self.out_proj(self.attend(query)).view(query.shape), None

@@ -1,7 +1,7 @@
-"""A model for other programs: an open_clip checkpoint, a folder for the Hugging Face hub, or ONNX.
+"""Export of a model for other programs: an open_clip checkpoint, a folder for the Hugging Face hub, or ONNX.
 
-What is written is loaded again by the program that it is for, in the way that its user is told, and given random
-pixels: features or logits that differ from the model's are an error.
+Each export is loaded by that program, as its documentation says, and run on random pixels. Features or logits that
+differ from the model's are an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import save_tensors, write_atomically
 from cfmask.models.architecture import HUB_CONFIG, check_activation
 from cfmask.models.head import ModelInfo, read_info
 from cfmask.models.initial import check_text_settings, configs_of
@@ -29,11 +28,13 @@ from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD,
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, find_weights, is_path, read_tag, read_weights
 from cfmask.models.zero_shot import build_clip
+from cfmask.runtime.files import write_atomically
+from cfmask.runtime.tensor_files import save_tensors
 
 TOLERANCE = 1e-4
-"""How far what the other program computes may be off, in parts of the largest value: fp32 in another order."""
+"""Largest difference to the other program's results, relative to the largest value: fp32 sums in another order."""
 HEAD = "classifier.safetensors"
-# protobuf's limit of 2 GiB, and room for the graph: a larger model's weights get a file beside it.
+# protobuf's limit of 2 GiB, minus room for the graph. The weights of larger models go into a file beside it.
 _ONNX_BYTES = 2**31 - 2**26
 
 
@@ -41,10 +42,10 @@ _ONNX_BYTES = 2**31 - 2**26
 
 
 def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str, Tensor]:
-    """State dict of a CLIP: this model's image tower, fp32, with the text tower of a checkpoint.
+    """State dict of a CLIP: this model's image tower, fp32, and the text tower of a checkpoint.
 
     Raises:
-        UserError: weights that cannot be had, have no text tower, or are another model's.
+        UserError: a checkpoint that is not available, has no text tower, or is that of another model.
     """
     remedy = "Give the weights that this model was fine-tuned from."
     if not is_path(pretrained):
@@ -53,7 +54,7 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
     path = find_weights(info.name, pretrained, info.config)
     if read_info(path) is not None:
         raise UserError(
-            f"{pretrained} is a cfmask model file, which has no text tower. Give the checkpoint that it was made from."
+            f"{pretrained} is a cfmask model file, which has no text tower. Give the checkpoint from which it was made."
         )
     weights = read_weights(path)
     configs = configs_of(path, weights) if os.path.isfile(pretrained) else {}
@@ -61,7 +62,7 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
         check_activation(info.name, info.config, pretrained, bool(config.get("quick_gelu")), remedy=remedy)
     check_text_settings(configs, info, pretrained, remedy)
     check_activation(info.name, info.config, pretrained, weights.quick_gelu, remedy=remedy)
-    # Whole first, so that a checkpoint of another architecture is refused although its image tower goes.
+    # A whole CLIP is built first, to refuse a checkpoint of another architecture although its image tower is not used.
     state = build_clip(info, weights.state).state_dict()
     return {**state, **{f"visual.{name}": value for name, value in model.visual.state_dict().items()}}
 
@@ -80,11 +81,11 @@ def hub_config(info: ModelInfo) -> str:
 def export_open_clip(
     model: Classifier, info: ModelInfo, pretrained: str, out: Path, begin: Callable[[str], object]
 ) -> list[Path]:
-    """Write a checkpoint that open_clip.create_model_and_transforms loads, and the model's configuration beside it if
+    """Write a checkpoint for open_clip.create_model_and_transforms; and beside it the model's configuration, if
     open_clip does not have it.
 
     Args:
-        begin: told what comes next.
+        begin: called with the name of each stage.
 
     Returns:
         The files, the checkpoint first.
@@ -123,13 +124,13 @@ def known_name(info: ModelInfo) -> str | None:
 
 
 def _config_of(out: Path) -> Path:
-    """Where the configuration of an exported checkpoint lies; open_clip calls the model by its stem."""
+    """Path of the configuration of an exported checkpoint; its stem is open_clip's name of the model."""
     return out.with_suffix(".open_clip.json")
 
 
 def creation(info: ModelInfo, out: Path) -> dict[str, Any]:
-    """Arguments of open_clip.create_model_and_transforms for an exported checkpoint: of a file it would assume OpenAI's
-    mean and standard deviation, whatever it was trained with."""
+    """Arguments of open_clip.create_model_and_transforms for an exported checkpoint. For a file, it assumes OpenAI's
+    mean and standard deviation unless they are given."""
     arguments: dict[str, Any] = {"model_name": known_name(info) or _config_of(out).stem, "pretrained": str(out)}
     if (info.mean, info.std) != (OPENAI_MEAN, OPENAI_STD):
         arguments |= {"image_mean": info.mean, "image_std": info.std}
@@ -137,7 +138,7 @@ def creation(info: ModelInfo, out: Path) -> dict[str, Any]:
 
 
 def how_to_create(info: ModelInfo, out: Path) -> str:
-    """The lines of Python that load an exported checkpoint, with its preprocessing."""
+    """Python code that loads an exported checkpoint and its preprocessing."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in creation(info, out.absolute()).items())
     register = f"open_clip.add_model_config({str(_config_of(out.absolute()))!r})\n"
     return (
@@ -149,7 +150,7 @@ def how_to_create(info: ModelInfo, out: Path) -> str:
 
 @contextlib.contextmanager
 def _registry() -> Iterator[None]:
-    """open_clip's list of models; what is added to it goes at the end."""
+    """Restores open_clip's list of models at the end."""
     from open_clip import factory
 
     paths, configs = [*factory._MODEL_CONFIG_PATHS], dict(factory._MODEL_CONFIGS)
@@ -168,7 +169,7 @@ def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path, b
         README.md                    the model card
 
     Args:
-        begin: told what comes next.
+        begin: called with the name of each stage.
 
     Raises:
         UserError: as ``whole_clip``; or a model whose tokenizer would have to be in the folder.
@@ -177,8 +178,8 @@ def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path, b
 
     if tokenizer := info.config.get("text_cfg", {}).get("hf_tokenizer_name"):
         raise UserError(
-            f"{info.name} takes Hugging Face's tokenizer {tokenizer}, which open_clip looks for in the folder, and "
-            "cfmask does not copy it there. Use --format open-clip."
+            f"{info.name} uses Hugging Face's tokenizer {tokenizer}, which open_clip expects in the folder. cfmask "
+            "does not copy it. Use --format open-clip."
         )
     begin("reading the text tower")
     state = whole_clip(model, info, pretrained)
@@ -214,13 +215,13 @@ Weights: {info.provenance}
 
 @torch.no_grad()
 def _check_pixels(clip: Any, preprocess: Callable[[Image.Image], Tensor], model: Classifier, info: ModelInfo) -> None:
-    """Compare features of random images, from their pixels on. Raises RuntimeError if they differ."""
+    """Compare features of random images. Raises RuntimeError if they differ."""
     size = model.image_size
-    # Their short side is the model's already: what two programs make of a resize differs by rounding.
+    # The images need no resize, in which programs differ by rounding.
     pixels = np.random.default_rng(0).integers(0, 256, (2, size, size + 2 * (size // 4), 3), dtype=np.uint8)
     resize = {key: clip.visual.preprocess_cfg[key] for key in ("resize_mode", "interpolation")}
     if resize != {"resize_mode": RESIZE_MODE, "interpolation": INTERPOLATIONS[0]}:
-        raise RuntimeError(f"open_clip resizes images otherwise than cfmask does: {resize}. Nothing was written.")
+        raise RuntimeError(f"open_clip resizes images in another way than cfmask: {resize}. Nothing was written.")
     theirs = torch.stack([preprocess(Image.fromarray(image)) for image in pixels])
     ours = torch.stack([images.crop(torch.from_numpy(image).permute(2, 0, 1), size) for image in pixels])
     features = clip.eval().encode_image(theirs)
@@ -232,8 +233,8 @@ def _compare(program: str, results: dict[str, tuple[Tensor, Tensor]]) -> None:
         off = float((theirs - ours).abs().max() / ours.abs().max())
         if not off <= TOLERANCE:
             raise RuntimeError(
-                f"{program} computes other {name} from what was exported than cfmask does: they differ by {off:.1e} of "
-                f"the largest, and {TOLERANCE:.0e} is rounding. Nothing was written."
+                f"With the exported file, {program} computes other {name} than cfmask: they differ by {off:.1e} of the "
+                f"largest value, and {TOLERANCE:.0e} is allowed for rounding. Nothing was written."
             )
 
 
@@ -241,7 +242,7 @@ def _compare(program: str, results: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 
 class Deployed(nn.Module):
-    """(N, 3, H, W) in 0…1 → features (N, D), logits (N, classes): preprocessing from there on, tower and head."""
+    """Normalisation, tower and head: (N, 3, H, W) in 0…1 → features (N, D), logits (N, classes)."""
 
     def __init__(self, model: Classifier, info: ModelInfo) -> None:
         super().__init__()
@@ -254,13 +255,13 @@ class Deployed(nn.Module):
 
 @torch.no_grad()
 def export_onnx(model: Classifier, info: ModelInfo, out: Path, begin: Callable[[str], object]) -> None:
-    """Write an ONNX graph with weights; those of a model of 2 GB and more in OUT.data beside it.
+    """Write an ONNX graph with weights. The weights of models of 2 GB and more are in OUT.data beside it.
 
     Args:
-        begin: told what comes next.
+        begin: called with the name of each stage.
 
     Raises:
-        UserError: the packages that write and check ONNX are missing.
+        UserError: packages that write and check ONNX are missing.
     """
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if missing:

@@ -1,8 +1,8 @@
 """Model files.
 
-A **model file** is one safetensors file: ``visual.*`` (open_clip's names), ``head.weight`` (classes, D),
-``head.bias`` (classes,), and metadata: what it is a model of, and for which classes. Every tool reads and
-writes it. The header can be read without torch, so a launcher can refuse a wrong head before a job is queued.
+A model file is a safetensors file with ``visual.*`` (open_clip's names), ``head.weight`` (classes, D), ``head.bias``
+(classes,), and metadata (``ModelInfo``). The header is read without torch, so that a launcher can refuse a wrong head
+before a job is queued.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import replace_tensors
 from cfmask.models.architecture import vision_differences
 from cfmask.models.preprocessing import Preprocessing, checked_values
 from cfmask.models.weights import read_safetensors
+from cfmask.runtime.tensor_files import replace_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
     from torch import nn
@@ -29,33 +29,31 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of i
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Metadata of a model file.
-
-    name: open_clip's name of the model, or the path of the configuration that it was made with.
-    config: the open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …).
-    mean, std: of the tower's input, per channel, for pixels in 0…1.
-    classes: class folder names (wnids) in the order of the head's rows; empty when there is no head.
-    class_names: what people call them, in the same order; may be empty.
-    provenance: how the weights came to be.
-    """
+    """Metadata of a model file."""
 
     name: str
+    """open_clip's name of the model, or the path of its configuration."""
     config: dict[str, Any]
+    """The open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu`` …)."""
     mean: tuple[float, ...]
+    """Per channel, for pixels in 0…1, like ``std``."""
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    """Class folder names (wnids) in the order of the head's rows; empty without a head."""
     class_names: tuple[str, ...] = ()
+    """Display names in the same order; may be empty."""
     provenance: str = ""
+    """How the weights were made."""
 
     def to_metadata(self) -> dict[str, str]:
         return {"format": "pt", "cfmask": json.dumps(self.__dict__, sort_keys=True)}
 
 
 def read_info(path: str | Path) -> ModelInfo | None:
-    """The metadata of a model file; None for a file that is not one of ours. Reads the header only.
+    """The metadata of a model file; None for other files. Reads the header only.
 
     Raises:
-        UserError: there is no such file, or its header is not as cfmask writes it.
+        UserError: the file cannot be read, or its header has another form than cfmask writes.
     """
     try:
         with open(path, "rb") as file:
@@ -76,18 +74,15 @@ def read_info(path: str | Path) -> ModelInfo | None:
                 raise TypeError(f"its config has no {setting}")
     except (AttributeError, TypeError) as error:
         raise UserError(
-            f"The header of {path} is not as this version of cfmask writes it ({error}). Use the version that wrote it."
+            f"The header of {path} has another form than this version of cfmask writes ({error}). Use the version that "
+            "wrote it."
         ) from error
     checked_values(f"The header of {path}", info.mean, info.std)
     return info
 
 
 def check_whole(path: str | Path) -> None:
-    """Refuse a model file that was cut, or has bytes that it should not have. Reads the header only.
-
-    Raises:
-        UserError: its tensors do not end where the file does.
-    """
+    """Raises UserError if the tensors of a model file do not end where the file does. Reads the header only."""
     with open(path, "rb") as file:
         length = struct.unpack("<Q", file.read(8))[0]
         header = json.loads(file.read(length))
@@ -98,8 +93,7 @@ def check_whole(path: str | Path) -> None:
 
 
 def build_tower(info: ModelInfo) -> nn.Module:
-    """An image tower of this kind with fresh weights. Without patch dropout: that is a setting of the training that
-    its configuration was written for, and no tower here drops patches of its own accord."""
+    """An image tower with fresh weights. Patch dropout is off: it is a setting of CLIP's pre-training."""
     from open_clip.model import _build_vision_tower
 
     vision = {**info.config["vision_cfg"], "patch_dropout": 0.0}
@@ -107,7 +101,7 @@ def build_tower(info: ModelInfo) -> nn.Module:
 
 
 def save_model(path: str | Path, model: Classifier, info: ModelInfo) -> None:
-    """Write a model file: a reader finds a whole one or none. Raises OSError."""
+    """Write a model file atomically. Raises OSError."""
     path = Path(path)
     if len(info.classes) != model.head.out_features:
         raise ValueError(f"{len(info.classes)} class names for a head of {model.head.out_features} classes")
@@ -118,7 +112,7 @@ def load_model(path: str | Path) -> tuple[Classifier, ModelInfo]:
     """The tower and head in a model file, in fp32 on the CPU.
 
     Raises:
-        UserError: no such file, not a model file, or one without a head.
+        UserError: a missing file, not a model file, or one without a head.
     """
     from torch import nn
 
@@ -136,20 +130,18 @@ def load_model(path: str | Path) -> tuple[Classifier, ModelInfo]:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(
-            f"{path} is not what its header says, a {info.name} with {len(info.classes)} classes: "
+            f"The tensors of {path} do not match its header, a {info.name} with {len(info.classes)} classes: "
             f"{str(error).splitlines()[-1].strip()}"
         ) from error
     return model, info
 
 
 def check_head(path: str | Path, wnids: Sequence[str], *, than: str = "the shards") -> None:
-    """Refuse a head for other classes than the data's, or another model's. Reads the file's header only.
+    """Raises UserError if the head in a file is for other classes than ``wnids``, or in another order. Reads the header
+    only.
 
     Args:
-        than: whose classes ``wnids`` are.
-
-    Raises:
-        UserError: another number of classes, or the same in another order.
+        than: what ``wnids`` are the classes of, for errors.
     """
     info = read_info(path)
     if info is None or not info.classes:
@@ -168,26 +160,20 @@ def check_head(path: str | Path, wnids: Sequence[str], *, than: str = "the shard
 
 
 def check_architecture(own: ModelInfo, asked: ModelInfo, path: str) -> None:
-    """Refuse a model file of another architecture than the one asked for.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Raises UserError if a model file is of another architecture than requested. It names the differences."""
     if different := vision_differences(own.config, asked.config):
         raise UserError(
-            f"The weights in {path} belong to {own.name}, not to {asked.name}: they differ in {', '.join(different)}. "
-            f"Give --model {own.name}."
+            f"The weights in {path} belong to {own.name} and not to {asked.name}: they differ in "
+            f"{', '.join(different)}. Give --model {own.name}."
         )
 
 
 def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str, *, than: str = "the shards") -> None:
-    """Refuse a model whose features, logits or input would not mean what another one's do (``own``: a run's).
+    """Raises UserError if a file is not a model file with a head, or its model differs from ``own`` in architecture,
+    preprocessing or classes.
 
     Args:
         than: as in ``check_head``.
-
-    Raises:
-        UserError: no model file with a head, another architecture, preprocessing or class list.
     """
     if other is None or not other.classes:
         raise UserError(f"{path} is not a cfmask model file with a head.")
@@ -196,17 +182,17 @@ def check_same_kind(other: ModelInfo | None, own: ModelInfo | None, path: str, *
     if not Preprocessing(other.mean, other.std).agrees(Preprocessing(own.mean, own.std)):
         raise UserError(
             f"The model in {path} takes pixels with mean {other.mean} and standard deviation {other.std}, {own.name} "
-            f"with {own.mean} and {own.std}: the same images would not be the same to both."
+            f"with {own.mean} and {own.std}. Both must have the same preprocessing."
         )
     check_head(path, own.classes, than=than)
 
 
 def load_alike(paths: Sequence[str | Path]) -> Iterator[tuple[Classifier, ModelInfo]]:
-    """Models whose weights or outputs may be compared and averaged: one architecture, preprocessing and class list.
-    Each is loaded when it is asked for.
+    """Load models one after the other that have the same architecture, preprocessing and classes, so that their weights
+    or outputs can be averaged.
 
     Raises:
-        UserError: a file without a model, or models that differ in one of these.
+        UserError: a file without a model, or models that differ.
     """
     first = None
     for path in paths:

@@ -1,8 +1,7 @@
-"""Where a run's first weights come from: what a checkpoint is, whether it can work, and the model that is made of it.
+"""The initial model of a run: checks of its checkpoint, and the model that is made from it.
 
-``check_initial_model`` says all that can be said of a model before it is loaded, from configurations and the headers of
-files. submit.py calls it before a job is queued, and ``initial_model`` before it reads the weights, so that the job is
-refused nothing that its submission was not.
+``check_initial_model`` checks everything that configurations and the headers of files can show. submit.py calls it
+before a job is queued, and ``initial_model`` calls it before it reads the weights, so both refuse the same.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.models.architecture import (
     check_activation,
     check_trainable,
@@ -45,8 +43,9 @@ from cfmask.models.weights import (
     read_tag,
     read_weights,
 )
+from cfmask.runtime.files import sha256_of
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a check of a model file needs none of it
+if TYPE_CHECKING:  # torch takes seconds to import, and the check of a model file does not need it
     from torch import Tensor
 
     from cfmask.models.tower import Classifier
@@ -56,18 +55,15 @@ Rgb = Sequence[float] | None
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to start from, described and not yet loaded.
-
-    info: of the model; classes are those of the head that the file has, if it is a cfmask model file.
-    path: the file.
-    shapes: what is in it, on the meta device; None of a cfmask model file, whose header says what it is.
-    configs: of the weights, by source: open_clip_config.json beside them, or what tools/export.py wrote into them.
-    """
+    """Initial weights that are not loaded yet."""
 
     info: ModelInfo
+    """Of the model. Classes are those of the head in the file, if it is a cfmask model file."""
     path: Path
     shapes: Weights | None
+    """The tensors of the file on the meta device; None for a cfmask model file, whose header has everything."""
     configs: Mapping[str, Mapping[str, Any]]
+    """Configurations of the weights by source: open_clip_config.json beside them, or an entry by tools/export.py."""
 
 
 def model_info(
@@ -80,17 +76,18 @@ def model_info(
     std: Rgb = None,
     shapes: Weights | None = None,
 ) -> ModelInfo:
-    """What a model of this name is: an open_clip name, or the path of a configuration file.
+    """Describe a model.
 
     Args:
-        pretrained: tag or path of its weights, which decide its preprocessing (preprocessing.py); "": it has none, and
-            the preprocessing is the configuration's, or OpenAI's.
-        mean, std: those of the flags.
-        shapes: what is in the file ``pretrained``, where that is known already.
+        name: open_clip's name, or the path of a configuration file.
+        pretrained: tag or path of its weights, which decide its preprocessing (preprocessing.py). Without weights, the
+            preprocessing is that of the configuration, or OpenAI's.
+        mean, std: values of the flags.
+        shapes: the tensors of the file ``pretrained``, if they are known already.
 
     Raises:
-        UserError: open_clip knows no such model, the file is no configuration, the model cannot be trained here, or
-            its preprocessing is unknown, contradictory, or not what is done here.
+        UserError: an unknown model, a file that is not a configuration, a model that cannot be trained here, or a
+            preprocessing that is unknown, contradictory or not supported.
     """
     config = read_config(name)
     check_trainable(name, config)
@@ -116,7 +113,7 @@ def model_info(
 
 
 def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -> list[Statement]:
-    """What is known of weights without the user; nothing of a file that does not exist."""
+    """What is stated about weights without the user's help; nothing for a file that does not exist."""
     if not is_path(pretrained):
         source = f"open_clip's pretrained {pretrained!r} of {name}"
         return config_statement(source, read_tag(name, pretrained), size)
@@ -131,8 +128,8 @@ def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -
 
 
 def _said_above(pretrained: str, config: Mapping[str, Any]) -> list[Statement]:
-    """What the configuration in the folder above says, if it is one of this image tower: a repository may keep its
-    weights in a folder of their own."""
+    """The statement of the configuration in the parent folder, if it is that of this image tower: a repository may keep
+    its weights in a subfolder."""
     above = config_above(Path(pretrained))
     if above is None or vision_differences(above[1], config):
         return []
@@ -140,8 +137,8 @@ def _said_above(pretrained: str, config: Mapping[str, Any]) -> list[Statement]:
 
 
 def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
-    """Configurations of the weights in a file, by where they are: in the file itself, and beside it. Raises UserError:
-    one cannot be read."""
+    """Configurations of the weights in a file by source: in the file itself, and beside it. Raises UserError if one
+    cannot be read."""
     configs: dict[str, Mapping[str, Any]] = {} if shapes.config is None else {str(path): shapes.config}
     if beside := config_beside(path):
         configs[str(beside[0])] = beside[1]
@@ -149,14 +146,14 @@ def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
 
 
 def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> InitialWeights:
-    """Weights and the model that they are for, checked by configurations and the header of the file.
+    """Describe weights and their model, checked by configurations and the header of the file.
 
     Args:
-        name, pretrained, mean, std: as the fields of recipe.Model say.
+        name, pretrained, mean, std: the fields of recipe.Model.
 
     Raises:
-        UserError: as ``model_info``; or weights that cannot be had, that have other shapes than the model, or that a
-            configuration says to be of another model.
+        UserError: as ``model_info``; or weights that are not available, have other shapes than the model, or are of
+            another model according to a configuration.
     """
     if own := read_info(pretrained) if os.path.isfile(pretrained) else None:
         info = described(own, name, pretrained, mean=mean, std=std)
@@ -172,8 +169,8 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
         check_activation(name, config, pretrained, bool(other.get("quick_gelu")))
         if different := vision_differences(other, config):
             raise UserError(
-                f"The weights {pretrained} are of another model than --model {name}, says {source}: they differ in "
-                f"{', '.join(different)}. Give the model that they were made with"
+                f"According to {source}, the weights {pretrained} are of another model than --model {name}: they "
+                f"differ in {', '.join(different)}. Give the model that they were made with"
                 + (f": --model {source}." if source.endswith(".json") else ".")
             )
     _check_tower(ModelInfo(name, config, OPENAI.mean, OPENAI.std), shapes.state, pretrained)
@@ -182,10 +179,10 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
 
 
 def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> ModelInfo:
-    """A cfmask model file, whose header is ``own``, as a start of a model of this name.
+    """Describe a cfmask model file, whose header is ``own``, as the start of a model of this name.
 
     Raises:
-        UserError: it is of another architecture, or of another preprocessing than --model or the flags say.
+        UserError: another architecture, or another preprocessing than --model or the flags state.
     """
     config = read_config(name)
     preprocess = config.pop("preprocess_cfg", None)
@@ -197,13 +194,13 @@ def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, s
 
 
 def _check_tower(info: ModelInfo, state: Mapping[str, Tensor], pretrained: str) -> None:
-    """Refuse a state dict that is not that of this image tower, whatever its preprocessing."""
+    """Raises UserError if a state dict is not that of this image tower."""
     import torch
 
     try:
         with torch.device("meta"):
             expected = build_tower(info).state_dict()
-    except Exception as error:  # whatever open_clip's constructors make of a setting
+    except Exception as error:  # of any type: open_clip's constructors do not check settings
         raise UserError(
             f"The image tower of {info.name} cannot be built ({type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0][:160]}). Correct its configuration."
@@ -217,7 +214,7 @@ def _check_tower(info: ModelInfo, state: Mapping[str, Tensor], pretrained: str) 
 
 
 def difference_in_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """The first thing in which tensors are not what a model expects, in words; None if they are."""
+    """The first difference between the tensors of a model and those that are given, in words; None if they fit."""
     for key, tensor in expected.items():
         if key not in given:
             return f"{key} is missing ({sum(key not in given for key in expected)} of {len(expected)} tensors)"
@@ -240,13 +237,13 @@ def check_initial_model(
     std: Rgb = None,
     keep_head: bool = False,
 ) -> InitialWeights:
-    """Refuse a start that ``initial_model``, whose arguments these are, could not make a model of.
+    """Check that ``initial_model``, which has the same arguments, can make a model.
 
     Returns:
-        The start, whose info has these classes.
+        The initial weights, with an info that has these classes.
 
     Raises:
-        UserError: as ``describe``; a head for other classes or of another size; or no head, and none that can be built.
+        UserError: as ``describe``; a head for other classes or of another size; or no head, and none can be built.
     """
     from cfmask.models.zero_shot import check_text_tower
 
@@ -279,9 +276,9 @@ def check_initial_model(
         _check_foreign_head(start.shapes.head, pretrained, len(classes), info.config["embed_dim"])
     elif start.shapes.head is not None:
         raise UserError(
-            f"{pretrained} has a head of {len(start.shapes.head[0])} classes and does not say which they are. Say so: "
-            f"python tools/build_head.py --model {name} --pretrained {pretrained} --keep-head --classes LIST --out FILE"
-            " makes a model file to start from. Or give another head with --head."
+            f"{pretrained} has a head of {len(start.shapes.head[0])} classes and does not state which they are. Make a "
+            f"model file that does: python tools/build_head.py --model {name} --pretrained {pretrained} --keep-head "
+            "--classes LIST --out FILE. Or give another head with --head."
         )
     else:
         check_text_settings(
@@ -294,26 +291,23 @@ def check_initial_model(
 def check_text_settings(
     configs: Mapping[str, Mapping[str, Any]], info: ModelInfo, pretrained: str, remedy: str
 ) -> None:
-    """Refuse a text tower that would compute something else than it was trained to, though its shapes fit.
+    """Raises UserError if a text tower has other settings than in its training, although its shapes fit.
 
     Args:
         configs: of the weights (``configs_of``).
-        remedy: a sentence.
-
-    Raises:
-        UserError: naming the settings.
+        remedy: the last sentence of the error.
     """
     for source, config in configs.items():
         if different := text_differences(config, info.config):
             raise UserError(
-                f"The weights {pretrained} have another text tower than {info.name}, says {source}: they differ "
-                f"in {', '.join(different)}. Its features would be wrong. {remedy}"
+                f"According to {source}, the weights {pretrained} have another text tower than {info.name}: they "
+                f"differ in {', '.join(different)}. Its features would be wrong. {remedy}"
             )
 
 
 def _check_foreign_head(head: tuple[Tensor, Tensor] | None, path: str, classes: int, width: int) -> None:
     if head is None:
-        raise UserError(f"{path} has no head that could be kept: neither classification_head.weight nor head.weight.")
+        raise UserError(f"{path} has no head to keep: neither classification_head.weight nor head.weight.")
     weight, bias = head
     if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(weight) != classes:
         raise UserError(
@@ -337,15 +331,14 @@ def initial_model(
     keep_head: bool = False,
     kept_rows: Path | None = None,
 ) -> tuple[Classifier, ModelInfo]:
-    """The model that a run starts from: pre-trained tower, and a head for these classes. One with a zero-shot head is
-    described by ``zero_shot_info``, before it is made.
+    """The initial model of a run: a pre-trained tower, and a head for these classes.
 
     Args:
-        name, pretrained, head, mean, std: as the fields of recipe.Model say.
+        name, pretrained, head, mean, std: the fields of recipe.Model.
         classes: (wnid, display name) in the order of class ids.
-        device: where a zero-shot head is computed; the model comes back on the CPU.
-        templates, kept_rows: of a zero-shot head, as in ``zero_shot_weight``; no templates: the 80 of OpenAI.
-        keep_head: take the head in a checkpoint that does not say of which classes it is: of these, in this order.
+        device: where a zero-shot head is computed. The model is returned on the CPU.
+        templates, kept_rows: for a zero-shot head, as in ``zero_shot_weight``; by default the 80 templates of OpenAI.
+        keep_head: use the head of a checkpoint that does not state its classes; they are ``classes``.
 
     Raises:
         UserError: as ``check_initial_model``.
@@ -364,7 +357,7 @@ def initial_model(
     tower = build_tower(info)
     try:
         tower.load_state_dict({key: value.float() for key, value in visual.items()})
-    except RuntimeError as error:  # a model file that is not what its header says
+    except RuntimeError as error:  # a model file that does not match its header
         raise UserError(
             f"The weights in {pretrained} are not those of the image tower of {name}: {str(error).splitlines()[-1]}."
         ) from error
@@ -397,10 +390,10 @@ def initial_model(
 
 
 def zero_shot_info(start: InitialWeights, templates: Sequence[str]) -> ModelInfo:
-    """What ``initial_model`` says of a model whose head is zero-shot: two that say the same are the same.
+    """The info of ``initial_model`` for a zero-shot head, before it is made; equal infos mean equal models.
 
     Args:
-        start: as ``check_initial_model`` returns it.
+        start: as returned by ``check_initial_model``.
     """
     return replace(start.info, provenance=_zero_shot_provenance(start, templates))
 

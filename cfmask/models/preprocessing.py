@@ -1,16 +1,16 @@
-"""How images were made ready for weights: mean and standard deviation, which travel with them, and the resize, which is
-the same for all (``data.images.crop``: short side, bicubic, centre crop).
+"""The preprocessing of weights: mean and standard deviation, and the resize, which here is always that of
+``data.images.crop`` (short side, bicubic, centre crop).
 
-A wrong mean changes every number and raises no error, so it is never assumed. Those who may know, in a run's words:
+A wrong mean changes all results without an error, so it is never assumed. Sources:
 
-    the file        a cfmask model file, an archive or state dict of OpenAI's, a checkpoint that tools/export.py wrote
-    the tag         open_clip's configuration of a pretrained tag
-    the folder      ``preprocess_cfg`` of an open_clip_config.json beside the weights, whatever their file is called
+    file            a cfmask model file, an archive or state dict of OpenAI's, a checkpoint that tools/export.py wrote
+    tag             open_clip's configuration of a pretrained tag
+    folder          ``preprocess_cfg`` of an open_clip_config.json beside the weights
     --model         ``preprocess_cfg`` of a configuration file
     --mean, --std   the user
 
-All of them that speak must agree. If none does, what open_clip's tags of that model agree on; else it is an error. The
-same goes for the resize, which many an open_clip_config.json does not tell.
+All sources that state it must agree. If none does, the values on which open_clip's tags of that model agree are used;
+otherwise it is an error. The same holds for the resize, which many open_clip_config.json do not state.
 """
 
 from __future__ import annotations
@@ -23,21 +23,19 @@ from cfmask.errors import UserError
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-"""open_clip.OPENAI_DATASET_MEAN and _STD, without the seconds that open_clip takes to import."""
+"""open_clip.OPENAI_DATASET_MEAN and _STD; open_clip takes seconds to import."""
 
 RESIZE_MODE, INTERPOLATIONS = "shortest", ("bicubic", "random")
-"""open_clip's words for the resize of ``data.images.crop``; its "random" is bicubic except in training."""
+"""open_clip's names of the resize of ``data.images.crop``; its "random" is bicubic except in training."""
 _SAME, _LEAST_STD = 1e-6, 1e-3
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Of a tower's input.
-
-    mean, std: per channel (R, G, B), for pixels in 0…1.
-    """
+    """Mean and standard deviation of a tower's input."""
 
     mean: tuple[float, ...]
+    """Per channel (R, G, B), for pixels in 0…1, like ``std``."""
     std: tuple[float, ...]
 
     def __str__(self) -> str:
@@ -52,18 +50,20 @@ OPENAI = Preprocessing(OPENAI_MEAN, OPENAI_STD)
 
 
 class Statement(NamedTuple):
-    """What one source says. source: in words that begin a sentence. resize: whether it says how images are resized."""
+    """The preprocessing that a source states."""
 
     source: str
+    """A description with which errors begin."""
     preprocessing: Preprocessing
     resize: bool = False
+    """Whether it also states how images are resized."""
 
 
 def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[Statement]:
-    """What --mean and --std say; empty if they were not given.
+    """The statement of --mean and --std; empty if they were not given.
 
     Raises:
-        UserError: one without the other, or values that cannot be a mean or standard deviation of pixels in 0…1.
+        UserError: one without the other, or values that are impossible for pixels in 0…1.
     """
     if mean is None and std is None:
         return []
@@ -73,13 +73,13 @@ def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -
 
 
 def config_statement(source: str, preprocess: Any, image_size: int) -> list[Statement]:
-    """What a ``preprocess_cfg``, or open_clip's configuration of a tag, says; empty if it says nothing of the mean.
+    """The statement of a ``preprocess_cfg``, or of open_clip's configuration of a tag; empty if it has no mean.
 
     Args:
         image_size: side of the model's images.
 
     Raises:
-        UserError: it says how images are resized, and it is not how they are resized here; or it makes no sense.
+        UserError: it states another resize than ``data.images.crop``, or is invalid.
     """
     if not preprocess:
         return []
@@ -90,7 +90,7 @@ def config_statement(source: str, preprocess: Any, image_size: int) -> list[Stat
     if size is not None and size not in (image_size, [image_size] * 2, (image_size, image_size)):
         raise UserError(
             f"{source}: preprocess_cfg has the size {size}, and the model takes images of {image_size} × {image_size} "
-            "pixels (vision_cfg.image_size). One of them is wrong: correct it."
+            "pixels (vision_cfg.image_size). Correct the one that is wrong."
         )
     mean, std = preprocess.get("mean"), preprocess.get("std")
     if mean is None and std is None:
@@ -101,11 +101,8 @@ def config_statement(source: str, preprocess: Any, image_size: int) -> list[Stat
 
 
 def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
-    """Refuse weights for images that were resized, or ordered in channels, as they are not here.
-
-    Raises:
-        UserError: such weights would give other numbers than published, without an error.
-    """
+    """Raises UserError if weights were trained on images with another resize, crop or order of channels: results would
+    differ from published ones without an error."""
     resize_mode = preprocess.get("resize_mode") or RESIZE_MODE
     interpolation = preprocess.get("interpolation") or INTERPOLATIONS[0]
     mode = preprocess.get("mode") or "RGB"
@@ -124,20 +121,20 @@ def check_resize(source: str, preprocess: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise UserError(
-            f"{source}: the weights were trained on images made ready in another way ({'; '.join(wrong)}). cfmask "
-            "resizes the short side bicubically and crops the centre, as the paper does, so zero-shot accuracies and "
-            "the distilled features would differ from those of these weights. Choose other weights. To fine-tune these "
-            "all the same, give the path of their file, in a folder without an open_clip_config.json, with --model "
+            f"{source}: the weights were trained with another preprocessing ({'; '.join(wrong)}). cfmask resizes the "
+            "short side bicubically and crops the centre, as the paper does, so zero-shot accuracies and distilled "
+            "features would differ from those of these weights. Choose other weights. To fine-tune these nevertheless, "
+            "give the path of their file, in a folder without an open_clip_config.json, with --model "
             f'FILE.json, a model configuration whose "preprocess_cfg" has "resize_mode": "{RESIZE_MODE}", '
             f'"interpolation": "{INTERPOLATIONS[0]}" and their mean and std.'
         )
 
 
 def checked_values(source: str, mean: Any, std: Any) -> Preprocessing:
-    """Mean and standard deviation as a source gives them. Raises UserError: they cannot be those of pixels in 0…1."""
+    """Mean and standard deviation of a source. Raises UserError if they are impossible for pixels in 0…1."""
     found = []
     for name, value, least in (("mean", mean, 0.0), ("std", std, _LEAST_STD)):
-        # A single number is open_clip's short way to write three.
+        # In open_clip a single number stands for all three channels.
         values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
         if len(values) != 3 or not all(type(x) in (int, float) and least <= x <= 1 for x in values):
             raise UserError(
@@ -148,18 +145,18 @@ def checked_values(source: str, mean: Any, std: Any) -> Preprocessing:
 
 
 def resolve(statements: Sequence[Statement], what: str) -> Preprocessing | None:
-    """What all statements say; None if there is none.
+    """The preprocessing that all statements agree on; None without statements.
 
     Args:
-        what: whose preprocessing it is, in words.
+        what: what it is the preprocessing of, for errors.
 
     Raises:
-        UserError: they contradict each other.
+        UserError: statements contradict each other.
     """
     for other in statements[1:]:
         if not statements[0].preprocessing.agrees(other.preprocessing):
             raise UserError(
-                f"The preprocessing of {what} is given in two ways. {statements[0].source}: "
+                f"Two sources contradict each other about the preprocessing of {what}. {statements[0].source}: "
                 f"{statements[0].preprocessing}. {other.source}: {other.preprocessing}. Correct or leave out the one "
                 "that is wrong."
             )
@@ -167,17 +164,16 @@ def resolve(statements: Sequence[Statement], what: str) -> Preprocessing | None:
 
 
 def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: int) -> Preprocessing | None:
-    """What open_clip's pretrained tags of a model agree on; with ``given``, of no use but for its errors.
+    """The preprocessing on which open_clip's pretrained tags of a model agree.
 
     Args:
-        name: open_clip's name of the model; of a configuration file it knows no tags.
-        quick_gelu: of the model. Tags of the other activation, which open_clip lists too, are asked where
-            there are no others.
-        what: the weights that it is asked for, in words.
-        given: mean and standard deviation are known already, and the resize alone is asked for.
+        name: open_clip's name of the model; a configuration file has no tags.
+        what: the weights, for errors.
+        quick_gelu: of the model. Tags of the other activation are used only if there are no others.
+        given: mean and standard deviation are known, and only the resize is checked.
 
     Raises:
-        UserError: the tags agree on a resize that is not done here, or they do not agree.
+        UserError: the tags do not agree, or agree on another resize than ``data.images.crop``.
     """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -199,15 +195,11 @@ def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: 
         return None
     kinds = "; ".join(f"{names[0]}: {_said(kind)}" for kind, names in found.items())
     raise UserError(
-        f"It is not known how images were made ready for {what}: no open_clip_config.json beside them says it, and "
+        f"The preprocessing of {what} is unknown: no open_clip_config.json beside them states it, and "
+        + (f"open_clip's pretrained {name} differ ({kinds}). " if found else f"open_clip has no pretrained {name}. ")
+        + "With another mean, standard deviation or resize, all results would be wrong without an error. "
         + (
-            f"open_clip's pretrained {name} are not all alike ({kinds}). "
-            if found
-            else f"open_clip has no pretrained {name}. "
-        )
-        + "With another mean, standard deviation or resize every number would be wrong, without an error. "
-        + (
-            f'If the short side was resized, as is done here, say so: "resize_mode": "{RESIZE_MODE}" in the '
+            f'If the short side was resized, as cfmask does, write "resize_mode": "{RESIZE_MODE}" into the '
             "preprocess_cfg of an open_clip_config.json beside them, or of --model FILE.json."
             if given
             else "Copy the open_clip_config.json of the repository that they come from beside them, or give --mean "

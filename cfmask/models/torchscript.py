@@ -1,4 +1,4 @@
-"""TorchScript archives, which OpenAI's weights come in, read without loading what they are: code."""
+"""Reads the tensors of TorchScript archives, in which OpenAI publishes its weights, without loading their code."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ if TYPE_CHECKING:
 
 
 def read_torchscript(path: Path, *, shapes_only: bool = False) -> dict[str, Tensor]:
-    """Tensors of the module in a TorchScript archive by their names in it, without loading its code.
+    """The tensors of the module in a TorchScript archive, by name.
 
     Args:
-        shapes_only: on the meta device, without reading their bytes.
+        shapes_only: return tensors on the meta device, without reading their bytes.
 
-    ``torch.jit.load`` would compile the archive's code, and with it whatever its pickle names. Here data.pkl alone is
-    read, where a module is an object of a class ``__torch__.…`` whose state is a dict of its attributes:
+    ``torch.jit.load`` would compile the archive's code. Here only data.pkl is read, in which a module is an object of a
+    class ``__torch__.…`` whose state is a dict of its attributes:
 
         NAME/data.pkl      the module, protocol 2; its tensors name their storages
         NAME/data/0 …      the storages' bytes
         NAME/code/, NAME/constants.pkl      not read
 
     Raises:
-        pickle.UnpicklingError: the pickle names anything else than modules, tensors and plain containers.
-        ValueError: an entry is missing, or of another size than its tensor; or the archive would inflate
-            (``check_inflation``).
+        pickle.UnpicklingError: the pickle names something else than modules, tensors and plain containers.
+        ValueError: an entry is missing or has another size than its tensor, or ``check_inflation`` refuses the archive.
     """
     check_inflation(path)
     with zipfile.ZipFile(path) as archive:
@@ -46,8 +45,8 @@ def read_torchscript(path: Path, *, shapes_only: bool = False) -> dict[str, Tens
 
 
 def activation_of(path: Path) -> bool | None:
-    """Whether the code in a TorchScript archive computes QuickGELU, x · sigmoid(1.702 x), or GELU; None: both, or
-    neither. The code is searched as text and not run."""
+    """Whether the code in a TorchScript archive computes QuickGELU, x · sigmoid(1.702 x), and not GELU; None if it has
+    both or neither. The code is searched as text and not run."""
     check_inflation(path)
     found = set()
     with zipfile.ZipFile(path) as archive:
@@ -62,17 +61,13 @@ _MOST_INFLATION, _CODE_BYTES = 2, 1 << 25
 
 
 def check_inflation(path: Path) -> None:
-    """Refuse a zip archive that takes far more memory than disk. torch stores tensors as they are; of what it does
-    compress, code and notes for debuggers, there is little.
-
-    Raises:
-        ValueError: it inflates to more than twice its size and 32 MiB.
-    """
+    """Raises ValueError if a zip archive inflates to more than twice its size and 32 MiB. torch stores tensors
+    uncompressed, and compresses only code and debug information, which are small."""
     stored = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > _MOST_INFLATION * stored + _CODE_BYTES:
-        raise ValueError(f"the archive of {stored} bytes inflates to {size}: it is no file of weights")
+        raise ValueError(f"the archive of {stored} bytes inflates to {size} bytes, so it is not a file of weights")
 
 
 def _tensors_of(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -86,7 +81,7 @@ def _tensors_of(module: _Inert, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 class _Inert:
-    """Stands for an object of any TorchScript class: keeps its state, does nothing."""
+    """Replaces an object of any TorchScript class: keeps its state and does nothing."""
 
     state: Any = None
 
@@ -98,9 +93,9 @@ class _Inert:
 
 
 class _ArchiveUnpickler(pickle.Unpickler):
-    """Tensors, plain containers, and inert objects in place of TorchScript's; everything else is refused.
+    """Reads tensors and plain containers, with inert objects in place of TorchScript's, and refuses everything else.
 
-    What a pickle can do is call what ``find_class`` gives it, and set the state of what that returned.
+    A pickle can only call what ``find_class`` returns, and set the state of the results.
     """
 
     def __init__(self, file: Any, archive: zipfile.ZipFile, folder: str, *, shapes_only: bool) -> None:
@@ -127,7 +122,6 @@ class _ArchiveUnpickler(pickle.Unpickler):
         if (dtype, name) not in self._storages:
             if type(length) is not int or length < 0:
                 raise pickle.UnpicklingError(f"the archive's pickle gives data/{name} the length {length!r}")
-            # Asked before it is read.
             size = self._archive.getinfo(self._folder + name).file_size
             if size != length * dtype.itemsize:
                 raise ValueError(
@@ -144,7 +138,7 @@ class _ArchiveUnpickler(pickle.Unpickler):
 
 
 def _dtype_of(storage: str) -> Any:
-    """FloatStorage → torch.float32; None for what is no storage's name."""
+    """FloatStorage → torch.float32; None if it is not the name of a storage class."""
     import torch
 
     kinds = ("double", "float", "half", "bfloat16", "long", "int", "short", "uint8", "int8", "bool")

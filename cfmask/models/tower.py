@@ -1,5 +1,5 @@
-"""The image tower: an open_clip VisionTransformer whose forward pass can drop, hide and show tokens, and does no work
-that its features do not need."""
+"""The image tower: an open_clip VisionTransformer whose forward pass can drop or hide tokens and call a CAM's hooks,
+and computes nothing that its features do not need."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cfmask.models.attention import Attention
 
 
 def replace_attention(visual: nn.Module) -> VisionTransformer:
-    """Give every block of an open_clip tower our Attention, in place, sharing its parameters.
+    """Replace the attention of every block of an open_clip tower by ``Attention``, in place, with shared parameters.
 
     Raises:
-        UserError: not a plain ViT with a class token and open_clip's default blocks: relevance is defined
-            on the class token's row of softmax attention maps.
+        UserError: not a ViT with a class token and open_clip's default blocks. Relevance is defined for the class
+            token's row of softmax attention maps.
     """
     if not isinstance(visual, VisionTransformer):
         raise UserError(
@@ -35,8 +35,8 @@ def replace_attention(visual: nn.Module) -> VisionTransformer:
         )
     if visual.attn_pool is not None or visual.pool_type != "tok" or visual.proj is None:
         raise UserError(
-            "The image tower pools by attention or by average, or has no projection; relevance is read from "
-            "the class token's row. Choose a ViT with class-token pooling, for example ViT-B-32-quickgelu."
+            "The image tower pools by attention or by average, or has no projection; relevance needs the class token's "
+            "row. Choose a ViT with class-token pooling, for example ViT-B-32-quickgelu."
         )
     for block in visual.transformer.resblocks:
         if not isinstance(block, ResidualAttentionBlock):
@@ -66,25 +66,26 @@ def encode(
 
     Args:
         pixels: (N, 3, H, W), normalised.
-        keep: (N, K) int64, patches that stay (0 … P-1); the others are dropped after the positional
-            embedding and ln_pre. None keeps all.
+        keep: (N, K) int64, patches that stay (0 … P-1); the others are dropped after the positional embedding and
+            ln_pre. None keeps all.
         hidden: (N, P) bool, patches that no query of any block may see. The class token is never hidden.
-        cam: watches the pass.
-        recompute: activation checkpointing: keep a block's input only, and compute the rest again in the backward pass.
-        compiled: run blocks through torch.compile. Not where a CAM watches: a compiled block's backward pass computes
-            its weights' gradients whoever asks.
+        cam: hooks into the pass.
+        recompute: activation checkpointing: keep only the input of each block, and recompute the rest in the backward
+            pass.
+        compiled: run blocks through torch.compile. It is ignored with a CAM, because the backward pass of a compiled
+            block always computes gradients of weights.
     """
     x = embed(visual, pixels)
     if hidden is not None and not x.is_cuda:
-        # Hidden or dropped, patches are the same to the class token; dropping costs less, but how many are left in the
-        # fullest image is a question that a GPU would have to be waited for.
+        # Dropping hidden patches gives the same class token at less cost. On a GPU it would need a wait, for the number
+        # of patches that are left.
         keep, hidden = visible_first(hidden)
     if keep is not None:
-        tokens = F.pad(keep + 1, (1, 0))  # the class token, index 0, always stays
-        # Whole rows by their number: a deterministic gather would sort every channel in its backward pass.
+        tokens = F.pad(keep + 1, (1, 0))  # the class token, index 0, is always kept
+        # Rows are indexed: the backward pass of a deterministic gather would sort every channel.
         x = x[torch.arange(x.shape[0], device=x.device)[:, None], tokens]
     hidden_tokens = None if hidden is None else F.pad(hidden, (1, 0), value=False)
-    # (N · L, width) from here on: matrix products then need no views.
+    # (N · L, width) from here on, so that matrix products need no views.
     n, x = x.shape[0], x.flatten(0, 1)
     blocks = visual.transformer.resblocks
     branch: Branch | None = None
@@ -95,12 +96,12 @@ def encode(
         else:
             run = partial(_run_block, block, n=n, hidden=hidden_tokens, last=last, cam=cam, number=number)
         if recompute and torch.is_grad_enabled():
-            # One tensor is kept a block: the stream with the block's own branch added.
+            # One tensor is kept for each block: the stream with the block's own branch added.
             x = checkpoint(partial(_run_whole_block, run), x, use_reentrant=False, preserve_rng_state=False)
         else:
             x, branch = run(x, branch)
     _, normed = add_norm(x, branch, visual.ln_post)
-    # Tiny, and what is compared from here on are small differences: nothing is rounded to a low precision.
+    # A small product, in full precision because features are compared by small differences.
     with torch.autocast(x.device.type, enabled=False):
         return normed.to(torch.promote_types(normed.dtype, torch.float32)) @ visual.proj
 
@@ -108,11 +109,11 @@ def encode(
 def embed(visual: VisionTransformer, pixels: Tensor) -> Tensor:
     """(N, L, width) tokens after ln_pre, of (N, 3, H, W) pixels.
 
-    The patches' convolution is computed as a matrix product with one row a patch. In deterministic mode cuDNN may not
-    choose a convolution by measuring, and picks a slow one for B/16.
+    The convolution of patches is computed as a matrix product with one row for each patch. In deterministic mode cuDNN
+    does not choose convolutions by their time, and its choice for B/16 is slow.
     """
     patch, (rows, columns) = visual.patch_size, visual.grid_size
-    # Pixels beyond the last whole patch are not seen.
+    # Pixels beyond the last whole patch are ignored.
     whole = pixels[:, :, : rows * patch[0], : columns * patch[1]]
     cells = whole.unflatten(3, (columns, patch[1])).unflatten(2, (rows, patch[0])).permute(0, 2, 4, 1, 3, 5)
     low = torch.get_autocast_dtype(pixels.device.type) if torch.is_autocast_enabled(pixels.device.type) else None
@@ -134,15 +135,15 @@ def _run_block(
     cam: Cam | None = None,
     number: int = 0,
 ) -> tuple[Tensor, Branch]:
-    """One block, as a stream and a branch to be added to it: the next block does so in the pass of its first norm.
+    """One block. It leaves the branch of its MLP to the next block, which adds it in the pass of its first norm.
 
     Args:
-        x, branch: (N · L, width), the stream, and the branch that the block before has left.
-        n: N, the images.
+        x, branch: (N · L, width), the stream, and the branch that the previous block has left.
+        n: number of images, N.
 
     Returns:
-        The stream without this block's MLP, and the MLP's branch, (N · L, width). Of the last block those of the class
-        tokens alone, (N, width): nobody asks for the rest.
+        The stream without this block's MLP, and the MLP's branch, (N · L, width). The last block returns those of the
+        class tokens alone, (N, width).
     """
     x, normed = add_norm(x, branch, block.ln_1)
     tokens = normed.view(n, -1, normed.shape[-1])
@@ -163,7 +164,7 @@ def _run_block(
 
 
 def _scaled(scale: nn.Module, branch: Branch) -> Branch:
-    """A branch through its LayerScale, if there is one; in the branch's dtype, as the stream is."""
+    """A branch through its LayerScale, if there is one, in the branch's dtype."""
     if isinstance(scale, nn.Identity):
         return branch
     return Branch(scale(branch.complete()).to(branch.value.dtype))
@@ -175,9 +176,10 @@ def _run_whole_block(run: Callable[..., tuple[Tensor, Branch]], x: Tensor) -> Te
 
 
 def store_products_in(model: Classifier, dtype: torch.dtype) -> None:
-    """Keep a frozen Classifier's matrices in the dtype that autocast would cast them to in every pass, in place.
+    """Convert the matrices of a frozen Classifier, in place, to the dtype to which autocast would cast them in every
+    pass.
 
-    The numbers are the same, without the casts and in half the memory. Norms, biases, embeddings and the head stay.
+    Results are the same, without the casts and in half the memory. Norms, biases, embeddings and the head stay in fp32.
     """
     visual = model.visual
     layers: list[tuple[nn.Module, str]] = [(visual.conv1, "weight")]
@@ -192,7 +194,7 @@ def store_products_in(model: Classifier, dtype: torch.dtype) -> None:
 
 
 class Compiled:
-    """A function through torch.compile; plainly from the first failure on, with one warning."""
+    """A function through torch.compile. After a failure, which it warns of once, it runs uncompiled."""
 
     def __init__(self, function: Callable, backend: str | Callable = "inductor") -> None:
         self._plain, self._backend = function, backend
@@ -202,12 +204,12 @@ class Compiled:
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if not self._failed:
             try:
-                if self._compiled is None:  # not before it is wanted: the compiler takes seconds to import
+                if self._compiled is None:  # only now, because the compiler takes seconds to import
                     self._compiled = torch.compile(self._plain, backend=self._backend)
                 return self._compiled(*arguments, **options)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a compiler raises
+            except Exception as error:  # of any type
                 self._failed = True
                 reason = " ".join(str(error).split())[:300]
                 warnings.warn(
@@ -220,9 +222,14 @@ _run_compiled = Compiled(_run_block)
 
 
 def visible_first(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What to keep, and what of it to hide, so that (N, P) ``hidden`` patches are dropped as far as images of one batch
-    can differ in their number: (N, K) int64 in ascending order but for the filling, (N, K) bool or None if none is
-    left. Waits for the device."""
+    """Drop as many hidden patches as possible while all images of the batch keep the same number. Waits for the device.
+
+    Args:
+        hidden: (N, P) bool.
+
+    Returns:
+        The patches to keep, (N, K) int64, the visible ones first; and which of them to hide, (N, K) bool or None.
+    """
     most = int((~hidden).sum(1).max())
     keep = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
     left = hidden.gather(1, keep)
@@ -230,25 +237,27 @@ def visible_first(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class ClassifierOutput(NamedTuple):
-    """What a model makes of a batch: features (N, D), not normalised, and logits (N, classes). clean_logits: of other
-    features that were handed in, or None."""
+    """Output of a ``Classifier``."""
 
     features: Tensor
+    """(N, D), not normalised."""
     logits: Tensor
+    """(N, classes)."""
     clean_logits: Tensor | None
+    """Logits of the ``clean_features`` that were passed in."""
 
 
 class Classifier(nn.Module):
-    """Image tower and linear head: the model that is trained, and whose weights are averaged.
+    """Image tower and linear head.
 
     State dict: ``visual.*`` exactly as in an open_clip CLIP, ``head.weight`` (classes, D), ``head.bias``.
     """
 
     recompute = False
-    """Whether a pass that is differentiated keeps its activations, or computes them again (``encode``)."""
+    """Activation checkpointing (``encode``)."""
 
     compiled = False
-    """Whether passes that no CAM watches go through torch.compile."""
+    """Run passes without a CAM through torch.compile (``encode``)."""
 
     def __init__(self, visual: nn.Module, head: nn.Linear) -> None:
         super().__init__()
@@ -288,7 +297,7 @@ class Classifier(nn.Module):
         )
 
     def classify(self, features: Tensor) -> Tensor:
-        """(N, D) features as the tower gives them → (N, classes) logits; the head sees them normalised."""
+        """(N, D) unnormalised features → (N, classes) logits. The head's input is L2-normalised."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(F.normalize(features, dim=-1))
 
@@ -302,16 +311,15 @@ class Classifier(nn.Module):
     ) -> ClassifierOutput:
         """Features and logits; ``keep`` and ``hidden`` as in ``encode``.
 
-        A counterfactual pass hands in the clean pass's features, detached, for the head to classify again: so every
-        parameter takes part in the one pass whose gradients DDP synchronises.
-        """
+        A counterfactual pass also classifies the detached features of the clean pass, so that every parameter takes
+        part in the one pass whose gradients DDP synchronises."""
         features = self.encode(pixels, keep=keep, hidden=hidden)
         clean = None if clean_features is None else self.classify(clean_features)
         return ClassifierOutput(features, self.classify(features), clean)
 
 
 class Normalise(nn.Module):
-    """uint8 or [0, 1] pixels → the tower's input, by its mean and standard deviation per channel."""
+    """Pixels → the tower's input, by mean and standard deviation of each channel."""
 
     mean: Tensor
     std: Tensor

@@ -1,14 +1,14 @@
-"""Checkpoints that other programs wrote: where they are, and how their tensors are read without running their code.
+"""Checkpoints of other programs: finding them, and reading their tensors without running their code.
 
-A checkpoint is a pickle more often than not, and to unpickle is to run whatever it names. Three kinds are read here,
-told apart by their content and not by the ending of their name: safetensors; what ``torch.save`` wrote, by torch's own
-unpickler for weights only; and TorchScript archives, as OpenAI publishes them, by an unpickler that knows tensors and
-plain containers. A pickled module is refused: it cannot be read otherwise.
+Most checkpoints are pickles, and unpickling runs the code that a pickle names. Three kinds are read here, recognised by
+their content: safetensors; files of ``torch.save``, with torch's ``weights_only`` unpickler; and TorchScript archives,
+in which OpenAI publishes its weights, with an unpickler that knows only tensors and plain containers. A pickled module
+is refused.
 
-Names become open_clip's, whatever the model, or a part of it, was wrapped in:
+Names become open_clip's, also if the model or a part of it was wrapped:
 
     module.visual.conv1.weight                 →  visual.conv1.weight       DDP
-    visual._orig_mod.conv1.weight              →  visual.conv1.weight       a tower that was compiled
+    visual._orig_mod.conv1.weight              →  visual.conv1.weight       a compiled tower
     image_encoder.model.visual.conv1.weight    →  visual.conv1.weight       WiSE-FT
     model.transformer.resblocks.0.ln_1.weight  →  transformer.resblocks.…   FLYP
     conv1.weight                               →  visual.conv1.weight       an image tower on its own
@@ -35,38 +35,35 @@ from cfmask.models.architecture import (
 )
 from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
-if TYPE_CHECKING:  # torch takes seconds to import, and a launcher that looks for weights needs none of it
+if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need it to find weights
     from torch import Tensor
 
 HUB_WEIGHTS = "open_clip_model.safetensors"
-"""What open_clip calls the weights in a Hugging Face repository."""
+"""open_clip's name of the weights in a Hugging Face repository."""
 CONFIG_ENTRY = "open_clip_config"
-"""What tools/export.py writes into a checkpoint: the text of its open_clip_config.json, in the metadata of a
-safetensors file, or beside the state dict of one by torch.save."""
+"""An entry by tools/export.py: the text of open_clip_config.json, in the metadata of a safetensors file, or beside the
+state dict in a file of torch.save."""
 
 # In the state dicts that OpenAI published, and in none that open_clip wrote.
 _OPENAI_MARKERS = ("input_resolution", "context_length", "vocab_size")
 _HEADS = ("classification_head", "head")
-# What wraps a module, or a part of it, and stands in its names as one more part: DDP and DataParallel, torch.compile,
-# FSDP, and its activation checkpointing.
+# Parts of names that wrappers add: DDP and DataParallel, torch.compile, FSDP, and its activation checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 class Weights(NamedTuple):
-    """What a checkpoint holds.
-
-    state: a CLIP's tensors, or an image tower's, in open_clip's names.
-    head: weight (classes, D) and bias (classes,), of whatever classes.
-    quick_gelu: whether they were trained with it; None: unknown.
-    openai: whether they are known to be OpenAI's.
-    config: the configuration that tools/export.py wrote into the checkpoint (``read_config``).
-    """
+    """The contents of a checkpoint."""
 
     state: dict[str, Tensor]
+    """The tensors of a CLIP or of an image tower, by open_clip's names."""
     head: tuple[Tensor, Tensor] | None = None
+    """Weight (classes, D) and bias (classes,) of a head whose classes are unknown."""
     quick_gelu: bool | None = None
+    """Whether the weights were trained with QuickGELU; None if that is unknown."""
     openai: bool = False
+    """Whether the weights are known to be OpenAI's."""
     config: dict[str, Any] | None = None
+    """The configuration that tools/export.py wrote into the checkpoint (``read_config``)."""
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -74,29 +71,28 @@ class Weights(NamedTuple):
 
 
 def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = None) -> Path:
-    """The checkpoint file of a tag (downloaded into open_clip's cache, where there is a network) or a path.
+    """The checkpoint file of a path or a tag. The weights of a tag are downloaded into open_clip's cache.
 
     Args:
-        name, config: of the model; None: open_clip's configuration of that name, or the file's.
+        name, config: of the model; by default, the configuration of that name.
 
     Raises:
-        UserError: no such file or tag, a tag whose weights need the other activation, or no way to get the file; it
-            says which file to put where.
+        UserError: a missing file, an unknown tag, a tag whose weights need the other activation, or a failed download.
     """
     refuse_repository("--pretrained", pretrained)
     if os.path.isfile(pretrained):
         return Path(pretrained)
     if os.path.isdir(pretrained):
-        raise UserError(f"--pretrained {pretrained} is a folder: give the file of the weights in it.")
+        raise UserError(f"--pretrained {pretrained} is a folder. Give the file of the weights in it.")
     if is_path(pretrained):
-        raise UserError(f"--pretrained {pretrained}: there is no such file. Check the path.")
+        raise UserError(f"--pretrained {pretrained}: no such file. Check the path.")
     from open_clip.pretrained import download_pretrained
 
     tag = read_tag(name, pretrained)
     check_activation(name, config or read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
     try:
         return Path(download_pretrained(tag))
-    except Exception as error:  # whatever the hub's client raises, the user's remedy is the same
+    except Exception as error:  # of any type that the hub's client raises
         source = tag.get("hf_hub") or tag.get("url")
         raise UserError(
             f"The weights {pretrained!r} of {name} are not in the cache and could not be downloaded "
@@ -107,7 +103,7 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
 
 
 def is_path(pretrained: str) -> bool:
-    """Whether --pretrained names a file, which need not exist, and not a tag of open_clip's."""
+    """Whether --pretrained is the path of a file, which need not exist, and not a tag of open_clip's."""
     if pretrained.startswith(("hf-hub:", "local-dir:")):
         return False
     known_endings = (".pt", ".pth", ".bin", ".safetensors")
@@ -115,26 +111,22 @@ def is_path(pretrained: str) -> bool:
 
 
 def read_tag(name: str, pretrained: str) -> dict[str, Any]:
-    """open_clip's configuration of a pretrained tag: where its weights are, and what was done to their images.
-
-    Raises:
-        UserError: the model has no such tag.
-    """
+    """open_clip's configuration of a pretrained tag: the place of its weights, and their preprocessing. Raises
+    UserError for an unknown tag."""
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     if tag := get_pretrained_cfg(name, pretrained):
         return tag
     known = list_pretrained_tags_by_model(name)
     raise UserError(
-        f"open_clip has no weights {pretrained!r} for {name}, and there is no such file. "
+        f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing file. "
         + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
     )
 
 
 def config_beside(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The open_clip_config.json in the folder of a checkpoint, whatever the checkpoint is called, and what it says. A
-    path that is a link, as in the Hugging Face cache, has it in the link's folder, in the target's, or in that of a
-    link on the way.
+    """Path and contents of the open_clip_config.json in the folder of a checkpoint. If the checkpoint is a link, as in
+    the Hugging Face cache, the folders of the link, of its target and of links between them are searched.
 
     Raises:
         UserError: it cannot be read as a configuration.
@@ -143,7 +135,7 @@ def config_beside(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def config_above(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The same in the folder above, which need not be about this checkpoint."""
+    """The same in the parent folder. It may belong to another checkpoint."""
     return next((found for folder in _folders_of(path) if (found := _config_in(folder.parent))), None)
 
 
@@ -153,7 +145,8 @@ def _config_in(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _folders_of(path: Path) -> Iterator[Path]:
-    """Of a file, and of each link that leads to it. ".." is kept: behind a link it is not the folder before it."""
+    """The folders of a file and of each link that leads to it. ".." is kept, because behind a link it is another folder
+    than the path suggests."""
     path, seen = path.absolute(), set()
     yield path.parent
     while path.is_symlink() and path not in seen:
@@ -170,8 +163,8 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
     """The tensors of a checkpoint, on the CPU, in the precision they were saved in.
 
     Args:
-        shapes_only: tensors on the meta device, without values: for a check. What torch.save wrote before PyTorch 1.6
-            has to be read for that; of all others the header is enough.
+        shapes_only: return tensors on the meta device, from the header alone. (Files of torch.save before PyTorch 1.6
+            have to be read for that.)
 
     Raises:
         UserError: not a checkpoint, one that would have to be unpickled, or one without an open_clip image tower.
@@ -180,8 +173,8 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
 
     if (part := re.search(r"-[0-9]{5}-of-([0-9]{5})\.[a-z]+$", path.name)) and int(part[1]) > 1:
         raise UserError(
-            f"{path} is one of {int(part[1])} files that share the tensors of one model. Put them together: a "
-            "safetensors file, or a state dict saved by torch.save, with the tensors of all of them."
+            f"{path} is one of {int(part[1])} files of one model. Merge them into a safetensors file, or into a state "
+            "dict saved by torch.save."
         )
     with open(path, "rb") as file:
         begin = file.read(64)
@@ -211,7 +204,7 @@ def read_weights(path: Path, *, shapes_only: bool = False) -> Weights:
             )
     except UserError:
         raise
-    except Exception as error:  # zip, pickle, struct: whatever a damaged file makes of their readers
+    except Exception as error:  # of any type: from the readers of zip, pickle and struct
         if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(_pickled(path, f"holds a pickled {named[1]}")) from error
         if begin[:1] == b"\x80":
@@ -258,11 +251,11 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _pickled(path: Path, what: str) -> str:
     return (
-        f"{path} cannot be read: it {what}, and to unpickle that is to run whatever code it names. If you trust "
-        "where it comes from, make a state dict of it, with the code that it was made with on the path: "
-        f"`model = torch.load({path.name!r}, weights_only=False)` (or, where it was written by pickle.dump, "
-        f"`pickle.load(open({path.name!r}, 'rb'))`), then `torch.save(model.state_dict(), 'state.pt')`, or of a "
-        "dict the part with the tensors, and give state.pt."
+        f"{path} cannot be read: it {what}, and unpickling runs the code that a pickle names. If you trust its source, "
+        "save a state dict, with the code that it was made with on the path: "
+        f"`model = torch.load({path.name!r}, weights_only=False)` (or, if it was written by pickle.dump, "
+        f"`pickle.load(open({path.name!r}, 'rb'))`), then `torch.save(model.state_dict(), 'state.pt')`, or the part of "
+        "a dict that has the tensors. Then give state.pt."
     )
 
 
@@ -270,7 +263,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
-        UserError: not one, or not a whole one.
+        UserError: not a safetensors file, or a truncated one.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -284,7 +277,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors in nested dicts, by their keys joined with dots: a state dict may lie beside an optimizer's."""
+    """Tensors in nested dicts by their keys, joined with dots: a checkpoint may also have an optimizer's state."""
     from torch import Tensor
 
     if isinstance(value, Tensor):
@@ -295,10 +288,10 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def in_open_clips_names(wrapped: Mapping[str, Tensor]) -> Weights:
-    """Tensors under the names of the model that they were wrapped in → under open_clip's.
+    """Rename tensors to open_clip's names, also if the model was wrapped.
 
     Raises:
-        UserError: no open_clip image tower, more than one, or more than one head; in words that follow the file's name.
+        UserError: no open_clip image tower, more than one, or more than one head. The message follows the file's name.
     """
     tensors = _unwrapped(wrapped)
     whole = _prefixes(tensors, "visual.conv1.weight")
@@ -312,8 +305,7 @@ def in_open_clips_names(wrapped: Mapping[str, Tensor]) -> Weights:
         raise UserError(f"holds no open_clip image tower: {_what_else(tensors)}")
     if len(found) > 1:
         raise UserError(
-            f"holds {len(found)} image towers, under {' and '.join(map(repr, found))}: save the one that you mean by "
-            "itself."
+            f"holds {len(found)} image towers, under {' and '.join(map(repr, found))}. Save only the one that is meant."
         )
     [prefix] = found
     inner = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -328,18 +320,13 @@ def in_open_clips_names(wrapped: Mapping[str, Tensor]) -> Weights:
 
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the parts that wrappers add, wherever these stand: a part of a model may have been wrapped alone.
-
-    Raises:
-        UserError: two tensors get the same name.
-    """
+    """Tensors by names without the parts that wrappers add, anywhere in the name. Raises UserError if two tensors get
+    the same name."""
     found: dict[str, str] = {}
     for name in tensors:
         plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
         if plain in found:
-            raise UserError(
-                f"holds {plain} twice, as {found[plain]} and {name}: save the model that you mean by itself."
-            )
+            raise UserError(f"holds {plain} twice, as {found[plain]} and {name}. Save only the model that is meant.")
         found[plain] = name
     return {plain: tensors[name] for plain, name in found.items()}
 
@@ -362,25 +349,25 @@ def _what_else(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], name: str) -> list[str]:
-    """What stands before a name, wherever it ends a key at a dot."""
+    """The prefixes of all keys that end with a name."""
     return sorted(key[: -len(name)] for key in tensors if key == name or key.endswith("." + name))
 
 
 def _head(tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor] | None:
-    """The linear head that stands beside what has this prefix, or around it."""
+    """The linear head beside or around the module of this prefix."""
     parts = prefix.split(".")[:-1]
     around = ["".join(f"{part}." for part in parts[:depth]) for depth in range(len(parts) + 1)]
     found = [f"{outer}{head}" for outer in around for head in _HEADS if f"{outer}{head}.weight" in tensors]
     if not found:
         return None
     if len(found) > 1:
-        raise UserError(f"holds {len(found)} heads, {' and '.join(found)}: save the one that you mean by itself.")
+        raise UserError(f"holds {len(found)} heads, {' and '.join(found)}. Save only the one that is meant.")
     weight = tensors[f"{found[0]}.weight"]
     if weight.dim() != 2 or not weight.is_floating_point():
         raise UserError(
             f"holds a {found[0]}.weight of shape {tuple(weight.shape)} and type "
-            f"{str(weight.dtype).removeprefix('torch.')}, which is no linear head: one has the shape (classes, "
-            "features) and floating point numbers."
+            f"{str(weight.dtype).removeprefix('torch.')}; a linear head has the shape (classes, features) and "
+            "floating-point numbers."
         )
     bias = tensors.get(f"{found[0]}.bias")
     return weight, weight.new_zeros(len(weight)) if bias is None else bias

@@ -1,4 +1,4 @@
-"""The zero-shot head: a CLIP's text tower on the names of classes."""
+"""The zero-shot head: features of class names by the text tower of a CLIP."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import replace_tensors
 from cfmask.models.head import ModelInfo, read_info
+from cfmask.runtime.tensor_files import replace_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor, nn
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def build_clip(info: ModelInfo, state: Mapping[str, Tensor]) -> nn.Module:
-    """An open_clip CLIP of this kind with these weights, in fp32; what else is in ``state`` is left out.
+    """An open_clip CLIP with these weights, in fp32. Other tensors in ``state`` are ignored.
 
     Raises:
-        UserError: no text tower, or another model's.
+        UserError: no text tower, or that of another model.
     """
     model = _fresh_clip(info)
     parts = model.state_dict()
@@ -33,13 +33,11 @@ def build_clip(info: ModelInfo, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def check_text_tower(info: ModelInfo, shapes: Mapping[str, Tensor]) -> None:
-    """Refuse a checkpoint that no zero-shot head can be built from.
+    """Raises UserError if no zero-shot head can be built from a checkpoint: it has no text tower or that of another
+    model, or its tokenizer or package is missing.
 
     Args:
-        shapes: its tensors; the meta device is enough.
-
-    Raises:
-        UserError: it has no text tower, or another model's, or one whose tokenizer or package is not there.
+        shapes: its tensors, which may be on the meta device.
     """
     import torch
 
@@ -60,14 +58,14 @@ def _fresh_clip(info: ModelInfo) -> nn.Module:
     config = {key: value for key, value in info.config.items() if key != "custom_text"}
     if not isinstance(config.get("text_cfg"), dict) or "multimodal_cfg" in config:
         raise UserError(
-            f"{info.name} is no CLIP with an image and a text tower: no zero-shot head can be built from it. Give a "
-            "head with --head."
+            f"{info.name} is not a CLIP with an image and a text tower, so no zero-shot head can be built from it. "
+            "Give a head with --head."
         )
-    # Its weights are in the checkpoint: none are downloaded.
+    # Its weights are in the checkpoint and not downloaded.
     config["text_cfg"] = {**config["text_cfg"], "hf_model_pretrained": False}
     try:
         return (CustomTextCLIP if _has_custom_text(info) else CLIP)(**config)
-    except Exception as error:  # a text tower of another package, which may be missing, or want the network
+    except Exception as error:  # a text tower of another package, which may be missing or need the network
         raise UserError(
             f"The text tower of {info.name} cannot be built ({type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0][:160]}). Give a head with --head."
@@ -79,10 +77,10 @@ def _has_custom_text(info: ModelInfo) -> bool:
 
 
 def _parts_of_clip(info: ModelInfo, parts: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by the names that a CLIP has them under, ``parts``.
+    """The tensors of a checkpoint by the names in a CLIP, ``parts``.
 
     Raises:
-        UserError: one is missing, or of another shape.
+        UserError: one is missing, or has another shape.
     """
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -94,14 +92,14 @@ def _parts_of_clip(info: ModelInfo, parts: Mapping[str, Tensor], state: Mapping[
     if missing := [key for key in parts if key not in given]:
         raise UserError(
             f"The weights lack {missing[0]} ({len(missing)} of {len(parts)} tensors) of the CLIP {info.name}: "
-            + ("they are another model's. " if _has_text_tower(state) else "they hold no text tower. ")
+            + ("they are those of another model. " if _has_text_tower(state) else "they have no text tower. ")
             + "Give the --model that they were made with, or a head with --head."
         )
     for key, part in parts.items():
         if part.is_floating_point() and not given[key].is_floating_point():
             raise UserError(
                 f"The weights have {key} as {str(given[key].dtype).removeprefix('torch.')}: the text tower is "
-                "quantised, and no zero-shot head can be built from it. Take the weights that it was made of."
+                "quantised, and no zero-shot head can be built from it. Use the weights from which it was made."
             )
         if given[key].shape != part.shape and not part.numel() == given[key].numel() == 1:
             raise UserError(
@@ -119,7 +117,7 @@ def build_tokenizer(info: ModelInfo) -> Any:
     """open_clip's tokenizer for this model's text tower.
 
     Raises:
-        UserError: one of Hugging Face's, which cannot be had here.
+        UserError: one of Hugging Face's that is not available here.
     """
     import open_clip
 
@@ -131,24 +129,24 @@ def build_tokenizer(info: ModelInfo) -> Any:
         return open_clip.HFTokenizer(text["hf_tokenizer_name"], tokenizer_mode=text.get("tokenizer_mode"), **options)
     except Exception as error:  # no transformers, no network
         raise UserError(
-            f"{info.name} needs the tokenizer {text['hf_tokenizer_name']} of Hugging Face, which cannot be had "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}). It takes "
+            f"{info.name} needs the tokenizer {text['hf_tokenizer_name']} of Hugging Face, which is not available "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}). It needs "
             "`pip install transformers` and, the first time, the network."
         ) from error
 
 
 def openai_templates() -> tuple[str, ...]:
-    """The 80 templates that OpenAI chose on ImageNet, with {} for the class's name."""
+    """OpenAI's 80 templates for ImageNet, with {} for the class name."""
     import open_clip
 
     return tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
 def read_templates(path: Path) -> tuple[str, ...]:
-    """Templates from a file: a sentence a line, with {} where the class's name goes.
+    """Templates from a file: one sentence per line, with {} for the class name.
 
     Raises:
-        UserError: no such file, none in it, or a line without {} or with two.
+        UserError: a missing or empty file, or a line that does not have exactly one {}.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -157,15 +155,15 @@ def read_templates(path: Path) -> tuple[str, ...]:
     for number, line in enumerate(lines, 1):
         if line.strip() and line.count("{}") != 1:
             raise UserError(
-                f"{path}, line {number}: a template has one {{}} where the class's name goes, not {line!r}."
+                f"{path}, line {number}: a template must have exactly one {{}}, for the class name; this is {line!r}."
             )
     templates = tuple(line.strip() for line in lines if line.strip())
     if not templates:
-        raise UserError(f"{path} holds no templates: a sentence a line, with {{}} where the class's name goes.")
+        raise UserError(f"{path} holds no templates. Write one sentence per line, with {{}} for the class name.")
     return templates
 
 
-# How many go through the text tower together; a head is bitwise the same wherever it was interrupted.
+# Batches of fixed size make a head bitwise identical for every interruption.
 _CLASSES_AT_A_TIME = 10
 _KEEP_EVERY_S = 5
 
@@ -178,15 +176,15 @@ def zero_shot_weight(
     *,
     kept_rows: Path | None = None,
 ) -> Tensor:
-    """Rows of the zero-shot head (classes, D), fp32: each class's name in every template through the text tower, each
-    text normalised, averaged, normalised again, times exp(logit_scale). The computation is open_clip's own.
+    """Rows of the zero-shot head (classes, D), fp32. For each class, the text features of its name in every template
+    are normalised, averaged, normalised again, and multiplied by exp(logit_scale). open_clip computes them.
 
     Args:
-        info: with the classes' names, and a provenance that tells these weights and templates from others.
+        info: with class names, and a provenance that identifies the weights and templates.
         state: of the whole CLIP.
-        templates: sentences with a {} for the name.
-        kept_rows: a file in which finished rows are kept, so that the same call goes on after being stopped. It is
-            left there, to be removed when the head is safe. Nobody else may write to it.
+        templates: sentences with {} for the class name.
+        kept_rows: a file for finished rows, from which an interrupted call is resumed. The caller removes it once the
+            head is saved. No other process may write to it.
 
     Raises:
         UserError: as ``build_clip``.
@@ -197,7 +195,7 @@ def zero_shot_weight(
 
     clip: Any = build_clip(info, state).to(device)
     tokenizer = build_tokenizer(info)
-    # Not str.format, which open_clip would use: a template is data, and {0.__class__} is code.
+    # Not str.format, as open_clip does: in a template from a file, {0.__class__} would be evaluated.
     sentences = [lambda name, template=template: template.replace("{}", name) for template in templates]
     rows = _read_rows(kept_rows, info)
     saved = time.monotonic()
@@ -221,15 +219,15 @@ def zero_shot_weight(
 
 
 def _keep_rows(path: Path, rows: Tensor, info: ModelInfo) -> None:
-    """Where that fails it is a warning: they are computed again if they are needed again."""
+    """Save finished rows. A failure is only a warning: the rows can be computed again."""
     try:
         replace_tensors(path, {"rows": rows}, info.to_metadata())
     except OSError as error:
-        logger.warning(f"{path} cannot be written ({error.strerror}); the head is built on")
+        logger.warning(f"{path} cannot be written ({error.strerror}); building the head continues")
 
 
 def _read_rows(path: Path | None, info: ModelInfo) -> Tensor:
-    """The rows of this very head that are in a file; none if there is no such file, or it is another head's."""
+    """The saved rows of this head; none if the file is missing or that of another head."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file

@@ -10,28 +10,24 @@ _NEVER = 2**31 - 1
 
 
 def data_parallel(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """A model on ``device`` whose gradients are averaged over the ranks; parameters without ``requires_grad`` take no
-    part. Every rank has to call it."""
+    """DDP around a model on ``device``, with the buckets that it keeps. Every rank has to call it."""
     student = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    # DDP's own statistics wait for the device, in each 100th step by default.
+    # DDP's own statistics wait for the device, every 100 steps by default.
     student._set_ddp_runtime_logging_sample_rate(_NEVER)
     warm_up_ddp(student)
     return student
 
 
 def warm_up_ddp(student: DistributedDataParallel) -> None:
-    """Let DDP arrange its buckets anew before the first step, as it otherwise does after it.
+    """Make DDP rebuild its buckets before the first step; otherwise it does so after the first step.
 
-    DDP fixes its buckets in the order in which gradients were ready in the first backward pass that it saw. Where in a
-    bucket a gradient lies decides in which order the ranks' values are added. Without this, the first step after a
-    resume would add in another order than the same step of a run that was not interrupted, and their last bits would
-    differ.
+    DDP orders its buckets by when gradients were ready in its first backward pass. The place of a gradient in a bucket
+    decides in which order the ranks' values are added. Without this, the first step after a resume would add in another
+    order than the same step of an uninterrupted run, and the results would differ in their last bits.
 
-    The pass runs through no layer of the model: for its time the model's forward is the sum of its parameters. So
-    nothing is compiled, and what is compiled later has never seen a batch of another shape. Gradients are ready in the
-    reverse order of ``parameters()`` then, which is close to the order of a real backward pass: later layers first.
-    All gradients are None afterwards.
-    """
+    For this pass, the model's forward is replaced by the sum of its parameters. So no layer runs, and torch.compile
+    sees no batch of another shape. Gradients are then ready in the reverse order of ``parameters()``, close to that of
+    a real backward pass. All gradients are None afterwards."""
     model = student.module
 
     def sum_of_parameters(_: None) -> Tensor:
@@ -39,9 +35,9 @@ def warm_up_ddp(student: DistributedDataParallel) -> None:
 
     model.forward = sum_of_parameters
     try:
-        student(None).backward()  # None: DDP moves the arguments to the device, and expects one
+        student(None).backward()  # DDP expects an argument, which it moves to the device
         with student.no_sync():
-            student(None)  # the buckets are made anew where the next forward pass begins
+            student(None)  # buckets are rebuilt at the beginning of the next forward pass
     finally:
         del model.forward
     student.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
-"""The mask study: how far masks fall on objects, measured while a run trains (appendix A.2 of the paper).
+"""The mask study (appendix A.2 of the paper): how far masks fall on objects, measured during training.
 
-``MaskStudy`` adds a metric to each micro-batch; ``MaskStudyLog`` keeps its sums on rank 0 and logs them by epoch.
+``MaskStudy`` adds a metric to each micro-batch; ``MaskStudyLog`` sums it on rank 0 and logs the sums of each epoch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cfmask.data.segmentation import ALL, Masks, ObjectReader, categories, class
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import MicroBatch
 from cfmask.errors import UserError
-from cfmask.logs import MetricLogger
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
+from cfmask.metric_logger import MetricLogger
 from cfmask.metrics import Metric, StepResult, Sum
 from cfmask.models.tower import Classifier
 from cfmask.runs import RunFolder
@@ -34,35 +34,33 @@ _NAME = "overlap"
 
 @dataclass(frozen=True)
 class MaskStudy:
-    """What is measured, and of which groups of classes.
-
-    reader: of where the objects are.
-    groups: names.
-    members: (classes, groups) bool, on the device: which class belongs to which of the groups.
-    """
+    """The measurement, for groups of classes."""
 
     reader: ObjectReader
+    """Reads where the objects are."""
     groups: tuple[str, ...]
+    """Names of the groups."""
     members: Tensor
+    """(classes, groups) bool, on the device: which class belongs to which group."""
 
     @classmethod
     def of(cls, segmentation: str, manifest: Manifest, model: Classifier, device: torch.device) -> MaskStudy:
-        """A study of a training set with the masks in ``segmentation``.
+        """The study of a training set with the masks in ``segmentation``.
 
         Raises:
-            UserError: they cannot be read, or no sample of the groups has one.
+            UserError: the masks cannot be read, or no sample of the groups has one.
         """
         groups = class_groups(manifest.classes)
         if len(groups) > 1:
-            del groups[ALL]  # the others' sum
+            del groups[ALL]  # the sum of the others
         shown = categories(manifest.classes)
         masks, wanted = open_masks(segmentation), sorted(frozenset().union(*groups.values()))
         if not _has_any(masks, manifest, wanted):
             raise UserError(
-                f"--segmentation {segmentation} has no mask of any sample of {', '.join(groups)} in {manifest.root}: "
-                f"nothing would be measured. In training, masks are found by the samples' keys alone: name them by key "
-                f"(tools/validate_masks.py finds them by file names too). COCO annotations fit shards whose keys are "
-                f"COCO's file names without ending."
+                f"--segmentation {segmentation} has no mask of any sample of {', '.join(groups)} in {manifest.root}, "
+                "so nothing would be measured. In training, masks are found only by the keys of samples: name the "
+                "masks by key (tools/validate_masks.py also finds them by file name). COCO annotations fit shards "
+                "whose keys are COCO's file names without extension."
             )
         reader = ObjectReader(
             masks=masks,
@@ -74,33 +72,33 @@ class MaskStudy:
         return cls(reader, tuple(groups), members.to(device))
 
     def metrics(self, metrics: Metrics, batch: MicroBatch) -> dict[str, Metric]:
-        """Of a micro-batch: each group's Tally, (groups, 3 T + 2). Waits for no device."""
+        """The Tally of each group in a micro-batch, (groups, 3 T + 2). Does not wait for the device."""
         assert metrics.overlap is not None and batch.objects is not None
         device = self.members.device
         chosen = self.members[batch.labels.to(device, non_blocking=True)]
-        # Asked on the device: the batch's tensors are page-locked, and moving them does not wait. A new one is not.
+        # ``known`` is computed on the device: only tensors in page-locked memory are moved without waiting.
         chosen = chosen & batch.objects.map(lambda tensor: tensor.to(device, non_blocking=True)).known[:, None]
         return {_NAME: Sum(torch.stack([tally(metrics.overlap, rows).to_vector() for rows in chosen.T]))}
 
     def tallies(self, values: Sequence[float]) -> dict[str, Tally]:
-        """The tallies by group whose vectors are ``values``, one after the other."""
+        """Tallies by group, from the concatenated vectors of ``metrics``."""
         size = len(values) // len(self.groups)
         return {name: Tally.from_vector(values[i * size : (i + 1) * size]) for i, name in enumerate(self.groups)}
 
 
 def _has_any(masks: Masks, manifest: Manifest, wanted: Sequence[int]) -> bool:
-    """Whether a sample of these class ids has a mask. Most sets tell by their first shard."""
+    """Whether any sample of these class ids has a mask. Usually the first shard has one."""
     indexes = map(manifest.open_index, manifest.shards)
     return any(masks.has(key.decode()) for i in indexes for key in i.keys[np.isin(i.labels, wanted)].tolist())
 
 
 class MaskStudyLog:
-    """Rank 0's sums of a study: overlaps.jsonl, a line a checkpoint, and by epoch a line and curves in the log.
+    """Sums of a study, on rank 0: a line of overlaps.jsonl for each checkpoint, and a line of the log for each epoch.
 
-    Lines are written with checkpoints only, so that a resumed run has none twice and none by half.
+    Lines are written only with checkpoints, so that a resumed run repeats none.
 
     Args:
-        step: that training resumes from, or 0.
+        step: from which training resumes, or 0.
     """
 
     def __init__(self, study: MaskStudy, run: RunFolder, logger: MetricLogger, step: int) -> None:
@@ -109,14 +107,14 @@ class MaskStudyLog:
         self._since_checkpoint: dict[str, Tally] = {}
 
     def add_step(self, result: StepResult) -> None:
-        """Take in a step. One that was left out counts for nothing."""
+        """Add a step, unless it was skipped."""
         self._step = result.step
         if not result.skipped:
             tallies = self._study.tallies(result.reduced.values[_NAME])
             self._since_checkpoint = add_up([self._since_checkpoint, tallies])
 
     def end_epoch(self, step: int, epoch: int, *, since: int) -> None:
-        """Log an epoch: the steps after ``since``, up to ``step``."""
+        """Log the sums of an epoch: the steps after ``since``, up to ``step``."""
         try:
             written = read_lines(self._lines.path)
         except OSError as error:
@@ -136,7 +134,7 @@ class MaskStudyLog:
             logger.info(f"epoch {epoch}: masks on objects, {name}: {of_group['images']} images, {found}")
 
     def flush(self) -> None:
-        """Write the sums since the last call. Called before a checkpoint."""
+        """Write the sums since the last call. Call it before each checkpoint."""
         if self._since_checkpoint:
             tallies = {name: sums.to_lists() for name, sums in self._since_checkpoint.items()}
             self._lines.add({"step": self._step, "tallies": tallies})

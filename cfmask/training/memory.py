@@ -1,23 +1,21 @@
-"""How many micro-batches a step needs: as few as the GPU with the least free memory of the job has room for.
+"""Choice of the number of micro-batches (``--micro-batches auto``): the smallest that fits into memory on every rank.
 
-`--micro-batches auto` is chosen before the first step, by the step's own passes (CAM, masks, teachers, both
-backward passes) over synthetic images:
+Before the first step, the step's own passes (CAM, masks, teachers, both backward passes) run over synthetic images:
 
-    1. A pass over one lane and one over two: their peaks give the bytes of an image, and the fixed bytes of a pass.
+    1. The peaks of a pass over one lane and of one over two give the bytes of an image and the fixed bytes of a pass.
     2. count = the smallest divisor of a rank's lanes for which
            fixed + per_image · images of a micro-batch ≤ (1 - MARGIN) · free
-       where fixed includes gradients, and what a pass does not allocate: AdamW's two moments and DDP's buckets, three
-       times the trained parameters (ranks that replay a CUDA graph have no buckets, and need less). Of all ranks: the
-       least free memory, the largest fixed and per_image.
-    3. A pass over a micro-batch of that size, with moments, buckets and the margin held, confirms it on every rank; if
-       it fails on one, the next divisor is tried.
+       ``fixed`` includes gradients, and what these passes do not allocate: AdamW's two moments and DDP's buckets, three
+       times the trained parameters (ranks that replay a CUDA graph have no buckets and need less). Over all ranks, the
+       least ``free`` and the largest ``fixed`` and ``per_image`` count.
+    3. A pass over a micro-batch of that size, with moments, buckets and margin allocated, confirms the choice on every
+       rank. If it fails on one, the next divisor is tried.
 
-The count is written into RUN/recipe.json before the first step, with the number of ranks that it was chosen for. Each
-start on as many ranks takes it from there, so the weights follow from the recipe as if it had been given by hand. A
-start on another number of ranks chooses again: a rank then has other lanes, and its gradients are summed in another
-order anyway.
+The count is written into RUN/recipe.json before the first step, with the number of ranks that it was chosen for. Later
+starts on as many ranks use it, so it is part of the recipe as if it had been given. A start on another number of ranks
+chooses again: its ranks have other lanes, so their gradients are summed in another order anyway.
 
-The passes draw no random number of torch's, leave no gradient, no optimizer state and no memory behind.
+The passes draw no random numbers of torch, and leave no gradient, optimizer state or memory behind.
 """
 
 from __future__ import annotations
@@ -33,45 +31,44 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.data import plan
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.step import Teachers
 from cfmask.training.passes import Inputs, Passes
 
 logger = logging.getLogger(__name__)
 
 MARGIN = 0.08
-"""Share of the free memory that is left alone: the caching allocator's fragments, kernels that are loaded later, and
-an NCCL that opens more channels."""
+"""Share of the free memory that is kept free: for fragments of the caching allocator, kernels that are loaded later,
+and further channels of NCCL."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a step needs of a GPU, in bytes.
-
-    free: what this process may still allocate.
-    fixed: what a step takes whatever the size of its micro-batches.
-    per_image: what each image of a micro-batch adds.
-    """
+    """Memory of a GPU, in bytes."""
 
     free: float
+    """What this process may still allocate."""
     fixed: float
+    """What a step needs independently of the size of its micro-batches."""
     per_image: float
+    """What each image of a micro-batch adds."""
 
 
 def fewest_micro_batches(need: Footprint, lanes: int, lane_size: int) -> int:
     """The smallest number of micro-batches that fits: a divisor of ``lanes``, because micro-batches are whole lanes.
 
     Args:
-        lanes: of a rank. lane_size: images of a lane in a step.
+        lanes: number of lanes of a rank.
+        lane_size: images of a lane in a step.
 
     Returns:
-        If none fits by this reckoning, ``lanes``: the smallest micro-batches that there can be.
+        ``lanes``, which gives the smallest micro-batches, if no number fits by this estimate.
     """
     room = (1 - MARGIN) * need.free
     for count in plan.divisors(lanes):
@@ -90,16 +87,16 @@ def choose_micro_batches(
     *,
     tower: bool,
 ) -> Recipe:
-    """The recipe with a number of micro-batches; every rank has to call it, before the first step.
+    """The recipe with its number of micro-batches. Every rank has to call it, before the first step.
 
-    One that was given, or chosen for as many ranks, stays. Else one is chosen and written into the run folder. On CPUs
-    it is 1.
+    A number that was given, or that was chosen for as many ranks, is kept. Otherwise one is chosen and written into the
+    run folder; on CPUs it is 1.
 
     Args:
         tower: whether any phase of the run trains the tower.
 
     Raises:
-        UserError: on all ranks: one lane is too much for a GPU, or the run folder cannot be written.
+        UserError: a lane does not fit into the memory of a GPU, or the run folder cannot be written; on all ranks.
     """
     recipe = _recipe_of_rank_0(recipe)
     if not recipe.optim.is_open_for(context.world_size):
@@ -121,7 +118,7 @@ def choose_micro_batches(
             failure = [f"{run.root} cannot be written: {error.strerror}."]
         images = lanes // count * plan.samples_per_lane(optim.batch_size, optim.lanes)
         logger.info(f"micro-batches: {count}, of {images} images on each of {context.world_size} ranks")
-    # No rank takes a step before the choice is where the next start will look for it.
+    # No rank takes a step before the choice is recorded.
     dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise UserError(failure[0])
@@ -129,8 +126,8 @@ def choose_micro_batches(
 
 
 def _recipe_of_rank_0(recipe: Recipe) -> Recipe:
-    """Each rank has read the run folder's recipe for itself, and on NFS one may have read it as it was before an
-    earlier start recorded its choice."""
+    """The recipe with rank 0's choice: on NFS, another rank may have read recipe.json as it was before the choice of an
+    earlier start was recorded."""
     choice = [(recipe.optim.micro_batches, recipe.optim.micro_batches_for)]
     dist.broadcast_object_list(choice)
     [(count, ranks)] = choice
@@ -147,13 +144,12 @@ def explained_out_of_memory(context: DistributedContext) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        said = " ".join(str(error).split())
+        details = " ".join(str(error).split())
         raise UserError(
-            f"Rank {context.rank} of {context.world_size} ran out of memory on {context.device}. Use more "
-            "--micro-batches (auto chooses as many as are needed) or --activation-checkpointing, in a run folder of "
-            "its own: both belong to a run's recipe. Or resume this run on more GPUs: submit.py --resume RUN "
-            "--gpus-per-node N. "
-            f"PyTorch says: {said}"
+            f"Rank {context.rank} of {context.world_size} ran out of memory on {context.device}. Start a new run with "
+            "more --micro-batches (auto chooses as many as are needed) or with --activation-checkpointing; both are "
+            "part of a run's recipe. Or resume this run on more GPUs: submit.py --resume RUN --gpus-per-node N. "
+            f"PyTorch's error: {details}"
         ) from error
 
 
@@ -169,16 +165,15 @@ def trial_on(
     *,
     tower: bool,
 ) -> Trial | None:
-    """None where nothing is measured: on CPUs, whose free memory other processes and the page cache share."""
+    """None on CPUs, whose free memory is shared with other processes and the page cache."""
     return Trial(recipe, model, teachers, normalise, tower=tower) if device.type == "cuda" else None
 
 
 class Trial:
-    """Passes over synthetic images on this rank's GPU, and what they took of its memory.
+    """Passes over synthetic images on this rank's GPU, whose memory is measured.
 
-    Compiled blocks run uncompiled here, which takes no less memory: to compile for sizes that never come again costs a
-    minute, and turns the batch into a dynamic dimension.
-    """
+    Compiled blocks run uncompiled here, which needs at least as much memory. Compiling them for these sizes would take
+    a minute, and would make the batch a dynamic dimension."""
 
     def __init__(
         self, recipe: Recipe, model: Classifier, teachers: Teachers, normalise: Normalise, *, tower: bool
@@ -189,8 +184,8 @@ class Trial:
         self.lane_size = plan.samples_per_lane(recipe.optim.batch_size, recipe.optim.lanes)
 
     def footprint(self) -> Footprint:
-        """Measured with one lane and two. ``per_image`` is infinite if one of these is too much."""
-        self.fits(1)  # loads kernels and makes workspaces, which stay
+        """Measured with one lane and with two. ``per_image`` is infinite if two do not fit."""
+        self.fits(1)  # loads kernels and allocates workspaces, which stay
         one, two = self._peak(1), self._peak(2)
         per_image = max(0.0, two - one) / self.lane_size if math.isfinite(two) else math.inf
         of_a_pass = one - per_image * self.lane_size if math.isfinite(per_image) else one
@@ -200,7 +195,7 @@ class Trial:
         """Whether a pass over so many lanes ends without an out-of-memory error.
 
         Args:
-            with_step: hold what else a step needs meanwhile, and the margin.
+            with_step: allocate the rest of what a step needs, and the margin, during the pass.
         """
         held = int(self._unseen_bytes() + MARGIN * self._free()) if with_step else 0
         fitted = True
@@ -210,12 +205,12 @@ class Trial:
             del ballast
         except torch.OutOfMemoryError:
             fitted = False
-        # After the handler: the error's traceback holds the pass's tensors.
+        # Not in the handler: the traceback of the error holds the tensors of the pass.
         self._give_back()
         return fitted
 
     def run(self, lanes: int) -> None:
-        """A pass over so many lanes, from which nothing is left."""
+        """A pass over so many lanes, which leaves nothing behind."""
         n, size, device = lanes * self.lane_size, self._model.image_size, self._device
         objects = None
         if self._recipe.data.segmentation is not None:
@@ -232,7 +227,7 @@ class Trial:
 
     @contextlib.contextmanager
     def _as_in_training(self) -> Iterator[None]:
-        """The model as in the phase that trains the most, its gradients there, as from the second micro-batch on."""
+        """The model as in the phase that trains most, with gradients allocated, as from the second micro-batch on."""
         model = self._model
         parameters = list(model.parameters())
         required, compiled = [parameter.requires_grad for parameter in parameters], model.compiled
@@ -259,14 +254,14 @@ class Trial:
         return concat([draw(spec, self.lane_size, plan.lane_generator(0, 0, 0, lane)) for lane in range(lanes)])
 
     def _unseen_bytes(self) -> int:
-        """What a step holds that a pass does not: AdamW's two moments, and DDP's buckets, which mirror gradients."""
+        """What a step allocates beyond its passes: AdamW's two moments, and DDP's buckets, which mirror gradients."""
         trained = self._model.parameters() if self._tower else self._model.head.parameters()
         return 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
-    # The rest asks CUDA.
+    # The methods below call CUDA.
 
     def _peak(self, lanes: int) -> float:
-        """Bytes that a pass takes at its worst moment; inf if there are not as many."""
+        """Peak bytes of a pass; inf if it does not fit."""
         torch.cuda.reset_peak_memory_stats(self._device)
         before = torch.cuda.memory_allocated(self._device)
         if not self.fits(lanes):
@@ -287,17 +282,17 @@ class Trial:
         torch.cuda.empty_cache()
 
     def forget(self) -> None:
-        """Leave no trace in the statistics of the GPU's memory either."""
+        """Reset the statistics of the GPU's memory."""
         torch.cuda.reset_peak_memory_stats(self._device)
 
 
 def _measured(trial: Trial, lanes: int, context: DistributedContext) -> int:
-    """The number that fits on all ranks: reckoned, then tried.
+    """The number that fits on all ranks: estimated, then confirmed.
 
     Raises:
-        UserError: on all ranks: not even one lane at a time fits.
+        UserError: a single lane does not fit; on all ranks.
     """
-    _worst([0.0], context)  # NCCL's buffers are there before free memory is measured
+    _worst([0.0], context)  # NCCL allocates its buffers before free memory is measured
     own = trial.footprint()
     less_free, fixed, per_image = _worst([-own.free, own.fixed, own.per_image], context)
     need = Footprint(-less_free, fixed, per_image)
@@ -314,9 +309,9 @@ def _measured(trial: Trial, lanes: int, context: DistributedContext) -> int:
                 )
             return count
     raise UserError(
-        f"--micro-batches auto: a single lane of {trial.lane_size} images does not fit the GPU with the least free "
-        f"memory of {context.world_size} ({need.free / 1e9:.1f} GB free). Use more --lanes, which makes them smaller, "
-        "or --activation-checkpointing."
+        f"--micro-batches auto: a single lane of {trial.lane_size} images does not fit into the memory of the GPU with "
+        f"the least free memory of {context.world_size} ({need.free / 1e9:.1f} GB). Use more --lanes, which makes each "
+        "smaller, or --activation-checkpointing."
     )
 
 

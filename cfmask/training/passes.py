@@ -1,20 +1,20 @@
 """The passes of a micro-batch, forward and backward: launched operator by operator, or replayed as a CUDA graph.
 
-A step launches some two thousand kernels. Where a GPU has few images each kernel is over before the host has launched
-the next, and most of the GPU's time is waiting. A CUDA graph is captured once and launched as a whole: the same kernels
-on the same shapes in the same order, and so the same bits on a rank.
+A step launches about two thousand kernels. With few images on a GPU, each kernel ends before the host has launched the
+next one, and the GPU mostly waits. A CUDA graph is captured once and launched as a whole. It has the same kernels on
+the same shapes in the same order, so the results of a rank are bitwise identical.
 
-In the graph: everything of ``step.training_step``, with gradients added to one flat buffer. Outside: copying the batch
-into the graph's inputs, the average of gradients over ranks, clipping and AdamW. The average is one all-reduce of the
-buffer after the last micro-batch. DDP's would overlap the backward pass, in buckets; so over three ranks or more its
-sums may differ in the last bit.
+The graph contains ``step.training_step``, with gradients added to one flat buffer. Outside of it are the copy of the
+batch into the graph's inputs, the averaging of gradients over ranks, clipping and AdamW. Gradients are averaged by one
+all-reduce of the buffer after the last micro-batch. DDP would do it in buckets during the backward pass, so with three
+or more ranks the sums may differ from DDP's in the last bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cfmask.data.stream import MicroBatch
 from cfmask.masking.fills import Draws
+from cfmask.masking.tensors import TensorFields
 from cfmask.masking.validation import Coverage
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
@@ -32,29 +33,20 @@ from cfmask.step import Metrics, Teachers, training_step
 from cfmask.training.ddp import data_parallel
 from cfmask.training.step_clock import StepClock
 
+logger = logging.getLogger(__name__)
+
 GRAPHED_IMAGES = 128
 """The largest micro-batch on a GPU, in images, that ``--cuda-graphs auto`` captures. Times: docs/benchmarks.md."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
-    """What a micro-batch's passes read, all on one device: see ``data.stream.Batch``."""
+class Inputs(TensorFields):
+    """The tensors that the passes of a micro-batch read, all on one device (``data.stream.MicroBatch``)."""
 
     images: Tensor
     labels: Tensor
     draws: Draws
     objects: Coverage | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """``function`` applied to each tensor."""
-        objects = None if self.objects is None else self.objects.map(function)
-        return Inputs(function(self.images), function(self.labels), self.draws.map(function), objects)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return found
 
 
 def inputs_of(batch: MicroBatch) -> Inputs:
@@ -62,11 +54,11 @@ def inputs_of(batch: MicroBatch) -> Inputs:
 
 
 class Passes:
-    """A micro-batch's passes, operator by operator.
+    """The passes of a micro-batch, launched operator by operator.
 
     Args:
         student: a Classifier, or DDP around one; parameters that need no gradient are not trained.
-        clock: is told where this rank may begin to wait for others.
+        clock: ends its measurement where this rank may begin to wait for others.
     """
 
     def __init__(
@@ -84,7 +76,7 @@ class Passes:
             student.register_forward_hook(lambda *_: self._may_wait())
 
     def _may_wait(self) -> None:
-        """What follows may wait for other ranks."""
+        """Called before the first operation that may wait for other ranks."""
         if self._clock is not None:
             self._clock.end()
         beat(WAITING)
@@ -93,8 +85,8 @@ class Passes:
         """Add the micro-batch's gradients to the parameters' ``grad``.
 
         Args:
-            inputs: on the device or in pinned memory, from which they are copied without waiting.
-            last: of the step's micro-batches: gradients are averaged over ranks.
+            inputs: on the device, or in pinned memory, from which they are copied asynchronously.
+            last: whether this is the step's last micro-batch: gradients are then averaged over ranks.
         """
         return self._run(self._on_device(inputs), synchronise=last)
 
@@ -118,14 +110,13 @@ class Passes:
 
 
 class GraphedPasses(Passes):
-    """A micro-batch's passes as a CUDA graph, captured at the first call; all micro-batches have its shapes.
+    """The passes of a micro-batch as a CUDA graph, captured at the first call. All micro-batches must have its shapes.
 
-    Gradients lie in one buffer, and one all-reduce averages it over the ranks; there is no DDP. Where the capture fails
-    on any rank, all of them launch the same passes operator by operator, with the same bits, and ``report`` is told why
-    in one line.
+    Gradients lie in one buffer, which one all-reduce averages over the ranks; there is no DDP. If the capture fails on
+    any rank, all ranks launch the passes operator by operator, with bitwise identical results, and rank 0 reports why.
     """
 
-    _WARM_UP = 3  # passes before the capture: libraries are loaded, workspaces allocated and Triton kernels compiled
+    _WARM_UP = 3  # passes before the capture, which load libraries, allocate workspaces and compile Triton kernels
 
     def __init__(
         self,
@@ -135,7 +126,7 @@ class GraphedPasses(Passes):
         recipe: Recipe,
         clock: StepClock | None = None,
         *,
-        report: Callable[[str], None],
+        report: Callable[[str], None] = logger.warning,
     ) -> None:
         super().__init__(model, teachers, normalise, recipe, clock)
         self._report = report
@@ -143,7 +134,7 @@ class GraphedPasses(Passes):
         self._flat, self._gradients = flat_gradients(self._trained)
         self._captured: _Captured | None = None
         self._tried = False
-        self._between_steps = True  # whether the next micro-batch is a step's first
+        self._between_steps = True  # whether the next micro-batch is the first of a step
 
     def __call__(self, inputs: Inputs, *, last: bool) -> Metrics:
         if not self._tried:
@@ -167,7 +158,7 @@ class GraphedPasses(Passes):
             parameter.grad = gradient
 
     def _capture_on_all_ranks(self, inputs: Inputs) -> _Captured | None:
-        """The graph; None, on all ranks alike, if the capture fails on one."""
+        """The graph; None on all ranks if the capture fails on one."""
         why, captured = None, None
         try:
             captured = self._capture(inputs)
@@ -182,11 +173,12 @@ class GraphedPasses(Passes):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             first = next(reason for reason in failures if reason)
-            self._report(f"CUDA graphs: the step cannot be captured ({first}); it is launched operator by operator")
+            if _is_rank_0():
+                self._report(f"CUDA graphs: the step cannot be captured ({first}); it is launched operator by operator")
         return captured
 
     def _capture(self, inputs: Inputs) -> _Captured:
-        """Gradients of the passes before the capture are left in the buffer."""
+        """Leaves gradients of the warm-up passes in the buffer."""
         static = inputs.map(lambda tensor: tensor.to(self.device, copy=True))
         self._attach_gradients()
         aside = torch.cuda.Stream(self.device)
@@ -196,8 +188,8 @@ class GraphedPasses(Passes):
                 self._run(static, synchronise=False)
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # A failed capture does not restore the current stream; the outer context does. Loader threads continue to pin
-        # memory during the capture, which the default error mode forbids.
+        # A failed capture does not restore the current stream; the outer context does. Loader threads pin memory during
+        # the capture, which the default error mode forbids.
         with torch.cuda.stream(aside), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             metrics = self._run(static, synchronise=False)
         return _Captured(graph, static, metrics)
@@ -215,13 +207,13 @@ class _Captured:
         for there, here in zip(self.inputs.tensors(), inputs.tensors(), strict=True):
             there.copy_(here, non_blocking=True)
         self.graph.replay()
-        return self.metrics.map(torch.clone)  # the next replay writes into the graph's own
+        return self.metrics.map(torch.clone)  # the next replay overwrites the graph's own
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
-    """One buffer of zeros for the gradients of ``parameters``, all of one dtype and device, and each one's view of it.
+    """A buffer of zeros for the gradients of ``parameters``, which have one dtype and device, and its view for each.
 
-    Views begin at multiples of 64 elements: kernels read them in whole cache lines.
+    Views begin at multiples of 64 elements, so that kernels read whole cache lines.
     """
     places, end = [], 0
     for parameter in parameters:
@@ -233,7 +225,7 @@ def flat_gradients(parameters: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]
 
 
 def uses_graphs(recipe: Recipe, device: torch.device, world_size: int) -> bool:
-    """Whether a recipe's passes are captured, on one of ``world_size`` ranks."""
+    """Whether the passes of a recipe are captured as a CUDA graph."""
     if device.type != "cuda" or recipe.run.compile or recipe.run.cuda_graphs == "off":
         return False
     images = recipe.optim.batch_size // world_size // recipe.optim.num_micro_batches
@@ -248,19 +240,14 @@ def make_passes(
     world_size: int,
     clock: StepClock | None = None,
 ) -> Passes:
-    """The passes of a phase, whose parameters to train are those that require a gradient. Every rank has to call it.
-
-    Rank 0 prints one line if graphs were requested and cannot be used.
-    """
-    rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-    report = partial(print, flush=True) if rank_0 else _ignore
+    """The passes of a phase, which train the parameters that require a gradient. Every rank has to call it."""
     if uses_graphs(recipe, normalise.mean.device, world_size):
-        return GraphedPasses(model, teachers, normalise, recipe, clock, report=report)
-    if recipe.run.cuda_graphs == "on":  # not with --compile, which a recipe refuses
-        report("CUDA graphs: not used, because there is no GPU")
+        return GraphedPasses(model, teachers, normalise, recipe, clock)
+    if recipe.run.cuda_graphs == "on" and _is_rank_0():  # not with --compile, which a recipe refuses
+        logger.warning("CUDA graphs: not used, because there is no GPU")
     student = data_parallel(model, normalise.mean.device) if dist.is_initialized() else model
     return Passes(student, teachers, normalise, recipe, clock)
 
 
-def _ignore(line: str) -> None:
-    pass
+def _is_rank_0() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,5 +1,5 @@
-"""What a training run builds before its first step: data, models, the checkpoint that it resumes from, and the student
-and optimizer of each phase."""
+"""Set-up of a training run: data, models, the checkpoint to resume from, and the optimizer and batches of each
+phase."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cfmask import checkpoint, resume
-from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, Input
-from cfmask.checkpoint_state import found as found_checkpoints
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import Checkpoint, CheckpointDamaged, Input, list_checkpoints
+from cfmask.checkpoint.writer import CheckpointWriter, Keep, remove_checkpoint
 from cfmask.data.remote import node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import MicroBatch, train_batches
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
-from cfmask.files import digest_of_tensors
 from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, check_same_kind, load_model, read_info, save_model
 from cfmask.models.initial import initial_model
@@ -32,9 +30,11 @@ from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
-from cfmask.session import rank_0_first
+from cfmask.runtime.tensor_files import digest_of_tensors
+from cfmask.session import check_inputs, check_progress, rank_0_first
 from cfmask.step import Teachers
 from cfmask.urls import is_remote
 
@@ -42,10 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_training_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
-    """The training set, and the sets to evaluate on by name.
+    """The training set, and the evaluation sets by name.
 
-    Shards are not looked at: the launcher has done it once for all ranks, and a shard that is missing since then is
-    handled where its samples are read.
+    Shard files are not checked: the launcher has done so once for all ranks. A shard that is missing since then is
+    handled when its samples are read.
     """
     cache = node_cache(data.cache_dir, data.cache_gb) if is_remote(data.shards) else None
     sets = load_sets(data.shards, [data.train_split, *data.eval_sets], cache=cache, check_files=False)
@@ -53,7 +53,7 @@ def load_training_sets(data: Data) -> tuple[Manifest, dict[str, Manifest]]:
 
 
 def loader_workers(data: Data, context: DistributedContext) -> int:
-    """Threads that read and decode, as the recipe says or else by the cores of this rank."""
+    """Number of threads that read and decode: the recipe's, or by the cores of this rank."""
     return context.loader_workers if data.loader_workers is None else data.loader_workers
 
 
@@ -62,21 +62,23 @@ def loader_workers(data: Data, context: DistributedContext) -> int:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run, on the device. model: the student; normalise: for the pixels of all of them."""
+    """The models of a run, on the device."""
 
     model: Classifier
+    """The student."""
     info: ModelInfo
     normalise: Normalise
+    """For the input of all models."""
     teachers: Teachers
 
 
 def load_models(
     recipe: Recipe, run: RunFolder, manifest: Manifest, context: DistributedContext, store: dist.Store
 ) -> Models:
-    """The student as it is before step 0, and its teachers. Rank 0 makes their files at the run's first start.
+    """The student as it is before step 0, and its teachers. Rank 0 writes their files at the run's first start.
 
     Raises:
-        UserError: there are no such weights, or a model does not fit the training set or the others.
+        UserError: missing weights, or a model that does not fit the training set or the other models.
     """
     rank_0_first(store, context, "the initial model", lambda: _write_initial_models(recipe, run, manifest, context))
     model, info = patiently(lambda: load_model(run.initial), str(run.initial))
@@ -96,12 +98,12 @@ def load_models(
 
 
 def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, context: DistributedContext) -> None:
-    """RUN/initial.safetensors, and RUN/ensemble.safetensors if there is one, unless they exist.
+    """Write RUN/initial.safetensors, and RUN/ensemble.safetensors if the method needs it, unless they exist.
 
     Raises:
-        UserError: they cannot be made, or are gone from a run that has had them.
+        UserError: they cannot be made, or a run that has started with them has lost them.
     """
-    if not _is_there(run, run.initial):
+    if not _exists(run, run.initial):
         model, info = initial_model(
             recipe.model.name,
             recipe.model.pretrained,
@@ -112,14 +114,14 @@ def _write_initial_models(recipe: Recipe, run: RunFolder, manifest: Manifest, co
             std=recipe.model.std,
         )
         save_model(run.initial, model, info)
-    if recipe.method.ensemble is not None and not _is_there(run, run.ensemble):
+    if recipe.method.ensemble is not None and not _exists(run, run.ensemble):
         model, info = load_model(find_model(recipe.method.ensemble))
         check_same_kind(info, read_info(run.initial), recipe.method.ensemble)
         save_model(run.ensemble, model, info)
 
 
-def _is_there(run: RunFolder, path: Path) -> bool:
-    """Whether a model file of a run is there. Raises UserError if it is gone: the run would go on with another."""
+def _exists(run: RunFolder, path: Path) -> bool:
+    """Whether a model file of a run exists. Raises UserError if a run that has started with it has lost it."""
 
     def look() -> bool:
         try:
@@ -132,13 +134,13 @@ def _is_there(run: RunFolder, path: Path) -> bool:
         return True
     where = str(run.root)
     begins_again = patiently(run.step_0_allowed, where) and not patiently(
-        lambda: found_checkpoints(run.checkpoints), where
+        lambda: list_checkpoints(run.checkpoints), where
     )
     if patiently(run.has_started, where) and not begins_again:
         raise UserError(
-            f"{path} is missing, and {run.root} has started with it before. If a file system is not mounted, mount it "
-            f"and start again; if the file was moved or deleted, bring it back. Without it and without checkpoints the "
-            f"run can begin again at step 0: python launch/submit.py --resume {run.root} --from-step-0"
+            f"{path} is missing, and {run.root} has started with it before. If its file system is not mounted, mount "
+            "it and start again. If the file was moved or deleted, restore it. If it is lost, and there are no "
+            f"checkpoints, the run can begin again at step 0: python launch/submit.py --resume {run.root} --from-step-0"
         )
     return False
 
@@ -147,7 +149,7 @@ def _is_there(run: RunFolder, path: Path) -> bool:
 
 
 def inputs_of(recipe: Recipe, run: RunFolder) -> dict[str, Input]:
-    """What decides the weights beside the training set, by name: settings, and digests of the models' files.
+    """Everything beside the training set that decides the weights, by name: settings, and digests of model files.
 
     Raises:
         StorageUnavailable: a file cannot be read.
@@ -167,21 +169,22 @@ def agree_on_checkpoint(
     *,
     is_main_process: bool,
 ) -> tuple[Checkpoint | None, Mapping[str, Input]]:
-    """The checkpoint to resume from, chosen and verified by rank 0, the same on every rank; None to begin at step 0.
-    And what the next ones are made from (``inputs_of``).
+    """The checkpoint to resume from, or None to begin at step 0; and the inputs of the run (``inputs_of``). Rank 0
+    chooses and verifies it for all ranks.
 
-    Raises, on all ranks:
-        UserError: it is of another training set, other settings or models, or beyond ``total_steps``; files could not
-            be read; or there is none, and the run has come further (``resume.check_progress``).
+    Raises:
+        UserError: on all ranks. The checkpoint is of another training set, other settings or models, or beyond
+            ``total_steps``; files could not be read; or there is none although the run has made progress
+            (``resume.check_progress``).
     """
     choice: list[Any] = [None, {}, None]
     if is_main_process:
         try:
             choice[0] = resume.latest(run.checkpoints, report=lambda text: logger.warning(f"{text}"))
-            resume.check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
+            check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
             choice[1] = inputs_of(recipe, run)
             if choice[0] is not None:
-                resume.check_inputs(run, choice[0], choice[1])
+                check_inputs(run, choice[0], choice[1])
         except UserError as error:
             choice[2] = str(error)
     dist.broadcast_object_list(choice)
@@ -194,7 +197,7 @@ def agree_on_checkpoint(
     if found.dataset != manifest.digest:
         raise UserError(
             f"{run.root} was begun with another training set than {manifest.root} is now (digest {found.dataset}, "
-            f"now {manifest.digest}): its order would not be the same. Bring the set back, or begin a new run."
+            f"now {manifest.digest}), so the order of samples would change. Restore the set, or begin a new run."
         )
     if found.step > total_steps:
         raise UserError(f"{run.root} has a checkpoint of step {found.step}, beyond the recipe's {total_steps} steps.")
@@ -202,9 +205,9 @@ def agree_on_checkpoint(
 
 
 def begin_history(run: RunFolder, step: int, store: dist.Store, context: DistributedContext) -> None:
-    """Drop what an earlier start has logged beyond the checkpoint of ``step``, once every rank has restored it: a start
-    that fails before has changed nothing. A run that begins again at step 0 loses its damaged checkpoints too: they
-    would count as progress at its next start.
+    """Remove what an earlier start has logged beyond the checkpoint of ``step``. It waits until every rank has restored
+    the checkpoint, so that a start that fails earlier changes nothing. A run that begins again at step 0 also loses its
+    damaged checkpoints, which would count as progress at its next start.
 
     Raises:
         UserError, OSError: the files cannot be changed; on all ranks.
@@ -221,29 +224,29 @@ def begin_history(run: RunFolder, step: int, store: dist.Store, context: Distrib
 
 
 def _remove_damaged_checkpoints(run: RunFolder) -> None:
-    for path in found_checkpoints(run.checkpoints):
+    for path in list_checkpoints(run.checkpoints):
         try:
             resume.verified(path)
         except CheckpointDamaged:
-            checkpoint.remove(path)
+            remove_checkpoint(path)
         else:
             raise UserError(
-                f"{path} is whole, and was not there when this start looked for a checkpoint: a file system may have "
-                "been mounted since. Start again: the run resumes from it."
+                f"The checkpoint {path} is undamaged, but was missing when this start looked for one: its file system "
+                "may have been mounted since. Start the run again to resume from it."
             )
 
 
 def checkpoint_writer(
     recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: Checkpoint | None
-) -> checkpoint.Writer:
-    """Writes the checkpoints of a run that resumes from ``found``; keeps those that the recipe says."""
+) -> CheckpointWriter:
+    """The writer of the checkpoints of a run that resumes from ``found``."""
     settings = recipe.run
-    keep = checkpoint.Keep(
+    keep = Keep(
         last=settings.keep_checkpoints,
         epoch_steps=epoch_steps if settings.keep_epochs else None,
         best_on=settings.best_on,
     )
-    return checkpoint.Writer(
+    return CheckpointWriter(
         run.checkpoints,
         keep,
         info,
@@ -257,8 +260,8 @@ def checkpoint_writer(
 
 
 def begin_phase(phase: Phase, model: Classifier, settings: Optim, found: Checkpoint | None) -> torch.optim.AdamW:
-    """The optimizer of what a phase trains, with the moments of ``found`` if that is a checkpoint from within the
-    phase. From here on the model's other parameters require no gradient."""
+    """The optimizer of a phase, with the moments of ``found`` if that checkpoint lies within the phase. Parameters that
+    the phase does not train no longer require a gradient."""
     model.visual.requires_grad_(phase.tower)
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], phase, settings)
     if found is not None and found.step > phase.start:
@@ -275,7 +278,7 @@ def epochs(
     epoch_steps: int,
     objects: ObjectReader | None,
 ) -> Iterator[tuple[Iterator[MicroBatch], int]]:
-    """Each epoch from ``step`` on: its batches, from where the run stands, and its number from 0."""
+    """For each epoch from ``step`` on: its batches (of the first epoch, those that are left) and its number from 0."""
     settings, draw_spec = recipe.optim, DrawSpec.of(recipe.method, model.patches)
     first, start = divmod(step, epoch_steps)
     for epoch in range(first, settings.total_epochs):

@@ -1,10 +1,9 @@
-"""How long a rank works at a step by itself, without the time in which it waits for the others: a straggler is seen.
+"""The duration of a step on one rank, without its waits for other ranks. It shows which rank is slow.
 
-All ranks end a step together, so its time says nothing about a rank. What is measured begins where the step before has
-ended, with the wait for data, and ends where the first gradients could be exchanged: before the last backward pass
-under DDP, before the all-reduce where the passes are a CUDA graph. On a GPU two events are recorded on the compute
-stream and read when they have passed; nobody waits for them.
-"""
+All ranks end a step together, so the step's whole duration does not tell them apart. The measurement begins at the end
+of the previous step and includes the wait for data. It ends where gradients could first be exchanged: before the last
+backward pass under DDP, before the all-reduce with a CUDA graph. On a GPU, two events are recorded on the compute
+stream and read once they have passed; the host does not wait for them."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ import torch
 
 
 class StepClock:
-    """Of one rank. ``begin`` and ``end`` once a step or more: the last ``end`` of a step counts."""
+    """Measures the steps of one rank. ``end`` may be called several times in a step; the last call counts."""
 
     def __init__(self, device: torch.device) -> None:
         self._gpu = device.type == "cuda"
@@ -25,16 +24,16 @@ class StepClock:
         self._seconds, self._steps = 0.0, 0
 
     def begin(self) -> None:
-        """A step begins; the one before is over."""
+        """Begin a step, and finish the previous one."""
         self._take()
         self._began, self._ended = self._now(), None
 
     def end(self) -> None:
-        """From here on this rank may wait for others."""
+        """Mark the point from which this rank may wait for others."""
         self._ended = self._now()
 
     def mean(self) -> float:
-        """Seconds a step, over those that have passed since the last call; 0 if there is none."""
+        """Mean seconds of the steps that have ended since the last call; 0 if there are none."""
         while self._passing and self._passing[0][1].query():
             began, ended = self._passing.popleft()
             self._add(began.elapsed_time(ended) / 1000)

@@ -1,7 +1,9 @@
-"""The training loop: one process of a job. Builds everything from a Recipe and a run folder, and trains.
+"""The training loop of one rank. Builds everything from a Recipe and a run folder, and trains.
 
-After an interruption the next start of the same job resumes from the last checkpoint, and ends with weights that are
-bitwise identical to those of a run that was not interrupted.
+After an interruption, the next start resumes from the last checkpoint. Its final weights are bitwise identical to those
+of an uninterrupted run.
+
+``_train`` is longer than other functions, so that the loop reads from top to bottom.
 """
 
 from __future__ import annotations
@@ -14,25 +16,25 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
-from cfmask import resume
-from cfmask.agreement import check_agreement
-from cfmask.checkpoint_state import CheckpointState, Skips
-from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import CheckpointState, Skips
+from cfmask.checkpoint.writer import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.counting import Score, top1
 from cfmask.data.label_space import LabelSpace, label_space_of
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import DistributedContext
-from cfmask.files import write_atomically
-from cfmask.logs import MetricLogger
+from cfmask.metric_logger import MetricLogger
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, lr_and_betas, phases, take_step
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.agreement import check_agreement
+from cfmask.runtime.distributed import DistributedContext
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
 from cfmask.session import (
@@ -71,24 +73,23 @@ def train(
     failing: FailureCallback = lambda error: None,
     seconds_left: SecondsLeft = lambda: 0.0,
 ) -> str:
-    """Train until the recipe is fulfilled or a stop is asked for.
+    """Train until all steps are done or a stop is requested.
 
     Args:
-        stop_request: called at every step on every rank; returns REQUEUE, QUIT or None. One rank's request
-            stops them all, at the same step boundary, after a checkpoint.
-        failing: told of an error before anything is closed: a checkpoint that is being written is waited for then.
-        seconds_left: how long ranks may stay after a stop was asked for; asked on rank 0. A checkpoint that cannot be
-            written is tried again until then. If that fails too, the run stops as it was asked to, with its earlier
-            checkpoints.
+        stop_request: called at every step on every rank; returns REQUEUE, QUIT or None. The request of one rank stops
+            all ranks at the same step boundary, after a checkpoint.
+        failing: called with an error before anything is closed: closing waits for a checkpoint that is being written.
+        seconds_left: called on rank 0 after a stop was requested; returns how long ranks may still run. Writing the
+            checkpoint is retried until then. If it fails, the run stops with its earlier checkpoints.
 
     Returns:
         FINISHED, REQUEUE or QUIT.
 
     Raises:
         UserError: bad settings or data, too many samples that cannot be read (on all ranks, after a checkpoint),
-            another job on the folder, a final checkpoint that cannot be written, a GPU's memory that does not suffice.
-        FloatingPointError: more steps in a row than the recipe allows had a loss or gradients that are not finite, or
-            all steps of an epoch or a phase (on all ranks). The last checkpoint stays.
+            another job in the folder, a final checkpoint that cannot be written, or too little memory on a GPU.
+        FloatingPointError: the loss or gradients were not finite in more successive steps than the recipe allows, or in
+            all steps of an epoch or a phase (on all ranks). The last checkpoint is kept.
     """
     choose_arithmetic(recipe.run.precision, deterministic=recipe.run.deterministic)
     with session(run, context, failing) as (store, stack), explained_out_of_memory(context):
@@ -180,8 +181,8 @@ def _train(
             reducer.send(step)
             beat(WAITING, step)
 
-            # The step before this one: it is over, or nearly, while the device has this one to do. All ranks read the
-            # same. The steps up to here are waited for where a checkpoint or an evaluation needs them.
+            # Read the previous step, which is over or nearly so, while the device computes this one. All ranks read the
+            # same values. This step is waited for only if a checkpoint or an evaluation needs it.
             results = [StepResult.of(reduced) for reduced in reducer.receive(before=step)]
             epoch_end = step % epoch_steps == 0
             due = epoch_end or step % recipe.run.checkpoint_steps == 0
@@ -206,12 +207,12 @@ def _train(
                     study_log.add_step(result)
             if any(r.skipped for r in results):
                 reports.write_skipped_steps()
-                # A phase whose last epoch has changed no weight has not trained what it was to train.
+                # A phase whose last epoch has changed no weight is not finished.
                 untrained = step == phase.end and skips.in_a_row >= epoch_steps
                 if untrained or skips.in_a_row > settings.max_skipped_steps:
                     wait_for_checkpoint(writer)
                     raise too_many_skipped_steps(skips, results[-1].step, epoch_steps, recipe, run)
-            # Judged only when there are new ones: a set that was repaired is trained on, whatever its epoch has seen.
+            # Checked only if there are new ones, so that a run resumes on a set that was repaired during its epoch.
             too_many_bad = False
             if any(r.bad for r in results):
                 reports.write_bad_samples()
@@ -229,7 +230,7 @@ def _train(
                 metric_logger.flush()
                 if study_log is not None:
                     study_log.flush()
-                # The end of an epoch of lp-ft that trains the head alone is no candidate for the best checkpoint.
+                # The checkpoints of LP-FT's first phase are no candidates for the best checkpoint.
                 candidate = epoch_end and phase == schedule[-1]
                 top1s = {name: score.top1 for name, score in scores.items()} if candidate else {}
                 writer.start(CheckpointState(step, manifest.digest, consumed, skips, top1s, inputs), model, optimizer)
@@ -241,7 +242,7 @@ def _train(
                     logger.info(f"asked to stop ({stop}) at step {step}")
                 not_written = insist_on_checkpoint(writer, seconds_left)
                 if step < total_steps or not_written is not None:
-                    # Earlier checkpoints are intact: whether the run comes back is not for this failure to decide.
+                    # If the checkpoint failed, earlier ones are intact: the run stops as requested.
                     if is_main_process:
                         why = f"stopped at step {step} ({stop})"
                         run.end_attempt(why if not_written is None else f"{why}, without a checkpoint: {not_written}")
@@ -266,7 +267,7 @@ def _train(
         )
         run.end_attempt(FINISHED)
         if skips.in_a_row:
-            logger.warning(f"the last {skips.in_a_row} steps were left out: the weights are those before them")
+            logger.warning(f"the last {skips.in_a_row} steps were skipped: the weights are those before them")
         logger.info(f"finished at step {step}: {run.final}")
     return FINISHED
 
@@ -279,15 +280,15 @@ def _evaluate(
     recipe: Recipe,
     context: DistributedContext,
 ) -> dict[str, Score]:
-    """Top-1 on each set, over all ranks. Draws no random number, so training is not changed by it. Waits for the device
-    once a set, where its counts are read."""
+    """Top-1 on each set, over all ranks. Draws no random number, so it does not change training. Waits for the device
+    once for each set."""
     scores = {}
     restart_steps()
     for name, manifest in sets.items():
         batches = eval_batches(
             manifest,
             image_size=model.image_size,
-            # Of any rank, twice the least that it trains on at a time: there are no gradients to keep.
+            # Twice the smallest micro-batch of training: there are no gradients to keep.
             batch_size=2 * recipe.optim.batch_size // recipe.optim.lanes,
             rank=context.rank,
             world_size=context.world_size,

@@ -33,9 +33,9 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from cfmask.errors import UserError
-from cfmask.files import sole_writer, sync
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.files import sole_writer, sync
 from cfmask.runtime.pool import ignore
 from launch.allocation.resolve import warn_of_paths_outside
 from launch.arrays.arguments import Array

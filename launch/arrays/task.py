@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.output import escape_unencodable_output
 from cfmask.runtime.pool import map_in_processes
 from cfmask.secrets import mask_secrets

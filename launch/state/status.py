@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cfmask.stragglers import straggler_of
+from cfmask.log_lines import straggler_of
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.states import base_and_flags, is_completing, is_pending
 from launch.state import ends

@@ -175,8 +175,8 @@ def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> Non
 def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
     import torch
 
-    from cfmask.distributed import DistributedContext
     from cfmask.evaluation.worker import run_evaluation
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import FINISHED, QUIT
 
     with ending_signals() as received:

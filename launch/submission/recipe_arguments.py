@@ -9,8 +9,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cfmask import recipe as recipes
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def _number_or(names: Sequence[str]) -> Callable[[str], int | str]:
 
 
 def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(kind, vars(recipes))
+    hints = typing.get_type_hints(kind)
     given = [setting for setting in dataclasses.fields(kind) if not setting.metadata["recorded"]]
     return [(setting, hints[setting.name]) for setting in given]
 

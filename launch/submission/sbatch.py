@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
 from launch.restarts.batch_script_end import batch_script_end

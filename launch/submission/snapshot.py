@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import sync, write_atomically
+from cfmask.runtime.files import sync, write_atomically
 from launch.ranks.start import FOLDERS, code_files, digest_of
 
 REPO = Path(__file__).resolve().parents[2]

@@ -21,7 +21,8 @@ from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
 from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets

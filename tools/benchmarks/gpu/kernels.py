@@ -99,7 +99,7 @@ def elementwise(setting: Setting) -> Iterator[Check]:
         for dtype in (torch.bfloat16, torch.float32):
             inputs = elementwise_inputs(setting.device, *small, dtype)
             right = function(*(tensor.double() for tensor in inputs))
-            runs = fused.fused_path(inputs[0])
+            runs = fused.usable(inputs[0])
             timed: dict[str, Any] = {}
             if setting.device == "cuda" and dtype == torch.bfloat16:
                 big = elementwise_inputs(setting.device, 256, 197, 768, dtype)
@@ -137,7 +137,7 @@ def _add_norm(x: Tensor, branch: Tensor, cotangent: Tensor, weight: Tensor, bias
 
 def _quick_gelu(x: Tensor, branch: Tensor, cotangent: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     x, bias = (t.detach().requires_grad_() for t in (x, bias))
-    out = fused.bias_quick_gelu(fused.Branch(x, bias) if fused.fused_path(x) else fused.Branch(x + bias.to(x.dtype)))
+    out = fused.bias_quick_gelu(fused.Branch(x, bias) if fused.usable(x) else fused.Branch(x + bias.to(x.dtype)))
     out.backward(cotangent)
     return torch.cat([out.detach().flatten(), x.grad.flatten()])  # type: ignore[union-attr]
 
