@@ -166,8 +166,7 @@ def test_objectnet_is_labelled_by_its_own_mapping(tmp_path, capsys):
     for n, source in enumerate(sources):
         assert convert("objectnet", source, tmp_path / str(n)) == 0
         assert (
-            "Stay out (in a folder of ObjectNet that does not overlap with ImageNet): 3 files"
-            in capsys.readouterr().out
+            "Ignored (in a folder of ObjectNet that does not overlap with ImageNet): 3 files" in capsys.readouterr().out
         )
         manifest = load_manifest(tmp_path / str(n) / "objectnet")
         assert labels_of(manifest.root) == {f"{f}/{i}.png": ids[0] for f, ids in IDS.items() for i in range(3)}

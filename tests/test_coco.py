@@ -1,4 +1,4 @@
-"""COCO's panoptic format as it is distributed: JSON, PNGs of segment ids in a folder or zip, photographs."""
+"""COCO's panoptic format as distributed: JSON, PNGs of segment ids in a folder or zip, photographs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def copy(distributed, tmp_path) -> Path:
 
 
 def zipped(folder: Path, out: Path) -> Path:
-    """As COCO packs it: on a Mac."""
+    """Like COCO's archives, which were packed on a Mac."""
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.iterdir()):
             archive.write(path, f"{folder.name}/{path.name}")
@@ -139,7 +139,7 @@ def test_missing_pngs_are_reported_at_once(copy, tmp_path):
     with pytest.raises(UserError, match="no such file or folder: .*/nowhere"):
         open_masks(copy, tmp_path / "nowhere")
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(UserError, match="neither a folder nor a complete zip archive"):
+    with pytest.raises(UserError, match="cannot be read as a zip archive"):
         open_masks(copy, tmp_path / "cut.zip")
 
 
@@ -325,7 +325,7 @@ def test_photographs_come_once_for_each_category_with_their_masks(distributed, t
         assert torch.equal(sample.mask, crop_mask(torch.from_numpy(object_of(number, category)), 32))
 
 
-def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distributed, tmp_path):
+def test_names_in_the_annotations_may_have_folders_and_backslashes(copy, distributed, tmp_path):
     raw = json.loads(copy.read_text())
     for entry, folder in ((raw["images"], "val2017"), (raw["annotations"], "panoptic_val2017")):
         for image, spelling in zip(entry, (f"{folder}/", f"{folder}\\", f"./{folder}/", ""), strict=True):
@@ -383,7 +383,7 @@ def test_the_cam_is_that_of_the_categorys_most_probable_class(distributed):
     validation = Validation(["m"], [model], [method], info, found, {}, [0.3], device="cpu", batch_size=4)
     samples = list(found.samples(found.chunks[0].ids))
     with torch.no_grad():
-        model.head.bias[0] += 1e3  # what a photograph is not is not asked about
+        model.head.bias[0] += 1e3  # classes of other categories do not matter
         model.head.bias[3] += 500
     cam, classes = validation.relevance(model, method, samples)
     assert classes.tolist() == [3, 4, 3, 1]
@@ -407,7 +407,7 @@ def test_a_validation_on_the_photographs_ends_and_resumes(distributed, copy, tmp
     assert "the model's most probable class in the category" in capsys.readouterr().out
     assert (out / "sheet.png").exists()
     assert validate_masks.main(command(tmp_path, out, "--count", 0)) == 0  # nothing is left to do
-    save_ids(copy.with_suffix("") / file_name(139, "png"), 139)  # the same pixels, written anew
+    save_ids(copy.with_suffix("") / file_name(139, "png"), 139)  # the same pixels in a new file
     assert validate_masks.main(command(tmp_path, out, "--count", 0)) == 2
     assert "a validation of other images or masks" in capsys.readouterr().err
 
@@ -479,7 +479,7 @@ def test_a_mask_larger_than_any_image_is_refused_before_memory_is_allocated(tmp_
         open_masks(tmp_path).read("1", "", "dog")
 
 
-def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path):
+def test_a_tree_finds_files_by_the_end_of_their_path_and_its_digest_changes_with_them(tmp_path):
     folder = tmp_path / "a"
     for name in ("x/1.png", "y/1.png", "y/2.png", ".hidden/2.png", "._2.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -501,5 +501,5 @@ def test_a_damaged_entry_of_an_archive_is_named(tmp_path):
         archive.writestr("v/1.png", b"pixels")
     path.write_bytes(path.read_bytes().replace(b"pixels", b"pixelz"))
     tree = FileTree(path)
-    with pytest.raises(UserError, match="1.png in .*a.zip cannot be read .*Download it again"):
+    with pytest.raises(UserError, match="1.png in .*a.zip cannot be read: .*Download it again"):
         tree.read(tree.find("1.png"))

@@ -159,7 +159,7 @@ _RGBA = Image.fromarray(np.concatenate([RGB8, np.full((H, W, 1), 99, np.uint8)],
 
 PLANES = ((255, 0, 0, 9), (0, 255, 0, 8), (0, 0, 255, 7))  # of the palette, as TIFF stores it
 
-# Files, and the picture in RGB that they mean; None: what Pillow's convert says.
+# Files, and their pictures in RGB; None: the result of Pillow's convert.
 KINDS = {
     "1, PNG": (saved(_GREY.convert("1"), "PNG"), None),
     "1, TIFF, white is zero": (
@@ -247,7 +247,7 @@ def test_the_first_picture_of_a_jpeg_is_read():
     data = saved(_RGB, "MPO", save_all=True, append_images=[Image.new("RGB", (W, H))])
     assert np.array_equal(images.decode(data), images.decode(saved(_RGB, "JPEG")))
     assert images.inspect(data) == images.ImageInfo("jpg", W, H, ())
-    assert images.inspect(data[:-40] + b"junk").extension == "jpg"  # the first is whole
+    assert images.inspect(data[:-40] + b"junk").extension == "jpg"  # the first is complete
 
 
 def test_the_orientation_of_a_tiff_is_applied_and_reported():
@@ -331,7 +331,7 @@ def test_metadata_that_claims_the_same_bytes_many_times_is_not_read(monkeypatch)
     bomb = directory_bomb(500, 50_000)
     with pytest.raises(UserError, match="claim 25000000 bytes of metadata"):
         images.decode(bomb)
-    # In JPEG, PNG and WebP nothing reads the metadata but the orientation.
+    # Of the metadata of JPEG, PNG and WebP, only the orientation is read.
     monkeypatch.setattr(Image.Exif, "load", None)
     exif = b"Exif\0\0" + bomb
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif

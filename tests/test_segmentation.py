@@ -1,4 +1,4 @@
-"""Where masks are read from: PNGs, run-length JSONs, COCO's annotations; and that they stay on their images."""
+"""Masks from PNGs, run-length JSONs and COCO's annotations; they stay aligned with their images."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_invalid_runs_are_refused(counts, reason):
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (91, 64), (64, 64), (33, 32), (250, 333)])
 def test_a_mask_is_cropped_as_its_image_is(height, width):
-    """A mask's crop beside the bicubic crop of the same as an image: they part at edges alone, and none is shifted."""
+    """A mask's crop and the bicubic crop of the same picture differ only at edges, without a shift."""
     y, x = np.mgrid[:height, :width]
     mask = (np.hypot(y - 0.45 * height, x - 0.55 * width) < 0.3 * min(height, width)) | (x < width // 3)
     picture = torch.from_numpy(np.repeat(mask[None] * np.uint8(255), 3, 0))
@@ -124,7 +124,7 @@ def test_a_folder_of_pngs_and_run_length_files_is_read_by_key_folder_and_name(tm
         assert np.array_equal(masks.read(key, "", "dog"), mask)
     assert np.array_equal(masks.read("dog_pic_1", "dog/pic_1.jpg", "dog"), ~mask)
     assert np.array_equal(masks.read("cat_pic_1", "val/cat/pic_1.jpg", "cat"), mask)
-    assert masks.read("bird_pic_1", "bird/pic_1.jpg", "bird") is None  # the bare name is two files'
+    assert masks.read("bird_pic_1", "bird/pic_1.jpg", "bird") is None  # two files have this bare name
     assert masks.read("n1_d", "", "dog") is None
 
 

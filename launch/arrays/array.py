@@ -19,7 +19,6 @@ It is removed when all results have been read.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import pickle
@@ -28,15 +27,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.files import sole_writer, sync
 from cfmask.runtime.pool import ignore
+from cfmask.runtime.work import Item, Result, Work
 from launch.allocation.resolve import warn_of_paths_outside
 from launch.arrays.arguments import Array
 from launch.arrays.task import FINISHED, FUNCTION, ArrayTask
@@ -52,9 +51,6 @@ from launch.submission.sbatch import send, slurm_executor, write_environment
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 _LOOK_S, _ASK_S = 1.0, 5.0
 """Intervals of checks for results, and of queries to the queue."""
 _GONE = 2
@@ -62,27 +58,6 @@ _GONE = 2
 may be missing from one answer, and a shared file system may show the last result late."""
 _END_S = 30.0
 """Time for tasks to end by themselves after the last result."""
-
-
-@dataclass(frozen=True)
-class Work(Generic[Item, Result]):
-    """What an array does."""
-
-    kind: str
-    """Part of the array's name."""
-    identity: str
-    """What the results depend on; names the folder and the jobs, together with ``kind``."""
-    function: Callable[[Item], Result]
-    """Importable from a copy of cfmask/ and launch/."""
-    items: Sequence[Item]
-    keys: Sequence[str]
-    """A unique file name for each item."""
-    preload: tuple[str, ...] = ()
-    """See ``map_in_processes``."""
-
-    @property
-    def name(self) -> str:
-        return f"cfmask-{self.kind}-{hashlib.sha256(os.fsencode(self.identity)).hexdigest()[:12]}"
 
 
 def run_array(
