@@ -362,7 +362,7 @@ def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_mad
     made = sorted((tmp_path / "out" / "train").glob("*.tar"))
     before = [path.stat().st_ino for path in made]
     assert verify_shards.main([str(tmp_path / "out"), "--workers", "1"]) == 1
-    assert "an earlier release took for white" in capsys.readouterr().out
+    assert "an earlier release clipped to white" in capsys.readouterr().out
     assert convert(*arguments, "--samples-per-shard", 1) == 0
     assert [path.stat().st_ino != inode for path, inode in zip(made, before, strict=True)].count(True) == 1
     assert convert(*arguments, "--samples-per-shard", 1) == 0

@@ -108,7 +108,7 @@ def _check_counts(found: SourceImages, request: Request) -> None:
             )
         if deviations:
             logger.info(f"{split}: {'; '.join(deviations)}, as --allow-count-mismatch allows")
-            found.facts.setdefault("count_mismatch", {})[split] = deviations
+            found.count_mismatch[split] = deviations
 
 
 def _take_holdout(found: SourceImages, n: int, *, seed: int) -> None:

@@ -65,10 +65,10 @@ def plan_all(found: SourceImages, request: Request) -> list[Split]:
             "image_size": store.image_size,
             "seed": request.seed,
             "samples_per_shard": request.samples_per_shard,
-            **{key: value for key, value in found.facts.items() if key != "count_mismatch"},
+            **found.facts,
         }
-        if name in found.facts.get("count_mismatch", {}):
-            facts["count_mismatch"] = found.facts["count_mismatch"][name]
+        if name in found.count_mismatch:
+            facts["count_mismatch"] = found.count_mismatch[name]
         splits.append(Split(request.out / name, plan_split(name, found, store, request), found, facts))
     return splits
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -155,7 +155,13 @@ def _index(task: IndexTask, file: BinaryIO, stat: os.stat_result, begun: float) 
             f"dot, so names must have only one. Write the shards again with keys without dots."
         )
     numbers = {name: i for i, name in enumerate(extensions)}
-    crc32, sha256 = _checksums(file, members, stat.st_size) if task.checksums else ([], "")
+    crc32, sha256 = [0] * len(members) if task.checksums else [], ""
+    if task.checksums:
+        digest = hashlib.sha256()
+        places = [(member.offset, member.size) for member in members]
+        for i, data in tarscan.read_members(file, places, stat.st_size, digest):
+            crc32[i] = zlib.crc32(data)
+        sha256 = digest.hexdigest()
     return shard_index.Index(
         keys=np.array(keys, dtype=np.bytes_),
         labels=np.array(labels, np.int32),
@@ -177,26 +183,3 @@ def _index(task: IndexTask, file: BinaryIO, stat: os.stat_result, begun: float) 
             "wnids": [agreeing, wnids],
         },
     )
-
-
-def _checksums(file: BinaryIO, members: Sequence[tarscan.Member], size: int) -> tuple[list[int], str]:
-    """CRC of each member, sha256 of the whole tar, in one pass."""
-    crc32 = [0] * len(members)
-    digest = hashlib.sha256()
-    at = 0
-
-    def read(until: int) -> Iterator[bytes]:
-        nonlocal at
-        while at < until and (part := os.pread(file.fileno(), min(until - at, 1 << 22), at)):
-            digest.update(part)
-            at += len(part)
-            yield part
-
-    for i in sorted(range(len(members)), key=lambda i: members[i].offset):
-        for _ in read(members[i].offset):
-            pass
-        for part in read(members[i].offset + members[i].size):
-            crc32[i] = zlib.crc32(part, crc32[i])
-    for _ in read(size):
-        pass
-    return crc32, digest.hexdigest()

@@ -20,7 +20,7 @@ from cfmask.convert.mask2former import Segmenter, category_labels, read_config
 from cfmask.convert.planning import is_made
 from cfmask.data import images, shards
 from cfmask.data.segmentation import MADE_BY, categories, class_groups
-from cfmask.data.segmented import facts_of
+from cfmask.data.segmented import facts_of, samples_of_classes
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.errors import UserError
@@ -83,33 +83,30 @@ def plan_masks(
         "of": manifest.digest,
         "groups": sorted(of_group),
         "segmenter": Path(segmenter).name,
-        "segmenter_digest": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[
-            :16
-        ],
+        "segmenter_digest": _digest(json.dumps(described, sort_keys=True, default=str))[:16],
     }
-    identity = hashlib.sha256(json.dumps([shards.VERSION, facts, wanted]).encode()).hexdigest()
-    first = 0
-    tasks = []
-    for shard in manifest.shards:
-        rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, wanted))
-        if len(rows):
-            tasks.append(
-                MaskTask(
-                    tar=folder / shard.name,
-                    plan=identity,
-                    where=source,
-                    set=folder.name,
-                    ids=tuple((first + rows).tolist()),
-                    categories=tuple(names),
-                    segmenter=segmenter,
-                    device=device,
-                    batch_size=batch_size,
-                )
-            )
-        first += shard.samples
+    identity = _digest(json.dumps([shards.VERSION, facts, wanted]))
+    tasks = [
+        MaskTask(
+            tar=folder / shard.name,
+            plan=identity,
+            where=source,
+            set=folder.name,
+            ids=tuple(ids),
+            categories=tuple(names),
+            segmenter=segmenter,
+            device=device,
+            batch_size=batch_size,
+        )
+        for shard, ids in samples_of_classes(manifest, wanted)
+    ]
     if not tasks:
         raise UserError(f"{manifest.root} has no image of {', '.join(of_group)}.")
     return tasks, facts
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- one shard ------------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ extension, in small letters. WebDataset skips members without a dot, hidden file
 from __future__ import annotations
 
 import enum
+import hashlib
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -246,6 +248,41 @@ def member_at(file: IO[bytes], start: int, offset: int) -> Member | None:
     except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
         pass
     return None
+
+
+def read_members(
+    file: IO[bytes], places: Sequence[tuple[int, int]], size: int, digest: hashlib._Hash | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Number and data of each member, in the order of the tar. Stops at a member that overlaps the one before.
+
+    Args:
+        places: offset and size of the members.
+        size: of the tar.
+        digest: gets every byte of the tar.
+    """
+
+    def read(begin: int, end: int) -> bytes:
+        """Short only at the end of the file."""
+        parts = []
+        while begin < end and (part := os.pread(file.fileno(), min(end - begin, 1 << 22), begin)):
+            parts.append(part)
+            begin += len(part)
+        return b"".join(parts)
+
+    at = 0
+    for number in sorted(range(len(places)), key=places.__getitem__):
+        offset, length = places[number]
+        if offset < at:
+            break
+        data = read(offset, offset + length)
+        if digest:
+            digest.update(read(at, offset))
+            digest.update(data)
+        at = offset + length
+        yield number, data
+    while digest and at < size and (rest := read(at, min(size, at + (1 << 22)))):
+        digest.update(rest)
+        at += len(rest)
 
 
 def _escaped(name: str) -> str:

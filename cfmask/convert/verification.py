@@ -10,7 +10,7 @@ import os
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -263,36 +263,26 @@ def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Pr
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Pillow's warnings about unusual metadata
-    digest = hashlib.sha256()
+    digest = hashlib.sha256() if item.shard.sha256 else None
     found = _MemberProblems()
-    at = 0
+    places, rows, image_members = [], np.array([], np.int64), set()
     if index is not None:
+        places = list(zip(index.offset.tolist(), index.size.tolist(), strict=True))
         rows = np.repeat(np.arange(len(index)), np.diff(index.first))
         image_members = set(index.image.tolist())
-        for member in np.argsort(index.offset, kind="stable").tolist():
-            offset, size = int(index.offset[member]), int(index.size[member])
-            if offset < at:
-                break  # _check_layout has reported it
-            if item.shard.sha256:
-                for part in _read(file, at, offset - at):
-                    digest.update(part)
-            data = b"".join(_read(file, offset, size))
-            at = offset + size
-            digest.update(data)
-            name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
-            if len(data) < size or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
-                found.add("crc", name)
-            elif member in image_members:
-                if reason := _image_problem(data, extension, item):
-                    found.add("decode", name, reason)
-            elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
-                found.add("label", name, reason)
+    for member, data in tarscan.read_members(file, places, item.shard.bytes, digest):
+        assert index is not None
+        name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
+        if len(data) < places[member][1] or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
+            found.add("crc", name)
+        elif member in image_members:
+            if reason := _image_problem(data, extension, item):
+                found.add("decode", name, reason)
+        elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
+            found.add("label", name, reason)
     problems = found.problems(item)
-    if item.shard.sha256:
-        for part in _read(file, at, item.shard.bytes - at):
-            digest.update(part)
-        if digest.hexdigest() != item.shard.sha256:
-            problems.append(Problem("sha256", "its sha256 is not the manifest's", item.again))
+    if digest and digest.hexdigest() != item.shard.sha256:
+        problems.append(Problem("sha256", "its sha256 is not the manifest's", item.again))
     return problems + _check_headers(index, item)
 
 
@@ -314,12 +304,6 @@ def _check_headers(index: Index | None, item: Check) -> list[Problem]:
     names = tuple((named.get(offset) or there[offset])[0] for offset in differing)
     what = f"{_count(names, 'member')} of the tar and its index differ in name, place or size: {_some(names)}"
     return [Problem("table", what, item.again, names)]
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> Iterable[bytes]:
-    while size > 0 and (part := os.pread(file.fileno(), min(size, 1 << 22), offset)):
-        yield part
-        offset, size = offset + len(part), size - len(part)
 
 
 def _image_problem(data: bytes, extension: str, item: Check) -> str:

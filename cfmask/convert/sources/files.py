@@ -48,6 +48,7 @@ class SourceImages:
     accepted: as the manifest's.
     border: pixels at each side of an image that are not part of the picture.
     facts: for the manifest's ``made``.
+    count_mismatch: deviations from the known set, by split.
     unpack: Parquet files of the source whose images have to be unpacked before shards are made of them.
     """
 
@@ -61,6 +62,7 @@ class SourceImages:
     accepted: dict[int, tuple[int, ...]] = field(default_factory=dict)
     border: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    count_mismatch: dict[str, list[str]] = field(default_factory=dict)
     unpack: tuple[UnpackTask, ...] = ()
 
 
