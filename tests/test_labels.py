@@ -143,7 +143,10 @@ def test_images_that_are_links_or_have_invalid_names_are_listed(tmp_path, index)
     assert set(found) == {"2", "3.jpg", "b", "1.v2.jpg", "d.my photo.jpg"}
     assert found["2"] == "2.jpg is a hard link to 0.jpg, which readers skip"
     assert found["3.jpg"] == "a symbolic link to 0.jpg, which readers skip"
-    assert "b.c.jpg is no sample's image" in found["b"] and "1.v2.jpg is no sample's image" in found["1.v2.jpg"]
+    assert (
+        "b.c.jpg cannot be the image of a sample" in found["b"]
+        and "1.v2.jpg cannot be the image of a sample" in found["1.v2.jpg"]
+    )
     assert "white space" in found["d.my photo.jpg"]
     assert "5 samples have no image and are left out" in output and "1 samples have several images" in output
     assert load_manifest(tmp_path / "train").bad_samples == 5
@@ -192,8 +195,8 @@ def test_file_formats_are_recognized_by_their_first_bytes(tmp_path, index):
     for name, data, message in (
         ("1.tar.part", whole, "1.tar.part is a tar by its content but not by its name"),
         ("1.tar.gz", gzip.compress(whole), "1.tar.gz is compressed (gzip)"),
-        ("1.tar", gzip.compress(whole), "1.tar is compressed (gzip), whatever its name says"),
-        ("1.tar", b"\x28\xb5\x2f\xfd" + bytes(600), "1.tar is compressed (zstd), whatever its name says"),
+        ("1.tar", gzip.compress(whole), "1.tar is compressed (gzip) by its content"),
+        ("1.tar", b"\x28\xb5\x2f\xfd" + bytes(600), "1.tar is compressed (zstd) by its content"),
         ("1.tar", b"PK\x03\x04" + bytes(600), "an archive of another kind (zip)"),
         ("1.tar", b"<html>Not found</html>", "1.tar is no tar: it begins with the text '<html>"),
         ("1.tar", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),

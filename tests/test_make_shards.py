@@ -378,7 +378,7 @@ def raw_crops(folder):
 
 def test_a_set_without_any_usable_image_is_refused(tmp_path, capsys):
     write_tree(tmp_path / "tree", {f"train/{WNIDS[0]}/{i}.JPEG": b"no image" for i in range(3)})
-    assert "None of the 3 images of the split train decodes" in refused(
+    assert "None of the 3 images of the split train can be decoded" in refused(
         capsys, "imagenet", tmp_path / "tree", tmp_path / "out"
     )
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
@@ -400,14 +400,14 @@ def test_classes_are_spread_over_shards(tmp_path):
 # --- kills and repetitions ------------------------------------------------------------------------------------------
 
 
-KILLS = 50
+KILLS = 25
 
 
-def test_fifty_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
+def test_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
     # Large, flat PNGs: a few kB to store, 5 ms to check. A shard takes long enough to be killed in the middle.
     flat = io.BytesIO()
     Image.new("RGB", (1000, 1000), (1, 2, 3)).save(flat, "PNG")
-    write_tar(tmp_path / "set.tar", {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(250)})
+    write_tar(tmp_path / "set.tar", {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(150)})
     common = ["folder", "--source", tmp_path / "set.tar", "--samples-per-shard", 5]
 
     def start(out, workers):
@@ -433,7 +433,7 @@ def test_fifty_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
         assert not (killed / "manifest.json").exists()
     assert in_a_shard >= KILLS // 2
     assert start(tmp_path / "killed", 4).wait() == 0
-    assert len(contents(whole)) == 400 and contents(killed) == contents(whole)
+    assert len(contents(whole)) == 240 and contents(killed) == contents(whole)
     assert (killed / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
@@ -471,7 +471,8 @@ def test_a_worker_that_is_killed_ends_the_command_which_names_the_shard_and_resu
     assert process.returncode == 2 and "Traceback" not in errors and len(error.splitlines()) == 1
     assert "A worker process was killed by signal 9 (SIGKILL)" in error
     assert tool == "verify_shards" or f"while it worked on {folder}/train-0000" in error
-    assert subprocess.run(command, stdout=-3, stderr=-3, timeout=60).returncode == 0
+    again = {"make_shards": make_shards, "verify_shards": verify_shards}[tool]
+    assert again.main([flag for flag in command[2:] if flag != "--full"]) == 0  # --full would import torch again
     assert not list(folder.glob("*.part")) + list(folder.glob(".*.part")) and (folder / "manifest.json").exists()
 
 
@@ -553,12 +554,12 @@ def test_sources_that_cannot_be_converted_are_refused_in_a_sentence(tmp_path, ca
         "imagenet", {"train/n00000001/1.JPEG": image}
     )
     assert "lies in 'dog'" in said("imagenet", {"train/dog/1.JPEG": image}, tar=True)
-    assert "do not lie at one depth" in said("folder", {"a/1.jpg": image, "b/c/2.jpg": image})
+    assert "do not all lie at" in said("folder", {"a/1.jpg": image, "b/c/2.jpg": image})
     assert "add --split NAME" in said("folder", {"a/1.jpg": image, "b/2.jpg": image})
     assert "has no split 'val'; it has: train" in said("imagenet", imagenet_files("train"), "--split", "val")
     assert "has no split 'x'; it has: p, q" in said("folder", {"p/a/1.jpg": image, "q/a/1.jpg": image}, "--split", "x")
     twice = {f"{top}/train/{WNIDS[0]}/1.JPEG": image for top in "ab"}
-    assert "is there twice" in said("imagenet", twice)
+    assert "1.JPEG twice" in said("imagenet", twice)
     assert not (tmp_path / "out").exists()
 
 
@@ -567,7 +568,7 @@ def test_a_truncated_tar_is_refused(tmp_path, capsys):
     with tarfile.open(tmp_path / "set.tar") as tar:
         boundary = tar.getmembers()[9].offset
     for cut, message in [
-        (boundary, "without an end-of-archive mark"),
+        (boundary, "no end-of-archive mark"),
         (boundary + 700, "truncated or damaged"),
         (0, "is an empty file"),
     ]:
@@ -582,7 +583,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     usage = conversion.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     message = refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out")
-    assert "need about 0.1 MB, and the disk has 0.0 MB left" in message
+    assert "need about 0.1 MB, but the disk has only 0.0 MB left" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -601,14 +602,14 @@ def test_a_source_that_changes_stops_the_conversion_and_finished_shards_are_kept
         monkeypatch.setattr(make_shards, "plan_all", plan_then_change)
 
     for change, message in [
-        (lambda: path.write_bytes(data[:-1]), "its size is another"),
-        (lambda: path.write_bytes(data + b"x"), "its size is another"),
-        (lambda: path.write_bytes(data), "its time of change is another"),
+        (lambda: path.write_bytes(data[:-1]), "its size differs"),
+        (lambda: path.write_bytes(data + b"x"), "its size differs"),
+        (lambda: path.write_bytes(data), "its modification time differs"),
         (path.unlink, "cannot be read (No such file or directory)"),
     ]:
         after_the_plan(change)
         said = refused(capsys, "imagenet", source, tmp_path / "out", "--samples-per-shard", 5)
-        assert message in said and str(path) in said and "inished shards are kept" in said
+        assert message in said and str(path) in said and "finished work is kept" in said
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     made = contents(tmp_path / "out" / "train")

@@ -136,7 +136,7 @@ def test_interrupted_unpacking_resumes_with_the_missing_files(hub, tmp_path, mon
 def test_each_split_has_an_unpacking_array_of_its_own_that_the_same_command_finds_again(hub, tmp_path):
     def unpack(split):
         """Unpacks a split; returns the array's name and the records that it makes."""
-        request = Request("imagenet", hub, tmp_path / "out", split=split)
+        request = Request("imagenet", hub, tmp_path / "out", split=split, allow_count_mismatch=True)
         arrays = []
 
         def run(work, progress):
@@ -258,7 +258,7 @@ def test_a_set_of_classes_of_its_own_has_them_in_the_order_of_its_metadata(tmp_p
     assert load_manifest(tmp_path / "bare" / "train").classes == (("x", "X"), ("y", "Y"))
     write_parquet(tmp_path / "high.parquet", [(picture(0), None, 7)], names=["a", "b"])
     high = ("folder", tmp_path / "high.parquet", tmp_path / "high", "--split", "train")
-    assert "name 2 classes and have the labels 7 … 7" in refused(capsys, *high)
+    assert "names 2 classes, but its set has the labels 7 … 7" in refused(capsys, *high)
 
 
 def test_rows_without_bytes_are_left_out_and_listed(tmp_path, capsys):

@@ -213,7 +213,7 @@ def test_incomplete_archives_and_unreadable_layouts_are_refused(tmp_path, capsys
         archive.addfile(sparse, io.BytesIO(bytes(512)))
     for name, data, message in [
         ("joined.tar", tar + tar, "after its end-of-archive mark"),
-        ("compressed.tar", gzip.compress(tar), "compressed (gzip), whatever its name says"),
+        ("compressed.tar", gzip.compress(tar), "compressed (gzip) by its content"),
         ("compressed.zip", bz2.compress(tar), "compressed (bzip2)"),
         ("compressed", lzma.compress(tar), "compressed (xz)"),
         ("sparse.tar", (tmp_path / "sparse.tar").read_bytes(), "as a sparse file"),
@@ -338,7 +338,7 @@ def test_labels_of_imagenet_that_contradict_each_other_are_refused(kaggle, tmp_p
         ({f"val/{name}.JPEG": b"", f"val/{name}_{WNIDS[0]}.JPEG": b"", **csv}, "holds the validation image 1 twice"),
         (
             {"val/ILSVRC2012_val_00000002.JPEG": b"", **csv},
-            "has no label of val/ILSVRC2012_val_00000002.JPEG",
+            "has no label for val/ILSVRC2012_val_00000002.JPEG",
         ),
     ]:
         source = write_tree(tmp_path / str(len(list(tmp_path.iterdir()))), files)
@@ -509,10 +509,10 @@ def test_class_order_is_torchvisions_and_is_checked_against_class_to_idx(tmp_pat
         ({"a": 0}, "does not list: 'B', 'a10'"),
         ({"a": 0, "b": 2}, "are not 0 … 1, each once"),
         ({"a": 0, "b": 0}, "are not 0 … 1, each once"),
-        ({"a": "0"}, "a class_to_idx maps names of folders to whole numbers"),
+        ({"a": "0"}, "a class_to_idx maps folder names to whole numbers"),
         ({"a": True}, "whole numbers"),
-        (["a"], "holds no class_to_idx"),
-        ("nonsense", "neither JSON nor a checkpoint"),
+        (["a"], "has no class_to_idx"),
+        ("nonsense", "neither JSON nor a PyTorch checkpoint"),
     ]:
         given = table(tmp_path, content if isinstance(content, str) else json.dumps(content), "class_to_idx.json")
         assert message in message_of(tree, class_to_idx=given)
@@ -597,10 +597,13 @@ def test_names_that_are_not_utf8_are_converted_and_printed_under_any_locale(tmp_
 def test_similar_names_of_splits_and_of_classes_are_refused(tmp_path):
     for number, (files, message) in enumerate(
         [
-            ({"val/a/1.jpg": b"", "valid/a/2.jpg": b""}, "'val' and 'valid', and both are the split val"),
+            ({"val/a/1.jpg": b"", "valid/a/2.jpg": b""}, "'val' and 'valid', and both names mean the split val"),
             ({"train/a/1.jpg": b"", "Train/b/2.jpg": b""}, "'Train' and 'train'"),
-            ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ in case"),
-            ({"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""}, "which differ in case or in the spelling"),
+            ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ only in case"),
+            (
+                {"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""},
+                "which differ only in case or in the encoding",
+            ),
         ]
     ):
         assert message in message_of(write_tree(tmp_path / str(number), files))
@@ -615,10 +618,10 @@ def test_tables_that_would_be_misread_are_refused(tmp_path, photos):
     link.symlink_to(photos)
     numbers = table(tmp_path, "1\tone\n2\ttwo\n3\tthree\n", "classes.tsv")
     for text, message, more in [
-        ("0/0.jpg,0,tench\n0/1.jpg,1,crane\n", "line 1: the third cell is 'tench', which is not the name of", {}),
-        ("0/0.jpg,cat\n0/1.jpg,Cat\n", "'Cat' and 'cat', which differ in case", {"split": "train"}),
+        ("0/0.jpg,0,tench\n0/1.jpg,1,crane\n", "line 1: the third cell is 'tench', which is not a known split", {}),
+        ("0/0.jpg,cat\n0/1.jpg,Cat\n", "'Cat' and 'cat', which differ only in case", {"split": "train"}),
         (f"{photos}/0/0.jpg,cat\n0/0.jpg,dog\n", "line 2: '0/0.jpg' already has a label in line 1", {"split": "train"}),
-        ("0/0.jpg,0\n0/1.jpg,3\n", "the label '0' is no class", {"split": "train", "classes": numbers}),
+        ("0/0.jpg,0\n0/1.jpg,3\n", "the label '0' is not a class", {"split": "train", "classes": numbers}),
     ]:
         assert message in message_of(link, labels=table(tmp_path, text), **more)
     headed = table(tmp_path, "path,label,split\n0/0.jpg,a,fold1\n0/1.jpg,b,fold1\n")

@@ -14,8 +14,8 @@ from cfmask.errors import UserError
 KEY = "class_to_idx"
 
 
-def read_class_to_idx(path: Path) -> tuple[str, ...]:
-    """Class folders by class id.
+def classes_in_order(path: Path, listed: Classes | None) -> Classes:
+    """The classes of a ``class_to_idx``, checked against the class list if there is one.
 
     Args:
         path: a JSON object {folder: class id}, or a PyTorch checkpoint (loaded without running code from it). Either
@@ -36,15 +36,10 @@ def read_class_to_idx(path: Path) -> tuple[str, ...]:
         raise UserError(
             f"The class ids in {path} are not 0 … {len(mapping) - 1}, each once: the {KEY} is incomplete or was edited."
         )
-    return tuple(sorted(mapping, key=mapping.__getitem__))
-
-
-def classes_in_order(path: Path, listed: Classes | None) -> Classes:
-    """The classes of a ``class_to_idx``, checked against the class list if there is one."""
-    order = read_class_to_idx(path)
+    order = sorted(mapping, key=mapping.__getitem__)
     if listed is None:
         return tuple((folder, folder) for folder in order)
-    theirs = tuple(folder for folder, _ in listed)
+    theirs = [folder for folder, _ in listed]
     if order != theirs:
         differ = f"{len(order)} and {len(theirs)} classes"
         if at := [i for i, (a, b) in enumerate(zip(order, theirs, strict=False)) if a != b]:
