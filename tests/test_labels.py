@@ -198,7 +198,7 @@ def test_file_formats_are_recognized_by_their_first_bytes(tmp_path, index):
         ("1.tar", gzip.compress(whole), "1.tar is compressed (gzip) by its content"),
         ("1.tar", b"\x28\xb5\x2f\xfd" + bytes(600), "1.tar is compressed (zstd) by its content"),
         ("1.tar", b"PK\x03\x04" + bytes(600), "an archive of another kind (zip)"),
-        ("1.tar", b"<html>Not found</html>", "1.tar is no tar: it begins with the text '<html>"),
+        ("1.tar", b"<html>Not found</html>", "1.tar is not a tar: it begins with the text '<html>"),
         ("1.tar", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
         ("1.tar", b"", "1.tar is an empty file"),
         ("1.tar", whole + bytes(2 << 20) + whole, "tars were joined by `cat`"),

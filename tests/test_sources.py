@@ -602,7 +602,7 @@ def test_similar_names_of_splits_and_of_classes_are_refused(tmp_path):
             ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ only in case"),
             (
                 {"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""},
-                "which differ only in case or in the encoding",
+                "differ only in case or in the encoding",
             ),
         ]
     ):
