@@ -11,7 +11,9 @@ from cfmask.runtime.work import Run
 from launch.arrays.arguments import Array
 
 
-def runner(array: Array | None, *, workers: int | None, paths: Sequence[str | Path] = (), survives_interrupt: bool = False) -> Run:
+def runner(
+    array: Array | None, *, workers: int | None, paths: Sequence[str | Path] = (), survives_interrupt: bool = False
+) -> Run:
     """
     Args:
         array: None for processes of this machine.
