@@ -1,4 +1,4 @@
-"""What a run folder belongs to, written down: its JSON, its digest, and how it differs from another."""
+"""Base of recipes and evaluations: JSON, digest, and comparison of frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 
 class Record:
-    """Of a frozen dataclass, whose fields may be dataclasses themselves."""
+    """Base class for a frozen dataclass whose fields may be dataclasses."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``to_json`` writes."""
+        """The fields as JSON values, nested dataclasses as dictionaries."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
 
     def to_json(self) -> str:
         return json.dumps(self.as_dict(), indent=2)
 
     def digest(self) -> str:
-        """8 hexadecimal digits that two share only if they are the same."""
+        """8 hexadecimal digits that identify the values."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
 
     def differences(self, other: Any) -> list[str]:
-        """Fields in which two of a kind differ, as "field: ours → theirs", or "group.field: …" of a group of them."""
+        """Fields that differ from another record of the same class, as "field: ours → theirs" or "group.field: …"."""
         ours, theirs = _flat(self.as_dict()), _flat(other.as_dict())
         return [f"{name}: {ours[name]} → {theirs[name]}" for name in ours if ours[name] != theirs[name]]
 

@@ -1,4 +1,4 @@
-"""Samples to blame: those that could not be read, and those of steps that were left out, collected from all ranks."""
+"""Reports of all ranks on bad samples: those that could not be read, and those of skipped steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfmask.checkpoint_state import Skips
+from cfmask.checkpoint.state import Skips
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import BadSample, MicroBatch
@@ -26,15 +26,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """keys: of the samples. finite: (N,) bool, on the device: which of their outputs are finite."""
+    """A micro-batch of a step whose result is not known yet.
+
+    keys: of the samples.
+    finite: (N,) bool, on the device: whether a sample's outputs are finite.
+    """
 
     keys: list[str]
     finite: Tensor
 
 
 class SampleReports:
-    """Keeps this rank's bad samples and skipped steps until all ranks write them into the run folder. Lines that cannot
-    be written there, on a full disk say, wait for the next ones."""
+    """Collects this rank's bad samples and skipped steps until all ranks write them into the run folder. Lines that
+    cannot be written, for example on a full disk, are written with the next ones."""
 
     def __init__(self, run: RunFolder, epoch_steps: int) -> None:
         self._epoch_steps = epoch_steps
@@ -44,13 +48,13 @@ class SampleReports:
         self._bad_lines, self._skipped_lines = JsonLines(run.bad_samples), JsonLines(run.skipped_steps)
 
     def add(self, step: int, metrics: Metrics, batch: MicroBatch) -> None:
-        """Remember a micro-batch of ``step`` until the step's result is known."""
+        """Keep a micro-batch of ``step`` until the step's result is known."""
         self._bad += batch.bad
         self._pending.setdefault(step, []).append(_MicroBatch(batch.keys, metrics.finite))
 
     def close(self, result: StepResult) -> None:
-        """Forget a step's micro-batches. If the step was left out, this rank's account of it is kept to be written;
-        that waits for the device."""
+        """Drop a step's micro-batches. If the step was skipped, keep this rank's report on it; that waits for the
+        device."""
         parts = self._pending.pop(result.step)
         if not result.skipped:
             return
@@ -68,7 +72,7 @@ class SampleReports:
         )
 
     def write_bad_samples(self) -> None:
-        """Append all ranks' bad samples since the last call to bad_samples.jsonl. Every rank has to call it."""
+        """Append the bad samples of all ranks since the last call to bad_samples.jsonl. A collective."""
         found = _gather(self._bad)
         self._bad = []
         if found is None:
@@ -82,13 +86,13 @@ class SampleReports:
         for line in lines:
             logger.warning(
                 f"step {line['step']}: {line['key'] or line['sample']} of {line['shard']} cannot be used "
-                f"({line['reason']}); {line['substitute']} stands in for it"
+                f"({line['reason']}); {line['substitute']} replaces it"
             )
         self._bad_lines.write()
 
     def write_skipped_steps(self) -> None:
-        """Append the steps left out since the last call to skipped_steps.jsonl, each with the samples whose outputs are
-        not finite, or if there are none, with all of its batch. Every rank has to call it."""
+        """Append the steps skipped since the last call to skipped_steps.jsonl, each with the samples whose outputs are
+        not finite, or with the whole batch if there are none. A collective."""
         found = _gather(self._skipped)
         self._skipped = []
         if found is None:
@@ -102,7 +106,7 @@ class SampleReports:
             line = {"step": first["step"], "loss": first["loss"], "grad_norm": first["grad_norm"]}
             lines.append({**line, "why": why, "keys": blamed or batch})
             logger.warning(
-                f"step {first['step']} is left out: loss {first['loss']}, gradient norm {first['grad_norm']}; "
+                f"step {first['step']} is skipped: loss {first['loss']}, gradient norm {first['grad_norm']}; "
                 f"{why}: {', '.join(lines[-1]['keys'][:8])}{' …' if len(lines[-1]['keys']) > 8 else ''}"
             )
         self._skipped_lines.extend(lines)
@@ -110,35 +114,35 @@ class SampleReports:
 
     @property
     def files(self) -> tuple[JsonLines, JsonLines]:
-        """What is written on rank 0. Lines may be pending."""
+        """The files that rank 0 writes. Lines may be pending."""
         return self._bad_lines, self._skipped_lines
 
 
 def too_many_skipped_steps(
     skips: Skips, step: int, epoch_steps: int, recipe: Recipe, run: RunFolder
 ) -> FloatingPointError:
-    """The error of a run whose latest steps, up to ``step``, were all left out: more than the recipe allows, or all of
-    an epoch at whose end a phase of training ends."""
+    """The error of a run whose latest steps up to ``step`` were skipped: more than the recipe allows, or the whole last
+    epoch of a phase."""
     allowed = recipe.optim.max_skipped_steps
     if skips.in_a_row > allowed:
         limit = f"--max-skipped-steps allows {allowed}"
     else:
-        limit = f"an epoch has {epoch_steps}, so that all of its steps were left out and it trained nothing"
+        limit = f"an epoch has {epoch_steps} steps, so the last epoch trained nothing"
     return FloatingPointError(
         f"Loss or gradients of {skips.in_a_row} steps in a row were not finite, the last of them step {step}; {limit}. "
-        f"{run.skipped_steps} names the samples. None of these steps changed a weight, and the last checkpoint in "
-        f"{run.checkpoints} stays. A lower --lr, or --precision fp32, may help."
+        f"{run.skipped_steps} names the samples. None of these steps changed a weight; the last checkpoint in "
+        f"{run.checkpoints} is intact. A lower --lr, or --precision fp32, may help."
     )
 
 
 def too_many_bad_samples(
-    consumed: DataProgress, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
+    progress: DataProgress, epoch: int, limit: int, step: int, manifest: Manifest, recipe: Recipe, run: RunFolder
 ) -> UserError:
-    """The error of a run that has a checkpoint of ``step``, where more than ``limit`` samples of an epoch are bad."""
+    """The error of a run with a checkpoint of ``step`` if more than ``limit`` samples of an epoch are bad."""
     return UserError(
-        f"{consumed.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the {limit} that "
-        f"--max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists them with the reasons. Mend "
-        f"the set ({manifest.root}); the run goes on from step {step}."
+        f"{progress.bad_in_epoch} samples of epoch {epoch + 1} could not be read, more than the {limit} that "
+        f"--max-bad-share {recipe.data.max_bad_share:g} allows. {run.bad_samples} lists them with the reasons. Repair "
+        f"the set ({manifest.root}) and resume the run; it continues from step {step}."
     )
 
 

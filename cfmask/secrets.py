@@ -1,4 +1,5 @@
-"""Secrets in URLs and commands: what users write into --shards must be in no log, error or file that others can read.
+"""Masking of secrets in URLs and commands. A secret in --shards must not reach a log, an error message, or a file that
+other users can read.
 
     https://user:TOKEN@host/shards            → https://***@host/shards
     https://host/shards?sig=TOKEN&se=2026     → https://host/shards?sig=***&se=***
@@ -6,8 +7,8 @@
     pipe:AWS_SECRET_ACCESS_KEY=TOKEN aws …    → pipe:AWS_SECRET_ACCESS_KEY=*** aws …
     pipe:tool --token TOKEN                   → pipe:tool --token ***
 
-What may be a secret is masked: every value of a query, and the values of headers, variables and options whose names
-say so. The words of a pipe command are its arguments, which `ps` shows: a token belongs into a variable or a file.
+Every value of a query is masked, and the values of headers, variables and options whose names suggest a secret. `ps`
+shows the arguments of a pipe command to other users, so pass a token in a variable or a file.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CURL_USER = re.compile(r"(\s(?:-u[ \t]*|--(?:proxy-)?user[ \t=]+))(\"[^\"]*\"|'
 
 
 def mask_secrets(text: str) -> str:
-    """The text with *** for what may be a secret in the URLs and commands in it."""
+    """The text with *** in place of possible secrets in URLs and commands."""
     if "://" in text or "http:" in text.lower() or "https:" in text.lower():
         text = _USER.sub(rf"\1{MASK}@", text)
         text = _QUERY.sub(lambda match: match[1] + _masked_query(match[2]), text)

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Check a cluster from where runs are submitted, and say what to change.
+"""Check a cluster from the machine on which runs are submitted, and print what to change.
 
-    python launch/doctor.py --nodes 2             as submit.py would run there: same flags, same cluster file
-    python launch/doctor.py --nodes 2 --no-probe  only what Slurm tells without a job
+    python launch/doctor.py --nodes 2             with submit.py's flags and cluster file
+    python launch/doctor.py --nodes 2 --no-probe  only what Slurm answers without a job
     python launch/doctor.py --executor local      this machine
-    python launch/doctor.py --json                an object a line, for scripts
+    python launch/doctor.py --json                one JSON object per line, for scripts
 
-First Slurm is asked: partition, time limit, nodes of that size, preemption (mode, warning signal, grace), requeue,
-accounting, and what sbatch says to the very file that submit.py would send. Then a job of a minute goes the way that a
-run goes (same sbatch file, srun arguments, environment, container, Python, copy of the code) and reports from every
-rank: software, cores, memory, GPUs, the shared folder and how soon nodes see each other's files, room, clocks, the
-process group, an all-reduce; at the end it requeues itself, and is cancelled. Nothing of it stays, unless something was
-wrong.
+First, Slurm's settings are checked: partition, time limit, nodes of the requested size, preemption (mode, warning
+signal, grace), requeue, accounting, and whether sbatch accepts the file that submit.py would send. Then a job of a
+minute is started like a run (the same sbatch file, srun arguments, environment, container, Python and code snapshot).
+Every rank reports its software, cores, memory, GPUs, the shared folder and how soon nodes see each other's files, free
+space, clocks, the process group, and an all-reduce. At the end the job requeues itself, and is cancelled. Its files are
+removed unless there was a problem.
 
-Exit codes: 0 no problems (there may be warnings), 1 problems, 2 refused, 130 interrupted.
+Exit codes: 0 no problems (there may be warnings), 1 problems, 2 invalid flags or cluster file, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -38,32 +38,30 @@ _NO_USE = (
     *("dependency", "array_parallelism", "restarts_without_progress", "rendezvous_timeout", "collective_timeout"),
     *("notify", "wandb", "after"),
 )
-"""Flags of an allocation that have no effect on a probe."""
+"""Flags of submit.py that have no effect on a probe."""
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument(
-        "--shared", type=Path, metavar="DIR", help="where runs are to lie (default: ./runs, or . if there is none)"
-    )
+    p.add_argument("--shared", type=Path, metavar="DIR", help="folder for runs (default: ./runs if it exists, else .)")
     p.add_argument(
         "--wait", type=float, default=300, metavar="S", help="seconds that the job may wait in the queue (default: 300)"
     )
-    p.add_argument("--no-probe", action="store_true", help="queue nothing")
-    p.add_argument("--json", action="store_true", help="an object a line instead of a table")
+    p.add_argument("--no-probe", action="store_true", help="do not queue a job")
+    p.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     add_allocation_arguments(p)
     return p
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    # As after Ctrl-C, so that a queued probe is cancelled when this command is ended.
+    # An exception, as for Ctrl-C: so that the queued probe is cancelled.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     arguments = parser().parse_args(argv)
     if idle := [f"--{name.replace('_', '-')}" for name in _NO_USE if getattr(arguments, name)]:
-        raise UserError(f"{', '.join(idle)} would do nothing here. Leave it out.")
+        raise UserError(f"{', '.join(idle)} would do nothing here. Remove it.")
     file = load_cluster_file(arguments.cluster)
     allocation = resolve_allocation(arguments, file)
     findings = Findings(as_json=arguments.json)

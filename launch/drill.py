@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Inject faults into small training runs, as a cluster does, and check that each run ends with weights that are bitwise
-identical to those of an undisturbed run.
+"""Inject faults into small training runs on Slurm, and check that each run ends with weights that are bitwise identical
+to those of an undisturbed run.
 
-    python launch/drill.py --nodes 2                                   every drill that a user may do on this cluster
-    python launch/drill.py --nodes 2 --preempt-with='--partition=high' and preemptions, by a job submitted like this
+    python launch/drill.py --nodes 2                                   all drills that need no special rights
+    python launch/drill.py --nodes 2 --preempt-with='--partition=high' also preemptions, by a job with these arguments
     python launch/drill.py --drills requeued rank-killed               these drills
-    python launch/drill.py --list                                      all drills, and what they need
+    python launch/drill.py --list                                      list all drills and what they need
 
 All other flags are submit.py's, and the cluster file is read as by submit.py. On the Slurm of slurm/cluster.py, drills
-that take an administrator are done as well: nodes and the controller are killed, a disk is filled.
+that need an administrator are done as well: they kill nodes and the controller, and fill a disk.
 
-Exit codes: 0 every drill that was done passed, 1 one failed, 2 refused, 130 interrupted.
+Exit codes: 0 every drill passed, 1 a drill failed, 2 invalid flags, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def parser() -> argparse.ArgumentParser:
     )
     names = [drill.name for drill in DRILLS]
     p.add_argument("--drills", nargs="+", choices=names, metavar="NAME", help="drills to do (default: all possible)")
-    p.add_argument("--list", action="store_true", help="list all drills and end")
+    p.add_argument("--list", action="store_true", help="list all drills and exit")
     p.add_argument(
         "--folder",
         type=Path,
         metavar="DIR",
-        help="new folder that all nodes see, for runs, table and picture (default: drills/<time>)",
+        help="new folder that all nodes see, for runs, table and chart (default: drills/<time>)",
     )
     p.add_argument(
         "--preempt-with",
@@ -63,11 +63,11 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.25,
         metavar="S",
-        help=f"seconds that a run waits at each of its {STEPS} steps, which leaves time for faults (default: 0.25)",
+        help=f"seconds that a run waits at each of its {STEPS} steps, to leave time for faults (default: 0.25)",
     )
-    p.add_argument("--at-once", type=int, default=1, metavar="N", help="drills done at the same time (default: 1)")
+    p.add_argument("--at-once", type=int, default=1, metavar="N", help="number of drills at the same time (default: 1)")
     p.add_argument(
-        "--patience", type=float, default=15, metavar="MIN", help="minutes that anything is waited for (default: 15)"
+        "--patience", type=float, default=15, metavar="MIN", help="minutes after which a wait fails (default: 15)"
     )
     return p
 
@@ -88,15 +88,14 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{folder} is not empty. Give a new folder with --folder.")
     env = DrillEnvironment(folder, (), nodes, cluster, preempt_with, arguments.pace, 60 * arguments.patience)
     asked = [drill for drill in DRILLS if not arguments.drills or drill.name in arguments.drills]
-    left_out = [(drill, why) for drill in asked if (why := env.lacks(drill))]
-    if arguments.drills and left_out:
-        raise UserError(
-            "; ".join(f"{drill.name} {why}" for drill, why in left_out) + ". Leave it out, or give what it needs."
-        )
+    skipped = [(drill, why) for drill in asked if (why := env.lacks(drill))]
+    if arguments.drills and skipped:
+        reasons = "; ".join(f"{drill.name} {why}" for drill, why in skipped)
+        raise UserError(f"{reasons}. Remove it from --drills, or give what it needs.")
     folder.mkdir(parents=True, exist_ok=True)
     env = dataclasses.replace(env, flags=(*make_materials(folder / "materials", per_class=160), *RECIPE, *rest))
     results = run_drills([drill for drill in asked if not env.lacks(drill)], env, at_once=arguments.at_once)
-    shown = table(results, left_out)
+    shown = table(results, skipped)
     (folder / "drills.md").write_text(shown + "\n")
     draw(results, folder / "drills.png")
     print(f"\n{shown}\n\n{folder / 'drills.md'}, {folder / 'drills.png'}")
@@ -104,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _checked_nodes(flags: Sequence[str]) -> int:
-    """How many nodes submit.py's flags ask for.
+    """The number of nodes in submit.py's flags.
 
     Raises:
-        UserError: they are not for Slurm.
+        UserError: the flags are not for Slurm.
     """
     submit_parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
     add_submit_arguments(submit_parser)
@@ -115,7 +114,7 @@ def _checked_nodes(flags: Sequence[str]) -> int:
     allocation = resolve_allocation(arguments, load_cluster_file(arguments.cluster))
     if not allocation.on_slurm:
         raise UserError(
-            "Drills need Slurm. Run this on a login node; or bring up a Slurm on this machine: "
+            "Drills need Slurm. Run this on a login node, or start a Slurm on this machine: "
             "python3 slurm/cluster.py up (slurm/README.md)."
         )
     return allocation.nodes

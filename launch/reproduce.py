@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""The paper's tables by one command: every row's runs and evaluations as jobs that wait for each other.
+"""Reproduce the paper's tables: submit the runs and evaluations of all rows as jobs that depend on each other.
 
     python launch/reproduce.py --arch ViT-B-32 --seeds 0 1 2 --shards DIR --nodes 2      all rows, 83 jobs
-    python launch/reproduce.py --arch ViT-B-32 --shards DIR --rows wise-kd               one, and what it needs
-    python launch/reproduce.py … --dry-run                                               what would be done, its cost
-    python launch/reproduce.py … --follow                                                stay and watch
+    python launch/reproduce.py --arch ViT-B-32 --shards DIR --rows wise-kd               one row, and what it needs
+    python launch/reproduce.py … --dry-run                                               show the plan and its cost
+    python launch/reproduce.py … --follow                                                stay and show the jobs
 
-The same command again submits what is missing, failed or was cancelled, and nothing else, and draws the table of what
-is there: OUT/table.md, table.tex, results.json, bars.png. All that it knows of a job stands in that job's run folder.
-Without Slurm the same jobs are done one after the other.
+Repeating the command submits only jobs that are missing, failed or cancelled, and writes the table of the results so
+far: OUT/table.md, table.tex, results.json, bars.png. The state of a job is in its run folder. Without Slurm, the jobs
+run one after the other on this machine.
 
-A held-out set is needed (make_shards.py --holdout 10240), so that 1,270,927 images of ImageNet are trained on. Runs are
-evaluated on it at the ends of their epochs, and rows are of the checkpoint that is best there, as the authors'; with
+A held-out set is required (make_shards.py --holdout 10240), which leaves 1,270,927 images of ImageNet to train on. Runs
+are evaluated on it at the end of each epoch, and rows are of the checkpoint that is best on it, like the authors'; with
 --checkpoint last, of the last one.
 
-Flags of submit.py apply to all training runs, but for those that a row decides. Runs that wait for the same jobs are an
-array; --array-parallelism says how many of its members may run at once.
+The flags of submit.py apply to all training runs, except those that a row decides. Runs that wait for the same jobs
+form an array; --array-parallelism limits how many of its members run at once.
 """
 
 from __future__ import annotations
@@ -49,35 +49,47 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--arch",
         choices=ARCHITECTURES,
-        help="OpenAI's CLIP of this size; where there is no network, with --pretrained and its weights",
+        help="OpenAI's CLIP of this size; without network access, also give --pretrained and its weights",
     )
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="default: 0 1 2, the paper's")
-    p.add_argument("--rows", nargs="+", choices=list(LABELS), metavar="ROW", help=f"default: all. {', '.join(LABELS)}")
+    p.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="seeds (default: 0 1 2, as in the paper)"
+    )
+    p.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(LABELS),
+        metavar="ROW",
+        help=f"rows of the table (default: all): {', '.join(LABELS)}",
+    )
     p.add_argument(
         "--sets",
         nargs="+",
         default=list(SETS),
         metavar="SET",
-        help=f"folders under --shards to evaluate on; the first is the one in distribution (default: {' '.join(SETS)})",
+        help=f"folders under --shards to evaluate on; the first is in distribution (default: {' '.join(SETS)})",
     )
     p.add_argument(
         "--soup",
         type=Path,
         metavar="FILE",
-        help="a model soup to start from: a cfmask model file, or a state dict of tower and head such as the authors' "
-        "of model soups, whose classes are those of the shards in their order (default: the average of the FT models)",
+        help="a model soup to start from: a cfmask model file, or a state dict of tower and head, like those of the "
+        "authors of model soups, with the classes of the shards in their order (default: the average of the FT models)",
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the plan's folder (default: reproductions/<model>)")
-    p.add_argument("--dry-run", action="store_true", help="check everything, show the plan and its cost, queue nothing")
-    p.add_argument("--follow", action="store_true", help="on Slurm: stay and show the jobs until none is left")
+    p.add_argument(
+        "--dry-run", action="store_true", help="check everything and show the plan and its cost, but queue nothing"
+    )
+    p.add_argument("--follow", action="store_true", help="on Slurm: stay and show the jobs until all have ended")
     p.add_argument(
         "--tflops",
         type=float,
         metavar="X",
-        help="TFLOP/s of a GPU (of a rank on CPUs) that the estimate of the cost assumes (default: as measured in the "
-        f"plan's runs; before there are any, {GPU_TFLOPS:g}, {CPU_TFLOPS:g} on CPUs)",
+        help="TFLOP/s per GPU (per rank on CPUs) for the estimate of the cost (default: as measured in the plan's "
+        f"runs; before that {GPU_TFLOPS:g}, or {CPU_TFLOPS:g} on CPUs)",
     )
-    p.add_argument("--allow-count-mismatch", action="store_true", help="take known sets that have other counts")
+    p.add_argument(
+        "--allow-count-mismatch", action="store_true", help="accept known sets with unexpected numbers of images"
+    )
     add_holdout_arguments(p)
     add_allocation_arguments(p)
     add_recipe_arguments(p)
@@ -86,13 +98,13 @@ def parser() -> argparse.ArgumentParser:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if all is done or under way, 1 if a job failed, 130 if it was interrupted."""
+    """Returns 0 if all jobs are done or queued, 1 if a job failed, 130 if interrupted."""
     arguments = parser().parse_args(argv)
     settle_flags(arguments)
     file = load_cluster_file(arguments.cluster)
     allocation = resolve_allocation(arguments, file)
     if arguments.follow and not allocation.on_slurm:
-        raise UserError("--follow would do nothing: on this machine jobs are done one after the other, and shown.")
+        raise UserError("--follow would do nothing: without Slurm, the command runs and shows the jobs itself.")
     reproduction = Reproduction.of(arguments, file, allocation)
     statuses = read_statuses(reproduction)
     states = states_of(statuses)

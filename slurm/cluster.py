@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""A real Slurm on one machine: try a launch here before you queue on the big cluster.
+"""Run a real Slurm on one machine, to test a launch before it is queued on a large cluster.
 
     python3 slurm/cluster.py up [--nodes 2] [--cpus-per-node 4] [--state DIR] [--no-install]
     python3 slurm/cluster.py status [--state DIR]
     python3 slurm/cluster.py down [--state DIR]
 
-Everything lives in one state folder (default ~/.cache/cfmask-slurm); nothing is read from or written to /etc, and
-daemons listen on the loopback interface only:
+All files are in one state folder (default ~/.cache/cfmask-slurm); nothing is read from or written to /etc, and daemons
+listen on the loopback interface only:
 
-    STATE/ cluster.json                          what runs: daemons with their command lines and process ids
+    STATE/ cluster.json                          the daemons, with their command lines and process ids
            slurm.conf                            for users (SLURM_CONF) and, through daemons.conf, for the daemons
-           daemons.conf slurmdbd.conf            what only the daemons read; from Slurm 24.05 on cgroup.conf too
-           munge/ mysql/ controller/ spool/nK/   the daemons' own state
-           log/                                  one log a daemon
+           daemons.conf slurmdbd.conf            for the daemons only; from Slurm 24.05 on also cgroup.conf
+           munge/ mysql/ controller/ spool/nK/   the daemons' state
+           log/                                  one log per daemon
 
-The daemons are the real ones (munged, mariadbd, slurmdbd, slurmctld and one slurmd a node), each private to the folder,
-so two clusters live side by side and a munged or MariaDB of the machine is left alone. Standard library only.
+The daemons are the real ones (munged, mariadbd, slurmdbd, slurmctld, and one slurmd per node), private to the folder.
+Several clusters can run at the same time, and so can a munged or MariaDB of the machine. Standard library only.
 
-Daemons and jobs see "localhost" as the host's name. Where the kernel does not let them (a container without the
-SYS_ADMIN capability) they see the machine's, and Slurm's daemons listen on every interface; `status` says so.
+Daemons and jobs see "localhost" as the host's name. If the kernel does not allow that (in a container without the
+SYS_ADMIN capability), they see the machine's name, and Slurm's daemons listen on every interface; `status` says so.
 
-Exit codes: 0 done (`status`: all daemons run), 1 something failed (`status`: not all of them run), 2 refused.
+Exit codes: 0 done (`status`: all daemons run), 1 failed (`status`: a daemon does not run), 2 refused.
 """
 
 from __future__ import annotations
@@ -53,17 +53,15 @@ from processes import POLL, end, family, runs
 from programs import PATH, Failed, Refused, install, missing_programs
 
 PACKAGE_LOCK = Path("/run/lock")
-"""The folder of a lock on this machine's packages."""
-
-# ---------------------------------------------------------------------------------------------------------------- verbs
+"""The folder of the lock that serialises the installation of packages."""
 
 
 def up(state: Path, nodes: int, cpus_per_node: int) -> str:
-    """Bring the cluster up, or bring back those of its daemons that have died; return what to say.
+    """Start the cluster, or those of its daemons that have died. Returns a message.
 
     Raises:
-        Refused: the folder holds something else, or a cluster of another size that is running.
-        Failed: a daemon did not come up (the end of its log is in the message).
+        Refused: the folder holds something else, or a running cluster of another size.
+        Failed: a daemon did not start; the message has the end of its log.
     """
     socket_path = state / "munge" / "munge.socket"
     if len(str(socket_path)) > 100:  # sun_path holds 108 bytes
@@ -72,7 +70,7 @@ def up(state: Path, nodes: int, cpus_per_node: int) -> str:
         )
     record = read_record(state)
     if record is None and state.is_dir() and any(child.name != "lock" for child in state.iterdir()):
-        raise Refused(f"{state} is not empty and not a cluster of ours. Give another folder with --state.")
+        raise Refused(f"{state} is not empty and not a cluster of this program. Give another folder with --state.")
     dead = [name for name, daemon in record["daemons"].items() if not runs(state, daemon["pid"])] if record else []
 
     if record is not None and len(dead) < len(record["daemons"]):
@@ -86,7 +84,7 @@ def up(state: Path, nodes: int, cpus_per_node: int) -> str:
         wait_idle(state, record, settle=True)
         return f"up again: {size_line(record)} (restarted {', '.join(dead)})"
 
-    # None of it runs, or there is none: what an interrupted `up`, a crash or a reboot left is of no use.
+    # No daemon runs: remove what an interrupted `up`, a crash or a reboot has left.
     sweep(state)
     began = time.monotonic()
     try:
@@ -98,7 +96,7 @@ def up(state: Path, nodes: int, cpus_per_node: int) -> str:
 
 
 def create(state: Path, nodes: int, cpus_per_node: int) -> dict:
-    """Write the configuration, start every daemon in the order they need each other; return the record."""
+    """Write the configuration and start the daemons in the order of their dependencies. Returns the record."""
     for folder in ("munge", "mysql", "controller", "log", *(f"spool/n{k}" for k in range(1, nodes + 1))):
         (state / folder).mkdir(parents=True, exist_ok=True)
     key = state / "munge" / "munge.key"
@@ -107,13 +105,13 @@ def create(state: Path, nodes: int, cpus_per_node: int) -> dict:
     record = write_configuration(state, nodes, cpus_per_node)
 
     start(state, record, "munged")
-    # Root is let in by the socket's peer credentials: no password anywhere.
+    # MariaDB identifies root by the socket's peer credentials: no password is needed.
     run_tool(
         state,
         ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-test-db", NO_SYNC],
     )
-    # A database is a folder. Where it is missing, slurmdbd reuses the handle whose connection was refused ("Unknown
-    # database"); libmariadb 11.8 has closed it by then, and slurmdbd ends.
+    # A database is a folder. If it is missing, slurmdbd reuses the handle whose connection was refused ("Unknown
+    # database"), which libmariadb 11.8 has closed by then, and ends.
     (state / "mysql" / DATABASE).mkdir()
     start(state, record, "mariadbd")
     start(state, record, "slurmdbd")
@@ -126,7 +124,7 @@ def create(state: Path, nodes: int, cpus_per_node: int) -> dict:
 
 
 def down(state: Path) -> str:
-    """Stop every daemon and job of the cluster and remove its state folder; return what to say."""
+    """Stop all daemons and jobs of the cluster, and remove its state folder. Returns a message."""
     if read_record(state) is None:
         return f"nothing is up in {state}"
     stop(state)
@@ -135,7 +133,7 @@ def down(state: Path) -> str:
 
 
 def status(state: Path) -> tuple[str, bool]:
-    """Return the daemons, nodes and queue as text, and whether every daemon runs."""
+    """Returns a description of daemons, nodes and queue, and whether all daemons run."""
     record = read_record(state)
     if record is None:
         return f"nothing is up in {state}", False
@@ -148,7 +146,7 @@ def status(state: Path) -> tuple[str, bool]:
         for command in (["sinfo"], ["squeue", "--all"]):
             lines += ["", call(state, command, timeout=20).stdout.rstrip()]
     if not record["loopback_only"]:
-        lines += ["", "Slurm's daemons listen on every interface: no right to give them a host name of their own."]
+        lines += ["", "Slurm's daemons listen on every interface: the kernel does not allow a host name of their own."]
     return "\n".join([*lines, "", export_line(state)]), whole
 
 
@@ -161,11 +159,11 @@ def export_line(state: Path) -> str:
     return f"export SLURM_CONF={state}/slurm.conf"
 
 
-# -------------------------------------------------------------------------------------------------------------- daemons
+# --- daemons ----------------------------------------------------------------------------------------------------------
 
 
 def start(state: Path, record: dict, name: str) -> None:
-    """Start one daemon in a session of its own, note its process id, return when it answers.
+    """Start a daemon in a session of its own, record its process id, and wait until it answers.
 
     Raises:
         Failed: it ended, or did not answer within a minute.
@@ -181,7 +179,7 @@ def start(state: Path, record: dict, name: str) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # a Ctrl-C meant for the caller is not for the daemons
+            start_new_session=True,  # Ctrl-C must not reach the daemons
             preexec_fn=name_host_localhost if record["loopback_only"] else None,
         )
     record["daemons"][name]["pid"] = process.pid
@@ -196,7 +194,7 @@ def start(state: Path, record: dict, name: str) -> None:
         deadline = time.monotonic() + 60
         while not ready[name]():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise Failed(f"{name} did not come up. The end of its log:\n{log_tail(state, name)}")
+                raise Failed(f"{name} did not start. The end of its log:\n{log_tail(state, name)}")
             time.sleep(POLL)
 
 
@@ -207,7 +205,7 @@ def listens(port: int) -> bool:
 
 
 def wait_idle(state: Path, record: dict, *, settle: bool = False, timeout: float = 90) -> None:
-    """Wait until every node is idle; with settle, nodes that have jobs will do."""
+    """Wait until every node is idle, or, with ``settle``, idle or running jobs."""
     good = {"idle", "mixed", "allocated", "completing"} if settle else {"idle"}
     deadline = time.monotonic() + timeout
     states = "no answer"
@@ -217,14 +215,14 @@ def wait_idle(state: Path, record: dict, *, settle: bool = False, timeout: float
             return
         for name, daemon in record["daemons"].items():
             if not runs(state, daemon["pid"]):
-                raise Failed(f"{name} did not come up. The end of its log:\n{log_tail(state, name)}")
+                raise Failed(f"{name} did not start. The end of its log:\n{log_tail(state, name)}")
         time.sleep(POLL)
     tails = "\n".join(log_tail(state, name) for name in ("slurmctld", "slurmd-n1"))
     raise Failed(f"the nodes are not idle after {timeout:.0f} s ({states.split()}). The ends of the logs:\n{tails}")
 
 
 def call(state: Path, command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a tool of Slurm's against this cluster; a tool that hangs counts as one that failed."""
+    """Run a command of Slurm against this cluster; a timeout counts as a failure."""
     try:
         return subprocess.run(command, env=environment(state), capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -238,51 +236,51 @@ def run_tool(state: Path, command: list[str]) -> None:
 
 
 def stop(state: Path) -> None:
-    """End all that runs from this folder: first the controller (no new jobs), then jobs, then the rest."""
+    """End all processes of this cluster: the controller first (no new jobs), then nodes and jobs, then the rest."""
     record = read_record(state)
     daemons = {name: daemon["pid"] for name, daemon in record["daemons"].items()} if record else {}
-    # Looked for first: what a job started with an empty environment is found through its ancestors, while they live.
+    # Before anything ends: a job's process with an empty environment is only found through its living ancestors.
     everything = family(state)
     services = [daemons.get(name) for name in ("slurmdbd", "mariadbd", "munged")]
     end([pid for pid in [daemons.get("slurmctld")] if runs(state, pid)], patience=15)
     end([pid for name, pid in daemons.items() if name.startswith("slurmd-") and runs(state, pid)], patience=10)
-    end({*everything, *family(state)}.difference(services), patience=2)  # jobs are what is left of it
+    end({*everything, *family(state)}.difference(services), patience=2)  # only jobs are left
     for pid in services:
         end([pid] if runs(state, pid) else [], patience=15)
     sweep(state)
 
 
 def sweep(state: Path) -> None:
-    """End what no record tells of, too: an `up` may have been killed between starting a daemon and noting it."""
-    for _ in range(3):  # what forked while we looked is caught by the next look
+    """End processes that are not recorded: an `up` may have been killed before it recorded a daemon."""
+    for _ in range(3):  # a process may fork while they are listed
         left = family(state)
         if not left:
             break
         end(left, patience=5)
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# --- command ----------------------------------------------------------------------------------------------------------
 
 
 def become_root(arguments: list[str], state: Path) -> None:
-    """Run this again under sudo unless we are root.
+    """Run this program again under sudo, unless this process is root.
 
     Raises:
-        Refused: no right to.
+        Refused: there is no sudo without a password.
     """
     if os.geteuid() == 0:
         return
     sudo = shutil.which("sudo", path=PATH)
     if sudo is None or subprocess.run([sudo, "-n", "true"], stdin=subprocess.DEVNULL, capture_output=True).returncode:
-        raise Refused("a Slurm of one's own needs root: run this as root, or with a sudo that asks for no password.")
-    state.parent.mkdir(parents=True, exist_ok=True)  # as the user, so that ~/.cache stays theirs
+        raise Refused("starting Slurm needs root: run this as root, or as a user whose sudo asks for no password.")
+    state.parent.mkdir(parents=True, exist_ok=True)  # as the user, who then owns ~/.cache
     command = [sudo, "-n", sys.executable, str(Path(__file__).resolve()), *arguments, "--state", str(state)]
     os.execv(sudo, command)
 
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = "lock") -> Iterator[None]:
-    """Hold the folder for this process: a second `up` or `down` waits for the first."""
+    """Lock the folder: a second `up` or `down` waits for the first."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -291,37 +289,37 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="slurm/cluster.py", description="A real Slurm on one machine, from Debian's packages, for trying launches."
+        prog="slurm/cluster.py", description="Run a real Slurm on one machine, from Debian's packages."
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     parsers = {
-        "up": verbs.add_parser("up", help="bring the cluster up; when it is up, say so"),
-        "down": verbs.add_parser("down", help="stop its daemons and jobs, and remove the state folder"),
-        "status": verbs.add_parser("status", help="show daemons, nodes and queue; exit code 1 unless all is up"),
+        "up": verbs.add_parser("up", help="start the cluster, or its daemons that have died"),
+        "down": verbs.add_parser("down", help="stop daemons and jobs, and remove the state folder"),
+        "status": verbs.add_parser("status", help="show daemons, nodes and queue; exit code 1 unless all daemons run"),
     }
     for verb in parsers.values():
         verb.add_argument(
             "--state",
             type=Path,
             default=Path("~/.cache/cfmask-slurm"),
-            help="folder that the cluster lives in, on a local disk (default %(default)s)",
+            help="state folder, on a local disk (default: %(default)s)",
         )
-    parsers["up"].add_argument("--nodes", type=int, default=2, help="node daemons (default %(default)s)")
+    parsers["up"].add_argument("--nodes", type=int, default=2, help="number of nodes (default: %(default)s)")
     parsers["up"].add_argument(
-        "--cpus-per-node", type=int, default=4, help="CPUs each node claims to have (default %(default)s)"
+        "--cpus-per-node", type=int, default=4, help="CPUs that each node declares (default: %(default)s)"
     )
-    parsers["up"].add_argument("--no-install", action="store_true", help="refuse when packages are missing")
+    parsers["up"].add_argument("--no-install", action="store_true", help="fail if packages are missing")
     options = parser.parse_args(arguments)
     state = options.state.expanduser().resolve()
 
     try:
         if options.verb == "up" and min(options.nodes, options.cpus_per_node) < 1:
-            raise Refused("a cluster has at least one node, and a node at least one CPU.")
+            raise Refused("--nodes and --cpus-per-node must be at least 1.")
         if any(character.isspace() or character in "#%=\\," for character in str(state)):
-            raise Refused(f"Slurm cannot have a state folder with such characters in its path: {state}")
+            raise Refused(f"{state}: Slurm does not accept blanks and #%=\\, in the path of its state folder.")
         become_root(arguments, state)
         if options.verb == "up":
-            # Of two `up` at once, one installs: apt's own locks make the other one fail, and programs are there a while
+            # Only one `up` at a time installs packages: apt's locks would make the second one fail, and programs exist
             # before their packages are complete.
             with locked(PACKAGE_LOCK, "cfmask-slurm-packages.lock"):
                 if missing := missing_programs():

@@ -1,4 +1,4 @@
-"""The configuration of a cluster: Slurm's files in its state folder, and the record of what is to run."""
+"""The configuration of a cluster: Slurm's files in the state folder, and the record of the daemons."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from processes import MARK
 from programs import PATH, Failed, slurm_version
 
-NODE_MEMORY_MB = 65536  # declared, not counted: --mem is accepted up to this and not enforced
-# MariaDB need not survive a power cut, which saves seconds; "loose": a version without the option starts all the same.
+NODE_MEMORY_MB = 65536  # as declared to Slurm: --mem is accepted up to this, and not enforced
+# MariaDB need not survive a power cut, which saves seconds; "loose": versions without the option ignore it.
 NO_SYNC = "--loose-debug-no-sync"
 DATABASE = "slurm_acct_db"
-CHANGED_IN = (24, 5)  # earlier versions do not know, and do not need, CgroupPlugin=disabled and MANY_REQUEUES
+CHANGED_IN = (24, 5)  # earlier versions reject CgroupPlugin=disabled and MANY_REQUEUES, and do not need them
 MANY_REQUEUES = """\
 # A preemption within the grace time counts, and after 5, the default, the job is held.
 MaxBatchRequeue=1000000"""
@@ -24,7 +24,7 @@ CLONE_NEWUTS = 0x04000000  # linux/sched.h
 
 
 def write_configuration(state: Path, nodes: int, cpus_per_node: int) -> dict:
-    """Write slurm.conf, daemons.conf and slurmdbd.conf with free ports; return the record of what is to run."""
+    """Write slurm.conf, daemons.conf and slurmdbd.conf with free ports. Returns the record of the daemons."""
     loopback_only, version = can_name_host(), slurm_version()
     controller_port, database_port, *node_ports = free_ports(2 + nodes)
     names = [f"n{k}" for k in range(1, nodes + 1)]
@@ -33,11 +33,59 @@ def write_configuration(state: Path, nodes: int, cpus_per_node: int) -> dict:
         f" CPUs={cpus_per_node} RealMemory={NODE_MEMORY_MB} State=UNKNOWN"
         for name, port in zip(names, node_ports, strict=True)
     )
-    user_conf = f"""\
+    requeues = MANY_REQUEUES if version >= CHANGED_IN else ""
+    user_conf = _user_conf(state, controller_port, database_port, ",".join(names), node_lines, requeues)
+    database_conf = f"""\
+# Written by slurm/cluster.py.
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={database_port}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={state}/munge/munge.socket
+PidFile={state}/log/slurmdbd.pid
+LogFile={state}/log/slurmdbd
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc={DATABASE}
+{"CommunicationParameters=NoInAddrAny" if loopback_only else ""}
+"""
+    # With NoInAddrAny, a daemon listens on the address of its host name only, which is "localhost" for daemons (see
+    # name_host_localhost). A user's srun sees the machine's name, so this is not in the users' slurm.conf.
+    daemons_conf = f"""\
+# Written by slurm/cluster.py.
+Include {state}/slurm.conf
+{"CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback_only else ""}
+DebugFlags=NO_CONF_HASH
+"""
+    (state / "slurm.conf").write_text(user_conf)
+    (state / "daemons.conf").write_text(daemons_conf)
+    if version >= CHANGED_IN:
+        (state / "cgroup.conf").write_text("# Written by slurm/cluster.py.\nCgroupPlugin=disabled\n")
+    database_file = state / "slurmdbd.conf"
+    database_file.touch(mode=0o600)  # slurmdbd requires it
+    database_file.write_text(database_conf)
+
+    commands = _commands(state, names)
+    record = {
+        "nodes": nodes,
+        "cpus_per_node": cpus_per_node,
+        "database_port": database_port,
+        "loopback_only": loopback_only,
+        "daemons": {name: {"command": command, "pid": None} for name, command in commands.items()},
+    }
+    write_record(state, record)
+    return record
+
+
+def _user_conf(state: Path, port: int, database_port: int, names: str, node_lines: str, requeues: str) -> str:
+    """slurm.conf."""
+    return f"""\
 # Written by slurm/cluster.py.
 ClusterName=cfmask
 SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort={controller_port}
+SlurmctldPort={port}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={state}/munge/munge.socket
@@ -74,48 +122,20 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
-{MANY_REQUEUES if version >= CHANGED_IN else ""}
+{requeues}
 
 {node_lines}
-PartitionName=low Nodes={",".join(names)} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
-PartitionName=abrupt Nodes={",".join(names)} PriorityTier=1 GraceTime=0 MaxTime=INFINITE State=UP
-PartitionName=high Nodes={",".join(names)} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+PartitionName=low Nodes={names} Default=YES PriorityTier=1 GraceTime=30 MaxTime=INFINITE State=UP
+PartitionName=abrupt Nodes={names} PriorityTier=1 GraceTime=0 MaxTime=INFINITE State=UP
+PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
-    database_conf = f"""\
-# Written by slurm/cluster.py.
-DbdHost=localhost
-DbdAddr=127.0.0.1
-DbdPort={database_port}
-SlurmUser=root
-AuthType=auth/munge
-AuthInfo=socket={state}/munge/munge.socket
-PidFile={state}/log/slurmdbd.pid
-LogFile={state}/log/slurmdbd
-StorageType=accounting_storage/mysql
-StorageHost=localhost
-StorageUser=root
-StorageLoc={DATABASE}
-{"CommunicationParameters=NoInAddrAny" if loopback_only else ""}
-"""
-    # Told not to listen on every interface, a daemon listens on the address of its host name, which we can make
-    # "localhost" for it (see start()). A user's srun keeps the machine's name, so this is not for their slurm.conf.
-    daemons_conf = f"""\
-# Written by slurm/cluster.py.
-Include {state}/slurm.conf
-{"CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if loopback_only else ""}
-DebugFlags=NO_CONF_HASH
-"""
-    (state / "slurm.conf").write_text(user_conf)
-    (state / "daemons.conf").write_text(daemons_conf)
-    if version >= CHANGED_IN:
-        (state / "cgroup.conf").write_text("# Written by slurm/cluster.py.\nCgroupPlugin=disabled\n")
-    database_file = state / "slurmdbd.conf"
-    database_file.touch(mode=0o600)  # slurmdbd insists
-    database_file.write_text(database_conf)
 
+
+def _commands(state: Path, names: list[str]) -> dict[str, list[str]]:
+    """The command lines of the daemons, by name."""
     conf = f"{state}/daemons.conf"
     munge = f"{state}/munge"
-    commands = {
+    return {
         "munged": [
             *("munged", "--foreground", "--force", f"--socket={munge}/munge.socket", f"--key-file={munge}/munge.key"),
             *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={log_path(state, 'munged')}"),
@@ -124,29 +144,18 @@ DebugFlags=NO_CONF_HASH
             *("mariadbd", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-networking"),
             *(f"--socket={state}/mysql/socket", f"--pid-file={state}/mysql/pid"),
             *("--innodb-buffer-pool-size=128M", "--innodb-lock-wait-timeout=900", NO_SYNC),
-            # On by default since MariaDB 11.6: rows that another transaction has changed end slurmdbd's with an error.
+            # On by default since MariaDB 11.6: slurmdbd's transactions would fail if another one has changed a row.
             "--loose-innodb-snapshot-isolation=OFF",
         ],
         "slurmdbd": ["slurmdbd", "-D"],
         "slurmctld": ["slurmctld", "-D", "-f", conf],
         **{f"slurmd-{name}": ["slurmd", "-D", "-N", name, "-f", conf] for name in names},
     }
-    record = {
-        "nodes": nodes,
-        "cpus_per_node": cpus_per_node,
-        "database_port": database_port,
-        "loopback_only": loopback_only,
-        "daemons": {name: {"command": command, "pid": None} for name, command in commands.items()},
-    }
-    write_record(state, record)
-    return record
 
 
 def free_ports(count: int) -> list[int]:
-    """Return free TCP ports below the range the kernel hands to outgoing connections.
-
-    They are probed, not held. From a random place on, so that two clusters that start at once do not meet.
-    """
+    """Returns free TCP ports below the range of outgoing connections, in random order: they are not reserved, and two
+    clusters that start at the same time must not choose the same ones."""
     low, high = 10000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     candidates = list(range(low, high)) if high - low > 1000 else list(range(low, 60000))
     random.SystemRandom().shuffle(candidates)
@@ -164,7 +173,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def read_record(state: Path) -> dict | None:
-    """Return what cluster.json says, or None where no cluster has been started."""
+    """Returns the content of cluster.json; None if no cluster was started."""
     try:
         return json.loads((state / "cluster.json").read_text())
     except FileNotFoundError:
@@ -178,7 +187,7 @@ def write_record(state: Path, record: dict) -> None:
 
 
 def environment(state: Path) -> dict[str, str]:
-    """Return what a daemon sees: nothing of the caller's virtual environment or locale reaches it."""
+    """Returns the environment of a daemon, without the caller's virtual environment and locale."""
     return {
         "PATH": PATH,
         "HOME": "/root",
@@ -190,7 +199,7 @@ def environment(state: Path) -> dict[str, str]:
 
 
 def name_host_localhost() -> None:
-    """In a new process before it runs: give it "localhost" as host name, seen by it and its children alone.
+    """Give this process and its children the host name "localhost"; to be called in a new process.
 
     Raises:
         OSError: the kernel does not allow it (a container without SYS_ADMIN).

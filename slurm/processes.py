@@ -1,4 +1,4 @@
-"""Which processes belong to a cluster, and how they are ended."""
+"""The processes of a cluster, found in /proc, and how they are ended. (The standard library only: no psutil.)"""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MARK = "CFMASK_SLURM_STATE"  # in the environment of every daemon: tells ours from those of the machine
+MARK = "CFMASK_SLURM_STATE"  # in the environment of every daemon of a cluster
 POLL = 0.2  # seconds between two looks
 
 
 def end(pids: Iterable[int | None], patience: float) -> None:
-    """Send TERM to these processes, and KILL to those that are left after `patience` seconds."""
+    """Send TERM to these processes, and KILL to those that still run after ``patience`` seconds."""
     mine = {(pid, start) for pid in pids if pid is not None and (start := start_time(pid))}
     for number, wait in ((signal.SIGTERM, patience), (signal.SIGKILL, 5.0)):
         for pid, _ in mine:
@@ -27,14 +27,14 @@ def end(pids: Iterable[int | None], patience: float) -> None:
 
 
 def processes() -> Iterator[int]:
-    """Yield the ids of the processes of this machine, without this one."""
+    """Yields the ids of all processes of this machine except this one."""
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != os.getpid():
             yield int(entry)
 
 
 def stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat from the third (the state) on; none if the process is gone, or a zombie."""
+    """Returns the fields of /proc/PID/stat from the third (the state) on; none if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
@@ -43,8 +43,8 @@ def stat(pid: int) -> list[str]:
 
 
 def start_time(pid: int) -> str:
-    """Return when a process began (clock ticks since boot), which tells it from a later one of the same id; "" if it is
-    gone."""
+    """Returns when a process started (clock ticks since boot), which identifies it together with its id; "" if it has
+    ended."""
     fields = stat(pid)
     return fields[19] if fields else ""
 
@@ -54,7 +54,7 @@ def runs(state: Path, pid: int | None) -> bool:
 
 
 def family(state: Path) -> set[int]:
-    """Return the daemons of this cluster, the processes of its jobs, and whatever these have started."""
+    """Returns the daemons of this cluster, the processes of its jobs, and their descendants."""
     parents = {pid: int(fields[1]) for pid in processes() if (fields := stat(pid))}
     found = {pid for pid in parents if belongs(state, pid)}
     while more := {pid for pid, parent in parents.items() if parent in found} - found:
@@ -63,14 +63,14 @@ def family(state: Path) -> set[int]:
 
 
 def belongs(state: Path, pid: int) -> bool:
-    """Whether a process is a daemon of this cluster or runs in one of its jobs, by what it shows of itself."""
+    """Whether a process is a daemon of this cluster or belongs to one of its jobs, by its environment and title."""
     process = Path(f"/proc/{pid}")
     try:
-        # A process that has ended and waits to be reaped shows no environment.
+        # A zombie has no environment.
         variables = (process / "environ").read_bytes().split(b"\0")
         if f"{MARK}={state}".encode() in variables:
             return True
-        # slurmstepd writes its title over its environment. It stays where slurmd was started.
+        # slurmstepd writes its title over its environment; its working directory is slurmd's.
         if (process / "comm").read_text().startswith("slurm") and Path(os.readlink(process / "cwd")) == state:
             return True
     except (FileNotFoundError, ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""Slurm's programs on this machine: found, or installed from Debian's packages."""
+"""Finds Slurm's programs on this machine, or installs them from Debian's packages."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PATH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbi
 
 
 class Refused(Exception):
-    """Nothing was done, for the reason given; exit code 2."""
+    """Nothing was done; the message says why. Exit code 2."""
 
 
 class Failed(Exception):
-    """Something that should have worked did not; exit code 1."""
+    """A step failed. Exit code 1."""
 
 
 def missing_programs() -> list[str]:
@@ -33,15 +33,15 @@ def missing_programs() -> list[str]:
 
 
 def slurm_version() -> tuple[int, int]:
-    """Return (22, 5) for Slurm 22.05.8.
+    """Returns (22, 5) for Slurm 22.05.8.
 
     Raises:
-        Failed: slurmd does not say.
+        Failed: slurmd does not print a version.
     """
     done = subprocess.run([shutil.which("slurmd", path=PATH) or "slurmd", "-V"], capture_output=True, text=True)
     found = re.search(r"(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise Failed(f"`slurmd -V` does not tell Slurm's version: {(done.stdout + done.stderr).strip()!r}")
+        raise Failed(f"`slurmd -V` does not print a version: {(done.stdout + done.stderr).strip()!r}")
     return int(found[1]), int(found[2])
 
 
@@ -66,7 +66,7 @@ def install() -> None:
         return done.stdout
 
     apt("update")
-    # MariaDB's programs without its service; older releases have the version in the package's name.
+    # MariaDB's programs without its service; older releases have a version in the package's name.
     pattern = r"^mariadb-(server|client)-core(-[0-9.]+)?$"
     search = ["apt-cache", "--names-only", "search", pattern]
     found = [line.split()[0] for line in subprocess.run(search, capture_output=True, text=True).stdout.splitlines()]
@@ -74,7 +74,7 @@ def install() -> None:
     database = [name for name in cores if name] or ["mariadb-server"]
     apt("install", "-y", "--no-install-recommends", *PACKAGES, *database)
     if not had_munged and munged_runs():
-        # The package starts the machine's munged at once; ours is private, so leave the machine as it was.
+        # The package starts a munged for the machine, which the cluster does not use.
         subprocess.run(["service", "munge", "stop"], stdin=subprocess.DEVNULL, capture_output=True)
     if missing := missing_programs():
         raise Refused(f"the packages are installed, but these programs are still missing: {', '.join(missing)}.")

@@ -1,4 +1,4 @@
-"""Made data and models for tests: a class-folder tree of small images, its shards, a tiny model file."""
+"""Synthetic data and models for tests: a class-folder tree of small images, its shards, a tiny model file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recipe_flags(materials: Path, run: Path) -> list[object]:
 
 
 def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, ...] = CLASSES) -> Path:
-    """A model file, and beside it the configuration that --model takes."""
+    """Write a model file and the configuration for --model beside it."""
     import dataclasses
     import json
 
@@ -51,7 +51,7 @@ def save_tiny_model(path: Path, geometry: Geometry = TINY, classes: tuple[str, .
 
 
 def save_moved_model(source: Path, path: Path, by: float) -> None:
-    """A model file with each weight a random step away from another's."""
+    """Write a model file whose weights differ from another's by random steps."""
     import torch
 
     from cfmask.models.head import load_model
@@ -98,17 +98,17 @@ def _rank(rank: int, function: Callable, args: tuple) -> None:
 
 
 def path_of_all_imports() -> str:
-    """PYTHONPATH for processes that import all that they do outside of tests (lean/lean.py)."""
+    """PYTHONPATH for processes that import everything, as outside of tests (lean/lean.py)."""
     paths = os.environ["PYTHONPATH"].split(os.pathsep)
     return os.pathsep.join(path for path in paths if path != str(REPO / "tests/lean"))
 
 
 def train(recipe: Recipe, folder: Path, stop_at: int | None = None) -> RunFolder:
-    """A run in this process, of one rank; ``stop_at`` asks it to stop at that step, as a preemption does."""
+    """Train in this process, with one rank; stop at ``stop_at`` like a preempted run."""
     import tensorboard.summary.writer.event_file_writer as events
 
     import cfmask.training.train
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import FINISHED, REQUEUE
 
     # TensorBoard reads files in the order of their names: second, host, pid, and then a count within the process, in
@@ -146,8 +146,8 @@ sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_
 
 
 def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0) -> list[str]:
-    """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step: on a busy machine too, a run that is to be
-    disturbed does not finish before, and it leaves the machine to others."""
+    """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step, so that a run does not finish before it is
+    disturbed, also on a busy machine."""
     program = ["-c", SUBMIT_PACED, str(repository), str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
     return [sys.executable, *program, *map(str, flags)]
 
@@ -155,7 +155,7 @@ def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0)
 def submit(
     *flags: object, check: bool = True, repository: Path = REPO, pace_s: float = 0.0, **popen
 ) -> subprocess.CompletedProcess:
-    """``submit_command``, with one thread a process, until it ends."""
+    """Run ``submit_command`` with one thread per process, and wait for its end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
     if repository != REPO:
         environment["PYTHONPATH"] = os.pathsep.join([str(repository), environment["PYTHONPATH"]])
@@ -170,7 +170,7 @@ PACE_S = 0.05
 
 
 def start(*flags: object, pace_s: float = PACE_S) -> subprocess.Popen:
-    """``submit_command`` in a process group of its own, not waited for."""
+    """Start ``submit_command`` in its own process group."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         submit_command(*flags, pace_s=pace_s),
@@ -182,7 +182,7 @@ def start(*flags: object, pace_s: float = PACE_S) -> subprocess.Popen:
 
 
 def assert_same_weights(run: Path, other: Path) -> None:
-    """The last checkpoints, and the models, are bitwise equal."""
+    """Check that the last checkpoints and the models are bitwise identical."""
     import torch
     from safetensors.torch import load_file
 
@@ -202,12 +202,12 @@ def assert_log_format(run: Path) -> None:
 
 
 def logs(run: Path) -> str:
-    """The end of every rank's."""
+    """The end of every rank's log."""
     return "\n".join(f"{p.name}:\n{p.read_text(errors='replace')[-3000:]}" for p in (run / "jobs").glob("*.out"))
 
 
 def wait_for(run: Path, holds: Callable[[], bool], what: str, timeout: float = 300) -> None:
-    """``wait_until``, with the run's logs if it is in vain."""
+    """``wait_until``, with the run's logs in the error."""
     try:
         wait_until(holds, what, timeout)
     except BaseException:
@@ -220,7 +220,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Pids of all that a process has started, and they in turn, as far as nobody between them has ended."""
+    """Pids of the descendants of a process, except below processes that have ended."""
     command = ["ps", "-eo", "pid=,ppid="]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parents = dict(map(int, line.split()) for line in listed.splitlines())
@@ -232,7 +232,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to a command and to everything that it started: controller, ranks, loaders."""
+    """Send SIGKILL to a command and its descendants: controller, ranks, loaders."""
     for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Image files that no encoder at hand writes, byte by byte."""
+"""Image files that no available encoder writes, byte by byte."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def png(width: int, height: int, *, depth: int, colour: int, rows: bytes, chunks
 
 
 def webp_claiming(width: int, height: int) -> bytes:
-    """An animation whose canvas is all that it has."""
+    """An animation with a canvas and no picture."""
     canvas = bytes([2, 0, 0, 0]) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     chunks = b"WEBP" + b"VP8X" + struct.pack("<L", 10) + canvas + b"ANIM" + struct.pack("<L", 6) + bytes(6)
     return b"RIFF" + struct.pack("<L", len(chunks)) + chunks

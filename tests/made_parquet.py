@@ -1,4 +1,4 @@
-"""Parquet files as the Hugging Face hub has them."""
+"""Parquet files like the Hugging Face hub's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_parquet(
     group: int = 3,
     more: dict[str, pa.Array] | None = None,
 ) -> Path:
-    """rows: bytes and path of the image, label. names: of the classes, for the metadata. group: rows a row group."""
+    """rows: bytes and path of the image, label. names: of the classes, for the metadata. group: rows in a row group."""
     images = pa.array(
         [None if data is None and name is None else {"bytes": data, "path": name} for data, name, _ in rows],
         pa.struct({"bytes": pa.binary(), "path": pa.string()}),

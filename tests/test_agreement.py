@@ -1,36 +1,56 @@
-"""Ranks that have read different things refuse to compute, on all of them, and name the rank and node that differ."""
+"""If ranks have read different data, all of them refuse to train and name the rank that differs."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
+
+CASES = ["aaa", "aab", "abb"]
+"""Recipes of the three ranks."""
+RANK = """
+import sys
 import torch.distributed as dist
-
-from cfmask.agreement import check_agreement
+from cfmask.runtime.agreement import check_agreement
 from cfmask.errors import UserError
-from made import run_ranks
-
-
-def compare(rank: int, folder: Path, recipes: tuple[str, ...]) -> None:
-    os.environ["SLURMD_NODENAME"] = f"n{rank}"
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 3), rank=rank, world_size=3)
+from cfmask.runtime.process import exit_without_finalization
+rank, recipes = int(sys.argv[2]), sys.argv[3:]
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 3), rank=rank, world_size=3)
+for recipe in recipes:
     try:
-        said = str(check_agreement({"the recipe": recipes[rank], "the set train": "abc"}))
+        print(check_agreement({"the recipe": recipe, "the set train": "abc"}))
     except UserError as error:
-        said = str(error)
-    (folder / f"{rank}.txt").write_text(said)
+        print(error)
+exit_without_finalization(0)  # as ranks of a job do
+"""
 
 
-@pytest.mark.parametrize("recipes", [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "b")])
-def test_ranks_compare_what_they_have_read(tmp_path, recipes):
-    run_ranks(compare, 3, tmp_path, recipes)
-    said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(3)}
-    if len(set(recipes)) == 1:
-        assert said == {"['n0', 'n1', 'n2']"}
-        return
-    first = recipes.index("b")
-    [text] = said
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> list[set[str]]:
+    """What the ranks print, by case."""
+    store = str(tmp_path_factory.mktemp("agreement") / "store")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, store, str(rank), *(case[rank] for case in CASES)],
+            env={**os.environ, "SLURMD_NODENAME": f"n{rank}", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    lines = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
+    return [set(of_case) for of_case in zip(*lines, strict=True)]
+
+
+def test_ranks_that_agree_return_their_nodes(printed):
+    assert printed[CASES.index("aaa")] == {"['n0', 'n1', 'n2']"}
+
+
+@pytest.mark.parametrize("case", ["aab", "abb"])
+def test_ranks_that_differ_are_refused(printed, case):
+    [text] = printed[CASES.index(case)]
+    first = case.index("b")
     assert text.startswith(f"Ranks differ in the recipe: rank 0 on n0 has a, rank {first} on n{first} has b")
-    assert ("(2 ranks differ)" in text) == (recipes.count("b") == 2) and f"--exclude n{first}" in text
+    assert ("(2 ranks differ)" in text) == (case.count("b") == 2) and f"--exclude n{first}" in text

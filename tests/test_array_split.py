@@ -19,8 +19,8 @@ from cfmask.runtime.jsonl import read_lines
 from launch.allocation.resolve import Allocation
 from launch.slurm.texts import array_limit, parse_config
 from launch.submission import submit as submission
-from launch.submission.planning import Planned, claim_run_folders, queued_job
-from launch.submission.sbatch import ArrayPart, split_array
+from launch.submission.dependencies import ArrayPart, split_array
+from launch.submission.planning import PlannedJob, claim_run_folders, queued_job
 from launch.submission.submit import submit_to_slurm
 from slurm_fixture import Cluster
 from test_array import start as start_array
@@ -78,7 +78,7 @@ def test_what_was_accepted_stays_if_slurm_refuses_a_later_array(fake: FakeSlurm,
     monkeypatch.setattr(submission, "max_array_members", lambda: 2)
     refused = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
     fake.will("sbatch", "echo Submitted batch job 12", "echo Submitted batch job 13", refused)
-    planned = claim_run_folders([Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(7)])
+    planned = claim_run_folders([PlannedJob(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(7)])
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", array_parallelism=2)
     with pytest.raises(UserError, match=r"violates.* 3 of 7 runs have been submitted; the same command"):
         submit_to_slurm(planned, allocation, follow=False)
@@ -151,7 +151,7 @@ def test_a_sweep_above_the_limit_is_several_arrays(small_arrays: Cluster, materi
     for job, run in jobs.items():
         assert queued_job(RunFolder(Path(run))) == f"{job} (pending)"
     again = made.submit(*words, cwd=tmp_path)
-    assert again.stdout.count("already: left out") == 4
+    assert again.stdout.count(": skipped") == 4
 
 
 @pytest.mark.slurm

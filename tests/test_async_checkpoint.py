@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on: what is in them, what may go wrong, and what a kill leaves."""
+"""Checkpoints are written while training continues: their contents, write errors, and kills."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from safetensors.torch import load_file
 import cfmask.runtime.jsonl
 import cfmask.training.train
 import made
-from cfmask import checkpoint, resume
-from cfmask.checkpoint import CheckpointNotWritten, Keep, Writer
-from cfmask.checkpoint_state import CheckpointState, read_state
-from cfmask.distributed import DistributedContext
+from cfmask.checkpoint import image as image_module
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.image import FileImage
+from cfmask.checkpoint.state import CheckpointState, read_state
+from cfmask.checkpoint.writer import CheckpointNotWritten, CheckpointWriter, Keep
 from cfmask.errors import UserError
 from cfmask.optim import adamw
-from cfmask.recipe import PRESETS, Data, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import REQUEUE
 from made import train
@@ -39,25 +42,25 @@ from towers import TINY
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
-def slow_down(monkeypatch, before_each_piece: Callable[[checkpoint._Image, int], None], piece: int = 2048) -> None:
-    """Call something before each piece of a file is written: it may wait, or raise."""
-    real = checkpoint._Image.pieces
+def slow_down(monkeypatch, before_each_piece: Callable[[FileImage, int], None], piece: int = 2048) -> None:
+    """Call a function before each piece of a file is written; it may wait or raise."""
+    real = FileImage.pieces
 
-    def pieces(image: checkpoint._Image) -> Iterator[bytes | memoryview]:
+    def pieces(image: FileImage) -> Iterator[bytes | memoryview]:
         for number, one in enumerate(real(image)):
             before_each_piece(image, number)
             yield one
 
-    monkeypatch.setattr(checkpoint, "_PIECE", piece)
-    monkeypatch.setattr(checkpoint._Image, "pieces", pieces)
+    monkeypatch.setattr(image_module, "_PIECE", piece)
+    monkeypatch.setattr(FileImage, "pieces", pieces)
 
 
 @pytest.fixture
 def gate(monkeypatch) -> Iterator[threading.Event]:
-    """Nothing is written until it is set."""
+    """An event without which nothing is written."""
     opened = threading.Event()
 
-    def wait(image: checkpoint._Image, number: int) -> None:
+    def wait(image: FileImage, number: int) -> None:
         assert opened.wait(240)
 
     slow_down(monkeypatch, wait)
@@ -66,15 +69,15 @@ def gate(monkeypatch) -> Iterator[threading.Event]:
 
 
 @pytest.fixture
-def writer(tmp_path) -> Iterator[Writer]:
-    with Writer(tmp_path / "checkpoints", LATEST_TWO, TINY.info()) as one:
+def writer(tmp_path) -> Iterator[CheckpointWriter]:
+    with CheckpointWriter(tmp_path / "checkpoints", LATEST_TWO, TINY.info()) as one:
         yield one
 
 
 # --- beside training --------------------------------------------------------------------------------------------------
 
 
-def test_it_holds_the_weights_and_moments_of_its_step_though_training_goes_on(tmp_path, writer, gate):
+def test_a_checkpoint_has_the_values_of_its_step_while_training_continues(tmp_path, writer, gate):
     model, optimizer = trained()
     writer.reserve(model)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -99,7 +102,7 @@ def test_it_holds_the_weights_and_moments_of_its_step_though_training_goes_on(tm
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_copies_are_queued_behind_what_is_queued_and_before_what_follows(tmp_path, writer):
+def test_gpu_copies_are_queued_between_the_steps_before_and_after(tmp_path, writer):
     model = TINY.classifier().cuda()
     optimizer = adamw(model.parameters(), PHASE, Optim())
 
@@ -117,7 +120,7 @@ def test_on_a_gpu_copies_are_queued_behind_what_is_queued_and_before_what_follow
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(40):  # a second's work, so that the host is ahead of the device
+        for _ in range(40):  # a second of work, so that the host is ahead of the device
             busy @ busy
         step(3)
         expected = {name: value.clone() for name, value in model.state_dict().items()}
@@ -141,7 +144,7 @@ def test_on_a_gpu_copies_are_queued_behind_what_is_queued_and_before_what_follow
     assert read_state(saved).updates == 4
 
 
-def test_one_is_under_way_at_most_and_both_are_right(tmp_path, writer, gate):
+def test_start_waits_for_the_previous_checkpoint(tmp_path, writer, gate):
     model, optimizer = trained()
     writer.reserve(model)
     writer.start(state(3), model, optimizer)
@@ -157,7 +160,7 @@ def test_one_is_under_way_at_most_and_both_are_right(tmp_path, writer, gate):
     another.start()
     assert began.wait(300)
     another.join(0.3)
-    assert another.is_alive(), "it did not wait for the one under way"
+    assert another.is_alive(), "it did not wait for the previous checkpoint"
     assert len(list((tmp_path / "checkpoints").glob(".step-*"))) == 1
     gate.set()
     another.join(120)
@@ -168,7 +171,7 @@ def test_one_is_under_way_at_most_and_both_are_right(tmp_path, writer, gate):
         assert all(torch.equal(saved[name], value) for name, value in weights.items())
 
 
-def test_what_is_trained_may_change_from_phase_to_phase_while_the_last_ones_is_written(tmp_path, writer, gate):
+def test_a_new_phase_may_begin_while_a_checkpoint_is_written(tmp_path, writer, gate):
     model, optimizer = trained()
     model.visual.requires_grad_(False)
     writer.reserve(model)
@@ -183,33 +186,33 @@ def test_what_is_trained_may_change_from_phase_to_phase_while_the_last_ones_is_w
     assert {name.split(".")[1] for name in moments[1]} == {"head", "visual"}
 
 
-def test_it_is_overdue_after_minutes_and_not_while_one_is_being_written(tmp_path, gate):
+def test_a_checkpoint_is_overdue_after_minutes_but_not_during_writing(tmp_path, gate):
     model, optimizer = trained(1)
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), minutes=0.2 / 60) as writer:
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), minutes=0.2 / 60) as writer:
         writer.reserve(model)
         assert not writer.overdue
         time.sleep(0.25)
         assert writer.overdue
         writer.start(state(1), model, optimizer)
         time.sleep(0.25)
-        assert not writer.overdue, "one is being written still"
+        assert not writer.overdue, "a checkpoint is being written"
         gate.set()
         writer.wait()
-        assert writer.overdue, "counted from where it was begun"
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), minutes=0) as writer:
+        assert writer.overdue, "counted from its beginning"
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), minutes=0) as writer:
         assert not writer.overdue
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_error_midway_is_said_at_once_and_forgotten_once_the_next_is_there(tmp_path, writer, monkeypatch, capsys):
+def test_a_write_error_is_logged_and_cleared_by_the_next_checkpoint(tmp_path, writer, monkeypatch, capsys):
     model, optimizer = trained(1)
     writer.reserve(model)
     writer.start(state(1), model, optimizer)
     assert writer.wait() is None
 
-    def full(image: checkpoint._Image, number: int) -> None:
+    def full(image: FileImage, number: int) -> None:
         if number == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -220,7 +223,7 @@ def test_an_error_midway_is_said_at_once_and_forgotten_once_the_next_is_there(tm
         said = ""
         while "warning" not in said and time.monotonic() < deadline:
             time.sleep(0.01)
-            said += capsys.readouterr().out
+            said += capsys.readouterr().err
         assert "The checkpoint of step 2 could not be written" in said and "No space left on device" in said
         error = writer.wait()
         assert isinstance(error, CheckpointNotWritten) and isinstance(error.__cause__, OSError)
@@ -233,13 +236,13 @@ def test_an_error_midway_is_said_at_once_and_forgotten_once_the_next_is_there(tm
     assert steps_in(tmp_path / "checkpoints") == [1, 4]
 
 
-def test_a_defect_of_ours_is_no_matter_of_the_disk_and_is_raised(tmp_path, monkeypatch):
-    def defect(image: checkpoint._Image, number: int) -> None:
+def test_an_unexpected_exception_is_raised_by_wait(tmp_path, monkeypatch):
+    def defect(image: FileImage, number: int) -> None:
         raise ZeroDivisionError
 
     slow_down(monkeypatch, defect)
     model, optimizer = trained(1)
-    writer = Writer(tmp_path, LATEST_TWO, TINY.info())
+    writer = CheckpointWriter(tmp_path, LATEST_TWO, TINY.info())
     writer.reserve(model)
     writer.start(state(1), model, optimizer)
     with pytest.raises(ZeroDivisionError):
@@ -248,7 +251,7 @@ def test_a_defect_of_ours_is_no_matter_of_the_disk_and_is_raised(tmp_path, monke
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system with room for one checkpoint and a half."""
+    """A file system with room for one and a half checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() != 0:
@@ -260,29 +263,29 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["seen beforehand", "met midway"])
-def test_a_full_disk_is_said_and_leaves_earlier_checkpoints_intact(small_disk, monkeypatch, known):
+def test_a_full_disk_leaves_earlier_checkpoints_intact(small_disk, monkeypatch, known):
     model, optimizer = trained(1)
     free: list[int] = []
-    with Writer(small_disk, LATEST_TWO, TINY.info()) as writer:
+    with CheckpointWriter(small_disk, LATEST_TWO, TINY.info()) as writer:
         writer.reserve(model)
         writer.start(state(1), model, optimizer)
         assert writer.wait() is None
-        if not known:  # a quota, which nobody can be asked for
+        if not known:  # as with a quota, which cannot be queried
             nothing = shutil.disk_usage(small_disk)._replace(free=0)
             monkeypatch.setattr(shutil, "disk_usage", lambda path: nothing)
         slow_down(monkeypatch, lambda image, number: free.append(os.statvfs(small_disk).f_bfree))
         writer.start(state(2), model, optimizer)
         error = writer.wait()
     assert error is not None and "No space left on device" in str(error)
-    assert bool(free) != known, "it was filled for nothing, and logs need room too"
+    assert bool(free) != known, "the disk was filled in vain, but logs need room"
     assert steps_in(small_disk) == [1]
     found = resume.latest(small_disk)
     assert found is not None and found.step == 1
 
 
-def test_a_disk_that_has_become_read_only_is_said_and_may_become_writable_again(small_disk):
+def test_writing_recovers_from_a_read_only_disk(small_disk):
     model, optimizer = trained(1)
-    with Writer(small_disk, Keep(1), TINY.info()) as writer:
+    with CheckpointWriter(small_disk, Keep(1), TINY.info()) as writer:
         writer.reserve(model)
         for step, options in ((1, "rw"), (2, "ro"), (3, "rw,size=400k")):
             subprocess.run(["mount", "-o", f"remount,{options}", small_disk], check=True)
@@ -299,8 +302,7 @@ def test_a_disk_that_has_become_read_only_is_said_and_may_become_writable_again(
 
 
 def die_before_event(number: int) -> Callable[[], None]:
-    """SIGKILL this process before it does its ``number``-th thing to a file: opened, written to, synced, renamed, made,
-    removed."""
+    """Send SIGKILL to this process before its ``number``-th file operation: open, write, sync, rename, make, remove."""
     done = 0
 
     def tick() -> None:
@@ -310,7 +312,7 @@ def die_before_event(number: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event: str, arguments: tuple) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        if event in ("open", "os.rename", "os.mkdir", "os.remove_checkpoint", "os.rmdir"):
             tick()
 
     def synced(descriptor: int, real=os.fsync) -> None:
@@ -323,11 +325,11 @@ def die_before_event(number: int) -> Callable[[], None]:
     return tick
 
 
-def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_only(tmp_path, monkeypatch):
-    """A child writes its third checkpoint, two of which are to stay, and is killed at each place in turn."""
+def test_a_kill_before_any_file_operation_leaves_only_intact_checkpoints(tmp_path, monkeypatch):
+    """A child writes its third checkpoint, keeps two, and is killed before each operation in turn."""
     keep = Keep(2, best_on="holdout")
     model, optimizer = trained(1)
-    with Writer(tmp_path / "before", keep, TINY.info()) as writer:
+    with CheckpointWriter(tmp_path / "before", keep, TINY.info()) as writer:
         writer.reserve(model)
         for one in (state(1), state(2, holdout=50.0)):
             writer.start(one, model, optimizer)
@@ -336,7 +338,7 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
     undisturbed = shutil.copytree(tmp_path / "before", tmp_path / "undisturbed")
 
     def write_third(folder: Path) -> None:
-        with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
+        with CheckpointWriter(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
             writer.reserve(model)
             writer.start(state(3, holdout=60.0), model, optimizer)
             assert writer.wait() is None
@@ -366,11 +368,11 @@ def test_killed_before_any_thing_it_does_to_a_file_it_leaves_whole_checkpoints_o
         assert os.WTERMSIG(status) == signal.SIGKILL
         said: list[str] = []
         found = resume.latest(folder, report=said.append)
-        assert found is not None and not said, f"killed at {number}, something torn is taken for a checkpoint"
+        assert found is not None and not said, f"killed at {number}, a damaged checkpoint was accepted"
         ended.append(found.step)
         assert all(path.read_bytes() == expected[path.relative_to(folder)] for path in found.path.iterdir())
         best = json.loads((folder / "best.json").read_text())
-        assert (folder / f"step-{best['step']:08d}").is_dir(), "best.json points nowhere"
+        assert (folder / f"step-{best['step']:08d}").is_dir(), "best.json names a missing checkpoint"
         write_third(folder)
         assert files(folder) == expected
         assert {path.name for path in folder.iterdir()} == {path.name for path in undisturbed.iterdir()}
@@ -403,30 +405,30 @@ def logged_steps(run: RunFolder) -> list[int]:
     return [line["step"] for line in read_lines(run.log) if "loss" in line]
 
 
-def test_the_clock_calls_for_checkpoints_between_steps_and_changes_nothing(materials, tmp_path):
+def test_checkpoint_minutes_do_not_change_training(materials, tmp_path):
     steps = train(recipe_of(materials, checkpoint_steps=1), tmp_path / "steps")
     clock = train(recipe_of(materials, checkpoint_steps=999, checkpoint_minutes=1e-9), tmp_path / "clock")
     saved = steps_in(clock.checkpoints)
-    assert {6, 12} < set(saved), "nothing but epochs' ends"
+    assert {6, 12} < set(saved), "only epoch ends"
     for step in saved:
         for file in (MODEL, OPTIMIZER, "state.json"):
             path = Path(f"step-{step:08d}") / file
             assert (clock.checkpoints / path).read_bytes() == (steps.checkpoints / path).read_bytes(), path
 
 
-def test_without_a_clock_and_steps_there_are_epochs_ends_alone(materials, tmp_path):
+def test_epoch_ends_have_checkpoints_without_steps_and_minutes(materials, tmp_path):
     run = train(
         recipe_of(materials, checkpoint_steps=999, checkpoint_minutes=0.0, keep_checkpoints=1), tmp_path / "run"
     )
     assert steps_in(run.checkpoints) == [6, 12]
 
 
-def test_epochs_ends_go_if_they_are_not_to_stay(materials, tmp_path):
+def test_epoch_ends_are_removed_with_no_keep_epochs(materials, tmp_path):
     run = train(recipe_of(materials, keep_checkpoints=1, keep_epochs=False), tmp_path / "run")
     assert steps_in(run.checkpoints) == [12]
 
 
-def test_a_run_points_at_its_best_epoch_on_the_set_it_is_told_and_a_resume_knows_it(materials, tmp_path):
+def test_best_on_is_pointed_at_and_survives_a_resume(materials, tmp_path):
     settings = {"eval_sets": ("val",), "epochs": 3, "best_on": "val", "keep_checkpoints": 1, "keep_epochs": False}
     recipe = recipe_of(materials, **settings)
     train(recipe, tmp_path / "run", stop_at=8)
@@ -445,7 +447,7 @@ def test_a_run_points_at_its_best_epoch_on_the_set_it_is_told_and_a_resume_knows
         assert saved.top1 == {"val": scores[saved.step]}
 
 
-def test_the_holdout_is_the_set_to_be_best_on_where_there_is_one():
+def test_best_on_defaults_to_the_holdout():
     def resolved(sets: tuple[str, ...], best_on: str | None = None) -> str | None:
         recipe = Recipe(data=Data(eval_sets=sets), run=Run(best_on=best_on)).resolved()
         assert recipe.resolved() == recipe
@@ -459,32 +461,32 @@ def test_the_holdout_is_the_set_to_be_best_on_where_there_is_one():
 
 
 @pytest.mark.parametrize("minutes", [-1.0, float("inf"), float("nan")])
-def test_minutes_that_make_no_sense_are_refused(minutes):
+def test_invalid_checkpoint_minutes_are_refused(minutes):
     with pytest.raises(UserError, match="--checkpoint-minutes"):
         Recipe(run=Run(checkpoint_minutes=minutes)).resolved()
 
 
 def fail_at(monkeypatch, steps: set[int]) -> None:
-    """The checkpoints of these steps meet a full disk."""
-    real = Writer._commit
+    """Writing the checkpoints of these steps finds a full disk."""
+    real = CheckpointWriter._commit
 
-    def commit(self: Writer, state: CheckpointState, *arguments) -> None:
+    def commit(self: CheckpointWriter, state: CheckpointState, *arguments) -> None:
         if state.step in steps:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(self, state, *arguments)
 
-    monkeypatch.setattr(Writer, "_commit", commit)
+    monkeypatch.setattr(CheckpointWriter, "_commit", commit)
 
 
-def test_training_goes_on_without_a_checkpoint_that_cannot_be_written(materials, tmp_path, monkeypatch, capsys):
+def test_training_continues_if_a_checkpoint_cannot_be_written(materials, tmp_path, monkeypatch, capsys):
     fail_at(monkeypatch, {4, 8})
     run = train(recipe_of(materials), tmp_path / "run")
     assert steps_in(run.checkpoints) == [6, 12]
-    assert capsys.readouterr().out.count("warning: The checkpoint of step") == 2
+    assert capsys.readouterr().err.count("warning: The checkpoint of step") == 2
     assert run.results.exists()
 
 
-def test_the_last_one_missing_is_an_error_at_the_end_and_the_same_command_mends_it(materials, tmp_path, monkeypatch):
+def test_a_missing_last_checkpoint_is_an_error_that_a_repeat_resolves(materials, tmp_path, monkeypatch):
     recipe = recipe_of(materials)
     with monkeypatch.context() as patch:
         fail_at(patch, {8, 12})
@@ -502,15 +504,15 @@ def test_the_last_one_missing_is_an_error_at_the_end_and_the_same_command_mends_
 
 
 def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_left: float) -> RunFolder:
-    """A run that is asked to stop at step 4, whose checkpoint cannot be written in the first ``failing`` tries."""
-    real, tries = Writer._commit, iter(range(99))
+    """A run with a stop request at step 4, whose checkpoint fails in the first ``failing`` tries."""
+    real, tries = CheckpointWriter._commit, iter(range(99))
 
     def commit(self, state: CheckpointState, *arguments) -> None:
         if state.step == 4 and next(tries) < failing:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         real(self, state, *arguments)
 
-    monkeypatch.setattr(Writer, "_commit", commit)
+    monkeypatch.setattr(CheckpointWriter, "_commit", commit)
     run, steps = RunFolder(folder), iter(range(1, 99))
     run.claim(recipe)
 
@@ -524,7 +526,7 @@ def stop_at_4(recipe: Recipe, folder: Path, failing: int, monkeypatch, seconds_l
     return run
 
 
-def test_a_checkpoint_that_fails_at_a_stop_is_tried_again_while_there_is_time(materials, tmp_path, monkeypatch):
+def test_a_checkpoint_that_fails_at_a_stop_is_retried(materials, tmp_path, monkeypatch):
     recipe = recipe_of(materials, checkpoint_steps=2)
     with monkeypatch.context() as patch:
         run = stop_at_4(recipe, tmp_path / "run", 1, patch, seconds_left=60)
@@ -538,17 +540,17 @@ def test_a_checkpoint_that_fails_at_a_stop_is_tried_again_while_there_is_time(ma
         assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_stop_whose_checkpoint_cannot_be_written_is_a_stop_and_says_so(materials, tmp_path, monkeypatch, capsys):
+def test_a_stop_without_a_checkpoint_is_reported(materials, tmp_path, monkeypatch, capsys):
     recipe = recipe_of(materials, checkpoint_steps=2)
     run = stop_at_4(recipe, tmp_path / "run", 99, monkeypatch, seconds_left=12)
     assert steps_in(run.checkpoints) == [2]
     why = run.ended()["why"]
     assert why.startswith("stopped at step 4 (requeue), without a checkpoint: ") and "Disk quota exceeded" in why
-    assert capsys.readouterr().out.count("trying again") == 1, "after 1 s, and not once more after 3"
+    assert capsys.readouterr().out.count("trying again") == 1, "retried after 1 s, and not again after 3 s"
 
 
 @pytest.mark.parametrize("stop_at", [3, None], ids=["requeue", "finish"])
-def test_nobody_hears_of_an_end_before_the_checkpoint_is_whole(materials, tmp_path, monkeypatch, stop_at):
+def test_no_rank_ends_before_the_checkpoint_is_complete(materials, tmp_path, monkeypatch, stop_at):
     slow_down(monkeypatch, lambda image, number: time.sleep(0.01))
     whole: list[int] = []
     real = RunFolder.end_attempt
@@ -564,7 +566,7 @@ def test_nobody_hears_of_an_end_before_the_checkpoint_is_whole(materials, tmp_pa
     assert whole == [logged_steps(run)[-1]]
 
 
-def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(materials, tmp_path, monkeypatch):
+def test_a_failing_run_waits_for_its_checkpoint(materials, tmp_path, monkeypatch):
     slow_down(monkeypatch, lambda image, number: time.sleep(0.02))
     real = cfmask.training.train.take_step
     calls = iter(range(1, 99))
@@ -580,7 +582,7 @@ def test_a_run_that_fails_leaves_the_folder_only_after_what_it_was_writing(mater
     assert steps_in(tmp_path / "run/checkpoints") == [4]
 
 
-def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materials, tmp_path, monkeypatch, capsys):
+def test_pending_log_lines_are_written_later(materials, tmp_path, monkeypatch, capsys):
     real = cfmask.runtime.jsonl.append_lines
     calls = iter(range(1, 999))
 
@@ -592,10 +594,10 @@ def test_a_log_that_cannot_be_written_for_a_while_is_complete_in_the_end(materia
     monkeypatch.setattr(cfmask.runtime.jsonl, "append_lines", append_lines)
     run = train(recipe_of(materials), tmp_path / "run")
     assert logged_steps(run) == [line["step"] for line in read_lines(run.receipts)] == list(range(1, 13))
-    assert "Disk quota exceeded" in capsys.readouterr().out
+    assert "Disk quota exceeded" in capsys.readouterr().err
 
 
-def test_curves_that_cannot_be_written_end_and_training_does_not(materials, tmp_path, monkeypatch, capsys):
+def test_training_continues_without_curves(materials, tmp_path, monkeypatch, capsys):
     def add_scalar(self, name, value, step):
         if step > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -603,7 +605,7 @@ def test_curves_that_cannot_be_written_end_and_training_does_not(materials, tmp_
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", add_scalar)
     run = train(recipe_of(materials), tmp_path / "run")
     assert logged_steps(run) == list(range(1, 13))
-    assert capsys.readouterr().out.count("curves end here") == 1
+    assert capsys.readouterr().err.count("and end here") == 1
 
 
 # --- a killed run -----------------------------------------------------------------------------------------------------
@@ -614,22 +616,22 @@ from pathlib import Path
 
 repo, run, rank, attempt, slow = sys.argv[1:]
 sys.path.insert(0, repo)
-from cfmask import checkpoint, resume
-from cfmask.checkpoint_state import State, read_state
-from cfmask.distributed import DistributedContext
+from cfmask.checkpoint import image as image_module
+from cfmask.checkpoint.image import FileImage
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.process import exit_without_finalization
 from cfmask.training.train import train
 
-real = checkpoint._Image.pieces
+real = FileImage.pieces
 
 def pieces(image):
     for piece in real(image):
         time.sleep(float(slow))
         yield piece
 
-checkpoint._PIECE = 2048
-checkpoint._Image.pieces = pieces
+image_module._PIECE = 2048
+FileImage.pieces = pieces
 run = RunFolder(Path(run))
 train(run.recipe(), run, DistributedContext(rank=int(rank), world_size=2, local_rank=int(rank), attempt=attempt))
 exit_without_finalization(0)  # as ranks of a job do
@@ -643,7 +645,7 @@ def start_ranks(run: RunFolder, attempt: str, slow: float = 0.0) -> list[subproc
     ]
 
 
-def test_killed_while_a_checkpoint_is_being_written_and_started_again_ends_bit_identical(materials, tmp_path):
+def test_a_kill_during_a_checkpoint_and_a_restart_end_bitwise_identical(materials, tmp_path):
     alone, killed = RunFolder(tmp_path / "alone"), RunFolder(tmp_path / "killed")
     recipe = recipe_of(materials, keep_checkpoints=2)
     for run in (alone, killed):
@@ -652,7 +654,7 @@ def test_killed_while_a_checkpoint_is_being_written_and_started_again_ends_bit_i
         assert process.wait(300) == 0
 
     def underway() -> bool:
-        """Halfway through step 8's, and training has gone on."""
+        """Whether the checkpoint of step 8 is half written and training has continued."""
         begun = list(killed.checkpoints.glob(f".step-00000008.*/{OPTIMIZER}"))
         return bool(begun) and max(logged_steps(killed)) > 8
 

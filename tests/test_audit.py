@@ -1,4 +1,4 @@
-"""Receipts prove what a run was trained on, and an audit finds what was repeated or skipped."""
+"""Receipts prove which samples a run was trained on; the audit finds repeated and missing ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import made
-from cfmask.checkpoint_state import digest_of
+from cfmask.checkpoint.state import digest_of
 from cfmask.data import plan, receipts
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runtime.jsonl import read_lines
@@ -28,7 +28,7 @@ def materials(tmp_path_factory):
 
 
 def train(materials, folder, stop_at=None):
-    """A run of two epochs in this process; ``stop_at`` asks it to stop there, as a preemption does."""
+    """Train two epochs in this process; stop at ``stop_at`` like a preempted run."""
     recipe = Recipe(
         model=Model(name=str(materials / "tiny.json"), pretrained=str(materials / "tiny.safetensors")),
         method=Method(name="vanilla"),
@@ -45,7 +45,7 @@ def said(run, capsys):
     return code, capsys.readouterr().out
 
 
-def test_a_run_that_was_left_alone_is_proven(materials, tmp_path, capsys):
+def test_the_audit_proves_an_undisturbed_run(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     code, out = said(run, capsys)
     assert code == 0 and "Proven" in out
@@ -54,12 +54,12 @@ def test_a_run_that_was_left_alone_is_proven(materials, tmp_path, capsys):
     assert [(s["step"], s["consumed"]["samples"]) for s in states] == [(n, 16 * n) for n in (4, 6, 8, 12)]
 
 
-def test_a_run_that_was_stopped_and_resumed_is_proven_and_has_the_same_receipts(materials, tmp_path, capsys):
+def test_the_audit_proves_a_resumed_run_with_equal_receipts(materials, tmp_path, capsys):
     whole = train(materials, tmp_path / "whole")
     run = train(materials, tmp_path / "run", stop_at=5)
     code, out = said(run, capsys)
     assert code == 0 and "each of its first 6 of 6" not in out
-    assert "each planned sample once" in out  # asked at step 5, told at 6
+    assert "each planned sample once" in out  # requested at step 5, stopped at 6
     run = train(materials, tmp_path / "run")
     assert run.receipts.read_text() == whole.receipts.read_text()
     code, out = said(run, capsys)
@@ -67,7 +67,7 @@ def test_a_run_that_was_stopped_and_resumed_is_proven_and_has_the_same_receipts(
 
 
 def tampered(monkeypatch, change):
-    """The stream follows another plan than it should, in the second epoch."""
+    """Let the stream follow a wrong plan in the second epoch."""
     real = plan.lane_order
 
     def other(counts, *, lane, epoch, **rest):
@@ -79,7 +79,7 @@ def tampered(monkeypatch, change):
     monkeypatch.setattr(plan, "lane_order", other)
 
 
-def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, capsys, monkeypatch):
+def test_the_audit_finds_a_repeated_sample(materials, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         tampered(patch, lambda order: order.__setitem__((3, 1), order[2, 0]))
         run = train(materials, tmp_path / "run")
@@ -93,7 +93,7 @@ def test_a_sample_that_was_repeated_is_found_with_its_step(materials, tmp_path, 
     assert [row[-2].strip() for row in rows[1:]] == ["each planned sample once", "WRONG"]
 
 
-def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypatch):
+def test_the_audit_finds_a_missing_step(materials, tmp_path, capsys, monkeypatch):
     def skip_step_3(order):
         order[2:-1] = order[3:].copy()
 
@@ -115,7 +115,7 @@ def test_a_step_that_was_skipped_is_found(materials, tmp_path, capsys, monkeypat
     assert "Step 12" not in out and "Step 8" not in out
 
 
-def test_a_flipped_bit_in_a_checkpoints_state_is_not_proven(materials, tmp_path, capsys):
+def test_the_audit_finds_a_flipped_bit_in_a_state(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000012/state.json"
     state.write_bytes(state.read_bytes().replace(b'"updates": 12', b'"updates": 13'))
@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_a_checkpoints_state_is_not_proven(materials, tmp_path,
     assert code == 1 and "NOT PROVEN" in out and "step-00000012 is damaged: state.json" in out
 
 
-def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
+def test_the_audit_finds_a_checkpoint_of_another_history(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000008/state.json"
     raw = json.loads(state.read_text())
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_another_history_is_found(materials, tmp_path, capsys):
     assert code == 1 and "receipts.jsonl has step 6 where step 5 belongs" in out
 
 
-def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys):
+def test_the_audit_names_a_missing_run_or_set(materials, tmp_path, capsys):
     assert audit.main([str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     run = train(materials, tmp_path / "run", stop_at=2)
@@ -152,12 +152,12 @@ def test_without_run_or_set_it_says_what_is_missing(materials, tmp_path, capsys)
 
 
 @given(st.lists(st.integers(0, receipts.MODULUS - 1), min_size=1, max_size=40))
-def test_digits_of_any_parts_add_up_to_the_receipt_of_the_whole(values):
+def test_digits_of_parts_add_up_to_the_receipt(values):
     sums = np.sum([np.float32(receipts.to_digits(value)) for value in values], axis=0, dtype=np.float32)
     assert receipts.from_digits(sums.tolist()) == sum(values) % receipts.MODULUS
 
 
-def test_as_many_parts_as_are_allowed_add_up_without_rounding():
+def test_the_largest_number_of_parts_adds_up_without_rounding():
     worst = np.float32(receipts.to_digits(receipts.MODULUS - 1))
     total = np.zeros(receipts.DIGITS, np.float32)
     for _ in range(receipts.MOST_PARTS):
@@ -166,7 +166,7 @@ def test_as_many_parts_as_are_allowed_add_up_without_rounding():
 
 
 @given(st.lists(st.text(max_size=12), max_size=20), st.integers(0, 9), st.randoms(use_true_random=False))
-def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoch, random):
+def test_a_receipt_depends_on_the_epoch_and_not_on_the_order(keys, epoch, random):
     shuffled = list(keys)
     random.shuffle(shuffled)
     assert receipts.receipt(shuffled, epoch) == receipts.receipt(keys, epoch)
@@ -177,13 +177,13 @@ def test_a_receipt_does_not_depend_on_the_order_and_does_on_the_epoch(keys, epoc
         )
 
 
-def test_lines_of_receipts_are_written_once_a_step(materials, tmp_path):
+def test_receipts_have_one_line_per_step(materials, tmp_path):
     run = train(materials, tmp_path / "run")
     assert [line["step"] for line in read_lines(run.receipts)] == list(range(1, 2 * STEPS + 1))
 
 
 @pytest.mark.parametrize("name", ["receipts.jsonl", "bad_samples.jsonl", "attempts.jsonl"])
-def test_records_that_cannot_be_read_prove_nothing_in_either_direction(materials, tmp_path, monkeypatch, capsys, name):
+def test_the_audit_reports_unreadable_records_as_an_error(materials, tmp_path, monkeypatch, capsys, name):
     run = train(materials, tmp_path / "run", stop_at=2)
     real = audit.read_lines
 

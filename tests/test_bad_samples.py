@@ -1,4 +1,4 @@
-"""Samples that cannot be read at training time: others stand in, all is written down, too many end the run."""
+"""Samples that cannot be read during training are replaced and reported; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 6  # an epoch
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory) -> Path:
-    """A set of ten shards; in "shards" a bit of one image has rotted."""
+    """A set of ten shards; in "shards" one bit of an image is flipped."""
     root = made.make_materials(tmp_path_factory.mktemp("materials"))
     shutil.copytree(root / "shards", root / "whole")
     rot(root / "shards/train/train-000004.tar", row=3)
@@ -31,7 +31,7 @@ def materials(tmp_path_factory) -> Path:
 
 
 def rot(tar: Path, row: int) -> str:
-    """Flip a bit of a row's image; its key."""
+    """Flip a bit of a row's image; returns its key."""
     index = shard_index.load_index(tar)
     data = bytearray(tar.read_bytes())
     data[index.offset[index.image[row]] + 40] ^= 1
@@ -54,13 +54,13 @@ def assert_same_end(run: Path, other: Path) -> None:
             assert torch.equal(ours[name], theirs[name]), name
 
 
-def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resume(materials, tmp_path, capsys):
+def test_bad_samples_and_a_missing_shard_are_replaced_also_after_a_resume(materials, tmp_path, capsys):
     share = ("--max-bad-share", 0.5)
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     gone = materials / "shards/train/train-000001.tar"
     key = shard_index.load_index(materials / "shards/train/train-000004.tar").keys[3].decode()
 
-    # The shard goes once the job is under way: a launch would refuse it.
+    # The shard is removed while the job runs, because a launch would refuse it.
     for run in (alone, stopped):
         process = made.start(*flags(materials, run, *share))
         deadline = time.monotonic() + 240
@@ -69,7 +69,7 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
         gone.rename(gone.with_suffix(".away"))
         try:
             if run == stopped:
-                ranks = made.ranks_of(process)  # before: it takes longer than the steps that are left then
+                ranks = made.ranks_of(process)  # first, because it takes longer than the remaining steps
                 while not (run / "checkpoints/step-00000002").exists() and time.monotonic() < deadline:
                     time.sleep(0.001)
                 for pid in ranks:
@@ -91,7 +91,7 @@ def test_a_bad_sample_and_a_shard_that_vanishes_are_survived_alike_after_a_resum
     assert int(table[0][4]) == sum(line["step"] <= 6 for line in bad)
 
 
-def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint_and_mended_it_goes_on(materials, tmp_path):
+def test_too_many_bad_samples_end_the_run_with_a_checkpoint(materials, tmp_path):
     root = tmp_path / "made"
     shutil.copytree(materials, root)
     shutil.rmtree(root / "shards")
@@ -104,12 +104,12 @@ def test_too_many_bad_samples_end_the_run_on_all_ranks_with_a_checkpoint_and_men
     assert done.returncode == 1 and time.monotonic() - begun < 240
     logs = [path.read_text() for path in sorted((run / "jobs").glob("*_log.out"))]
     ends = [log for log in logs if "of epoch 1 could not be read, more than the 1 that --max-bad-share 0.02" in log]
-    assert len(ends) == 2, "every rank says why"
+    assert len(ends) == 2, "every rank reports the reason"
     assert "cannot be used" in "".join(logs)
     newest = max((run / "checkpoints").glob("step-*"))
     step = int(newest.name.removeprefix("step-"))
     assert json.loads((newest / "state.json").read_text())["consumed"]["bad_in_epoch"] >= 2
-    assert f"the run goes on from step {step}" in ends[0]
+    assert f"it continues from step {step}" in ends[0]
     assert audit.main([str(run)]) == 0
 
     for tar in (root / "whole/train").glob("*.tar"):

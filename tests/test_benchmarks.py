@@ -166,8 +166,7 @@ def test_objectnet_is_labelled_by_its_own_mapping(tmp_path, capsys):
     for n, source in enumerate(sources):
         assert convert("objectnet", source, tmp_path / str(n)) == 0
         assert (
-            "Stay out (in a folder of ObjectNet that does not overlap with ImageNet): 3 files"
-            in capsys.readouterr().out
+            "Ignored (in a folder of ObjectNet that does not overlap with ImageNet): 3 files" in capsys.readouterr().out
         )
         manifest = load_manifest(tmp_path / str(n) / "objectnet")
         assert labels_of(manifest.root) == {f"{f}/{i}.png": ids[0] for f, ids in IDS.items() for i in range(3)}
@@ -218,11 +217,11 @@ def test_an_objectnet_that_cannot_be_labelled_is_refused(tmp_path, capsys):
 
     (mappings / "objectnet_to_imagenet_1k.json").write_text(json.dumps({**OBJECTS, "Jar": "crane"}))
     message = refused(capsys, "objectnet", bare, tmp_path / "x", "--mappings", mappings)
-    assert "do not fit together" in message and "'crane' is two classes" in message
+    assert "contradict each other" in message and "'crane' is two classes" in message
     (mappings / "objectnet_to_imagenet_1k.json").write_text(json.dumps({**OBJECTS, "Jar": "no class"}))
     assert "'no class'" in refused(capsys, "objectnet", bare, tmp_path / "x", "--mappings", mappings)
     (mappings / "objectnet_to_imagenet_1k.json").write_text("{")
-    assert "do not fit together" in refused(capsys, "objectnet", bare, tmp_path / "x", "--mappings", mappings)
+    assert "contradict each other" in refused(capsys, "objectnet", bare, tmp_path / "x", "--mappings", mappings)
     write_tree(bare, {"objectnet-1.0/images/dog/1.png": bordered(0)})
     message = refused(capsys, "objectnet", write_tree(bare, mapping_files()), tmp_path / "x")
     assert "lies in 'dog', which is none of ObjectNet's 5 folders" in message

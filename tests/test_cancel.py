@@ -319,7 +319,7 @@ def test_the_lock_of_a_job_that_was_killed_is_taken_over(slurm_cluster: Cluster,
     # A minute outside of tests.
     clone = made.plant(tmp_path / "clone", cfmask__runtime__lock="DEAD_AFTER_S = 20\n")
     told = made.submit(*on_slurm(materials, run), pace_s=made.PACE_S, repository=clone).stdout
-    assert f"{run} was held by job {name}-0, process 4711 on n17, which was not heard of for " in told
+    assert f"{run}: lock taken over from job {name}-0, process 4711 on n17, which has had no heartbeat for " in told
     wait_until(lambda: len(read_lines(run / "attempts.jsonl")) == 2, "the second start")
     assert state_of(run) == "running"
     assert run_tool("cancel", run).returncode == 0

@@ -33,9 +33,10 @@ from launch.state import cancellation
 from launch.state.facts import read_state
 from launch.state.failure_reports import KILLED, RAISED, UNHEALTHY, RankFailure, RankStart
 from launch.submission import training
-from launch.submission.batch_script import slurm_parameters
-from launch.submission.planning import Planned, claim_run_folders
-from launch.submission.submit import chained, submit_to_slurm
+from launch.submission.dependencies import chained
+from launch.submission.planning import PlannedJob, claim_run_folders
+from launch.submission.sbatch import slurm_parameters
+from launch.submission.submit import submit_to_slurm
 from made import wait_for, wait_for_step
 from slurm_fixture import Cluster, wait_until
 from test_slurm_client import TIMED_OUT, FakeSlurm, fake  # noqa: F401
@@ -202,7 +203,7 @@ def test_after_a_failure_no_job_of_a_chain_is_requeued_and_its_bad_node_is_left_
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: dict.fromkeys(jobs))
     monkeypatch.setattr(retries, "_left_out", lambda here, deaths: tuple(death["node"] for death in deaths))
     left_out_nodes: dict[str, tuple[str, ...]] = {}
-    monkeypatch.setattr(chain, "leave_out", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
+    monkeypatch.setattr(chain, "exclude_nodes", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
     kind = {"killed": KILLED, "unhealthy": UNHEALTHY}.get(how, RAISED)
     failure = RankFailure(1, "n2", "2026-11-24T12:00:00.000", "no", broken_off=how == "node lost", kind=kind)
     decision = decide(RankStart(run, "11-0", 0, local=False, nodes=2, world_size=2), failure)
@@ -270,7 +271,7 @@ def accepts(*jobs: int) -> list[str]:
 
 def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: FakeSlurm, tmp_path, capsys):  # noqa: F811
     fake.will("sbatch", *accepts(11, 12), REFUSED)
-    planned = claim_run_folders([Planned(RunFolder(tmp_path / f"runs/{name}"), Recipe()) for name in "ab"])
+    planned = claim_run_folders([PlannedJob(RunFolder(tmp_path / f"runs/{name}"), Recipe()) for name in "ab"])
     with pytest.raises(UserError, match=r"violates.* 2 of 4 jobs .* stay: 11, 12\. .*--resume \S+/runs/a --chain 2$"):
         submit_to_slurm(planned, ALLOCATION, chain=4, follow=False)
     run = RunFolder(tmp_path / "runs/a")
@@ -284,7 +285,7 @@ def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: Fake
 
 
 def test_a_job_whose_acceptance_was_not_answered_is_a_link_of_the_chain(fake, tmp_path):  # noqa: F811
-    [planned] = claim_run_folders([Planned(RunFolder(tmp_path / "runs/a"), Recipe())])
+    [planned] = claim_run_folders([PlannedJob(RunFolder(tmp_path / "runs/a"), Recipe())])
     found = f'for each in {planned.run.root}/jobs/.submission_file_*.sh; do [ -h $each ] || echo "12|$each"; done'
     fake.will("sbatch", *accepts(11), TIMED_OUT, *accepts(13))
     fake.will("squeue", found)
@@ -320,7 +321,7 @@ def live(fake, run, monkeypatch) -> RunFolder:  # noqa: F811
 
 
 def test_a_run_with_a_live_job_is_refused_and_told_of_chains_or_gets_a_chain_behind_it(live, capsys):
-    with pytest.raises(UserError, match=rf"Job 12 \(running\) is there.* --resume {live.root} --chain N"):
+    with pytest.raises(UserError, match=rf"Job 12 \(running\) already exists.* --resume {live.root} --chain N"):
         resume(live)
     live.allow_step_0()
     with live.locked("12-0"):
@@ -333,10 +334,10 @@ def test_a_run_with_a_live_job_is_refused_and_told_of_chains_or_gets_a_chain_beh
 
 
 def test_what_cannot_be_queued_behind_a_live_job_is_refused(live, fake):  # noqa: F811
-    with pytest.raises(UserError, match="--from-step-0 is for a run that has no job, and job 12 is there"):
+    with pytest.raises(UserError, match="--from-step-0 is for a run without a job, and job 12 exists"):
         resume(live, "--chain", 2, "--from-step-0")
     live.cancel()
-    with pytest.raises(UserError, match=r"was cancelled by .*, and job 12 \(running\) is not gone yet"):
+    with pytest.raises(UserError, match=r"was cancelled by .*, and job 12 \(running\) has not ended yet"):
         resume(live, "--chain", 2)
     assert fake.calls("sbatch") == []
 

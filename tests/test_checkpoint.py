@@ -1,5 +1,5 @@
-"""Checkpoints: bit for bit, the newest whole one, what stays, and which of them is best. That they are written while
-training goes on is tests/test_async_checkpoint.py's."""
+"""Checkpoints: exact contents, the newest intact one, which are kept, and which is best. test_async_checkpoint.py tests
+writing beside training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cfmask import checkpoint, resume
-from cfmask.checkpoint import Keep, Writer, best_of, to_keep
-from cfmask.checkpoint_state import CheckpointState, Skips
+from cfmask.checkpoint import resume
+from cfmask.checkpoint import writer as checkpoint
+from cfmask.checkpoint.image import FileImage
+from cfmask.checkpoint.state import CheckpointState, Skips
+from cfmask.checkpoint.writer import CheckpointWriter, Keep, best_of, to_keep
 from cfmask.data.receipts import MODULUS, DataProgress
 from cfmask.models.head import load_model
 from cfmask.optim import Phase, adamw
@@ -50,10 +52,10 @@ def train_on(model, optimizer, seed: int) -> None:
 
 
 def save(folder: Path, *states: CheckpointState, keep: Keep = LATEST_TWO, model=None, optimizer=None) -> None:
-    """Checkpoints of these states, by one attempt that goes on from the latest."""
+    """Write checkpoints of these states in one start that resumes from the latest."""
     if model is None:
         model, optimizer = trained(1)
-    with Writer(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
+    with CheckpointWriter(folder, keep, TINY.info(), resumed=resume.latest(folder)) as writer:
         writer.reserve(model)
         for one in states:
             writer.start(one, model, optimizer)
@@ -61,7 +63,7 @@ def save(folder: Path, *states: CheckpointState, keep: Keep = LATEST_TWO, model=
 
 
 def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints there; nothing else is in the folder but best.json."""
+    """Steps of the checkpoints in a folder that contains nothing else but best.json."""
     names = sorted(path.name for path in folder.iterdir() if path.name != "best.json")
     assert all(name.startswith("step-") for name in names)
     return [int(name.removeprefix("step-")) for name in names]
@@ -70,13 +72,13 @@ def steps_in(folder: Path) -> list[int]:
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
-def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
+def test_restored_weights_and_moments_are_bitwise_identical(tmp_path):
     model, optimizer = trained()
     save(tmp_path, state(5, val=12.5), model=model, optimizer=optimizer)
     other = TINY.classifier(seed=9)
     restored = adamw(other.parameters(), PHASE, Optim())
     found = resume.latest(tmp_path)
-    assert found is not None and found.updates == 3, "two of five steps were left out"
+    assert found is not None and found.updates == 3, "two of five steps were skipped"
     assert vars(state(5, val=12.5)).items() <= vars(found).items()
     resume.restore_weights(found, other)
     resume.restore_optimizer(found, other, restored)
@@ -86,7 +88,7 @@ def test_weights_and_moments_come_back_bit_for_bit_and_continue_alike(tmp_path):
         assert torch.equal(ours, theirs)
 
 
-def test_its_model_is_a_model_file_and_the_same_state_makes_the_same_bytes(tmp_path):
+def test_a_checkpoint_has_a_model_file_and_deterministic_bytes(tmp_path):
     model, optimizer = trained()
     for folder in ("a", "b"):
         save(tmp_path / folder, state(5), model=model, optimizer=optimizer)
@@ -109,9 +111,9 @@ TENSORS = st.dictionaries(
 
 
 @given(TENSORS, st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=3))
-def test_any_tensors_and_metadata_make_a_file_that_safetensors_reads(tmp_path_factory, kinds, metadata):
+def test_safetensors_reads_a_file_image(tmp_path_factory, kinds, metadata):
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in kinds.items()}
-    image = checkpoint._Image(tensors, metadata)
+    image = FileImage(tensors, metadata)
     image.fill(tensors)
     path = tmp_path_factory.mktemp("image") / "file.safetensors"
     path.write_bytes(b"".join(image.pieces()))
@@ -140,7 +142,7 @@ def tear(path: Path, damage: str = "cut") -> None:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
-def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file, damage):
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, file, damage):
     save(tmp_path, state(1), state(2))
     newest = tmp_path / "step-00000002"
     tear(newest / file, damage)
@@ -150,20 +152,20 @@ def test_a_torn_checkpoint_is_recognised_and_the_one_before_used(tmp_path, file,
     assert len(said) == 1 and str(newest) in said[0]
 
 
-def test_a_folder_left_by_a_kill_is_no_checkpoint_and_is_cleaned_up_at_the_next_start(tmp_path):
+def test_the_temporary_folder_of_a_killed_writer_is_removed(tmp_path):
     save(tmp_path, state(4))
     shutil.copytree(tmp_path / "step-00000004", tmp_path / ".step-00000005.123")
     found = resume.latest(tmp_path)
     assert found is not None and found.step == 4
-    Writer(tmp_path, Keep(2), TINY.info(), resumed=found)
+    CheckpointWriter(tmp_path, Keep(2), TINY.info(), resumed=found)
     assert steps_in(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("last", [1, 2])
-def test_a_torn_one_that_was_passed_over_counts_as_none_and_goes_when_training_has_come_to_it(tmp_path, last):
+def test_a_damaged_checkpoint_does_not_count_and_is_removed_later(tmp_path, last):
     save(tmp_path, state(10), state(20), keep=Keep(last))
     tear(tmp_path / "step-00000020/model.safetensors")
-    if last == 1:  # nothing whole is left: training begins anew
+    if last == 1:  # no intact checkpoint is left: training restarts
         assert resume.latest(tmp_path) is None
     save(tmp_path, state(15), keep=Keep(last))
     assert steps_in(tmp_path)[-2:] == [15, 20]
@@ -173,7 +175,7 @@ def test_a_torn_one_that_was_passed_over_counts_as_none_and_goes_when_training_h
     assert steps_in(tmp_path) == ([25] if last == 1 else [15, 25])
 
 
-def test_a_torn_one_of_the_same_step_is_replaced(tmp_path):
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     save(tmp_path, state(10), state(20))
     tear(tmp_path / "step-00000020/optimizer.safetensors")
     save(tmp_path, state(20))
@@ -198,7 +200,7 @@ def test_a_torn_one_of_the_same_step_is_replaced(tmp_path):
         (Keep(3, epoch_steps=45, best_on="holdout"), 10, {10, 70, 80, 90}),
     ],
 )
-def test_the_latest_stay_and_epochs_ends_and_the_best(keep, best, stay):
+def test_latest_epoch_end_and_best_checkpoints_are_kept(keep, best, stay):
     assert to_keep(range(10, 100, 10), keep, best) == stay
 
 
@@ -208,7 +210,7 @@ def test_the_latest_stay_and_epochs_ends_and_the_best(keep, best, stay):
     epoch_steps=st.none() | st.integers(1, 50),
     best=st.none() | st.integers(1, 200),
 )
-def test_what_stays_is_all_that_was_asked_for_and_nothing_else(steps, last, epoch_steps, best):
+def test_exactly_the_requested_checkpoints_are_kept(steps, last, epoch_steps, best):
     best = best if best in steps else None
     stay = to_keep(steps, Keep(last, epoch_steps), best)
     assert max(steps) in stay <= steps
@@ -219,7 +221,7 @@ def test_what_stays_is_all_that_was_asked_for_and_nothing_else(steps, last, epoc
     assert to_keep(stay, Keep(last, epoch_steps), best) == stay
 
 
-def test_only_what_is_to_stay_is_on_the_disk_after_each_checkpoint_and_after_a_resume(tmp_path):
+def test_only_kept_checkpoints_are_on_disk(tmp_path):
     keep = Keep(1, epoch_steps=3)
     for step, there in ((1, [1]), (2, [2]), (3, [3]), (4, [3, 4]), (5, [3, 5]), (6, [3, 6]), (7, [3, 6, 7])):
         save(tmp_path, state(step), keep=keep)
@@ -232,7 +234,7 @@ def test_only_what_is_to_stay_is_on_the_disk_after_each_checkpoint_and_after_a_r
 
 
 @given(st.dictionaries(st.integers(1, 99), st.none() | st.sampled_from([10.0, 20.0, 30.0])))
-def test_the_best_is_the_first_of_the_highest_among_those_evaluated(scores):
+def test_the_best_checkpoint_is_the_first_with_the_highest_top1(scores):
     top1 = {step: {"val": 99.0} if score is None else {"holdout": score} for step, score in scores.items()}
     scored = {step: score for step, score in scores.items() if score is not None}
     expected = min(scored, key=lambda step: (-scored[step], step), default=None)
@@ -244,33 +246,33 @@ def pointed_at(folder: Path) -> dict:
     return json.loads((folder / "best.json").read_text())
 
 
-def test_the_best_on_the_holdout_is_pointed_at_and_stays(tmp_path):
+def test_the_best_checkpoint_on_the_holdout_is_named_and_kept(tmp_path):
     keep = Keep(1, best_on="holdout")
     epochs = [state(3, holdout=50.0, val=1.0), state(6, holdout=70.0, val=9.0), state(9, holdout=60.0, val=99.0)]
     save(tmp_path, *epochs, state(10), keep=keep)
     assert steps_in(tmp_path) == [6, 10]
     assert pointed_at(tmp_path) == {"step": 6, "set": "holdout", "top1": 70.0}
     save(tmp_path, state(12, holdout=70.0), state(13), keep=keep)
-    assert pointed_at(tmp_path)["step"] == 6, "the first of equals"
+    assert pointed_at(tmp_path)["step"] == 6, "the first one among equals"
     save(tmp_path, state(15, holdout=71.0), state(16), keep=keep)
     assert steps_in(tmp_path) == [15, 16]
     assert pointed_at(tmp_path) == {"step": 15, "set": "holdout", "top1": 71.0}
 
 
-def test_a_pointer_that_a_kill_prevented_is_written_at_the_next_start(tmp_path):
+def test_a_missing_pointer_is_written_at_the_next_start(tmp_path):
     keep = Keep(1, best_on="holdout")
     save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=keep)
     (tmp_path / "best.json").unlink()
-    Writer(tmp_path, keep, TINY.info(), resumed=resume.latest(tmp_path))
+    CheckpointWriter(tmp_path, keep, TINY.info(), resumed=resume.latest(tmp_path))
     assert pointed_at(tmp_path)["step"] == 6
 
 
-def test_without_a_set_to_be_best_on_there_is_no_pointer(tmp_path):
+def test_there_is_no_pointer_without_best_on(tmp_path):
     save(tmp_path, state(3, holdout=50.0), state(4, holdout=60.0))
     assert not (tmp_path / "best.json").exists()
 
 
-def test_a_best_that_is_torn_is_the_best_no_more(tmp_path):
+def test_a_damaged_best_checkpoint_is_no_longer_named(tmp_path):
     keep = Keep(1, best_on="holdout")
     save(tmp_path, state(3, holdout=50.0), state(6, holdout=70.0), keep=Keep(9))
     tear(tmp_path / "step-00000006/model.safetensors")
@@ -279,17 +281,17 @@ def test_a_best_that_is_torn_is_the_best_no_more(tmp_path):
         assert steps_in(tmp_path) == there and pointed_at(tmp_path)["step"] == 3
 
 
-def test_a_checkpoint_that_was_committed_counts_though_old_ones_cannot_be_listed(tmp_path, monkeypatch):
+def test_a_complete_checkpoint_counts_if_old_ones_cannot_be_listed(tmp_path, monkeypatch):
     save(tmp_path, state(3), state(4))
 
     def failing(folder):
         raise OSError(errno.EIO, "Input/output error")
 
-    with Writer(tmp_path, LATEST_TWO, TINY.info(), resumed=resume.latest(tmp_path)) as writer:
+    with CheckpointWriter(tmp_path, LATEST_TWO, TINY.info(), resumed=resume.latest(tmp_path)) as writer:
         model, optimizer = trained(1)
         writer.reserve(model)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "found", failing)
+            patch.setattr(checkpoint, "list_checkpoints", failing)
             writer.start(state(5), model, optimizer)
             assert writer.wait() is None
         assert steps_in(tmp_path) == [3, 4, 5]

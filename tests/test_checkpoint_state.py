@@ -1,4 +1,4 @@
-"""state.json: a changed bit is noticed, older files are read, and what cannot be read is not taken for lost."""
+"""state.json: every changed bit is detected, older files are read, and unreadable files do not count as lost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cfmask import resume
-from cfmask.checkpoint_state import (
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import (
     MODEL,
     OPTIMIZER,
     STATE,
@@ -30,6 +30,7 @@ from cfmask.errors import UserError
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
 from cfmask.runtime.patience import StorageUnavailable, patiently
+from cfmask.session import check_inputs, check_progress
 
 FILES = {MODEL: b"weights" * 100, OPTIMIZER: b"moments" * 100}
 SHA256 = {name: hashlib.sha256(data).hexdigest() for name, data in FILES.items()}
@@ -65,13 +66,13 @@ def of_version_1(step: int = 12, **changed) -> bytes:
 # --- what is written is read, and nothing else ------------------------------------------------------------------------
 
 
-def test_what_was_written_is_read():
+def test_decode_is_the_inverse_of_encode():
     found = decode(encode(state(), 10, SHA256), FOLDER)
     assert vars(state()).items() <= vars(found).items()
     assert (found.updates, found.sha256, found.path) == (10, SHA256, FOLDER)
 
 
-def test_no_single_changed_bit_is_taken_for_another_value():
+def test_every_flipped_bit_in_the_state_is_detected():
     data = encode(state(), 10, SHA256)
     right = decode(data, FOLDER)
     noticed = 0
@@ -85,12 +86,12 @@ def test_no_single_changed_bit_is_taken_for_another_value():
     assert noticed > 7 * len(data)
 
 
-def test_a_checkpoint_of_before_there_were_digests_is_read():
+def test_a_state_without_digest_is_read():
     assert decode(of_version_1(), FOLDER) == decode(encode(state(), 10, SHA256), FOLDER)
     assert decode(of_version_1(top1={}), FOLDER).top1 == {}
 
 
-def test_a_checkpoint_of_before_there_were_inputs_is_read():
+def test_a_state_without_inputs_is_read():
     contents = json.loads(encode(state(), 10, SHA256))
     del contents["inputs"], contents["digest"]
     data = json.dumps({**contents, "digest": digest_of(contents)}).encode()
@@ -122,12 +123,12 @@ def test_a_checkpoint_of_before_there_were_inputs_is_read():
         {"version": 3},
     ],
 )
-def test_values_of_another_kind_are_damage(changed):
+def test_values_of_a_wrong_type_are_damage(changed):
     with pytest.raises(CheckpointDamaged, match="step-00000012 is damaged: state.json"):
         decode(of_version_1(**changed), FOLDER)
 
 
-def test_a_checkpoint_under_another_steps_name_is_damaged():
+def test_a_state_of_another_step_is_damage():
     with pytest.raises(CheckpointDamaged, match="it is of step 12"):
         decode(encode(state(), 10, SHA256), Path("step-00000013"))
 
@@ -136,8 +137,7 @@ def test_a_checkpoint_under_another_steps_name_is_damaged():
 
 
 class FailingCalls:
-    """Every call that asks the file system something about ``folder``; from call number ``first`` on, ``times`` of them
-    fail."""
+    """Counts the file system calls for ``folder``; from call number ``first`` on, ``times`` of them fail."""
 
     def __init__(self, monkeypatch, folder: Path, first: int, times: float, number: int) -> None:
         self.calls = 0
@@ -165,7 +165,7 @@ class FailingCalls:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.ETIMEDOUT])
-def test_whichever_read_fails_no_checkpoint_is_passed_over(tmp_path, monkeypatch, number):
+def test_no_checkpoint_is_passed_over_for_an_io_error(tmp_path, monkeypatch, number):
     put(tmp_path, 10)
     newest = put(tmp_path, 12)
     with monkeypatch.context() as patch:
@@ -184,7 +184,7 @@ def test_whichever_read_fails_no_checkpoint_is_passed_over(tmp_path, monkeypatch
             assert resume.latest(tmp_path, report=lambda text: pytest.fail(text)).path == newest
 
 
-def test_a_folder_that_goes_while_it_is_read_is_not_a_damaged_checkpoint(tmp_path, monkeypatch):
+def test_a_folder_that_disappears_is_not_damage(tmp_path, monkeypatch):
     put(tmp_path, 10)
     newest = put(tmp_path, 12)
     monkeypatch.setenv("CFMASK_READ_PATIENCE", "0")
@@ -197,12 +197,12 @@ def test_a_folder_that_goes_while_it_is_read_is_not_a_damaged_checkpoint(tmp_pat
         return names
 
     monkeypatch.setattr(os, "listdir", unmounted)
-    with pytest.raises(StorageUnavailable, match="gone"):
+    with pytest.raises(StorageUnavailable, match="disappeared"):
         resume.latest(tmp_path, report=lambda text: pytest.fail(text))
 
 
 @pytest.mark.parametrize("name", [STATE, MODEL, OPTIMIZER])
-def test_a_member_that_is_gone_is_damage(tmp_path, name):
+def test_a_missing_member_is_damage(tmp_path, name):
     put(tmp_path, 10)
     (put(tmp_path, 12) / name).unlink()
     said: list[str] = []
@@ -210,7 +210,7 @@ def test_a_member_that_is_gone_is_damage(tmp_path, name):
     assert f"{name} is missing" in said[0]
 
 
-def test_a_read_that_fails_for_a_while_is_waited_for(monkeypatch, capsys):
+def test_a_failing_read_is_retried(monkeypatch, capsys):
     failures = iter([OSError(errno.EIO, "I/O error")] * 3)
 
     def read():
@@ -237,52 +237,52 @@ def begun(root: Path, *, committed=(), attempts=(0,), logged=0) -> RunFolder:
 @pytest.mark.parametrize(
     "history", [{"committed": [8]}, {"attempts": [0, 8]}, {"logged": 17}], ids=["committed", "resumed", "logged"]
 )
-def test_a_run_that_has_come_further_is_not_begun_again(tmp_path, history):
+def test_a_run_with_progress_is_not_restarted_at_step_0(tmp_path, history):
     run = begun(tmp_path, **history)
     with pytest.raises(UserError) as refusal:
-        resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
     assert str(run.checkpoints) in str(refusal.value) and f"--resume {tmp_path} --from-step-0" in str(refusal.value)
     run.allow_step_0()
-    resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+    check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
     run.clear_step_0()
     with pytest.raises(UserError):
-        resume.check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, None, epoch_steps=100, checkpoint_steps=8)
 
 
-def test_a_damaged_checkpoint_shows_that_there_was_one(tmp_path):
-    """Also in a folder of before committed.jsonl, whose log is shorter than the second checkpoint."""
+def test_a_damaged_checkpoint_is_proof_of_progress(tmp_path):
+    """Also without committed.jsonl, if the log ends before the second checkpoint."""
     run = begun(tmp_path, logged=12)
     (put(run.checkpoints, 8) / MODEL).write_bytes(b"torn")
     with pytest.raises(UserError, match="its history shows a checkpoint of step 8"):
-        resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=8)
+        check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=8)
 
 
 @pytest.mark.parametrize("name, value", [("run.seed", 3), ("optim.lr", 3e-4), ("initial.safetensors", "cd" * 32)])
-def test_a_checkpoint_is_not_continued_with_other_inputs(tmp_path, name, value):
+def test_a_resume_with_other_inputs_is_refused(tmp_path, name, value):
     checkpoint = resume.verified(put(tmp_path / "checkpoints", 12))
     same = dict(checkpoint.inputs)
-    resume.check_inputs(RunFolder(tmp_path), checkpoint, same)
-    # What only one of two versions of the code knows is not compared.
-    resume.check_inputs(RunFolder(tmp_path), checkpoint, {"run.seed": 1, "optim.new": 5})
+    check_inputs(RunFolder(tmp_path), checkpoint, same)
+    # Names that only one of the two has are not compared.
+    check_inputs(RunFolder(tmp_path), checkpoint, {"run.seed": 1, "optim.new": 5})
     with pytest.raises(UserError, match=f"{name}: {same[name]} → {value}"):
-        resume.check_inputs(RunFolder(tmp_path), checkpoint, {**same, name: value})
+        check_inputs(RunFolder(tmp_path), checkpoint, {**same, name: value})
 
 
 @pytest.mark.parametrize(
     "history", [{}, {"logged": 7}, {"logged": 16}, {"attempts": [0, 0], "logged": 12}, {"attempts": [0, 8, 0]}]
 )
-def test_steps_before_the_first_checkpoint_are_lost_without_an_error(tmp_path, history):
-    """Killed while the first checkpoint was written, or begun again on request."""
-    resume.check_progress(begun(tmp_path, **history), None, epoch_steps=100, checkpoint_steps=8)
+def test_a_run_without_checkpoints_restarts_at_step_0(tmp_path, history):
+    """Killed while the first checkpoint was written, or restarted on request."""
+    check_progress(begun(tmp_path, **history), None, epoch_steps=100, checkpoint_steps=8)
 
 
-def test_an_older_checkpoint_is_resumed_from_with_a_warning(tmp_path, capsys):
+def test_a_resume_from_an_older_checkpoint_warns(tmp_path, capsys):
     run = begun(tmp_path, committed=[10, 12], attempts=[0])
     put(run.checkpoints, 10)
-    resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
-    assert "has had a checkpoint of step 12, which is gone or damaged" in capsys.readouterr().out
+    check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
+    assert "the checkpoint of step 12" in capsys.readouterr().err
     put(run.checkpoints, 12)
-    resume.check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
+    check_progress(run, resume.latest(run.checkpoints), epoch_steps=100, checkpoint_steps=2)
     assert not capsys.readouterr().out
 
 
@@ -300,7 +300,7 @@ def test_history_is_cut_in_place_on_a_full_disk(tmp_path, monkeypatch):
     assert run.history().saved == 4
 
 
-def test_read_state_is_patient(tmp_path, monkeypatch):
+def test_read_state_retries(tmp_path, monkeypatch):
     path = put(tmp_path, 12)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     FailingCalls(monkeypatch, tmp_path, first=1, times=1, number=errno.EIO)

@@ -1,4 +1,4 @@
-"""slurm/chroot.py runs a command in another root folder, leaves nothing behind, and refuses what it cannot do."""
+"""slurm/chroot.py: a command in another root folder, its processes and mounts, and refusals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from slurm_fixture import slurm_module
+
 REPO = Path(__file__).resolve().parents[1]
 TOOL = REPO / "slurm/chroot.py"
-sys.path.insert(0, str(TOOL.parent))
-
-import chroot  # noqa: E402
+chroot = slurm_module("chroot")
 
 
 def call(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +27,7 @@ def call(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture
 def command_in_root(tmp_path):
-    """The command line that runs another in a root folder that is this machine's, seen through an overlay."""
+    """A command line that runs a shell command in a root folder: this machine's, through an overlay."""
     root, layers = tmp_path / "root", tmp_path / "layers"
     root.mkdir()
     layers.mkdir()
@@ -61,7 +61,7 @@ def test_command_runs_in_the_root_with_the_repository_and_a_venv_of_its_own(comm
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
 
 
-def test_orphans_are_reaped_and_do_not_outlive_the_command(command_in_root):
+def test_orphans_are_reaped_and_end_with_the_command(command_in_root):
     orphans, seen = "(sleep 0 &); (sleep 4711 &); sleep 0.5", "ps -e -o stat= | grep -c Z; pgrep -cf '^sleep 4711'"
     done = subprocess.run(command_in_root(f"{orphans}; {seen}"), capture_output=True, text=True)
     assert done.stdout.split() == ["0", "1"], done.stderr
@@ -69,7 +69,7 @@ def test_orphans_are_reaped_and_do_not_outlive_the_command(command_in_root):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_nothing_is_left_when_it_is_killed(command_in_root, number):
+def test_kill_leaves_no_process(command_in_root, number):
     process = subprocess.Popen(command_in_root("setsid sleep 4712 & echo started; wait"), stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"started\n"
     process.send_signal(number)
@@ -92,7 +92,7 @@ def command_lines() -> list[list[str]]:
     return found
 
 
-def test_it_refuses_in_one_sentence_what_it_cannot_do(tmp_path):
+def test_refusals_say_why(tmp_path):
     (tmp_path / "thesis.tex").touch()
     taken = call("--root", tmp_path, "--", "true")
     assert taken.returncode == 2 and "is not empty and was not made by" in taken.stderr
@@ -107,14 +107,14 @@ def test_it_refuses_in_one_sentence_what_it_cannot_do(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_settings_of_pip_and_tls_come_along_with_the_files_they_name(tmp_path, monkeypatch):
+def test_pip_and_tls_settings_are_passed_with_the_files_that_they_name(tmp_path, monkeypatch):
     certificates, index = tmp_path / "ca.pem", tmp_path / "index/simple"
     certificates.touch()
     index.mkdir(parents=True)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificates))
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"file://{index} https://user@example.org/simple")
     monkeypatch.setenv("PIPELINE", "no")
-    told, paths = chroot.network_settings()
-    assert told["SSL_CERT_FILE"] == str(certificates) and "https://user@example.org" in told["PIP_EXTRA_INDEX_URL"]
-    assert "PIPELINE" not in told
+    variables, paths = chroot.network_settings()
+    assert variables["SSL_CERT_FILE"] == str(certificates)
+    assert "https://user@example.org" in variables["PIP_EXTRA_INDEX_URL"] and "PIPELINE" not in variables
     assert {certificates, index.parent} <= paths, "an index links to what lies beside it"

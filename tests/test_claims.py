@@ -21,9 +21,9 @@ from cfmask.runtime.machine import aside_of
 from launch.allocation.resolve import Allocation
 from launch.submission import claims, planning, training
 from launch.submission import submit as submission
-from launch.submission.batch_script import write_environment
 from launch.submission.claims import take_folder
-from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.planning import PlannedJob, claim_run_folders
+from launch.submission.sbatch import write_environment
 from slurm_fixture import wait_until
 
 
@@ -206,7 +206,7 @@ def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_pa
     sent = []
     for name in names:
         for members in ([tmp_path / "alone" / name], [tmp_path / "swept" / name / member for member in "01"]):
-            batch = submission.SubmissionBatch.of([Planned(RunFolder(member), Recipe()) for member in members])
+            batch = submission.SubmissionBatch.of([PlannedJob(RunFolder(member), Recipe()) for member in members])
             for member in members:
                 (member / "jobs").mkdir(parents=True)
                 write_environment(allocation, member / "jobs")
@@ -231,7 +231,7 @@ def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     second.root.mkdir()
     (second.root / "foreign").touch()
-    planned = [Planned(run, Recipe()) for run in (first, second)]
+    planned = [PlannedJob(run, Recipe()) for run in (first, second)]
     with pytest.raises(UserError, match="neither empty nor the folder"):
         claim_run_folders(planned)
     assert contents(tmp_path) == ["second"] and contents(second.root) == ["foreign"]

@@ -1,4 +1,4 @@
-"""CLIP-benchmark's WebDataset copies are evaluated as the same sets converted from their originals are."""
+"""CLIP-benchmark's WebDataset copies have the labels of the same sets converted from their originals."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def names_of(name: str) -> list[str]:
 
 
 def write_copy(root: Path, names: list[str], images: list[tuple[bytes, int]], extension: str = "jpg") -> Path:
-    """As clip_benchmark's webdataset_builder lays it out, in two tars; the folder of the tars."""
+    """Write a copy in the layout of clip_benchmark's webdataset_builder, in two tars; returns their folder."""
     for number in range(2):
         files = []
         for n, (image, label) in list(enumerate(images))[number::2]:
@@ -67,7 +67,7 @@ def test_a_copy_has_the_labels_of_its_original(tmp_path, capsys, name):
     assert convert(name, write_tree(tmp_path / "tree", files), tmp_path / "original") == 0
     images = [(data, wnids.index(path.split("/")[0])) for path, data in files.items()]
     folder = write_copy(tmp_path / "wds", names_of(name), images)
-    link = tmp_path / name  # as a set is named for evaluation
+    link = tmp_path / name  # the name of the set for evaluation
     link.symlink_to(folder)
     assert index(link) == 2, "it is no whole copy"
     assert f"{len(files)} images instead of" in capsys.readouterr().err
@@ -77,7 +77,7 @@ def test_a_copy_has_the_labels_of_its_original(tmp_path, capsys, name):
 
 def test_objectnets_copy_has_the_labels_accepted_ids_and_border_of_its_original(tmp_path, capsys):
     files = objectnet_files()
-    files |= {path: bordered(n) for n, path in enumerate(files) if path.endswith(".png")}  # each an image of its own
+    files |= {path: bordered(n) for n, path in enumerate(files) if path.endswith(".png")}  # all different
     assert convert("objectnet", write_tree(tmp_path / "tree", files), tmp_path / "original") == 0
     folders = sorted(IDS)
     images = [
@@ -86,51 +86,51 @@ def test_objectnets_copy_has_the_labels_accepted_ids_and_border_of_its_original(
     folder = write_copy(tmp_path / "wds", [FOLDERS[name].lower() for name in folders], images, "png")
     flags = ("--split", "objectnet", "--allow-count-mismatch")
     assert index(folder, *flags) == 2
-    assert "names 4 of 4 classes otherwise than open_clip" in capsys.readouterr().err
+    assert "has 4 of 4 class names that are not open_clip" in capsys.readouterr().err
     mappings = write_tree(tmp_path / "mappings", mapping_files())
     assert index(folder, *flags, "--mappings", mappings) == 0
     assert_same(folder, tmp_path / "original" / "objectnet")
     assert load_manifest(folder).border == 2
-    # All classes of ObjectNet, also those that ImageNet does not have.
+    # All classes of ObjectNet, including those that ImageNet lacks.
     (tmp_path / "wds/classnames.txt").write_text("".join(f"{FOLDERS[name].lower()}\n" for name in sorted(FOLDERS)))
     assert index(folder, *flags, "--mappings", mappings) == 2
     assert f"The {len(FOLDERS)} classes are all of ObjectNet's" in capsys.readouterr().err
-    # One whose border was cut off is not cut again.
+    # A copy without a border is not cut again.
     bare = [(picture(n, side=20), label) for n, (_, label) in enumerate(images)]
     folder = write_copy(tmp_path / "bare", [FOLDERS[name].lower() for name in folders], bare)
     assert index(folder, *flags, "--mappings", mappings) == 0
     assert load_manifest(folder).border == 0
     mixed = write_copy(tmp_path / "mixed", [FOLDERS[name].lower() for name in folders], bare[:4] + images[4:])
     assert index(mixed, *flags, "--mappings", mappings) == 2
-    assert "have ObjectNet's red frame and the others do not" in capsys.readouterr().err
+    assert "have ObjectNet's red frame: two kinds" in capsys.readouterr().err
 
 
-def test_a_copy_is_named_for_what_it_is(tmp_path, capsys):
+def test_a_copy_needs_the_name_of_its_benchmark(tmp_path, capsys):
     folder = write_copy(tmp_path / "wds", names_of("imagenet-a"), [(picture(n, side=8), n) for n in range(4)])
     assert index(folder, "--allow-count-mismatch") == 2
     message = capsys.readouterr().err
     assert "are imagenet-a's" in message and "--split imagenet-a" in message
     assert index(folder, "--split", "imagenet-r", "--allow-count-mismatch") == 2
     assert not (folder / "manifest.json").exists()
-    # The labels are not ImageNet's own numbers, whatever is asked.
+    # The labels are not ImageNet's class ids under any flag.
     assert index(folder, "--split", "imagenet-a", "--allow-count-mismatch", "--classes", "imagenet") == 0
     labels = [WNIDS.index(wnid) for wnid in benchmarks.wnids("imagenet-a")[:4]]
     assert sorted(contents(folder).values()) == labels
 
 
-def test_files_that_are_missing_are_named(tmp_path, capsys):
+def test_missing_files_are_named(tmp_path, capsys):
     folder = write_copy(tmp_path / "wds", names_of("imagenet-a"), [(picture(n, side=8), n) for n in range(4)])
     for count, message in (
-        ("3", "says that there are 3 tars, 0.tar to 2.tar, and 2.tar is missing"),
-        ("1", "1.tar is too much"),
-        ("two", "says 'two', where a number"),
+        ("3", "says that there are 3 tars, 0.tar to 2.tar. Missing: 2.tar"),
+        ("1", "Surplus: 1.tar"),
+        ("two", "contains 'two' instead of a number"),
     ):
         (folder / "nshards.txt").write_text(count)
         assert index(folder) == 2 and message in capsys.readouterr().err
     (folder / "nshards.txt").write_text("2")
     (folder / "0.tar").rename(tmp_path / "0.tar")
     (folder / "nshards.txt").unlink()
-    assert index(folder) == 2 and "0.tar is not there: the copy is not complete" in capsys.readouterr().err
+    assert index(folder) == 2 and "but not 0.tar: the copy is not complete" in capsys.readouterr().err
     (tmp_path / "0.tar").rename(folder / "0.tar")
     (folder / "nshards.txt").write_text("2")
     (tmp_path / "wds/classnames.txt").unlink()
@@ -142,16 +142,16 @@ def test_files_that_are_missing_are_named(tmp_path, capsys):
     ("names", "ids"),
     [
         (list(NAMES), list(range(1000))),
-        ([lemmas[0] for lemmas in imagenet.lemmas()], list(range(1000))),  # crane, maillot: the place tells
+        ([lemmas[0] for lemmas in imagenet.lemmas()], list(range(1000))),  # crane, maillot: resolved by their places
         ([NAMES[5], "missile", NAMES[700]], [5, 657, 700]),
         ([NAMES[700], "missile", NAMES[800]], [700, 744, 800]),
         (["missile", "missile"], [657, 744]),
         ([NAMES[9], NAMES[3]], [9, 3]),
         ([NAMES[5], "missile", NAMES[800]], "'missile', which two classes"),
         ([NAMES[800], "missile"], "'missile', which two classes"),
-        ([NAMES[5], "crane"], "names 1 of 2 classes otherwise .* such as 'crane'"),
+        ([NAMES[5], "crane"], "has 1 of 2 class names that are not .* such as 'crane'"),
         ([NAMES[5], NAMES[5]], "names a class twice"),
-        (["airplane", "automobile"], "names 2 of 2 classes otherwise"),
+        (["airplane", "automobile"], "has 2 of 2 class names that are not"),
         (sorted(NAMES), "which two classes"),
         ([f"thing {n}" for n in range(113)], "If they are ObjectNet's, its mapping files .*--mappings"),
         ([*NAMES[1:], NAMES[0]], None),
@@ -170,14 +170,14 @@ def test_class_names_are_mapped_or_refused(tmp_path, names, ids):
         with pytest.raises(UserError, match=ids):
             found()
     elif ids is None:
-        # Another order of all classes: names say it, except for those that two classes have.
+        # Another order of all classes: names are mapped, except for those of two classes.
         with pytest.raises(UserError, match="which two classes"):
             found()
     else:
         assert found() == ids
 
 
-def test_a_class_list_that_is_given_goes_before_the_sets_own(tmp_path):
+def test_a_given_class_list_overrides_the_sets_own(tmp_path):
     folder = write_copy(tmp_path / "wds", ["airplane", "bird"], [(picture(n, side=8), n % 2) for n in range(4)])
     names = tmp_path / "names.tsv"
     names.write_text("plane\tplane\nbird\tbird\n")

@@ -22,8 +22,8 @@ from launch.allocation.resolve import (
 )
 from launch.allocation.settings import FILE_KEYS, GPU_SETTINGS, gpus, minutes
 from launch.arrays.arguments import add_array_arguments, resolve_array
-from launch.submission.batch_script import ENVIRONMENT, rank_command, slurm_parameters, write_environment
-from launch.submission.sbatch import after_success, slurm_executor
+from launch.submission.dependencies import after_success
+from launch.submission.sbatch import ENVIRONMENT, rank_command, slurm_executor, slurm_parameters, write_environment
 from launch.submit import parser
 
 REPO = Path(__file__).resolve().parents[1]
@@ -116,10 +116,10 @@ def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):
 
 
 def test_one_that_is_named_has_to_be_there(monkeypatch):
-    with pytest.raises(UserError, match="nope.toml, named by --cluster, is not there"):
+    with pytest.raises(UserError, match="nope.toml, named by --cluster, does not exist"):
         find_cluster_file(Path("nope.toml"))
     monkeypatch.setenv("CFMASK_CLUSTER", "nope.toml")
-    with pytest.raises(UserError, match=r"named by \$CFMASK_CLUSTER, is not there"):
+    with pytest.raises(UserError, match=r"named by \$CFMASK_CLUSTER, does not exist"):
         find_cluster_file(None)
 
 
@@ -128,7 +128,7 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
     [
         ("nodes = 2\npartition = gpu", "is not TOML: .*line 2"),
         ("partion = 'gpu'", "there is no key partion. Did you mean partition.*account, array_parallelism"),
-        ("lr = 3e-5", "there is no key lr. Those there are"),
+        ("lr = 3e-5", "there is no key lr. Choose from"),
         ("dependency = 'afterok:1'", "there is no key dependency"),
         ("nodes = '2'", "nodes has to be a whole number; it is '2'"),
         ("nodes = true", "nodes has to be a whole number; it is True"),
@@ -139,7 +139,7 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
         ("setup = ['echo', ')']", "setup has to be whole commands of bash.*syntax error"),
         ("setup = ['cat <<EOF', 'x']", "setup has to be whole commands of bash.*here-document"),
         ("environment = 1", "environment has to be a table"),
-        ("[environment]\npartition = 'gpu'", "partition stands under .environment., and is a key: move it above"),
+        ("[environment]\npartition = 'gpu'", "partition is under .environment., but is a key: move it above"),
         ("[environment]\nA-B = '1'", "A-B has to be the name of a variable"),
         ("[environment]\nA = 1.5", "A has to be the name of a variable, with a string or a whole number"),
         ("[container]\nmounts = ['/a:/a']", "needs an image"),
@@ -147,9 +147,9 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
         ("[container]\nimage = 'x'\nmounts = ['/a,b:/a']", "'/a,b:/a'; a mount is /FROM:/TO, .* without commas"),
         ("[sbatch]\ncomment = 'a\\b'", "comment has a backslash or line break"),
         ("[container]\nimage = 'x'\nname = 'y'", "there is no key container.name"),
-        ("[sbatch]\nmem = '4G'", "mem does not stand here: it is the key memory"),
-        ("[sbatch]\ngpus_per_node = 4", "gpus_per_node does not stand here: it is the key gpus_per_node"),
-        ("[sbatch]\nsignal = 'USR1@60'", "cfmask decides about it"),
+        ("[sbatch]\nmem = '4G'", "must not have mem: it is the key memory"),
+        ("[sbatch]\ngpus_per_node = 4", "must not have gpus_per_node: it is the key gpus_per_node"),
+        ("[sbatch]\nsignal = 'USR1@60'", "must not have signal: cfmask sets it"),
         ("[sbatch]\nreboot = false", "true for an option without a value"),
     ],
 )

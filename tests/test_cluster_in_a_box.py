@@ -1,4 +1,4 @@
-"""The Slurm on one machine behaves as launches need it to: runs, accounts, preempts, requeues, goes away."""
+"""slurm/cluster.py: its cluster runs, accounts, preempts and requeues jobs, and is removed completely."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "slurm"))
+from slurm_fixture import CLUSTER_TOOL, Cluster, slurm_module, tool, wait_until
 
-import cluster  # noqa: E402
-import configuration  # noqa: E402
-
-from slurm_fixture import CLUSTER_TOOL, Cluster, tool, wait_until
+cluster, configuration = slurm_module("cluster"), slurm_module("configuration")
 
 pytestmark = pytest.mark.slurm
 
 
 def processes_of(state: Path) -> list[str]:
-    """Command lines of the processes that name the folder in command line or environment, or are steps of its Slurm."""
+    """Command lines of processes with the folder in command line or environment, and of the steps of its Slurm."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command, variables = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-                # slurmstepd's title lies over its environment.
+                # slurmstepd writes its title over its environment.
                 here = command.startswith(b"slurmstepd") and os.readlink(entry / "cwd").startswith(str(state))
             except OSError:
                 continue
@@ -84,11 +81,11 @@ while kill -0 $!; do wait; done
         slurm_cluster.call("scontrol", "update", "PartitionName=low", "GraceTime=30")
 
     assert slurm_cluster.job(low)["Restarts"] == "1"
-    told = log.read_text()
+    output = log.read_text()
     for node in ("n1", "n2"):
-        assert f"{node} starts, restarts 0" in told
-        assert f"{node} got USR2" in told
-        assert f"{node} starts, restarts 1" in told
+        assert f"{node} starts, restarts 0" in output
+        assert f"{node} got USR2" in output
+        assert f"{node} starts, restarts 1" in output
 
 
 def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) -> None:
@@ -96,7 +93,7 @@ def test_up_is_idempotent_and_revives_a_killed_daemon(slurm_cluster: Cluster) ->
     before = {name: slurm_cluster.pid(name) for name in ("slurmctld", "slurmd-n1", "slurmd-n2")}
     os.kill(before["slurmctld"], signal.SIGKILL)
     command = [sys.executable, str(CLUSTER_TOOL), "status", "--state", str(slurm_cluster.state)]
-    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 1, "status tells that one is dead")
+    wait_until(lambda: subprocess.run(command, capture_output=True).returncode == 1, "status reports the dead daemon")
     slurm_cluster.revive()
     assert slurm_cluster.pid("slurmctld") != before["slurmctld"]
     assert slurm_cluster.pid("slurmd-n1") == before["slurmd-n1"]
@@ -119,7 +116,7 @@ def test_daemons_listen_on_loopback_only(slurm_cluster: Cluster) -> None:
     assert addresses == {"0100007F"}
 
 
-def test_down_leaves_nothing_of_a_killed_session_with_a_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
+def test_cluster_of_a_killed_session_is_removed_with_its_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
     session = f"""
 import os, signal, sys
 from pathlib import Path
@@ -137,21 +134,23 @@ with running_cluster() as cluster:
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = Path(done.stdout.strip())
     wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")
-    assert not processes_of(tmp_path), "what runs without an environment is the job's all the same"
-    assert processes_of(slurm_cluster.state), "the cluster beside it must be left alone"
+    assert not processes_of(tmp_path), "processes without an environment end with their job"
+    assert processes_of(slurm_cluster.state), "the other cluster keeps running"
 
 
-@pytest.mark.parametrize(("version", "told"), [((22, 5), False), ((23, 11), False), ((24, 5), True), ((25, 11), True)])
+@pytest.mark.parametrize(
+    ("version", "written"), [((22, 5), False), ((23, 11), False), ((24, 5), True), ((25, 11), True)]
+)
 def test_settings_of_later_versions_are_left_out_of_earlier_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], told: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: tuple[int, int], written: bool
 ) -> None:
     monkeypatch.setattr(configuration, "slurm_version", lambda: version)
     (tmp_path / "munge").mkdir()
     configuration.write_configuration(tmp_path, nodes=1, cpus_per_node=1)
     file = tmp_path / "cgroup.conf"
-    assert file.exists() == told
-    assert ("MaxBatchRequeue" in (tmp_path / "slurm.conf").read_text()) == told, "22.05 refuses a key it does not know"
-    assert not told or "CgroupPlugin=disabled" in file.read_text().splitlines()
+    assert file.exists() == written
+    assert ("MaxBatchRequeue" in (tmp_path / "slurm.conf").read_text()) == written, "22.05 rejects unknown keys"
+    assert not written or "CgroupPlugin=disabled" in file.read_text().splitlines()
 
 
 def test_up_refuses_a_folder_that_is_not_a_cluster(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -159,17 +158,17 @@ def test_up_refuses_a_folder_that_is_not_a_cluster(slurm_cluster: Cluster, tmp_p
     command = [sys.executable, str(CLUSTER_TOOL), "up", "--state", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(r"error: .* is not empty and not a cluster of ours\..*\n", done.stderr)
+    assert re.fullmatch(r"error: .* is not empty and not a cluster of this program\..*\n", done.stderr)
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_of_two_that_come_up_at_once_one_installs_the_packages(slurm_cluster: Cluster, tmp_path: Path) -> None:
-    """apt's lock on its lists is not waited for: the second one failed, and every test that needed it was skipped."""
+def test_second_up_waits_while_the_first_installs_packages(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    """apt does not wait for the lock on its lists: the second command would fail, and all tests that need it skip."""
     with (cluster.PACKAGE_LOCK / "cfmask-slurm-packages.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         state = tmp_path / "not a name for a cluster"
         refused = subprocess.run([sys.executable, str(CLUSTER_TOOL), "up", "--state", str(state)], capture_output=True)
-        assert refused.returncode == 2, "what can be refused is refused at once"
+        assert refused.returncode == 2, "a refusal needs no lock"
         second = subprocess.Popen([sys.executable, str(CLUSTER_TOOL), "up", "--state", str(slurm_cluster.state)])
         with pytest.raises(subprocess.TimeoutExpired):
             second.wait(1.5)

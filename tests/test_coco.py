@@ -1,4 +1,4 @@
-"""COCO's panoptic format as it is distributed: JSON, PNGs of segment ids in a folder or zip, photographs."""
+"""COCO's panoptic format as distributed: JSON, PNGs of segment ids in a folder or zip, photographs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def copy(distributed, tmp_path) -> Path:
 
 
 def zipped(folder: Path, out: Path) -> Path:
-    """As COCO packs it: on a Mac."""
+    """Like COCO's archives, which were packed on a Mac."""
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.iterdir()):
             archive.write(path, f"{folder.name}/{path.name}")
@@ -132,14 +132,14 @@ def test_pngs_are_read_from_the_folder_or_the_zip(copy, tmp_path, how):
             assert np.array_equal(found, object_of(number, category)), (number, name)
 
 
-def test_missing_pngs_are_reported_at_once(copy, tmp_path):
+def test_missing_pngs_are_refused_at_once(copy, tmp_path):
     shutil.rmtree(copy.with_suffix(""))
     with pytest.raises(UserError, match="panoptic_val2017.zip exists.*--panoptic-pngs"):
         open_masks(copy)
     with pytest.raises(UserError, match="no such file or folder: .*/nowhere"):
         open_masks(copy, tmp_path / "nowhere")
     (tmp_path / "cut.zip").write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(UserError, match="neither a folder nor a complete zip archive"):
+    with pytest.raises(UserError, match="cannot be read as a zip archive"):
         open_masks(copy, tmp_path / "cut.zip")
 
 
@@ -196,7 +196,7 @@ def _transparent(image: Image.Image) -> Image.Image:
         (Path.unlink, 139, "000000000139.png, which does not exist"),
     ],
 )
-def test_a_png_that_does_not_match_the_json_is_refused(copy, damage, number, reason):
+def test_a_png_that_contradicts_the_json_is_refused(copy, damage, number, reason):
     damage(copy.with_suffix("") / file_name(number, "png"))
     masks = open_masks(copy)
     with pytest.raises(UserError, match=reason):
@@ -278,7 +278,7 @@ def test_images_without_an_annotation_are_counted(copy):
         ("panoptic_annotations_trainval2017.zip", "is an archive. Unpack it"),
     ],
 )
-def test_files_beside_the_json_are_refused_with_a_hint_to_give_the_json(copy, tmp_path, place, reason):
+def test_a_path_beside_the_json_is_refused_with_the_jsons_path(copy, tmp_path, place, reason):
     zipped(copy.parent / "panoptic_val2017", tmp_path / "panoptic_annotations_trainval2017.zip")
     with pytest.raises(UserError, match=reason):
         open_masks(tmp_path / place).read(f"{139:012}", "", "dog")
@@ -325,7 +325,7 @@ def test_photographs_come_once_for_each_category_with_their_masks(distributed, t
         assert torch.equal(sample.mask, crop_mask(torch.from_numpy(object_of(number, category)), 32))
 
 
-def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distributed, tmp_path):
+def test_names_in_the_annotations_may_have_folders_and_backslashes(copy, distributed, tmp_path):
     raw = json.loads(copy.read_text())
     for entry, folder in ((raw["images"], "val2017"), (raw["annotations"], "panoptic_val2017")):
         for image, spelling in zip(entry, (f"{folder}/", f"{folder}\\", f"./{folder}/", ""), strict=True):
@@ -339,13 +339,13 @@ def test_names_in_the_annotations_may_have_folders_and_be_windows(copy, distribu
     assert np.array_equal(pngs.read(f"{139:012}", "", "dog"), object_of(139, DOG))
 
 
-def test_images_with_several_categories_are_counted_once(distributed, tmp_path):
+def test_images_of_several_categories_are_counted_once(distributed, tmp_path):
     shutil.copytree(distributed / "val2017", tmp_path / "images")
     (tmp_path / "images" / file_name(285)).unlink()  # a cat and a dog
     assert photos(distributed, tmp_path / "images", allow_missing=True).left_out == [file_name(285)]
 
 
-def test_photographs_that_do_not_match_the_annotations_are_refused(distributed, tmp_path):
+def test_photographs_that_contradict_the_annotations_are_refused(distributed, tmp_path):
     images = tmp_path / "images"
     shutil.copytree(distributed / "val2017", images)
     Image.open(images / file_name(139)).resize((26, 30)).save(images / file_name(139))
@@ -371,7 +371,7 @@ def test_photographs_that_do_not_match_the_annotations_are_refused(distributed, 
     ("groups", "reason"),
     [([WNIDS[2]], "is a dog too. Choose whole categories"), ([WNIDS[0]], "no category 'n01443537'")],
 )
-def test_groups_that_are_not_whole_categories_are_refused(distributed, groups, reason):
+def test_groups_that_the_annotations_cannot_distinguish_are_refused(distributed, groups, reason):
     with pytest.raises(UserError, match=reason):
         photos(distributed, distributed / "val2017", groups)
 
@@ -383,7 +383,7 @@ def test_the_cam_is_that_of_the_categorys_most_probable_class(distributed):
     validation = Validation(["m"], [model], [method], info, found, {}, [0.3], device="cpu", batch_size=4)
     samples = list(found.samples(found.chunks[0].ids))
     with torch.no_grad():
-        model.head.bias[0] += 1e3  # what a photograph is not is not asked about
+        model.head.bias[0] += 1e3  # classes of other categories do not matter
         model.head.bias[3] += 500
     cam, classes = validation.relevance(model, method, samples)
     assert classes.tolist() == [3, 4, 3, 1]
@@ -407,7 +407,7 @@ def test_a_validation_on_the_photographs_ends_and_resumes(distributed, copy, tmp
     assert "the model's most probable class in the category" in capsys.readouterr().out
     assert (out / "sheet.png").exists()
     assert validate_masks.main(command(tmp_path, out, "--count", 0)) == 0  # nothing is left to do
-    save_ids(copy.with_suffix("") / file_name(139, "png"), 139)  # the same pixels, written anew
+    save_ids(copy.with_suffix("") / file_name(139, "png"), 139)  # the same pixels in a new file
     assert validate_masks.main(command(tmp_path, out, "--count", 0)) == 2
     assert "a validation of other images or masks" in capsys.readouterr().err
 
@@ -479,7 +479,7 @@ def test_a_mask_larger_than_any_image_is_refused_before_memory_is_allocated(tmp_
         open_masks(tmp_path).read("1", "", "dog")
 
 
-def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path):
+def test_a_tree_finds_files_by_the_end_of_their_path_and_its_digest_changes_with_them(tmp_path):
     folder = tmp_path / "a"
     for name in ("x/1.png", "y/1.png", "y/2.png", ".hidden/2.png", "._2.png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -495,11 +495,11 @@ def test_a_tree_finds_files_by_the_end_of_their_path_and_tells_changes(tmp_path)
     assert FileTree(folder).digest({"x/1.png"}) == tree.digest({"x/1.png"})
 
 
-def test_a_damaged_entry_of_an_archive_is_named(tmp_path):
+def test_a_damaged_archive_entry_is_refused(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("v/1.png", b"pixels")
     path.write_bytes(path.read_bytes().replace(b"pixels", b"pixelz"))
     tree = FileTree(path)
-    with pytest.raises(UserError, match="1.png in .*a.zip cannot be read .*Download it again"):
+    with pytest.raises(UserError, match="1.png in .*a.zip cannot be read: .*Download it again"):
         tree.read(tree.find("1.png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,16 +19,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import rendezvous_work
-from cfmask import distributed
-from cfmask.distributed import DistributedContext, call_off, process_group
 from cfmask.errors import UserError
 from cfmask.masking.fills import concat
 from cfmask.recipe import Method
+from cfmask.runtime import network, rendezvous
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.step import training_step
 from cfmask.training.ddp import data_parallel
 from made import run_ranks
-from rendezvous_work import meet
 from test_step import METHODS, make_batch, name_of, resolved, student_and_teachers
 from towers import B32, TINY
 
@@ -148,8 +147,8 @@ def test_the_first_step_sums_in_the_order_of_later_ones_and_no_layer_runs_before
             assert torch.equal(gradient, found[2][name]), name
 
 
-def test_waiting_ranks_fail_with_the_error_of_rank_0(tmp_path):
-    call_off(DistributedContext(), tmp_path, "the disk is on fire")
+def test_waiting_ranks_raise_the_reason_of_a_refusal_by_rank_0(tmp_path):
+    rendezvous.call_off(tmp_path, "0", "the disk is on fire")
     with (
         pytest.raises(UserError, match="the disk is on fire"),
         process_group(DistributedContext(rank=1, world_size=2), tmp_path),
@@ -157,46 +156,60 @@ def test_waiting_ranks_fail_with_the_error_of_rank_0(tmp_path):
         pass
 
 
-# --- how ranks find each other ----------------------------------------------------------------------------------------
+# --- rendezvous ------------------------------------------------------------------------------------------------------
 
 
-def have_met(folder: Path, attempt: str = "0") -> bool:
+def join_group(
+    rank: int, folder: Path, context: DistributedContext, hosts: tuple[str, ...] = (), late_s: float = 0
+) -> None:
+    """Join a group of two ranks and write the sum of the ranks' numbers, which shows that both have joined."""
+    time.sleep(late_s if rank == 0 else 0)
+    if hosts:
+        rendezvous.own_hosts = lambda: list(hosts)
+    with process_group(dataclasses.replace(context, rank=rank, world_size=2), folder / "rendezvous"):
+        total = torch.tensor(rank + 1)
+        dist.all_reduce(total)
+        (folder / f"{context.attempt}-{rank}").write_text(str(total.item()))
+
+
+def group_formed(folder: Path, attempt: str = "0") -> bool:
     return [(folder / f"{attempt}-{rank}").read_text() for rank in range(2)] == ["3", "3"]
 
 
 @pytest.mark.parametrize(
     "left",
-    [{"hosts": ["127.0.0.1"], "door": 1, "port": 1, "word": "w"}, {"host": "127.0.0.1", "port": 1}],
+    [{"hosts": ["127.0.0.1"], "rendezvous_port": 1, "port": 1, "token": "t"}, {"host": "127.0.0.1", "port": 1}],
     ids=["nobody there", "another version"],
 )
-def test_an_address_of_an_earlier_attempt_is_ignored(tmp_path, left):
-    """The file of a killed attempt of the same name does not prevent the group."""
+def test_the_rendezvous_file_of_a_killed_start_is_ignored(tmp_path, left):
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous/0.json").write_text(json.dumps(left))
-    run_ranks(meet, 2, tmp_path, DistributedContext(), (), 1)
-    assert have_met(tmp_path)
+    run_ranks(join_group, 2, tmp_path, DistributedContext(), (), 1)
+    assert group_formed(tmp_path)
 
 
 @pytest.mark.parametrize(
     "hosts", [("::1",), ("203.0.113.1", "no-such-host.invalid", "127.0.0.1")], ids=["IPv6", "first ones unreachable"]
 )
-def test_rank_0_is_found_at_any_of_its_addresses_that_is_reachable(tmp_path, hosts):
-    run_ranks(meet, 2, tmp_path, DistributedContext(nodes=2), hosts)
-    assert have_met(tmp_path)
+def test_rank_0_is_found_at_the_first_reachable_address(tmp_path, hosts):
+    run_ranks(join_group, 2, tmp_path, DistributedContext(nodes=2), hosts)
+    assert group_formed(tmp_path)
 
 
 def test_jobs_on_one_machine_form_separate_groups(tmp_path):
-    jobs = [run_ranks(meet, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")]
+    jobs = [
+        run_ranks(join_group, 2, tmp_path, DistributedContext(attempt=name), join=False) for name in ("71-0", "72-0")
+    ]
     for job in jobs:
         while not job.join():
             pass
-    assert have_met(tmp_path, "71-0") and have_met(tmp_path, "72-0")
-    assert not list((tmp_path / "rendezvous").iterdir()), "addresses are taken back"
+    assert group_formed(tmp_path, "71-0") and group_formed(tmp_path, "72-0")
+    assert not list((tmp_path / "rendezvous").iterdir()), "rendezvous files are removed"
 
 
-@pytest.mark.parametrize("said", [None, b"", b"wrong word, and more of it than was asked for"])
-def test_another_server_at_an_address_is_not_mistaken_for_rank_0(monkeypatch, said):
-    monkeypatch.setattr(distributed, "_CONNECT_S", 0.5)
+@pytest.mark.parametrize("said", [None, b"", b"wrong token, and more of it than was asked for"])
+def test_a_server_without_the_token_is_not_taken_for_rank_0(monkeypatch, said):
+    monkeypatch.setattr(rendezvous, "_CONNECT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer() -> None:
@@ -208,11 +221,11 @@ def test_another_server_at_an_address_is_not_mistaken_for_rank_0(monkeypatch, sa
             visitor.close()
 
         threading.Thread(target=answer, daemon=True).start()
-        assert distributed._knock("127.0.0.1", server.getsockname()[1], "word") is None
+        assert rendezvous.probe("127.0.0.1", server.getsockname()[1], "token") is None
 
 
 def test_missing_ranks_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(rendezvous, "RENDEZVOUS_TIMEOUT", timedelta(seconds=1))
     with pytest.raises(TimeoutError, match="2 of 3 ranks did not come.*rank 1, rank 2"):
         with process_group(DistributedContext(world_size=3), tmp_path):
             pass
@@ -221,19 +234,19 @@ def test_missing_ranks_are_named(tmp_path, monkeypatch):
             pass
 
 
-def test_a_missing_interface_is_named_with_those_that_exist(tmp_path, monkeypatch):
+def test_a_missing_interface_is_reported_with_the_existing_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,ib7")
     with pytest.raises(UserError, match=r"no network interface ib7 .* lo \(127.0.0.1\)"):
         with process_group(DistributedContext(nodes=2, world_size=2), tmp_path):
             pass
-    monkeypatch.setattr(distributed, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
-    assert distributed._own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
+    monkeypatch.setattr(network, "interface_addresses", lambda: [("lo", "127.0.0.1"), ("ib7", "10.0.0.7")])
+    assert network.own_hosts() == ["127.0.0.1", "10.0.0.7"], "gloo takes a list"
 
 
 @pytest.mark.parametrize("addresses", ["10.77.0.{}/24", "fd77::{}/64"], ids=["IPv4", "IPv6 only"])
-def test_machines_whose_names_do_not_resolve_connect_over_their_common_network(tmp_path, addresses):
-    """Two machines, as far as the network goes: each has a bridge of the same address, as Docker makes it, and a name
-    that the other does not know."""
+def test_machines_with_unknown_host_names_form_a_group(tmp_path, addresses):
+    """Two network namespaces: each has a bridge with the same address, as Docker makes it, and a host name that the
+    other cannot resolve."""
     names = [f"cfmask-{os.getpid()}-{i}" for i in range(2)]
     try:
         _make_machines(names, addresses)
@@ -241,7 +254,7 @@ def test_machines_whose_names_do_not_resolve_connect_over_their_common_network(t
             subprocess.Popen(
                 [
                     *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
-                    *(sys.executable, rendezvous_work.__file__, str(rank), str(tmp_path)),
+                    *(sys.executable, "-c", f"import test_ddp; test_ddp.join_on_a_machine({rank}, {str(tmp_path)!r})"),
                 ],
                 env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
@@ -251,10 +264,15 @@ def test_machines_whose_names_do_not_resolve_connect_over_their_common_network(t
         ]
         errors = [rank.communicate(timeout=300)[1] for rank in ranks]
         assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(errors)
-        assert have_met(tmp_path)
+        assert group_formed(tmp_path)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def join_on_a_machine(rank: int, folder: str) -> None:
+    rendezvous._CONNECT_S = 1
+    join_group(rank, Path(folder), DistributedContext(nodes=2))
 
 
 def _make_machines(names: list[str], addresses: str) -> None:

@@ -1,4 +1,4 @@
-"""doctor.py: what it makes of every Slurm's texts and of the ranks' reports, and what it says on a real one."""
+"""doctor.py: its findings from texts of several Slurm versions, from reports of ranks, and on a real Slurm."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 from launch import doctor
 from launch.allocation.resolve import Allocation
 from launch.checks import cluster as _slurm_checks
-from launch.checks import probe as _probe
+from launch.checks import login_node
+from launch.checks import node as _node
 from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
-from launch.checks.probe import BYTES, ProbeReport
+from launch.checks.probe import BYTES, offset_bounds
+from launch.checks.report import ProbeReport
 from launch.slurm.texts import (
     SlurmNode,
     default_qos,
@@ -121,7 +123,7 @@ urgent|normal,scavenge|cluster|00:00:00
 
 
 def preemption(config: str, partitions: str, nodes: str = "", qos: str = "", own_qos: str | None = None, **own: str):
-    """Findings by check, for a job in the default partition; own: what this one says instead."""
+    """Findings by check, for a job in the default partition; own: fields of that partition."""
     records = parse_records(partitions, "PartitionName")
     chosen = [dict(record) | own for record in _slurm_checks.chosen_partitions(records, None)]
     findings = _slurm_checks.check_preemption(
@@ -135,27 +137,27 @@ def preemption(config: str, partitions: str, nodes: str = "", qos: str = "", own
     return {finding.check: finding for finding in findings}
 
 
-def test_a_partition_that_requeues_with_warning_and_grace_is_as_it_should_be():
+def test_partition_with_requeue_warning_and_grace_is_ok():
     found = preemption(CONFIG_22_05, PARTITIONS_22_05, NODES)
     assert {name: each.state for name, each in found.items()} == {"preemption": OK, "warning signal": OK, "grace": OK}
-    assert "gives way to high, PreemptMode=REQUEUE" in found["preemption"].found  # and not to one on other nodes
+    assert "is preempted by high, PreemptMode=REQUEUE" in found["preemption"].found  # and not to one on other nodes
     assert "120 s" in found["grace"].found
 
 
-def test_without_nodes_any_more_important_partition_may_preempt():
+def test_without_nodes_any_partition_with_a_higher_tier_may_preempt():
     assert "high, elsewhere" in preemption(CONFIG_22_05, PARTITIONS_22_05)["preemption"].found
 
 
 @pytest.mark.parametrize(
     ("grace", "state", "said"),
     [
-        ("0", WARNING, "5 sec later KILL"),
+        ("0", WARNING, "KILL 5 sec later"),
         ("30", WARNING, "30 s between"),
         ("00:01:00", OK, "60 s"),
         ("?", NOT_CHECKED, "?"),
     ],
 )
-def test_the_grace_has_to_be_enough_for_a_checkpoint(grace, state, said):
+def test_grace_has_to_be_enough_for_a_checkpoint(grace, state, said):
     found = preemption(CONFIG_22_05, PARTITIONS_22_05, NODES, GraceTime=grace)["grace"]
     assert found.state == state and said in found.found
     assert state != WARNING or "PartitionName=low … GraceTime=120 (slurm/administrator.md, 3)" in found.change
@@ -164,13 +166,13 @@ def test_the_grace_has_to_be_enough_for_a_checkpoint(grace, state, said):
 @pytest.mark.parametrize(
     ("mode", "state", "said"),
     [
-        ("CANCEL", PROBLEM, "over until somebody resumes it"),
-        ("GANG,SUSPEND", WARNING, "stopped where it is"),
+        ("CANCEL", PROBLEM, "until it is resumed by hand"),
+        ("GANG,SUSPEND", WARNING, "it is suspended"),
         ("OFF", OK, "not preempted: PreemptMode=OFF"),
         ("GANG", OK, "not preempted"),
     ],
 )
-def test_what_becomes_of_a_preempted_job(mode, state, said):
+def test_consequences_of_preemption(mode, state, said):
     found = preemption(CONFIG_22_05, PARTITIONS_22_05, NODES, PreemptMode=mode)["preemption"]
     assert found.state == state and said in found.found
     assert state == OK or "PartitionName=low … PreemptMode=REQUEUE (slurm/administrator.md, 1)" in found.change
@@ -182,12 +184,12 @@ def test_suspension_by_gang_scheduling_in_24_05():
     assert "--collective-timeout" in found["preemption"].change
 
 
-def test_nobody_comes_before_the_most_important_partition():
+def test_partition_with_the_highest_tier_is_not_preempted():
     records = [r for r in parse_records(PARTITIONS_22_05, "PartitionName") if r["PartitionName"] != "elsewhere"]
     high = [r for r in records if r["PartitionName"] == "high"]
     config = parse_config(CONFIG_22_05)
     [found] = _slurm_checks.check_preemption(config, [high[0] | {"PreemptMode": "REQUEUE"}], records, [], [], None)
-    assert found.state == OK and "nobody comes before it" in found.found
+    assert found.state == OK and "nothing has a higher priority" in found.found
 
 
 @pytest.mark.parametrize("kind", ["preempt/none", "(null)", None])
@@ -201,7 +203,7 @@ def test_a_cluster_without_preemption(kind):
 def test_with_preempt_qos_the_quality_of_service_decides():
     cancelled = preemption(CONFIG_23_11, PARTITIONS_22_05, NODES, QOS, "normal")
     assert cancelled["preemption"].state == PROBLEM, "its mode is the cluster's, CANCEL"
-    assert "gives way to urgent" in cancelled["preemption"].found
+    assert "is preempted by urgent" in cancelled["preemption"].found
     assert "sacctmgr modify qos normal set PreemptMode=REQUEUE" in cancelled["preemption"].change
     assert (
         cancelled["grace"].state == WARNING
@@ -225,7 +227,7 @@ def test_the_warning_signal_has_two_names():
     assert user_signal("24.05.3", **old).state == OK, "later versions know the old name, too"
     assert user_signal("24.05.3", **new).state == OK
     unknown = user_signal("22.05.8", **new)
-    assert unknown.state == WARNING and "does not know it by this name" in unknown.found
+    assert unknown.state == WARNING and "uses another name" in unknown.found
     assert unknown.change.startswith("SlurmctldParameters=preempt_send_user_signal in slurm.conf")
     for version, line in (
         ("22.05.8", "SlurmctldParameters=preempt_send_user_signal"),
@@ -249,7 +251,7 @@ def test_settings_of_requeue_and_accounting():
     config = parse_config
     assert _slurm_checks.check_requeue_setting(config(CONFIG_22_05)).state == OK
     overridden = _slurm_checks.check_requeue_setting(config(CONFIG_23_11))
-    assert overridden.state == OK and "asks for --requeue itself" in overridden.found
+    assert overridden.state == OK and "submit.py gives --requeue" in overridden.found
     states = [_slurm_checks.check_accounting(config(c)).state for c in (CONFIG_22_05, CONFIG_23_11, CONFIG_24_05)]
     assert states == [OK, WARNING, WARNING]
 
@@ -344,17 +346,15 @@ def test_a_requeue_that_was_seen_or_refused():
     refused = _slurm_checks.check_requeue({"Restarts": "0"}, asked | {"code": 1, "said": "Access denied"})
     assert refused.state == PROBLEM and "Access denied" in refused.found and "administrator.md, 4" in refused.change
     assert _slurm_checks.check_requeue({}, None).state == NOT_CHECKED
-    assert _slurm_checks.check_job_record({"Requeue": "0"})[0].state == PROBLEM
+    assert _slurm_checks.check_job_record({"Requeue": "0"}).state == PROBLEM
 
 
 # --- the ranks' reports -------------------------------------------------------------------------------------------
 
 
 def report(rank: int = 0, node: str = "n1", **given: Any) -> ProbeReport:
-    """Of a rank that has found everything as it should be."""
+    """The report of a rank without any problem."""
     good = {
-        "local_rank": 0,
-        "host": node,
         "stage": "done",
         "python": "3.11.7",
         "packages": {"torch": "2.6.0", "numpy": "2.0"},
@@ -390,9 +390,9 @@ def test_good_reports_have_no_problem():
         ({"packages": {"torch": "2.5.0"}}, "packages", PROBLEM, "torch 2.6.0 on n1, 2.5.0 on n2", "requirements.txt"),
         ({"import_error": "ImportError: libGL"}, "packages", PROBLEM, "on n2: ImportError: libGL", "requirements.txt"),
         ({"import_s": 130.0}, "packages", WARNING, "within 130 s", "faster file system"),
-        ({"usable": [0]}, "cores", PROBLEM, "4 cores asked for, a rank can use 1 on n2", "cpus_per_task = 1"),
+        ({"usable": [0]}, "cores", PROBLEM, "4 cores requested, a rank can use 1 on n2", "cpus_per_task = 1"),
         ({"quota": 2.5}, "cores", PROBLEM, "can use 2.5 on n2", "administrator.md, 7"),
-        ({"memory": 1 << 30}, "memory", WARNING, "1.07 GB a rank on n2", "--memory 0"),
+        ({"memory": 1 << 30}, "memory", WARNING, "1.07 GB per rank on n2", "--memory 0"),
         ({"shared_error": "Read-only file system"}, "shared folder", PROBLEM, "n2 cannot write to /shared", "--shared"),
         ({"free": 1 << 30}, "room", WARNING, "1.07 GB free", "make room"),
         ({"appears": 8.0}, "files of others", WARNING, "after 8 s", "acregmax"),
@@ -408,7 +408,7 @@ def test_good_reports_have_no_problem():
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_with_a_node_is_said_with_its_remedy(second, check, state, said, change):
+def test_problem_of_a_node_is_reported_with_a_remedy(second, check, state, said, change):
     found = _rank_checks.check_reports(two(**second), allocation(), "/shared", ["/shards"], [0.0, 0.01])
     own = next(finding for finding in found if finding.check == check)
     assert own.state == state, own
@@ -454,16 +454,16 @@ n1:4711:4780 [0] NCCL INFO Channel 00/0 : 0[0] -> 1[1] via P2P/CUMEM
 """
 
 
-def test_what_nccl_says_it_uses():
-    told = _probe.nccl_transport(NCCL_LOG)
-    assert told == "network Socket; eth0:10.0.0.3<0>; channels via NET/Socket, P2P/CUMEM"
-    infiniband = _probe.nccl_transport(
+def test_nccl_transport():
+    transport = _node.nccl_transport(NCCL_LOG)
+    assert transport == "network Socket; eth0:10.0.0.3<0>; channels via NET/Socket, P2P/CUMEM"
+    infiniband = _node.nccl_transport(
         "NCCL INFO NET/IB : Using [0]mlx5_0:1/IB [1]mlx5_1:1/RoCE [RO]; OOB ib0:10.1.0.1<0>\n"
     )
     assert infiniband == "mlx5_0:1/IB mlx5_1:1/RoCE [RO]; OOB ib0:10.1.0.1<0>"
-    assert _probe.nccl_transport("") == ""
+    assert _node.nccl_transport("") == ""
 
-    nccl = {"backend": "nccl", "transport": told, "seconds": 0.02}
+    nccl = {"backend": "nccl", "transport": transport, "seconds": 0.02}
     *_, idle = _rank_checks.check_network([report(0, infiniband=["mlx5_0"], **nccl), report(1, "n2", **nccl)], 2, True)
     assert idle.state == WARNING and "mlx5_0, and NCCL does not use it" in idle.change
     nccl["seconds"] = BYTES / 0.5e9
@@ -471,8 +471,8 @@ def test_what_nccl_says_it_uses():
     assert slow.state == WARNING and "0.5 GB/s" in slow.found
 
 
-def test_the_rank_that_has_a_reason_of_its_own_is_named():
-    waits = {"stage": "meeting the other ranks", "failed": "TimeoutError: 1 of 2 ranks did not come"}
+def test_failed_rank_is_named_before_those_that_wait_for_it():
+    waits = {"stage": "waiting for the other ranks", "failed": "TimeoutError: 1 of 2 ranks did not come"}
     fails = {"stage": "finding the GPUs", "failed": "UserError: Rank 1 on n2 sees no GPU."}
     found = _rank_checks.check_ranks([report(0, **waits), report(1, "n2", **fails)], 2, {})
     assert found.state == PROBLEM and "rank 1 on n2 failed, finding the GPUs" in found.found
@@ -485,7 +485,7 @@ def test_the_rank_that_has_a_reason_of_its_own_is_named():
     assert "administrator.md, 6" in apart.change and "--interface" in apart.change
 
     hung = _rank_checks.check_ranks(two(stage="all-reduce"), 2, {})
-    assert "ended without a word, all-reduce" in hung.found and "NCCL_IB_DISABLE" in hung.change
+    assert "ended without an error message, all-reduce" in hung.found and "NCCL_IB_DISABLE" in hung.change
 
 
 # --- what a rank sees ---------------------------------------------------------------------------------------------
@@ -495,18 +495,18 @@ MOMENTS = st.floats(0, 10)
 
 @given(st.floats(-1e5, 1e5), st.lists(st.tuples(MOMENTS, MOMENTS, st.floats(0, 100)), min_size=1))
 def test_the_true_offset_of_two_clocks_is_within_its_bounds(offset, delays):
-    """Whatever a message takes there and back."""
+    """With any delays in both directions."""
     now, rounds = 1e9, []
     for there, back, pause in delays:
         rounds.append((now + offset, now + there, now + there + back + offset))
         now += there + back + pause
-    low, high = _probe.offset_bounds(rounds)
+    low, high = offset_bounds(rounds)
     assert low - 1e-5 <= offset <= high + 1e-5
     assert high - low <= min(there + back for there, back, _ in delays) + 1e-5
 
 
-def test_a_clock_that_was_set_meanwhile_shows_as_a_jump():
-    low, high = _probe.offset_bounds([(10.0, 10.0, 10.1), (21.0, 11.0, 21.1)])
+def test_clock_that_is_set_during_the_measurement_shows_as_a_jump():
+    low, high = offset_bounds([(10.0, 10.0, 10.1), (21.0, 11.0, 21.1)])
     assert (low, high) == (pytest.approx(0.1), 10.0)
 
 
@@ -524,22 +524,16 @@ def test_limits_of_control_groups():
     def read(*place: str) -> str | None:
         return files.get(place)
 
-    assert _probe.control_group_limits("0::/a/b\n", read) == (4.0, 8 << 30)
-    assert _probe.control_group_limits("4:memory:/slurm\n3:cpu,cpuacct:/slurm\n", read) == (1.5, None)
-    assert _probe.control_group_limits("0::/\n", read) == (None, None)
+    assert _node.control_group_limits("0::/a/b\n", read) == (4.0, 8 << 30)
+    assert _node.control_group_limits("4:memory:/slurm\n3:cpu,cpuacct:/slurm\n", read) == (1.5, None)
+    assert _node.control_group_limits("0::/\n", read) == (None, None)
 
 
-def test_the_file_system_of_a_folder():
-    mounts = "none / overlay rw 0 0\nserver:/home /home nfs4 rw 0 0\nx /home/my\\040own ext4 rw 0 0\n"
-    kinds = [_probe.file_system_of(Path(p), mounts) for p in ("/home/a/b", "/homestead", "/home/my own/a")]
-    assert kinds == ["nfs4", "overlay", "ext4"]
-
-
-def test_a_folder_that_cannot_be_written(tmp_path):
-    error, clock = _probe.write_and_look(tmp_path, "x")
+def test_folder_that_cannot_be_written(tmp_path):
+    error, clock = _node.write_and_compare_clocks(tmp_path, "x")
     assert not error and clock[0] - 1 < 0 < clock[1] + 1
     assert not list(tmp_path.iterdir())
-    error, clock = _probe.write_and_look(tmp_path / "none", "x")
+    error, clock = _node.write_and_compare_clocks(tmp_path / "none", "x")
     assert "No such file" in error and clock == []
 
 
@@ -550,20 +544,33 @@ def command(*flags: object) -> list[str]:
     return [sys.executable, str(REPO / "launch/doctor.py"), *map(str, flags)]
 
 
-def examine(*flags: object, cwd: Path, code: int = 0, **popen: Any) -> dict[str, dict[str, str]]:
-    """Findings by check, the first of a name."""
-    done = subprocess.run(command("--json", *flags), cwd=cwd, capture_output=True, text=True, timeout=240, **popen)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
+def findings(output: str) -> dict[str, dict[str, str]]:
+    """Findings by check, the first of a name, from the output of --json."""
     found: dict[str, dict[str, str]] = {}
-    for line in done.stdout.splitlines():
+    for line in output.splitlines():
         finding = json.loads(line)
         assert finding["state"] in (OK, NOT_CHECKED) or finding["change"], "what is not ok says what to change"
         found.setdefault(finding["check"], finding)
     return found
 
 
-def test_help_is_there_at_once():
+@pytest.fixture
+def examine(tmp_path, monkeypatch, capsys):
+    """Runs the command in this process, in ``tmp_path``; returns the findings by check."""
+    monkeypatch.chdir(tmp_path)
+    before, variables = signal.getsignal(signal.SIGTERM), dict(os.environ)
+
+    def examined(*flags: object, code: int = 0) -> dict[str, dict[str, str]]:
+        assert doctor.main(["--json", *map(str, flags)]) == code
+        return findings(capsys.readouterr().out)
+
+    yield examined
+    signal.signal(signal.SIGTERM, before)
+    os.environ.clear()
+    os.environ.update(variables)
+
+
+def test_help_does_not_import_torch():
     code = "import sys; sys.argv = ['doctor.py', '--help']; import launch.doctor as d\ntry: d.main()\nfinally: " + (
         "assert 'torch' not in sys.modules"
     )
@@ -580,18 +587,17 @@ def test_help_is_there_at_once():
         (("--executor", "local", "--nodes", "2"), "--nodes 2 needs Slurm"),
     ],
 )
-def test_what_cannot_be_examined_is_refused(flags, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert doctor.main(list(flags)) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def test_invalid_flags_are_refused(flags, said, examine, capsys):
+    assert doctor.main(list(flags)) == 2
     assert said in capsys.readouterr().err
 
 
 def test_this_machine(tmp_path):
-    found = examine("--executor", "local", "--tasks-per-node", 2, cwd=tmp_path)
+    done = subprocess.run(
+        command("--json", "--executor", "local", "--tasks-per-node", 2), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    found = findings(done.stdout)
     assert found["Slurm"]["state"] == NOT_CHECKED
     for check in ("ranks", "python", "packages", "shared folder", "process group", "all-reduce", "file times"):
         assert found[check]["state"] in (OK, WARNING), found[check]
@@ -609,9 +615,9 @@ def queue(cluster: Cluster) -> str:
 
 
 @pytest.mark.slurm
-def test_a_good_cluster(slurm_cluster: Cluster, tmp_path):
+def test_good_cluster(slurm_cluster: Cluster, tmp_path, examine):
     (tmp_path / "runs").mkdir()
-    found = examine("--nodes", 2, *ON_CPUS, cwd=tmp_path)
+    found = examine("--nodes", 2, *ON_CPUS)
     assert {f["state"] for f in found.values()} <= {OK, WARNING}
     assert found["preemption"]["state"] == OK and found["warning signal"]["state"] == OK
     assert found["grace"]["state"] == WARNING and "GraceTime=120" in found["grace"]["change"]
@@ -621,69 +627,71 @@ def test_a_good_cluster(slurm_cluster: Cluster, tmp_path):
     assert "a node sees what another has renamed" in found["files of others"]["found"]
     assert str(tmp_path / "runs") in found["shared folder"]["found"]
     assert "gloo, 64 MB: right" in found["all-reduce"]["found"]
-    assert "back into the queue at its own wish" in found["requeue"]["found"]
+    assert "the job requeued itself" in found["requeue"]["found"]
     assert not list((tmp_path / "runs").iterdir()) and not queue(slurm_cluster), "something was left behind"
 
 
 @pytest.mark.slurm
-def test_cores_that_are_not_given_and_a_requeue_that_is_refused(slurm_cluster: Cluster, tmp_path, monkeypatch):
+def test_missing_cores_and_a_refused_requeue(slurm_cluster: Cluster, tmp_path, monkeypatch, examine):
     fake = tmp_path / "bin" / "scontrol"
     fake.parent.mkdir()
     real = shutil.which("scontrol")
     fake.write_text(f'#!/bin/sh\n[ "$1" = requeue ] && {{ echo "not for users" >&2; exit 1; }}\nexec {real} "$@"\n')
     fake.chmod(0o755)
+    patient = fake.with_name("sleep")  # between the requeues that the batch script tries
+    patient.write_text(f"#!/bin/sh\nexec {shutil.which('sleep')} 0.1\n")
+    patient.chmod(0o755)
     file = tmp_path / "cluster.toml"
     file.write_text(
         f'gpus_per_node = 0\ncpus_per_task = 3\nshards = "no/such"\npython = "taskset -c 0 {sys.executable}"\n'
     )
-    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")  # sbatch hands it on: to ranks and batch script
-    found = examine(cwd=tmp_path, code=1)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")  # sbatch passes it to ranks and batch script
+    found = examine(code=1)
     assert found["cores"]["state"] == PROBLEM and "a rank can use 1 on n" in found["cores"]["found"]
     assert found["requeue"]["state"] == PROBLEM and "not for users" in found["requeue"]["found"]
     assert found["shards"]["state"] == PROBLEM and str(tmp_path / "no/such") in found["shards"]["found"]
     assert not queue(slurm_cluster)
     [kept] = tmp_path.glob(".doctor-*")
-    assert (kept / "report-0.json").exists(), "what was wrong can be looked at"
+    assert (kept / "report-0.json").exists(), "reports of a problem are kept"
 
 
 @pytest.mark.slurm
-def test_a_folder_that_nodes_do_not_have(slurm_cluster: Cluster, tmp_path):
-    """The command alone sees what is mounted over it: for the nodes it is another one."""
+def test_folder_that_is_missing_on_nodes(slurm_cluster: Cluster, tmp_path):
+    """Only the command sees what is mounted over the folder."""
     if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("no right to mount something for one process")
     inside = subprocess.list2cmdline(command("--json", "--nodes", 2, *ON_CPUS))
     mount = f"mount -t tmpfs none {tmp_path} && cd {tmp_path} && exec {inside}"
     done = subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    found = next(line for line in lines if line["check"] == "shared folder")
-    assert found["state"] == PROBLEM and "n1 could not make the job's log" in found["found"]
+    found = findings(done.stdout)["shared folder"]
+    assert found["state"] == PROBLEM and "n1 could not create the job's log" in found["found"]
     assert "--shared DIR" in found["change"]
     assert not queue(slurm_cluster)
 
 
 @pytest.mark.slurm
-def test_a_python_that_nodes_do_not_have(slurm_cluster: Cluster, tmp_path):
+def test_python_that_is_missing_on_nodes(slurm_cluster: Cluster, tmp_path, examine):
     (tmp_path / "cluster.toml").write_text('nodes = 2\npython = "/no/such/python"\n')
-    found = examine(*ON_CPUS, cwd=tmp_path, code=1)["ranks"]
+    found = examine(*ON_CPUS, code=1)["ranks"]
     assert found["state"] == PROBLEM and "/no/such/python" in found["found"] and "python =" in found["change"]
 
 
 @pytest.mark.slurm
-def test_what_slurm_would_not_take_is_not_queued(slurm_cluster: Cluster, tmp_path):
-    found = examine("--nodes", 2, "--gpus-per-node", "a100:8", cwd=tmp_path, code=1)
+def test_job_that_slurm_would_reject_is_not_queued(slurm_cluster: Cluster, tmp_path, examine):
+    found = examine("--nodes", 2, "--gpus-per-node", "a100:8", code=1)
     assert "0 of 2 nodes have 8 GPUs (a100)" in found["nodes"]["found"]
     assert found["sbatch"]["state"] == PROBLEM and found["ranks"]["state"] == NOT_CHECKED
-    assert examine("--partition", "nope", "--no-probe", cwd=tmp_path, code=1)["partition"]["state"] == PROBLEM
+    assert examine("--partition", "nope", "--no-probe", code=1)["partition"]["state"] == PROBLEM
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slurm
-def test_a_job_that_does_not_start_or_is_not_waited_for_leaves_the_queue(slurm_cluster: Cluster, tmp_path):
+def test_probe_leaves_the_queue_after_the_wait_and_after_an_interrupt(slurm_cluster: Cluster, tmp_path, examine):
     blocker = slurm_cluster.sbatch("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 300", cwd=tmp_path)
     try:
         slurm_cluster.wait_for_state(blocker, "RUNNING")
-        found = examine(*ON_CPUS, "--wait", 1, cwd=tmp_path)["ranks"]
+        found = examine(*ON_CPUS, "--wait", 1)["ranks"]
         assert found["state"] == NOT_CHECKED and "waited 1 s in the queue (" in found["found"]
         process = subprocess.Popen(
             command(*ON_CPUS), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -699,13 +707,14 @@ def test_a_job_that_does_not_start_or_is_not_waited_for_leaves_the_queue(slurm_c
 
 
 @pytest.mark.slurm
-def test_a_slurm_that_does_not_answer(tmp_path):
+def test_slurm_that_does_not_answer(tmp_path, monkeypatch, examine):
     bin = tmp_path / "bin"
     bin.mkdir()
     for name in ("srun", "sbatch", "scontrol"):
         (bin / name).write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
         (bin / name).chmod(0o755)
-    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"}
-    found = examine(*ON_CPUS, cwd=tmp_path, code=1, env=environment)
+    monkeypatch.setenv("PATH", f"{bin}:{os.environ['PATH']}")
+    monkeypatch.setitem(login_node._WAIT, "patience_s", 0.5)
+    found = examine(*ON_CPUS, code=1)
     assert found["Slurm"]["state"] == PROBLEM and "Unable to contact slurm controller" in found["Slurm"]["found"]
     assert list(found) == ["Slurm"]

@@ -1,5 +1,5 @@
-"""The fault matrix: launch/drill.py breaks runs on a real Slurm in every way there is; what they leave is looked at
-here without its help. And its own judgement, on runs that are not as they have to be."""
+"""The fault matrix: launch/drill.py injects every fault on a real Slurm; these tests check the resulting runs without
+its help. The second part tests its measurements, and its judgement of faulty runs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfmask.runtime.jsonl import append_lines, read_lines
+from launch import drill
 from launch.drills.cluster import DevCluster
 from launch.drills.environment import STEPS, DrillEnvironment
 from launch.drills.faults import fill_disk
 from launch.drills.handle import Fault, Snapshot, seconds_to_checkpoint, steps_lost
+from launch.drills.materials import make_materials
 from launch.drills.runner import DrillResult, different_losses, judge
 from launch.drills.scenarios import DRILLS, UNDISTURBED
 from slurm_fixture import CannotBeHad, Cluster, running_cluster, wait_until
@@ -32,7 +34,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """Twelve nodes of one CPU: six runs at once, each with nodes of its own. Most of a drill is waiting."""
+    """Twelve nodes of one CPU, for six runs at the same time: most of a drill is waiting."""
     try:
         with running_cluster("--nodes", "12", "--cpus-per-node", "1") as cluster, pytest.MonkeyPatch.context() as patch:
             patch.setenv("SLURM_CONF", str(cluster.conf))
@@ -43,7 +45,7 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def done(cluster, tmp_path_factory) -> Path:
-    """All drills, by the command that a user types."""
+    """The folder of all drills, done by the command that a user types."""
     folder = tmp_path_factory.mktemp("drills") / "all"
     command = [sys.executable, REPO / "launch/drill.py", "--folder", folder, "--pace", 0.12, "--at-once", 6]
     command += ["--patience", 12, "--nodes", 2, "--gpus-per-node", 0, "--cpus-per-task", 1, "--time", 30]
@@ -53,25 +55,25 @@ def done(cluster, tmp_path_factory) -> Path:
     return folder
 
 
-def whys(run: Path) -> list[str]:
+def ends_of_starts(run: Path) -> list[str]:
     return [line["why_last_ended"] for line in read_lines(run / "attempts.jsonl")[1:]]
 
 
-def lives(cluster: Cluster, run: Path) -> list[str]:
-    """How each of the times that the run's jobs ran has ended, in the accounting's words."""
+def job_states(cluster: Cluster, run: Path) -> list[str]:
+    """The state in which each start of the run's jobs ended, from the accounting."""
     jobs = [line["job"] for line in read_lines(run / "jobs/submissions.jsonl")]
-    told = cluster.call("sacct", "--duplicates", "-X", "-n", "-P", f"--jobs={','.join(jobs)}", "--format=Start,State")
-    return [line.split("|")[1].split()[0] for line in sorted(told.splitlines())]
+    listed = cluster.call("sacct", "--duplicates", "-X", "-n", "-P", f"--jobs={','.join(jobs)}", "--format=Start,State")
+    return [line.split("|")[1].split()[0] for line in sorted(listed.splitlines())]
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("name", [each.name for each in DRILLS if each.trains])
-def test_it_ends_with_the_weights_of_an_undisturbed_run(done, name):
+def test_run_ends_with_the_weights_of_the_undisturbed_run(done, name):
     run, alone = done / name, done / "undisturbed"
     said = (done / "said.txt").read_text()
     assert (run / "results.json").exists(), said
     losses = [[x["loss"] for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, alone)]
-    if name == "resized":  # sums over other numbers of ranks
+    if name == "resized":  # sums are taken in another order
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     else:
         assert losses[0] == losses[1]
@@ -91,9 +93,9 @@ STOPPED, CAME_BACK, KILLED = (
 )
 AT_LIMIT = CAME_BACK + ", at the time limit"
 LOST = r"lost a rank without a report: rank {} was cut off"
-# What attempts.jsonl says of each start's end, and the accounting. Who is warned may be gone before Slurm preempts it;
-# which of those that see a node go is first, Slurm or the ranks, is a matter of a moment.
-STORIES: dict[str, tuple[list[str], str]] = {
+# The ends of starts in attempts.jsonl and in the accounting. A warned job may end before Slurm preempts it, and either
+# Slurm or the ranks may be the first to notice that a node is lost.
+ENDS: dict[str, tuple[list[str], str]] = {
     "warned": ([CAME_BACK], "REQUEUED COMPLETED"),
     "requeued": ([STOPPED], "REQUEUED COMPLETED"),
     "rank-killed": (["failed: rank 1 .*signal 9.*starts again.*"], "REQUEUED COMPLETED"),
@@ -118,30 +120,30 @@ STORIES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.slurm
-@pytest.mark.parametrize("name", STORIES)
-def test_attempts_and_accounting_tell_what_happened(cluster, done, name):
-    story, states = STORIES[name]
-    told = whys(done / name)
-    assert len(told) == len(story) and all(map(re.fullmatch, story, told)), told
-    assert re.fullmatch(states, " ".join(lives(cluster, done / name)))
+@pytest.mark.parametrize("name", ENDS)
+def test_attempts_and_accounting_record_how_starts_ended(cluster, done, name):
+    ends, states = ENDS[name]
+    found = ends_of_starts(done / name)
+    assert len(found) == len(ends) and all(map(re.fullmatch, ends, found)), found
+    assert re.fullmatch(states, " ".join(job_states(cluster, done / name)))
 
 
 @pytest.mark.slurm
 @pytest.mark.parametrize(
-    ("name", "story"), [("time-limit", AT_LIMIT), ("chain", AT_LIMIT + r"; job \d+ resumes the run")]
+    ("name", "ends"), [("time-limit", AT_LIMIT), ("chain", AT_LIMIT + r"; job \d+ resumes the run")]
 )
-def test_the_time_limit_costs_nothing_over_any_number_of_starts(cluster, done, name, story):
-    told = whys(done / name)
-    assert told and all(re.fullmatch(story, why) for why in told)
-    assert "TIMEOUT" not in lives(cluster, done / name)
+def test_time_limit_costs_no_step(cluster, done, name, ends):
+    found = ends_of_starts(done / name)
+    assert found and all(re.fullmatch(ends, end) for end in found)
+    assert "TIMEOUT" not in job_states(cluster, done / name)
 
 
 @pytest.mark.slurm
-def test_who_hears_of_it_loses_no_step_and_who_does_not_goes_on_from_the_last_checkpoint(done):
+def test_warned_runs_lose_no_step_and_others_resume_from_the_last_checkpoint(done):
     lost = {each.name: steps_lost(read_lines(done / each.name / "attempts.jsonl")) for each in DRILLS if each.trains}
-    unheard = ("rank-killed", "rank-killed-for-good", "rank-hung", "preempted-while-writing")
-    unheard += ("node-lost", "first-node-lost", "full-disk")
-    assert {name: steps for name, steps in lost.items() if name not in unheard and steps} == {}
+    unwarned = ("rank-killed", "rank-killed-for-good", "rank-hung", "preempted-while-writing")
+    unwarned += ("node-lost", "first-node-lost", "full-disk")
+    assert {name: steps for name, steps in lost.items() if name not in unwarned and steps} == {}
     assert all(lost[name] <= 20 for name in ("rank-killed", "rank-hung", "node-lost", "first-node-lost")), (
         "--checkpoint-steps is 20"
     )
@@ -170,18 +172,19 @@ def test_other_numbers_of_nodes_are_recorded(done):
 
 @pytest.mark.slurm
 def test_no_process_of_any_job_is_left(cluster, done, tmp_path):
-    """After all of it. That none is left right after a job's end, the drills see themselves."""
+    """After all drills. The drills themselves check that none is left right after a job."""
     cluster_of_drills = DevCluster(cluster.state)
     assert cluster_of_drills.processes() == []
     job = cluster.sbatch("--wrap=sleep 30", "--nodelist=n3", cwd=tmp_path)
     wait_until(
-        lambda: len(cluster_of_drills.processes(f"SLURM_JOB_ID={job}", "SLURMD_NODENAME=n3")) >= 2, "they would be seen"
+        lambda: len(cluster_of_drills.processes(f"SLURM_JOB_ID={job}", "SLURMD_NODENAME=n3")) >= 2,
+        "its processes are found",
     )
     cluster.call("scancel", job)
 
 
 @pytest.mark.slurm
-def test_it_says_so_and_shows_it(done):
+def test_command_writes_table_and_chart(done):
     said = (done / "said.txt").read_text()
     assert said.startswith("exit code 0\n"), said
     assert (done / "drills.png").stat().st_size > 20_000
@@ -189,23 +192,22 @@ def test_it_says_so_and_shows_it(done):
 
 
 @pytest.mark.slurm
-def test_what_cannot_be_done_here_is_refused_or_left_out(cluster, tmp_path):
-    def call(*flags: object, **environment: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, REPO / "launch/drill.py", *flags]
-        return subprocess.run(
-            list(map(str, command)), env={**os.environ, **environment}, capture_output=True, text=True, cwd=tmp_path
-        )
-
-    one = call("--drills", "resized", "--gpus-per-node", 0)
-    assert one.returncode == 2 and "resized needs --nodes 2" in one.stderr
+def test_drills_that_cannot_be_done_here_are_refused(done, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(drill, "make_materials", lambda _, **size: make_materials(done / "materials", **size))
+    monkeypatch.setenv("CFMASK_CLUSTER", "")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    assert "is not empty" in call("--folder", "full", "--gpus-per-node", 0).stderr
-    nowhere = call("--executor", "local")
-    assert nowhere.returncode == 2 and "Drills need Slurm" in nowhere.stderr
+    for flags, said in (
+        (("--drills", "resized", "--gpus-per-node", "0"), "resized needs --nodes 2"),
+        (("--folder", "full", "--gpus-per-node", "0"), "is not empty"),
+        (("--executor", "local"), "Drills need Slurm"),
+    ):
+        assert drill.main(list(flags)) == 2
+        assert said in capsys.readouterr().err
     assert not list(tmp_path.glob("drills"))
-    wrong = call("--drills", "warned", "--gpus-per-node", 0, "--partition", "nope")
-    assert wrong.returncode == 2 and "invalid partition specified: nope" in wrong.stderr
+    assert drill.main(["--drills", "warned", "--gpus-per-node", "0", "--partition", "nope"]) == 2
+    assert "invalid partition specified: nope" in capsys.readouterr().err
 
 
 # --- what it measures and how it judges -------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_steps_lost_are_those_taken_twice():
 
 @pytest.fixture
 def two_runs(tmp_path) -> tuple[DrillResult, DrillResult]:
-    """As a drill and an undisturbed run leave them."""
+    """The results of a drill and of an undisturbed run."""
     env = DrillEnvironment(tmp_path, (), 2, None, (), 0.0, 1.0)
     for name in ("warned", "undisturbed"):
         run = tmp_path / name
@@ -247,18 +249,21 @@ def two_runs(tmp_path) -> tuple[DrillResult, DrillResult]:
         append_lines(run / "receipts.jsonl", [{"step": s, "samples": 16, "receipt": f"{s:032x}"} for s in (1, 2)])
         append_lines(run / "log.jsonl", [{"step": s, "loss": 1.0 / s} for s in (1, 2)])
     append_lines(tmp_path / "undisturbed/attempts.jsonl", [{"attempt": 1, "why_last_ended": None}])
-    told = [{"attempt": 1, "why_last_ended": None}, {"attempt": 2, "why_last_ended": "stopped at step 63 (requeue)"}]
-    append_lines(tmp_path / "warned/attempts.jsonl", told)
+    attempts = [
+        {"attempt": 1, "why_last_ended": None},
+        {"attempt": 2, "why_last_ended": "stopped at step 63 (requeue)"},
+    ]
+    append_lines(tmp_path / "warned/attempts.jsonl", attempts)
     warned = next(each for each in DRILLS if each.name == "warned")
     return tuple(DrillResult(each, env.handle(each)) for each in (warned, UNDISTURBED))
 
 
-def test_equal_runs_are_judged_so(two_runs):
+def test_identical_runs_pass(two_runs):
     assert judge(*two_runs) == []
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
-def test_one_bit_is_seen(two_runs, file):
+def test_changed_bit_fails(two_runs, file):
     run = two_runs[0].run.folder
     path = run.checkpoints / f"step-{STEPS:08d}" / file
     tensors = load_file(path)
@@ -270,13 +275,13 @@ def test_one_bit_is_seen(two_runs, file):
     assert judge(*two_runs) == [f"2 tensors differ: bias of {file}, weight of {file}"]
 
 
-def test_another_story_another_sample_and_a_lost_line_are_seen(two_runs):
+def test_other_ends_other_samples_and_missing_receipts_fail(two_runs):
     result, alone = two_runs
     run = result.run.folder
     shutil.copy(run.attempts, run.root / "kept")
     append_lines(run.attempts, [{"attempt": 3, "why_last_ended": "killed without notice"}])
-    [story] = judge(result, alone)
-    assert "gives other ends of its starts: stopped at step 63 (requeue); killed without notice" in story
+    [ends] = judge(result, alone)
+    assert "gives other ends of its starts: stopped at step 63 (requeue); killed without notice" in ends
     shutil.copy(run.root / "kept", run.attempts)
     text = run.receipts.read_text()
     run.receipts.write_text(text.replace(f"{2:032x}", f"{3:032x}"))
@@ -295,7 +300,7 @@ def test_losses_up_to_rounding(two_runs):
     assert "other steps" in different_losses(ours, theirs, tolerance=1)
 
 
-def test_a_full_disk_is_full_but_for_what_is_left(tmp_path):
+def test_fill_disk_leaves_the_given_space(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk]).returncode:

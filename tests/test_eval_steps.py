@@ -1,4 +1,4 @@
-"""Evaluation on a schedule, while a run trains: what it logs, once whatever happens, and that it changes nothing."""
+"""Evaluation during training: it is logged once, despite interruptions, and does not change training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.checkpoint_state import read_state
+from cfmask.checkpoint.state import read_state
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
@@ -39,7 +39,7 @@ def evaluations(run: RunFolder) -> list[dict]:
 
 
 def curve(run: RunFolder) -> list[tuple[int, float]]:
-    """The accuracy as TensorBoard shows it."""
+    """The accuracy curve in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.root / "tensorboard")).Reload()
@@ -52,7 +52,7 @@ def evaluated(materials, tmp_path_factory) -> RunFolder:
     return run
 
 
-def test_it_changes_no_bit_of_the_training(materials, evaluated, tmp_path):
+def test_eval_steps_do_not_change_training(materials, evaluated, tmp_path):
     plain = made.train(recipe_of(materials, eval_steps=None), tmp_path / "plain")
     ours, theirs = load_file(evaluated.final), load_file(plain.final)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -65,26 +65,26 @@ def test_it_changes_no_bit_of_the_training(materials, evaluated, tmp_path):
     assert at_ends == evaluations(plain)
 
 
-def test_each_evaluation_is_logged_by_step_and_epoch_and_drawn(evaluated):
+def test_each_evaluation_is_logged_and_drawn(evaluated):
     lines = evaluations(evaluated)
     assert [(line["step"], line["epoch"]) for line in lines] == SCHEDULE
     assert curve(evaluated) == [(line["step"], pytest.approx(line["eval"]["val"], rel=1e-6)) for line in lines]
-    # A step's own line comes before, and no rate counts the time that an evaluation takes.
+    # The line of the step comes first, and training rates exclude the time of evaluations.
     steps = [line["step"] for line in read_lines(evaluated.log)]
     assert steps == sorted(steps)
     assert all(line["samples_per_s"] > 0 for line in read_lines(evaluated.log) if "loss" in line)
 
 
 @pytest.mark.parametrize("stop_at", [2, 3, 5, 9], ids="step {}".format)
-def test_a_run_that_was_stopped_logs_each_evaluation_once(materials, evaluated, tmp_path, stop_at):
+def test_a_stopped_run_logs_each_evaluation_once(materials, evaluated, tmp_path, stop_at):
     made.train(recipe_of(materials), tmp_path / "run", stop_at=stop_at)
     run = made.train(recipe_of(materials), tmp_path / "run")
     assert evaluations(run) == evaluations(evaluated)
     assert curve(run) == curve(evaluated)
 
 
-def test_a_run_that_was_killed_past_its_checkpoint_logs_each_evaluation_once(materials, evaluated, tmp_path):
-    """As after a kill at step 4, whose only checkpoint is that of step 2."""
+def test_a_killed_run_logs_each_evaluation_once(materials, evaluated, tmp_path):
+    """As after a kill at step 4, with only the checkpoint of step 2."""
     run = made.train(recipe_of(materials), tmp_path / "run", stop_at=2)
     lines = [line for line in read_lines(evaluated.log) if line["step"] in (3, 4)]
     assert sum("eval" in line for line in lines) == 1
@@ -94,14 +94,14 @@ def test_a_run_that_was_killed_past_its_checkpoint_logs_each_evaluation_once(mat
     assert evaluations(run) == evaluations(evaluated)
 
 
-def test_the_best_is_one_of_the_epochs_ends(materials, tmp_path):
-    """Checkpoints fall on every evaluation here, and those between epochs' ends carry no score to be best by."""
+def test_the_best_checkpoint_is_an_epoch_end(materials, tmp_path):
+    """Every evaluation has a checkpoint here, but those between epoch ends have no score."""
     run = made.train(recipe_of(materials, checkpoint_steps=3, keep_checkpoints=9, best_on="val"), tmp_path / "run")
     saved = {path: read_state(path) for path in run.checkpoints.glob("step-*")}
     assert {state.step: bool(state.top1) for state in saved.values()} == {3: False, 6: True, 9: False, 12: True}
 
 
-def test_a_schedule_without_sets_and_one_that_makes_no_sense_are_refused(materials):
+def test_invalid_eval_steps_are_refused(materials):
     recipe = recipe_of(materials)
     with pytest.raises(UserError, match="--eval-steps 3 would do nothing without --eval-sets"):
         dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_sets=())).resolved()

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import UniformSoup
 from cfmask.models.head import load_model
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until

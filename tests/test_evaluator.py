@@ -24,7 +24,6 @@ from cfmask.data import benchmarks, imagenet
 from cfmask.data.label_space import LabelSpace, label_space_of
 from cfmask.data.shards import Manifest, load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation import counter
 from cfmask.evaluation.checks import check_set
@@ -34,6 +33,7 @@ from cfmask.evaluation_spec import KINDS, Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, load_model, read_info, save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED, QUIT, REQUEUE
 from towers import B32, TINY
@@ -200,7 +200,7 @@ RANK = """
 import sys
 from pathlib import Path
 import torch
-from cfmask.distributed import DistributedContext
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.runs import RunFolder
 torch.set_num_threads(1)

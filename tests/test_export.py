@@ -22,12 +22,12 @@ from torch.nn import functional as F
 
 from cfmask.data.images import crop
 from cfmask.errors import UserError
-from cfmask.files import written_aside
 from cfmask.models import export as exporting
 from cfmask.models.head import build_tower, load_model, read_info, save_model
 from cfmask.models.initial import describe
 from cfmask.models.preprocessing import OPENAI_MEAN, OPENAI_STD
 from cfmask.models.tower import Normalise
+from cfmask.runtime.files import written_aside
 from made import CLASSES, REPO
 from tools import build_head, export
 from towers import MEAN, ODD, STD, TINY, tiny_clip

@@ -21,7 +21,7 @@ from launch.restarts import deadline
 from launch.slurm.client import SlurmUnavailable
 from launch.slurm.executor import SlurmExecutor
 from launch.slurm.texts import SlurmNode
-from launch.submission.batch_script import slurm_parameters
+from launch.submission.sbatch import slurm_parameters
 from launch.submit import parser
 
 
@@ -133,16 +133,16 @@ def test_tasks_of_a_flag_leave_the_gpus_of_the_file():
         (("--exclusive", 4, "--tasks-per-node", 2), "", "--tasks-per-node 2 contradicts --exclusive with 4 GPUs"),
         (("--tasks-per-node", 2), "gpus_per_node = 4", "--tasks-per-node 2 contradicts --gpus-per-node with 4 GPUs"),
         (("--tasks-per-node", 2), "gres = 'gpu:a100:4'", "--tasks-per-node 2 contradicts --gres with 4 GPUs"),
-        ((), "[sbatch]\nexclusive = true", "exclusive does not stand here: it is the key exclusive"),
-        ((), "[sbatch]\ngres = 'gpu:a100:4'", "gres asks for GPUs: one of the keys"),
-        ((), "[sbatch]\ngres = 'tmpdisk:1G,gpu'", "gres asks for GPUs"),
-        ((), "[sbatch]\ngpus = 8", "gpus does not stand here: one of the keys gpus_per_node, gres"),
-        ((), "[sbatch]\ngpus-per-socket = 2", "gpus-per-socket does not stand here: one of the keys"),
+        ((), "[sbatch]\nexclusive = true", "must not have exclusive: it is the key exclusive"),
+        ((), "[sbatch]\ngres = 'gpu:a100:4'", "gres requests GPUs: one of the keys"),
+        ((), "[sbatch]\ngres = 'tmpdisk:1G,gpu'", "gres requests GPUs"),
+        ((), "[sbatch]\ngpus = 8", "must not have gpus: one of the keys gpus_per_node, gres"),
+        ((), "[sbatch]\ngpus-per-socket = 2", "must not have gpus-per-socket: one of the keys"),
         ((), "[sbatch]\ngpus_per_task = 1", "it is the key gpus_per_task"),
         ((), "[sbatch]\nntasks = 4", "a node has as many tasks as GPUs"),
         ((), "[sbatch]\ncpus-per-gpu = 4", "it is the key cpus_per_task"),
-        ((), "[sbatch]\nno-requeue = true", "cfmask decides about it"),
-        ((), "[sbatch]\nexclus = true", "exclus does not stand here"),
+        ((), "[sbatch]\nno-requeue = true", "must not have no-requeue: cfmask sets it"),
+        ((), "[sbatch]\nexclus = true", "must not have exclus"),
     ],
 )
 def test_asking_in_a_way_that_contradicts_itself_is_refused(flags, file, said):
@@ -269,12 +269,12 @@ def test_slurm_gives_the_time_that_is_asked_for_and_a_job_finds_out_how_much(slu
 @pytest.mark.parametrize(
     ("given", "most", "default", "state", "said"),
     [
-        ("UNLIMITED", "UNLIMITED", "NONE", OK, "no limit asked for; gpu gives any time"),
-        ("UNLIMITED", "1-00:00:00", "NONE", PROBLEM, "--time asks for no limit"),
-        ("partition", "1-00:00:00", "02:00:00", OK, "gpu's default, 02:00:00, is asked for"),
-        ("partition", "1-00:00:00", "NONE", OK, "gpu's default, 1-00:00:00, is asked for"),
-        ("1440", "1-00:00:00", "NONE", OK, "1440 min asked for"),
-        ("1441", "1-00:00:00", "NONE", PROBLEM, "--time asks for 1441 min"),
+        ("UNLIMITED", "UNLIMITED", "NONE", OK, "no limit requested; gpu allows any time"),
+        ("UNLIMITED", "1-00:00:00", "NONE", PROBLEM, "--time requests no limit"),
+        ("partition", "1-00:00:00", "02:00:00", OK, "the default of gpu, 02:00:00"),
+        ("partition", "1-00:00:00", "NONE", OK, "the default of gpu, 1-00:00:00"),
+        ("1440", "1-00:00:00", "NONE", OK, "1440 min requested"),
+        ("1441", "1-00:00:00", "NONE", PROBLEM, "--time requests 1441 min"),
     ],
 )
 def test_doctor_understands_time_limits(given, most, default, state, said):

@@ -17,7 +17,7 @@ from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.gpus import Gpu, parse_listing, show_to_rank, visible_gpus
 from launch.allocation.resolve import resolve_allocation
 from launch.submission import snapshot
-from launch.submission.local import local_executor
+from launch.submission.sbatch import local_executor
 from launch.submit import parser
 
 LISTING = """\

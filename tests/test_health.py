@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cfmask.distributed import DistributedContext
+from cfmask.runtime.distributed import DistributedContext
 from launch.ranks import health
 from launch.ranks.health import NodeUnhealthy
 from launch.slurm.client import SlurmError

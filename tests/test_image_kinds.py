@@ -1,4 +1,4 @@
-"""Images other than 8-bit RGB: conversion to RGB, and refusal before memory is allocated."""
+"""Images other than 8-bit RGB: how they are converted, which are refused, and that refused ones cost no memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def little(array):
 
 
 def twelve(array):
-    """12 bits a value; two values take three bytes."""
+    """12 bits a sample, two samples in three bytes."""
     a, b = (array >> 4).reshape(-1, 2).astype(np.uint32).T
     return np.stack([a >> 4, (a & 15) << 4 | b >> 8, b & 255], -1).astype(np.uint8).tobytes()
 
@@ -159,7 +159,7 @@ _RGBA = Image.fromarray(np.concatenate([RGB8, np.full((H, W, 1), 99, np.uint8)],
 
 PLANES = ((255, 0, 0, 9), (0, 255, 0, 8), (0, 0, 255, 7))  # of the palette, as TIFF stores it
 
-# Files, and the picture in RGB that they mean; None: what Pillow's convert says.
+# Files, and their pictures in RGB; None: the result of Pillow's convert.
 KINDS = {
     "1, PNG": (saved(_GREY.convert("1"), "PNG"), None),
     "1, TIFF, white is zero": (
@@ -236,7 +236,7 @@ def test_lab_is_converted_through_its_colour_space():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_the_first_of_several_pictures_is_read_and_that_is_reported(kind):
+def test_of_several_pictures_the_first_is_read_and_reported(kind):
     first, second = (Image.new("RGB", (W, H), colour) for colour in ("#ff0000", "#00ff00"))
     data = saved(first, kind, save_all=True, append_images=[second], **({"lossless": True} if kind == "WEBP" else {}))
     assert np.array_equal(images.decode(data).permute(1, 2, 0).numpy(), np.array(first))
@@ -247,7 +247,7 @@ def test_the_first_picture_of_a_jpeg_is_read():
     data = saved(_RGB, "MPO", save_all=True, append_images=[Image.new("RGB", (W, H))])
     assert np.array_equal(images.decode(data), images.decode(saved(_RGB, "JPEG")))
     assert images.inspect(data) == images.ImageInfo("jpg", W, H, ())
-    assert images.inspect(data[:-40] + b"junk").extension == "jpg"  # the first is whole
+    assert images.inspect(data[:-40] + b"junk").extension == "jpg"  # the first is complete
 
 
 def test_the_orientation_of_a_tiff_is_applied_and_reported():
@@ -331,7 +331,7 @@ def test_metadata_that_claims_the_same_bytes_many_times_is_not_read(monkeypatch)
     bomb = directory_bomb(500, 50_000)
     with pytest.raises(UserError, match="claim 25000000 bytes of metadata"):
         images.decode(bomb)
-    # In JPEG, PNG and WebP nothing reads the metadata but the orientation.
+    # Of the metadata of JPEG, PNG and WebP, only the orientation is read.
     monkeypatch.setattr(Image.Exif, "load", None)
     exif = b"Exif\0\0" + bomb
     segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif

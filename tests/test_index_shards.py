@@ -1,4 +1,4 @@
-"""Shards in the styles of others, after an index is put beside them: the samples that webdataset itself reads."""
+"""Shards in the styles of other programs: with an index, they have the samples that webdataset itself reads."""
 
 import io
 import json
@@ -92,7 +92,7 @@ def long_names(format):
 def folders(folder: Path) -> None:
     files = [("__meta__", b"{}"), ("readme", b"no dot"), ("x/.hidden.jpg", b""), ("__old__/x.jpg", b"")]
     for n in range(4):
-        # One name in two folders is two samples.
+        # The same name in two folders makes two samples.
         files += [(f"{'ab'[n % 2]}.d/{n // 2}.jpg", jpeg(n)), (f"{'ab'[n % 2]}.d/{n // 2}.cls", b"%d" % n)]
     write_tar(folder / "0.tar", files)
 
@@ -137,7 +137,7 @@ def ours(folder: Path) -> list[dict]:
 def theirs(folder: Path) -> list[dict]:
     urls = sorted(str(tar) for tar in folder.glob("*.tar"))
     samples = wds.WebDataset(urls, shardshuffle=False, nodesplitter=None)
-    return [sample for sample in samples if "hidden.jpg" not in sample]  # of these, webdataset makes the sample "x/"
+    return [sample for sample in samples if "hidden.jpg" not in sample]  # webdataset turns these into the sample "x/"
 
 
 def snapshot(folder: Path) -> dict:
@@ -178,7 +178,7 @@ def test_samples_are_those_that_webdataset_reads(tmp_path, names, index, style, 
         assert set(a) - members == {"__key__", "__url__", "__label__"}
         assert a["__label__"] == (int(b["cls"]) if label_from == "cls" else json.loads(b["json"])["label"])
     with ShardReader(manifest) as reader:
-        # The photograph is the image, not its mask or its embedding.
+        # The image is the photograph, not its mask or its embedding.
         image = next(iter(reader.read_images([count - 1])))
         [name] = [name for name in image if not name.startswith("__")]
         assert name in ("jpg", "jpeg", "webp") and bytes(image[name]) == jpeg(count - 1)
@@ -190,7 +190,7 @@ def test_interleaved_samples_are_put_together(tmp_path, names, index):
     folder = tmp_path / "train"
     interleaved(folder)
     status, output, _ = index(folder, "--classes", names)
-    assert status == 0 and "4 samples are split by others" in output
+    assert status == 0 and "4 samples are interleaved" in output
     assert len(theirs(folder)) == 8, "webdataset makes two of each"
     for n, sample in enumerate(ours(folder)):
         assert (sample["__key__"], sample["__label__"], bytes(sample["cls"])) == (str(n), n, b"%d" % n)
@@ -213,7 +213,7 @@ def test_labels_from_folders_of_a_class_list(tmp_path, names, index):
     write_tar(tmp_path / "val/0.tar", [(f"{name}/{n}.jpg", jpeg(n)) for n, name in enumerate(("owl", "cat", "dog"))])
     assert index(tmp_path / "val", "--classes", names)[0] == 0
     assert [sample["__label__"] for sample in ours(tmp_path / "val")] == [2, 0, 1]
-    # Another order of classes makes other labels of the same keys.
+    # With another class order, the same keys have other labels.
     names.write_text("cat\tcat\ndog\tdog\nyak\tyak\nowl\towl\n")
     assert index(tmp_path / "val", "--classes", names)[0] == 0
     assert [sample["__label__"] for sample in ours(tmp_path / "val")] == [3, 0, 1]
@@ -234,7 +234,7 @@ def test_flags_choose_among_labels(tmp_path, names, index):
         assert [sample["__label__"] for sample in ours(tmp_path / "a")] == labels
         assert verify_shards.main([str(tmp_path / "a"), "--full", "--workers", "1"]) == 0
     status, _, errors = index(tmp_path / "a", "--label-from", "cls", "--label-field", "other")
-    assert status == 2 and "leave one of them out" in errors
+    assert status == 2 and "use one of them" in errors
 
 
 def contradicting(n: int):
@@ -247,20 +247,20 @@ def contradicting(n: int):
         (
             list(img2dataset_files(0)),
             (),
-            "Sample 000000000 of .*0.tar has no label: it has jpg, txt, json, its .json "
-            "has the fields caption, key, status, of which none .*and its key does not begin with a wnid.*--label-from",
+            "Sample 000000000 of .*0.tar has no label: it has jpg, txt, json; its .json "
+            "has the fields caption, key, status, and none .*its key does not begin with a wnid.*--label-from",
         ),
-        ([("a.jpg", b"x"), ("a.txt", b"a cat")], (), "Sample a of .*captions alone are no labels"),
-        ([("a.jpg", b"x"), ("a.cls", b"cat")], (), "Sample a of .*0.tar has no label: its .cls is b'cat', no number"),
+        ([("a.jpg", b"x"), ("a.txt", b"a cat")], (), "Sample a of .*Captions are not labels"),
+        ([("a.jpg", b"x"), ("a.cls", b"cat")], (), "Sample a of .*0.tar has no label: its .cls is b'cat'"),
         ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b"y")], (), "Sample b of .* has no .cls"),
-        ([("a.jpg", b"x"), ("a.json", b'{"label": true}')], ("--label-field", "label"), "'label' is True, no class"),
+        ([("a.jpg", b"x"), ("a.json", b'{"label": true}')], ("--label-field", "label"), "'label' is True, not a class"),
         ([("a.jpg", b"x"), ("a.json", b"{}")], ("--label-field", "y"), "no field 'y' .it has none"),
-        ([("a.jpg", b"x"), ("a.cls", b"4")], (), "Sample a of .* has the label 4, and --classes has classes 0 … 3"),
+        ([("a.jpg", b"x"), ("a.cls", b"4")], (), "Sample a of .* has the label 4, but --classes has classes 0 … 3"),
         ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.jpg", b""), ("a.JPG", b"y")], (), "0.tar holds a.jpg twice"),
         ([("a.txt", b"x"), ("a.cls", b"1")], (), "No sample of .*train has an image .a member called jpg, jpeg"),
     ],
 )
-def test_what_has_no_label_is_refused(tmp_path, names, index, files, flags, message):
+def test_samples_without_a_label_are_refused(tmp_path, names, index, files, flags, message):
     write_tar(tmp_path / "train/0.tar", files)
     status, _, errors = index(tmp_path / "train", "--classes", names, *flags)
     assert status == 2
@@ -282,12 +282,12 @@ def test_samples_without_an_image_are_left_out_and_listed(tmp_path, names, index
         assert verify_shards.main([str(tmp_path / "train"), *mode, "--workers", "1"]) == 0
 
 
-def test_imagenets_classes_are_taken_only_where_something_says_so(tmp_path, index):
+def test_imagenets_classes_are_assumed_only_with_evidence(tmp_path, index):
     open_clip(tmp_path / "few")
     status, _, errors = index(tmp_path / "few")
-    assert status == 2 and "labels are 0 … 3, and nothing says which classes they are" in errors
+    assert status == 2 and "labels are 0 … 3, and their classes are unknown" in errors
     status, output, _ = index(tmp_path / "few", "--classes", "imagenet")
-    assert status == 0 and "1 of 1 shards have their index already" in output
+    assert status == 0 and "1 of 1 shards are indexed already" in output
     assert load_manifest(tmp_path / "few").classes == imagenet.classes()
 
     write_tar(tmp_path / "all/0.tar", [f for n in range(1000) for f in ((f"{n}.jpg", b"x"), (f"{n}.cls", b"%d" % n))])
@@ -298,7 +298,7 @@ def test_imagenets_classes_are_taken_only_where_something_says_so(tmp_path, inde
     files = [f for n in range(3) for f in ((f"{wnids[5 + n]}_1.jpg", b"x"), (f"{wnids[5 + n]}_1.cls", b"%d" % n))]
     write_tar(tmp_path / "subset/0.tar", files)
     status, _, errors = index(tmp_path / "subset")
-    assert status == 2 and "3 of 3 keys have a wnid whose place in ImageNet's list is another" in errors
+    assert status == 2 and "3 of 3 keys have a wnid whose class id in ImageNet's list differs" in errors
 
 
 def damage_cut_between_members(tar: Path) -> None:
@@ -332,12 +332,12 @@ def damage_compressed(tar: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_cut_between_members, "ends without an end-of-archive mark: it was cut.*copy it again"),
-        (damage_cut_inside, "cannot be read after byte [0-9]+ .unexpected end of data.: it is cut"),
+        (damage_cut_between_members, "has no end-of-archive mark: it was truncated.*Download it again"),
+        (damage_cut_inside, "cannot be read after byte [0-9]+ .unexpected end of data.: it is truncated"),
         (damage_header, "has a damaged header at byte"),
         (
             damage_joined,
-            "goes on after its end-of-archive mark with another tar: tars were joined by `cat`.*--ignore-zeros",
+            "has another tar after its end-of-archive mark.*tars were joined by `cat`.*--ignore-zeros",
         ),
         (damage_compressed, "is compressed .gzip."),
     ],
@@ -354,9 +354,9 @@ def test_a_torn_tar_is_refused_by_name(tmp_path, names, index, damage, message):
 def test_folders_that_cannot_be_a_set_are_refused(tmp_path, names, index, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert "holds no .tar files" in index(tmp_path / "empty")[2]
-    assert "There is no folder" in index(tmp_path / "nowhere")[2]
+    assert "is not a folder" in index(tmp_path / "nowhere")[2]
     img2dataset(tmp_path / "up/train")
-    assert "there are some in" in index(tmp_path / "up")[2]
+    assert "Its subfolders do" in index(tmp_path / "up")[2]
     (tmp_path / "up/train/00002.tar.gz").write_bytes(b"")
     assert "00002.tar.gz is compressed by its name, and empty" in index(tmp_path / "up/train")[2]
     timm(tmp_path / "mixed")
@@ -364,8 +364,8 @@ def test_folders_that_cannot_be_a_set_are_refused(tmp_path, names, index, monkey
     status, _, errors = index(tmp_path / "mixed")
     assert status == 2 and "holds shards of several splits (imagenet1k-train-0000.tar, imagenet1k-validation" in errors
     timm(tmp_path / "readonly")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root, permissions say nothing
-    assert "readonly cannot be written to" in index(tmp_path / "readonly")[2]
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root ignores permissions
+    assert "readonly is read-only" in index(tmp_path / "readonly")[2]
 
 
 def test_shards_of_make_shards_are_left_alone(tmp_path, index):
@@ -373,11 +373,11 @@ def test_shards_of_make_shards_are_left_alone(tmp_path, index):
     shard_writer.write_shard(tmp_path / "train/train-000000.tar", [("a", 0, {"jpg": jpeg(0), "cls": b"0"})])
     before = shard_index.index_path(tmp_path / "train/train-000000.tar").read_bytes()
     status, _, errors = index(tmp_path / "train")
-    assert status == 2 and "have their indexes from make_shards" in errors
+    assert status == 2 and "were indexed by make_shards" in errors
     assert shard_index.index_path(tmp_path / "train/train-000000.tar").read_bytes() == before
 
 
-def test_what_is_indexed_is_skipped_and_what_changed_is_not(tmp_path, names, index):
+def test_indexed_shards_are_skipped_and_changed_ones_are_indexed_again(tmp_path, names, index):
     folder = tmp_path / "train"
     img2dataset(folder)
     assert index(folder, "--classes", names)[0] == 0
@@ -385,17 +385,17 @@ def test_what_is_indexed_is_skipped_and_what_changed_is_not(tmp_path, names, ind
     manifest = (folder / "manifest.json").read_bytes()
 
     status, output, _ = index(folder, "--classes", names)
-    assert status == 0 and "2 of 2 shards have their index already" in output
+    assert status == 0 and "2 of 2 shards are indexed already" in output
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.index.safetensors")} == first
     assert (folder / "manifest.json").read_bytes() == manifest
 
     os.utime(folder / "00001.tar")
-    assert "1 of 2 shards have their index already" in index(folder, "--classes", names)[1]
-    # Checksums are made where they are missing, and kept.
+    assert "1 of 2 shards are indexed already" in index(folder, "--classes", names)[1]
+    # Missing checksums are added, and kept.
     status, output, _ = index(folder, "--classes", names, "--checksums")
     assert "have their index already" not in output and load_manifest(folder).made["checksums"]
     assert "2 of 2" in index(folder, "--classes", names)[1] and load_manifest(folder).made["checksums"]
-    # Labels from elsewhere make another index.
+    # Another place of labels gives another index.
     for shard in range(2):
         files = [file for n in range(4) for file in img2dataset_files(4 * shard + n, label=n % 4, other=3)]
         write_tar(folder / f"0000{shard}.tar", files)
@@ -439,7 +439,7 @@ def test_a_tar_that_lost_samples_after_it_was_indexed(tmp_path, names, index):
     assert verify_shards.main([str(tmp_path / "train"), "--workers", "1"]) == 1
 
 
-def test_processes_index_what_one_indexes(tmp_path, names):
+def test_several_processes_write_the_same_indexes(tmp_path, names):
     import subprocess
     import sys
 

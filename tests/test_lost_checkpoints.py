@@ -1,4 +1,4 @@
-"""A run whose files cannot be read, or are gone, does not begin again by itself and keeps its logs."""
+"""A run whose files are unreadable or lost does not restart at step 0 by itself, and keeps its logs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import cfmask.training.train
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 
 
@@ -47,7 +47,7 @@ def records(run) -> dict[str, bytes]:
 
 
 def failing_read(monkeypatch, name: str) -> None:
-    """Reading files of this name in a checkpoint fails."""
+    """Let reads of files with this name in a checkpoint fail."""
     real, doomed = os.open, set()
 
     def opened(path, *rest, **more):
@@ -65,7 +65,7 @@ def failing_read(monkeypatch, name: str) -> None:
     monkeypatch.setattr(os, "readv", readv)
 
 
-def test_what_is_lost_or_unreadable_ends_a_start_and_the_flag_begins_again(materials, tmp_path, monkeypatch, capsys):
+def test_lost_or_unreadable_checkpoints_end_a_start_and_from_step_0_restarts(materials, tmp_path, monkeypatch, capsys):
     whole = train(materials, tmp_path / "whole")
     run = train(materials, tmp_path / "run", stop_at=9)
     before = records(run)
@@ -84,7 +84,7 @@ def test_what_is_lost_or_unreadable_ends_a_start_and_the_flag_begins_again(mater
     with pytest.raises(UserError, match="initial.safetensors is missing"):
         train(materials, run.root)
     (tmp_path / "initial").rename(run.initial)
-    with pytest.raises(UserError, match="has no whole checkpoint in .*--from-step-0"):
+    with pytest.raises(UserError, match="has no intact checkpoint in .*--from-step-0"):
         train(materials, run.root)
     assert records(run) == before and not run.checkpoints.exists()
 
@@ -97,7 +97,7 @@ def test_what_is_lost_or_unreadable_ends_a_start_and_the_flag_begins_again(mater
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_a_recipe_or_teacher_that_changed_between_starts_is_refused(materials, tmp_path):
+def test_a_changed_recipe_or_teacher_is_refused(materials, tmp_path):
     whole = train(materials, tmp_path / "whole")
     run = train(materials, tmp_path / "run", stop_at=5)
     before, recipe, initial = records(run), run.recipe(), run.initial.read_bytes()
@@ -112,18 +112,18 @@ def test_a_recipe_or_teacher_that_changed_between_starts_is_refused(materials, t
     run.initial.write_bytes(initial)
     assert records(run) == before
 
-    # How often it logs changes no weight.
+    # log_steps does not change weights.
     run.record_recipe(dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, log_steps=2)))
     start_again(run)
     ours, theirs = load_file(run.final), load_file(whole.final)
     assert all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def test_begun_again_at_step_0_beside_damaged_checkpoints_it_may_be_killed_before_its_first_one(materials, tmp_path):
+def test_a_restart_at_step_0_survives_a_kill_before_its_first_checkpoint(materials, tmp_path):
     run = train(materials, tmp_path / "run", stop_at=9)
     for path in run.checkpoints.glob("step-*/model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="has no whole checkpoint in .*--from-step-0"):
+    with pytest.raises(UserError, match="has no intact checkpoint in .*--from-step-0"):
         start_again(run)
 
     def killed():
@@ -137,7 +137,7 @@ def test_begun_again_at_step_0_beside_damaged_checkpoints_it_may_be_killed_befor
     assert run.results.exists()
 
 
-def test_a_start_that_cannot_read_the_records_of_earlier_ones_says_so(materials, tmp_path, monkeypatch, capsys):
+def test_unreadable_attempt_records_end_a_start_with_an_error(materials, tmp_path, monkeypatch, capsys):
     run = train(materials, tmp_path / "run", stop_at=5)
     before = records(run)
     monkeypatch.setenv("CFMASK_READ_PATIENCE", "0.1")
@@ -148,15 +148,15 @@ def test_a_start_that_cannot_read_the_records_of_earlier_ones_says_so(materials,
     monkeypatch.setattr(cfmask.runtime.attempts, "read_lines", failing)
     with pytest.raises(UserError, match="attempts.jsonl cannot be read .Input/output error; tried for"):
         start_again(run)
-    assert "attempts.jsonl cannot be read (Input/output error): failed: StorageUnavailable" in capsys.readouterr().out
+    assert "attempts.jsonl cannot be read (Input/output error): failed: StorageUnavailable" in capsys.readouterr().err
     assert records(run) == before
 
 
-def test_the_command_line_begins_again_at_step_0_only_when_told_to(materials, tmp_path):
+def test_only_from_step_0_restarts_at_step_0(materials, tmp_path):
     run = train(materials, tmp_path / "run", stop_at=9)
     run.checkpoints.rename(tmp_path / "away")
     command = ("--resume", run.root, "--executor", "local", "--gpus-per-node", 0)
-    run.allow_step_0()  # of a submission whose job never started
+    run.allow_step_0()  # as by a submission whose job never started
     refused = made.submit(*command, check=False)
     assert refused.returncode == 1
     assert f"python launch/submit.py --resume {run.root} --from-step-0" in refused.stdout

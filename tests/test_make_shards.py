@@ -1,4 +1,4 @@
-"""Conversion: every layout of ImageNet and any tree, the same bytes on every way there, nothing dropped in silence."""
+"""Conversion: all layouts of ImageNet and any folder tree give the same bytes, and nothing is dropped silently."""
 
 import gzip
 import hashlib
@@ -20,16 +20,16 @@ import torch
 from PIL import Image
 
 from cfmask.convert import collection, conversion
-from cfmask.convert.planning import hold_out
+from cfmask.convert.collection import hold_out
 from cfmask.convert.shard_writer import write_shard
 from cfmask.convert.sources import files
-from cfmask.convert.sources.blobs import Blob, SourceFile
 from cfmask.data import imagenet, images
+from cfmask.data.blobs import Blob, SourceFile
 from cfmask.data.shard_index import load_index
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
-from cfmask.files import sole_writer
+from cfmask.runtime.files import sole_writer
 from tools import make_shards, verify_shards
 
 REPO = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def imagenet_files(split, per_class=5, prefix=""):
 
 
 def convert(verb, source, out, *arguments):
-    """Convert in this process; that our sets are small samples is allowed."""
+    """Convert in this process; the sets here are small, so count mismatches are allowed."""
     known = ["--allow-count-mismatch"] if verb != "folder" else []
     return make_shards.main(
         [verb, "--source", str(source), "--out", str(out), "--workers", "1", *known, *map(str, arguments)]
@@ -78,7 +78,7 @@ def convert(verb, source, out, *arguments):
 
 
 def refused(capsys, *arguments):
-    """The one paragraph that a conversion is refused with."""
+    """The error message of a refused conversion."""
     capsys.readouterr()
     assert convert(*arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -149,7 +149,7 @@ def test_a_folder_of_wnids_takes_its_split_from_its_name_or_the_option(tmp_path,
 
 @pytest.fixture
 def official(tmp_path):
-    """The layout that image-net.org serves: a tar of a tar a class, a flat tar, and the devkit with the labels."""
+    """The layout of image-net.org: a tar with a tar for each class, a flat tar, and the devkit with the labels."""
     scipy_io = pytest.importorskip("scipy.io")
     folder = tmp_path / "official"
     folder.mkdir()
@@ -160,7 +160,7 @@ def official(tmp_path):
         inner[f"{wnid}.tar"] = write_tar(tmp_path / "inner.tar", of_class).read_bytes()
     write_tar(folder / "ILSVRC2012_img_train.tar", inner)
 
-    # ILSVRC2012_ID counts in an order of its own; 1001 is one of the inner nodes that follow the 1000 leaves.
+    # ILSVRC2012_ID has an order of its own; 1001 is one of the inner nodes that follow the 1000 leaves.
     leaves = [*reversed(imagenet.wnids())]
     synsets = np.zeros(1001, dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")])
     for i, wnid in enumerate([*leaves, "n00001740"]):
@@ -301,7 +301,7 @@ def floats():
 
 
 LEFT_OUT = "left out"
-ODD = {  # file: (its bytes, what is said of it, the policy)
+ODD = {  # file: (its bytes, the issue, the policy)
     "text.JPEG": (b"hello", "not an image (5 bytes)", LEFT_OUT),
     "empty.JPEG": (b"", "not an image (0 bytes)", LEFT_OUT),
     "cut.JPEG": (picture(4)[:-200], "does not decode", LEFT_OUT),
@@ -321,7 +321,7 @@ PLAIN = {"plain.JPEG": picture(1), "same.name.JPEG": picture(13)}
 
 
 @pytest.mark.parametrize("store", images.STORES)
-def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path, capsys):
+def test_every_issue_follows_its_policy_and_is_listed(store, tmp_path, capsys):
     tree = {f"train/{WNIDS[0]}/{name}": data for name, (data, _, _) in ODD.items()}
     tree |= {f"train/{WNIDS[0]}/{name}": data for name, data in PLAIN.items()}
     write_tree(tmp_path / "tree", {**tree, f"train/{WNIDS[0]}/boxes.txt": b"1 2 3"})
@@ -329,10 +329,10 @@ def test_every_bad_input_is_dealt_with_by_its_policy_and_listed(store, tmp_path,
     assert convert("imagenet", tmp_path / "tree", tmp_path / "out", "--store", store) == 0
     printed = capsys.readouterr().out
     folder = tmp_path / "out" / "train"
-    assert "6 images were left out" in printed and "9 other oddities" in printed
+    assert "6 images were left out" in printed and "9 other issues" in printed
     assert str(folder / "bad_samples.jsonl") in printed
-    boxes = {"name": f"train/{WNIDS[0]}/boxes.txt", "files": 1, "issue": "no image by its name", "policy": "stays out"}
-    assert "Stay out (no image by its name): 1 files" in printed and "boxes.txt" in printed
+    boxes = {"name": f"train/{WNIDS[0]}/boxes.txt", "files": 1, "issue": "no image by its name", "policy": "ignored"}
+    assert "Ignored (no image by its name): 1 files" in printed and "boxes.txt" in printed
     listed = [json.loads(line) for line in (folder / "bad_samples.jsonl").read_text().splitlines()]
     assert listed.pop() == boxes
     empty = listed.pop(0)
@@ -362,7 +362,7 @@ def test_crops_of_16_bit_grey_are_scaled_and_those_of_an_earlier_release_are_mad
     made = sorted((tmp_path / "out" / "train").glob("*.tar"))
     before = [path.stat().st_ino for path in made]
     assert verify_shards.main([str(tmp_path / "out"), "--workers", "1"]) == 1
-    assert "an earlier release took for white" in capsys.readouterr().out
+    assert "an earlier release clipped to white" in capsys.readouterr().out
     assert convert(*arguments, "--samples-per-shard", 1) == 0
     assert [path.stat().st_ino != inode for path, inode in zip(made, before, strict=True)].count(True) == 1
     assert convert(*arguments, "--samples-per-shard", 1) == 0
@@ -376,9 +376,9 @@ def raw_crops(folder):
     return {json.loads(s["json"])["name"]: (int(s["cls"]), np.load(io.BytesIO(s["npy"]))) for s in samples}
 
 
-def test_a_set_of_which_nothing_is_left_is_refused(tmp_path, capsys):
+def test_a_set_without_any_usable_image_is_refused(tmp_path, capsys):
     write_tree(tmp_path / "tree", {f"train/{WNIDS[0]}/{i}.JPEG": b"no image" for i in range(3)})
-    assert "None of the 3 images of the split train decodes" in refused(
+    assert "None of the 3 images of the split train can be decoded" in refused(
         capsys, "imagenet", tmp_path / "tree", tmp_path / "out"
     )
     assert not (tmp_path / "out" / "train" / "manifest.json").exists()
@@ -400,14 +400,14 @@ def test_classes_are_spread_over_shards(tmp_path):
 # --- kills and repetitions ------------------------------------------------------------------------------------------
 
 
-KILLS = 50
+KILLS = 25
 
 
-def test_fifty_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
-    # Large, flat PNGs: a few kB to store, 5 ms to check. So a shard takes long enough for kills to fall into it.
+def test_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
+    # Large, flat PNGs: a few kB to store, 5 ms to check. A shard takes long enough to be killed in the middle.
     flat = io.BytesIO()
     Image.new("RGB", (1000, 1000), (1, 2, 3)).save(flat, "PNG")
-    write_tar(tmp_path / "set.tar", {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(250)})
+    write_tar(tmp_path / "set.tar", {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(150)})
     common = ["folder", "--source", tmp_path / "set.tar", "--samples-per-shard", 5]
 
     def start(out, workers):
@@ -433,7 +433,7 @@ def test_fifty_kills_and_any_number_of_processes_leave_the_same_bytes(tmp_path):
         assert not (killed / "manifest.json").exists()
     assert in_a_shard >= KILLS // 2
     assert start(tmp_path / "killed", 4).wait() == 0
-    assert len(contents(whole)) == 400 and contents(killed) == contents(whole)
+    assert len(contents(whole)) == 240 and contents(killed) == contents(whole)
     assert (killed / "manifest.json").read_bytes() == (whole / "manifest.json").read_bytes()
     assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
 
@@ -471,7 +471,8 @@ def test_a_worker_that_is_killed_ends_the_command_which_names_the_shard_and_resu
     assert process.returncode == 2 and "Traceback" not in errors and len(error.splitlines()) == 1
     assert "A worker process was killed by signal 9 (SIGKILL)" in error
     assert tool == "verify_shards" or f"while it worked on {folder}/train-0000" in error
-    assert subprocess.run(command, stdout=-3, stderr=-3, timeout=60).returncode == 0
+    again = {"make_shards": make_shards, "verify_shards": verify_shards}[tool]
+    assert again.main([flag for flag in command[2:] if flag != "--full"]) == 0  # --full would import torch again
     assert not list(folder.glob("*.part")) + list(folder.glob(".*.part")) and (folder / "manifest.json").exists()
 
 
@@ -479,7 +480,7 @@ def test_a_second_writer_of_a_finished_shard_leaves_it_alone(tmp_path):
     samples = [(f"k{i}", i, {"jpg": picture(i), "cls": b"1"}) for i in range(3)]
     write_shard(tmp_path / "a.tar", samples, about={"plan": "p"})
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()}
-    write_shard(tmp_path / "a.tar", samples, about={"plan": "p"})  # as a job that is requeued while it still runs does
+    write_shard(tmp_path / "a.tar", samples, about={"plan": "p"})  # like a job that is requeued while it still runs
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.iterdir()} == before
     write_shard(tmp_path / "a.tar", samples[:2], about={"plan": "p"})
     assert len(load_index(tmp_path / "a.tar")) == 2
@@ -496,7 +497,7 @@ def test_tar_headers_are_those_of_tarfile(tmp_path):
     assert (tmp_path / "a.tar").read_bytes() == expected.getvalue()
 
 
-def test_running_again_makes_only_what_is_missing(tmp_path, capsys):
+def test_running_again_makes_only_missing_shards(tmp_path, capsys):
     write_tree(tmp_path / "tree", imagenet_files("train"))
     convert("imagenet", tmp_path / "tree", tmp_path / "out", "--samples-per-shard", 5)
     folder = tmp_path / "out" / "train"
@@ -507,7 +508,7 @@ def test_running_again_makes_only_what_is_missing(tmp_path, capsys):
     kept = (folder / "train-000000.tar").stat().st_mtime_ns
     capsys.readouterr()
     assert convert("imagenet", tmp_path / "tree", tmp_path / "out", "--samples-per-shard", 5) == 0
-    assert "1 of 4 shards are there already" in capsys.readouterr().out
+    assert "1 of 4 shards exist already" in capsys.readouterr().out
     assert contents(folder) == before and (folder / "train-000000.tar").stat().st_mtime_ns == kept
 
 
@@ -522,7 +523,7 @@ def test_a_folder_of_another_plan_is_left_alone(tmp_path, capsys):
     assert contents(tmp_path / "out" / "train") == before
     (tmp_path / "foreign" / "train").mkdir(parents=True)
     (tmp_path / "foreign" / "train" / "theirs.tar").write_bytes(b"")
-    assert "did not begin there" in refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "foreign")
+    assert "holds tars of another program" in refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "foreign")
 
 
 def test_two_conversions_do_not_write_into_one_folder(tmp_path, capsys):
@@ -544,7 +545,7 @@ def test_sources_that_cannot_be_converted_are_refused_in_a_sentence(tmp_path, ca
         return refused(capsys, verb, source, tmp_path / "out", *arguments)
 
     image = picture(0)
-    assert "There is no source" in refused(capsys, "folder", tmp_path / "nowhere", tmp_path / "out")
+    assert "cannot be read" in refused(capsys, "folder", tmp_path / "nowhere", tmp_path / "out")
     for verb in ("imagenet", "folder"):
         assert "no class folders" in said(verb, {})
         assert "no class folders" in said(verb, {"a/readme.txt": b"x"})
@@ -553,22 +554,22 @@ def test_sources_that_cannot_be_converted_are_refused_in_a_sentence(tmp_path, ca
         "imagenet", {"train/n00000001/1.JPEG": image}
     )
     assert "lies in 'dog'" in said("imagenet", {"train/dog/1.JPEG": image}, tar=True)
-    assert "do not lie at one depth" in said("folder", {"a/1.jpg": image, "b/c/2.jpg": image})
+    assert "do not all lie at" in said("folder", {"a/1.jpg": image, "b/c/2.jpg": image})
     assert "add --split NAME" in said("folder", {"a/1.jpg": image, "b/2.jpg": image})
     assert "has no split 'val'; it has: train" in said("imagenet", imagenet_files("train"), "--split", "val")
     assert "has no split 'x'; it has: p, q" in said("folder", {"p/a/1.jpg": image, "q/a/1.jpg": image}, "--split", "x")
     twice = {f"{top}/train/{WNIDS[0]}/1.JPEG": image for top in "ab"}
-    assert "is there twice" in said("imagenet", twice)
+    assert "1.JPEG twice" in said("imagenet", twice)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tar_that_was_cut_is_refused(tmp_path, capsys):
+def test_a_truncated_tar_is_refused(tmp_path, capsys):
     whole = write_tar(tmp_path / "set.tar", imagenet_files("train")).read_bytes()
     with tarfile.open(tmp_path / "set.tar") as tar:
         boundary = tar.getmembers()[9].offset
     for cut, message in [
-        (boundary, "without an end-of-archive mark"),
-        (boundary + 700, "cut or damaged"),
+        (boundary, "no end-of-archive mark"),
+        (boundary + 700, "truncated or damaged"),
         (0, "is an empty file"),
     ]:
         (tmp_path / "set.tar").write_bytes(whole[:cut])
@@ -582,11 +583,11 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path
     usage = conversion.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: usage._replace(free=40_000))
     message = refused(capsys, "imagenet", tmp_path / "tree", tmp_path / "out")
-    assert "need about 0.1 MB, and the disk has 0.0 MB left" in message
+    assert "need about 0.1 MB, but the disk has only 0.0 MB left" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_changes_underfoot_stops_the_conversion_and_keeps_what_is_finished(tmp_path, capsys, monkeypatch):
+def test_a_source_that_changes_stops_the_conversion_and_finished_shards_are_kept(tmp_path, capsys, monkeypatch):
     source = write_tree(tmp_path / "tree", imagenet_files("train"))
     path = sorted(source.glob("train/*/*"))[7]
     before, data = path.stat(), path.read_bytes()
@@ -601,14 +602,14 @@ def test_a_source_that_changes_underfoot_stops_the_conversion_and_keeps_what_is_
         monkeypatch.setattr(make_shards, "plan_all", plan_then_change)
 
     for change, message in [
-        (lambda: path.write_bytes(data[:-1]), "its size is another"),
-        (lambda: path.write_bytes(data + b"x"), "its size is another"),
-        (lambda: path.write_bytes(data), "its time of change is another"),
+        (lambda: path.write_bytes(data[:-1]), "its size differs"),
+        (lambda: path.write_bytes(data + b"x"), "its size differs"),
+        (lambda: path.write_bytes(data), "its modification time differs"),
         (path.unlink, "cannot be read (No such file or directory)"),
     ]:
         after_the_plan(change)
         said = refused(capsys, "imagenet", source, tmp_path / "out", "--samples-per-shard", 5)
-        assert message in said and str(path) in said and "inished shards are kept" in said
+        assert message in said and str(path) in said and "finished work is kept" in said
         path.write_bytes(data)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     made = contents(tmp_path / "out" / "train")
@@ -617,7 +618,7 @@ def test_a_source_that_changes_underfoot_stops_the_conversion_and_keeps_what_is_
     assert made.items() <= contents(tmp_path / "out" / "train").items()
 
 
-def test_a_dry_run_says_how_much_and_writes_nothing(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_prints_sizes_and_writes_nothing(tmp_path, capsys, monkeypatch):
     write_tree(tmp_path / "tree", {**imagenet_files("train"), **imagenet_files("val", 2)})
     for arguments, sizes in {
         (): ("0.1 MB", "0.0 MB"),
@@ -666,7 +667,7 @@ def test_flags_that_would_do_nothing_are_refused(tmp_path, capsys):
 
 
 def pixels_of(folder, size):
-    """{original name: what a model sees}, through the pipeline of evaluation."""
+    """{original name: pixels for the model}, read by the evaluation's pipeline."""
     manifest = load_manifest(folder)
     with ShardReader(manifest) as reader:
         names = [json.loads(reader.read(i)["json"])["name"] for i in range(manifest.num_samples)]
@@ -700,7 +701,7 @@ def test_crops_are_the_pixels_that_training_makes_of_the_original(tmp_path):
     with ShardReader(load_manifest(tmp_path / "crop-raw" / "val")) as reader:
         facts = json.loads(reader.read(0)["json"])
     assert facts["width"] >= 53 and facts["bytes"] == len(files.get(f"val/{facts['name']}", buffer.getvalue()))
-    # What one was begun as, another may not go on as.
+    # A conversion with another store must not continue in the same folder.
     again = [*("folder", tmp_path / "tree", tmp_path / "crop-raw"), "--store"]
     assert convert(*again, "crop-jpeg", "--image-size", 64) == 2 and convert(*again, "crop-raw") == 2
 
@@ -772,7 +773,7 @@ def test_shares_of_a_holdout_are_within_one_of_proportion(n):
     assert {*hold_out(found[::-1], n, seed=0)[1]} == {*held}
 
 
-def test_a_holdout_that_cannot_be_taken_is_refused(tmp_path, capsys):
+def test_an_impossible_holdout_is_refused(tmp_path, capsys):
     write_tree(tmp_path / "tree", imagenet_files("train"))
     write_tree(tmp_path / "other", imagenet_files("val"))
     for n in (0, 20, 21):

@@ -1,4 +1,4 @@
-"""Conversion by a job array on a real Slurm: the bytes of a local one, whatever becomes of the tasks on the way."""
+"""Conversion by a job array on a real Slurm: the same bytes as on one machine, after requeues and interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARDS = 120
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Large, flat PNGs: a few kB to store, 5 ms to check; so there is something to interrupt."""
+    """Large, flat PNGs: a few kB to store, 5 ms to check, which is long enough to interrupt."""
     flat = io.BytesIO()
     Image.new("RGB", (1000, 1000), (1, 2, 3)).save(flat, "PNG")
     files = {f"train/{c}/{i}.png": flat.getvalue() for c in "abcd" for i in range(SHARDS * 10 // 4)}
@@ -62,7 +62,7 @@ def made(folder: Path) -> int:
 
 
 def array_of(cluster, process: subprocess.Popen) -> str:
-    """The id of the job array that a command has submitted, from the queue."""
+    """The id of the job array that a command submitted, from the queue."""
     found: list[str] = []
 
     def look() -> bool:
@@ -81,17 +81,17 @@ def assert_same(folder: Path, undisturbed: Path) -> None:
     assert sorted(os.listdir(folder)) == sorted(os.listdir(undisturbed)), "nothing is left behind"
 
 
-def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_of_one_process(
+def test_bytes_are_those_of_one_process_after_a_requeue_and_an_interruption(
     slurm_cluster, source, undisturbed, tmp_path
 ):
     folder = tmp_path / "train"
     command = start(source, tmp_path)
     array = array_of(slurm_cluster, command)
     wait_until(lambda: made(folder) >= 5, "the first shards")
-    slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # as a node that fails would
+    slurm_cluster.call("scontrol", "requeue", f"{array}_1")  # like after a node failure
     command.send_signal(signal.SIGINT)
     said, _ = command.communicate(timeout=300)
-    assert command.returncode == 130 and "The jobs go on" in said and f"array job {array} of 3 tasks" in said
+    assert command.returncode == 130 and "The jobs continue" in said and f"array job {array} of 3 tasks" in said
     assert not (folder / "manifest.json").exists()
 
     command = start(source, tmp_path)  # while the jobs run: it joins them
@@ -100,14 +100,14 @@ def test_tasks_are_requeued_the_command_is_interrupted_and_the_bytes_are_those_o
     assert "jobs of an earlier command are in the queue" in said and "images/s" in said
     assert_same(folder, undisturbed)
     assert slurm_cluster.job(f"{array}_1")["Restarts"] == "1"
-    assert f"{SHARDS} of {SHARDS} shards are there already" in finish(start(source, tmp_path))
+    assert f"{SHARDS} of {SHARDS} shards exist already" in finish(start(source, tmp_path))
 
 
 def test_a_task_that_is_preempted_comes_back(slurm_cluster, source, undisturbed, tmp_path):
     folder = tmp_path / "train"
     command = start(
         source, tmp_path, "--partition", "low", "--array", 1
-    )  # one alone is not done before it is preempted
+    )  # one task, which is preempted before it is done
     job = array_of(slurm_cluster, command)
     wait_until(lambda: made(folder) >= 5, "the first shards")
     important = slurm_cluster.sbatch("--partition=high", "--nodes=2", "--exclusive", "--wrap=true", cwd=tmp_path)
@@ -148,7 +148,7 @@ def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_clust
     load_manifest(tmp_path / "train")
 
 
-def test_jobs_that_fail_say_why(slurm_cluster, source, tmp_path):
+def test_failed_jobs_report_the_reason(slurm_cluster, source, tmp_path):
     gone = tmp_path / "set.tar"
     gone.write_bytes(source.read_bytes())
     command = start(gone, tmp_path / "out")

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 import cfmask.training.train
 import made
 from cfmask.data.plan import divisors
-from cfmask.distributed import DistributedContext, process_group
 from cfmask.errors import UserError
 from cfmask.models.head import load_model
 from cfmask.models.tower import Normalise
-from cfmask.recipe import AUTO, PRESETS, Data, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import AUTO, Data, Model, Optim, Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.step import Teachers

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import cfmask.training.train
 import made
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Data, Model, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Model, Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from tools import wise_ft

@@ -12,8 +12,8 @@ import torch
 
 import made
 from cfmask.data import receipts
-from cfmask.distributed import DistributedContext, process_group
 from cfmask.metrics import AsyncMetricReducer, Mean, StepResult, Sum, step_metrics, stop_metrics, stop_of
+from cfmask.runtime.distributed import DistributedContext, process_group
 from cfmask.session import QUIT, REQUEUE
 
 RANKS = 3

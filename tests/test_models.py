@@ -15,7 +15,6 @@ from torch import nn
 
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
-from cfmask.files import save_tensors
 from cfmask.models import preprocessing, tower
 from cfmask.models.head import (
     build_tower,
@@ -27,6 +26,7 @@ from cfmask.models.head import (
 from cfmask.models.initial import initial_model, model_info
 from cfmask.models.tower import Classifier, Compiled, Normalise, encode, replace_attention
 from cfmask.models.weights import find_weights
+from cfmask.runtime.tensor_files import save_tensors
 from made import CLASSES, save_tiny_model
 from towers import B32, ODD, TINY, tiny_clip
 

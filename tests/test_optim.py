@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from cfmask.checkpoint_state import Skips
+from cfmask.checkpoint.state import Skips
 from cfmask.optim import LrAndBetas, Phase, adamw, lr_and_betas, phases, take_step
 from cfmask.recipe import Method, Optim, Recipe
 

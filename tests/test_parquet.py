@@ -1,4 +1,4 @@
-"""Parquet as the Hugging Face hub has it: the same shards as from a tree of the same images, and nothing is guessed."""
+"""Parquet files as on the Hugging Face hub: they give the same shards as folders, and no class is guessed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cfmask.convert import unpacking
+from cfmask.convert import conversion
 from cfmask.convert.class_names import class_ids_of_names, is_list
+from cfmask.convert.collection import collect
+from cfmask.convert.request import Request
+from cfmask.convert.sources import unpacking
 from cfmask.data import benchmarks, imagenet
 from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
@@ -34,7 +37,7 @@ def picture(number):
 
 
 def train_rows(per_class=4):
-    """Shuffled, as the hub's are."""
+    """Shuffled, like the hub's."""
     rows = [
         (picture(10 * c + i), f"{imagenet.wnids()[c]}_{i}_{imagenet.wnids()[c]}.JPEG", c)
         for i in range(per_class)
@@ -49,7 +52,7 @@ def val_rows():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """ImageNet as ILSVRC/imagenet-1k has it, small."""
+    """ImageNet in the layout of ILSVRC/imagenet-1k, small."""
     folder = tmp_path_factory.mktemp("hub")
     rows = train_rows()
     for n, part in enumerate((rows[:7], rows[7:])):
@@ -72,11 +75,11 @@ def tree(tmp_path_factory):
     return folder
 
 
-def test_shards_are_those_of_a_tree_of_the_same_images(hub, tree, tmp_path, capsys):
+def test_shards_equal_those_of_a_folder_of_the_same_images(hub, tree, tmp_path, capsys):
     common = ("--samples-per-shard", 5)
     assert convert("imagenet", tree, tmp_path / "a", *common) == 0
     assert convert("imagenet", hub, tmp_path / "b", *common, "--workers", 2) == 0
-    assert "Stay out (rows without a label): 5 files, such as test-00000" in capsys.readouterr().out
+    assert "Ignored (rows without a label): 5 files, such as test-00000" in capsys.readouterr().out
     for split in ("train", "val"):
         assert contents(tmp_path / "a" / split) == contents(tmp_path / "b" / split)
     manifest = load_manifest(tmp_path / "b" / "train")
@@ -88,7 +91,7 @@ def test_shards_are_those_of_a_tree_of_the_same_images(hub, tree, tmp_path, caps
     assert left == {"train-00000.json", "train-00001.json", "validation-00000.json"}
 
 
-def test_the_same_command_unpacks_what_missing_shards_need_and_nothing_else(hub, tmp_path, monkeypatch):
+def test_running_again_unpacks_only_files_that_missing_shards_need(hub, tmp_path, monkeypatch):
     arguments = ("imagenet", hub, tmp_path / "out", "--samples-per-shard", 100)
     assert convert(*arguments) == 0
     made = contents(tmp_path / "out" / "train") | contents(tmp_path / "out" / "val")
@@ -114,7 +117,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(hub, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_interrupted_unpacking_goes_on_with_the_files_that_are_missing(hub, tmp_path, monkeypatch):
+def test_interrupted_unpacking_resumes_with_the_missing_files(hub, tmp_path, monkeypatch):
     done = []
 
     def fails(task):
@@ -128,6 +131,26 @@ def test_interrupted_unpacking_goes_on_with_the_files_that_are_missing(hub, tmp_
     monkeypatch.setattr("cfmask.convert.conversion.unpack", lambda task: (done.append(task), unpacking.unpack(task))[1])
     assert convert("imagenet", hub, tmp_path / "out") == 0
     assert len(done) == len({task.record for task in done}) == 3
+
+
+def test_each_split_has_an_unpacking_array_of_its_own_that_the_same_command_finds_again(hub, tmp_path):
+    def unpack(split):
+        """Unpacks a split; returns the array's name and the records that it makes."""
+        request = Request("imagenet", hub, tmp_path / "out", split=split, allow_count_mismatch=True)
+        arrays = []
+
+        def run(work, progress):
+            arrays.append((work.name, sorted(task.record for task in work.items)))
+            return [work.function(task) for task in work.items]
+
+        conversion.unpack_first(conversion.plan_all(collect(request), request), request, run)
+        [array] = arrays
+        return array
+
+    train, val = unpack("train"), unpack("val")
+    assert train[0] != val[0] and len(train[1]) == 2 and len(val[1]) == 1
+    train[1][0].unlink()
+    assert unpack("train") == (train[0], train[1][:1])
 
 
 def test_a_file_that_changed_is_unpacked_again(tmp_path):
@@ -174,7 +197,7 @@ def test_paths_that_contradict_labels_are_refused(tmp_path, capsys):
     assert "contradicts itself" in refused(capsys, "imagenet", file, tmp_path / "out")
 
 
-def test_lists_of_names():
+def test_lists_of_names_are_mapped_to_imagenets_classes():
     def ids(names, numbers=False):
         return class_ids_of_names(names, wordnet=True, numbers=numbers, where="The list", remedy="Look.")
 
@@ -188,8 +211,8 @@ def test_lists_of_names():
     assert ids(["0", "1", "10", "2"], numbers=True) == (0, 1, 10, 2)
     assert ids([NAMES[133], "crane", NAMES[135]]) == (133, 134, 135)
     for names, reason in (
-        (["crane", NAMES[0]], "two classes of ImageNet have"),
-        (["tench", "unicorn"], "names 1 of 2 classes otherwise than .*, such as 'unicorn'"),
+        (["crane", NAMES[0]], "two classes of ImageNet share"),
+        (["tench", "unicorn"], "has 1 of 2 class names that are not .*, such as 'unicorn'"),
         (["tench", "n01440764"], "names a class twice"),
         ([*NAMES[1:], NAMES[0]][:10] + ["dragonish"], "'dragonish'"),
     ):
@@ -205,8 +228,8 @@ def test_a_shifted_set_is_one_file_with_labels_of_its_own_list(tmp_path, capsys)
     expected = {imagenet.wnids().index(wnids[c]) for c in (0, 1, 199)}
     assert {label for label, _ in samples_of(tmp_path / "out" / "imagenet-r").values()} == expected
     assert "is not one of the 200 classes of imagenet-a" in refused(capsys, "imagenet-a", file, tmp_path / "a")
-    assert "ObjectNet is converted from its own archive" in refused(capsys, "objectnet", file, tmp_path / "o")
-    numbers = sorted(map(str, range(1000)))  # as a folder of numbers is sorted
+    assert "ObjectNet has to be converted from its own archive" in refused(capsys, "objectnet", file, tmp_path / "o")
+    numbers = sorted(map(str, range(1000)))  # the order of a folder of numbers
     rows = [(picture(c), None, numbers.index(str(c))) for c in (2, 10, 999)]
     write_parquet(tmp_path / "v2" / "test.parquet", rows, names=numbers)
     assert convert("imagenet-v2", tmp_path / "v2", tmp_path / "out") == 0
@@ -229,13 +252,13 @@ def test_a_set_of_classes_of_its_own_has_them_in_the_order_of_its_metadata(tmp_p
     }
     write_parquet(tmp_path / "bare.parquet", rows)
     bare = ("folder", tmp_path / "bare.parquet", tmp_path / "bare", "--split", "train")
-    assert "no metadata says which classes they are" in refused(capsys, *bare)
+    assert "its metadata does not name the classes" in refused(capsys, *bare)
     (tmp_path / "classes.tsv").write_text("x\tX\ny\tY\n")
     assert convert(*bare, "--classes", tmp_path / "classes.tsv") == 0
     assert load_manifest(tmp_path / "bare" / "train").classes == (("x", "X"), ("y", "Y"))
     write_parquet(tmp_path / "high.parquet", [(picture(0), None, 7)], names=["a", "b"])
     high = ("folder", tmp_path / "high.parquet", tmp_path / "high", "--split", "train")
-    assert "name 2 classes and have the labels 7 … 7" in refused(capsys, *high)
+    assert "names 2 classes, but its set has the labels 7 … 7" in refused(capsys, *high)
 
 
 def test_rows_without_bytes_are_left_out_and_listed(tmp_path, capsys):
@@ -248,28 +271,28 @@ def test_rows_without_bytes_are_left_out_and_listed(tmp_path, capsys):
     ]
     file = write_parquet(tmp_path / "train-00000-of-00001.parquet", rows, names=NAMES)
     assert convert("imagenet", file, tmp_path / "out") == 0
-    assert "Stay out (rows without a label): 1 files" in capsys.readouterr().out
+    assert "Ignored (rows without a label): 1 files" in capsys.readouterr().out
     listed = [json.loads(line) for line in (tmp_path / "out/train/bad_samples.jsonl").read_text().splitlines()]
-    stays_out = listed.pop()
+    ignored = listed.pop()
     names = [entry["name"].split("/")[1] for entry in listed]
     assert names == ["empty.jpg", "missing.jpg", "train-00000-000005"]
-    assert stays_out["files"] == 1 and stays_out["issue"] == "rows without a label"
+    assert ignored["files"] == 1 and ignored["issue"] == "rows without a label"
     assert load_manifest(tmp_path / "out" / "train").bad_samples == 3
     outside = write_parquet(tmp_path / "outside" / "train.parquet", [(None, "a.jpg", 0)] * 2, names=NAMES)
-    assert "name files that are not in it" in refused(capsys, "imagenet", outside, tmp_path / "b")
+    assert "the rows name files outside it" in refused(capsys, "imagenet", outside, tmp_path / "b")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_set_that_is_not_complete_or_there_twice_is_refused(hub, tmp_path, capsys):
+def test_an_incomplete_or_duplicated_set_is_refused(hub, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(hub / "data", data)
     (data / "train-00001-of-00002.parquet").unlink()
     assert "1 of the 2 files of the split train are missing" in refused(capsys, "folder", data, tmp_path / "a")
     shutil.copytree(hub / "data", tmp_path / "twice" / "x")
     shutil.copytree(hub / "data", tmp_path / "twice" / "y")
-    assert "is there more than once" in refused(capsys, "folder", tmp_path / "twice", tmp_path / "a")
+    assert "several copies of the split" in refused(capsys, "folder", tmp_path / "twice", tmp_path / "a")
     for name in ("partial-train/0000", "train/0001"):
         part = tmp_path / name.replace("/", "-")
         write_parquet(part / f"{name}.parquet", train_rows(), names=NAMES)
@@ -289,9 +312,9 @@ def test_the_hub_s_own_conversion_and_older_uploads_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (lambda data: data[:-300], "cut or damaged"),
+        (lambda data: data[:-300], "truncated or damaged"),
         (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "pointer of Git LFS"),
-        (lambda data: data[:200] + bytes(300) + data[500:], "cut or damaged|cannot be read|is damaged"),
+        (lambda data: data[:200] + bytes(300) + data[500:], "truncated or damaged|cannot be read|is damaged"),
     ],
 )
 def test_damaged_files_are_refused(damage, reason, hub, tmp_path, capsys):
@@ -308,7 +331,7 @@ def test_counts_of_a_known_set_are_checked_before_anything_is_unpacked(hub, tmp_
     assert "16 images instead of 1,281,167" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_columns_of_odd_types_are_no_labels_and_no_paths(tmp_path):
+def test_columns_of_other_types_are_neither_labels_nor_paths(tmp_path):
     image = pa.array([{"bytes": picture(n), "path": b"\xff"} for n in range(2)])
     table = pa.table({"image": image, "label": pa.array(["b", "a"]).dictionary_encode(), "score": [0.5, 1.5]})
     features = {"label": {"_type": "ClassLabel", "names": ["x"]}}
@@ -329,14 +352,14 @@ def test_a_column_of_plain_bytes_and_names_as_spark_writes_them(tmp_path):
     assert samples_of(tmp_path / "out" / "train")["a/train-00001-000001.jpg"] == (0, picture(3))
 
 
-def test_a_split_without_a_label_column_is_in_nobody_s_way_if_another_is_chosen(tmp_path, capsys):
+def test_a_split_without_labels_does_not_matter_if_another_is_chosen(tmp_path, capsys):
     write_parquet(tmp_path / "train-00000-of-00001.parquet", train_rows(1), names=NAMES)
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "test-00000-of-00001.parquet")
     assert "has no label column" in refused(capsys, "imagenet", tmp_path, tmp_path / "out")
     assert convert("imagenet", tmp_path, tmp_path / "out", "--split", "train") == 0
 
 
-def test_columns_that_could_be_meant_are_asked_for(tmp_path, capsys):
+def test_ambiguous_columns_need_a_flag(tmp_path, capsys):
     rows = train_rows()
     coarse = pa.array([0] * len(rows), pa.int64())
     file = write_parquet(
@@ -346,6 +369,6 @@ def test_columns_that_could_be_meant_are_asked_for(tmp_path, capsys):
         more={"coarse_label": coarse, "note": pa.array(["x"] * 16)},
     )
     ambiguous = ("imagenet", file, tmp_path / "out")
-    assert "several columns that may be the label: fine_label, coarse_label, note" in refused(capsys, *ambiguous)
+    assert "several possible label columns: fine_label, coarse_label, note" in refused(capsys, *ambiguous)
     assert "no label column 'other'" in refused(capsys, *ambiguous, "--label-column", "other")
     assert convert(*ambiguous, "--label-column", "fine_label") == 0

@@ -1,4 +1,4 @@
-"""The process pool: whichever process is killed, the call ends, says what happened, and leaves no process."""
+"""The process pool: if any process is killed, the call ends with an error and leaves no process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ END_S = 240
 
 
 def pythons() -> list[str]:
-    """This one, and the oldest that is supported, if it is installed: the pool needs no package."""
+    """This Python, and the oldest supported one if it is installed. The pool needs no package."""
     found = [sys.executable]
     if sys.version_info >= (3, 11) and (oldest := shutil.which("python3.10")):
         if subprocess.run([oldest, "-c", ""], capture_output=True).returncode == 0:
@@ -41,7 +41,7 @@ def start(request, tmp_path):
 
 
 def in_group(process: subprocess.Popen) -> dict[int, int]:
-    """{pid: parent} of the command's processes that live, itself left out."""
+    """{pid: parent} of the running processes of the command, without the command itself."""
     found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -59,27 +59,27 @@ def launcher_of(process: subprocess.Popen) -> int:
 
 
 def ended(process: subprocess.Popen) -> str:
-    """What it wrote to its standard error, when it has ended and no process is left."""
+    """Wait until the command and its processes have ended; returns its standard error."""
     _, errors = process.communicate(timeout=END_S)
     wait_until(lambda: not in_group(process), "all of its processes to be gone")
     assert "Traceback" not in errors, errors
     return errors
 
 
-def test_results_are_in_the_order_of_the_items_and_progress_counts_each():
+def test_results_are_in_order_and_progress_is_called_for_each():
     seen: list[int] = []
     assert map_in_processes(pool_work.double, range(50), workers=4, progress=seen.append) == list(range(0, 100, 2))
     assert sorted(seen) == list(range(0, 100, 2))
     assert map_in_processes(pool_work.double, [4], workers=4) == [8] and worker_number() is None
 
 
-def test_workers_have_numbers_and_are_gone_when_the_call_returns():
+def test_workers_are_numbered_and_end_with_the_call():
     found = map_in_processes(pool_work.number_and_pid, range(20), workers=3)
     assert {number for number, _ in found} == {0, 1, 2} and len({pid for _, pid in found}) == 3
     assert not any(Path(f"/proc/{pid}").exists() for _, pid in found)
 
 
-def test_workers_that_are_killed_as_the_last_result_comes_change_nothing():
+def test_workers_killed_after_the_last_result_do_not_matter():
     seen: list[tuple[int | None, int]] = []
 
     def progress(result: tuple[int | None, int]) -> None:
@@ -91,7 +91,7 @@ def test_workers_that_are_killed_as_the_last_result_comes_change_nothing():
     assert len(map_in_processes(pool_work.number_and_pid, range(20), workers=3, progress=progress)) == 20
 
 
-def test_errors_of_items_are_raised_as_they_are():
+def test_errors_of_items_are_raised_unchanged():
     with pytest.raises(UserError, match="^three is refused$"):
         map_in_processes(pool_work.refuse_three, range(20), workers=2)
     with pytest.raises(RuntimeError, match=r"Unpicklable: \d and 2") as raised:
@@ -107,7 +107,7 @@ def test_an_error_in_the_progress_callback_ends_the_call():
 
 
 @pytest.mark.parametrize(("how", "item"), [("first", 0), ("middle", 5), ("last", 9), ("last-result", 9), ("large", 0)])
-def test_a_killed_worker_is_one_error_that_names_the_item_and_the_same_command_resumes(start, tmp_path, how, item):
+def test_a_killed_worker_raises_an_error_that_names_the_item(start, tmp_path, how, item):
     errors = ended(process := start(how))
     assert process.returncode == 2
     assert errors.startswith(
@@ -119,7 +119,7 @@ def test_a_killed_worker_is_one_error_that_names_the_item_and_the_same_command_r
 
 
 @pytest.mark.parametrize("victim", ["launcher", "worker", "command", "Ctrl-C"])
-def test_whichever_process_is_killed_the_rest_ends(start, tmp_path, victim):
+def test_all_processes_end_when_one_is_killed(start, tmp_path, victim):
     process = start("slow")
     wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 3, "three workers to work")
     begun = time.monotonic()
@@ -144,7 +144,7 @@ def test_whichever_process_is_killed_the_rest_ends(start, tmp_path, victim):
     assert ended(process := start("slow")) == "" and process.returncode == 0
 
 
-def test_the_launcher_killed_before_it_has_forked_is_the_same_error(start, tmp_path):
+def test_a_launcher_killed_before_forking_raises_the_same_error(start, tmp_path):
     process = start("slow")
     wait_until(lambda: len(in_group(process)) >= 1, "the launcher to be there")
     os.kill(launcher_of(process), signal.SIGKILL)

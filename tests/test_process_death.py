@@ -121,8 +121,8 @@ def assert_nothing_stays(run: Path) -> None:
     """Of a finished run: no process, and no file that only a process that was killed would leave."""
     assert processes.processes_of(RunFolder(run)) == []
     names = {path.name for path in run.iterdir()}
-    assert names <= {*RUN_FILES, "meeting"}, names
-    assert not list((run / "meeting").iterdir())
+    assert names <= {*RUN_FILES, "rendezvous"}, names
+    assert not list((run / "rendezvous").iterdir())
     assert [path.name for path in (run / ".owner").iterdir()] == ["free"]
     assert [name for name in os.listdir(run / "jobs") if not re.fullmatch(JOB_FILES, name)] == []
     hidden = [path for path in run.rglob(".*") if path.name != ".owner"]
@@ -198,7 +198,7 @@ def test_a_run_that_is_not_followed_goes_on_by_itself_and_is_refused_a_second_ti
     controller = processes.controller_of(RunFolder(run))
     assert f"job {controller} on " in done.stdout
     again = made.submit(*flags(materials, run, *more), check=False)
-    assert again.returncode == 2 and f"Job {controller} on this machine is there for {run} already" in again.stderr
+    assert again.returncode == 2 and f"Job {controller} on this machine already exists for {run}" in again.stderr
     ended = subprocess.run([sys.executable, str(REPO / "launch/cancel.py"), str(run)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert processes.processes_of(RunFolder(run)) == []

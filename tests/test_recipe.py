@@ -9,12 +9,13 @@ import sys
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Data, Method, Model, Optim, Recipe, Run
+from cfmask.presets import PRESETS
+from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
 from launch.submit import parser
 from made import REPO
 
 
-def test_defaults_are_appendix_a1_and_the_headline_row():
+def test_defaults_are_those_of_appendix_a1():
     recipe = Recipe().resolved()
     assert recipe.optim == Optim(
         epochs=10,
@@ -71,7 +72,7 @@ def test_presets_have_the_authors_thresholds_and_rates(preset, value):
         (Method(name="kd", beta=1.0), "--beta"),
     ],
 )
-def test_a_setting_that_would_do_nothing_is_refused_by_name(method, flag):
+def test_a_setting_without_effect_is_refused(method, flag):
     with pytest.raises(UserError, match=f"{flag}.* would do nothing"):
         Recipe(method=method).resolved()
 
@@ -86,12 +87,12 @@ def test_a_setting_that_would_do_nothing_is_refused_by_name(method, flag):
         (Recipe(method=Method(name="linear-probe"), optim=Optim(weight_decay=0.1)), "--weight-decay"),
     ],
 )
-def test_an_optimizers_setting_that_would_do_nothing_is_refused_by_name(recipe, flag):
+def test_an_optimizer_setting_without_effect_is_refused(recipe, flag):
     with pytest.raises(UserError, match=f"{flag}.* would do nothing"):
         recipe.resolved()
 
 
-def test_wise_kd_asks_for_its_ensemble():
+def test_wise_kd_requires_an_ensemble():
     with pytest.raises(UserError, match="--ensemble FILE.*tools/wise_ft.py"):
         PRESETS["wise-kd"].resolved()
     method = dataclasses.replace(PRESETS["wise-kd"].method, ensemble="file")
@@ -100,7 +101,7 @@ def test_wise_kd_asks_for_its_ensemble():
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"wise-kd"}))
-def test_every_preset_resolves_and_stays_as_it_is_when_resolved_again(name):
+def test_resolving_a_preset_is_idempotent(name):
     once = PRESETS[name].resolved()
     assert once.resolved() == once
 
@@ -119,12 +120,12 @@ def test_every_preset_resolves_and_stays_as_it_is_when_resolved_again(name):
         (Recipe(run=Run(seed=-1)), "--seed"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused_by_flag(recipe, flag):
+def test_invalid_numbers_are_refused_by_flag(recipe, flag):
     with pytest.raises(UserError, match=flag):
         recipe.resolved()
 
 
-def test_a_recipe_survives_its_file_and_tells_what_differs():
+def test_a_recipe_survives_its_file_and_lists_differences():
     recipe = Recipe(model=Model(head="h"), data=Data(shards="/s", eval_sets=("a", "b"))).resolved()
     assert Recipe.from_json(recipe.to_json()) == recipe
     other = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, seed=3))

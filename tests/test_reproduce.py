@@ -1,8 +1,9 @@
-"""The paper's tables by one command: the graph, what it costs, and what is submitted after whatever has happened."""
+"""launch/reproduce.py: the graph of jobs, its cost, which jobs are submitted, and the table."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -23,12 +24,13 @@ from cfmask.data.shard_index import index_name
 from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from launch import reproduce
 from launch.allocation.resolve import resolve_allocation
-from launch.paper import cost, execution
+from launch.paper import cost, execution, progress
 from launch.paper.estimate import estimate, measured
 from launch.paper.plan import (
     DONE,
@@ -45,7 +47,6 @@ from launch.paper.plan import (
     arrays,
     awaited,
     choose_rows,
-    in_order,
     paper_plan,
     still_needed,
     to_submit,
@@ -70,20 +71,19 @@ IMAGENET |= {"imagenet-sketch": 50_889, "objectnet": 18_574, "imagenet-a": 7_500
 
 @st.composite
 def plans(draw) -> tuple[ReproductionPlan, dict[str, str]]:
-    """Any graph without circles, in any order, and any states."""
+    """Any graph without cycles, and any states."""
     names = draw(st.permutations([f"n{i}" for i in range(draw(st.integers(1, 12)))]))
     nodes = []
     for i, name in enumerate(names):
         after = draw(st.lists(st.sampled_from(names[:i]), unique=True, max_size=3)) if i else []
         nodes.append(PlanNode(name, None, Recipe(), tuple(after)))
-    nodes = in_order(draw(st.permutations(nodes)))
     rows = draw(st.lists(st.lists(st.sampled_from(names), min_size=1, unique=True), min_size=1, max_size=4))
     plan = ReproductionPlan({node.name: node for node in nodes}, tuple(PaperRow("ft", tuple(found)) for found in rows))
     return plan, {name: draw(st.sampled_from(STATES)) for name in names}
 
 
 def is_needed(plan: ReproductionPlan, states: dict[str, str], name: str) -> bool:
-    """By the other way round: a row asks for it, or one that is needed and not there takes its model."""
+    """A row needs the node, or a node that is needed and not done reads its model."""
     if name in plan.wanted:
         return True
     return any(
@@ -93,7 +93,7 @@ def is_needed(plan: ReproductionPlan, states: dict[str, str], name: str) -> bool
 
 
 @given(plans())
-def test_each_comes_after_all_that_it_takes_models_of(drawn):
+def test_nodes_come_after_the_nodes_whose_models_they_read(drawn):
     plan, _ = drawn
     place = {name: i for i, name in enumerate(plan.nodes)}
     assert all(place[before] < place[node.name] for node in plan.nodes.values() for before in node.after)
@@ -104,23 +104,25 @@ def test_each_comes_after_all_that_it_takes_models_of(drawn):
 
 @settings(max_examples=300)
 @given(plans())
-def test_exactly_what_is_missing_is_submitted_whatever_is_there(drawn):
+def test_exactly_the_missing_nodes_are_submitted(drawn):
     plan, states = drawn
     left = [node.name for node in still_needed(plan, states)]
     assert left == [n for n in plan.nodes if states[n] != DONE and is_needed(plan, states, n)], "in order, once each"
     chosen = [node.name for node in to_submit(plan, states)]
     for name in left:
-        gone = states[name] == MISSING
-        waits_in_vain = states[name] == WAITING and any(each in chosen for each in plan.nodes[name].after)
-        assert (name in chosen) == (gone or waits_in_vain)
+        missing = states[name] == MISSING
+        waits_for_missing = states[name] == WAITING and any(each in chosen for each in plan.nodes[name].after)
+        assert (name in chosen) == (missing or waits_for_missing)
     assert set(chosen) <= set(left)
     for i, name in enumerate(chosen):
         for before in plan.nodes[name].after:
-            assert states[before] in (DONE, QUEUED, WAITING) or before in chosen[:i], "what it waits for has a job"
+            assert states[before] in (DONE, QUEUED, WAITING) or before in chosen[:i], (
+                "the nodes that it waits for have jobs"
+            )
 
 
 @given(plans())
-def test_once_submitted_nothing_is_missing_and_when_all_is_done_nothing_is_left(drawn):
+def test_nothing_is_submitted_twice_or_after_all_is_done(drawn):
     plan, states = drawn
     after = states | {node.name: QUEUED for node in to_submit(plan, states)}
     assert to_submit(plan, after) == []
@@ -128,7 +130,7 @@ def test_once_submitted_nothing_is_missing_and_when_all_is_done_nothing_is_left(
 
 
 @given(plans())
-def test_arrays_are_of_jobs_that_wait_for_the_same_and_come_after_all_that_they_wait_for(drawn):
+def test_members_of_an_array_wait_for_the_same_jobs_and_come_after_them(drawn):
     plan, states = drawn
     chosen = to_submit(plan, states)
     groups = arrays(chosen, states)
@@ -141,7 +143,7 @@ def test_arrays_are_of_jobs_that_wait_for_the_same_and_come_after_all_that_they_
         assert len({type(node.work) for node in group}) == 1, "their allocations differ"
         submitted |= {node.name for node in group}
     keys = [(type(group[0].work), frozenset(awaited(group[0], states))) for group in groups]
-    assert len(set(keys)) == len(keys), "what can go together does"
+    assert len(set(keys)) == len(keys), "nodes that can form an array do"
 
 
 def test_the_arrays_of_the_paper():
@@ -151,14 +153,6 @@ def test_the_arrays_of_the_paper():
     assert many == {"ft": 3 * (1 + 1 + 9), f"soup-of-0-1-2-{HEADLINE}": 3}, (
         "trainings from zero-shot, and from the soup"
     )
-
-
-def test_circles_and_strangers_are_refused():
-    a, b = PlanNode("a", None, Recipe(), ("b",)), PlanNode("b", None, Recipe(), ("a",))
-    with pytest.raises(ValueError, match="a, b wait for each other"):
-        in_order([a, b])
-    with pytest.raises(ValueError, match="a comes after b, which is not in the plan"):
-        in_order([a])
 
 
 # --- the paper's rows -------------------------------------------------------------------------------------------------
@@ -173,7 +167,7 @@ def setup(seeds: tuple[int, ...] = (0, 1, 2), soup: Path | None = None) -> Setup
         return dataclasses.replace(recipe, model=model, method=method, run=run).resolved()
 
     sets = tuple(name for name in IMAGENET if name != "train")
-    return Setup(Path("/out"), recipe_of, Evaluation(shards="/s", sets=sets), "M", "openai", seeds, soup)
+    return Setup(Path("/out"), recipe_of, Evaluation(shards="/s", sets=sets), Model("M", "openai"), seeds, soup)
 
 
 def test_all_rows_of_the_paper_from_one_start():
@@ -214,15 +208,14 @@ def test_all_rows_of_the_paper_from_one_start():
     assert all(found[row] == tuple(f"{row}-eval-s{seed}" for seed in (0, 1, 2)) for row in MASKED)
 
 
-def test_whatever_is_left_out_of_a_tree_line_is_above_it():
-    """overview() hangs each kind under one that it needs: the others have to be among that one's own needs."""
+def test_all_needs_of_a_kind_are_drawn_above_it():
+    """overview() draws each kind below the last one that it needs, which has to depend on the others."""
     for soup in (None, Path("/soup.safetensors")):
         s = setup(soup=soup)
         nodes = paper_plan(choose_rows(None, s), s).nodes
         for node in nodes.values():
             if node.after and not node.name.startswith("soup-of"):
-                deepest = max(node.after, key=lambda name: len(with_needed(nodes, [name])))
-                assert set(node.after) <= with_needed(nodes, [deepest])
+                assert set(node.after) <= with_needed(nodes, [node.after[-1]])
 
 
 def test_a_row_brings_what_it_depends_on_and_nothing_else():
@@ -233,7 +226,7 @@ def test_a_row_brings_what_it_depends_on_and_nothing_else():
 
 
 def test_rows_do_not_depend_on_other_rows_or_seeds():
-    """So that a folder may grow. But for the soup, which has its ingredients in its name."""
+    """So rows and seeds can be added to a folder. The soup is an exception: its name has its seeds."""
     everything = paper_plan(choose_rows(None, setup()), setup()).nodes
     for word in LABELS:
         few = setup((0, 2))
@@ -339,7 +332,7 @@ def status(state: str, **more) -> Status:
         ("requeued", "Dependency", QUEUED),
     ],
 )
-def test_what_a_status_means(state, reason, means):
+def test_node_state(state, reason, means):
     job = SlurmJob("1", "PENDING", "", "", 0, reason, "") if reason else None
     assert node_state(status(state), job) == means
 
@@ -388,22 +381,35 @@ def call(words: list[str], *, check: bool = True, **popen) -> subprocess.Complet
     return done
 
 
+PACE_S = 0.1
+START_PACED = """
+import functools, sys
+pace_s = float(sys.argv.pop(1))
+from launch import reproduce
+from launch.paper import execution
+for name in ("enqueue_all", "run_one_here"):
+    setattr(execution, name, functools.partial(getattr(execution, name), pace_s=pace_s))
+sys.exit(reproduce.main())
+"""
+
+
 def start(words: list[str]) -> subprocess.Popen:
-    """In a process group of its own, not waited for."""
+    """The command in a process group of its own, not waited for. Its runs wait ``PACE_S`` at each step, so that they
+    are interrupted before they finish."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(made.REPO / "launch/reproduce.py"), *words]
+    command = [sys.executable, "-c", START_PACED, str(PACE_S), *words]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(command, start_new_session=True, env=environment, **quiet)
+    return subprocess.Popen(command, cwd=made.REPO, start_new_session=True, env=environment, **quiet)
 
 
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--beta", 3), "--beta cannot be said here"),
-        (("--seed", 3), "--seed cannot be said here"),
+        (("--beta", 3), "--beta cannot be given here"),
+        (("--seed", 3), "--seed cannot be given here"),
         (("--preset", "ft"), "--preset would do nothing"),
         (("--arch", "ViT-B-32"), "--arch and --model both name a model"),
-        (("--seeds", 0, 0), "--seeds names one of them twice"),
+        (("--seeds", 0, 0), "--seeds has a value twice"),
         (("--sets", "val", "nope"), "nope"),
         (("--rows", "soup", "--seeds", 0), "at least two --seeds"),
         (("--soup", "/no/such"), "/no/such"),
@@ -415,18 +421,18 @@ def start(words: list[str]) -> subprocess.Popen:
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_what_cannot_work_is_refused_before_anything_is_there(materials, tmp_path, capsys, more, said):
+def test_invalid_flags_are_refused_and_leave_no_folder(materials, tmp_path, capsys, more, said):
     assert reproduce.main(flags(materials, tmp_path / "out", *HERE, *more)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_without_a_model_it_says_which_there_are(capsys):
+def test_missing_model_is_refused_with_the_choices(capsys):
     assert reproduce.main(["--executor", "local"]) == 2
     assert "--arch is missing: ViT-B-32, ViT-B-16, ViT-L-14" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_the_graph_and_its_cost_and_leaves_nothing(materials, tmp_path, capsys):
+def test_dry_run_shows_the_graph_and_its_cost_and_leaves_no_folder(materials, tmp_path, capsys):
     out = tmp_path / "out"
     words = flags(materials, out, *HERE, "--dry-run", "--epochs", 2, "--rows", "wise-kd", "fd-clean", "--tflops", 0.5)
     assert reproduce.main(words) == 0
@@ -434,13 +440,13 @@ def test_a_dry_run_shows_the_graph_and_its_cost_and_leaves_nothing(materials, tm
     assert (
         said.splitlines()[:7]
         == """\
-zero-shot                     make the head, evaluate  –
-├─ fd-clean × 3               train, 2 epochs          –
-│  └─ fd-clean-eval × 3       evaluate                 –
-└─ ft × 3                     train, 2 epochs          –
-   └─ wise-ft × 3             mix, evaluate            –
-      └─ wise-kd × 3          train, 2 epochs          –
-         └─ wise-kd-eval × 3  evaluate                 –""".splitlines()
+zero-shot                     build the head, evaluate  –
+├─ fd-clean × 3               train, 2 epochs           –
+│  └─ fd-clean-eval × 3       evaluate                  –
+└─ ft × 3                     train, 2 epochs           –
+   └─ wise-ft × 3             mix, evaluate             –
+      └─ wise-kd × 3          train, 2 epochs           –
+         └─ wise-kd-eval × 3  evaluate                  –""".splitlines()
     )
     assert f"0 of 19 jobs done, in {out}" in said and "Would submit 19 jobs" in said
     assert "Trains on 48 images; 9 are held out (holdout). Rows are of each run's checkpoint that is best on" in said
@@ -450,14 +456,14 @@ zero-shot                     make the head, evaluate  –
     training = 3 * (96 * (2.8 + 3.73 + 8.45) + 3 * 18) * flops / 0.5e12 / 3600
     total = training + 10 * 96 * flops / 0.5e12 / 3600
     assert f"About {total:.2g} hours of a rank, of which {total:.2g} are left ({training:.2g} of them training)" in said
-    assert "0.5 TFLOP/s of each rank (--tflops)" in said
+    assert "0.5 TFLOP/s per rank (--tflops)" in said
     assert not out.exists()
 
 
-def test_the_estimate_says_what_it_rests_on(materials, tmp_path, capsys):
+def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     words = flags(materials, tmp_path / "out", *HERE, "--dry-run", "--rows", "ft", "--seeds", 0)
     assert reproduce.main(words) == 0
-    assert "an assumed 0.1 TFLOP/s of each rank" in capsys.readouterr().out
+    assert "0.1 TFLOP/s per rank (a guess" in capsys.readouterr().out
     run = tmp_path / "out/ft-s0"
     run.mkdir(parents=True)
     (run / "attempts.jsonl").write_text('{"attempt": 1, "device": "cpu", "world_size": 4, "job": "1-0"}\n')
@@ -478,13 +484,13 @@ def test_the_estimate_says_what_it_rests_on(materials, tmp_path, capsys):
 
 @pytest.fixture
 def fake_jobs(materials, monkeypatch):
-    """In place of jobs on this machine: what is done is told, and fails if its name is in ``fails``."""
-    told = SimpleNamespace(done=[], fails=set())
+    """Replaces jobs on this machine. ``done`` lists their names; a job whose name is in ``fails`` fails."""
+    jobs = SimpleNamespace(done=[], fails=set())
 
     def run_one_here(planned, allocation, *, follow):
         name = planned.run.root.name
-        told.done.append(name)
-        if name in told.fails:
+        jobs.done.append(name)
+        if name in jobs.fails:
             planned.run.begin_attempt(job="1-0", from_step=0)
             planned.run.end_attempt("failed: for the test")
             return 1
@@ -513,35 +519,36 @@ def fake_jobs(materials, monkeypatch):
 
     monkeypatch.setattr(execution, "run_one_here", run_one_here)
     monkeypatch.setattr("cfmask.report.bar_chart", lambda rows, path, split: path.write_text(""))
-    return told
+    return jobs
 
 
-def test_one_that_fails_holds_up_only_what_needs_it_and_goes_on_next_time(materials, tmp_path, capsys, fake_jobs):
+def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_path, capsys, fake_jobs):
     words = flags(materials, tmp_path / "out", *HERE, "--rows", "ft", "wise-ft", "fd-clean", "--seeds", 0, 1)
     fake_jobs.fails = {"ft-s1"}
     assert reproduce.main(words) == 1
     said = capsys.readouterr().out
-    assert "ft-eval-s1 is left out: it needs ft-s1" in said and "wise-ft-s1 is left out: it needs ft-s1" in said
+    assert "ft-eval-s1 is skipped: it needs ft-s1" in said and "wise-ft-s1 is skipped: it needs ft-s1" in said
     assert "3 of 11 jobs are not done: ft-s1, ft-eval-s1, wise-ft-s1" in said
     assert len(fake_jobs.done) == 9
-    assert re.search(r"Not there yet: FT \(1 of 2 seeds there\); WiSE-FT, α = 0.5 \(1 of 2 seeds there\)\.", said)
+    assert re.search(r"Missing: FT \(1 of 2 seeds done\); WiSE-FT, α = 0.5 \(1 of 2 seeds done\)\.", said)
     fake_jobs.done, fake_jobs.fails = [], set()
     assert reproduce.main(words) == 0
     assert fake_jobs.done == ["ft-s1", "ft-eval-s1", "wise-ft-s1"]
-    assert "ft-s1 (is failed (failed: for the test): it goes on)" in capsys.readouterr().out
+    assert "ft-s1 (is failed (failed: for the test): resumed)" in capsys.readouterr().out
     fake_jobs.done = []
     assert reproduce.main(words) == 0 and fake_jobs.done == []
     assert "11 of 11 jobs done" in capsys.readouterr().out
 
 
-def test_two_at_once_are_one_after_the_other(materials, tmp_path, capsys, fake_jobs):
+def test_second_command_on_a_plan_is_refused(materials, tmp_path, capsys, fake_jobs, monkeypatch):
+    monkeypatch.setattr(RunFolder, "locked", functools.partialmethod(RunFolder.locked, patience_s=0.1))
     out = tmp_path / "out"
     out.mkdir()
     words = flags(materials, out, *HERE, "--rows", "ft", "--seeds", 0)
     with RunFolder(out).locked("reproduce.py"):
         assert reproduce.main(words) == 2
     said = capsys.readouterr().err
-    assert f"Another reproduce.py is at work in {out} (job reproduce.py, process {os.getpid()}" in said
+    assert f"Another reproduce.py is running in {out} (job reproduce.py, process {os.getpid()}" in said
     assert fake_jobs.done == []
     assert reproduce.main(words) == 0 and len(fake_jobs.done) == 3
 
@@ -561,9 +568,7 @@ def test_rows_and_seeds_may_be_added_and_nothing_else(materials, tmp_path, capsy
         assert f"holds another plan: {said}" in capsys.readouterr().err
 
 
-def test_a_run_that_is_gone_is_not_missed_once_its_row_is_there_and_a_new_one_is_counted_anew(
-    materials, tmp_path, fake_jobs
-):
+def test_run_of_a_finished_row_is_not_needed_and_a_new_one_is_evaluated_again(materials, tmp_path, fake_jobs):
     out = tmp_path / "out"
     words = flags(materials, out, *HERE, "--rows", "ft", "--seeds", 0)
     assert reproduce.main(words) == 0
@@ -573,7 +578,7 @@ def test_a_run_that_is_gone_is_not_missed_once_its_row_is_there_and_a_new_one_is
     assert reproduce.main([*words[: words.index("--rows")], "--rows", "ft", "wise-ft", "--seeds", "0"]) == 0
     assert fake_jobs.done == ["ft-s0", "wise-ft-s0"]
     fake_jobs.done = []
-    assert reproduce.main(words) == 0 and fake_jobs.done == ["ft-eval-s0"], "it was of the model that is gone"
+    assert reproduce.main(words) == 0 and fake_jobs.done == ["ft-eval-s0"], "it used the model that is gone"
 
 
 def test_rows_are_of_the_best_checkpoints_unless_the_last_are_asked_for():
@@ -587,9 +592,7 @@ def test_rows_are_of_the_best_checkpoints_unless_the_last_are_asked_for():
         assert nodes["wise-kd-s0"].work.method.ensemble == "/out/wise-ft-s0/model.safetensors"
 
 
-def test_the_choice_of_checkpoints_is_said_and_kept_and_a_plan_of_before_keeps_the_last(
-    materials, tmp_path, capsys, fake_jobs
-):
+def test_choice_of_checkpoints_is_recorded_and_plans_without_one_use_the_last(materials, tmp_path, capsys, fake_jobs):
     rows = ("--rows", "ft", "wise-ft", "--seeds", 0)
     best = flags(materials, tmp_path / "best", *HERE, *rows)
     assert reproduce.main(best) == 0
@@ -600,7 +603,7 @@ def test_the_choice_of_checkpoints_is_said_and_kept_and_a_plan_of_before_keeps_t
     assert RunFolder(tmp_path / "best/ft-s0").recipe().data.eval_sets == ("holdout",)
     assert reproduce.main([*best, "--checkpoint", "last"]) == 2
     assert "holds another plan: checkpoint: best → last" in capsys.readouterr().err
-    # A plan of a version that knew no choice and evaluated nothing while it trained.
+    # A plan of a version without the choice, which did not evaluate during training.
     out = tmp_path / "before"
     words = flags(materials, out, *HERE, *rows)
     assert reproduce.main([*words, "--checkpoint", "last"]) == 0
@@ -625,7 +628,7 @@ def test_the_zero_shot_row_needs_no_training_set(materials, tmp_path, capsys):
     assert f"There is no folder of shards at {shards / 'train'}" in capsys.readouterr().err
 
 
-def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, tmp_path, capsys):
+def test_missing_holdout_is_refused_without_its_flag(materials, tmp_path, capsys):
     shards = tmp_path / "shards"
     shards.mkdir()
     for name in ("train", "val", "shifted"):
@@ -636,12 +639,12 @@ def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, 
     assert reproduce.main([*words, "--without-holdout"]) == 0
     said = capsys.readouterr()
     assert "Trains on 48 images; none are held out. Rows are of each run's checkpoint that is last." in said.out
-    assert "warning: no set is held out" in said.err
+    assert "warning: No set is held out" in said.err
     assert reproduce.main([*words, "--without-holdout", "--checkpoint", "best"]) == 2
     (tmp_path / "out").mkdir()
     (tmp_path / "out/plan.json").write_text(json.dumps({"checkpoint": "best"}))
     assert reproduce.main([*words, "--without-holdout"]) == 2
-    assert "The plan that was begun with --checkpoint best and --without-holdout contradict" in capsys.readouterr().err
+    assert "The plan's --checkpoint best and --without-holdout contradict" in capsys.readouterr().err
     (tmp_path / "out/plan.json").unlink()
     (shards / "objectnet").symlink_to(materials / "shards/val")
     chosen = ["--eval-sets", "objectnet", "--best-on", "objectnet"]
@@ -650,7 +653,7 @@ def test_without_a_holdout_nothing_is_planned_unless_it_is_asked_for(materials, 
     assert reproduce.main([*words, *chosen, "--select-on-test-set"]) == 0
 
 
-def test_a_run_keeps_no_checkpoint_by_a_test_set_without_a_word(materials, tmp_path, capsys):
+def test_choosing_checkpoints_on_a_test_set_needs_a_flag(materials, tmp_path, capsys):
     shards = tmp_path / "shards"
     shards.mkdir()
     for name, target in (("train", "train"), ("objectnet", "val")):
@@ -664,9 +667,9 @@ def test_a_run_keeps_no_checkpoint_by_a_test_set_without_a_word(materials, tmp_p
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
     arguments = submit_parser().parse_args(words)
     file = SimpleNamespace(values={}, path=None, environment={}, image=None)
-    [planned] = training.plan(arguments, file, resolve_allocation(arguments, file))
+    [planned] = training.plan_runs(arguments, file, resolve_allocation(arguments, file))
     planned.run.claim(planned.work)
-    assert submit_main(words) == 0, "a run that was begun so goes on"
+    assert submit_main(words) == 0, "a run with the flag is resumed without it"
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
 
 
@@ -687,16 +690,16 @@ def test_a_soup_of_another_program_becomes_a_model_file(materials, tmp_path, fak
     assert RunFolder(out / f"soup-{HEADLINE}-s0").recipe().model.pretrained == str(out / "soup.safetensors")
 
 
-def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(materials, tmp_path):
+def test_killed_plan_is_resumed_and_ends_with_the_table(materials, tmp_path):
     out = tmp_path / "out"
-    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 40)
-    first = start([*words, "--checkpoint-steps", "20"])
-    made.wait_for(out / "ft-s0", lambda: (RunFolder(out / "ft-s0").logged_step() or 0) > 30, "the run trains")
+    words = flags(materials, out, "--executor", "local", "--rows", "zero-shot", "ft", "--seeds", 0, "--epochs", 12)
+    first = start([*words, "--checkpoint-steps", "2"])
+    made.wait_for(out / "ft-s0", lambda: (RunFolder(out / "ft-s0").logged_step() or 0) > 5, "the run trains")
     made.kill_all(first)
     assert not (out / "ft-s0/results.json").exists(), "it was in the middle"
     zero = (out / "zero-shot/results.json").stat().st_mtime_ns
-    said = call([*words, "--checkpoint-steps", "20"]).stdout
-    assert "1 of 2: ft-s0 (is dead (killed without notice): it goes on)" in said
+    said = call([*words, "--checkpoint-steps", "2"]).stdout
+    assert "1 of 2: ft-s0 (is dead (killed without notice): resumed)" in said
     assert (out / "zero-shot/results.json").stat().st_mtime_ns == zero
     assert [line["from_step"] > 0 for line in read_lines(out / "ft-s0/attempts.jsonl")] == [False, True]
     table = (out / "table.md").read_text()
@@ -712,13 +715,13 @@ def test_a_small_plan_killed_in_the_middle_goes_on_and_ends_with_the_table(mater
     assert f"FT: best on holdout, step {best.step}" in table
     [origin] = json.loads((out / "ft-eval-s0/results.json").read_text())["checkpoints"]
     assert (origin["file"], origin["step"], origin["top1"]) == (str(best.model), best.step, best.top1)
-    # An evaluation goes on like any run.
+    # An evaluation is resumed like any run.
     (out / "ft-eval-s0/results.json").unlink()
     made.submit("--resume", out / "ft-eval-s0", "--executor", "local")
     assert (out / "ft-eval-s0/results.json").exists()
 
 
-def test_published_numbers_stand_beside_ours():
+def test_published_rows():
     from cfmask import report
 
     known = published_rows(report.PUBLISHED["ViT-B-16"])
@@ -731,8 +734,15 @@ def test_published_numbers_stand_beside_ours():
 ON_ONE_NODE = ("--gpus-per-node", 0, "--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
 
 
+@pytest.fixture
+def paced(monkeypatch):
+    """Runs that are submitted by this process wait at each step, as those of ``start``, and are followed closely."""
+    monkeypatch.setattr(execution, "enqueue_all", functools.partial(execution.enqueue_all, pace_s=PACE_S))
+    monkeypatch.setattr(progress, "_POLL_S", 1)
+
+
 def submits(words: list[str], capsys) -> tuple[dict[str, str], str]:
-    """The command, in this process: the jobs that it submits by node, and all that it says."""
+    """The command, in this process: the jobs that it submits by node, and its output."""
     capsys.readouterr()
     assert reproduce.main(words) == 0
     said = capsys.readouterr().out
@@ -744,14 +754,14 @@ def all_finished(out: Path, names: list[str]) -> bool:
 
 
 @pytest.mark.slurm
-def test_a_plan_of_dependent_jobs_survives_a_requeue_and_the_loss_of_who_submitted_it(
-    slurm_cluster: Cluster, materials, tmp_path, capsys
+def test_plan_of_dependent_jobs_survives_a_requeue_and_a_kill_of_the_command(
+    slurm_cluster: Cluster, materials, tmp_path, capsys, paced
 ):
     out = tmp_path / "out"
-    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 120)
-    words += ["--checkpoint-steps", "20"]
+    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 20)
+    words += ["--checkpoint-steps", "5"]
     names = ["zero-shot", "ft-s0", "ft-eval-s0", "wise-ft-s0"]
-    # Killed while it submits: what it has submitted stays, and the same command adds the others.
+    # Killed during submission: submitted jobs stay, and the same command adds the others.
     first = start(words)
     wait_until(lambda: list(out.glob("zero-shot/jobs/submissions.jsonl")) != [], "one is submitted")
     made.kill_all(first)
@@ -761,24 +771,24 @@ def test_a_plan_of_dependent_jobs_survives_a_requeue_and_the_loss_of_who_submitt
     jobs |= {name: read_lines(out / name / "jobs/submissions.jsonl")[0]["job"] for name in there}
     assert f"afterok:{jobs['ft-s0']}(" in slurm_cluster.job(jobs["wise-ft-s0"])["Dependency"]
     assert submits(words, capsys)[0] == {}, "nothing twice"
-    # A job that comes back keeps its number: those that wait for it go on waiting.
-    made.wait_for_step(out / "ft-s0", 25)
+    # A requeued job keeps its id, and its dependents keep waiting.
+    made.wait_for_step(out / "ft-s0", 8)
     slurm_cluster.call("scontrol", "requeue", jobs["ft-s0"])
     slurm_cluster.start_again_now(jobs["ft-s0"])
     wait_until(lambda: all_finished(out, names), "the plan is done")
     assert [len(read_lines(out / name / "jobs/submissions.jsonl")) for name in names] == [1] * len(names)
     attempts = read_lines(out / "ft-s0/attempts.jsonl")
-    assert len(attempts) == 2 and attempts[1]["from_step"] >= 20
+    assert len(attempts) == 2 and attempts[1]["from_step"] >= 5
     more, said = submits(words, capsys)
     assert more == {} and "4 of 4 jobs done" in said and "| WiSE-FT, α = 0.5" in said
 
 
 @pytest.mark.slurm
-def test_two_at_once_submit_each_job_once_and_what_waits_for_one_that_fails_is_submitted_with_it_again(
-    slurm_cluster: Cluster, materials, tmp_path, capsys
+def test_concurrent_commands_submit_each_job_once_and_dependents_of_a_failed_job_are_submitted_again(
+    slurm_cluster: Cluster, materials, tmp_path, capsys, paced
 ):
     out = tmp_path / "out"
-    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 120)
+    words = flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "wise-ft", "--seeds", 0, "--epochs", 20)
     both = [start(words) for _ in range(2)]
     codes = [each.wait(timeout=300) for each in both]
     assert 0 in codes and set(codes) <= {0, 2}
@@ -794,12 +804,12 @@ def test_two_at_once_submit_each_job_once_and_what_waits_for_one_that_fails_is_s
     more, said = submits([*words, "--follow"], capsys)
     assert list(more) == ["ft-s0", "ft-eval-s0", "wise-ft-s0"] and not set(more.values()) & set(jobs.values())
     assert "ft-s0 is stopped (stopped at step" in said
-    assert "4 of 4 jobs done" in said and "| FT " in said, "it stayed until all was done"
+    assert "4 of 4 jobs done" in said and "| FT " in said, "--follow returns when all is done"
     assert read_lines(out / "ft-s0/attempts.jsonl")[1]["from_step"] > 0
 
 
 @pytest.mark.slurm
-def test_what_slurm_does_not_take_is_said_and_nothing_is_left(slurm_cluster: Cluster, materials, tmp_path, capsys):
+def test_rejection_by_slurm_leaves_no_run_folder(slurm_cluster: Cluster, materials, tmp_path, capsys):
     out = tmp_path / "out"
     assert reproduce.main(flags(materials, out, *ON_ONE_NODE, "--rows", "ft", "--partition", "nope")) == 2
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A run that is killed, torn or preempted ends with the weights of one that was left alone, bit for bit."""
+"""A run that is killed, damaged or preempted ends with weights that are bitwise identical to an undisturbed run's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launch.submission import training
 from launch.submission.recipe_arguments import recipe_from
 
 STEPS = 18  # 3 epochs of 6
-PACE_S = 0.1  # a step of a run that is disturbed: it must not finish before
+PACE_S = 0.1  # per step of a disturbed run, so that it does not finish too early
 BY_FOUR = ("--tasks-per-node", 4, "--loader-workers", 0)
 
 
@@ -45,7 +45,7 @@ def flags(materials: Path, run: Path, *more: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def undisturbed(materials, tmp_path_factory) -> Path:
-    """Its ranks import packages that those of the runs it is compared with do without: nothing depends on that."""
+    """An undisturbed run, whose ranks import more packages than those of the other runs. Nothing depends on that."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     made.submit(*flags(materials, run), env={"PYTHONPATH": made.path_of_all_imports()})
     return run
@@ -65,11 +65,11 @@ def assert_same_end(run: Path, other: Path) -> None:
         for name in ours:
             assert torch.equal(ours[name], theirs[name]), f"{name} of {file} differs"
     losses = [[(x["step"], x["loss"]) for x in read_lines(r / "log.jsonl") if "loss" in x] for r in (run, other)]
-    assert losses[0] == losses[1], "the log is not the history of the weights"
+    assert losses[0] == losses[1], "the log does not match the weights"
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """The loss as TensorBoard shows it."""
+    """The loss curve in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -81,12 +81,12 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     while time.monotonic() < deadline:
         if any(line["step"] >= step for line in read_lines(run / "log.jsonl")):
             return
-        assert process.poll() is None, "the run ended before it could be disturbed"
+        assert process.poll() is None, "the run has ended before the disturbance"
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
 
 
-def test_killed_before_any_checkpoint_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path):
+def test_a_kill_before_any_checkpoint_and_a_restart_end_bitwise_identical(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 2, process)
@@ -96,7 +96,7 @@ def test_killed_before_any_checkpoint_and_started_again_ends_bit_identical(mater
     assert curve(run) == curve(undisturbed)
 
 
-def test_killed_twice_with_a_torn_checkpoint_and_started_again_ends_bit_identical(materials, undisturbed, tmp_path):
+def test_two_kills_and_a_damaged_checkpoint_end_bitwise_identical(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     for step in (5, 13):
         process = made.start(*flags(materials, run), pace_s=PACE_S)
@@ -116,7 +116,7 @@ def test_killed_twice_with_a_torn_checkpoint_and_started_again_ends_bit_identica
     assert attempts[2]["from_step"] < int(newest.name.removeprefix("step-"))
 
 
-def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(materials, undisturbed, tmp_path):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_and_a_requeue(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 7, process)
@@ -128,8 +128,8 @@ def test_a_preempted_rank_takes_all_to_a_checkpoint_and_the_job_comes_back(mater
     assert_same_end(run, undisturbed)
 
 
-def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypatch):
-    """Nobody sends a signal: a job whose limit is near stops and comes back, over as many starts as it takes."""
+def test_the_time_limit_stops_a_run_without_a_signal(materials, tmp_path, monkeypatch):
+    """Without a signal, a job that nears its time limit stops and is requeued, several times."""
     run = RunFolder(tmp_path / "run")
     arguments = submit.parser().parse_args(
         list(map(str, flags(materials, run.root, "--tasks-per-node", 1, "--epochs", 1)))
@@ -145,7 +145,7 @@ def test_the_time_limit_is_seen_by_the_clock_alone(materials, tmp_path, monkeypa
     assert whys and all(re.fullmatch(r"stopped at step \d+ \(requeue\), at the time limit", why) for why in whys)
 
 
-def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, undisturbed, tmp_path):
+def test_a_terminated_run_leaves_a_checkpoint_of_its_step(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     process = made.start(*flags(materials, run), pace_s=PACE_S)
     wait_for_step(run, 6, process)
@@ -159,14 +159,14 @@ def test_terminated_run_leaves_a_checkpoint_of_the_step_it_was_at(materials, und
     assert_same_end(run, undisturbed)
 
 
-def test_the_same_command_after_the_end_changes_nothing(materials, undisturbed):
+def test_repeating_the_command_of_a_finished_run_changes_nothing(materials, undisturbed):
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
     done = made.submit(*flags(materials, undisturbed))
     assert "is finished" in done.stdout
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*.safetensors")}
 
 
-def test_another_world_size_trains_the_same_batches_to_the_same_loss(undisturbed, undisturbed_by_four):
+def test_another_world_size_trains_on_the_same_batches(undisturbed, undisturbed_by_four):
     runs = (undisturbed_by_four, undisturbed)
     ours, theirs = ([x["loss"] for x in read_lines(run / "log.jsonl") if "loss" in x] for run in runs)
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-3, atol=1e-4)
@@ -174,7 +174,7 @@ def test_another_world_size_trains_the_same_batches_to_the_same_loss(undisturbed
     assert ours[0] == pytest.approx(theirs[0], rel=1e-6)
 
 
-def test_four_ranks_killed_end_bit_identical_too(materials, undisturbed_by_four, tmp_path):
+def test_four_killed_ranks_end_bitwise_identical(materials, undisturbed_by_four, tmp_path):
     """With more than two ranks the order in which an all-reduce adds depends on DDP's buckets."""
     killed = tmp_path / "killed"
     process = made.start(*flags(materials, killed, *BY_FOUR), pace_s=PACE_S)
@@ -184,7 +184,7 @@ def test_four_ranks_killed_end_bit_identical_too(materials, undisturbed_by_four,
     assert_same_end(killed, undisturbed_by_four)
 
 
-def test_a_run_killed_between_checkpoints_by_the_clock_ends_bit_identical(materials, undisturbed, tmp_path):
+def test_a_kill_between_checkpoints_by_minutes_ends_bitwise_identical(materials, undisturbed, tmp_path):
     run = tmp_path / "run"
     more = ("--checkpoint-steps", 999, "--checkpoint-minutes", 1e-9)
     process = made.start(*flags(materials, run, *more), pace_s=PACE_S)

@@ -9,11 +9,12 @@ import pytest
 import submitit
 
 import made
-from cfmask.distributed import CalledOff, DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.rendezvous import CalledOff
 from cfmask.session import FINISHED, QUIT
 from launch.ranks import rank
 from launch.restarts.of_run import restarts_of, saved_progress
@@ -76,7 +77,7 @@ def test_a_start_of_a_finished_run_is_called_off_and_not_recorded(materials, tmp
     with pytest.raises(CalledOff, match="is finished") as called_off:
         rank._check_start(run, DistributedContext(attempt="12-1"), restarts_of(run, job(1)))
     assert not called_off.value.failed and not run.attempts.exists()
-    assert json.loads((run.root / "meeting/12-1.json").read_text())["failed"] is False
+    assert json.loads((run.root / "rendezvous/12-1.json").read_text())["failed"] is False
 
 
 def test_a_start_beyond_the_budget_is_called_off_and_says_why(materials, tmp_path, job):

@@ -1,4 +1,4 @@
-"""What a running job writes where it cannot, and what a killed one has left."""
+"""Writes on full disks, and the files that killed processes leave."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from pathlib import Path
 import pytest
 
 from cfmask.errors import UserError
-from cfmask.files import aside_of, digest_of_tensors, sole_writer, write_atomically, written_aside
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import aside_of, sole_writer, write_atomically, written_aside
 from cfmask.runtime.jsonl import JsonLines, read_lines
 from cfmask.runtime.machine import this_machine
+from cfmask.runtime.tensor_files import digest_of_tensors
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 def full_disk(monkeypatch, *names: str) -> None:
-    """Files of these names cannot be written to."""
+    """Let writes to files of these names fail."""
     import cfmask.runtime.attempts
     import cfmask.runtime.jsonl
 
-    real_append, real_write = cfmask.runtime.jsonl.append_lines, cfmask.files.write_atomically
+    real_append, real_write = cfmask.runtime.jsonl.append_lines, cfmask.runtime.files.write_atomically
 
     def refuse(real):
         def write(path, *rest):
@@ -40,7 +41,7 @@ def full_disk(monkeypatch, *names: str) -> None:
     monkeypatch.setattr(cfmask.runtime.attempts, "write_atomically", refuse(real_write))
 
 
-def test_a_start_that_cannot_be_recorded_goes_on_and_is_recorded_later(tmp_path, capsys):
+def test_a_start_that_cannot_be_recorded_continues_and_is_recorded_later(tmp_path, capsys):
     run = RunFolder(tmp_path)
     run.begin_attempt(job="1-0", from_step=0)
     run.end_attempt("stopped at step 7 (requeue)")
@@ -48,7 +49,7 @@ def test_a_start_that_cannot_be_recorded_goes_on_and_is_recorded_later(tmp_path,
         full_disk(patch, "attempts.jsonl", "ended.json")
         attempts = run.begin_attempt(job="1-1", from_step=7)
         run.end_attempt("stopped at step 9 (requeue)")
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert f"{run.attempts} cannot be written (No space left on device)" in said
     assert "stopped at step 9 (requeue)" in said
     attempts.write()
@@ -56,7 +57,7 @@ def test_a_start_that_cannot_be_recorded_goes_on_and_is_recorded_later(tmp_path,
     assert read_lines(run.attempts)[-1]["why_last_ended"] == "stopped at step 7 (requeue)"
 
 
-def test_lines_wait_for_room(tmp_path):
+def test_lines_are_kept_while_the_disk_is_full(tmp_path):
     lines = JsonLines(tmp_path / "bad_samples.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         full_disk(patch, "bad_samples.jsonl")
@@ -68,7 +69,7 @@ def test_lines_wait_for_room(tmp_path):
     assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3] and not lines.pending
 
 
-def test_a_log_on_a_full_disk_does_not_end_a_process():
+def test_lost_output_does_not_end_a_process():
     code = """
 import sys
 from cfmask.runtime.output import tolerate_lost_output
@@ -89,7 +90,7 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_who_holds_the_folder_next_removes_what_killed_processes_left(tmp_path):
+def test_the_next_holder_removes_temporary_files_of_killed_processes(tmp_path):
     run = RunFolder(tmp_path)
     here, pid = this_machine(), dead_process()
     left = [
@@ -118,7 +119,7 @@ def test_who_holds_the_folder_next_removes_what_killed_processes_left(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_what_killed_processes_left_in_a_finished_folder_goes_with_the_next_command(tmp_path, finished):
+def test_tidy_removes_leftovers_of_finished_runs(tmp_path, finished):
     run = RunFolder(tmp_path)
     (tmp_path / "jobs").mkdir()
     (tmp_path / ".claims").mkdir()
@@ -132,11 +133,11 @@ def test_what_killed_processes_left_in_a_finished_folder_goes_with_the_next_comm
     assert [path.exists() for path in (*left, stay)] == [not finished] * len(left) + [True]
 
 
-def test_one_process_writes_into_a_folder_and_a_killed_one_is_followed_at_once(tmp_path):
+def test_a_folder_has_a_sole_writer_until_it_is_killed(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from cfmask.files import sole_writer
+from cfmask.runtime.files import sole_writer
 with sole_writer(Path({str(tmp_path / "set")!r})):
     print("held", flush=True)
     sys.stdin.read()
@@ -152,8 +153,8 @@ with sole_writer(Path({str(tmp_path / "set")!r})):
         pass
 
 
-def test_no_lock_needs_flock(tmp_path, monkeypatch):
-    """As on a Lustre that is mounted without it."""
+def test_locks_work_without_flock(tmp_path, monkeypatch):
+    """As on a Lustre file system that is mounted without flock."""
 
     def missing(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -168,14 +169,14 @@ def test_no_lock_needs_flock(tmp_path, monkeypatch):
         pass
 
 
-def test_an_error_leaves_nothing_of_what_was_written_aside(tmp_path):
+def test_written_aside_removes_its_files_after_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), written_aside(tmp_path / "model.pt") as aside:
         aside.write_text("half")
         raise ZeroDivisionError
     assert os.listdir(tmp_path) == []
 
 
-def test_names_of_temporary_files_differ_between_threads_and_containers(tmp_path):
+def test_names_of_temporary_files_are_unique(tmp_path):
     names = {aside_of(tmp_path / "a") for _ in range(100)}
     assert len(names) == 100
     write_atomically(tmp_path / "a", json.dumps(1))

@@ -1,4 +1,4 @@
-"""The run folder: who holds it, what is written down about starts and ends, and the mark of a cancelled run."""
+"""The run folder: its lock, the records of starts and ends, and the mark of a cancelled run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfmask.runtime.machine import process_runs, started_at, this_machine
 
 REPO = Path(__file__).resolve().parents[1]
 
-# Holds the folder in argv[1], beating every argv[2] s, until its standard input ends.
+# Holds the folder in argv[1], with a heartbeat every argv[2] s, until its standard input ends.
 HOLDER = """
 import sys
 from pathlib import Path
@@ -36,7 +36,7 @@ print("left", flush=True)
 
 def start_holder(root: Path, heartbeat_s: float = 0.05) -> subprocess.Popen:
     command = [sys.executable, "-c", HOLDER, str(root), str(heartbeat_s)]
-    holder = subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(command, cwd=REPO, stdin=-1, stdout=-1, stderr=subprocess.STDOUT, text=True)
     assert holder.stdout.readline() == "held\n"
     return holder
 
@@ -52,7 +52,7 @@ def owner_file(run: RunFolder) -> Path:
 
 
 def put_owner_elsewhere(run: RunFolder) -> Path:
-    """As if a process on another node held the folder."""
+    """Let a process on another node hold the folder."""
     with run.locked():
         pass
     return owner_file(run).rename(run.root / ".owner" / "n17,another machine,4711,12-0,0a1b2c3d")
@@ -61,7 +61,7 @@ def put_owner_elsewhere(run: RunFolder) -> Path:
 # --- one job on one folder ----------------------------------------------------------------------------------------
 
 
-def test_the_folder_is_free_before_and_after(run):
+def test_the_lock_is_free_before_and_after(run):
     assert run.owner() is None
     for _ in range(2):
         with run.locked("12-3"):
@@ -71,22 +71,22 @@ def test_the_folder_is_free_before_and_after(run):
         assert run.owner() is None
 
 
-def test_it_is_free_after_an_exception(run):
+def test_the_lock_is_free_after_an_exception(run):
     with pytest.raises(ZeroDivisionError), run.locked():
         raise ZeroDivisionError
     assert run.owner() is None
 
 
-def test_a_second_job_is_refused_and_told_by_whom_and_when_it_was_heard_of(run):
+def test_a_second_job_is_refused_with_the_owner_and_its_heartbeat(run):
     holder = start_holder(run.root)
     with pytest.raises(UserError) as refusal, run.locked(patience_s=0.2):
         pass
-    said = rf"\(job 7-0, process {holder.pid} on {os.uname().nodename}; last heard of \d+ s ago\)"
+    said = rf"\(job 7-0, process {holder.pid} on {os.uname().nodename}; last heartbeat \d+ s ago\)"
     assert re.search(said, str(refusal.value))
-    assert holder.communicate("")[0] == "left\n", "the holder has noticed nothing"
+    assert holder.communicate("")[0] == "left\n", "the holder is undisturbed"
 
 
-def test_a_job_that_is_just_dying_is_waited_for(run):
+def test_a_job_that_is_ending_is_waited_for(run):
     holder = start_holder(run.root)
     holder.stdin.close()
     with run.locked(patience_s=30):
@@ -94,15 +94,15 @@ def test_a_job_that_is_just_dying_is_waited_for(run):
     assert holder.wait() == 0
 
 
-def test_a_killed_owner_on_this_machine_is_followed_at_once(run, capsys):
+def test_the_lock_of_a_killed_local_owner_is_taken_over_at_once(run, capsys):
     holder = start_holder(run.root)
     holder.kill()
-    # Not waited for: a process that its parent has not taken notice of is dead all the same.
+    # The holder is a zombie now, because nobody has waited for it.
     before = time.monotonic()
     with run.locked():
         assert run.owner().pid == os.getpid()
     assert time.monotonic() - before < 30
-    assert f"process {holder.pid} on {os.uname().nodename}, which does not run any more: taken over" in (
+    assert f"taken over from job 7-0, process {holder.pid} on {os.uname().nodename}, which has ended" in (
         capsys.readouterr().out
     )
     assert not process_runs(holder.pid)
@@ -110,15 +110,15 @@ def test_a_killed_owner_on_this_machine_is_followed_at_once(run, capsys):
     assert not process_runs(holder.pid)
 
 
-def test_an_owner_elsewhere_that_is_silent_is_followed_after_the_limit(run, capsys):
+def test_the_lock_of_a_silent_remote_owner_is_taken_over_after_the_limit(run, capsys):
     put_owner_elsewhere(run)
     before = time.monotonic()
     with run.locked(dead_after_s=1.5, patience_s=0):
-        assert time.monotonic() - before > 1, "it may be alive: it is waited for"
-    assert "job 12-0, process 4711 on n17, which was not heard of for" in capsys.readouterr().out
+        assert time.monotonic() - before > 1, "it may be alive"
+    assert "taken over from job 12-0, process 4711 on n17, which has had no heartbeat for" in capsys.readouterr().out
 
 
-def test_the_age_that_people_are_told_is_by_the_clock_of_the_file_system(run, monkeypatch):
+def test_the_age_of_a_heartbeat_is_by_the_file_systems_clock(run, monkeypatch):
     file = put_owner_elsewhere(run)
     monkeypatch.setattr("time.time", lambda: 4e9)
     assert run.owner().age_s < 30
@@ -127,17 +127,17 @@ def test_the_age_that_people_are_told_is_by_the_clock_of_the_file_system(run, mo
 
 
 @pytest.mark.parametrize("stamp", [1e9, 4e9], ids=["behind", "ahead"])
-def test_an_owner_whose_clock_is_wrong_is_given_the_time_to_let_hear_of_itself(run, stamp):
+def test_an_owner_with_a_wrong_clock_is_observed_for_the_whole_limit(run, stamp):
     file = put_owner_elsewhere(run)
     os.utime(file, (stamp, stamp))
     before = time.monotonic()
     with run.locked(dead_after_s=1.5, patience_s=0):
-        assert time.monotonic() - before > 1.4, "its time stamp says nothing"
+        assert time.monotonic() - before > 1.4, "its time stamp must not be used"
 
 
 @pytest.mark.parametrize("step", [0.0, 1.0, -1.0], ids=["standing", "forwards", "backwards"])
-def test_a_heartbeat_that_changes_is_alive_whatever_it_says(run, step):
-    """The owner's clock is ten years behind, and stands or is set back at every heartbeat."""
+def test_a_changing_heartbeat_is_alive_at_any_time_stamp(run, step):
+    """The owner's clock is ten years behind, and stands still, advances, or goes back at every heartbeat."""
     file = put_owner_elsewhere(run)
     stop = threading.Event()
 
@@ -158,17 +158,17 @@ def test_a_heartbeat_that_changes_is_alive_whatever_it_says(run, step):
     assert owner_file(run) == file
 
 
-def test_a_later_process_with_the_owners_number_is_not_the_owner(run, capsys):
+def test_a_later_process_with_the_owners_pid_is_not_the_owner(run, capsys):
     with run.locked():
         pass
     here = f"{os.uname().nodename},{this_machine()},{os.getpid()},7-0,0a1b2c3d.{started_at(os.getpid()) - 100}"
     owner_file(run).rename(run.root / ".owner" / here)
     with run.locked(patience_s=0):
         pass
-    assert "does not run any more: taken over" in capsys.readouterr().out
+    assert "which has ended" in capsys.readouterr().out
 
 
-def test_a_file_system_that_is_away_does_not_end_the_holder(run):
+def test_an_unavailable_file_system_does_not_end_the_holder(run):
     away = run.root.with_name("away")
     with run.locked(heartbeat_s=0.05):
         run.root.rename(away)
@@ -178,7 +178,7 @@ def test_a_file_system_that_is_away_does_not_end_the_holder(run):
         assert run.owner().pid == os.getpid()
 
 
-def test_an_owner_elsewhere_that_lets_hear_of_itself_is_left_alone(run):
+def test_a_remote_owner_with_a_heartbeat_keeps_its_lock(run):
     file = put_owner_elsewhere(run)
     beats = subprocess.Popen(["sh", "-c", f"while touch -c '{file}'; do sleep 0.1; done"])
     try:
@@ -190,7 +190,7 @@ def test_an_owner_elsewhere_that_lets_hear_of_itself_is_left_alone(run):
     assert owner_file(run) == file
 
 
-def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
+def test_a_suspended_owner_loses_its_lock_and_ends(run):
     holder = start_holder(run.root)
     os.kill(holder.pid, signal.SIGSTOP)
     with run.locked(dead_after_s=1, patience_s=30):
@@ -198,7 +198,7 @@ def test_a_suspended_owner_is_followed_and_ends_when_it_wakes(run):
         assert holder.wait(timeout=300) == 1
         assert run.owner().pid == os.getpid()
     said = holder.stdout.read()
-    assert f"has gone to process {os.getpid()} on" in said and "left" not in said
+    assert f"taken over by process {os.getpid()} on" in said and "left" not in said
 
 
 def _contend(root: Path, ready, done, won) -> None:
@@ -212,7 +212,7 @@ def _contend(root: Path, ready, done, won) -> None:
 
 
 @pytest.mark.parametrize("before", ["never held", "free", "owner killed", "owner silent elsewhere"])
-def test_of_contenders_at_once_exactly_one_wins(tmp_path, before):
+def test_exactly_one_of_several_contenders_gets_the_lock(tmp_path, before):
     fork = multiprocessing.get_context("fork")
     for attempt in range(3 if before.endswith("elsewhere") else 6):
         run = RunFolder(tmp_path / str(attempt))
@@ -233,13 +233,13 @@ def test_of_contenders_at_once_exactly_one_wins(tmp_path, before):
         for contender in contenders:
             contender.join(timeout=60)
         winner = won.get(timeout=5)
-        assert won.empty(), "two hold the folder"
+        assert won.empty(), "two processes hold the lock"
         assert winner in [contender.pid for contender in contenders]
         assert os.listdir(run.root / ".owner") == ["free"]
-        assert os.listdir(run.root) == [".owner"], "nothing is left lying about"
+        assert os.listdir(run.root) == [".owner"], "temporary files are left"
 
 
-def test_a_folder_that_cannot_be_written_is_a_sentence(run, monkeypatch):
+def test_an_unwritable_folder_is_a_user_error(run, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied", str(run.root))
 
@@ -251,25 +251,25 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(run, monkeypatch):
 # --- starts and ends ----------------------------------------------------------------------------------------------
 
 
-def test_each_start_says_why_and_when_and_where_the_one_before_ended(run):
+def test_each_start_records_the_end_of_the_previous_one(run):
     run.begin_attempt(job="12-0", from_step=0)
     append_lines(run.log, [{"step": 7, "loss": 1.0}])
     run.end_attempt("stopped at step 7 (requeue)")
-    told = run.ended()
-    assert told["why"] == "stopped at step 7 (requeue)"
+    mark = run.ended()
+    assert mark["why"] == "stopped at step 7 (requeue)"
     run.begin_attempt(job="12-1", from_step=7)
     assert run.ended() is None
     append_lines(run.log, [{"step": 9, "loss": 1.0}])
     run.begin_attempt(job="12-2", from_step=7)
     first, second, third = read_lines(run.attempts)
     assert first["why_last_ended"] is None and "last_reached" not in first
-    assert second["why_last_ended"] == told["why"]
-    assert (second["last_ended"], second["last_reached"]) == (told["ended"], 7)
+    assert second["why_last_ended"] == mark["why"]
+    assert (second["last_ended"], second["last_reached"]) == (mark["ended"], 7)
     assert third["why_last_ended"] == "killed without notice"
     assert (third["last_ended"], third["last_reached"]) == (None, 9)
 
 
-def test_killed_between_two_writes_a_start_does_not_inherit_the_end_of_the_one_before(run):
+def test_a_start_does_not_inherit_the_end_of_an_earlier_one(run):
     run.begin_attempt(from_step=0)
     run.end_attempt("stopped at step 7 (requeue)")
     left = (run.root / "ended.json").read_text()
@@ -280,14 +280,14 @@ def test_killed_between_two_writes_a_start_does_not_inherit_the_end_of_the_one_b
     assert read_lines(run.attempts)[-1]["why_last_ended"] == "killed without notice"
 
 
-def test_a_torn_line_does_not_swallow_the_next(run):
+def test_a_truncated_line_stays_separate_from_the_next(run):
     run.begin_attempt(from_step=0)
     run.attempts.write_text(run.attempts.read_text() + '{"attempt": 2, "sta')
     run.begin_attempt(from_step=5)
     assert [line["from_step"] for line in read_lines(run.attempts)] == [0, 5]
 
 
-def test_the_end_of_a_log_is_read_without_the_rest(run):
+def test_the_tail_of_a_log_is_read(run):
     append_lines(run.log, [{"step": step} for step in range(10_000)])
     assert [line["step"] for line in read_lines(run.log, tail=50)] == [9997, 9998, 9999]
     assert run.logged_step() == 9999
@@ -298,14 +298,14 @@ def test_the_end_of_a_log_is_read_without_the_rest(run):
 # --- cancelled ----------------------------------------------------------------------------------------------------
 
 
-def test_the_mark_says_who_and_when_and_can_be_taken_away(run):
+def test_a_cancelled_run_has_a_mark_that_can_be_removed(run):
     assert run.cancelled() is None and run.clear_cancelled() is None
     run.cancel()
-    told = run.cancelled()
-    assert told["by"].endswith(f" on {os.uname().nodename}") and told["when"]
-    (run.root / "cancelled.json").write_text(json.dumps({**told, "by": "ada"}))
+    mark = run.cancelled()
+    assert mark["by"].endswith(f" on {os.uname().nodename}") and mark["when"]
+    (run.root / "cancelled.json").write_text(json.dumps({**mark, "by": "ada"}))
     run.cancel()
-    assert run.cancelled()["by"] == "ada", "the first one's word stays"
+    assert run.cancelled()["by"] == "ada", "the first mark is kept"
     assert run.clear_cancelled()["by"] == "ada"
     assert run.cancelled() is None
 

@@ -1,4 +1,4 @@
-"""A token in a URL or a command is in no error, print, process list or file that others can read."""
+"""Tokens in URLs and commands reach no error, output, process list, or file that others can read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from launch.allocation.resolve import Allocation
 from launch.ranks import supervisor
 from launch.submission import submit as submission
 from launch.submission import training
-from launch.submission.planning import Planned
+from launch.submission.planning import PlannedJob
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -56,7 +56,7 @@ WITHOUT = [
 
 
 @pytest.mark.parametrize("text", WITH_SECRETS)
-def test_secrets_are_masked_and_the_rest_of_the_text_stays(text):
+def test_only_secrets_are_masked(text):
     for shown in (text, json.dumps({"shards": text}), f"{text} cannot be read: it is not there. Check the address."):
         masked = mask_secrets(shown)
         assert SECRET not in masked and "***" in masked and has_secrets(shown)
@@ -65,7 +65,7 @@ def test_secrets_are_masked_and_the_rest_of_the_text_stays(text):
 
 
 @pytest.mark.parametrize("text", WITHOUT)
-def test_what_has_no_secret_is_left_alone(text):
+def test_text_without_secrets_is_unchanged(text):
     assert mask_secrets(text) == text and not has_secrets(text)
 
 
@@ -80,7 +80,7 @@ def test_errors_of_transfers_are_masked(url):
 
 @pytest.fixture
 def slow_server() -> Iterator[str]:
-    """The base URL of a server that answers with "content" after half a second."""
+    """Base URL of a server that answers "content" after half a second."""
 
     class Slow(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -122,7 +122,7 @@ def test_the_process_list_does_not_show_a_url(slow_server):
 
 
 @pytest.mark.parametrize("work", [Recipe(data=Data(shards=WITH_SECRETS[2])), Evaluation(shards=WITH_SECRETS[0])])
-def test_the_file_that_says_what_is_done_is_private_if_a_secret_is_in_it(tmp_path, work):
+def test_a_recipe_with_a_secret_is_private(tmp_path, work):
     run = RunFolder(tmp_path / "x")
     run.claim(work)
     [path] = run.root.glob("*.json")
@@ -152,7 +152,7 @@ def test_submit_prints_no_secret(tmp_path, monkeypatch, capsys):
 
 
 def test_failure_reports_show_no_secret(tmp_path, monkeypatch):
-    """Errors of libraries, which mask nothing."""
+    """Errors of libraries are not masked by themselves."""
     local = {"EXECUTOR": "local", "LOCAL_JOB_ID": "7", "LOCAL_GLOBALID": "0", "LOCAL_LOCALID": "0", "LOCAL_NTASKS": "1"}
     for name, value in {**local, "LOCAL_NODEID": "0", "LOCAL_JOB_NUM_NODES": "1"}.items():
         monkeypatch.setenv(f"SUBMITIT_{name}", value)
@@ -168,6 +168,6 @@ def test_a_dry_run_shows_no_secret_of_the_setup(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submission, "test_only", lambda text: "would start" if SECRET in text else "")
     setup = (f"pip install --index-url {WITH_SECRETS[0]} x",)
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", setup=setup)
-    submission.dry_run([Planned(RunFolder(tmp_path / "x"), Recipe())], allocation)
+    submission.dry_run([PlannedJob(RunFolder(tmp_path / "x"), Recipe())], allocation)
     said = capsys.readouterr().out
     assert SECRET not in said and "--index-url https://***@host/shards x" in said and "would start" in said

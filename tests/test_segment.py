@@ -28,7 +28,7 @@ CATEGORIES = ("person", "bird", "cat", "dog", "grass")
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
-    """Shards of three of ImageNet's classes, 4 images each, 3 a shard, of two sizes."""
+    """Shards of three of ImageNet's classes: 4 images of each, in two sizes, 3 in a shard."""
     root = tmp_path_factory.mktemp("segment")
     rng = np.random.default_rng(0)
     for wnid in WNIDS:
@@ -43,9 +43,9 @@ def scene(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def segmenter(tmp_path_factory) -> Path:
-    """A folder as Mask2Former's on the hub is, with weights that see birds and dogs everywhere: half of the queries
-    each, so that some pixels of every image are some category's."""
-    import transformers  # in tests/requirements.txt: a machine without it has not set up for the tests
+    """A folder like Mask2Former's on the hub. Half of the queries find birds everywhere and half find dogs, so each
+    image has pixels of some category."""
+    import transformers  # in tests/requirements.txt
 
     folder = tmp_path_factory.mktemp("mask2former")
     backbone = transformers.SwinConfig(
@@ -76,7 +76,7 @@ def command(scene: Path, segmenter: Path, out: Path, *flags: object) -> list[str
 
 
 def by_hand(segmenter: Path, image: Path, category: str) -> np.ndarray:
-    """Hugging Face's own way to a panoptic segmentation, for one image."""
+    """Panoptic segmentation of one image, as in Hugging Face's documentation."""
     import transformers
 
     processor = transformers.Mask2FormerImageProcessor.from_pretrained(segmenter)
@@ -103,9 +103,9 @@ def test_masks_are_those_of_the_model_for_the_groups_images_alone(scene, segment
                 continue
             wanted = by_hand(segmenter, scene / f"images/val/{wnid}/{wnid}_{i}.JPEG", category)
             assert found.shape == wanted.shape
-            assert (found == wanted).mean() > 0.999  # batches sum in another order
+            assert (found == wanted).mean() > 0.999  # batches add in another order
             some.append(found.mean())
-    assert 0 < np.mean(some) < 1, "this model tells nothing"
+    assert 0 < np.mean(some) < 1, "this model finds the object nowhere or everywhere"
     assert f"8 masks, {sum(share == 0 for share in some)} of them without" in capsys.readouterr().out
     assert verify_shards.main([str(tmp_path / "val"), "--full"]) == 0
     with ShardReader(manifest) as reader:
@@ -123,7 +123,7 @@ def test_masks_of_shards_are_validated_on(scene, segmenter, tmp_path):
     assert groups["dog"]["images"] == groups["bird"]["images"] == 4
 
 
-def test_stopped_between_shards_it_makes_what_is_missing(scene, segmenter, tmp_path, monkeypatch, capsys):
+def test_after_an_interruption_only_missing_shards_are_made(scene, segmenter, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert segment.main(command(scene, segmenter, whole)) == 0
     one, done = segment.segment_shard, []
@@ -140,13 +140,13 @@ def test_stopped_between_shards_it_makes_what_is_missing(scene, segmenter, tmp_p
     monkeypatch.undo()
     before = (stopped / "val" / done[0]).stat().st_mtime_ns
     assert segment.main(command(scene, segmenter, stopped)) == 0
-    assert "1 of 4 shards are there already" in capsys.readouterr().out
+    assert "1 of 4 shards exist already" in capsys.readouterr().out
     assert (stopped / "val" / done[0]).stat().st_mtime_ns == before
     names = sorted(path.name for path in (whole / "val").iterdir() if path.is_file())
     assert names == sorted(path.name for path in (stopped / "val").iterdir() if path.is_file())
     for name in names:
         assert (whole / "val" / name).read_bytes() == (stopped / "val" / name).read_bytes(), name
-    # Other groups are another plan.
+    # Other groups make another plan.
     assert segment.main(command(scene, segmenter, stopped, "--groups", "dog")) == 2
     assert "shards of another plan" in capsys.readouterr().err
 
@@ -179,8 +179,8 @@ def test_an_array_makes_the_same(slurm_cluster, scene, segmenter, tmp_path):
     assert not list((tmp_path / "jobs").iterdir())
 
 
-def test_a_model_that_cannot_be_had_says_which_files_to_fetch(scene, segmenter, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for a network
+def test_a_model_that_cannot_be_loaded_names_the_files_to_download(scene, segmenter, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no waiting for the network
     empty = tmp_path / "empty"
     empty.mkdir()
     for given in (empty, mask2former.DEFAULT):

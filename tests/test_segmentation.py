@@ -1,4 +1,4 @@
-"""Where masks are read from: PNGs, run-length JSONs, COCO's annotations; and that they stay on their images."""
+"""Masks from PNGs, run-length JSONs and COCO's annotations; they stay aligned with their images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_runs_are_decoded_plain_and_compressed(height, width, share, seed):
     assert np.array_equal(decode_runs(compressed(runs), height, width), mask)
 
 
-def test_a_text_by_pycocotools_is_decoded():
+def test_compressed_runs_of_pycocotools_are_decoded():
     """Of a 25 × 30 mask: a box of rows 5…14 and columns 3…22, and rows 20…23 of column 27."""
     mask = np.zeros((25, 30), bool)
     mask[5:15, 3:23] = True
@@ -82,7 +82,7 @@ def test_invalid_runs_are_refused(counts, reason):
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (91, 64), (64, 64), (33, 32), (250, 333)])
 def test_a_mask_is_cropped_as_its_image_is(height, width):
-    """A mask's crop beside the bicubic crop of the same as an image: they part at edges alone, and none is shifted."""
+    """A mask's crop and the bicubic crop of the same picture differ only at edges, without a shift."""
     y, x = np.mgrid[:height, :width]
     mask = (np.hypot(y - 0.45 * height, x - 0.55 * width) < 0.3 * min(height, width)) | (x < width // 3)
     picture = torch.from_numpy(np.repeat(mask[None] * np.uint8(255), 3, 0))
@@ -124,11 +124,11 @@ def test_a_folder_of_pngs_and_run_length_files_is_read_by_key_folder_and_name(tm
         assert np.array_equal(masks.read(key, "", "dog"), mask)
     assert np.array_equal(masks.read("dog_pic_1", "dog/pic_1.jpg", "dog"), ~mask)
     assert np.array_equal(masks.read("cat_pic_1", "val/cat/pic_1.jpg", "cat"), mask)
-    assert masks.read("bird_pic_1", "bird/pic_1.jpg", "bird") is None  # the bare name is two files'
+    assert masks.read("bird_pic_1", "bird/pic_1.jpg", "bird") is None  # two files have this bare name
     assert masks.read("n1_d", "", "dog") is None
 
 
-def test_invalid_masks_are_refused_with_the_reason(tmp_path, mask):
+def test_files_that_are_not_masks_are_refused_with_the_reason(tmp_path, mask):
     save_png(tmp_path / "labels.png", mask + 2 * mask[::-1], 100)
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "colours.png")
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")

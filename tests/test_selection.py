@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfmask.checkpoint_state import MODEL, OPTIMIZER, STATE, CheckpointState, encode
+from cfmask.checkpoint.state import MODEL, OPTIMIZER, STATE, CheckpointState, encode
 from cfmask.data import imagenet
 from cfmask.data.benchmarks import wnids
 from cfmask.data.receipts import DataProgress
@@ -19,7 +19,8 @@ from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
-from cfmask.recipe import PRESETS, Data, Method, Optim, Recipe, preset_of
+from cfmask.presets import PRESETS, preset_of
+from cfmask.recipe import Data, Method, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
 from launch.paper import holdout
 from launch.submission.training import check_best_on
@@ -79,7 +80,7 @@ def test_the_pointer_is_found_from_anywhere_and_belongs_to_the_folder_of_checkpo
     assert find_model(run.root) == run.checkpoints / "step-00000020" / MODEL, "a backup is no checkpoint"
     assert origin_of(run.checkpoints / "step-00000020" / MODEL).chosen == "last"
     (run.root / "archive").mkdir()
-    with pytest.raises(UserError, match="archive/best.json does not lie in the folder checkpoints of a run"):
+    with pytest.raises(UserError, match="archive/best.json is not in the folder checkpoints of a run"):
         find_model(run.root / "archive/best.json")
 
 
@@ -102,7 +103,7 @@ def test_a_score_that_the_log_lacks_is_taken_from_the_checkpoint(tmp_path):
 def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_second_best(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
     (run.checkpoints / "step-00000020").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match=r"step-00000020, is gone.*best on holdout \(80.00 %\).*--checkpoint last"):
+    with pytest.raises(UserError, match=r"step-00000020, is missing.*best on holdout \(80.00 %\).*--checkpoint last"):
         run.best()
 
 

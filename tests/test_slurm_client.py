@@ -125,8 +125,7 @@ class FakeSlurm:
 def fake(tmp_path, monkeypatch) -> FakeSlurm:
     slurm = FakeSlurm(tmp_path / "bin")
     monkeypatch.setenv("PATH", f"{slurm.folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setattr(client, "_ASK_AGAIN_S", 0.05)
-    monkeypatch.setattr(submission, "_ASK_AGAIN_S", 0.05)
+    monkeypatch.setattr(client, "_REPEAT_AFTER_S", 0.05)
     monkeypatch.setattr(submission, "_SETTLES_S", 0.05)
     return slurm
 
@@ -285,6 +284,22 @@ def test_a_cancel_whose_answer_was_lost_is_repeated_only_while_the_job_is_there(
     fake.will("scancel", TIMED_OUT, TIMED_OUT, "true")
     control.cancel("12")
     assert len(fake.calls("scancel")) == 3
+
+
+NOT_NOW = "echo 'scancel: error: Kill job error on job id 12: Job can not be altered now, try again later' >&2; exit 1"
+
+
+@pytest.mark.parametrize("signal", [None, "USR2"])
+def test_a_cancel_that_slurm_puts_off_is_repeated_while_the_job_is_there(fake, signal):
+    """Nothing was done, so the job has to be cancelled again."""
+    fake.will("squeue", QUEUED.format(state="RUNNING", restarts=0))
+    fake.will("scancel", NOT_NOW, NOT_NOW, "true")
+    control.cancel("12", signal=signal)
+    assert len(fake.calls("scancel")) == 3
+    fake.will("scancel", NOT_NOW)
+    with pytest.raises(SlurmUnavailable, match="can not be altered now") as refusal:
+        control.cancel("12", signal=signal, patience_s=0.2)
+    assert not refusal.value.sent
 
 
 def test_a_signal_is_not_repeated_for_a_job_that_has_been_requeued_since(fake):

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
 from cfmask.report import read_results
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation
-from launch.submission.planning import Planned, claim_run_folders
+from launch.submission.planning import PlannedJob, claim_run_folders
 from launch.submission.submit import enqueue
 from launch.submit import parser
 from slurm_fixture import wait_until
@@ -70,7 +70,7 @@ def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, t
     run_evaluation(evaluation, alone, DistributedContext())
 
     flags = ["--executor", "slurm", "--nodes", "2", "--tasks-per-node", "1", "--cpus-per-task", "1", "--time", "30"]
-    planned = Planned(RunFolder(tmp_path / "there"), evaluation)
+    planned = PlannedJob(RunFolder(tmp_path / "there"), evaluation)
     [planned] = claim_run_folders([planned])
     [job] = enqueue([planned], resolve_allocation(parser().parse_args(flags), ClusterFile()), pace_s=0.25)
     run = planned.run

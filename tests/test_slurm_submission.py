@@ -153,7 +153,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
     from launch.allocation.resolve import Allocation
 
     planned = planning.claim_run_folders(
-        [planning.Planned(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
+        [planning.PlannedJob(RunFolder(tmp_path / f"runs/{number}"), Recipe()) for number in range(members)]
     )
     real = JobPaths.move_temporary_file
 
@@ -234,7 +234,7 @@ def test_options_in_the_environment_change_neither_a_job_nor_what_is_known_of_it
     assert [known[key] for key in ("Partition", "TimeLimit", "Requeue", "NumTasks")] == ["low", "00:30:00", "1", "1"]
     assert "SBATCH_PARTITION, SBATCH_TIMELIMIT in the environment: ignored" in first.stderr
     assert f"job {job} on" in first.stdout and known["Dependency"].startswith(f"afterok:{blocker}")
-    assert again.returncode == 2 and f"Job {job} (pending) is there" in again.stderr, again.stdout + again.stderr
+    assert again.returncode == 2 and f"Job {job} (pending) already exists" in again.stderr, again.stdout + again.stderr
     assert "queued" in table and job in table
     assert "wckey" not in (run / f"jobs/{job}_submission.sh").read_text()
     # Where squeue fails, nothing is queued.

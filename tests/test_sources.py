@@ -1,4 +1,4 @@
-"""Sources of conversion: what people download today, and odd files in them. What is left out is counted and listed."""
+"""Sources of a conversion: today's downloads, and unusual files in them. Ignored files are counted and listed."""
 
 import io
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfmask.convert.collection import Request, collect
-from cfmask.convert.sources import blobs
+from cfmask.convert.collection import collect
+from cfmask.convert.request import Request
 from cfmask.convert.sources.listing import DANGLING, HIDDEN, LOOP, Listing
 from cfmask.convert.tables import read_classes, whole_number
-from cfmask.data import imagenet
+from cfmask.data import blobs, imagenet
 from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
 from test_make_shards import contents, convert, picture, refused, samples_of, write_tar, write_tree
@@ -45,13 +45,13 @@ def write_links(tar, links):
 
 
 def listed(source):
-    """What a walk finds {path: bytes}, and what stays out {(name, reason): number}."""
+    """The files that a walk finds {path: bytes}, and those that it ignores {(name, reason): number}."""
     listing = Listing(source, lambda: None)
     found = {}
     for path, blob in ((("/".join(file.parts)), file.blob) for file in listing):
         assert path not in found
         found[path] = blob.read() if hasattr(blob, "file") else blob.why
-    return found, {(issue["name"], issue["issue"]): issue["files"] for issue in listing.stays_out.issues()}
+    return found, {(issue["name"], issue["issue"]): issue["files"] for issue in listing.ignored.issues()}
 
 
 def request(source, kind="folder", **more):
@@ -62,7 +62,7 @@ def labels_in(source, kind="folder", **more):
     """{split: {name: class folder}} of a source."""
     found = collect(request(source, kind, **more))
     return {
-        split: {image.file: image.folder for image in of_split} for split, of_split in found.tree.splits.items()
+        split: {image.file: image.folder for image in of_split} for split, of_split in found.splits.items()
     }, found.classes
 
 
@@ -108,19 +108,19 @@ def test_links_in_folders_and_archives_are_followed_and_dangling_ones_are_listed
     (tree / "train/.hidden").mkdir()
     write_tree(tree, {"train/a/._1.jpg": b"resource fork"})
     os.mkfifo(tree / "train/b/pipe.jpg")
-    found, stays_out = listed(tree)
+    found, ignored = listed(tree)
     assert found == {**FOLLOWED, "train/b/pipe.jpg": "a named pipe"}
-    assert stays_out == {("train/**/.*", HIDDEN): 2, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
+    assert ignored == {("train/**/.*", HIDDEN): 2, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
 
     archive = write_links(write_tar(tmp_path / "set.tar", {**FILES, "train/a/._1.jpg": b"fork"}), LINKS)
     with tarfile.open(archive, "a") as opened:
         pipe = tarfile.TarInfo("train/b/pipe.jpg")
         pipe.type = tarfile.FIFOTYPE
         opened.addfile(pipe)
-    found, stays_out = listed(archive)
+    found, ignored = listed(archive)
     special = "a named pipe, a device or another special file"
     assert found == {**FOLLOWED, "train/b/outside.jpg": DANGLING, "train/b/pipe.jpg": special}
-    assert stays_out == {("train/a/._1.jpg", HIDDEN): 1, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
+    assert ignored == {("train/a/._1.jpg", HIDDEN): 1, ("train/b/up", LOOP): 1, ("gone.txt", DANGLING): 1}
 
     packed = write_zip(tmp_path / "set.zip", FILES)
     with zipfile.ZipFile(packed, "a") as opened:
@@ -133,12 +133,12 @@ def test_links_in_folders_and_archives_are_followed_and_dangling_ones_are_listed
     assert listed(packed)[0] == {**expected, "train/b/outside.jpg": DANGLING}
 
 
-def test_links_to_folders_that_are_not_there_are_refused(tmp_path):
+def test_links_to_missing_folders_are_refused(tmp_path):
     tree = write_tree(tmp_path / "tree", FILES)
     os.symlink("../../pool/dogs", tree / "train/dogs")
     archive = write_links(write_tar(tmp_path / "set.tar", FILES), {"train/dogs": "../../pool/dogs"})
     for source in (tree, archive):
-        with pytest.raises(UserError, match="train/dogs of .* nobody can tell how many images are missing"):
+        with pytest.raises(UserError, match="train/dogs of .* an unknown number of images is missing"):
             listed(source)
 
 
@@ -151,16 +151,14 @@ def test_images_that_are_dangling_links_are_counted_and_listed(tmp_path, capsys)
     write_tree(tree, {"a/notes.txt": b"", ".DS_Store": b""})
     assert convert("folder", tree, tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert (
-        "2 images were left out" in printed and "Stay out (hidden by its name): 1 files, such as .DS_Store" in printed
-    )
+    assert "2 images were left out" in printed and "Ignored (hidden by its name): 1 files, such as .DS_Store" in printed
     manifest = load_manifest(tmp_path / "out" / "train")
     assert manifest.bad_samples == 2 and manifest.num_classes == 3 and manifest.made["ignored"] == 2
     lines = [json.loads(line) for line in (manifest.root / "bad_samples.jsonl").read_text().splitlines()]
     assert lines[1] == {"name": "a/3.jpg", "class": 0, "bytes": 0, "issue": DANGLING, "policy": "left out"}
     assert {(line["name"], line["policy"]) for line in lines} == {
         *(("c/", "class has no images"), ("a/3.jpg", "left out"), ("c/1.jpg", "left out")),
-        *((".DS_Store", "stays out"), ("a/notes.txt", "stays out")),
+        *((".DS_Store", "ignored"), ("a/notes.txt", "ignored")),
     }
     assert set(samples_of(manifest.root)) == set(samples_of(tmp_path / "without" / "train"))
     for path in [*tree.glob("a/[012]*"), *tree.glob("b/*")]:
@@ -168,7 +166,7 @@ def test_images_that_are_dangling_links_are_counted_and_listed(tmp_path, capsys)
     assert "None of the 2 images of the split train" in refused(capsys, "folder", tree, tmp_path / "x")
 
 
-def test_sources_that_are_no_folder_or_archive_are_refused(tmp_path, capsys):
+def test_sources_that_are_neither_folder_nor_archive_are_refused(tmp_path, capsys):
     os.symlink("loop", tmp_path / "loop")
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -187,7 +185,7 @@ def test_sources_that_are_no_folder_or_archive_are_refused(tmp_path, capsys):
 
 
 def encrypted(data):
-    """Set the flag of encryption in the local header and in the directory."""
+    """Set the encryption flag in the local header and in the directory."""
     data = bytearray(data)
     data[6] |= 1
     data[data.index(b"PK\1\2") + 8] |= 1
@@ -200,7 +198,7 @@ def part_of_several(data):
     return bytes(data)
 
 
-def test_archives_that_are_not_whole_or_cannot_be_read_in_place_are_refused(tmp_path, capsys):
+def test_incomplete_archives_and_unreadable_layouts_are_refused(tmp_path, capsys):
     import bz2
     import gzip
     import lzma
@@ -214,8 +212,8 @@ def test_archives_that_are_not_whole_or_cannot_be_read_in_place_are_refused(tmp_
     with tarfile.open(tmp_path / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as archive:
         archive.addfile(sparse, io.BytesIO(bytes(512)))
     for name, data, message in [
-        ("joined.tar", tar + tar, "goes on after its end-of-archive mark"),
-        ("compressed.tar", gzip.compress(tar), "compressed (gzip), whatever its name says"),
+        ("joined.tar", tar + tar, "after its end-of-archive mark"),
+        ("compressed.tar", gzip.compress(tar), "compressed (gzip) by its content"),
         ("compressed.zip", bz2.compress(tar), "compressed (bzip2)"),
         ("compressed", lzma.compress(tar), "compressed (xz)"),
         ("sparse.tar", (tmp_path / "sparse.tar").read_bytes(), "as a sparse file"),
@@ -235,9 +233,9 @@ def test_entries_of_zips_are_read_by_offset_and_checked(tmp_path, compression):
     path = write_zip(tmp_path / "x", files, compression)
     with zipfile.ZipFile(path, "a", compression) as archive, archive.open("large", "w", force_zip64=True) as entry:
         entry.write(b"zip64" * 100)
-    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())  # as a self-extracting archive begins
+    path.write_bytes(b"#!/bin/sh\n" + path.read_bytes())  # like a self-extracting archive
     file = blobs.SourceFile.listed(path)
-    from cfmask.convert.sources import zips
+    from cfmask.data import zips
 
     entries = {entry.name: entry.data for entry in zips.entries(file)}
     assert {name: entry.read() for name, entry in entries.items()} == {**files, "large": b"zip64" * 100}
@@ -281,7 +279,7 @@ def kaggle():
 
 
 def sorted_folders(kaggle):
-    """The same images as torchvision's examples want them."""
+    """The same images in class folders, as torchvision's examples expect them."""
     found = {}
     for name, data in kaggle.items():
         if name.endswith(".JPEG") and "/test/" not in name:
@@ -302,8 +300,8 @@ def test_kaggles_zip_its_folders_and_sorted_folders_give_the_same_shards(kaggle,
             assert contents(tmp_path / f"out{n}" / split) == contents(tmp_path / "out0" / split)
         if source != sources[0]:
             printed = capsys.readouterr().out
-            assert "Stay out (of the test set, which has no labels): 3 files" in printed
-            assert "Stay out (no image by its name): 11 files, such as ILSVRC/Annotations" in printed
+            assert "Ignored (of the test set, which has no labels): 3 files" in printed
+            assert "Ignored (no image by its name): 11 files, such as ILSVRC/Annotations" in printed
             manifest = load_manifest(tmp_path / f"out{n}" / "val")
             assert manifest.made["ignored"] == 14
             lines = (manifest.root / "bad_samples.jsonl").read_text().splitlines()
@@ -311,7 +309,7 @@ def test_kaggles_zip_its_folders_and_sorted_folders_give_the_same_shards(kaggle,
     assert samples_of(tmp_path / "out1/val")["n01440764/ILSVRC2012_val_00000002.JPEG"][0] == 0
 
 
-def test_labels_of_kaggles_validation_set_are_found_in_and_above_a_part_of_its_tree(kaggle, tmp_path):
+def test_labels_of_kaggles_validation_set_are_found_in_and_above_a_subfolder_of_its_tree(kaggle, tmp_path):
     tree = write_tree(tmp_path / "kaggle", kaggle)
     expected = {f"{name}.JPEG": wnid for name, wnid in VAL.items()}
     for part in ("", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC", "ILSVRC/Data/CLS-LOC/val"):
@@ -336,11 +334,11 @@ def test_labels_of_imagenet_that_contradict_each_other_are_refused(kaggle, tmp_p
         ({f"val/{name}_{other}.JPEG": b"", **csv}, f"its name says {other}, LOC_val_solution.csv says {WNIDS[0]}"),
         ({f"val/{WNIDS[0]}/{name}_{other}.JPEG": b""}, f"its folder says {WNIDS[0]}, its name says {other}"),
         ({f"train/{WNIDS[0]}/{other}_1.JPEG": b""}, f"its folder says {WNIDS[0]}, its name says {other}"),
-        ({f"train/{WNIDS[0]}/{name}.JPEG": b""}, "is an image of the split val by its name"),
+        ({f"train/{WNIDS[0]}/{name}.JPEG": b""}, "is that of an image of the split val"),
         ({f"val/{name}.JPEG": b"", f"val/{name}_{WNIDS[0]}.JPEG": b"", **csv}, "holds the validation image 1 twice"),
         (
             {"val/ILSVRC2012_val_00000002.JPEG": b"", **csv},
-            "has no label of val/ILSVRC2012_val_00000002.JPEG",
+            "has no label for val/ILSVRC2012_val_00000002.JPEG",
         ),
     ]:
         source = write_tree(tmp_path / str(len(list(tmp_path.iterdir()))), files)
@@ -361,12 +359,12 @@ def test_labels_of_imagenet_that_contradict_each_other_are_refused(kaggle, tmp_p
         b"",
     ],
 )
-def test_solution_files_of_another_form_are_refused(row, tmp_path):
+def test_malformed_solution_files_are_refused(row, tmp_path):
     write_tree(tmp_path, {"val/ILSVRC2012_val_00000001.JPEG": b"", "LOC_val_solution.csv": row})
     assert "LOC_val_solution.csv" in message_of(tmp_path, "imagenet")
 
 
-def test_odd_numbers_in_the_devkit_and_in_objectnets_mappings_are_refused(tmp_path):
+def test_invalid_numbers_in_the_devkit_and_in_objectnets_mappings_are_refused(tmp_path):
     from test_benchmarks import mapping_files, objectnet_files
 
     scipy_io = pytest.importorskip("scipy.io")
@@ -402,9 +400,9 @@ def test_odd_numbers_in_the_devkit_and_in_objectnets_mappings_are_refused(tmp_pa
     for odd in [b'{"0": 1e999', b'{"0": 355.5', b'{"0": NaN', b'{"0": true', b'{"0": 362', b'{"0": 355, "0": 355']:
         mappings = write_tree(tmp_path / "mappings", mapping_files())
         (mappings / "pytorch_to_imagenet_2012_id.json").write_bytes(odd + numbers[len(b'{"0": 355') :])
-        assert "do not fit together" in message_of(images, "objectnet", mappings=mappings), odd
+        assert "contradict each other" in message_of(images, "objectnet", mappings=mappings), odd
     (mappings / "pytorch_to_imagenet_2012_id.json").write_bytes(b"[" * 100_000)
-    assert "do not fit together" in message_of(images, "objectnet", mappings=mappings)
+    assert "contradict each other" in message_of(images, "objectnet", mappings=mappings)
 
 
 # --- tables of paths and labels -------------------------------------------------------------------------------------
@@ -431,7 +429,7 @@ def table(folder, text, name="labels.csv"):
         "0/0.jpg,my dog\n0/1.jpg,cat\n1/2.jpg,my dog\n1/3.jpg,cat\n".encode("utf-16"),
     ],
 )
-def test_a_table_of_paths_and_labels_is_a_source_however_it_is_written(text, tmp_path, photos):
+def test_tables_of_paths_and_labels_are_read_in_every_dialect(text, tmp_path, photos):
     labels = table(tmp_path, text)
     expected = {"0/0.jpg": "my dog", "0/1.jpg": "cat", "1/2.jpg": "my dog", "1/3.jpg": "cat"}
     archive = write_zip(tmp_path / "photos.zip", {f"{p.parent.name}/{p.name}": b"" for p in photos.glob("*/*")})
@@ -441,7 +439,7 @@ def test_a_table_of_paths_and_labels_is_a_source_however_it_is_written(text, tmp
     assert labels_in(table(photos, text), split="val")[0] == {"val": expected}
 
 
-def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_does_not_name(tmp_path, photos):
+def test_a_table_becomes_shards_and_files_that_it_does_not_name_are_ignored(tmp_path, photos):
     write_tree(tmp_path, {"else/where.jpg": picture(9)})
     rows = [("../else/where.jpg", 1, "train"), (photos / "0/0.jpg", 0, "train"), ("1/2.jpg", 0, "validation")]
     labels = table(tmp_path, "".join(f"{path},{label},{split}\n" for path, label, split in rows))
@@ -464,11 +462,11 @@ def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_d
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0/0.jpg,dog\n0/9.jpg,cat\n", "1 of the 2 files that"),
-        ("0/0.jpg,dog\n0/./0.jpg,cat\n", "line 2: '0/./0.jpg' has a label in line 1"),
-        ("0/0.jpg,1\n0/1.jpg,2\n", "no image of class 0: do they count from 1"),
-        ("0/0.jpg,0\n0/1.jpg,cat\n", "the label 'cat' is no class number"),
-        ("0/0.jpg,0\n0/1.jpg,1.0\n", "the label '1.0' is no class number"),
+        ("0/0.jpg,dog\n0/9.jpg,cat\n", "1 of the 2 files named in"),
+        ("0/0.jpg,dog\n0/./0.jpg,cat\n", "line 2: '0/./0.jpg' already has a label in line 1"),
+        ("0/0.jpg,1\n0/1.jpg,2\n", "no image of class 0. Do they count from 1"),
+        ("0/0.jpg,0\n0/1.jpg,cat\n", "the label 'cat' is not a class number"),
+        ("0/0.jpg,0\n0/1.jpg,1.0\n", "the label '1.0' is not a class number"),
         ("0/0.jpg,0.0\n0/1.jpg,1.0\n", "line 1: the label '0.0'"),
         ("0/0.jpg,-1\n", "the label '-1'"),
         ("0/0.jpg,007\n", "the label '007'"),
@@ -479,7 +477,7 @@ def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_d
         ("path,class,label\n0/0.jpg,a,b\n", "several columns for the label"),
         ("path,kind\n0/0.jpg,a\n", "no column for the label"),
         ("0/0.jpg,dog,3,4\n", "rows of 4 cells and no header"),
-        ("0/0.jpg,dog,../x\n", "'../x', which is not the name of a split"),
+        ("0/0.jpg,dog,../x\n", "'../x', which is not a known split"),
         ('0/0.jpg,"dog\n', "line 1: unexpected end of data"),
         ("path,label\n", "a header and no rows"),
         ("", "is empty"),
@@ -488,11 +486,11 @@ def test_a_table_becomes_shards_with_absolute_paths_splits_numbers_and_what_it_d
         (b"0\0/\0", "NUL"),
     ],
 )
-def test_tables_that_are_not_clear_are_refused(text, message, tmp_path, photos):
+def test_ambiguous_or_invalid_tables_are_refused(text, message, tmp_path, photos):
     assert message in message_of(photos, labels=table(tmp_path, text), split="train")
 
 
-def test_the_order_of_classes_is_that_of_torchvisions_imagefolder_and_compared(tmp_path):
+def test_class_order_is_torchvisions_and_is_checked_against_class_to_idx(tmp_path):
     tree = write_tree(tmp_path / "train", {f"{c}/1.jpg": b"" for c in ("b", "B", "a10", "a9", "ä")})
     order = sorted(entry.name for entry in os.scandir(tree))  # torchvision.datasets.folder.find_classes
     assert [folder for folder, _ in labels_in(tree)[1]] == order == ["B", "a10", "a9", "b", "ä"]
@@ -506,15 +504,15 @@ def test_the_order_of_classes_is_that_of_torchvisions_imagefolder_and_compared(t
     listed = table(tmp_path, "".join(f"{name}\tthe {name}\n" for name in mapping), "classes.tsv")
     assert labels_in(tree, class_to_idx=given, classes=listed)[1][0] == ("B", "the B")
     listed = table(tmp_path, "".join(f"{name}\tx\n" for name in sorted(mapping, key=str.lower)), "classes.tsv")
-    assert "class 0 is 'B' in the one and 'a10' in the other" in message_of(tree, class_to_idx=given, classes=listed)
+    assert "class 0 is 'B' in the former and 'a10'" in message_of(tree, class_to_idx=given, classes=listed)
     for content, message in [
         ({"a": 0}, "does not list: 'B', 'a10'"),
         ({"a": 0, "b": 2}, "are not 0 … 1, each once"),
         ({"a": 0, "b": 0}, "are not 0 … 1, each once"),
-        ({"a": "0"}, "a class_to_idx maps names of folders to whole numbers"),
+        ({"a": "0"}, "a class_to_idx maps folder names to whole numbers"),
         ({"a": True}, "whole numbers"),
-        (["a"], "holds no class_to_idx"),
-        ("nonsense", "neither JSON nor a checkpoint"),
+        (["a"], "has no class_to_idx"),
+        ("nonsense", "neither JSON nor a PyTorch checkpoint"),
     ]:
         given = table(tmp_path, content if isinstance(content, str) else json.dumps(content), "class_to_idx.json")
         assert message in message_of(tree, class_to_idx=given)
@@ -550,14 +548,14 @@ def test_class_lists_are_read_as_spreadsheets_write_them(text, tmp_path):
         ("n1\ttench\t3\n", "got 3 cells"),
         ("n1\t\n", "got 1 cells"),
         ('n1\t"tench" fish\n', "doubled"),
-        ("n1\ta\nn1\tb\n", "has a line before this one"),
+        ("n1\ta\nn1\tb\n", "has an earlier line"),
         ("n1\ta".encode("utf-16-le"), "NUL"),
         (b"n1\t\xe9\n", "neither UTF-8"),
         (b"PK\3\4", "workbook"),
         ("\n\n", "is empty"),
     ],
 )
-def test_class_lists_that_are_not_clear_are_refused(text, message, tmp_path):
+def test_ambiguous_or_invalid_class_lists_are_refused(text, message, tmp_path):
     with pytest.raises(UserError, match="class list|labels.csv") as raised:
         read_classes(table(tmp_path, text))
     assert message in str(raised.value)
@@ -596,13 +594,16 @@ def test_names_that_are_not_utf8_are_converted_and_printed_under_any_locale(tmp_
 # --- what would be read as something else ---------------------------------------------------------------------------
 
 
-def test_splits_and_classes_that_could_be_one_are_refused(tmp_path):
+def test_similar_names_of_splits_and_of_classes_are_refused(tmp_path):
     for number, (files, message) in enumerate(
         [
-            ({"val/a/1.jpg": b"", "valid/a/2.jpg": b""}, "'val' and 'valid', and both are the split val"),
+            ({"val/a/1.jpg": b"", "valid/a/2.jpg": b""}, "'val' and 'valid', and both names mean the split val"),
             ({"train/a/1.jpg": b"", "Train/b/2.jpg": b""}, "'Train' and 'train'"),
-            ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ in case"),
-            ({"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""}, "which differ in case or in the spelling"),
+            ({"train/Cat/1.jpg": b"", "val/cat/2.jpg": b""}, "'Cat' and 'cat', which differ only in case"),
+            (
+                {"train/caf\u00e9/1.jpg": b"", "train/cafe\u0301/2.jpg": b""},
+                "differ only in case or in the encoding",
+            ),
         ]
     ):
         assert message in message_of(write_tree(tmp_path / str(number), files))
@@ -612,22 +613,22 @@ def test_splits_and_classes_that_could_be_one_are_refused(tmp_path):
     assert labels_in(tmp_path / "2", classes=listed)[0] == {"train": {"1.jpg": "Cat"}, "val": {"2.jpg": "cat"}}
 
 
-def test_tables_that_would_be_read_as_something_else_are_refused(tmp_path, photos):
+def test_tables_that_would_be_misread_are_refused(tmp_path, photos):
     link = tmp_path / "link"
     link.symlink_to(photos)
     numbers = table(tmp_path, "1\tone\n2\ttwo\n3\tthree\n", "classes.tsv")
     for text, message, more in [
-        ("0/0.jpg,0,tench\n0/1.jpg,1,crane\n", "line 1: the third cell is 'tench', which is not the name of", {}),
-        ("0/0.jpg,cat\n0/1.jpg,Cat\n", "'Cat' and 'cat', which differ in case", {"split": "train"}),
-        (f"{photos}/0/0.jpg,cat\n0/0.jpg,dog\n", "line 2: '0/0.jpg' has a label in line 1", {"split": "train"}),
-        ("0/0.jpg,0\n0/1.jpg,3\n", "the label '0' is no class", {"split": "train", "classes": numbers}),
+        ("0/0.jpg,0,tench\n0/1.jpg,1,crane\n", "line 1: the third cell is 'tench', which is not a known split", {}),
+        ("0/0.jpg,cat\n0/1.jpg,Cat\n", "'Cat' and 'cat', which differ only in case", {"split": "train"}),
+        (f"{photos}/0/0.jpg,cat\n0/0.jpg,dog\n", "line 2: '0/0.jpg' already has a label in line 1", {"split": "train"}),
+        ("0/0.jpg,0\n0/1.jpg,3\n", "the label '0' is not a class", {"split": "train", "classes": numbers}),
     ]:
         assert message in message_of(link, labels=table(tmp_path, text), **more)
     headed = table(tmp_path, "path,label,split\n0/0.jpg,a,fold1\n0/1.jpg,b,fold1\n")
     assert labels_in(link, labels=headed)[0] == {"fold1": {"0/0.jpg": "a", "0/1.jpg": "b"}}
 
 
-def test_the_header_of_a_class_list_is_no_class(tmp_path):
+def test_the_header_of_a_class_list_is_not_a_class(tmp_path):
     for header in ("class_id,class_name", "Folder;Display-Name", "wnid\twords"):
         separator = header.strip("abcdefghijklmnopqrstuvwxyzFDN-_")[0]
         assert read_classes(table(tmp_path, f"{header}\nn1{separator}fish\n")) == (("n1", "fish"),)
@@ -636,7 +637,7 @@ def test_the_header_of_a_class_list_is_no_class(tmp_path):
     assert read_classes(table(tmp_path, "key\tkey\nlock\tlock\n"))[0] == ("key", "key")
 
 
-def test_zips_behind_other_bytes_are_read_in_place(tmp_path):
+def test_self_extracting_zips_are_read_in_place(tmp_path):
     archive = write_zip(tmp_path / "a.zip", {"train/a/1.jpg": b"one"})
     archive.write_bytes(b"#!/bin/sh\n" * 100 + archive.read_bytes())
     assert listed(archive) == ({"train/a/1.jpg": b"one"}, {})

@@ -1,5 +1,4 @@
-"""A tar that was changed after it was indexed is refused, also where its size and its times are the old ones; a copy of
-a set is not."""
+"""A tar that changed after it was indexed is refused, even with its old size and times; a copied set is accepted."""
 
 import io
 import os
@@ -92,7 +91,7 @@ def test_a_tar_of_another_program_that_got_other_labels_is_refused(tmp_path, cap
 
 
 @pytest.mark.parametrize("flags", [(), ("--checksums",)])
-def test_a_copy_is_no_change_and_a_change_of_a_copy_is_one(tmp_path, flags):
+def test_a_copied_tar_is_accepted_and_a_changed_copy_is_refused(tmp_path, flags):
     folder, copy = tmp_path / "train", tmp_path / "copy"
     write(folder / "0.tar", [0, 1, 2])
     index(folder, *flags)
@@ -126,7 +125,7 @@ def test_a_set_behind_a_url_is_compared_with_its_index_too(tmp_path):
 
 
 def relabel(tar: Path, label: bytes) -> None:
-    """Another label for the second sample, all else as it was."""
+    """Change the label of the second sample only."""
     with tarfile.open(tar) as archive:
         members = [(info, archive.extractfile(info).read()) for info in archive]
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -168,7 +167,7 @@ def test_a_changed_tar_ends_evaluation_and_is_no_bad_sample(tmp_path):
             )
 
 
-def test_an_index_of_an_earlier_version_is_believed_while_the_tars_time_is_the_one_it_names(tmp_path):
+def test_an_index_of_an_earlier_version_is_accepted_while_the_modification_time_agrees(tmp_path):
     from dataclasses import replace
 
     from cfmask.convert.shard_writer import shard_and_index
@@ -193,7 +192,7 @@ def test_an_index_of_an_earlier_version_is_believed_while_the_tars_time_is_the_o
 
 
 def test_a_tar_that_is_changed_while_it_is_read_is_compared_again(tmp_path):
-    """Times of file systems have steps: a tar that was young when it was opened is not believed by its times."""
+    """File systems' times are coarse: the times of a tar that was new when it was opened prove nothing."""
     folder = tmp_path / "set"
     write(folder / "0.tar", [0, 1])
     status = (folder / "0.tar").stat()
@@ -205,7 +204,7 @@ def test_a_tar_that_is_changed_while_it_is_read_is_compared_again(tmp_path):
         assert reader.read(1)["__label__"] == 1
         write(folder / "0.tar", [0, 2])
         os.utime(folder / "0.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
-        reader.close()  # as another shard would have it closed
+        reader.close()  # as if another shard had replaced it
         with pytest.raises(StaleIndex):
             reader.read(1)
 

@@ -1,4 +1,4 @@
-"""Configurations beside weights: wherever they lie and however they are written, a start uses them or is refused."""
+"""Configuration files beside weights: a start uses them or is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import made
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.models.architecture import read_config
 from cfmask.models.export import whole_clip
@@ -21,6 +20,7 @@ from cfmask.models.head import check_same_kind, read_info, save_model
 from cfmask.models.initial import check_initial_model, describe, initial_model, model_info
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.training import setup as train_setup
 from launch.paper.cost import forward_flops
 from launch.state.failure_reports import RankStart, would_recur
@@ -67,13 +67,13 @@ def beside(weights: Path, text: str | bytes) -> None:
         (TINY.config(text_cfg={**CONFIG["text_cfg"], "rotary": True}).encode(), r"text_cfg.rotary \(True and None\)"),
     ],
 )
-def test_what_is_no_configuration_or_is_of_a_newer_model_is_refused(weights, text, reason):
+def test_an_invalid_or_unknown_configuration_is_refused(weights, text, reason):
     beside(weights, text)
     with pytest.raises(UserError, match=f"open_clip_config.json.*{reason}"):
         check_initial_model(str(weights.with_name("bare.json")), str(weights), None, NAMED)
 
 
-def test_byte_order_marks_and_timms_names_are_understood(weights):
+def test_byte_order_marks_and_timm_names_are_accepted(weights):
     beside(weights, b"\xef\xbb\xbf" + TINY.config(mean=HALF).encode())
     assert described(weights).mean == (0.5, 0.5, 0.5)
     said = {"mean": HALF, "std": HALF, "crop_pct": 1.0, "crop_mode": "center"}
@@ -84,14 +84,14 @@ def test_byte_order_marks_and_timms_names_are_understood(weights):
         described(weights)
 
 
-def test_settings_that_are_off_and_old_names_are_no_differences(weights):
+def test_disabled_settings_and_old_names_are_not_differences(weights):
     vision = {**CONFIG["vision_cfg"], "global_average_pool": False}
     beside(weights, TINY.config(vision_cfg=vision, text_cfg={**CONFIG["text_cfg"], "proj": "mlp"}))
     assert check_initial_model(str(weights.with_name("bare.json")), str(weights), None, NAMED).info.mean == MEAN
 
 
-def test_a_resize_that_the_configuration_does_not_tell_is_asked_of_the_tags(weights):
-    """DFN5B's repositories have a mean and no resize_mode, and its tag says squash."""
+def test_a_missing_resize_is_taken_from_the_tags(weights):
+    """DFN5B's repositories have a mean but no resize_mode; its tag has "squash"."""
 
     def mean_with(name: str, **values: object) -> tuple[float, ...]:
         beside(weights, json.dumps({"model_cfg": open_clip.get_model_config(name), "preprocess_cfg": values}))
@@ -126,7 +126,7 @@ def test_the_configuration_of_a_link_to_a_link_is_found(weights, tmp_path):
     assert info.mean == (0.5, 0.5, 0.5)
 
 
-def test_tags_are_not_believed_against_the_folder_above(weights, tmp_path):
+def test_the_folder_above_overrides_the_tags(weights, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     below = tmp_path / "checkpoints/epoch_32.pt"
     os.rename(weights, below)
@@ -139,7 +139,7 @@ def test_tags_are_not_believed_against_the_folder_above(weights, tmp_path):
     assert model_info("ViT-B-32", str(below)).mean != (0.5, 0.5, 0.5)
 
 
-def test_a_job_is_given_the_file_that_the_path_means(tmp_path, monkeypatch):
+def test_a_job_gets_the_resolved_path(tmp_path, monkeypatch):
     (tmp_path / "far/sub").mkdir(parents=True)
     (tmp_path / "latest").symlink_to("far/sub")
     for folder in (tmp_path, tmp_path / "far"):
@@ -208,7 +208,7 @@ def test_a_clip_that_was_saved_with_a_custom_text_tower_is_read(weights, clip):
 # --- what is no file of weights ---------------------------------------------------------------------------------------
 
 
-def test_parts_of_weights_repositories_and_other_versions_files_are_told(weights, tmp_path):
+def test_partial_weights_and_files_of_other_versions_are_named(weights, tmp_path):
     part = weights.rename(tmp_path / "model-00001-of-00002.bin")
     with pytest.raises(UserError, match="one of 2 files of one model"):
         described(part)
@@ -225,7 +225,7 @@ def test_parts_of_weights_repositories_and_other_versions_files_are_told(weights
         describe("ViT-B-32", str(tmp_path / "newer.safetensors"))
 
 
-def test_sizes_may_be_written_as_pairs():
+def test_sizes_may_be_pairs():
     vision = {**CONFIG["vision_cfg"], "image_size": [16, 16], "patch_size": [4, 4]}
     assert forward_flops({**CONFIG, "vision_cfg": vision}) == forward_flops(CONFIG)
 
@@ -241,7 +241,7 @@ def test_sizes_may_be_written_as_pairs():
         ({"text_projection": torch.full((32, 8), float("inf"))}, "The head of the model that .* is not finite"),
     ],
 )
-def test_tensors_that_cannot_be_weights_are_refused(weights, clip, changed, reason):
+def test_invalid_weight_tensors_are_refused(weights, clip, changed, reason):
     beside(weights, TINY.config())
     torch.save({**clip.state_dict(), **changed}, weights)
     with pytest.raises(UserError, match=reason):
@@ -265,7 +265,7 @@ def test_models_that_are_proposed_can_be_trained():
     assert "ViT-B-32" in str(refused.value) and "SigLIP" not in str(refused.value)
 
 
-def test_a_connection_that_broke_is_no_failure_that_would_recur(tmp_path):
+def test_a_broken_connection_is_a_transient_failure(tmp_path):
     here = RankStart(RunFolder(tmp_path), "123-0", 0, local=True, nodes=1, world_size=1)
     for error, broken_off, again in (
         ("RuntimeError: Connection closed by peer", True, False),

@@ -1,4 +1,4 @@
-"""Runs that start from what other programs released: state dicts as model soups, WiSE-FT and FLYP write them."""
+"""Runs that start from checkpoints of other programs: model soups, WiSE-FT and FLYP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def released(kind: str, clip: nn.Module, head: nn.Linear) -> dict[str, torch.Tensor]:
-    """A state dict of tower and head, with what is left of the text tower in it."""
+    """A state dict of tower and head, with the remains of a text tower."""
     whole = clip.state_dict()
     without_text = {name: value for name, value in whole.items() if not name.startswith("transformer.")}
     return {
@@ -45,7 +45,7 @@ def released(kind: str, clip: nn.Module, head: nn.Linear) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("kind", ["model soups", "model soups, of DataParallel", "WiSE-FT", "FLYP"])
-def test_a_run_starts_from_it(materials, tmp_path, kind):
+def test_a_run_starts_from_a_checkpoint_of_another_program(materials, tmp_path, kind):
     clip, head = tiny_clip(seed=7).eval(), nn.Linear(TINY.embed, len(made.CLASSES))
     torch.save(released(kind, clip, head), tmp_path / "released.pt")
     model, start = materials / "clip.json", tmp_path / "start.safetensors"

@@ -73,7 +73,7 @@ def test_weights_of_another_architecture(materials, tmp_path):
         (("--model", "ViT-B-32", "--pretrained", "openai"), "ViT-B-32-quickgelu"),
         (("--eval-sets", "nope"), "nope"),
         (("--executor", "debug"), "one rank"),
-        (("--cluster", "/no/such.toml"), "The cluster file /no/such.toml, named by --cluster, is not there"),
+        (("--cluster", "/no/such.toml"), "The cluster file /no/such.toml, named by --cluster, does not exist"),
         (("--qos", "high", "--time", 60), "--time, --qos would do nothing: it is for Slurm, and --executor is local"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",

@@ -124,7 +124,10 @@ def test_a_resume_takes_the_present_code_says_so_and_how_to_stay_with_the_old(ma
         file.write("# better\n")
     here = ("--resume", run, "--executor", "local")
     said = submit(clone, *here).stdout
-    assert "The code is not what this run had last: cfmask/step.py. To go on with that one: python " in said
+    assert (
+        "The code differs from that of the run's last submission: cfmask/step.py. To resume with the earlier code: "
+        "python " in said
+    )
     old = Path(re.search(r"python (\S+)/launch/submit.py --resume", said)[1])
     (run / "results.json").unlink()
     said = submit(old, *here).stdout
@@ -147,7 +150,7 @@ def test_a_sweep_on_this_machine_is_one_run_after_the_other_and_again_only_what_
     before = [(run / "results.json").stat().st_mtime_ns for run in runs]
     more = flags(materials, *here, "--presets", "ft", "fd-clean", "--seeds", 3, 0, "--dry-run")
     again = made.submit(*more, cwd=tmp_path).stdout
-    assert again.count("is finished: left out") == 2
+    assert again.count("is finished: skipped") == 2
     assert re.search(r"into \S+/vanilla-tiny-s0-\w+, \S+/feature-distillation-clean-tiny-s0-\w+\. Everything", again)
     assert [(run / "results.json").stat().st_mtime_ns for run in runs] == before
 
@@ -272,7 +275,7 @@ def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themsel
     slurm_cluster.call("scancel", second)
     wait_until(lambda: slurm_cluster.job(first)["JobState"] == "PENDING", "the requeue")
     again = made.submit(*words, "--dry-run", cwd=tmp_path)
-    assert f"Job {first} (pending) is there for {requeued} already: left out" in again.stdout
+    assert f"Job {first} (pending) already exists for {requeued}: skipped" in again.stdout
     slurm_cluster.start_again_now(first)
     wait_for_end(requeued)
     assert read_lines(requeued / "attempts.jsonl")[1]["from_step"] >= 20

@@ -93,8 +93,8 @@ def edit(path: Path, change) -> None:
     path.write_bytes(data if changed is None else changed)
 
 
-def adopt(made: Manifest, number: int = 1) -> None:
-    """Make manifest and index name the tar as it is now: damage that was there before they were written."""
+def update_records(made: Manifest, number: int = 1) -> None:
+    """Update manifest and index to the tar as it is: damage from before they were written."""
     tar = tar_of(made, number)
     index = shard_index.load_index(tar)
     digest = hashlib.sha256(tar.read_bytes()).hexdigest()
@@ -116,7 +116,7 @@ def test_a_folder_of_sets_is_all_its_sets(made, verify):
     make_set(made.root.parent / "val", count=1)
     status, report, _ = verify(made.root.parent)
     assert status == 0 and [Path(s["set"]).name for s in report["sets"]] == ["train", "val"]
-    # A set that is named twice is looked at once.
+    # A set that is named twice is checked once.
     status, report, _ = verify(made.root, made.root.parent)
     assert status == 0 and len(report["sets"]) == 2
 
@@ -154,23 +154,23 @@ def torn_index(made):
 
 def no_end_mark(made):
     edit(tar_of(made), lambda data: data[: at_header_boundary(data, shard_index.load_index(tar_of(made)))])
-    adopt(made)
+    update_records(made)
 
 
 def only_end_mark_gone(made):
     index = shard_index.load_index(tar_of(made))
     end = int(index.offset[-1] + index.size[-1])
     edit(tar_of(made), lambda data: data[: end + -end % 512])
-    adopt(made)
+    update_records(made)
 
 
 def appended(made):
     edit(tar_of(made), lambda data: data + tar_of(made, 0).read_bytes())
-    adopt(made)
+    update_records(made)
 
 
 def relabelled(made):
-    """The index says other labels than the tar, and the manifest agrees with the index."""
+    """The index has other labels than the tar, and the manifest agrees with the index."""
     index = shard_index.load_index(tar_of(made))
     shard_index.write_index(index_path(tar_of(made)), replace(index, labels=np.roll(index.labels, 1)))
     commit(Path(made.root), [Path(made.root) / shard.name for shard in made.shards])
@@ -236,7 +236,7 @@ def test_every_bad_shard_is_reported_with_its_samples(made, verify):
     assert crc["samples"] == ["sample_8.jpg"]
 
 
-def test_two_tars_that_changed_places_are_found_by_their_headers(made, verify):
+def test_two_swapped_tars_are_found_by_their_headers(made, verify):
     swapped(made)
     assert made.shards[0].bytes == made.shards[1].bytes, "tars are filled up to a record"
     status, report, _ = verify(made.root)
@@ -252,7 +252,7 @@ def test_an_image_that_does_not_decode_is_found_although_its_checksum_is_right(t
     [problem] = report["sets"][0]["problems"]
     assert status == 1 and problem["kind"] == "decode" and problem["shard"] == "train-000001.tar"
     assert [name.split()[0] for name in problem["samples"]] == ["sample_7.jpg", "sample_9.jpg"]
-    assert "2 images of no use: sample_7.jpg (does not decode" in output.out and "not an image" in output.out
+    assert "2 images that cannot be used: sample_7.jpg (does not decode" in output.out and "not an image" in output.out
 
 
 def test_a_label_in_cls_or_json_that_is_not_the_indexs_is_found(tmp_path, verify):
@@ -279,13 +279,13 @@ def test_a_tar_that_the_manifest_does_not_know_is_a_warning(made, verify):
     assert "note " in output.out
 
 
-def test_what_a_killed_command_left_of_its_report_is_removed(made, verify, tmp_path):
+def test_leftovers_of_a_killed_command_are_removed(made, verify, tmp_path):
     leftover = tmp_path / ".report.json.node-1.part"
     leftover.write_text("{")
     assert verify(made.root)[0] == 0 and not leftover.exists()
 
 
-def test_what_cannot_be_verified_is_status_2(made, verify, tmp_path):
+def test_sets_that_cannot_be_verified_exit_with_status_2(made, verify, tmp_path):
     for flags, message in [
         ([tmp_path / "nowhere"], "no folder of shards at"),
         ([made.root, "--workers", "0"], "--workers must be at least 1"),
@@ -295,7 +295,7 @@ def test_what_cannot_be_verified_is_status_2(made, verify, tmp_path):
         status, report, output = verify(*flags)
         assert status == 2 and report is None and message in output.err
     (made.root / "manifest.json").unlink()
-    for folder in (made.root, made.root.parent):  # one unfinished set among several is not passed over
+    for folder in (made.root, made.root.parent):  # an unfinished set among several is not skipped
         status, _, output = verify(folder)
         assert status == 2 and "holds tars but no manifest.json" in output.err
     with pytest.raises(SystemExit) as usage:
@@ -314,7 +314,7 @@ def test_quick_reads_labels_and_no_images(made, verify, monkeypatch):
         return data
 
     assert verify(made.root)[0] == 0
-    assert read == 3 * SAMPLES  # a digit a sample; headers and end marks are read through the file
+    assert read == 3 * SAMPLES  # one digit for each sample; headers and end marks are read through the file
 
 
 def processes_below(pid: int) -> set[int]:
@@ -331,7 +331,7 @@ def processes_below(pid: int) -> set[int]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_interrupted_it_leaves_no_process(tmp_path, number, status):
-    # Enough to be busy for a minute.
+    # Enough work for a minute.
     folder = tmp_path / "train"
     folder.mkdir()
     big = io.BytesIO()
@@ -351,7 +351,7 @@ def test_interrupted_it_leaves_no_process(tmp_path, number, status):
     wait_until(lambda: len(processes_below(process.pid)) >= 3, "its processes to be there")
     time.sleep(1)
     children = processes_below(process.pid)
-    # As a terminal does it: to the whole group.
+    # To the whole process group, like a terminal.
     os.killpg(process.pid, number) if number == signal.SIGINT else process.kill()
     _, errors = process.communicate(timeout=300)
     assert process.returncode == status
@@ -359,14 +359,14 @@ def test_interrupted_it_leaves_no_process(tmp_path, number, status):
     wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "its processes to be gone")
 
 
-def test_processes_find_what_one_finds(made, tmp_path):
+def test_several_processes_find_the_same_problems(made, tmp_path):
     flip(lambda index: int(index.offset[6]) + 40)(made)
     command = [sys.executable, str(REPO / "tools/verify_shards.py"), str(made.root), "--full", "--workers", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "sample_8.jpg" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_help_comes_at_once():
+def test_help_is_fast():
     for tool in ("verify_shards", "index_shards"):
         command = [sys.executable, "-X", "importtime", str(REPO / f"tools/{tool}.py"), "--help"]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -389,7 +389,7 @@ def test_as_an_array_that_is_requeued_it_finds_the_same(slurm_cluster, made, tmp
         stderr=subprocess.PIPE,
         text=True,
     )
-    # An administrator's requeue, while tasks still import torch: they start over.
+    # An administrator's requeue while tasks still import torch.
     job = f"{array_of(process)}_1"
     wait_until(lambda: slurm_cluster.job(job)["JobState"] == "RUNNING", "the task to run")
     slurm_cluster.call("scontrol", "requeue", job)

@@ -26,12 +26,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import cfmask.training.train
-from cfmask.checkpoint import Writer
-from cfmask.checkpoint_state import found, read_state
+from cfmask.checkpoint.state import list_checkpoints, read_state
+from cfmask.checkpoint.writer import CheckpointWriter
 from cfmask.counting import Counts
-from cfmask.distributed import DistributedContext
 from cfmask.recipe import Recipe, Run
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
 from cfmask.session import FINISHED
 from cfmask.training.mask_study import MaskStudyLog
@@ -100,7 +100,7 @@ def train_watched(
     monkeypatch.setattr(cfmask.training.train, "wait_for_checkpoint", wait_for_checkpoint)
     monkeypatch.setattr(cfmask.training.train, "top1", counted("evaluation", cfmask.training.train.top1))
     monkeypatch.setattr(Counts, "scores", scores)
-    monkeypatch.setattr(Writer, "start", counted("checkpoint", Writer.start))
+    monkeypatch.setattr(CheckpointWriter, "start", counted("checkpoint", CheckpointWriter.start))
     run = RunFolder(folder)
     run.claim(recipe)
     try:
@@ -109,7 +109,7 @@ def train_watched(
         set_mode(False)
     assert len([line for line in read_lines(run.log) if "loss" in line]) == STEPS
     assert len([line for line in read_lines(run.log) if "overlap" in line]) == 4
-    saved = [read_state(path) for path in found(run.checkpoints)]
+    saved = [read_state(path) for path in list_checkpoints(run.checkpoints)]
     assert [(one.step, one.updates) for one in saved] == [(n, n) for n in (12, 10, 9, 8, 6, 4, 3, 2)]
     return happened
 

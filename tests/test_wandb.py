@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 
 import made
-from cfmask.curves import curves_of
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import PRESETS, Data, Method, Recipe, preset_of
+from cfmask.log_lines import curves_of
+from cfmask.presets import PRESETS, preset_of
+from cfmask.recipe import Data, Method, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, cut_lines, read_lines
 from launch.allocation.cluster_file import ClusterFile
@@ -307,7 +308,7 @@ def test_without_the_package_a_run_on_this_machine_is_refused(monkeypatch, capsy
     monkeypatch.setattr("launch.allocation.resolve.shutil.which", lambda name: name)
     allocation = resolve_allocation(parser().parse_args([*arguments, "slurm"]), ClusterFile())
     assert allocation.environment[wandb_sender.VARIABLE] == allocation.again["wandb"] == "imagenet"
-    assert "this Python has no package wandb" in capsys.readouterr().err
+    assert "this Python does not have the package wandb" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("project", ["", "a b", "lab/a/b", "x" * 129, "a;b"])

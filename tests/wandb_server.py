@@ -1,4 +1,4 @@
-"""As much of a W&B server as wandb needs to send and resume a history, and a reader of what wandb writes offline."""
+"""A minimal W&B server, for wandb to send and resume a history, and a reader of wandb's offline files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 KEY = 40 * "a"
-"""An API key that wandb takes."""
+"""An API key that wandb accepts."""
 
 
 @dataclass
 class Run:
-    """What the server has of a run. history: lines, in order."""
+    """The state of a run on the server."""
 
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -113,14 +113,14 @@ def serving() -> Iterator[tuple[str, dict[str, Run]]]:
 
 
 def records(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: LevelDB's log format, behind a header of 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format after a header of 7 bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data = path.read_bytes()
     assert data[:4] == b":W&B", path
     at, parts = 7, b""
     while at + 7 <= len(data):
-        if (left := (1 << 15) - at % (1 << 15)) < 7:  # the end of a block is too short for a record's header
+        if (left := (1 << 15) - at % (1 << 15)) < 7:  # too short for another header: the block ends here
             at += left
             continue
         size, kind = struct.unpack_from("<HB", data, at + 4)
@@ -132,7 +132,7 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def offline_run(folder: Path) -> tuple[str, Run]:
-    """The run's id, and what a folder of offline mode holds of it."""
+    """The id and the state of the run in a folder of wandb's offline mode."""
     [path] = folder.glob("*.wandb")
     run, id = Run(), ""
     for record in records(path):

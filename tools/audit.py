@@ -23,7 +23,7 @@ try:
     from numpy.typing import NDArray
     from tqdm import tqdm
 
-    from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, found, read_state
+    from cfmask.checkpoint.state import Checkpoint, CheckpointDamaged, list_checkpoints, read_state
     from cfmask.data import plan
     from cfmask.data.receipts import MODULUS, DataProgress, receipt, sample_hash
     from cfmask.data.shards import Manifest, load_sets
@@ -161,7 +161,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _states(run: RunFolder) -> tuple[list[Checkpoint], list[str]]:
     """What the checkpoints say of themselves, and of each that is damaged, how."""
     saved, problems = [], []
-    for path in reversed(patiently(lambda: found(run.checkpoints), str(run.checkpoints))):
+    for path in reversed(patiently(lambda: list_checkpoints(run.checkpoints), str(run.checkpoints))):
         try:
             saved.append(read_state(path))
         except CheckpointDamaged as error:

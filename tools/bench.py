@@ -27,7 +27,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 try:
     from cfmask.data.images import STORES
-    from cfmask.recipe import PRESETS
+    from cfmask.presets import PRESETS
     from cfmask.runtime.command import exits_cleanly
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:

@@ -32,11 +32,11 @@ try:
     from cfmask.data import imagenet
     from cfmask.data.shards import load_manifest
     from cfmask.errors import UserError
-    from cfmask.files import written_aside
     from cfmask.models.head import read_info, save_model
     from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info
     from cfmask.models.zero_shot import openai_templates, read_templates
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import written_aside
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
 try:
-    from cfmask.files import write_atomically
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import write_atomically
     from tools.diagram.imports import read_graph
     from tools.diagram.svg import draw
 except ModuleNotFoundError as missing:

@@ -25,8 +25,8 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.files import written_aside
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import written_aside
     from cfmask.tool_arguments import MODEL_HELP, load_models
     from tools._progress import stages
 except ModuleNotFoundError as missing:

@@ -1,37 +1,37 @@
 #!/usr/bin/env python3
-"""Segment the images of a set with Mask2Former: where is the dog, the cat, the bird? For tools/validate_masks.py.
+"""Segment the objects in a set's images (dogs, cats, birds) with Mask2Former, for tools/validate_masks.py.
 
     python tools/segment.py --shards DIR --set train --out masks
     python tools/segment.py --shards DIR --set train --out masks --executor slurm --array 16
 
     OUT/train/manifest.json  train-000000.tar  train-000000.index.safetensors  …  plan.json
 
-The masks are shards as images are: one mask an image of the groups' classes, a PNG of the image's own size under the
-image's key, white where the model sees the category that the class belongs to. One shard of masks is made of one of
-images; stopped at any moment, by any signal, the same command makes those that are missing.
+The masks are stored in shards: a PNG for each image of the groups' classes, in the image's size and under its key,
+white where the model finds the category of the image's class. There is a shard of masks for each shard of images with
+such classes. After any interruption, the same command makes the missing shards.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 try:
     import torch
+    from cfmask.files import sole_writer
 
     from cfmask.convert.mask2former import DEFAULT
     from cfmask.convert.planning import claim, is_made
-    from cfmask.convert.segmentation import ShardTask, commit_masks, plan_masks, segment_shard
+    from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
-    from cfmask.files import sole_writer
     from cfmask.runtime.command import exits_cleanly
-    from cfmask.runtime.pool import map_in_processes
     from cfmask.runtime.progress import progress_bar
+    from cfmask.runtime.work import Work
     from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
+    from launch.arrays.run import runner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
-        raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task says how many there are.")
+        raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task sets the number there.")
     [manifest] = load_sets(_absolute(arguments.shards), [arguments.set]).values()
     folder = arguments.out.absolute() / arguments.set
     tasks, facts = plan_masks(
@@ -60,51 +60,30 @@ def main(argv: list[str] | None = None) -> None:
     )
     with sole_writer(folder):
         claim(folder, tasks[0].plan, facts)
-        missing = [task for task in tasks if not is_made(task)]
+        missing = [task for task in tasks if not is_made(task.tar, task.plan)]
         total, to_do = (sum(len(task.ids) for task in some) for some in (tasks, missing))
         if len(missing) < len(tasks):
-            print(f"{arguments.set}: {len(tasks) - len(missing)} of {len(tasks)} shards are there already")
+            print(f"{arguments.set}: {len(tasks) - len(missing)} of {len(tasks)} shards exist already")
+        gpus = torch.cuda.device_count() if tasks[0].device == "cuda" else 1
+        work = Work(
+            kind="segment",
+            identity=f"{folder}{tasks[0].plan}",
+            function=segment_shard,
+            items=missing,
+            keys=[task.tar.stem for task in missing],
+            preload=("transformers.models.mask2former.modeling_mask2former",),
+            describe=lambda task: str(task.tar),
+        )
+        run = runner(array, workers=arguments.workers or max(1, gpus), paths=[folder, tasks[0].where])
         with progress_bar(total=total, initial=total - to_do, desc=arguments.set, unit=" images") as bar:
-            segment(missing, array, arguments, bar.update)
+            run(work, bar.update)
         made = commit_masks(folder, manifest, tasks, facts)
     empty = made.made["without_object"]
     print(f"{arguments.set}: {made.num_samples} masks, {empty} of them without a pixel of the object, in {folder}")
 
 
-def segment(
-    missing: list[ShardTask], array: Array | None, arguments: argparse.Namespace, progress: Callable[[int], object]
-) -> None:
-    """Make the missing shards of masks, here or in a job array."""
-    preload = ("transformers.models.mask2former.modeling_mask2former",)
-    if not missing:
-        return
-    if array is None:
-        of_gpus = torch.cuda.device_count() if missing[0].device == "cuda" else 1
-        map_in_processes(
-            segment_shard,
-            missing,
-            workers=arguments.workers or max(1, of_gpus),
-            preload=preload,
-            describe=lambda task: str(task.tar),
-            progress=progress,
-        )
-        return
-    from launch.arrays.array import Work, run_array
-
-    folder, source = missing[0].tar.parent, missing[0].where
-    work = Work(
-        kind="segment",
-        identity=f"{folder}{missing[0].plan}",
-        function=segment_shard,
-        items=missing,
-        keys=[task.tar.stem for task in missing],
-        preload=preload,
-    )
-    run_array(work, array, progress=progress, paths=[folder, source])
-
-
 def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
-    """Where to compute: what this machine has says nothing about the nodes of an array."""
+    """The device to compute on. For an array it depends on the tasks' GPUs, not on this machine's."""
     if array is None or arguments.device != "auto":
         return resolve_device(arguments.device)
     return "cuda" if array.allocation.gpus_per_node else "cpu"
@@ -120,21 +99,25 @@ def parser() -> argparse.ArgumentParser:
         "--groups",
         nargs="+",
         metavar="GROUP",
-        help="classes whose images are segmented: dog, cat, bird (ImageNet's 118, 5 and 21), all, or a class of the "
-        "set by folder or display name, if COCO has it (default: those of the first three that the set has)",
+        help="classes whose images are segmented: dog, cat, bird (118, 5 and 21 classes of ImageNet), all, or a class "
+        "of the set by folder or display name, if COCO has it (default: those of the first three that the set has)",
     )
     p.add_argument(
         "--segmenter",
         default=DEFAULT,
         metavar="NAME_OR_DIR",
-        help=f"a Mask2Former of Hugging Face's, or a folder with its files (default: {DEFAULT})",
+        help=f"a Mask2Former on the Hugging Face hub, or a folder with its files (default: {DEFAULT})",
     )
     p.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
     add_device_argument(p, resolve=False)
-    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one a GPU)")
+    p.add_argument("--workers", type=int, metavar="N", help="processes on this machine (default: one for each GPU)")
     add_array_arguments(p, with_gpus=True)
     p.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder that gets a folder of masks, named as the set"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder that gets a folder of masks with the name of the set",
     )
     return p
 

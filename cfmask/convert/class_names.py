@@ -1,4 +1,4 @@
-"""Which classes of ImageNet a list of names means: wnids, WordNet's names, open_clip's, or ImageNet-V2's numbers."""
+"""Maps a list of class names to ImageNet's class ids: wnids, WordNet's names, open_clip's, or ImageNet-V2's numbers."""
 
 from __future__ import annotations
 
@@ -10,64 +10,61 @@ from cfmask.data import imagenet
 from cfmask.errors import UserError
 
 _OTHER_NAMES = 0.1
-"""Share of names that may differ from ours: WordNet's, OpenAI's and their versions are not spelled alike everywhere."""
+"""Share of names that may be spelled differently: versions of WordNet's and OpenAI's names differ."""
 
 
 def normal(name: str) -> str:
-    """The words of a name in lower case: what is compared."""
+    """A name for comparison: its words in lower case."""
     return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def is_list(names: Sequence[str], ids: Sequence[int]) -> bool:
-    """Whether these are the names of these classes in this order, of which a few may be spelled otherwise."""
+    """Whether these are the names of these classes in this order. A few may be spelled differently."""
     if len(names) != len(ids):
         return False
     unlike = [name for name, i in zip(names, ids, strict=True) if i not in _called(name) and i not in _with(name)]
-    # A name of another class means that the order is another one.
+    # A name of another class proves another order.
     return len(unlike) <= _OTHER_NAMES * len(ids) and not any(map(_called, unlike))
 
 
 def class_ids_of_names(
     names: Sequence[str], *, wordnet: bool, numbers: bool = False, where: str, remedy: str
 ) -> tuple[int, ...]:
-    """ImageNet's class ids of the classes of a list, which may have any order.
+    """ImageNet's class ids of a list of class names in any order.
 
-    A name of two classes ("missile") is the one that the order tells, in a list in ImageNet's order.
+    Two classes have the name "missile". Which one is meant follows from the order, if the list is in ImageNet's order.
 
     Args:
-        wordnet: names may also be wnids and WordNet's names; else they are open_clip's, which differ from those of
-            other sets with some of ImageNet's classes.
+        wordnet: names may also be wnids and WordNet's names. Otherwise they are open_clip's, which differ from the
+            names in other sets that have some of ImageNet's classes.
         numbers: names may be class ids in decimal, as ImageNet-V2's folders are.
-        where: what the list is called in errors. remedy: what to do about names that are not ImageNet's.
-
-    Raises:
-        UserError: a name is no class of ImageNet, or is two and the order of the list does not tell which; two names
-            are one class.
+        where: name of the list in errors.
+        remedy: advice in errors.
     """
     candidates = [_called(name) if wordnet else tuple(_open_clip().get(normal(name), ())) for name in names]
     if numbers and all(name.isdecimal() and int(name) < len(imagenet.wnids()) for name in names):
         candidates = [(int(name),) for name in names]
     if unknown := [name for name, ids in zip(names, candidates, strict=True) if not ids]:
         raise UserError(
-            f"{where} names {len(unknown)} of {len(names)} classes otherwise than open_clip{' or WordNet' * wordnet} "
-            f"names ImageNet's, such as {unknown[0]!r}, so nothing says which class ids its labels are. {remedy}"
+            f"{where} has {len(unknown)} of {len(names)} class names that are not open_clip's{' or WordNet' * wordnet} "
+            f"names of ImageNet's classes, such as {unknown[0]!r}, so the class ids of its labels are unknown. {remedy}"
         )
     first, last = _lowest(candidates), _lowest([[-i for i in reversed(ids)] for ids in reversed(candidates)])
     if first and last and first == [-i for i in reversed(last)]:
         return tuple(first)
     if unclear := [name for name, ids in zip(names, candidates, strict=True) if len(ids) > 1]:
         raise UserError(
-            f"{where} has the class name {unclear[0]!r}, which two classes of ImageNet have, and the order of the list "
-            f"does not tell which is meant. {remedy}"
+            f"{where} has the class name {unclear[0]!r}, which two classes of ImageNet share, and the order of the "
+            f"list does not resolve it. {remedy}"
         )
     ids = [ids[0] for ids in candidates]
     if len(set(ids)) < len(ids):
-        raise UserError(f"{where} names a class twice: labels of either would be the same class. Copy it again.")
+        raise UserError(f"{where} names a class twice, so that two labels would be one class. Copy it again.")
     return tuple(ids)
 
 
 def _lowest(candidates: Sequence[Sequence[int]]) -> list[int] | None:
-    """The lowest ids that rise from one to the next; None if there are none."""
+    """The lowest strictly increasing ids, one of each candidate; None if there are none."""
     found: list[int] = []
     for ids in candidates:
         following = [i for i in ids if not found or i > found[-1]]
@@ -79,7 +76,7 @@ def _lowest(candidates: Sequence[Sequence[int]]) -> list[int] | None:
 
 @functools.cache
 def _names() -> tuple[dict[str, list[int]], list[set[str]]]:
-    """Class ids by whole name (wnid, all of WordNet's names, open_clip's); the single names of each class."""
+    """Class ids by full name (wnid, all of WordNet's names, open_clip's); the single names of each class."""
     whole: dict[str, list[int]] = {}
     single = []
     for i, (wnid, name) in enumerate(imagenet.classes()):
@@ -92,7 +89,7 @@ def _names() -> tuple[dict[str, list[int]], list[set[str]]]:
 
 @functools.cache
 def _called(name: str) -> tuple[int, ...]:
-    """The classes of that whole name; if there is none, those that it is among the names of."""
+    """The classes with this full name; if there are none, those with this single name."""
     return tuple(_names()[0].get(normal(name), ())) or _with(name)
 
 
@@ -107,6 +104,6 @@ def _open_clip() -> dict[str, list[int]]:
 
 @functools.cache
 def _with(name: str) -> tuple[int, ...]:
-    """Classes that have a name, or all of several that are separated by commas."""
+    """Classes that have this single name, or all of several names separated by commas."""
     parts = {normal(part) for part in name.split(",")}
     return tuple(i for i, names in enumerate(_names()[1]) if parts <= names)

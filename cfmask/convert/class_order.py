@@ -1,4 +1,4 @@
-"""The order of classes that torchvision's ImageFolder gave a model: its ``class_to_idx``."""
+"""The class order of a model trained with torchvision's ImageFolder: its ``class_to_idx``."""
 
 from __future__ import annotations
 
@@ -14,55 +14,37 @@ from cfmask.errors import UserError
 KEY = "class_to_idx"
 
 
-def read_class_to_idx(path: Path) -> tuple[str, ...]:
-    """Class folders by class id.
+def classes_in_order(path: Path, listed: Classes | None) -> Classes:
+    """The classes of a ``class_to_idx``, checked against the class list if there is one.
 
     Args:
-        path: a JSON object {folder: class id}, or a checkpoint of PyTorch (loaded without running code from it); in
-            both, it may be the value of the key ``class_to_idx``.
-
-    Raises:
-        UserError: the file is neither, or its class ids are not 0 … n - 1, each once.
+        path: a JSON object {folder: class id}, or a PyTorch checkpoint (loaded without running code from it). Either
+            may have the mapping under the key ``class_to_idx``.
     """
     mapping = _load(path)
     if isinstance(mapping, dict) and isinstance(mapping.get(KEY), dict):
         mapping = mapping[KEY]
     if not isinstance(mapping, dict) or not mapping:
-        raise UserError(f"{path} holds no {KEY}: expected a JSON object {{folder: class id}} or a checkpoint with one.")
+        raise UserError(f"{path} has no {KEY}: expected a JSON object {{folder: class id}} or a checkpoint with one.")
     for folder, number in mapping.items():
         if not isinstance(folder, str) or not isinstance(number, int) or isinstance(number, bool):
             raise UserError(
-                f"{path} maps {folder!r} to {str(number)[:40]}: a {KEY} maps names of folders to whole numbers. (In a "
+                f"{path} maps {folder!r} to {str(number)[:40]}, but a {KEY} maps folder names to whole numbers. (In a "
                 f"checkpoint it has to be under the key {KEY!r}.)"
             )
     if sorted(mapping.values()) != list(range(len(mapping))):
         raise UserError(
-            f"The class ids in {path} are not 0 … {len(mapping) - 1}, each once: it is a part of a {KEY} or was edited."
+            f"The class ids in {path} are not 0 … {len(mapping) - 1}, each once: the {KEY} is incomplete or was edited."
         )
-    return tuple(sorted(mapping, key=mapping.__getitem__))
-
-
-def classes_in_order(path: Path, listed: Classes | None) -> Classes:
-    """The classes of a ``class_to_idx``, compared with the class list if there is one.
-
-    Raises:
-        UserError: as ``read_class_to_idx``; or the two differ.
-    """
-    order = read_class_to_idx(path)
+    order = sorted(mapping, key=mapping.__getitem__)
     if listed is None:
         return tuple((folder, folder) for folder in order)
-    theirs = tuple(folder for folder, _ in listed)
+    theirs = [folder for folder, _ in listed]
     if order != theirs:
-        at = next((i for i, (a, b) in enumerate(zip(order, theirs, strict=False)) if a != b), None)
-        differ = (
-            f"{len(order)} and {len(theirs)} classes"
-            if at is None
-            else f"class {at} is {order[at]!r} in the one and {theirs[at]!r} in the other"
-        )
-        raise UserError(
-            f"{path} and the class list differ: {differ}. Labels of the one would be wrong for the other: leave one of "
-            f"them out."
-        )
+        differ = f"{len(order)} and {len(theirs)} classes"
+        if at := [i for i, (a, b) in enumerate(zip(order, theirs, strict=False)) if a != b]:
+            differ = f"class {at[0]} is {order[at[0]]!r} in the former and {theirs[at[0]]!r} in the latter"
+        raise UserError(f"{path} and the class list differ: {differ}. Labels of one are wrong for the other: use one.")
     return listed
 
 
@@ -80,10 +62,10 @@ def _load(path: Path) -> Any:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             reason = str(error).partition("\n")[0][:200]
             raise UserError(
-                f"{path} cannot be read as a checkpoint without running code from it ({reason}): write its {KEY} to a "
+                f"{path} cannot be read as a checkpoint without running code from it ({reason}). Write its {KEY} to a "
                 f"JSON file."
             ) from None
     try:
         return json.loads(read_text(path, KEY))
     except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is neither JSON nor a checkpoint of PyTorch ({error}).") from None
+        raise UserError(f"{path} is neither JSON nor a PyTorch checkpoint ({error}).") from None

@@ -1,4 +1,4 @@
-"""A set of shards of another program: which tars and classes it has, and its manifest, from the indexes."""
+"""A set of shards of another program: its tars, its classes, and its manifest, which is made from the indexes."""
 
 from __future__ import annotations
 
@@ -16,81 +16,70 @@ from typing import Any
 import numpy as np
 
 from cfmask.convert.clip_benchmark import ClassMapping
-from cfmask.convert.labels import IMAGES, Label, label_of_key, no_images
-from cfmask.convert.shard_writer import class_counts_of, shard_and_index
+from cfmask.convert.labels import IMAGES, LabelSource, label_of_key, no_images
+from cfmask.convert.shard_writer import BAD_SAMPLES, class_counts_of, shard_and_index, write_bad_samples
+from cfmask.convert.sources.objectnet import BORDER
 from cfmask.convert.tables import Classes
 from cfmask.convert.tarscan import packing
 from cfmask.data import benchmarks, imagenet, images, shard_index, shards
 from cfmask.errors import UserError
-from cfmask.files import remove_leftovers, write_atomically
+from cfmask.runtime.files import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
-BAD_SAMPLES = "bad_samples.jsonl"
-BORDER = 2
-"""Pixels of the red frame around ObjectNet's images, which is not part of the picture."""
-
 
 def find_tars(folder: Path) -> list[Path]:
-    """The shards of a folder, by name.
-
-    Raises:
-        UserError: there are none, some are compressed, they are of several splits or of make_shards, or the folder
-            cannot be written to.
-    """
+    """The shards of a folder, by name."""
     if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.")
+        raise UserError(f"{folder} is not a folder.")
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     for path in sorted(folder.iterdir()):
         if re.search(r"(?i)\.(tgz|tar|tar\.\w+)$", path.name) and path.suffix != ".tar" and path.is_file():
             _refuse_packed(path)
     if not tars:
         inside = sorted({str(path.parent) for path in folder.glob("*/*.tar")})
-        where = f"; there are some in {', '.join(inside)}: index each of these" if inside else ""
+        where = f". Its subfolders do: index each of {', '.join(inside)}" if inside else ""
         raise UserError(f"{folder} holds no .tar files{where}.")
     if lost := next((tar for tar in tars if not tar.is_file()), None):
-        what = "a link to a file that is not there" if lost.is_symlink() else "no file"
-        raise UserError(f"{lost} is {what}: get the shard, or take its name out of the folder.")
+        what = "a link to a file that does not exist" if lost.is_symlink() else "not a file"
+        raise UserError(f"{lost} is {what}: get the shard, or remove the entry from the folder.")
     by_split: dict[str, str] = {}
     for tar in tars:
         words = set(re.split(r"[^a-z]+", tar.name.lower())) & {"train", "val", "valid", "validation", "test"}
         by_split.setdefault(" ".join(sorted(words)), tar.name)
     if len(by_split) > 1:
         raise UserError(
-            f"{folder} holds shards of several splits ({', '.join(sorted(by_split.values()))}), and a set is one split "
-            f"in one folder. Move each into a folder of its own, or make such folders of symbolic links (mkdir val; ln "
-            f"-s ../NAME*.tar val/) and index those."
+            f"{folder} holds shards of several splits ({', '.join(sorted(by_split.values()))}), but a set is one "
+            f"split. Move each into a folder of its own, or make such folders with symbolic links (mkdir val; ln -s "
+            f"../NAME*.tar val/) and index those."
         )
     rows = {match[1]: tar.name for tar in tars if (match := re.search(r"-of-(\d{1,6})\.tar$", tar.name))}
     if len(rows) > 1:
         raise UserError(
-            f"{folder} holds shards of several sets ({', '.join(sorted(rows.values()))}), one of which may be left of "
-            f"an earlier try: samples would be there twice. Keep one."
+            f"{folder} holds shards of several sets ({', '.join(sorted(rows.values()))}), perhaps from an earlier "
+            f"attempt: samples would occur twice. Keep one."
         )
     _refuse_own(folder, tars)
     if not os.access(folder, os.W_OK):
         raise UserError(
-            f"{folder} cannot be written to, and indexes go beside their tars. Make a folder elsewhere with symbolic "
-            f"links to them (ln -s {folder}/*.tar .) and index that."
+            f"{folder} is read-only, but indexes are written beside their tars. Make a folder elsewhere with symbolic "
+            f"links to the tars (ln -s {folder}/*.tar .) and index that."
         )
     return tars
 
 
 def _check_row(folder: Path, tars: Sequence[Path], mapping: ClassMapping | None) -> None:
-    """Name numbers that lack in the names of tars. Raises: UserError: they do in a copy of CLIP-benchmark."""
+    """Report gaps in the numbering of the tars. Raises: UserError: there are gaps in a copy of CLIP-benchmark."""
     if not (missing := missing_numbers(tars, from_zero=mapping is not None)):
         return
-    what = (
-        f"The tars of {folder} are numbered, and {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} "
-        f"{'is' if len(missing) == 1 else 'are'} not there"
-    )
+    what = f"{folder} has numbered tars, but not {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
     if mapping is not None:
-        raise UserError(f"{what}: the copy is not complete. Get what is missing.")
+        raise UserError(f"{what}: the copy is not complete. Download the missing tars.")
     logger.info(f"note: {what}. Is the download complete?")
 
 
 def missing_numbers(tars: Sequence[Path], *, from_zero: bool) -> list[str]:
-    """Names that lack in a row of tars whose names differ in a number alone; [] for names of another kind."""
+    """Names missing from a series of tars whose names differ only in a number; [] for other names."""
     matches = [re.fullmatch(r"(.*?)(\d{1,9})((?:-of-\d{1,6})?)\.tar", tar.name) for tar in tars]
     numbers = {int(match[2]): len(match[2]) for match in matches if match}
     around = {(match[1], match[3]) for match in matches if match}
@@ -101,7 +90,7 @@ def missing_numbers(tars: Sequence[Path], *, from_zero: bool) -> list[str]:
     start = 0 if from_zero else min(low, 1)
     if suffix:
         high = max(high, int(suffix.removeprefix("-of-")) - 1 + start)
-    elif high - low > 10 * len(tars):  # no row, but names with a number in them
+    elif high - low > 10 * len(tars):  # names with a number in them, not a series
         return []
     return [f"{prefix}{n:0{width}d}{suffix}.tar" for n in range(start, high + 1) if n not in numbers]
 
@@ -116,14 +105,14 @@ def _refuse_packed(path: Path) -> None:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     if kind or not start:
         raise UserError(
-            f"{path} is {f'compressed ({kind})' if kind else 'compressed by its name, and empty'}, and samples of a "
-            f"compressed tar cannot be found by offset. Unpack what is compressed there; images do not get smaller by "
-            f"it anyway."
+            f"{path} is {f'compressed ({kind})' if kind else 'compressed by its name, and empty'}; samples of a "
+            f"compressed tar cannot be read by offset. Unpack the compressed tars; compression does not make images "
+            f"smaller."
         )
     if is_tar:
         raise UserError(
-            f"{path} is a tar by its contents and not by its name. If it is a whole shard, rename it so that it ends "
-            f"in .tar; if it is a part of a download, finish that, or take it out of the folder."
+            f"{path} is a tar by its content but not by its name. If it is a complete shard, rename it to end in .tar; "
+            f"if it is an unfinished download, finish it or move it out of the folder."
         )
 
 
@@ -137,24 +126,21 @@ def _refuse_own(folder: Path, tars: Sequence[Path]) -> None:
         except UserError:
             return
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise UserError(f"{path} cannot be read. If it belongs to nobody, delete it and run this again.") from None
+        raise UserError(f"{path} cannot be read. Delete it if no program needs it, and run this again.") from None
     if tool != shard_index.INDEXED_BY:
         raise UserError(
-            f"The shards in {folder} have their indexes from {tool}, and labels, classes and checksums with them: use "
-            f"them as they are. If they have no manifest, run their conversion again: it makes what is missing."
+            f"The shards in {folder} were indexed by {tool}, with labels, classes and checksums: use them as they are. "
+            f"If they have no manifest, run their conversion again: it makes the missing files."
         )
 
 
 def choose_classes(
-    given: Classes | None, label: Label, mapping: ClassMapping | None, indexes: dict[Path, shard_index.Index]
+    given: Classes | None, labels: LabelSource, mapping: ClassMapping | None, indexes: dict[Path, shard_index.Index]
 ) -> Classes:
-    """The class list that goes into the manifest.
+    """The class list for the manifest.
 
-    ImageNet's without being asked for only where something says so: a mapping, wnids in the keys that agree with the
+    Without --classes it is ImageNet's, if there is evidence for it: a mapping, wnids in the keys that agree with the
     labels, or a sample of each of the labels 0 … 999.
-
-    Raises:
-        UserError: nothing says which classes the labels are, or a label is outside the list.
     """
     classes = given or imagenet.classes()
     every: set[int] = set()
@@ -163,39 +149,35 @@ def choose_classes(
         if (outside := np.flatnonzero(index.labels >= len(classes))).size and given:
             row = int(outside[0])
             raise UserError(
-                f"Sample {index.keys[row].decode()} of {tar} has the label {index.labels[row]}, and --classes has "
-                f"classes 0 … {len(classes) - 1}: it is another list, or the labels count from 1."
+                f"Sample {index.keys[row].decode()} of {tar} has the label {index.labels[row]}, but --classes has "
+                f"classes 0 … {len(classes) - 1}: the list is of another set, or labels count from 1."
             )
     if not every:
         reasons = [entry["reason"] for index in indexes.values() for entry in index.about["bad"]]
         raise no_images(next(iter(indexes)).parent, next(iter(reasons), ""))
     agreeing, wnids = np.sum([index.about["wnids"] for index in indexes.values()], axis=0)
-    if given or mapping or label.source == "key":
+    if given or mapping or labels.place == "key":
         return classes
     if wnids and agreeing == wnids and max(every) < len(classes):
         return classes
     if not wnids and every == set(range(len(classes))):
-        logger.info("There is a sample of each label 0 … 999: they are taken for ImageNet's classes.")
+        logger.info("There is a sample of each label 0 … 999: assuming ImageNet's classes.")
         return classes
     why = (
-        f"{wnids - agreeing} of {wnids} keys have a wnid whose place in ImageNet's list is another than the label"
+        f"{wnids - agreeing} of {wnids} keys have a wnid whose class id in ImageNet's list differs from the label"
         if agreeing != wnids
-        else "nothing says which classes they are"
+        else "their classes are unknown"
     )
     raise UserError(
         f"The labels are {min(every)} … {max(every)}, and {why}. Give a class list with --classes FILE (a line "
-        f"`folder<TAB>display name` a class, class 0 first), or --classes imagenet if they are ImageNet's in its "
-        f"order; the indexes are kept, so it takes a moment."
+        f"`folder<TAB>display name` for each class, class 0 first), or --classes imagenet if they are ImageNet's in "
+        f"its order. The indexes are kept, so this takes a moment."
     )
 
 
 def _check_keys(classes: Classes, indexes: dict[Path, shard_index.Index], label_asked: bool) -> None:
-    """Compare labels with keys that begin with a class's name, of some hundred samples a shard.
-
-    Raises:
-        UserError: most of these keys are of another class, and nobody asked for the labels.
-    """
-    # "3_12" is a number of something as often as a class called 3.
+    """Compare labels with keys that begin with a class name, for up to 200 samples of each shard."""
+    # "3_12" need not mean a class called 3.
     ids = {folder: i for i, (folder, _) in enumerate(classes) if not folder.isdecimal()}
     named: set[int] = set()
     compared, other = 0, []
@@ -207,18 +189,18 @@ def _check_keys(classes: Classes, indexes: dict[Path, shard_index.Index], label_
                 named.add(of_key)
                 if of_key != label:
                     other.append((key, label))
-    if not other or len(named) == 1:  # all keys may begin with "train_" where one class is called train
+    if not other or len(named) == 1:  # if a class is called train, all keys may begin with "train_"
         return
     (key, label), *_ = other
     what = (
-        f"{len(other)} of {compared} keys begin with the name of another class than that of their label, such as {key} "
-        f"with the label {label}, which is {classes[label][0]}"
+        f"{len(other)} of {compared} keys begin with the name of another class than their label's, such as {key} with "
+        f"the label {label}, which is {classes[label][0]}"
     )
     if 2 * len(other) > compared and not label_asked:
         raise UserError(
-            f"{what}. The class list is in another order than the labels, or the labels count from 1. Give the list in "
-            f"the order of the labels, or take the labels from the keys with --label-from key. If the labels are right "
-            f"all the same, say so with --label-from cls or json."
+            f"{what}. The class list is not in the order of the labels, or labels count from 1. Give the list in the "
+            f"order of the labels, or take labels from the keys with --label-from key. If the labels are correct, "
+            f"confirm them with --label-from cls or json."
         )
     logger.info(f"note: {what}")
 
@@ -228,33 +210,30 @@ def commit(
     split: str,
     tars: Sequence[Path],
     given: Classes | None,
-    label: Label,
+    labels: LabelSource,
     *,
     mapping: ClassMapping | None = None,
     label_asked: bool = False,
     allow_count_mismatch: bool = False,
 ) -> shards.Manifest:
-    """The list of bad samples and the manifest, from the indexes.
+    """Write the list of bad samples and the manifest, from the indexes.
 
     Args:
-        label_asked: ``label`` was asked for by a flag, so that keys that say other classes are no reason to refuse.
-
-    Raises:
-        UserError: as ``choose_classes``; the set has a benchmark's name and is no whole copy of it, or has its classes
-            and another name; or the folder cannot be written to.
+        given: class list given by a flag.
+        label_asked: ``labels`` was chosen by a flag, so keys that name other classes are only reported.
     """
     entries = {tar: shard_and_index(tar) for tar in tars}
     indexes = {tar: index for tar, (_, index) in entries.items()}
     _check_row(folder, tars, mapping)
     _refuse_copies(indexes)
     bad = [entry for index in indexes.values() for entry in index.about["bad"]]
-    classes = choose_classes(given, label, mapping, indexes)
-    if mapping is None and label.source != "key":
+    classes = choose_classes(given, labels, mapping, indexes)
+    if mapping is None and labels.place != "key":
         _check_keys(classes, indexes, label_asked)
     made: dict[str, Any] = {
         "tool": shard_index.INDEXED_BY,
-        "label_from": label.source,
-        "label_field": label.field,
+        "label_from": labels.place,
+        "label_field": labels.field,
         "checksums": all(shard.sha256 for shard, _ in entries.values()),
         "samples_sha256": _samples_sha256(indexes.values()),
     }
@@ -278,40 +257,37 @@ def commit(
     )
     _check_benchmark(manifest, mapping, allow_count_mismatch)
     try:
-        if bad:
-            write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(entry) + "\n" for entry in bad))
-        else:
-            (folder / BAD_SAMPLES).unlink(missing_ok=True)
+        write_bad_samples(folder, bad)
         shards.write_manifest(manifest)
         for names in ("*.index.safetensors.*", f"{shards.MANIFEST}.*", f"{BAD_SAMPLES}.*"):
-            remove_leftovers(folder, names)  # the folder is another program's: only what is ours
+            remove_leftovers(folder, names)  # only our own files: the folder is another program's
     except OSError as error:
         raise UserError(f"The manifest of {folder} cannot be written ({error.strerror}).") from None
     for what, entry in (
-        ("samples are split by others in the tar: our reader puts them together, WebDataset itself would not", "split"),
+        ("samples are interleaved in the tar: our reader joins their members, WebDataset's would not", "split"),
         (f"samples have several images: the first of {', '.join(IMAGES)} is used", "several_images"),
     ):
         if count := sum(index.about[entry] for index in indexes.values()):
             logger.info(f"{count} {what}")
     if bad:
-        logger.info(f"{len(bad)} samples have no image and are left out; {folder / BAD_SAMPLES} lists them")
+        logger.info(f"{len(bad)} samples have no image and are left out: see {folder / BAD_SAMPLES}")
     return manifest
 
 
 def _refuse_copies(indexes: dict[Path, shard_index.Index]) -> None:
-    """Raises: UserError: two tars are one ("00000 (1).tar"): its samples would count twice."""
+    """Raises: UserError: two tars are copies ("00000 (1).tar"): their samples would count twice."""
     first: dict[str, Path] = {}
     for tar, index in indexes.items():
         other = first.setdefault(index.about["frame"], tar)
-        # Tars of images of one size may differ in their pixels alone.
+        # Tars with the same headers and labels may differ in their pixels.
         if other != tar and len(index) and filecmp.cmp(tar, other, shallow=False):
             raise UserError(
-                f"{other} and {tar} have the same contents: samples would be there twice. Move one of them out."
+                f"{other} and {tar} have the same content: samples would occur twice. Move one of them out."
             )
 
 
 def _samples_sha256(indexes: Iterable[shard_index.Index]) -> str:
-    """Of all keys and labels: sets that differ in these alone are different sets."""
+    """A hash of all keys and labels: sets that differ only in these are different sets."""
     digest = hashlib.sha256()
     for index in indexes:
         digest.update(b"\0".join([*index.keys.tolist(), index.labels.astype("<i4").tobytes()]))
@@ -319,12 +295,12 @@ def _samples_sha256(indexes: Iterable[shard_index.Index]) -> str:
 
 
 def _check_benchmark(manifest: shards.Manifest, mapping: ClassMapping | None, allow: bool) -> None:
-    """Refuse what would be evaluated by other rules than the set that it is, or is no whole copy of it."""
+    """Refuse a set that would be evaluated by the rules of another one, or is not a complete copy of a benchmark."""
     if mapping is not None and mapping.name and manifest.split != mapping.name:
         raise UserError(
-            f"The classes of {manifest.root} are {mapping.name}'s ({mapping.source}), and its name, which says how it "
-            f"is evaluated, is {manifest.split}. Give --split {mapping.name}, and let the folder have that name among "
-            f"your sets: a link will do (ln -s {manifest.root} SHARDS/{mapping.name})."
+            f"The classes of {manifest.root} are {mapping.name}'s ({mapping.source}), but the set is called "
+            f"{manifest.split}, and the name decides how it is evaluated. Give --split {mapping.name}, and use that "
+            f"name for the folder among your sets; a link will do (ln -s {manifest.root} SHARDS/{mapping.name})."
         )
     deviations = benchmarks.deviations_of(manifest)
     if not deviations:
@@ -332,19 +308,15 @@ def _check_benchmark(manifest: shards.Manifest, mapping: ClassMapping | None, al
     what = f"{manifest.root} has {'; '.join(deviations)} for the set {manifest.split}"
     if not allow and manifest.split in [benchmark.name for benchmark in benchmarks.SHIFTED]:
         raise UserError(
-            f"{what}: it is not a whole copy of it, and accuracies on it would not be comparable. Get what is missing; "
-            f"--allow-count-mismatch takes it as it is, and says so in the manifest."
+            f"{what}: it is not a complete copy, and accuracies on it would not be comparable. Get the missing files; "
+            f"--allow-count-mismatch takes it as it is, and records the counts in the manifest."
         )
     logger.info(f"note: {what}")
     manifest.made["count_mismatch"] = deviations
 
 
 def _border(indexes: dict[Path, shard_index.Index]) -> int:
-    """The width of the red frame around ObjectNet's images, as some of them show.
-
-    Raises:
-        UserError: some have it and some do not.
-    """
+    """The width of the red frame around ObjectNet's images, judged by four images of each shard."""
     framed = []
     for tar, index in indexes.items():
         with open(tar, "rb") as file:
@@ -355,8 +327,8 @@ def _border(indexes: dict[Path, shard_index.Index]) -> int:
     known = [has for has in framed if has is not None]
     if any(known) and not all(known):
         raise UserError(
-            f"Of {len(known)} images of {next(iter(indexes)).parent}, {sum(known)} have ObjectNet's red frame and the "
-            f"others do not: copies of two kinds are mixed. Take one of them."
+            f"Of {len(known)} images of {next(iter(indexes)).parent}, only {sum(known)} have ObjectNet's red frame: "
+            f"two kinds of copies are mixed. Use one of them."
         )
     return BORDER if any(known) else 0
 

@@ -1,4 +1,4 @@
-"""The index of a shard of another program; the tar stays as it is."""
+"""Makes the index of a shard of another program. The tar is not changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -19,12 +19,12 @@ from cfmask.convert.clip_benchmark import ClassMapping
 from cfmask.convert.labels import (
     IMAGES,
     LABEL_OPTIONS,
-    Label,
+    LabelSource,
     group,
     image_of,
     label_of,
     label_of_key,
-    left_out,
+    list_left_out,
     loosely_longer,
 )
 from cfmask.convert.tables import Classes
@@ -36,16 +36,15 @@ from cfmask.errors import UserError
 class IndexTask:
     """A shard to index.
 
-    tar: the shard.
-    label: where its labels are.
+    labels: the place of its labels.
     ids: class id by folder (wnid), for labels from keys.
-    class_ids: class id by number in the tar, where that is not the same; () where it is.
-    checksums: whether to read everything.
-    settings: what the index depends on beside the tar.
+    class_ids: class id by number in the tar; () if they are equal.
+    checksums: read everything.
+    settings: what the index depends on besides the tar.
     """
 
     tar: Path
-    label: Label
+    labels: LabelSource
     ids: dict[str, int]
     class_ids: tuple[int, ...]
     checksums: bool
@@ -53,33 +52,33 @@ class IndexTask:
 
 
 def plan_tasks(
-    tars: Sequence[Path], label: Label, classes: Classes, mapping: ClassMapping | None, *, checksums: bool
+    tars: Sequence[Path], labels: LabelSource, classes: Classes, mapping: ClassMapping | None, *, checksums: bool
 ) -> list[IndexTask]:
     """A task for each shard.
 
     Args:
-        classes: that labels from keys are of.
-        mapping: what numbers in the tars mean, if not themselves.
+        classes: that labels from keys belong to.
+        mapping: of the numbers in the tars to class ids; None if they are equal.
     """
     ids: dict[str, int] = {}
     class_ids: tuple[int, ...] = ()
-    if label.source == "key":
+    if labels.place == "key":
         ids = {name: i for i, (name, _) in enumerate(classes)}
     elif mapping is not None:
         class_ids = tuple(accepted[0] for accepted in mapping.ids)
     used = list(ids) or class_ids
     digest = hashlib.sha256(json.dumps(used).encode()).hexdigest()[:16] if used else ""
-    settings = json.dumps([*label, digest])
-    return [IndexTask(tar, label, ids, class_ids, checksums, settings) for tar in tars]
+    settings = json.dumps([*labels, digest])
+    return [IndexTask(tar, labels, ids, class_ids, checksums, settings) for tar in tars]
 
 
 def is_indexed(task: IndexTask) -> bool:
-    """Whether an index of this very tar and these settings is there."""
+    """Whether an index of this tar, unchanged, and of these settings exists."""
     try:
         index = shard_index.load_index(task.tar)
         about = index.about
         with open(task.tar, "rb", buffering=0) as file:
-            # Checksums are of images too, which only the time tells.
+            # Checksums also cover images, whose changes only the modification time shows.
             return (
                 (about["settings"], about["mtime_ns"]) == (task.settings, os.fstat(file.fileno()).st_mtime_ns)
                 and (bool(about["sha256"]) or not task.checksums)
@@ -91,18 +90,13 @@ def is_indexed(task: IndexTask) -> bool:
 
 
 def index_shard(task: IndexTask) -> int:
-    """Scan a shard and write its index; return the tar's size in bytes.
-
-    Raises:
-        UserError: it is no whole tar, a label is missing, a member is there twice, or the index cannot be written.
-    """
+    """Scan a shard and write its index; return the tar's size in bytes."""
     tar = task.tar
     begun = time.time()
     try:
         with open(tar, "rb", buffering=0) as file:
             stat = os.fstat(file.fileno())
-            contents = tarscan.scan(tar)
-            index = _index(task, file, contents, stat, begun)
+            index = _index(task, file, stat, begun)
             frame = shard_index.frame_digest(file.fileno(), index)
             after = os.stat(tar)
     except OSError as error:
@@ -117,13 +111,11 @@ def index_shard(task: IndexTask) -> int:
     return stat.st_size
 
 
-def _index(
-    task: IndexTask, file: BinaryIO, contents: tarscan.Contents, stat: os.stat_result, begun: float
-) -> shard_index.Index:
+def _index(task: IndexTask, file: BinaryIO, stat: os.stat_result, begun: float) -> shard_index.Index:
+    contents = tarscan.scan(task.tar)
     samples, split = group(task.tar, contents.members)
-    bad = [
-        {"name": name, "shard": task.tar.name, "reason": reason} for name, reason in left_out(samples, contents.unseen)
-    ]
+    left_out = list_left_out(samples, contents.unseen)
+    bad = [{"name": name, "shard": task.tar.name, "reason": reason} for name, reason in left_out]
     keys: list[bytes] = []
     labels: list[int] = []
     first = [0]
@@ -136,16 +128,16 @@ def _index(
         image = image_of(fields)
         if image is None:
             continue
-        found = label_of(file, key, fields, task.label, task.ids, longer)
+        found = label_of(file, key, fields, task.labels, task.ids, longer)
         if isinstance(found, str):
-            name = f"{key}.{task.label.source}"
+            name = f"{key}.{task.labels.place}"
             link = f"; {name} is {unseen[name]}" if name in unseen else ""
             raise UserError(f"Sample {key} of {task.tar} has no label: {found}{link}. {LABEL_OPTIONS}")
         if task.class_ids:
             if found >= len(task.class_ids):
                 raise UserError(
-                    f"Sample {key} of {task.tar} has the label {found}, and its class list has {len(task.class_ids)} "
-                    f"classes, 0 … {len(task.class_ids) - 1}: the list is another set's, or the labels count from 1."
+                    f"Sample {key} of {task.tar} has the label {found}, but its class list has {len(task.class_ids)} "
+                    f"classes, 0 … {len(task.class_ids) - 1}: the list is of another set, or labels count from 1."
                 )
             found = task.class_ids[found]
         several += sum(name.rpartition(".")[2] in IMAGES for name in fields) > 1
@@ -153,17 +145,23 @@ def _index(
         wnids, agreeing = wnids + (wnid is not None), agreeing + (wnid == found)
         keys.append(key.encode())
         labels.append(found)
-        # The first image of a row is what readers take for its image.
+        # Readers take the first image member of a row.
         members += [fields[image], *(member for name, member in fields.items() if name != image)]
         first.append(len(members))
     extensions = tuple(dict.fromkeys(member.extension for member in members))
     if len(extensions) > 256:
         raise UserError(
             f"{task.tar} has {len(extensions)} kinds of members, such as {members[-1].name}: a key ends at its first "
-            f"dot, so names must not have other dots. Write the shards again with keys without dots."
+            f"dot, so names must have only one. Write the shards again with keys without dots."
         )
     numbers = {name: i for i, name in enumerate(extensions)}
-    crc32, sha256 = _checksums(file, members, stat.st_size) if task.checksums else ([], "")
+    crc32, sha256 = [0] * len(members) if task.checksums else [], ""
+    if task.checksums:
+        digest = hashlib.sha256()
+        places = [(member.offset, member.size) for member in members]
+        for i, data in tarscan.read_members(file, places, stat.st_size, digest):
+            crc32[i] = zlib.crc32(data)
+        sha256 = digest.hexdigest()
     return shard_index.Index(
         keys=np.array(keys, dtype=np.bytes_),
         labels=np.array(labels, np.int32),
@@ -185,26 +183,3 @@ def _index(
             "wnids": [agreeing, wnids],
         },
     )
-
-
-def _checksums(file: BinaryIO, members: Sequence[tarscan.Member], size: int) -> tuple[list[int], str]:
-    """CRC of each member, sha256 of the whole tar, in one pass."""
-    crc32 = [0] * len(members)
-    digest = hashlib.sha256()
-    at = 0
-
-    def read(until: int) -> Iterator[bytes]:
-        nonlocal at
-        while at < until and (part := os.pread(file.fileno(), min(until - at, 1 << 22), at)):
-            digest.update(part)
-            at += len(part)
-            yield part
-
-    for i in sorted(range(len(members)), key=lambda i: members[i].offset):
-        for _ in read(members[i].offset):
-            pass
-        for part in read(members[i].offset + members[i].size):
-            crc32[i] = zlib.crc32(part, crc32[i])
-    for _ in read(size):
-        pass
-    return crc32, digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Where the labels of shards of another program are: a .cls, a field of the .json, or the key."""
+"""Finds the labels of shards of other programs: in a .cls, a field of the .json, or the key."""
 
 from __future__ import annotations
 
@@ -16,29 +16,27 @@ from cfmask.data import images
 from cfmask.errors import UserError
 
 LABEL_FIELDS = ("label", "cls", "class_id", "class")
-# Where a sample has several images, a photograph goes before a mask of it. An .npy is an embedding more often than not.
+# If a sample has several images, a photograph goes before a mask of it. An .npy is usually an embedding.
 IMAGES = ("jpg", "jpeg", *(name for name in images.MEMBERS if name not in ("jpg", "jpeg", images.RAW)))
 LABEL_OPTIONS = (
-    "Say where the labels are: --label-from cls (a number in a .cls), --label-from json with --label-field NAME (a "
-    "number in the .json), or --label-from key (n01440764_10026, n01440764/10026); captions alone are no labels."
+    "Choose the place of the labels: --label-from cls (a number in a .cls), --label-from json with --label-field NAME "
+    "(a number in the .json), or --label-from key (n01440764_10026, n01440764/10026). Captions are not labels."
 )
 
 Fields = dict[str, tarscan.Member]
+"""Members of a sample by extension."""
 
 
-class Label(NamedTuple):
-    """Where labels come from: "cls", "json" (then ``field``) or "key"."""
+class LabelSource(NamedTuple):
+    """place: "cls", "json" or "key". field: of the json."""
 
-    source: str
+    place: str
     field: str = ""
 
 
 def group(tar: Path, members: Sequence[tarscan.Member]) -> tuple[dict[str, Fields], int]:
-    """Samples in order of first appearance, and how many have members of others between theirs: those WebDataset itself
-    would split.
-
-    Raises:
-        UserError: a member is there twice.
+    """Samples in order of first appearance, and the number of samples whose members are interleaved with those of
+    others (WebDataset's readers would split them).
     """
     samples: dict[str, Fields] = {}
     split: set[str] = set()
@@ -47,8 +45,8 @@ def group(tar: Path, members: Sequence[tarscan.Member]) -> tuple[dict[str, Field
         fields = samples.setdefault(member.key, {})
         if member.extension in fields:
             raise UserError(
-                f"{tar} holds {member.name} twice: two samples have one key, or the tar was appended to. No reader can "
-                f"tell them apart; write the shard again, with keys of its own for each sample."
+                f"{tar} holds {member.name} twice: two samples have the same key, or the tar was appended to. Write "
+                f"the shard again, with a unique key for each sample."
             )
         if fields and member.key != before:
             split.add(member.key)
@@ -57,30 +55,30 @@ def group(tar: Path, members: Sequence[tarscan.Member]) -> tuple[dict[str, Field
     return samples, len(split)
 
 
-def left_out(samples: dict[str, Fields], unseen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """(name, reason) of each sample without an image, and of each further image that is of no sample.
+def list_left_out(samples: dict[str, Fields], unseen: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """(name, reason) of each sample without an image, and of each image that belongs to no sample.
 
     Args:
-        unseen: as of ``tarscan.Contents``.
+        unseen: of ``tarscan.Contents``.
     """
     hidden: dict[str, tuple[str, str]] = {}
     for name, reason in unseen:
         key, extension = tarscan.split_name(re.sub(r"[\s/]+$", "", name)) or (name, "")
-        # An image and its label may both be links: that is one sample.
+        # If an image and its label are both links, they are one sample.
         if key not in hidden or extension in IMAGES:
             hidden[key] = name, reason
     yield from (entry for key, entry in hidden.items() if key not in samples)
-    links = {key: f"{name} is {reason}" for key, (name, reason) in hidden.items() if key in samples}
     for key, fields in samples.items():
         image = image_of(fields)
         dotted = [member.name for name, member in fields.items() if "." in name and name.rpartition(".")[2] in IMAGES]
         if image is None:
-            yield (
-                key,
-                links.get(key) or (_dots(dotted) if dotted else f"no image among its members ({', '.join(fields)})"),
-            )
+            if key in hidden:
+                reason = "{} is {}".format(*hidden[key])
+            else:
+                reason = _dots(dotted) if dotted else f"no image among its members ({', '.join(fields)})"
+            yield key, reason
         else:
-            # "1.png" beside "jpg" is a mask of it, as a rule; "2.jpg" may be another sample's image.
+            # "1.png" beside "jpg" is usually a mask of it; "2.jpg" may be the image of another sample.
             for name in dotted:
                 if name.endswith(f".{image}"):
                     yield name, _dots([name])
@@ -88,8 +86,8 @@ def left_out(samples: dict[str, Fields], unseen: Sequence[tuple[str, str]]) -> I
 
 def _dots(names: Sequence[str]) -> str:
     return (
-        f"a key ends at the first dot of a file's name, so that {', '.join(names[:3])}{' …' if len(names) > 3 else ''} "
-        f"{'is' if len(names) == 1 else 'are'} no sample's image: write the shard again with names that have one dot"
+        f"a key ends at the first dot of a file's name, so {', '.join(names[:3])}{' …' if len(names) > 3 else ''} "
+        f"cannot be the image of a sample: write the shard again with names that have one dot"
     )
 
 
@@ -102,47 +100,44 @@ def _read(file: BinaryIO, member: tarscan.Member) -> bytes:
 
 
 def _json(file: BinaryIO, fields: Fields) -> dict[str, Any] | None:
-    """The fields of a sample's .json; None if it is no JSON object."""
-    return json_fields(_read(file, fields["json"])) if "json" in fields else {}
+    """The content of a sample's .json; {} without a .json, None if it is not a JSON object."""
+    return json_object(_read(file, fields["json"])) if "json" in fields else {}
 
 
-def json_fields(data: bytes) -> dict[str, Any] | None:
-    """The fields of a JSON object; None if the bytes are not one."""
+def json_object(data: bytes) -> dict[str, Any] | None:
+    """The JSON object in ``data``; None if there is none."""
     try:
         found = json.loads(data)
-    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits, and for odd encodings
+    except (ValueError, RecursionError):  # ValueError also for numbers of thousands of digits and for other encodings
         return None
     return found if isinstance(found, dict) else None
 
 
-_MOST = 10**9
-
-
 def class_id_of(data: bytes) -> int | None:
-    """The number that a ``.cls`` member is, in decimal digits; None for anything else."""
+    """The class id in a ``.cls`` member, in decimal digits; None for other contents."""
     return int(data) if re.fullmatch(rb"\s*\d{1,9}\s*", data) else None
 
 
 def class_id_in(value: Any) -> int | None:
-    """The class id that a value of a ``.json`` is: a whole number, also where it was written as a float (tables with
-    missing values make 3.0 of 3); None for anything else, true and false among it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _MOST:  # nan compares false
+    """The class id in a value of a ``.json``: a whole number, also as a float (tables with missing values turn 3 into
+    3.0); None for other values, including true and false."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 10**9:  # false for nan
         return None
     return int(value) if value == int(value) else None
 
 
 def label_of_key(key: str, ids: dict[str, int]) -> int | None:
-    """The class of a key that begins with it (n01440764_10026, Faces_easy_0001), or lies in its folder
+    """The class of a key that begins with a class name (n01440764_10026, Faces_easy_0001), lies in the folder of one
     (n01440764/10026), or both.
 
-    Of classes whose names begin alike, the longest that the key begins with; None where another reading remains.
+    If the key begins with several class names, the longest counts. None if the class is ambiguous.
     """
     *folders, name = key.split("/")
     ends = [at for at in range(1, len(name) + 1) if name[:at] in ids and not name[at : at + 1].isalpha()]
     found = {ids[folders[-1]]} if folders and folders[-1] in ids else set()
     if ends:
         longest = ends[-1]
-        # "Faces_easy-1" may be Faces' or Faces_easy's; "a_1" may be image 1 of the class a, or of the class a_1.
+        # "Faces_easy-1" may be of Faces or of Faces_easy; "a_1" may be image 1 of the class a, or of the class a_1.
         clear = name[longest : longest + 1] == "_" or (longest == len(name) and len(ends) == 1)
         if clear:
             found.add(ids[name[:longest]])
@@ -156,8 +151,8 @@ def _loose(name: str) -> str:
 
 
 def loosely_longer(ids: dict[str, int]) -> dict[int, tuple[str, ...]]:
-    """Of classes that other ones begin with but for case, spaces and punctuation ("Faces" and "faces easy"): the loose
-    spellings of the latter, by class id of the former. ``label_of_key`` finds those that begin with it exactly."""
+    """For each class whose name begins another one except for case, spaces and punctuation ("Faces" and "faces easy"):
+    loose spellings of the longer names, by class id. ``label_of_key`` handles exact beginnings."""
     spellings = sorted((_loose(name), name) for name in ids)
     found = {}
     for name, class_id in ids.items():
@@ -175,37 +170,32 @@ def label_of(
     file: BinaryIO,
     key: str,
     fields: Fields,
-    label: Label,
+    source: LabelSource,
     ids: dict[str, int],
     longer: Mapping[int, tuple[str, ...]] = MappingProxyType({}),
 ) -> int | str:
-    """A sample's class id; or why it has none, in words. longer: of ``loosely_longer``, for labels from keys."""
-    if label.source == "cls":
-        if "cls" not in fields:
-            return f"it has no .cls (it has {', '.join(fields)})"
-        data = _read(file, fields["cls"])
-        found = class_id_of(data)
-        return f"its .cls is {_shown(data)}, no number in decimal digits" if found is None else found
-    if label.source == "json":
-        if "json" not in fields:
-            return f"it has no .json (it has {', '.join(fields)})"
-        facts = _json(file, fields)
-        if facts is None:
-            return f"its .json is no JSON object: {_shown(_read(file, fields['json']))}"
-        if label.field not in facts:
-            return f"its .json has no field {label.field!r} (it has {', '.join(facts) or 'none'})"
-        found = class_id_in(facts[label.field])
-        return (
-            f"its .json's field {label.field!r} is {_shown(facts[label.field])}, no class number"
-            if found is None
-            else found
-        )
-    found = label_of_key(key, ids)
-    *folders, name = key.split("/")
-    is_in_folder = bool(folders) and folders[-1] in ids
-    if found is not None and not is_in_folder and _loose(name).startswith(longer.get(found, ())):
-        found = None
-    return "its key does not begin with a class of the list, or may begin with two" if found is None else found
+    """A sample's class id, or the reason why it has none. longer: from ``loosely_longer``, for labels from keys."""
+    if source.place == "key":
+        label = label_of_key(key, ids)
+        *folders, name = key.split("/")
+        is_in_folder = bool(folders) and folders[-1] in ids
+        if label is None or (not is_in_folder and _loose(name).startswith(longer.get(label, ()))):
+            return "its key does not begin with exactly one class of the list"
+        return label
+    if source.place not in fields:
+        return f"it has no .{source.place} (it has {', '.join(fields)})"
+    data = _read(file, fields[source.place])
+    if source.place == "cls":
+        found, problem = class_id_of(data), f"its .cls is {_shown(data)}, not a number in decimal digits"
+    else:
+        content = json_object(data)
+        if content is None:
+            return f"its .json is not a JSON object: {_shown(data)}"
+        if source.field not in content:
+            return f"its .json has no field {source.field!r} (it has {', '.join(content) or 'none'})"
+        value = content[source.field]
+        found, problem = class_id_in(value), f"its .json's field {source.field!r} is {_shown(value)}, not a class id"
+    return problem if found is None else found
 
 
 def _shown(value: object) -> str:
@@ -216,53 +206,55 @@ def _shown(value: object) -> str:
     return shown if len(shown) <= 40 else f"{shown[:40]}…"
 
 
-def find_label(tars: Sequence[Path], asked: str | None, field: str | None, ids: dict[str, int]) -> Label:
-    """Where the labels of all shards come from, from the first samples of the first shard that has any with an image.
+def find_label_source(tars: Sequence[Path], asked: str | None, field: str | None, ids: dict[str, int]) -> LabelSource:
+    """The place of the labels of all shards, from the first samples of the first shard with images.
 
-    Raises:
-        UserError: from nowhere; or the .cls and the .json differ.
+    Args:
+        asked, field: by flags.
     """
     if asked in ("cls", "key"):
-        return Label(asked)
+        return LabelSource(asked)
     if field is not None:
-        return Label("json", field)
+        return LabelSource("json", field)
     reason = ""
     for tar in tars:
         contents = tarscan.scan(tar)
         samples, _ = group(tar, contents.members)
-        reason = reason or next((why for _, why in left_out(samples, contents.unseen)), "")
-        kept = [(key, fields) for key, fields in samples.items() if image_of(fields)][:100]
-        if not kept:
-            continue
-        with open(tar, "rb", buffering=0) as file:
-            key, fields = kept[0]
-            facts = _json(file, fields) or {}
-            named = next((name for name in LABEL_FIELDS if class_id_in(facts.get(name)) is not None), None)
-            if asked is None and "cls" in fields:
-                for key, fields in kept if named else ():
-                    ours = label_of(file, key, fields, Label("cls"), ids)
-                    theirs = (_json(file, fields) or {}).get(str(named))
-                    if ours != class_id_in(theirs):
-                        raise UserError(
-                            f"Sample {key} of {tar} has the label {ours} in its .cls and {theirs} in its .json's field "
-                            f"{named!r}. Say which is meant: --label-from cls, or --label-from json."
-                        )
-                return Label("cls")
-            if named:
-                return Label("json", named)
-            if asked is None and label_of_key(key, ids) is not None:
-                return Label("key")
-            raise UserError(
-                f"Sample {key} of {tar} has no label: it has {', '.join(fields)}, its .json has the fields "
-                f"{', '.join(facts) or '(none)'}, of which none of {', '.join(LABEL_FIELDS)} is a number"
-                f"{', and its key does not begin with a wnid or class' if asked is None else ''}. {LABEL_OPTIONS}"
-            )
+        reason = reason or next((why for _, why in list_left_out(samples, contents.unseen)), "")
+        if kept := [(key, fields) for key, fields in samples.items() if image_of(fields)][:100]:
+            return _label_source(tar, kept, asked, ids)
     raise no_images(tars[0].parent, reason)
+
+
+def _label_source(tar: Path, samples: list[tuple[str, Fields]], asked: str | None, ids: dict[str, int]) -> LabelSource:
+    with open(tar, "rb", buffering=0) as file:
+        key, fields = samples[0]
+        content = _json(file, fields) or {}
+        named = next((name for name in LABEL_FIELDS if class_id_in(content.get(name)) is not None), None)
+        if asked is None and "cls" in fields:
+            for key, fields in samples if named else ():
+                ours = label_of(file, key, fields, LabelSource("cls"), ids)
+                theirs = (_json(file, fields) or {}).get(str(named))
+                if ours != class_id_in(theirs):
+                    raise UserError(
+                        f"Sample {key} of {tar} has the label {ours} in its .cls and {theirs} in its .json's field "
+                        f"{named!r}. Choose one: --label-from cls, or --label-from json."
+                    )
+            return LabelSource("cls")
+        if named:
+            return LabelSource("json", named)
+        if asked is None and label_of_key(key, ids) is not None:
+            return LabelSource("key")
+        raise UserError(
+            f"Sample {key} of {tar} has no label: it has {', '.join(fields)}; its .json has the fields "
+            f"{', '.join(content) or '(none)'}, and none of {', '.join(LABEL_FIELDS)} is a number"
+            f"{'; its key does not begin with a wnid or class' if asked is None else ''}. {LABEL_OPTIONS}"
+        )
 
 
 def no_images(folder: Path, reason: str) -> UserError:
     """reason: of a sample that is left out, "" if there is no sample."""
     return UserError(
-        f"No sample of {folder} has an image (a member called {', '.join(IMAGES)}): there is nothing to train on"
+        f"No sample of {folder} has an image (a member called {', '.join(IMAGES)})"
         f"{f'. The first sample: {reason}' if reason else ''}."
     )

@@ -1,4 +1,4 @@
-"""Mask2Former, by Hugging Face's transformers: the pixels of an image that show something of a COCO category."""
+"""Mask2Former from Hugging Face's transformers: the pixels of an image that show a COCO category."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from cfmask.errors import UserError
 
 DEFAULT = "facebook/mask2former-swin-base-coco-panoptic"
-"""The nearest to the paper's that the hub is known to have: Mask2Former, COCO panoptic, Swin-B. The paper's (48558700_7
-in Mask2Former's model zoo) has a Swin-B pre-trained on ImageNet-21k; with that one the hub has COCO instances, ADE20K
-and Cityscapes. Converted to Hugging Face's format, the paper's goes in as a folder: --segmenter DIR."""
+"""The hub's closest model to the paper's: Mask2Former, COCO panoptic, Swin-B. The paper's (48558700_7 in Mask2Former's
+model zoo) has a Swin-B pre-trained on ImageNet-21k, which the hub has for COCO instances, ADE20K and Cityscapes only.
+The paper's model can be converted to Hugging Face's format and given as a folder: --segmenter DIR."""
 
 _FILES = "config.json, preprocessor_config.json and model.safetensors"
 
@@ -32,14 +32,14 @@ class Segmenter:
 
     @torch.inference_mode()
     def masks(self, images: Sequence[NDArray[np.uint8]], categories: Sequence[str]) -> list[NDArray[np.bool_]]:
-        """Where each image shows something of its category.
+        """The pixels of each image that show its category.
 
         Args:
             images: (H, W, 3) each, of any sizes.
-            categories: one an image, each in ``category_labels``.
+            categories: of each image, in ``category_labels``.
 
         Returns:
-            (H, W) each: the union of the category's segments in the panoptic segmentation.
+            (H, W) each, the union of the category's segments in the panoptic segmentation.
         """
         inputs = self._processor(images=[np.ascontiguousarray(i) for i in images], return_tensors="pt")
         inputs = {name: value.to(self._device) for name, value in inputs.items() if torch.is_tensor(value)}
@@ -54,11 +54,7 @@ class Segmenter:
 
 
 def read_config(name: str) -> Any:
-    """The model's configuration, without its weights.
-
-    Raises:
-        UserError: transformers is not installed, the model cannot be had, or is no Mask2Former.
-    """
+    """The model's configuration, without its weights."""
     config = _load(_transformers().AutoConfig, name)
     if config.model_type != "mask2former":
         raise UserError(
@@ -77,9 +73,8 @@ def _transformers() -> Any:
         import transformers
     except ImportError:
         raise UserError(
-            "Mask2Former comes with the package transformers, which is not installed: pip install -r "
-            "tools/segment-requirements.txt. Masks that are there already need it not: give them to "
-            "tools/validate_masks.py as they are."
+            "Mask2Former needs the package transformers, which is not installed: pip install -r "
+            "tools/segment-requirements.txt. tools/validate_masks.py does not need it for masks that exist already."
         ) from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -90,11 +85,11 @@ def _load(kind: Any, name: str) -> Any:
     folder = Path(name)
     try:
         return kind.from_pretrained(folder if folder.is_dir() else name)
-    except Exception as error:  # whatever transformers and the hub's client raise, the remedy is the same
+    except Exception as error:  # transformers and the hub's client raise many kinds; the remedy is the same
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         repository = DEFAULT if folder.is_dir() or folder.is_absolute() else name
         raise UserError(
-            f"The segmentation model {name} cannot be loaded ({reason}). On a machine with network access get the "
-            f"files {_FILES} of https://huggingface.co/{repository}, copy them into one folder here, and give that "
+            f"The segmentation model {name} cannot be loaded ({reason}). Without network access, download the files "
+            f"{_FILES} of https://huggingface.co/{repository} elsewhere, copy them into one folder here, and give that "
             "folder: --segmenter DIR."
         ) from None

@@ -1,4 +1,4 @@
-"""Masks of a set's images by Mask2Former, as shards: one of masks for each of images."""
+"""Masks of a set's images by Mask2Former, as shards: one shard of masks for each shard of images."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from cfmask.convert.mask2former import Segmenter, category_labels, read_config
 from cfmask.convert.planning import is_made
 from cfmask.data import images, shards
 from cfmask.data.segmentation import MADE_BY, categories, class_groups
-from cfmask.data.segmented import facts_of
+from cfmask.data.segmented import facts_of, samples_of_classes
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.errors import UserError
-from cfmask.files import remove_leftovers
+from cfmask.runtime.files import remove_leftovers
 from cfmask.runtime.pool import worker_number
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """One shard of masks to make; everything that a process needs for it.
+class MaskTask:
+    """A shard of masks to make, with everything that a process needs for it.
 
-    ids: samples of the set. labels: COCO's name of what each class id's samples show.
+    where: folder or URL of the sets.
+    set: name of the set of images.
+    ids: of the samples to segment.
+    categories: COCO's category of each class id.
+    segmenter: name of a Mask2Former on the hub, or its folder.
     """
 
     tar: Path
@@ -40,7 +44,7 @@ class ShardTask:
     where: str
     set: str
     ids: tuple[int, ...]
-    labels: tuple[str, ...]
+    categories: tuple[str, ...]
     segmenter: str
     device: str
     batch_size: int
@@ -55,72 +59,62 @@ def plan_masks(
     device: str,
     batch_size: int,
     folder: Path,
-) -> tuple[list[ShardTask], dict[str, Any]]:
-    """A task for each shard with images to segment, and the facts that decide them.
+) -> tuple[list[MaskTask], dict[str, Any]]:
+    """A task for each shard with images to segment, and the facts that the masks depend on.
 
     Args:
         manifest: of the set ``folder.name`` in ``source``, a folder or URL.
-        groups: as ``class_groups`` takes them.
+        groups: as in ``class_groups``.
         segmenter: name of a Mask2Former on the hub, or its folder.
         folder: gets the masks.
-
-    Raises:
-        UserError: the model cannot be had, does not know a category, or there is nothing to segment.
     """
     of_group = class_groups(manifest.classes, groups)
     wanted = sorted(frozenset().union(*of_group.values()))
     config = read_config(segmenter)
     known, names = category_labels(config), categories(manifest.classes)
-    if strangers := sorted({names[i] for i in wanted} - known.keys()):
+    if unknown := sorted({names[i] for i in wanted} - known.keys()):
         raise UserError(
-            f"{segmenter} does not know {', '.join(strangers[:5])}{' …' if len(strangers) > 5 else ''}: it "
+            f"{segmenter} does not know {', '.join(unknown[:5])}{' …' if len(unknown) > 5 else ''}: it "
             f"segments {', '.join(sorted(known)[:12])} …. Choose --groups whose classes it knows."
         )
-    # Of the configuration, what the weights were made for; not, say, the version of the program that read it.
+    # The configuration that belongs to the weights, without the version of the library that read it.
     described = {key: value for key, value in config.to_dict().items() if key not in ("transformers_version", "dtype")}
     facts: dict[str, Any] = {
         "of": manifest.digest,
         "groups": sorted(of_group),
         "segmenter": Path(segmenter).name,
-        "segmenter_digest": hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[
-            :16
-        ],
+        "segmenter_digest": _digest(json.dumps(described, sort_keys=True, default=str))[:16],
     }
-    identity = hashlib.sha256(json.dumps([shards.VERSION, facts, wanted]).encode()).hexdigest()
-    first = 0
-    tasks = []
-    for shard in manifest.shards:
-        rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, wanted))
-        if len(rows):
-            tasks.append(
-                ShardTask(
-                    tar=folder / shard.name,
-                    plan=identity,
-                    where=source,
-                    set=folder.name,
-                    ids=tuple((first + rows).tolist()),
-                    labels=tuple(names),
-                    segmenter=segmenter,
-                    device=device,
-                    batch_size=batch_size,
-                )
-            )
-        first += shard.samples
+    identity = _digest(json.dumps([shards.VERSION, facts, wanted]))
+    tasks = [
+        MaskTask(
+            tar=folder / shard.name,
+            plan=identity,
+            where=source,
+            set=folder.name,
+            ids=tuple(ids),
+            categories=tuple(names),
+            segmenter=segmenter,
+            device=device,
+            batch_size=batch_size,
+        )
+        for shard, ids in samples_of_classes(manifest, wanted)
+    ]
     if not tasks:
         raise UserError(f"{manifest.root} has no image of {', '.join(of_group)}.")
     return tasks, facts
 
 
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 # --- one shard ------------------------------------------------------------------------------------------------------
 
 
-def segment_shard(task: ShardTask) -> int:
-    """Segment the images of one shard, unless it is done. How many they were.
-
-    Raises:
-        UserError: an image cannot be read, or the shard cannot be written.
-    """
-    if not is_made(task):
+def segment_shard(task: MaskTask) -> int:
+    """Segment the images of one shard, unless its masks exist; return their number."""
+    if not is_made(task.tar, task.plan):
         about: dict[str, Any] = {"plan": task.plan, "without_object": 0}
         try:
             shard_writer.write_shard(task.tar, _samples(task, about), about=about)
@@ -129,13 +123,13 @@ def segment_shard(task: ShardTask) -> int:
     return len(task.ids)
 
 
-def _samples(task: ShardTask, about: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
+def _samples(task: MaskTask, about: dict[str, Any]) -> Iterator[tuple[str, int, dict[str, bytes]]]:
     segmenter = _segmenter(task.segmenter, task.device)
     with ShardReader(_manifest(task.where, task.set)) as reader:
         for begin in range(0, len(task.ids), task.batch_size):
             batch = [reader.read(i) for i in task.ids[begin : begin + task.batch_size]]
             pixels = [_pixels(sample) for sample in batch]
-            names = [task.labels[sample["__label__"]] for sample in batch]
+            names = [task.categories[sample["__label__"]] for sample in batch]
             for sample, name, mask in zip(batch, names, segmenter.masks(pixels, names), strict=True):
                 about["without_object"] += not mask.any()
                 facts = {
@@ -181,7 +175,7 @@ def _manifest(where: str, name: str) -> Manifest:
 
 @functools.cache
 def _segmenter(name: str, device: str) -> Segmenter:
-    """One a process. Processes share the GPUs of a machine out among them, or its cores."""
+    """One for each process. The processes are distributed over the machine's GPUs, or its cores."""
     number = worker_number()
     if number is not None:
         torch.set_num_threads(1)
@@ -193,8 +187,8 @@ def _segmenter(name: str, device: str) -> Segmenter:
 # --- the set --------------------------------------------------------------------------------------------------------
 
 
-def commit_masks(folder: Path, of: Manifest, tasks: list[ShardTask], facts: dict[str, Any]) -> Manifest:
-    """The manifest, from the indexes alone."""
+def commit_masks(folder: Path, of: Manifest, tasks: list[MaskTask], facts: dict[str, Any]) -> Manifest:
+    """Write the manifest, from the indexes alone."""
     entries, indexes = zip(*(shard_writer.shard_and_index(task.tar) for task in tasks), strict=True)
     manifest = Manifest(
         root=folder,

@@ -1,11 +1,12 @@
-"""How a shard and its index are written, and how finished shards become a manifest's entries."""
+"""Writes a shard and its index, and collects finished shards into the entries of a manifest."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,20 @@ from isal.isal_zlib import crc32
 from cfmask.data.shard_index import Index, index_path, load_index, parse_index, read_index, write_index
 from cfmask.data.shards import Shard
 from cfmask.errors import UserError
-from cfmask.files import sync
+from cfmask.runtime.files import sync
 from cfmask.runtime.machine import aside_of
 
+BAD_SAMPLES = "bad_samples.jsonl"
 _BLOCK = tarfile.BLOCKSIZE
 
 
 def write_shard(
     tar: Path, samples: Iterable[tuple[str, int, dict[str, bytes]]], *, about: dict[str, Any] | None = None
 ) -> Index:
-    """Write a shard and its index. The bytes are a function of the samples alone: no time, user or host is in them.
+    """Write a shard and its index. Their bytes depend on the samples alone: they contain no time, user or host.
 
-    The tar is written aside, fsynced and renamed, then its index: whoever is killed on the way leaves no index, and
-    whoever finds an index finds the whole tar.
+    webdataset's ShardWriter stamps the time, writes to the final name and makes no index. Here the tar is written
+    aside, fsynced and renamed, then its index: an index that exists proves that its tar is complete.
 
     Args:
         tar: final path.
@@ -35,7 +37,7 @@ def write_shard(
         about: facts that go into the index beside bytes and sha256; it may be filled while ``samples`` is consumed.
 
     Raises:
-        OSError: it cannot be written. What was written aside is removed, as after any other error.
+        OSError: it cannot be written. The temporary file is removed, as after any other error.
     """
     aside = aside_of(tar)
     try:
@@ -91,10 +93,9 @@ def _write_shard(
         about={**(about or {}), "bytes": position, "sha256": digest.hexdigest()},
     )
     if committed_about(tar) == index.about:
-        # Another writer was faster (a job that was requeued while it still ran): to take its index away, even for a
-        # moment, would only harm whoever reads it.
+        # Another writer was faster (a job that was requeued while it still ran). Its index stays in place for readers.
         return index
-    index_path(tar).unlink(missing_ok=True)  # an older index must never vouch for the new tar
+    index_path(tar).unlink(missing_ok=True)  # an older index must never describe the new tar
     os.replace(aside, tar)
     sync(tar.parent)
     write_index(index_path(tar), index)
@@ -102,15 +103,15 @@ def _write_shard(
 
 
 def _header(name: str, size: int) -> bytes:
-    """A USTAR header as tarfile makes it of a regular file of mode 444, in a tenth of its time: a million images have
-    three million headers."""
+    """The USTAR header that tarfile makes for a regular file of mode 444, in a tenth of tarfile's time: a million
+    images have three million headers."""
     encoded = name.encode()
     if len(encoded) > 100 or size >= 8**11:
         raise ValueError(f"too long for a tar header: {name!r} ({size} bytes)")
     header = bytearray(_HEADER)
     header[: len(encoded)] = encoded
     header[124:135] = b"%011o" % size
-    header[148:156] = b"%06o\0 " % sum(header)  # of all bytes, the checksum's own taken as blanks
+    header[148:156] = b"%06o\0 " % sum(header)  # the checksum field counts as blanks
     return bytes(header)
 
 
@@ -126,7 +127,7 @@ _HEADER = _empty_header()
 
 
 def committed_about(tar: Path) -> dict[str, Any] | None:
-    """``about`` of the index of a shard that is there at its full length; None if it is not."""
+    """``about`` of the index of a shard that exists at its full length; None otherwise."""
     try:
         about = load_index(tar).about
         return about if tar.stat().st_size == about["bytes"] else None
@@ -135,11 +136,7 @@ def committed_about(tar: Path) -> dict[str, Any] | None:
 
 
 def shard_and_index(tar: Path) -> tuple[Shard, Index]:
-    """The manifest's entry of a shard, and its index, from the index's file.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """The manifest's entry of a shard, and its index, from the index file."""
     data = read_index(tar)
     index = parse_index(data, str(index_path(tar)))
     digest = hashlib.sha256(data).hexdigest()
@@ -154,8 +151,16 @@ def class_counts_of(indexes: Iterable[Index], num_classes: int) -> tuple[int, ..
     return tuple(map(int, total))
 
 
+def write_bad_samples(folder: Path, issues: Sequence[Mapping[str, Any]]) -> None:
+    """Write SET/bad_samples.jsonl, a line for each issue; without issues there is no such file. Raises OSError."""
+    if issues:
+        write_atomically(folder / BAD_SAMPLES, "".join(json.dumps(issue) + "\n" for issue in issues))
+    else:
+        (folder / BAD_SAMPLES).unlink(missing_ok=True)
+
+
 def has_clipped_images(about: Mapping[str, Any]) -> bool:
-    """Whether a shard, by the ``about`` of its index, is of an earlier release that took all 16-bit grey above 255 for
-    white, and holds such images."""
+    """Whether a shard holds 16-bit grey images converted by an earlier release, which clipped values above 255 to
+    white. about: of its index."""
     clipped = ("16-bit", "kept, read as RGB")
     return any((issue.get("issue"), issue.get("policy")) == clipped for issue in about.get("issues", ()))

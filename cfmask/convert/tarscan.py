@@ -1,18 +1,20 @@
-"""What a tar holds, from its headers alone.
+"""Lists a tar from its headers alone.
 
-    TarWalk(file, name)   every entry of a tar, links and sparse files among them; refuses a tar that is not whole
-    scan(tar)             the members that WebDataset sees, and the images that it does not see
+    TarWalk(file, name)   every entry, including links and sparse files; refuses a tar that is not complete
+    scan(tar)             the members that WebDataset reads, and the images that it skips
 
-Names follow WebDataset's rule: a member's key is its path up to the first dot of the last component, the rest its
-extension, in small letters. Members without a dot, hidden files, and ``__meta__`` are not seen.
+Names follow WebDataset's rule: a member's key is its path up to the first dot of the last component; the rest is its
+extension, in small letters. WebDataset skips members without a dot, hidden files, and ``__meta__``.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
+import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -21,7 +23,7 @@ from cfmask.errors import UserError
 
 _BLOCK = tarfile.BLOCKSIZE
 _ENCODING = "utf-8"
-"""Of names: by default tarfile decodes them by the locale, so that one tar would have other keys on another machine."""
+"""Of names. tarfile's default is the locale's, with which a tar would have other keys on another machine."""
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")
 _META = re.compile(r"__[^/]*__(/|$)")
 _MAGIC = {
@@ -41,7 +43,7 @@ _IMAGE_SUFFIXES = {*images.MEMBERS, "gif", "tiff"} - {images.RAW}
 
 
 class Kind(enum.Enum):
-    """What an entry of a tar is."""
+    """Type of an entry."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -52,8 +54,8 @@ class Kind(enum.Enum):
 
 
 class Entry(NamedTuple):
-    """A header of a tar: ``size`` bytes of data lie at ``offset``, but for links (no data) and sparse files (their
-    data has another layout). target: the path that a link names, else ""."""
+    """An entry of a tar. ``size`` bytes of data lie at ``offset``, except for links (no data) and sparse files (another
+    layout). target: of a link, else ""."""
 
     name: str
     kind: Kind
@@ -63,25 +65,25 @@ class Entry(NamedTuple):
 
 
 def packing(start: bytes) -> str | None:
-    """The name of the compression or archive format of a file that begins with these bytes; None for others."""
+    """Name of the compression or archive format whose files begin with these bytes; None for others."""
     return next((name for magic, name in _MAGIC.items() if start.startswith(magic)), None)
 
 
 class TarWalk:
-    """The entries of a tar (ustar, GNU, PAX) in order, from its headers of 512 bytes each; data is skipped.
+    """The entries of a tar (ustar, GNU, PAX) in order, from its headers; data is skipped.
 
-    Iterating raises UserError where the tar is compressed, cut or damaged, or where data follows its end-of-archive
-    mark: readers stop at the mark, so that what follows would be left out without an error.
+    tarfile alone ends silently at a truncated or damaged header, and at an end-of-archive mark that more data follows.
+    Iterating raises UserError in these cases, and if the tar is compressed.
 
     Args:
-        file: open at the tar, for reading and seeking.
+        file: the tar, open for reading and seeking.
         shown: its name in errors.
     """
 
     def __init__(self, file: IO[bytes], shown: str):
         self._file, self._shown = file, shown
         self.end = 0
-        """Offset of the end-of-archive mark, when the walk is done."""
+        """Offset of the end-of-archive mark, after the walk."""
 
     def __iter__(self) -> Iterator[Entry]:
         self._file.seek(0)
@@ -104,21 +106,21 @@ class TarWalk:
         self._file.seek(0)
         start = self._file.read(_BLOCK)
         if at:  # there was an entry: it is a tar
-            return f"{self._shown} cannot be read after byte {at} ({error}): it is cut or damaged. {_GET_AGAIN}"
+            return f"{self._shown} cannot be read after byte {at} ({error}): it is truncated or damaged. {_GET_AGAIN}"
         if kind := packing(start):
             archive = kind in ("zip", "7z", "rar")
             return (
-                f"{self._shown} is {'an archive of another kind' if archive else 'compressed'} ({kind}), whatever its "
-                f"name says, and files in it cannot be read by offset. Unpack it"
-                f"{' and write what is in it to a tar' if archive else ': images do not get smaller by it anyway'}."
+                f"{self._shown} is {'an archive of another kind' if archive else 'compressed'} ({kind}) by its "
+                f"content; files in it cannot be read by offset. Unpack it"
+                f"{' and write its files to a tar' if archive else '; compression does not make images smaller'}."
             )
         if not start:
             return f"{self._shown} is an empty file. {_GET_AGAIN}"
         if start.startswith(b"version https://git-lfs"):
             return f"{self._shown} is a pointer of Git LFS, not the file itself. Get the file with `git lfs pull`."
         if start.isascii() and b"\0" not in start:
-            return f"{self._shown} is no tar: it begins with the text {start[:40].decode()!r}. {_GET_AGAIN}"
-        return f"{self._shown} cannot be read as a tar ({error}): it is cut or damaged. {_GET_AGAIN}"
+            return f"{self._shown} is not a tar: it begins with the text {start[:40].decode()!r}. {_GET_AGAIN}"
+        return f"{self._shown} cannot be read as a tar ({error}): it is truncated or damaged. {_GET_AGAIN}"
 
 
 def _kind(info: tarfile.TarInfo) -> Kind:
@@ -131,36 +133,35 @@ def _kind(info: tarfile.TarInfo) -> Kind:
 
 
 def end_problem(file: IO[bytes], end: int) -> tuple[str, str] | None:
-    """What is wrong with the end of a tar whose headers stop at ``end``, and what to do; None if nothing is.
+    """The problem with the end of a tar whose headers stop at ``end``, and its remedy; None if there is no problem.
 
-    A tar that was cut between two members ends like a whole one, but for its end-of-archive mark.
+    A tar that was truncated between two members only lacks the end-of-archive mark.
     """
     file.seek(end)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
-        return "ends without an end-of-archive mark: it was cut between two members", _GET_AGAIN
+        return "has no end-of-archive mark: it was truncated between two members", _GET_AGAIN
     if any(block):
         return f"has a damaged header at byte {end}", _GET_AGAIN
-    while block := file.read(1 << 20):  # a tar may be filled up with zeros, to any size
+    while block := file.read(1 << 20):  # a tar may be padded with zeros, to any size
         if any(block):
             at = (len(block) - len(block.lstrip(b"\0"))) // _BLOCK * _BLOCK
             try:
                 tarfile.TarInfo.frombuf(block[at : at + _BLOCK], "utf-8", "surrogateescape")
             except tarfile.TarError:
-                return "goes on after its end-of-archive mark: it was overwritten or damaged", _GET_AGAIN
+                return "has data after its end-of-archive mark: it was overwritten or damaged", _GET_AGAIN
             return (
-                "goes on after its end-of-archive mark with another tar: tars were joined by `cat`, and readers stop "
-                "at the mark",
-                "Extract it with `tar --extract --ignore-zeros` and write one tar of all of it, or join the original "
-                "tars with `tar --concatenate`.",
+                "has another tar after its end-of-archive mark, where readers stop: tars were joined by `cat`",
+                "Extract it with `tar --extract --ignore-zeros` and write one tar of all its files, or join the "
+                "original tars with `tar --concatenate`.",
             )
     return None
 
 
-_GET_AGAIN = "Download or copy it again: what is missing from it would be left out by readers without an error."
+_GET_AGAIN = "Download it again: readers would skip the missing samples without an error."
 
 
-# --- as WebDataset sees it ------------------------------------------------------------------------------------------
+# --- as WebDataset reads it -----------------------------------------------------------------------------------------
 
 
 class Member(NamedTuple):
@@ -177,8 +178,12 @@ class Member(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """members: in the order of the tar. unseen: names of images that WebDataset's readers do not see, with the reason.
-    end: offset of the end-of-archive mark."""
+    """Contents of a tar.
+
+    members: in the order of the tar.
+    unseen: names of images that WebDataset's readers skip, with the reason.
+    end: offset of the end-of-archive mark.
+    """
 
     members: list[Member]
     unseen: list[tuple[str, str]]
@@ -189,7 +194,7 @@ def scan(tar: Path) -> Contents:
     """The members of a tar.
 
     Raises:
-        UserError: the tar is compressed, cut or damaged, or more follows its end.
+        UserError: the tar is compressed, truncated or damaged, or has data after its end.
         OSError: it cannot be read.
     """
     members: list[Member] = []
@@ -206,7 +211,7 @@ def scan(tar: Path) -> Contents:
 
 
 def _unseen(entry: Entry, has_key: bool) -> str | None:
-    """Why an image, or the label of one, is left out; None for what is neither."""
+    """Why WebDataset skips an image, or the label of one; None for members that are neither or are read."""
     file = entry.name.rstrip("/").rpartition("/")[2]
     suffix = file.rpartition(".")[2].strip().lower()
     if file.startswith(".") or suffix not in {*_IMAGE_SUFFIXES, "cls", "json"} or _META.match(entry.name):
@@ -219,20 +224,20 @@ def _unseen(entry: Entry, has_key: bool) -> str | None:
         return None
     if entry.kind is Kind.SPARSE:
         return "a sparse file, which cannot be read in place: write the tar without --sparse"
-    return f"a {entry.kind.value}{f' to {_escaped(entry.target)}' if entry.target else ''}, which readers pass over"
+    return f"a {entry.kind.value}{f' to {_escaped(entry.target)}' if entry.target else ''}, which readers skip"
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, extension) of a file, None if WebDataset does not see it. Characters that are not utf-8 are escaped."""
+    """(key, extension) of a file; None if WebDataset skips it. Bytes that are not UTF-8 are escaped."""
     if _META.match(name):
         return None
     match = _NAME.fullmatch(_escaped(name))
-    # The index separates its extensions by spaces; no reader asks for one with a space in it.
+    # Readers ask for members by extension, and no extension has a space.
     return (match[1], match[2].lower()) if match and not re.search(r"\s", match[2]) else None
 
 
 def member_at(file: IO[bytes], start: int, offset: int) -> Member | None:
-    """The member whose data is at ``offset``, with the headers read from ``start`` on; None if there is none."""
+    """The member whose data is at ``offset``, by its headers, which begin at ``start``; None if there is none."""
     file.seek(start)
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding=_ENCODING) as archive:
@@ -245,9 +250,40 @@ def member_at(file: IO[bytes], start: int, offset: int) -> Member | None:
     return None
 
 
+def read_members(
+    file: IO[bytes], places: Sequence[tuple[int, int]], size: int, digest: hashlib._Hash | None = None
+) -> Iterator[tuple[int, bytes]]:
+    """Number and data of each member, in the order of the tar. Stops at a member that overlaps the one before.
+
+    Args:
+        places: offset and size of the members.
+        size: of the tar.
+        digest: gets every byte of the tar.
+    """
+
+    def read(begin: int, end: int) -> bytes:
+        """Short only at the end of the file."""
+        parts = []
+        while begin < end and (part := os.pread(file.fileno(), min(end - begin, 1 << 22), begin)):
+            parts.append(part)
+            begin += len(part)
+        return b"".join(parts)
+
+    at = 0
+    for number in sorted(range(len(places)), key=places.__getitem__):
+        offset, length = places[number]
+        if offset < at:
+            break
+        data = read(offset, offset + length)
+        if digest:
+            digest.update(read(at, offset))
+            digest.update(data)
+        at = offset + length
+        yield number, data
+    while digest and at < size and (rest := read(at, min(size, at + (1 << 22)))):
+        digest.update(rest)
+        at += len(rest)
+
+
 def _escaped(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
-
-
-def shown_size(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,6 +1,6 @@
-"""Whether a shard is what its index and its manifest say.
+"""Compares a shard with its index and its manifest.
 
-quick: sizes, index, end mark, a few headers, every label;  full: every byte, checksum, header and image as well
+quick: sizes, index, end mark, a few headers, every label. full: also every byte, checksum, header and image.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import tarfile
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,11 +29,13 @@ _BLOCK = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Check:
-    """A shard, and what its manifest says of it.
+    """A shard to check, and what its manifest says about it.
 
-    label_from: where the index's labels came from: "cls", "json" (then ``label_field``), "key"; "" if the members all
-    say the same. class_ids: what the tar's numbers mean, where they count in a class list of their own. foreign: the
-    shard is of another maker, and was indexed. full: read everything.
+    label_from: place of the labels: "cls", "json", "key"; "" if all members of our own shards agree.
+    label_field: of the json.
+    class_ids: class id by number in the tar; () if they are equal.
+    foreign: the shard was made by another program and indexed.
+    full: read everything.
     """
 
     root: Path
@@ -47,10 +49,33 @@ class Check:
     foreign: bool
     full: bool
 
+    @property
+    def again(self) -> str:
+        """Remedy for a tar."""
+        if self.foreign:
+            return INDEX_AGAIN
+        return (
+            "Delete the tar and its index, then copy both again from where the set came from, or run the conversion "
+            "again: it makes the missing shards."
+        )
+
+    @property
+    def index_again(self) -> str:
+        """Remedy for an index."""
+        if self.foreign:
+            return "Run tools/index_shards.py on the folder."
+        return "Copy it again from where the set came from, or delete it and run the conversion again."
+
 
 @dataclass(frozen=True)
 class Problem:
-    """kind: for programs. what: for people, without the shard's name. remedy: what to do. samples: all it is about."""
+    """A problem of a shard.
+
+    kind: for programs.
+    what: for people, without the shard's name.
+    remedy: what to do.
+    samples: all samples or members concerned.
+    """
 
     kind: str
     what: str
@@ -60,8 +85,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """class_counts: samples by class id, () where the index cannot be trusted. bytes: that were looked at or vouched
-    for, for rates."""
+    """The result for a shard.
+
+    class_counts: samples by class id; () if the index cannot be trusted.
+    bytes: of the shard, for rates.
+    """
 
     name: str
     problems: tuple[Problem, ...]
@@ -70,15 +98,15 @@ class Verdict:
 
 
 def check(item: Check) -> Verdict:
-    """Look at one shard. Raises nothing that the shard could cause: whatever is wrong is in the verdict."""
+    """Check one shard. Problems of the shard never raise; they are in the verdict."""
     problems: list[Problem] = []
     index = _check_index(item, problems)
     try:
         with open(item.root / item.shard.name, "rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size != item.shard.bytes:
-                what = f"has {size} bytes, the manifest says {item.shard.bytes}: it is cut or was replaced"
-                problems.append(Problem("size", what, _again(item)))
+                what = f"has {size} bytes, the manifest says {item.shard.bytes}: it is truncated or was replaced"
+                problems.append(Problem("size", what, item.again))
             else:
                 if index is not None:
                     checks = (_check_frame, _check_layout) if item.foreign else (_check_layout, _check_labels)
@@ -86,9 +114,9 @@ def check(item: Check) -> Verdict:
                 if item.full:
                     problems += _check_contents(file, index, item)
     except FileNotFoundError:
-        problems.append(Problem("missing", "is not there", _again(item)))
+        problems.append(Problem("missing", "is missing", item.again))
     except OSError as error:
-        remedy = "Look at the file's permissions and at the disk, then verify again."
+        remedy = "Check the file's permissions and the disk, then verify again."
         problems.append(Problem("unreadable", f"cannot be read ({error.strerror})", remedy))
     counts: tuple[int, ...] = ()
     if index is not None and not any(problem.kind == "label-range" for problem in problems):
@@ -96,112 +124,94 @@ def check(item: Check) -> Verdict:
     return Verdict(item.shard.name, tuple(problems), counts, item.shard.bytes)
 
 
-def _again(item: Check) -> str:
-    if item.foreign:
-        return INDEX_AGAIN
-    return (
-        "Delete the tar and its index, then copy both again from where the set came from, or run the conversion "
-        "again: it makes what is missing."
-    )
-
-
-def _index_again(item: Check) -> str:
-    if item.foreign:
-        return "Run tools/index_shards.py on the folder."
-    return "Copy it again from where the set came from, or delete it and run the conversion again."
-
-
 def _check_index(item: Check, problems: list[Problem]) -> Index | None:
-    """The index, None if it is not the one that the manifest names."""
+    """The index; None if it is not the one that the manifest names."""
     path, shard = index_path(item.root / item.shard.name), item.shard
+
+    def wrong(kind: str, what: str, names: tuple[str, ...] = ()) -> None:
+        problems.append(Problem(kind, what, item.index_again, names))
+
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        problems.append(Problem("index-missing", f"its index {path.name} is not there", _index_again(item)))
+        wrong("index-missing", f"its index {path.name} is missing")
         return None
     except OSError as error:
         what = f"its index {path.name} cannot be read ({error.strerror})"
-        problems.append(Problem("unreadable", what, "Look at the file's permissions and at the disk."))
+        problems.append(Problem("unreadable", what, "Check the file's permissions and the disk."))
         return None
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        what = f"its index {path.name} is not the one that the manifest names: it is damaged, or of another conversion"
-        problems.append(Problem("index", what, _index_again(item)))
+        wrong("index", f"its index {path.name} is not the one that the manifest names: it is damaged or of another set")
         return None
     try:
         index = parse_index(data, path.name)
     except UserError:
-        problems.append(Problem("index", f"its index {path.name} cannot be read", _index_again(item)))
+        wrong("index", f"its index {path.name} cannot be read")
         return None
-
-    def wrong(kind: str, what: str) -> None:
-        problems.append(Problem(kind, what, _index_again(item)))
-
     if len(index) != shard.samples:
         wrong("count", f"its index has {len(index)} samples, the manifest says {shard.samples}")
     if (index.about.get("bytes"), index.about.get("sha256")) != (shard.bytes, shard.sha256):
-        wrong("index", "its index was written for a tar of other size or sha256 than the manifest names")
+        wrong("index", "its index was written for a tar of another size or sha256 than the manifest's")
     if len(index) and not (0 <= index.labels.min() and index.labels.max() < item.num_classes):
         found = f"{index.labels.min()} … {index.labels.max()}"
-        wrong("label-range", f"its index has labels {found}, and the set has classes 0 … {item.num_classes - 1}")
+        wrong("label-range", f"its index has labels {found}, but the set has classes 0 … {item.num_classes - 1}")
     if len(set(index.keys.tolist())) != len(index):
-        wrong("duplicate", "a key is there twice in its index")
+        wrong("duplicate", "a key occurs twice in its index")
     if (lacking := np.flatnonzero(index.image < 0)).size:
         names = tuple(index.keys[row].decode() for row in lacking)
-        problems.append(Problem("no-image", f"{_count(names, 'sample')} without an image", _index_again(item), names))
+        wrong("no-image", f"{_count(names, 'sample')} without an image", names)
     if item.store != images.ORIGINAL and has_clipped_images(index.about):
-        what = "holds crops of 16-bit grey images that an earlier release took for white"
-        problems.append(Problem("clipped", what, "Run the conversion again: the same command makes this shard again."))
+        what = "holds crops of 16-bit grey images that an earlier release clipped to white"
+        problems.append(Problem("clipped", what, "Run the conversion again: the same command replaces this shard."))
     return index
 
 
 def _check_layout(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
-    """Do the index's members fill the tar without a gap, does it end as a tar, are a few headers where they should
-    be?"""
+    """Do the index's members fill the tar without a gap, does it end as a tar, and are a few headers correct?"""
     order = np.argsort(index.offset, kind="stable")
     starts, sizes = index.offset[order], index.size[order]
     ends = starts + sizes
     ends += -ends % _BLOCK
     before = np.append(0, ends)[: len(ends)]  # where the headers of each member begin
     gaps = starts - before
-    # Our own shards have one header a member and nothing else; others have PAX headers, folders, samples left out.
+    # Our own shards have one header for each member and nothing else; others have PAX headers, folders, …
     fits = bool((gaps >= _BLOCK).all() if item.foreign else (gaps == _BLOCK).all())
     last = int(ends[-1]) if len(ends) else 0
     size, end = item.shard.bytes, int(index.about.get("end", last))
     if max(last, end) > size:
-        what = f"ends at byte {size}, and its index names members up to byte {last}: it was cut before it was indexed"
-        return [Problem("end", what, _again(item))]
+        what = f"has {size} bytes, but its index has members up to byte {last}: it was truncated before it was indexed"
+        return [Problem("end", what, item.again)]
     if not fits or end < last:
-        what = f"its index names {len(order)} members, and they do not follow each other as in a tar"
-        return [Problem("count", what, _index_again(item))]
+        what = f"its index has {len(order)} members that do not follow each other as in a tar"
+        return [Problem("count", what, item.index_again)]
     problems = []
     if problem := tarscan.end_problem(file, end):
-        problems.append(Problem("end", problem[0], _again(item)))
+        problems.append(Problem("end", problem[0], item.again))
     for at in sorted({int(at) for at in np.linspace(0, len(order) - 1, 5)} if len(order) else ()):
         name = _member_name(index, int(order[at]))
         found = tarscan.member_at(file, int(before[at]), int(starts[at]))
         if found is None or (found.name, found.size) != (name, sizes[at]):
-            there = f"there is {found.name} of {found.size} bytes" if found else "there is no sound header"
-            what = f"{name} of {sizes[at]} bytes should be at byte {starts[at]}, and {there}"
-            problems.append(Problem("header", what, _again(item)))
+            there = f"there is {found.name} of {found.size} bytes" if found else "there is no valid header"
+            what = f"{name} of {sizes[at]} bytes should be at byte {starts[at]}, but {there}"
+            problems.append(Problem("header", what, item.again))
     return problems
 
 
 def _check_frame(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
     """Are headers and labels of another program's tar those that were indexed?"""
     if "frame" not in index.about:
-        what = "was indexed by an earlier version, which kept no digest of its labels"
-        return [Problem("old-index", what, _index_again(item))]
+        what = "was indexed by an earlier version, which recorded no digest of its labels"
+        return [Problem("old-index", what, item.index_again)]
     if frame_digest(file.fileno(), index) != index.about["frame"]:
-        what = "has other headers or labels than when it was indexed: it was changed since"
-        return [Problem("changed", what, _again(item))]
+        return [Problem("changed", "has other headers or labels than when it was indexed", item.again)]
     return []
 
 
 def _check_labels(file: BinaryIO, index: Index, item: Check) -> list[Problem]:
-    """Are the labels of a tar of ours those of the index? One of the same size and layout may have got others."""
+    """Do the labels in our own tar agree with the index? A changed label need not change size and layout."""
     if item.full:
-        return []  # compared with everything else
-    found = _Findings()
+        return []  # _check_contents compares them
+    found = _MemberProblems()
     rows = np.repeat(np.arange(len(index)), np.diff(index.first))
     number = index.extensions.index("cls") if "cls" in index.extensions else -1
     for member in np.flatnonzero(index.extension == number).tolist():
@@ -219,17 +229,32 @@ def _member_name(index: Index, member: int) -> str:
 # --- every byte -----------------------------------------------------------------------------------------------------
 
 
-class _Findings:
-    """Names by kind, of which one line each is made."""
+class _MemberProblems:
+    """Members by kind of problem; one Problem for each kind."""
 
     def __init__(self) -> None:
-        self.names: dict[str, list[str]] = {}
+        self._names: dict[str, list[str]] = {}
 
     def add(self, kind: str, name: str, reason: str = "") -> None:
-        self.names.setdefault(kind, []).append(f"{name} ({reason})" if reason else name)
+        self._names.setdefault(kind, []).append(f"{name} ({reason})" if reason else name)
 
     def problems(self, item: Check) -> list[Problem]:
-        return [Problem(kind, *_SAMPLE_WORDS[kind](item, names), tuple(names)) for kind, names in self.names.items()]
+        problems = []
+        for kind, names in self._names.items():
+            remedy = item.again
+            if kind == "decode":
+                remedy = (
+                    "Get the shard again from where it came from, or write it without these samples; then run "
+                    "tools/index_shards.py on the folder."
+                    if item.foreign
+                    else "If checksums agree, copying again does not help: remove or repair the image in the source, "
+                    "and make the shard again."
+                )
+            what = {"crc": "with other bytes than were written", "decode": "that cannot be used"}
+            noun = {"crc": "member", "decode": "image", "label": "label"}[kind]
+            about = what.get(kind, "other than the index's")
+            problems.append(Problem(kind, f"{_count(names, noun)} {about}: {_some(names)}", remedy, tuple(names)))
+        return problems
 
 
 def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Problem]:
@@ -237,56 +262,28 @@ def _check_contents(file: BinaryIO, index: Index | None, item: Check) -> list[Pr
     import torch
 
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
+    warnings.simplefilter("ignore")  # Pillow's warnings about unusual metadata
     digest = hashlib.sha256() if item.shard.sha256 else None
-    found = _Findings()
-    at = 0
+    found = _MemberProblems()
+    places, rows, image_members = [], np.array([], np.int64), set()
     if index is not None:
+        places = list(zip(index.offset.tolist(), index.size.tolist(), strict=True))
         rows = np.repeat(np.arange(len(index)), np.diff(index.first))
         image_members = set(index.image.tolist())
-        for member in np.argsort(index.offset, kind="stable").tolist():
-            offset, size = int(index.offset[member]), int(index.size[member])
-            if offset < at:
-                break  # the layout's problem is reported already
-            if digest:
-                for part in _read(file, at, offset - at):
-                    digest.update(part)
-            data = b"".join(_read(file, offset, size))
-            at = offset + size
-            if digest:
-                digest.update(data)
-            name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
-            if len(data) < size or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
-                found.add("crc", name)
-            elif member in image_members:
-                if reason := _image_problem(data, extension, item):
-                    found.add("decode", name, reason)
-            elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
-                found.add("label", name, reason)
-    if digest:
-        for part in _read(file, at, item.shard.bytes - at):
-            digest.update(part)
+    for member, data in tarscan.read_members(file, places, item.shard.bytes, digest):
+        assert index is not None
+        name, extension = _member_name(index, member), index.extensions[int(index.extension[member])]
+        if len(data) < places[member][1] or (len(index.crc32) and zlib.crc32(data) != int(index.crc32[member])):
+            found.add("crc", name)
+        elif member in image_members:
+            if reason := _image_problem(data, extension, item):
+                found.add("decode", name, reason)
+        elif reason := _label_problem(data, extension, int(index.labels[rows[member]]), item):
+            found.add("label", name, reason)
     problems = found.problems(item)
     if digest and digest.hexdigest() != item.shard.sha256:
-        problems.append(Problem("sha256", "its sha256 is not the manifest's", _again(item)))
+        problems.append(Problem("sha256", "its sha256 is not the manifest's", item.again))
     return problems + _check_headers(index, item)
-
-
-_SAMPLE_WORDS = {
-    "crc": lambda item, names: (
-        f"{_count(names, 'member')} with other bytes than were written: {_some(names)}",
-        _again(item),
-    ),
-    "decode": lambda item, names: (
-        f"{_count(names, 'image')} of no use: {_some(names)}",
-        "Get the shard again from where it came from, or write it without the samples named; then run "
-        "tools/index_shards.py on the folder."
-        if item.foreign
-        else "Copying again does not help where checksums agree: take the image out of the source, or mend it there, "
-        "and make the shard again.",
-    ),
-    "label": lambda item, names: (f"{_count(names, 'label')} other than the index's: {_some(names)}", _again(item)),
-}
 
 
 def _check_headers(index: Index | None, item: Check) -> list[Problem]:
@@ -294,7 +291,7 @@ def _check_headers(index: Index | None, item: Check) -> list[Problem]:
     try:
         contents = tarscan.scan(item.root / item.shard.name)
     except UserError as error:
-        return [Problem("headers", f"cannot be walked: {str(error).removesuffix('.')}", _again(item))]
+        return [Problem("headers", f"cannot be scanned: {str(error).removesuffix('.')}", item.again)]
     if index is None:
         return []
     places = zip(index.offset.tolist(), index.size.tolist(), strict=True)
@@ -306,13 +303,7 @@ def _check_headers(index: Index | None, item: Check) -> list[Problem]:
     differing = sorted(offset for offset in named.keys() | there.keys() if named.get(offset) != there.get(offset))
     names = tuple((named.get(offset) or there[offset])[0] for offset in differing)
     what = f"{_count(names, 'member')} of the tar and its index differ in name, place or size: {_some(names)}"
-    return [Problem("table", what, _again(item), names)]
-
-
-def _read(file: BinaryIO, offset: int, size: int) -> Iterable[bytes]:
-    while size > 0 and (part := os.pread(file.fileno(), min(size, 1 << 22), offset)):
-        yield part
-        offset, size = offset + len(part), size - len(part)
+    return [Problem("table", what, item.again, names)]
 
 
 def _image_problem(data: bytes, extension: str, item: Check) -> str:
@@ -329,16 +320,16 @@ def _image_problem(data: bytes, extension: str, item: Check) -> str:
 
 
 def _label_problem(data: bytes, extension: str, label: int, item: Check) -> str:
-    """Why a member with a label does not say the index's; "" if it does, or is not asked."""
+    """How a member with a label differs from the index; "" if it agrees, or is not the place of the labels."""
     if extension not in ("cls", "json") or item.label_from not in ("", extension):
         return ""
     if extension == "cls":
         number, shown = labels.class_id_of(data), repr(data[:20])
     else:
-        facts = labels.json_fields(data)
-        if facts is None:
+        content = labels.json_object(data)
+        if content is None:
             return "not a JSON object"
-        value = facts.get(item.label_field)
+        value = content.get(item.label_field)
         if value is None and not item.label_from:
             return ""
         number, shown = labels.class_id_in(value), f"{value!r}"[:40]
@@ -347,11 +338,9 @@ def _label_problem(data: bytes, extension: str, label: int, item: Check) -> str:
     return "" if number == label else f"{shown}, index {label}"
 
 
-def _count(names: Iterable[str], noun: str) -> str:
-    number = len(tuple(names))
-    return f"{number} {noun}{'s' * (number != 1)}"
+def _count(names: Sequence[str], noun: str) -> str:
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)}"
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

@@ -1,7 +1,7 @@
-"""How one shard is written: its samples are read, checked and converted.
+"""Makes one shard: reads, checks and converts its samples.
 
-A shard's bytes follow from its Task alone. Whoever makes it, this process, another or a Slurm job (or two of them at
-once, by accident), leaves the same file.
+The bytes of a shard depend on its task alone: every process that makes it, here or in a Slurm job, writes the same
+file, even two at once.
 """
 
 from __future__ import annotations
@@ -15,42 +15,42 @@ from cfmask.convert import shard_writer
 from cfmask.convert.planning import Sample, ShardTask, Store, is_made, key_of
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.output import printable
 
-# Policies: what is done with an image that has an issue. make_shards.py's docstring has the table.
+# What is done with an image that has an issue; make_shards.py's docstring has the table.
 LEFT_OUT = "left out"
-_AS_RGB = "kept, read as RGB"
+IGNORED = "ignored"
+NO_IMAGES = "class has no images"
 SCALED = "kept, scaled to 8 bits"
-_FIRST = "kept, the first one"
-_AS_STORED = "kept, orientation not applied"
-_TURNED = "kept, orientation applied"
+_AS_RGB = "kept, read as RGB"
 _BY_CONTENT = "kept, under the extension of its content"
 _NUMBERED = "kept, its key numbered"
-NO_IMAGES = "class has no images"
-STAYS_OUT = "stays out"
+_POLICIES = {
+    "several pictures": "kept, the first one",
+    "EXIF": "kept, orientation not applied",
+    "TIFF": "kept, orientation applied",
+}
+"""By the beginning of the issue."""
 
 
 def preload(tasks: Sequence[ShardTask]) -> tuple[str, ...]:
-    """Modules that take seconds to import, and that making these shards needs."""
+    """Modules that these tasks need and that take seconds to import."""
     return ("torch.nn.functional",) if any(task.store.image_size for task in tasks) else ()
 
 
 def make_shard(task: ShardTask) -> tuple[int, int]:
-    """Read, check and write the samples of one shard, unless it is there.
+    """Read, check and write the samples of one shard, unless it exists.
 
     Returns:
-        How many images, and bytes of the source, that were.
-
-    Raises:
-        UserError: the source cannot be read or has changed; the shard cannot be written.
+        Numbers of images, and of bytes read from the source.
     """
-    if is_made(task):
+    if is_made(task.tar, task.plan):
         return len(task.samples), 0
-    if task.store.image_size:  # originals need no torch, and importing it takes seconds
+    if task.store.image_size:  # originals need no torch, which takes seconds to import
         import torch
 
-        torch.set_num_threads(1)  # the processes share the cores already
+        torch.set_num_threads(1)  # the worker processes already use all cores
     issues: list[dict[str, Any]] = []
     n_bytes = 0
 
@@ -65,7 +65,7 @@ def make_shard(task: ShardTask) -> tuple[int, int]:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd metadata, image by image
+            warnings.simplefilter("ignore")  # Pillow's warnings about unusual metadata
             shard_writer.write_shard(task.tar, samples(), about={"plan": task.plan, "issues": issues})
     except OSError as error:
         if disk_is_full(error):
@@ -78,8 +78,7 @@ def make_shard(task: ShardTask) -> tuple[int, int]:
 
 
 def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, Any]]) -> dict[str, bytes] | None:
-    """The members of a sample, by extension; None for an image that is left out. ``issues`` gets what is odd about
-    it."""
+    """The members of a sample by extension; None for an image that is left out. Appends to ``issues``."""
     image = sample.image
 
     def note(issue: str, policy: str) -> None:
@@ -87,23 +86,24 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         issues.append({"name": name, "class": sample.label, "bytes": len(data), "issue": issue, "policy": policy})
 
     try:
-        facts = images.inspect(data)
-        if min(facts.width, facts.height) <= 2 * store.border:
-            raise UserError(f"nothing is left of its {facts.width}x{facts.height} pixels without the border")
+        info = images.inspect(data)
+        if min(info.width, info.height) <= 2 * store.border:
+            raise UserError(f"nothing is left of its {info.width}x{info.height} pixels without the border")
         if store.image_size is None:
-            extension, stored = facts.extension, data
+            extension, stored = info.extension, data
         else:
-            pixels = images.pixels(data, facts.extension, store.image_size, border=store.border)
+            pixels = images.pixels(data, info.extension, store.image_size, border=store.border)
             extension, stored = images.encode(pixels, store.name)
     except UserError as reason:
         note(str(reason), LEFT_OUT)
         return None
-    for oddity in facts.oddities:
-        note(oddity, _policy(oddity))
+    for issue in info.oddities:
+        policy = next((policy for beginning, policy in _POLICIES.items() if issue.startswith(beginning)), _AS_RGB)
+        note(issue, SCALED if issue.endswith("-bit") else policy)
     suffix = image.file.rpartition(".")[2].lower()
     suffix = {"jpeg": "jpg", "tiff": "tif"}.get(suffix, suffix)
-    if suffix != facts.extension:
-        note(f"{suffix} by its name, {facts.extension} by its content", _BY_CONTENT)
+    if suffix != info.extension:
+        note(f"{suffix} by its name, {info.extension} by its content", _BY_CONTENT)
     if sample.key != key_of(image):
         note("its name makes the key of another image", _NUMBERED)
     about = {
@@ -112,14 +112,7 @@ def convert(sample: Sample, data: bytes, store: Store, issues: list[dict[str, An
         "class": sample.label,
         "name": printable(image.name),
         "bytes": len(data),
-        "width": facts.width,
-        "height": facts.height,
+        "width": info.width,
+        "height": info.height,
     }
     return {extension: stored, "cls": str(sample.label).encode(), "json": json.dumps(about).encode()}
-
-
-def _policy(oddity: str) -> str:
-    if oddity.endswith("-bit"):
-        return SCALED
-    policies = {"several pictures": _FIRST, "EXIF": _AS_STORED, "TIFF": _TURNED}
-    return next((policy for beginning, policy in policies.items() if oddity.startswith(beginning)), _AS_RGB)

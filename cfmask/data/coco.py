@@ -22,7 +22,7 @@ import numpy as np
 from cfmask.data.filetree import FileTree, posix
 from cfmask.data.mask_files import Mask, Names, decode_mask, read_json, read_segment_ids, shown_size
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
+from cfmask.runtime.files import sha256_of
 
 _MIXED = (
     "The PNGs and the JSON are not from the same download, or the PNGs were converted. Use both from the same source."

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 
+from cfmask.data import zips
+from cfmask.data.blobs import SourceFile, ZipEntry
 from cfmask.errors import UserError
 
 
 def posix(name: str) -> str:
-    """A path in canonical form: with slashes instead of backslashes, and without "./" and double slashes."""
+    """A path in a canonical form: Windows' backslashes become slashes, "./" and double slashes are removed."""
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
 class FileTree:
-    """The files below a folder, or in a zip archive, without hidden ones. Threads may share it.
+    """The files below a folder, or in a zip archive. Hidden files are ignored. Threads may share it.
 
     Args:
         place: the folder or the archive.
@@ -30,17 +30,17 @@ class FileTree:
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self._zip: zipfile.ZipFile | None = None
+        self._entries: dict[str, ZipEntry] | None = None
+        """Entries of a zip archive by path; None for a folder."""
         self._paths: dict[str, list[str]] = defaultdict(list)
         try:
             if not place.is_dir():
-                self._zip = zipfile.ZipFile(place)
-            for path in self._list():
+                file = SourceFile.listed(place)
+                if not zips.is_zip(file):
+                    raise UserError(f"{place} is neither a folder nor a whole zip archive. Download the archive again.")
+                self._entries = {entry.name: entry.data for entry in zips.entries(file) if _is_visible(entry)}
+            for path in self._list_folder() if self._entries is None else self._entries:
                 self._paths[posix(path).rpartition("/")[2]].append(path)
-        except (zipfile.BadZipFile, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{place} is neither a folder nor a complete zip archive ({error}). Download the archive again."
-            ) from None
         except OSError as error:
             raise UserError(f"{place} cannot be read ({error.strerror}).") from None
 
@@ -54,7 +54,7 @@ class FileTree:
         """
         name = posix(name)
         ends = self._paths.get(name.rpartition("/")[2], [])
-        above = self.place.absolute() if self._zip is None else self.place.absolute().with_suffix("")
+        above = self.place.absolute() if self._entries is None else self.place.absolute().with_suffix("")
         found = (
             [path for path in ends if posix(path) == name]
             or [path for path in ends if posix(path).endswith(f"/{name}")]
@@ -73,18 +73,18 @@ class FileTree:
         Raises:
             UserError: it cannot be read.
         """
+        if self._entries is not None:
+            try:
+                return self._entries[path].read()
+            except UserError as error:
+                raise UserError(f"{path} in {self.place} cannot be read: {error}") from None
         try:
-            return (self.place / path).read_bytes() if self._zip is None else self._zip.read(path)
+            return (self.place / path).read_bytes()
         except OSError as error:
             raise UserError(f"{self.place / path} cannot be read ({error.strerror}).") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:  # RuntimeError: encrypted
-            raise UserError(
-                f"{path} in {self.place} cannot be read ({error}): the archive is damaged, encrypted, or compressed in "
-                "a way that Python does not support. Download it again, or unpack it and give the folder."
-            ) from None
 
     def digest(self, paths: Collection[str] | None = None) -> str:
-        """A hash of the files' paths, sizes, and times of change (in a zip: checksums).
+        """A hash of the files' paths, sizes and modification times (of a zip: checksums).
 
         Args:
             paths: files that ``find`` returned; by default all.
@@ -92,13 +92,11 @@ class FileTree:
         Raises:
             UserError: a file was removed since the tree was listed.
         """
-        lines: list[tuple[object, ...]]
         if paths is None:
             paths = {path for of_name in self._paths.values() for path in of_name}
         try:
-            if self._zip is not None:
-                entries = (entry for entry in self._zip.infolist() if entry.filename in paths)
-                lines = [(entry.filename, entry.file_size, entry.CRC) for entry in entries]
+            if self._entries is not None:
+                lines = [(path, entry.size, entry.crc) for path, entry in self._entries.items() if path in paths]
             else:
                 stats = ((path, os.stat(self.place / path)) for path in paths)
                 lines = [(path, status.st_size, status.st_mtime_ns) for path, status in stats]
@@ -106,13 +104,7 @@ class FileTree:
             raise UserError(f"{self.place} cannot be read ({error.strerror}: {error.filename}).") from None
         return hashlib.sha256(repr(sorted(lines, key=repr)).encode(errors="surrogateescape")).hexdigest()
 
-    def _list(self) -> Iterator[str]:
-        if self._zip is not None:
-            for entry in self._zip.infolist():
-                parts = posix(entry.filename).split("/")
-                if not entry.is_dir() and "__MACOSX" not in parts and not any(p.startswith(".") for p in parts):
-                    yield entry.filename
-            return
+    def _list_folder(self) -> Iterator[str]:
         for folder, folders, files in os.walk(self.place, onerror=_raise):
             folders[:] = [name for name in folders if not name.startswith(".") and name != "__MACOSX"]
             inner = os.path.relpath(folder, self.place)
@@ -121,6 +113,11 @@ class FileTree:
                     yield name if inner == "." else f"{inner}/{name}"
 
 
+def _is_visible(entry: zips.Entry) -> bool:
+    parts = posix(entry.name).split("/")
+    return not entry.is_folder and "__MACOSX" not in parts and not any(part.startswith(".") for part in parts)
+
+
 def _raise(error: OSError) -> None:
-    """For os.walk, which by default skips folders that it cannot list."""
+    """By default, os.walk skips folders that it cannot list."""
     raise error

@@ -34,7 +34,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from cfmask.data.private_folder import MARK, OWN_NAME, private_folder
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.machine import this_machine
 from cfmask.urls import is_http
 

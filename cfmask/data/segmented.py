@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from cfmask.data.filetree import FileTree
 from cfmask.data.mask_files import Mask, shown_size
 from cfmask.data.segmentation import Classes, Masks, categories
 from cfmask.data.shard_reader import ShardReader
-from cfmask.data.shards import Manifest
+from cfmask.data.shards import Manifest, Shard
 from cfmask.errors import UserError
 
 _T = TypeVar("_T")
@@ -115,15 +115,11 @@ class SegmentedShards:
         self.left_out: list[str] = []
         self.note = ""
         self.chunks: list[Chunk] = []
-        first, labels = 0, sorted(wanted)
-        for shard in manifest.shards:
-            rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, labels))
-            if len(rows):
-                self.chunks.append(Chunk(shard.name, str(manifest.place(shard)), (first + rows).tolist()))
-            first += shard.samples
+        for shard, ids in samples_of_classes(manifest, wanted):
+            self.chunks.append(Chunk(shard.name, str(manifest.place(shard)), ids))
         if not self.chunks:
-            names = ", ".join(manifest.classes[i][1] for i in labels[:5])
-            raise UserError(f"{manifest.root} has no sample of {names}{', …' if len(labels) > 5 else ''}.")
+            names = ", ".join(manifest.classes[i][1] for i in sorted(wanted)[:5])
+            raise UserError(f"{manifest.root} has no sample of {names}{', …' if len(wanted) > 5 else ''}.")
         self._manifest, self._masks, self._size, self._threads = manifest, masks, image_size, threads
         self._category = categories(manifest.classes).__getitem__
 
@@ -136,6 +132,16 @@ class SegmentedShards:
             category=self._category,
             threads=self._threads,
         )
+
+
+def samples_of_classes(manifest: Manifest, wanted: Collection[int]) -> Iterator[tuple[Shard, list[int]]]:
+    """The ids of the samples of certain classes, by shard; without shards that have none."""
+    first = 0
+    for shard in manifest.shards:
+        rows = np.flatnonzero(np.isin(manifest.open_index(shard).labels, sorted(wanted)))
+        if len(rows):
+            yield shard, (first + rows).tolist()
+        first += shard.samples
 
 
 def segmented_samples(

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 INDEXED_BY = "index_shards"
 """The tool in a manifest's ``made`` and an index's ``about``, for shards that another program wrote."""

@@ -25,7 +25,7 @@ from cfmask import urls
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 FORMAT = "cfmask-shards"
 VERSION = 2

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfmask.best_checkpoint import POINTER
+from cfmask.checkpoint.best import POINTER
 from cfmask.data import benchmarks
 from cfmask.data.shards import Manifest, find_set, load_sets, manifest_if_there
 from cfmask.errors import UserError

@@ -27,17 +27,18 @@ from cfmask.counting import Counts
 from cfmask.data.label_space import label_space_of
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_classes
 from cfmask.evaluation_spec import Evaluation, files_of
-from cfmask.files import read_bytes, replace_tensors
 from cfmask.metrics import AsyncMetricReducer, Sum, stop_metrics, stop_of
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
+from cfmask.runtime.files import read_bytes
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.tensor_files import replace_tensors
 from cfmask.session import StopRequest, autocast
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import OBJECT
 from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
@@ -26,6 +25,7 @@ from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
 from cfmask.runs import find_model
+from cfmask.runtime.files import sha256_of
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.progress import progress_bar
 

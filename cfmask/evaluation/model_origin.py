@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.checkpoint_state import found, step_of
+from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
@@ -101,7 +101,7 @@ def _of_checkpoint(path: Path, run: RunFolder) -> ModelOrigin:
         pass
     last = False
     with contextlib.suppress(OSError):
-        last = step == max(map(step_of, found(path.parent.parent)), default=step)
+        last = step == max(map(step_of, list_checkpoints(path.parent.parent)), default=step)
     return ModelOrigin(str(path), str(run.root), step, f"{LAST}{so_far}" if last else "named by its path")
 
 

@@ -9,15 +9,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cfmask.agreement import check_agreement
-from cfmask.distributed import DistributedContext
 from cfmask.evaluation import side_by_side, soup, wise_ft, zero_shot
 from cfmask.evaluation.checks import load_sets_of
 from cfmask.evaluation.counter import SetCounter, Stopped
 from cfmask.evaluation.model_origin import origin_of
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, files_of
-from cfmask.files import write_atomically
 from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.agreement import check_agreement
+from cfmask.runtime.distributed import DistributedContext
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.patience import patiently
 from cfmask.secrets import mask_secrets
 from cfmask.session import (

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from cfmask.data import images
 from cfmask.errors import UserError
-from cfmask.files import save_tensors, write_atomically
 from cfmask.models.architecture import HUB_CONFIG, check_activation
 from cfmask.models.head import ModelInfo, read_info
 from cfmask.models.initial import check_text_settings, configs_of
@@ -29,6 +28,8 @@ from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD,
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, find_weights, is_path, read_tag, read_weights
 from cfmask.models.zero_shot import build_clip
+from cfmask.runtime.files import write_atomically
+from cfmask.runtime.tensor_files import save_tensors
 
 TOLERANCE = 1e-4
 """Largest difference to the other program's results, relative to the largest value: fp32 sums in another order."""

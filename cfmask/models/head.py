@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import replace_tensors
 from cfmask.models.architecture import vision_differences
 from cfmask.models.preprocessing import Preprocessing, checked_values
 from cfmask.models.weights import read_safetensors
+from cfmask.runtime.tensor_files import replace_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a header needs none of it
     from torch import nn

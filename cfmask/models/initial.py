@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.models.architecture import (
     check_activation,
     check_trainable,
@@ -44,6 +43,7 @@ from cfmask.models.weights import (
     read_tag,
     read_weights,
 )
+from cfmask.runtime.files import sha256_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the check of a model file does not need it
     from torch import Tensor

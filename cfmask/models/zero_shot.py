@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
-from cfmask.files import replace_tensors
 from cfmask.models.head import ModelInfo, read_info
+from cfmask.runtime.tensor_files import replace_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor, nn

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from cfmask.data.segmented import Segmented
 from cfmask.evaluation.mask_validation import Part, Tallies, Validation
-from cfmask.files import write_atomically
 from cfmask.masking.validation import add_up, coverage, mask_rates, masks_at
 from cfmask.report.charts import pyplot
 from cfmask.report.tables import table
+from cfmask.runtime.files import write_atomically
 
 RATES = ("image masking rate", "object masking rate", "IoU")
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 from cfmask.data.shards import find_set, manifest_if_there
 from cfmask.evaluation.model_origin import describe, short_names
 from cfmask.evaluation.selection import known_test_set
-from cfmask.files import write_atomically
 from cfmask.report.charts import bar_chart, reliability_chart
 from cfmask.report.results import ModelResult, ResultRow, Results, read_results, rows_of
 from cfmask.report.tables import latex_table, markdown_table
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import write_atomically
 
 
 def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:

@@ -1,1 +1,1 @@
-"""What every process of a run or a conversion stands on, whatever it computes."""
+"""What every process of a run or a conversion needs."""

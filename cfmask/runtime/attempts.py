@@ -1,7 +1,7 @@
-"""Starts of a job on a folder, each with why the one before it ended.
+"""Records of the starts of a job on a folder, and of the reasons why they ended.
 
-attempts.jsonl   one line a start
-ended.json       why the latest start ended, until the next one takes it over into attempts.jsonl
+attempts.jsonl   one line per start, with the reason why the previous one ended
+ended.json       why the latest start ended; the next start moves it into attempts.jsonl
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, read_lines, read_object
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """The starts that are recorded in a folder."""
+    """The starts that are recorded in a folder (``folder``)."""
 
     folder: Path
 
@@ -37,10 +37,15 @@ class AttemptLog:
         return read_lines(self.path)
 
     def begin(self, *, reached: int | None = None, **facts: Any) -> JsonLines:
-        """Append a start, with why and when the last one ended, and what it had reached.
+        """Append a start, with the end of the previous one.
+
+        Args:
+            reached: last step of the previous start.
+            facts: further values of the line.
 
         Returns:
-            attempts.jsonl. Where it cannot be written, on a full disk say, that is a warning, and the line waits there.
+            attempts.jsonl. If it cannot be written, for example on a full disk, a warning is logged and the line is
+            pending.
 
         Raises:
             OSError: earlier starts cannot be read.
@@ -59,15 +64,15 @@ class AttemptLog:
         if not attempts.pending:
             try:
                 self._end.unlink(missing_ok=True)
-            except OSError as error:  # it says which start it is of
+            except OSError as error:  # harmless: the file contains the number of its start
                 logger.warning(f"{self._end} cannot be removed ({error.strerror})")
         return attempts
 
     def end(self, why: str, *, died: dict[str, Any] | None = None) -> None:
-        """Record why the latest start ends. On a full disk that is a warning: the end has its own reason.
+        """Record why the latest start ends. If that fails, a warning is logged.
 
         Args:
-            died: which rank has died, and where (launch/restarts/retries.py).
+            died: which rank has died, and on which node (launch/restarts/retries.py).
         """
         try:
             contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
@@ -77,24 +82,29 @@ class AttemptLog:
             logger.warning(f"{self._end} cannot be written ({error.strerror}): {why}")
 
     def ended(self) -> dict[str, Any] | None:
-        """Why and when the latest start ended, if it has recorded that: ``why``, ``ended``."""
+        """The recorded end of the latest start, with ``why`` and ``ended`` (a time); None without a record."""
         found = read_object(self._end)
         if found is None or not {"why", "ended"} <= found.keys():
             return None
-        # Killed between the two writes of ``begin``, the start before this one has left it.
+        # A start that was killed between the two writes of ``begin`` leaves the end of the one before.
         attempts = len(self.lines())
         return found if found.get("attempt", attempts) >= attempts else None
 
     def begun_by(self, job: str) -> bool:
-        """Whether the latest start is this one of a job."""
+        """Whether the latest recorded start is this one.
+
+        Args:
+            job: name of the start, such as "12-0".
+        """
         starts = self.lines()
         return bool(starts) and starts[-1].get("job") == job
 
     def deaths(self, job: str, *, before: str) -> list[dict[str, Any]]:
-        """The ``died`` of a job's starts, the latest last.
+        """``died`` of a job's starts, in order.
 
         Args:
-            job: its number; starts are named after it, "12-0". before: this start's is not among them.
+            job: its number; the names of its starts begin with it, as in "12-0".
+            before: name of the current start, which is excluded.
         """
         lines = self.lines()
         found = [
@@ -116,8 +126,8 @@ class AttemptLog:
         died: dict[str, Any] | None = None,
         **facts: Any,
     ) -> None:
-        """End this start of a job. If it failed before it was recorded, record it first, with ``facts``, so that the
-        end of the one before it stays known."""
+        """Record why this start of a job ends. If it failed before it was recorded, record it first, with ``facts``, so
+        that the end of the previous one is kept."""
         if not self.begun_by(job):
             self.begin(job=job, reached=reached, **facts, from_step=None)
         self.end(why, died=died)

@@ -1,4 +1,4 @@
-"""How a command ends, and shows an error."""
+"""Exit status and error messages of commands."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from cfmask.runtime.output import escape_unencodable_output
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a command's ``main``: a UserError becomes ``error: <message>`` on stderr and exit status 2,
-    Ctrl-C exit status 130; anything else keeps its traceback, because it is a defect of ours. Names of files can be
-    printed whatever bytes they are of."""
+    """Decorate a command's ``main``. A UserError is shown as ``error: <message>`` on stderr, with exit status 2; Ctrl-C
+    gives exit status 130; other exceptions are defects and keep their traceback."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:

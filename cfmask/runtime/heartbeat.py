@@ -1,16 +1,16 @@
 """A rank's heartbeat: what it is doing, since when, and how long that may take.
 
-The process that computes writes it into memory that it shares with the process that waits for it, which ends a rank
-that has stopped making progress (launch/ranks/supervisor.py). A beat takes microseconds, and neither I/O nor a thread:
-a rank that is stopped, or that hangs in a driver, needs do nothing to be found.
+The rank writes it into memory that it shares with its supervising process, which ends a rank that makes no progress
+(launch/ranks/supervisor.py). A beat takes microseconds and uses neither I/O nor a thread, so that a rank that is
+stopped or hangs in a driver is detected.
 
     heartbeat = Heartbeat()                  before the fork
     heartbeat.activate()                     in the child
     beat("loading data", step=12)            anywhere in the child
     heartbeat.read()                         in the parent
 
-While ranks prepare, torch's own limits hold (``--rendezvous-timeout``, ``--collective-timeout``). Once steps have been
-taken, an activity may take as long as ``_FACTOR`` steps, but not less than ``HANG_TIMEOUT_S``.
+While ranks prepare, torch's own limits apply (``--rendezvous-timeout``, ``--collective-timeout``). Once steps have been
+taken, an activity may take as long as ``_FACTOR`` steps, but at least ``HANG_TIMEOUT_S``.
 """
 
 from __future__ import annotations
@@ -24,36 +24,38 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 PREPARING, CHECKPOINT = "preparing", "waiting for a checkpoint"
-"""Activities that are no part of a step, and may take as long as ranks wait for each other."""
+"""Activities outside of steps, which may take as long as ranks wait for each other."""
 CHECKING = "checking the node"
 WAITING = "waiting for other ranks"
 
 _FACTOR = 20
-"""A step may take so many times as long as the slowest of the last ``_RECENT``."""
+"""A step may take this many times the slowest of the last ``_RECENT`` steps."""
 _RECENT = 100
 _CHECKING_S = 180.0
 _FIRST_STEPS = 5
-"""Steps until their time is known: kernels are chosen and compiled, graphs captured, caches filled."""
+"""Number of steps after which their time is known. The first ones compile kernels, capture graphs and fill caches."""
 
 
 def _seconds(variable: str, default_min: float) -> float:
-    """Of a variable of the job's environment, which is in minutes (launch/allocation/resolve.py)."""
+    """Value of an environment variable that gives minutes (launch/allocation/resolve.py)."""
     return 60 * float(os.environ.get(variable) or default_min)
 
 
 RENDEZVOUS_TIMEOUT_S = _seconds("CFMASK_RENDEZVOUS_TIMEOUT", 30)
 COLLECTIVE_TIMEOUT_S = _seconds("CFMASK_COLLECTIVE_TIMEOUT", 30)
-"""How long ranks may wait for each other until steps have been taken (cfmask/distributed.py)."""
+"""How long ranks wait for each other before the first steps (cfmask/runtime/rendezvous.py)."""
 HANG_TIMEOUT_S = _seconds("CFMASK_HANG_TIMEOUT", 5)
-"""How long a rank may go without progress after that, at least; 0: as long as it likes."""
+"""Shortest time without progress after which a rank counts as hung; 0: never."""
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank was doing when it last said so.
+    """The latest activity of a rank.
 
-    time: ``time.monotonic`` of this machine. step: that it is at; -1 before the first. limit_s: the seconds that the
-    activity may take.
+    time: when it began, by ``time.monotonic`` of this machine.
+    step: current step; -1 before the first.
+    limit_s: seconds that the activity may take.
+    activity: its name.
     """
 
     time: float
@@ -63,10 +65,10 @@ class Beat:
 
 
 class Heartbeat:
-    """Of one rank, in memory that a fork shares.
+    """The heartbeat of one rank, in memory that a fork shares.
 
-    The first byte counts beats, modulo 256. Beats go to two slots in turns, so that the one before stays whole while a
-    beat is written, however long the writer is kept from it. A slot has its beat's count at both ends.
+    The first byte counts beats, modulo 256. Beats are written to two slots alternately, so that the previous beat stays
+    readable while the next one is written. A slot has the count at both ends.
     """
 
     _LAYOUT: ClassVar = struct.Struct("<Bdqd40sB")
@@ -80,7 +82,7 @@ class Heartbeat:
         self._write(PREPARING)
 
     def activate(self) -> None:
-        """From here on ``beat`` writes this one, in this process."""
+        """Let ``beat`` write this heartbeat from now on, in this process."""
         Heartbeat._active = self
 
     @classmethod
@@ -97,7 +99,7 @@ class Heartbeat:
 
     @staticmethod
     def _slot(count: int) -> int:
-        """Where a beat is in the memory."""
+        """Offset of a beat in the memory."""
         return 64 + 128 * (count % 2)
 
     def beat(self, activity: str, step: int | None) -> None:
@@ -110,7 +112,7 @@ class Heartbeat:
         self._write(activity)
 
     def restart(self) -> None:
-        """The next steps are of another kind (another phase, an evaluation): their time is not known yet."""
+        """Forget the time of steps, because the next ones are of another kind (another phase, an evaluation)."""
         self._steps.clear()
         self._step, self._limit_s = -1, COLLECTIVE_TIMEOUT_S
 
@@ -123,7 +125,7 @@ class Heartbeat:
     def _write(self, activity: str) -> None:
         limit_s = self._limit_s
         if activity in (PREPARING, CHECKPOINT):
-            limit_s = RENDEZVOUS_TIMEOUT_S + COLLECTIVE_TIMEOUT_S  # torch's own limits say more, and come first
+            limit_s = RENDEZVOUS_TIMEOUT_S + COLLECTIVE_TIMEOUT_S  # torch's own limits come first, with better errors
         elif activity == CHECKING:
             limit_s = _CHECKING_S
         self._count = count = (self._count + 1) % 256
@@ -133,7 +135,7 @@ class Heartbeat:
 
 
 def beat(activity: str, step: int | None = None) -> None:
-    """Say what this process is doing from now on.
+    """Report what this process is doing from now on.
 
     Args:
         activity: ``PREPARING`` and ``CHECKPOINT`` may take as long as ranks wait for each other; anything else is part

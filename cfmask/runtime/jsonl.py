@@ -1,4 +1,4 @@
-""".jsonl files: an object a line, appended, also on a disk that is full for a while; and small .json files."""
+""".jsonl files, with one object per line and tolerance for full disks; and small .json files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 
 def read_lines(path: Path, *, tail: int | None = None) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line torn by a kill is left out. No file: no lines.
+    """The objects of a .jsonl file, without lines that a kill has truncated; empty if the file does not exist.
 
     Args:
-        tail: look at no more than so many bytes at the end.
+        tail: read only this many bytes at the end.
 
     Raises:
-        OSError: there is a file, and it cannot be read.
+        OSError: the file exists and cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -35,11 +35,11 @@ def read_lines(path: Path, *, tail: int | None = None) -> list[dict[str, Any]]:
     for line in text.splitlines():
         with suppress(ValueError):
             lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]  # the end of a cut line may be a number
+    return [line for line in lines if isinstance(line, dict)]  # the rest of a truncated line may be a number
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a .json file; None if there is none, or it cannot be made out."""
+    """The object in a .json file; None if the file does not exist or contains no object. Raises OSError."""
     try:
         found = json.loads(path.read_text(errors="replace"))
     except (FileNotFoundError, ValueError):
@@ -48,12 +48,12 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Add objects to a .jsonl file: all, or on a full disk none. A line that a kill has torn stays by itself.
+    """Append objects to a .jsonl file: all of them, or none if the disk is full. A truncated last line stays separate.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: the lines cannot be written.
     """
-    # No buffer: what a failed flush leaves in one would be written at close, after the cut.
+    # Without a buffer, because close would write what a failed flush has left in it.
     with open(path, "ab+", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
@@ -68,11 +68,11 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def cut_lines(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl file whose ``step`` is beyond a step, and a torn end. On a full disk too: what goes is
-    the end of the file, which is cut off in place.
+    """Remove the lines of a .jsonl file whose ``step`` is greater than ``step``, and a truncated end. This works on a
+    full disk as well, because the end of the file is cut off in place.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     try:
         with open(path, "rb") as file:
@@ -84,7 +84,7 @@ def cut_lines(path: Path, step: int) -> None:
     while end and steps[end - 1] is None:
         end -= 1
     later = [line for line, at in zip(lines[end:], steps[end:], strict=True) if at is not None and at <= step]
-    if later:  # never so in a file that one process has written: a line of before behind one of after
+    if later:  # lines out of order, which a single writer never produces
         write_atomically(path, b"".join([*lines[:end], *later]))
     elif end < len(lines):
         with open(path, "rb+") as file:
@@ -93,7 +93,7 @@ def cut_lines(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> int | None:
-    """None for a line that is torn or has no step."""
+    """None for a line that is truncated or has no step."""
     with suppress(ValueError):
         found = json.loads(line)
         if isinstance(found, dict) and isinstance(found.get("step"), int):
@@ -102,7 +102,7 @@ def _step_of(line: bytes) -> int | None:
 
 
 class JsonLines:
-    """A .jsonl file that is appended to. Lines that cannot be written are kept, and written with the next ones."""
+    """A .jsonl file for appending. Lines that cannot be written are kept, and written with the next ones."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -114,19 +114,19 @@ class JsonLines:
         return tuple(self._pending)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Remember a line for the next ``write``."""
+        """Keep a line for the next ``write``."""
         self._pending.append(line)
 
     def extend(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Remember lines for the next ``write``."""
+        """Keep lines for the next ``write``."""
         self._pending.extend(lines)
 
     def write(self) -> None:
-        """Append what is pending. A failure is a warning."""
+        """Append pending lines. If that fails, a warning is logged."""
         if not self._pending:
             return
         try:
             append_lines(self.path, self._pending)
             self._pending.clear()
         except OSError as error:
-            logger.warning(f"{self.path} cannot be written ({error.strerror}); its lines wait for the next")
+            logger.warning(f"{self.path} cannot be written ({error.strerror}); its lines are kept for the next write")

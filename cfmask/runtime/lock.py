@@ -1,12 +1,14 @@
-"""A lock on a folder, for any file system that machines share, with flock or without.
+"""A lock on a folder of a shared file system, which need not support flock.
 
-    FOLDER/.owner/     one file, called "free" or after the process that holds the lock: host, machine, pid, job, token
+    FOLDER/.owner/     one file, named "free" or after the process that holds the lock: host, machine, pid, job, token
 
-All that ever happens to the file is a rename, from "free" or from a dead owner's name to one's own: of any number of
-processes that try, one finds the old name.
+To take the lock, a process renames the file from "free", or from a dead owner's name, to its own name. If several
+processes try, the rename succeeds for one of them.
 
-The owner sets the file's times every few seconds: its heartbeat. Whoever waits looks whether they CHANGE, by a clock of
-its own. What they say is not believed: the clocks of nodes and file servers differ, and are set back.
+The owner updates the file's times every few seconds: its heartbeat. Other processes observe whether the times change
+within a period of their own clock. They do not interpret the times, because clocks of nodes and file servers differ.
+
+Libraries for lock files are not used: they need flock, or they cannot detect that an owner on another machine is dead.
 """
 
 from __future__ import annotations
@@ -28,20 +30,26 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 15
 DEAD_AFTER_S = 60
-"""An owner whose heartbeat has not changed for so long is dead."""
+"""An owner is dead if its heartbeat has not changed for this time."""
 PATIENCE_S = 5
 FOLDER = ".owner"
 _FREE = "free"
 
-Heartbeat = tuple[int, int]
-"""The file's mtime and ctime, in ns."""
+FileTimes = tuple[int, int]
+"""mtime and ctime of the file, in ns."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a folder. machine: host, boot and process namespace within which a pid means something. started: when
-    the process did (``started_at``), if it says so. age_s: since its last heartbeat, as far as the clocks of the
-    machines and the file server agree: for people."""
+    """The process that holds a lock.
+
+    host: name of its machine.
+    machine: identifies the host, boot and process namespace to which the pid belongs (``this_machine``).
+    pid: of the process.
+    job: name of its job, or empty.
+    age_s: time since its last heartbeat, for messages; inexact if the clocks of machines and file server differ.
+    started: when the process started (``started_at``), if known.
+    """
 
     host: str
     machine: str
@@ -52,28 +60,28 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its pid means something to this process."""
+        """Whether its pid is one of this machine and process namespace."""
         return self.machine == this_machine()
 
     def has_ended(self) -> bool:
-        """Whether it is known to run no more: its machine is this one, and it is not among its processes."""
+        """Whether the process is known to have ended. False for other machines."""
         if not self.is_here:
             return False
         return not process_runs(self.pid) or self.started not in (None, started_at(self.pid))
 
     def why_dead(self) -> str | None:
-        """What shows, at one look, that it is dead; None if it may live. Of an owner on another machine that is a guess
-        from time stamps. Who takes a lock over looks for longer (``FolderLock.held``)."""
+        """Why the owner seems dead; None if it may be alive. For another machine this is a guess from time stamps;
+        ``FolderLock.held`` observes the heartbeat before it takes a lock over."""
         if self.has_ended():
-            return "does not run any more"
-        return f"was not heard of for {self.age_s:.0f} s" if self.age_s > DEAD_AFTER_S else None
+            return "has ended"
+        return f"has had no heartbeat for {self.age_s:.0f} s" if self.age_s > DEAD_AFTER_S else None
 
     def __str__(self) -> str:
         return (f"job {self.job}, " if self.job else "") + f"process {self.pid} on {self.host}"
 
 
 class LockHeld(Exception):
-    """A living process holds the lock: ``owner``."""
+    """A process that is alive holds the lock: ``owner``."""
 
     def __init__(self, owner: Owner) -> None:
         super().__init__(str(owner))
@@ -81,7 +89,7 @@ class LockHeld(Exception):
 
 
 class FolderLock:
-    """The lock of one folder, which has to exist."""
+    """The lock of a folder, which has to exist."""
 
     def __init__(self, root: Path) -> None:
         self._root, self._folder = root, root / FOLDER
@@ -96,18 +104,20 @@ class FolderLock:
         patience_s: float = PATIENCE_S,
         removed: bool = False,
     ) -> Iterator[None]:
-        """Hold the lock. An owner on this machine whose process is gone is followed at once. One elsewhere is watched:
-        until its heartbeat changes, and this process is refused, or has not changed for ``dead_after_s``. A holder that
-        finds itself replaced (it was suspended for a minute, say) ends its process at once and writes nothing.
+        """Hold the lock. The lock of a process of this machine that has ended is taken over at once. An owner on
+        another machine is observed until its heartbeat changes, which makes this process raise ``LockHeld``, or has not
+        changed for ``dead_after_s``. A holder that has lost its lock, for example because it was suspended for a
+        minute, ends its process at once and writes nothing.
 
         Args:
-            job: named in what others are told.
-            heartbeat_s: between two heartbeats of this process.
-            patience_s: how long an owner that lives is waited for.
-            removed: at the end the folder goes, with all that it holds.
+            job: shown in messages of other processes.
+            heartbeat_s: time between two heartbeats of this process.
+            dead_after_s: see above.
+            patience_s: how long to wait for an owner that is alive.
+            removed: whether the folder is removed at the end, with everything in it.
 
         Raises:
-            LockHeld: its owner lives.
+            LockHeld: the owner is alive.
             OSError: the folder cannot be written.
         """
         mine = self._take(job, dead_after_s, patience_s)
@@ -119,9 +129,9 @@ class FolderLock:
         finally:
             stop.set()
             beating.join()
-            with suppress(OSError):  # not freed, it is taken over from a process that has ended
+            with suppress(OSError):  # a lock that is not released is taken over once this process has ended
                 if removed:
-                    # Renamed first: who waits finds the folder whole or not at all.
+                    # Renamed first: a waiting process finds the complete folder or none.
                     gone = aside_of(self._root)
                     os.rename(self._root, gone)
                     shutil.rmtree(gone, ignore_errors=True)
@@ -129,7 +139,7 @@ class FolderLock:
                     os.rename(mine, self._folder / _FREE)
 
     def owner(self) -> Owner | None:
-        """Who holds the lock, alive or dead; None if nobody does."""
+        """The holder, alive or dead; None if the lock is free."""
         held = self._held()
         heartbeat = _heartbeat(held) if held else None
         if held is None or heartbeat is None or held.name == _FREE:
@@ -137,12 +147,12 @@ class FolderLock:
         return self._owner_of(held, heartbeat)
 
     def _take(self, job: str, dead_after_s: float, patience_s: float) -> Path:
-        """The file that is this process's now."""
+        """Take the lock; returns the lock's file."""
         token = f"{secrets.token_hex(4)}.{started_at(os.getpid())}"
         plain = job.replace(",", "_").replace("/", "_")
         mine = self._folder / ",".join((os.uname().nodename, this_machine(), str(os.getpid()), plain, token))
         began = time.monotonic()
-        seen: dict[Path, tuple[Heartbeat, float]] = {}  # of each owner: the latest heartbeat, and since when it is that
+        seen: dict[Path, tuple[FileTimes, float]] = {}  # by owner: latest heartbeat, and when it was first seen
         beats: set[Path] = set()  # owners whose heartbeat has changed
         while True:
             held = self._held()
@@ -151,7 +161,7 @@ class FolderLock:
                 self._make()
                 continue
             if heartbeat is None:
-                time.sleep(0.01)  # renamed meanwhile
+                time.sleep(0.01)  # another process has renamed it
                 continue
             if held.name == _FREE:
                 if _rename(held, mine):
@@ -160,7 +170,7 @@ class FolderLock:
             owner = self._owner_of(held, heartbeat)
             now = time.monotonic()
             if held not in seen and not owner.is_here:
-                logger.info(f"{self._root} was last held by {owner}; waiting to see whether it lives")
+                logger.info(f"{self._root} is held by {owner}; checking whether it is alive")
             before, since = seen.setdefault(held, (heartbeat, now))
             if heartbeat != before:
                 beats.add(held)
@@ -168,8 +178,8 @@ class FolderLock:
             ended, silent_s = owner.has_ended(), now - since
             if ended or silent_s > dead_after_s:
                 if _heartbeat(held) == heartbeat and _rename(held, mine):
-                    why = "does not run any more" if ended else f"was not heard of for {silent_s:.0f} s"
-                    logger.info(f"{self._root} was held by {owner}, which {why}: taken over")
+                    why = "has ended" if ended else f"has had no heartbeat for {silent_s:.0f} s"
+                    logger.info(f"{self._root}: lock taken over from {owner}, which {why}")
                     return mine
                 continue
             if (held in beats or owner.is_here) and now - began > patience_s:
@@ -177,37 +187,37 @@ class FolderLock:
             time.sleep(0.1 if owner.is_here else 0.5)
 
     def _beat(self, mine: Path, stop: threading.Event, every_s: float) -> None:
-        """A thread's task until it is told to stop. Ends the process if the lock is lost."""
+        """Update the heartbeat until ``stop`` is set. Ends the process if the lock is lost. Runs in a thread."""
         while not stop.wait(every_s):
             try:
                 os.utime(mine)
             except FileNotFoundError:
                 if self._lost(mine):
                     logger.error(
-                        f"{self._root} has gone to {self.owner() or 'nobody'}, because this process was not "
-                        "heard of for too long. It ends, and writes nothing more."
+                        f"The lock of {self._root} was taken over by {self.owner() or 'another process'}, because this "
+                        "process had no heartbeat for too long. It ends now and writes nothing more."
                     )
                     os._exit(1)
             except OSError:
-                continue  # a file system that is away for a while
+                continue  # a file system that is temporarily unavailable
 
     def _lost(self, mine: Path) -> bool:
-        """Whether the lock's folder is there and has another file: a mount that is away has none at all."""
+        """Whether the lock's folder has another file. An unmounted folder does not count."""
         try:
             return mine.name not in os.listdir(self._folder)
         except OSError:
             return False
 
     def _held(self) -> Path | None:
-        """The one file there is; None before it is made."""
+        """The lock's file; None before it is made."""
         try:
-            # Listed, not looked up: NFS asks the server when a folder is opened.
+            # Opening a folder makes NFS ask the server; looking up a name may not.
             names = os.listdir(self._folder)
         except FileNotFoundError:
             return None
         return self._folder / max(names, key=lambda name: name != _FREE) if names else None
 
-    def _owner_of(self, held: Path, heartbeat: Heartbeat) -> Owner:
+    def _owner_of(self, held: Path, heartbeat: FileTimes) -> Owner:
         age_s = max(0.0, self._clock() - heartbeat[0] / 1e9)
         try:
             host, machine, pid, job, token = held.name.split(",")
@@ -217,7 +227,7 @@ class FolderLock:
             return Owner(held.name, "", 0, "", age_s)
 
     def _clock(self) -> float:
-        """The time as the file system sees it, from a file touched now; where none can be written, this machine's."""
+        """Time of the file system, from a file touched now; this machine's time if none can be written."""
         probe = probe_in(self._root, "clock")
         try:
             probe.touch()
@@ -230,7 +240,8 @@ class FolderLock:
                 probe.unlink()
 
     def _make(self) -> None:
-        """FOLDER/.owner, free. Of several processes one makes it: a folder with something in it is not renamed over."""
+        """Make FOLDER/.owner, free. If several processes try, one succeeds, because a rename cannot replace a non-empty
+        folder."""
         aside = probe_in(self._root, "owner")
         try:
             aside.mkdir()
@@ -242,8 +253,8 @@ class FolderLock:
                 raise
 
 
-def _heartbeat(held: Path) -> Heartbeat | None:
-    """None if the file is not there. Opened, because that is when NFS asks the server for a file's times."""
+def _heartbeat(held: Path) -> FileTimes | None:
+    """None if the file does not exist. It is opened because that makes NFS ask the server for the times."""
     try:
         descriptor = os.open(held, os.O_RDONLY)
     except FileNotFoundError:
@@ -256,10 +267,10 @@ def _heartbeat(held: Path) -> Heartbeat | None:
 
 
 def _rename(held: Path, mine: Path) -> bool:
-    """Whether the lock is this process's now."""
-    with suppress(FileNotFoundError):  # another was faster
+    """Rename the file; returns whether this process has the lock now."""
+    with suppress(FileNotFoundError):  # another process was faster
         if held.name == _FREE:
-            os.utime(held)  # nobody may see a new owner with the time of the one before
+            os.utime(held)  # a new owner must not appear with an old time
         os.rename(held, mine)
         os.utime(mine)
-    return mine.exists()  # on NFS an error may be that of a request repeated after it had succeeded
+    return mine.exists()  # NFS may repeat a request that has succeeded, and report an error

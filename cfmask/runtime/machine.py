@@ -1,4 +1,4 @@
-"""This machine and its processes, and temporary files that are named after the process that writes them."""
+"""This machine, its processes, and the names of temporary files, which contain the writing process."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pathlib import Path
 
 _ASIDE = re.compile(r"\.(?P<machine>[0-9a-f]{12})-(?P<pid>[0-9]+)-[0-9a-f]{8}(\.part)?")
 _ABANDONED_AFTER_S = 3600
-"""A temporary file of a process on another machine: it is written in less."""
+"""Age after which a temporary file of a process on another machine is abandoned; writing takes less."""
 
 
 @functools.cache
 def this_machine() -> str:
-    """Tells apart machines of one name, boots of one machine, and containers that number processes for themselves."""
+    """Identifies the boot and the process namespace: the pids of two processes are comparable if this is equal."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     return hashlib.sha256((boot + os.readlink("/proc/self/ns/pid")).encode()).hexdigest()[:12]
 
 
 def node_name() -> str:
-    """As Slurm names this machine, which may differ from its host name."""
+    """Slurm's name of this machine, which may differ from the host name; the host name outside of Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def process_runs(pid: int) -> bool:
-    """Whether there is such a process on this machine; one that only waits for its parent to notice its end is gone."""
+    """Whether a process of this machine is running. A zombie is not."""
     try:
         os.kill(pid, 0)
         return _stat(pid)[0] not in "ZX"
@@ -39,8 +39,11 @@ def process_runs(pid: int) -> bool:
 
 
 def started_at(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot: tells it from a later one with its number.
-    None: there is no such process."""
+    """When a process of this machine started, in clock ticks since boot; None if there is no such process. It tells
+    processes with the same pid apart.
+
+    psutil's ``create_time`` is not used: it adds the boot time, which changes with the system clock.
+    """
     try:
         return int(_stat(pid)[19])
     except (ProcessLookupError, FileNotFoundError):
@@ -48,17 +51,17 @@ def started_at(pid: int) -> int | None:
 
 
 def _stat(pid: int) -> list[str]:
-    # pid (command) state …; the command may hold blanks and parentheses.
+    # pid (command) state …; the command may contain blanks and parentheses.
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def aside_of(path: Path) -> Path:
-    """A new name beside ``path`` for a file that will be renamed to it: hidden, and named after this process."""
+    """A new hidden path beside ``path``, for a file that will be renamed to it."""
     return path.with_name(f".{path.name}.{_tag()}.part")
 
 
 def probe_in(folder: Path, name: str) -> Path:
-    """A new hidden name in a folder for a file that is removed at once."""
+    """A new hidden path in a folder, for a file that is removed at once."""
     return folder / f".{name}.{_tag()}"
 
 
@@ -67,16 +70,16 @@ def _tag() -> str:
 
 
 def writer_of(aside: Path) -> tuple[str, int] | None:
-    """Machine and pid in the name of a temporary file; None where the name has none."""
+    """Machine and pid in the name of a temporary file; None for other names."""
     found = _ASIDE.fullmatch(aside.name[max(aside.name.rfind("."), 0) :]) or _ASIDE.search(aside.name)
     return (found["machine"], int(found["pid"])) if found else None
 
 
 def is_abandoned(path: Path, *, now: float) -> bool:
-    """Whether a hidden file or folder is one that a process was killed over.
+    """Whether a file or folder is a temporary one whose writer was killed.
 
     Args:
-        now: the time, by the clock of the file system.
+        now: time of the file system.
     """
     writer = writer_of(path)
     if writer is None:

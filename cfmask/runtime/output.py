@@ -1,5 +1,4 @@
-"""Standard output that cannot end a process: neither by a character that it cannot encode nor, in a training, by a disk
-that is full."""
+"""Standard output that does not raise errors: for characters that cannot be encoded and, in a job, for a full disk."""
 
 from __future__ import annotations
 
@@ -8,21 +7,20 @@ from typing import Any, TextIO
 
 
 def escape_unencodable_output() -> None:
-    """Let ``print`` write a backslash escape for what the encoding of standard output or error cannot express: names of
-    files may be any bytes, and PYTHONIOENCODING or the locale may ask for a strict encoding or for ASCII."""
+    """Let ``print`` write backslash escapes for characters that standard output or error cannot encode. File names may
+    be any bytes, and PYTHONIOENCODING or the locale may require ASCII."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where a caller replaced it
+        if hasattr(stream, "reconfigure"):  # a caller may have replaced the stream
             stream.reconfigure(errors="backslashreplace")
 
 
 def printable(name: str) -> str:
-    """The name of a file as text that can be encoded, whatever bytes it is of on disk: those that are not UTF-8 become
-    backslash escapes."""
+    """A file name as text that can be encoded: bytes that are not UTF-8 become backslash escapes."""
     return name.encode(errors="backslashreplace").decode()
 
 
 class _LenientStream:
-    """A text stream that drops what cannot be written."""
+    """A text stream that ignores write errors."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -30,7 +28,7 @@ class _LenientStream:
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except OSError:  # there is nowhere to say so
+        except OSError:  # there is no place to report it
             pass
         return len(text)
 
@@ -45,6 +43,6 @@ class _LenientStream:
 
 
 def tolerate_lost_output() -> None:
-    """Let ``print`` succeed in this process where standard output or error cannot be written, on a full disk say."""
+    """Let ``print`` succeed in this process even if standard output or error cannot be written, as on a full disk."""
     escape_unencodable_output()
     sys.stdout, sys.stderr = _LenientStream(sys.stdout), _LenientStream(sys.stderr)  # type: ignore[assignment]

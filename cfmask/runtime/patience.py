@@ -1,4 +1,4 @@
-"""Reading from a file system that may be away for a moment: a server that fails over, a mount that comes back."""
+"""Retries of reads, for file systems that are temporarily unavailable: failover of a server, a remount."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE_VARIABLE = "CFMASK_READ_PATIENCE"
-"""Environment variable: seconds for which a read that fails is repeated."""
+"""Environment variable: seconds for which a failing read is retried."""
 _PATIENCE_S = 60.0
 _LONGEST_WAIT_S = 5.0
 
 
 class StorageUnavailable(UserError):
-    """A file or folder could not be read for as long as it was tried. What it holds is unknown, not absent."""
+    """A file or folder could not be read, despite retries. Its contents are unknown, not missing."""
 
 
 def read_patience_s() -> float:
-    """Seconds for which a read that fails is repeated: $CFMASK_READ_PATIENCE, or 60."""
+    """Seconds for which a failing read is retried: $CFMASK_READ_PATIENCE, or 60."""
     return float(os.environ.get(PATIENCE_VARIABLE) or _PATIENCE_S)
 
 
 def patiently(read: Callable[[], T], what: str, *, patience_s: float | None = None) -> T:
-    """``read()``, repeated while it fails with an I/O error (EIO, ESTALE, EACCES, ENOTCONN, ETIMEDOUT, …).
+    """Call ``read``, and retry while it raises an I/O error (EIO, ESTALE, EACCES, ENOTCONN, ETIMEDOUT, …).
 
     Args:
-        read: may be called several times. Must not swallow OSError.
-        what: is read, for messages: a path, most often.
-        patience_s: seconds for which it is tried; None: ``read_patience_s()``.
+        read: may be called several times, and must not suppress OSError.
+        what: name of what is read, usually a path, for messages.
+        patience_s: seconds for which it is retried; None: ``read_patience_s()``.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: at once. The file system has answered; the caller knows what it means.
-        StorageUnavailable: it still fails when the time is over.
+        FileNotFoundError, NotADirectoryError: not retried, because they are answers of the file system.
+        StorageUnavailable: it still fails after this time.
     """
     patience_s = read_patience_s() if patience_s is None else patience_s
     began = time.monotonic()

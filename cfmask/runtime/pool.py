@@ -1,19 +1,19 @@
-"""Apply a function to many items in processes of this machine. Whichever process is killed, the call ends.
+"""Map a function over items in processes of this machine. The call returns or raises, whichever process is killed.
 
     results = map_in_processes(function, items, workers=8, progress=bar.update)
 
     caller ─── launcher ─┬─ worker 0
        └─ a socket each ─┴─ worker 1 …
 
-The launcher is a fresh interpreter: it imports what the work needs, once, and forks the workers. (The caller cannot
-fork them, because it may have threads.) A worker gets one item at a time over a socket of its own. Workers share
-nothing: the pools of multiprocessing and concurrent.futures share queues with locks, and a process that is killed while
-it holds one blocks the others for ever. Here the end of a socket says which worker died, and on which item.
+The launcher is a fresh interpreter that imports the modules for the work once and forks the workers. (The caller cannot
+fork them, because it may have threads.) A worker receives one item at a time over its own socket, and a closed socket
+shows which worker died and on which item. The pools of multiprocessing and concurrent.futures are not used: their
+workers share queues with locks, and a worker that is killed while it holds a lock blocks the others forever.
 
-    a worker is killed      its socket ends, the launcher reports the signal; the call raises, and names the item
+    a worker is killed      the launcher reports the signal; the call raises an error that names the item
     the launcher is killed  the kernel kills the workers (parent-death signal); the call raises
-    the caller is killed    the launcher sees the end of its socket, and kills the workers
-    Ctrl-C                  is for the caller alone: the others ignore it, and are killed when the call raises
+    the caller is killed    the launcher's socket closes, and it kills the workers
+    Ctrl-C                  only the caller handles it; the other processes are killed when the call raises
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _END_S = 10.0
-"""How long processes that were sent SIGKILL are waited for. One that hangs in the kernel is left to it."""
+"""How long to wait for processes after SIGKILL. A process that hangs in the kernel is given up."""
 _REPORT_S = 5.0
-"""How long the launcher is waited for to say how a worker ended."""
+"""How long to wait for the launcher's report on a worker that ended."""
 
 _worker_number: int | None = None
 
 
 def worker_number() -> int | None:
-    """From 0 in the workers of ``map_in_processes``; None in any other process."""
+    """Number of this worker of ``map_in_processes``, from 0; None in other processes."""
     return _worker_number
 
 
@@ -64,17 +64,17 @@ def map_in_processes(
     describe: Callable[[Item], str] | None = None,
     progress: Callable[[Result], object] = ignore,
 ) -> list[Result]:
-    """The results of ``items``, in their order, computed in ``workers`` processes; in this process if that is 1.
+    """The results for ``items``, in their order, computed in ``workers`` processes; in this process if that is 1.
 
     Args:
-        function: can be imported by its name, and not from ``__main__``. Items and results can be pickled.
-        preload: modules to import before the workers are forked, so that it is done once (torch takes seconds).
-        describe: what an item is called in errors.
-        progress: called with each result, as they come.
+        function: a function of a module other than ``__main__``. Items and results must be picklable.
+        preload: modules that are imported before the workers are forked.
+        describe: the name of an item in errors.
+        progress: called with each result when it is available.
 
     Raises:
-        UserError: one that ``function`` raised, or a process could not be started, or was killed.
-        Exception: any other that ``function`` raised, with the worker's traceback as its cause.
+        UserError: ``function`` raised it, or a process could not be started or was killed.
+        Exception: ``function`` raised it; the worker's traceback is its cause.
     """
     if workers == 1 or len(items) <= 1:
         results = []
@@ -90,7 +90,7 @@ def map_in_processes(
         found: list[Any] = [None] * len(items)
         left = iter(range(len(items)))
         idle_at_end = False
-        working: dict[Connection, int | None] = dict.fromkeys(sockets)  # which item; None: not ready yet
+        working: dict[Connection, int | None] = dict.fromkeys(sockets)  # item by worker; None: not ready yet
         missing = len(items)
         while missing:
             for ready in wait([launcher.control, *working]):
@@ -128,7 +128,10 @@ def map_in_processes(
 
 
 class _Launcher:
-    """The caller's view of the launcher. control: gets (worker, exit code) of each worker that ended, or an error."""
+    """The launcher, in the caller.
+
+    control: receives (worker, exit code) of each worker that has ended, or an error.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], control: Connection) -> None:
         self._process = process
@@ -136,25 +139,29 @@ class _Launcher:
         self._exit_codes: dict[int, int] = {}
 
     def read_report(self, sockets: Sequence[Connection]) -> None:
-        """Read one message of the launcher's.
+        """Read a message of the launcher.
 
         Raises:
-            UserError: it was killed, or could not fork.
-            Exception: what importing the function raised.
+            UserError: the launcher was killed, or could not fork.
+            Exception: importing the function raised it.
         """
         try:
             message = self.control.recv_bytes()
         except (EOFError, OSError):
             self._wait_for_end(sockets)
             raise UserError(
-                f"The process that starts the workers {_how(self._process.returncode)}. Nothing that is finished is "
-                f"lost: run the same command again."
+                f"The process that starts the workers {_how(self._process.returncode)}. Finished work is kept: run the "
+                f"same command again."
             ) from None
         number, code = _unpacked(message)
         self._exit_codes[number] = code
 
     def death(self, sockets: Sequence[Connection], number: int, item: str) -> UserError:
-        """The error to raise for a worker whose socket has ended. item: says what it worked on, or is empty.
+        """The error for a worker whose socket was closed.
+
+        Args:
+            number: of the worker.
+            item: " while it worked on …", or empty.
 
         Raises:
             UserError: the launcher was killed, and the worker with it.
@@ -163,14 +170,14 @@ class _Launcher:
         while number not in self._exit_codes and self.control.poll(max(0.0, deadline - time.monotonic())):
             self.read_report(sockets)
         code = self._exit_codes.get(number)
-        memory = " Most often the cause is lack of memory." if code == -signal.SIGKILL else ""
+        memory = " The usual cause is lack of memory." if code == -signal.SIGKILL else ""
         return UserError(
-            f"A worker process {_how(code)}{item}.{memory} Nothing that is finished is lost: run the same command "
-            f"again, with fewer processes if it happens twice."
+            f"A worker process {_how(code)}{item}.{memory} Finished work is kept: run the same command again, with "
+            f"fewer processes if this happens twice."
         )
 
     def _wait_for_end(self, sockets: Sequence[Connection]) -> None:
-        """Wait until the launcher and its workers are gone: they might still write files."""
+        """Wait until the launcher and its workers have ended, because they might still write files."""
         deadline = time.monotonic() + _END_S
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_S)
@@ -188,7 +195,7 @@ class _Launcher:
 def _started(
     function: Callable[..., Any], count: int, preload: Sequence[str]
 ) -> Iterator[tuple[_Launcher, list[Connection]]]:
-    """Start the launcher and ``count`` workers; no process is left at the end."""
+    """Start the launcher and ``count`` workers; at the end all of them have ended."""
     ours: list[Connection] = []
     process: subprocess.Popen[bytes] | None = None
     try:
@@ -200,7 +207,7 @@ def _started(
                     ours.append(Connection(one.detach()))
                     numbers.append(theirs.enter_context(other).fileno())
                 code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _launch; _launch({numbers!r})"
-                # A Ctrl-C must not reach the launcher before it ignores it. The mask is inherited.
+                # The launcher inherits the mask, so that a Ctrl-C cannot reach it before it ignores the signal.
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
                 try:
                     process = subprocess.Popen([sys.executable, "-c", code], pass_fds=numbers, stdin=subprocess.DEVNULL)
@@ -231,7 +238,7 @@ def _cannot_start(count: int, error: OSError) -> UserError:
 
 
 def _how(code: int | None) -> str:
-    """How a process ended, by subprocess's exit code."""
+    """How a process ended, from its exit code as subprocess gives it."""
     if code is None:
         return "ended"
     if code >= 0:
@@ -243,14 +250,14 @@ def _how(code: int | None) -> str:
 
 
 class _WorkerTraceback(Exception):
-    """Shown as the cause of an error that was raised in another process."""
+    """The cause of an error that was raised in another process."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def _packed(error: Exception) -> bytes:
-    """A message that says what was raised."""
+    """The message for an error."""
     shown = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     if isinstance(error, MemoryError):
         error = UserError("A worker process has no memory left. Run the same command again, with fewer processes.")
@@ -258,12 +265,12 @@ def _packed(error: Exception) -> bytes:
         message = pickle.dumps((error, shown))
         pickle.loads(message)
         return b"E" + message
-    except Exception:  # an exception may refuse either
+    except Exception:  # the error cannot be pickled or unpickled
         return b"E" + pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), shown))
 
 
 def _unpacked(message: bytes) -> Any:
-    """The value in a message, or the error in it, raised."""
+    """The value in a message; raises the error in it."""
     content = pickle.loads(memoryview(message)[1:])
     if message[:1] != b"E":
         return content
@@ -275,7 +282,11 @@ def _unpacked(message: bytes) -> Any:
 
 
 def _launch(numbers: Sequence[int]) -> NoReturn:
-    """The launcher's main function. numbers: of the sockets' descriptors, its own before the workers'."""
+    """Main function of the launcher.
+
+    Args:
+        numbers: descriptors of its own socket and of the workers' sockets.
+    """
     ignore_job_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, JOB_SIGNALS)
     control, *sockets = (Connection(number) for number in numbers)
@@ -304,7 +315,7 @@ def _launch(numbers: Sequence[int]) -> NoReturn:
                 _work(number, own, function, launcher)
             own.close()
             alive[pid] = number
-        while not control.poll(0):  # the caller sends no more: what comes is the end
+        while not control.poll(0):  # readable only when the caller has closed it
             wait([control, awake])
             with contextlib.suppress(BlockingIOError):
                 os.read(awake, 4096)
@@ -312,12 +323,12 @@ def _launch(numbers: Sequence[int]) -> NoReturn:
                 if (worker := alive.pop(pid, None)) is not None:
                     control.send_bytes(b"R" + pickle.dumps((worker, os.waitstatus_to_exitcode(status))))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the caller is gone
+        pass  # the caller has ended
     except Exception as error:
         with contextlib.suppress(OSError):
             control.send_bytes(_packed(error))
     for pid in alive:
-        os.kill(pid, signal.SIGKILL)  # none has been waited for: its number is still its own
+        os.kill(pid, signal.SIGKILL)  # not waited for yet: the pid is still valid
     deadline = time.monotonic() + _END_S
     while alive and time.monotonic() < deadline:
         for pid, _ in _ended():
@@ -328,7 +339,7 @@ def _launch(numbers: Sequence[int]) -> NoReturn:
 
 
 def _ended() -> Iterator[tuple[int, int]]:
-    """(pid, status) of children that have ended: workers, or what an import has started."""
+    """(pid, status) of children that have ended: workers, or processes that an import has started."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -340,7 +351,7 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 
 def _work(number: int, own: Connection, function: Callable[[Any], Any], launcher: int) -> NoReturn:
-    """A worker's main function."""
+    """Main function of a worker."""
     global _worker_number
     _worker_number = number
     die_with_parent(launcher)
@@ -354,7 +365,7 @@ def _work(number: int, own: Connection, function: Callable[[Any], Any], launcher
                 message = _packed(error)
             own.send_bytes(message)
     except (EOFError, OSError):
-        pass  # no item is left, or the caller is gone
+        pass  # no item is left, or the caller has ended
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -9,5 +9,5 @@ from tqdm import tqdm
 
 
 def progress_bar(**settings: Any) -> tqdm:
-    """tqdm's, redrawn ten times a second on a terminal and every ten seconds in a file, where each time is a line."""
+    """A tqdm bar that is redrawn ten times a second on a terminal, and every ten seconds in a file, as a new line."""
     return tqdm(**settings, mininterval=0.1 if sys.stderr.isatty() else 10, dynamic_ncols=True)

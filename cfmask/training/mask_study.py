@@ -19,8 +19,8 @@ from cfmask.data.segmentation import ALL, Masks, ObjectReader, categories, class
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import MicroBatch
 from cfmask.errors import UserError
-from cfmask.logs import MetricLogger
 from cfmask.masking.validation import THRESHOLDS, Tally, add_up, tally
+from cfmask.metric_logger import MetricLogger
 from cfmask.metrics import Metric, StepResult, Sum
 from cfmask.models.tower import Classifier
 from cfmask.runs import RunFolder

@@ -31,13 +31,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cfmask.data import plan
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, concat, draw
 from cfmask.masking.validation import nothing_known
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.step import Teachers
 from cfmask.training.passes import Inputs, Passes
 

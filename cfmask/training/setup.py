@@ -15,16 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cfmask import checkpoint, resume
-from cfmask.checkpoint_state import Checkpoint, CheckpointDamaged, Input
-from cfmask.checkpoint_state import found as found_checkpoints
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import Checkpoint, CheckpointDamaged, Input, list_checkpoints
+from cfmask.checkpoint.writer import CheckpointWriter, Keep, remove_checkpoint
 from cfmask.data.remote import node_cache
 from cfmask.data.segmentation import ObjectReader
 from cfmask.data.shards import Manifest, load_sets
 from cfmask.data.stream import MicroBatch, train_batches
-from cfmask.distributed import DistributedContext
 from cfmask.errors import UserError
-from cfmask.files import digest_of_tensors
 from cfmask.masking.fills import DrawSpec
 from cfmask.models.head import ModelInfo, check_same_kind, load_model, read_info, save_model
 from cfmask.models.initial import initial_model
@@ -32,9 +30,11 @@ from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
 from cfmask.runs import RunFolder, find_model
+from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
-from cfmask.session import rank_0_first
+from cfmask.runtime.tensor_files import digest_of_tensors
+from cfmask.session import check_inputs, check_progress, rank_0_first
 from cfmask.step import Teachers
 from cfmask.urls import is_remote
 
@@ -134,7 +134,7 @@ def _exists(run: RunFolder, path: Path) -> bool:
         return True
     where = str(run.root)
     begins_again = patiently(run.step_0_allowed, where) and not patiently(
-        lambda: found_checkpoints(run.checkpoints), where
+        lambda: list_checkpoints(run.checkpoints), where
     )
     if patiently(run.has_started, where) and not begins_again:
         raise UserError(
@@ -181,10 +181,10 @@ def agree_on_checkpoint(
     if is_main_process:
         try:
             choice[0] = resume.latest(run.checkpoints, report=lambda text: logger.warning(f"{text}"))
-            resume.check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
+            check_progress(run, choice[0], epoch_steps, recipe.run.checkpoint_steps)
             choice[1] = inputs_of(recipe, run)
             if choice[0] is not None:
-                resume.check_inputs(run, choice[0], choice[1])
+                check_inputs(run, choice[0], choice[1])
         except UserError as error:
             choice[2] = str(error)
     dist.broadcast_object_list(choice)
@@ -224,11 +224,11 @@ def begin_history(run: RunFolder, step: int, store: dist.Store, context: Distrib
 
 
 def _remove_damaged_checkpoints(run: RunFolder) -> None:
-    for path in found_checkpoints(run.checkpoints):
+    for path in list_checkpoints(run.checkpoints):
         try:
             resume.verified(path)
         except CheckpointDamaged:
-            checkpoint.remove(path)
+            remove_checkpoint(path)
         else:
             raise UserError(
                 f"The checkpoint {path} is undamaged, but was missing when this start looked for one: its file system "
@@ -238,15 +238,15 @@ def _remove_damaged_checkpoints(run: RunFolder) -> None:
 
 def checkpoint_writer(
     recipe: Recipe, run: RunFolder, epoch_steps: int, info: ModelInfo, found: Checkpoint | None
-) -> checkpoint.Writer:
+) -> CheckpointWriter:
     """The writer of the checkpoints of a run that resumes from ``found``."""
     settings = recipe.run
-    keep = checkpoint.Keep(
+    keep = Keep(
         last=settings.keep_checkpoints,
         epoch_steps=epoch_steps if settings.keep_epochs else None,
         best_on=settings.best_on,
     )
-    return checkpoint.Writer(
+    return CheckpointWriter(
         run.checkpoints,
         keep,
         info,

@@ -16,25 +16,25 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
-from cfmask import resume
-from cfmask.agreement import check_agreement
-from cfmask.checkpoint_state import CheckpointState, Skips
-from cfmask.checkpoint_waits import insist_on_checkpoint, wait_for_checkpoint
+from cfmask.checkpoint import resume
+from cfmask.checkpoint.state import CheckpointState, Skips
+from cfmask.checkpoint.writer import insist_on_checkpoint, wait_for_checkpoint
 from cfmask.counting import Score, top1
 from cfmask.data.label_space import LabelSpace, label_space_of
 from cfmask.data.plan import steps_per_epoch
 from cfmask.data.receipts import DataProgress
 from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
-from cfmask.distributed import DistributedContext
-from cfmask.files import write_atomically
-from cfmask.logs import MetricLogger
+from cfmask.metric_logger import MetricLogger
 from cfmask.metrics import AsyncMetricReducer, StepResult, micro_batch_metrics, rank_metrics, step_metrics
 from cfmask.models.head import save_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import Phase, lr_and_betas, phases, take_step
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.agreement import check_agreement
+from cfmask.runtime.distributed import DistributedContext
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.sample_reports import SampleReports, too_many_bad_samples, too_many_skipped_steps
 from cfmask.session import (

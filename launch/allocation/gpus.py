@@ -1,19 +1,19 @@
 """The GPUs of this machine that CUDA_VISIBLE_DEVICES shows, counted without starting CUDA.
 
-A launcher that asked CUDA would hold a context on every GPU for as long as it lives. `nvidia-smi -L` lists what is
-installed, and the rules by which CUDA reads the variable are few:
+torch.cuda.device_count() counts at most one MIG device, and starts CUDA if NVML is missing: a launcher would then hold
+a context on each GPU. So the installed GPUs are read from `nvidia-smi -L`, and the variable by CUDA's rules:
 
     not set            all GPUs
     "", "-1"           none
-    "0,2", "1abc"      numbers, each up to its first character that is no digit
-    "GPU-8932f937,…"   UUIDs, or prefixes that fit one GPU only
+    "0,2", "1abc"      numbers; what follows the digits of an entry is ignored
+    "GPU-8932f937,…"   UUIDs, or prefixes that match one GPU only
     "MIG-…,…"          MIG devices, by UUID or by the older MIG-GPU-UUID/INSTANCE/INSTANCE
 
-The first entry that is of another kind than the first of all, or that names nothing here, ends the list. A list that
-names a GPU twice is empty.
+The list ends before the first entry of another kind than the first one, or that matches no device. A list that names a
+GPU twice is empty.
 
-A process sees a single MIG device however many its list names, and NCCL refuses two ranks on one GPU. So each rank is
-given one MIG device, and MIG devices of a GPU that has a rank already are left out.
+A process sees one MIG device only, and NCCL refuses two ranks on one GPU. So each rank gets one MIG device, and further
+MIG devices of the same GPU are skipped.
 """
 
 from __future__ import annotations
@@ -34,18 +34,16 @@ _LOCAL_RANK = "SUBMITIT_LOCAL_LOCALID"
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU of this machine.
-
-    uuid: "GPU-…".
-    mig: ids of the MIG devices that it is partitioned into, "MIG-…"; empty if it is not.
-    """
+    """A GPU of this machine."""
 
     uuid: str
+    """"GPU-…"."""
     mig: tuple[str, ...] = ()
+    """Ids of its MIG devices, "MIG-…"; empty for a GPU that is not partitioned."""
 
 
 def installed_gpus() -> tuple[Gpu, ...] | None:
-    """This machine's GPUs, in nvidia-smi's order; None if there is no nvidia-smi to ask."""
+    """This machine's GPUs, in nvidia-smi's order; None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     return parse_listing(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout)
@@ -63,14 +61,14 @@ def parse_listing(text: str) -> tuple[Gpu, ...]:
 
 
 def visible_gpus(value: str | None, installed: Sequence[Gpu] | None) -> tuple[str, ...] | None:
-    """The GPUs that ranks may be started on, as entries for CUDA_VISIBLE_DEVICES.
+    """The GPUs that ranks may use, as entries for CUDA_VISIBLE_DEVICES.
 
     Args:
-        value: of CUDA_VISIBLE_DEVICES; None: not set.
-        installed: this machine's GPUs; None: not known, and entries are believed.
+        value: Value of CUDA_VISIBLE_DEVICES; None if it is not set.
+        installed: This machine's GPUs; None if they are unknown, and entries are not checked.
 
     Returns:
-        One entry a rank, in the order of the list; None if neither the list nor the machine says how many there are.
+        One entry for each rank, in the order of the list; None if the number of GPUs is unknown.
     """
     if value is None:
         return None if installed is None else tuple(str(number) for number in range(len(installed)))
@@ -85,10 +83,10 @@ def visible_gpus(value: str | None, installed: Sequence[Gpu] | None) -> tuple[st
 
 
 def first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]:
-    """The first ``wanted`` of this machine's visible GPUs; where nobody knows them (None), the ranks will see.
+    """The first ``wanted`` of this machine's visible GPUs. If these are unknown (None), the ranks will find out.
 
     Raises:
-        UserError: there are fewer.
+        UserError: Fewer GPUs are visible.
     """
     if visible is None:
         return tuple(str(number) for number in range(wanted))
@@ -99,24 +97,24 @@ def first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]
     if value is None:
         found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
     else:
-        found = f'{VISIBLE} is "{value}", which shows {there}: the first entry that names no GPU here ends the list'
+        found = f'{VISIBLE} is "{value}", which shows {there}: the list ends before an entry that matches no GPU'
         found += ", and NCCL takes one MIG device of a GPU" * value.startswith("MIG-")
     fewer = f"--gpus-per-node {len(visible)}" if visible else "--gpus-per-node 0, to train on CPUs"
     raise UserError(
-        f"--gpus-per-node {wanted} asks for more GPUs than this machine has for it. {found}. Ask for {fewer}, or "
-        f"change {VISIBLE}."
+        f"--gpus-per-node {wanted} requests more GPUs than this machine shows. {found}. Request {fewer}, or change "
+        f"{VISIBLE}."
     )
 
 
 def for_ranks(entries: Sequence[str]) -> list[str]:
-    """The prefix of a rank's command that passes on ``entries``, one for each rank of this machine."""
+    """The prefix of a rank's command that passes ``entries``, one for each local rank."""
     return ["env", f"{_RANKS}={','.join(entries)}"] if entries else []
 
 
 def show_to_rank(environment: MutableMapping[str, str] = os.environ) -> None:
-    """In a rank that ``for_ranks`` has started: show CUDA this rank's devices, before anything asks CUDA.
+    """In a rank that was started with ``for_ranks``: set CUDA_VISIBLE_DEVICES before CUDA is initialised.
 
-    Whole GPUs are shown to every rank, which takes the one of its local rank: NCCL then sees the machine's topology.
+    Every rank sees all whole GPUs and uses that of its local rank, so that NCCL knows the machine's topology.
     """
     listed = environment.pop(_RANKS, None)
     if listed is None:
@@ -126,7 +124,7 @@ def show_to_rank(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _entries(value: str, identify: Callable[[str], str | None]) -> tuple[str, ...]:
-    """The entries up to the first that names nothing; none if two name the same."""
+    """The entries before the first one that matches no device; none if two match the same."""
     entries: dict[str, str] = {}
     for entry in value.split(","):
         named = identify(entry)
@@ -139,7 +137,7 @@ def _entries(value: str, identify: Callable[[str], str | None]) -> tuple[str, ..
 
 
 def _digits(entry: str) -> str:
-    """The number that an entry begins with, as C's strtol reads it; "" if it does not begin with one."""
+    """The number at the beginning of an entry, as C's strtol reads it; "" if there is none."""
     match = re.match(r"\s*\+?([0-9]+)", entry)
     return str(int(match[1])) if match else ""
 
@@ -162,13 +160,13 @@ def _mig_device(entry: str, installed: Sequence[Gpu] | None) -> str | None:
     if installed is None:
         return entry
     older = _uuid_in(entry)
-    if older is not None:  # recent drivers take this form, and list the other
+    if older is not None:  # recent drivers accept this form, and list the other one
         return entry if any(gpu.uuid == older for gpu in installed) else None
     return _only(entry, [device for gpu in installed for device in gpu.mig])
 
 
 def _gpu_of_mig_device(entry: str, installed: Sequence[Gpu] | None) -> str:
-    """The GPU that a MIG device is part of; the device itself where that is not known."""
+    """The GPU that a MIG device belongs to; the device itself if that is unknown."""
     if older := _uuid_in(entry):
         return older
     return next((g.uuid for g in installed or () for device in g.mig if device.startswith(entry)), entry)
@@ -180,6 +178,6 @@ def _uuid_in(mig_device: str) -> str | None:
 
 
 def _only(prefix: str, ids: Sequence[str]) -> str | None:
-    """The one id that begins so; None if there is none, or more than one."""
+    """The only id with this prefix; None if there is none, or several."""
     found = [each for each in ids if each.startswith(prefix)]
     return found[0] if len(found) == 1 else None

@@ -1,5 +1,5 @@
-"""The settings of a job's allocation: each is a flag of every command that submits jobs, and most are keys of the
-cluster file as well. allocation.py adds up where their values come from.
+"""The settings of an allocation. Each is a flag of the commands that submit jobs; most are keys of the cluster file.
+``resolve.py`` combines their values.
 """
 
 from __future__ import annotations
@@ -7,133 +7,116 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from launch.restarts.policy import RESTARTS_WITHOUT_PROGRESS
 from launch.restarts.retries import RETRIES
 
-# What a value may be: the words for it in an error, and the TOML types.
-TEXT: tuple[str, tuple[type, ...]] = ("a string", (str,))
-NUMBER: tuple[str, tuple[type, ...]] = ("a number", (int, float))
-COUNT: tuple[str, tuple[type, ...]] = ("a whole number", (int,))
-TEXT_OR_COUNT: tuple[str, tuple[type, ...]] = ("a string or a whole number", (str, int))
-TEXTS: tuple[str, tuple[type, ...]] = ("a list of strings", (list,))
-TABLE: tuple[str, tuple[type, ...]] = ("a table", (dict,))
+T = TypeVar("T")
 
 UNLIMITED, PARTITION_TIME = "UNLIMITED", "partition"
-"""Values of --time that are no number: no limit, and the partition's own default."""
+"""Values of --time that are not numbers: no limit, and the partition's default."""
 GPU_SETTINGS = ("gpus_per_node", "gres", "gpus_per_task", "exclusive")
-"""Alternative ways to ask for the GPUs of a node."""
+"""Alternative ways to request the GPUs of a node."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A flag, and a key of the cluster file. read: makes the value of the text, or says in a ValueError what it should
-    be. kind: what it may be in the file; None: it cannot stand there. slurm: it does something on Slurm only."""
+class FileType:
+    """The type of a value in the cluster file."""
 
     name: str
-    read: Callable[[str], Any]
-    default: Any
-    help: str
-    metavar: str | None = None
-    kind: tuple[str, tuple[type, ...]] | None = TEXT
-    slurm: bool = True
-
-    @property
-    def flag(self) -> str:
-        return "--" + self.name.replace("_", "-")
+    """For error messages."""
+    types: tuple[type, ...]
 
 
-def count(text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise ValueError("a whole number, 1 or more")
-    return int(text)
+TEXT = FileType("a string", (str,))
+NUMBER = FileType("a number", (int, float))
+COUNT = FileType("a whole number", (int,))
+TEXT_OR_COUNT = FileType("a string or a whole number", (str, int))
+TEXTS = FileType("a list of strings", (list,))
+TABLE = FileType("a table", (dict,))
 
 
-def count_or_0(text: str) -> int:
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError("a whole number, 0 or more")
-    return int(text)
+# --- readers: the value of a text; a ValueError says what the text should be ----------------------------------------
 
 
-def minutes(text: str) -> int:
-    """A time limit in Slurm's own forms: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Seconds count as a minute."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+def _reader(pattern: str, expected: str, convert: Callable[[re.Match[str]], T]) -> Callable[[str], T]:
+    """A reader of texts that match a pattern as a whole."""
+
+    def read(given: str) -> T:
+        match = re.fullmatch(pattern, given)
+        if not match:
+            raise ValueError(expected)
+        return convert(match)
+
+    return read
+
+
+def _typed(match: re.Match[str]) -> tuple[str, int]:
+    if match[1] and not int(match[2]):
+        raise ValueError("a number of GPUs of that type: 0 requests none, and means CPUs")
+    return match[1] or "", int(match[2])
+
+
+_GPUS = r"(?:((?=[\w.+-]*[A-Za-z])[A-Za-z0-9][\w.+-]*):)?(\d+)"
+"""[TYPE:]N; examples of types are a100, 2080ti, a100-sxm4-80gb, nvidia_a100_1g.5gb."""
+
+count = _reader(r"0*[1-9]\d*", "a whole number, 1 or more", lambda match: int(match[0]))
+count_or_0 = _reader(r"\d+", "a whole number, 0 or more", lambda match: int(match[0]))
+gpus = _reader(_GPUS, "a number, or TYPE:NUMBER as in a100:8", _typed)
+gpu_gres = _reader(
+    f"gpu:{_GPUS}", "gpu:NUMBER or gpu:TYPE:NUMBER (other resources: [sbatch] gres in the cluster file)", _typed
+)
+gpu_of_task = _reader(
+    _GPUS.replace(r"\d+", "0*1"),
+    "1 or TYPE:1: a rank uses one GPU. --tasks-per-node is the number of ranks",
+    _typed,
+)
+whole_nodes = _reader(r"\d+", "the number of GPUs of a node; 0: train on its CPUs", lambda match: ("", int(match[0])))
+on_or_off = _reader("on|off", "on or off", lambda match: match[0])
+text = _reader(r"[^\s\"'\\]+", "a word", lambda match: match[0])
+size = _reader(r"[^\s\"'\\]+", "a size", lambda match: match[0])
+job_id = _reader(r"\d+(_\d+)?", "the number of a job", lambda match: match[0])
+wandb_project = _reader(
+    r"([\w-]+/)?[\w.-]{1,128}", "PROJECT or ENTITY/PROJECT, of letters, digits, - and _", lambda match: match[0]
+)
+
+
+def minutes(given: str) -> int:
+    """A time limit in Slurm's formats M, M:S, H:M:S, D-H, D-H:M and D-H:M:S. Seconds round up to a minute."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", given)
     if not match:
         raise ValueError("minutes, or Slurm's H:MM:SS or D-HH:MM:SS")
-    days, *parts = (int(part) if part else None for part in match.groups())
-    given = [part for part in parts if part is not None]
-    if days is None and len(given) < 3:  # M or M:S
-        given = [0, *given]
-    hours, mins, seconds = (given + [0, 0])[:3]
-    total = (days or 0) * 1440 + hours * 60 + mins + (seconds > 0)
+    days, *parts = (None if part is None else int(part) for part in match.groups())
+    numbers = [part for part in parts if part is not None]
+    if days is None and len(numbers) < 3:  # M or M:S
+        numbers.insert(0, 0)
+    hours, mins, secs = (numbers + [0, 0])[:3]
+    total = (days or 0) * 1440 + hours * 60 + mins + (secs > 0)
     if total < 1:
         raise ValueError("more than nothing")
     return total
 
 
-def time_limit(text: str) -> int | str:
+def time_limit(given: str) -> int | str:
     """Minutes, UNLIMITED, or PARTITION_TIME."""
-    if text.upper() in ("UNLIMITED", "INFINITE"):
+    if given.upper() in (UNLIMITED, "INFINITE"):
         return UNLIMITED
-    if text.lower() == PARTITION_TIME:
+    if given.lower() == PARTITION_TIME:
         return PARTITION_TIME
     try:
-        return minutes(text)
+        return minutes(given)
     except ValueError as error:
         raise ValueError(f"{error}, {UNLIMITED}, or {PARTITION_TIME} for the partition's default") from None
 
 
-_GPU_TYPE = r"(?=[\w.+-]*[A-Za-z])[A-Za-z0-9][\w.+-]*"
-"""As sites name them: a100, 2080ti, a100-sxm4-80gb, nvidia_a100_1g.5gb."""
-
-
-def gpus(text: str) -> tuple[str, int]:
-    """Slurm's [TYPE:]N: the type, "" if any will do, and the number."""
-    match = re.fullmatch(rf"(?:({_GPU_TYPE}):)?(\d+)", text)
-    if not match:
-        raise ValueError("a number, or TYPE:NUMBER as in a100:8")
-    return _typed(match[1], int(match[2]))
-
-
-def gpu_gres(text: str) -> tuple[str, int]:
-    """gpu[:TYPE]:N, as --gres takes it."""
-    match = re.fullmatch(rf"gpu:(?:({_GPU_TYPE}):)?(\d+)", text)
-    if not match:
-        raise ValueError("gpu:NUMBER or gpu:TYPE:NUMBER (other resources: [sbatch] gres in the cluster file)")
-    return _typed(match[1], int(match[2]))
-
-
-def _typed(gpu_type: str | None, number: int) -> tuple[str, int]:
-    if gpu_type and not number:
-        raise ValueError("a number of GPUs of that type: 0 has none, and means the CPUs")
-    return gpu_type or "", number
-
-
-def gpu_of_task(text: str) -> tuple[str, int]:
-    """[TYPE:]1."""
+def duration(given: str) -> float:
+    """Minutes, above 0."""
     try:
-        found = gpus(text)
-    except ValueError:
-        found = ("", 0)
-    if found[1] != 1:
-        raise ValueError("1 or TYPE:1: a rank computes on one GPU. How many there are is --tasks-per-node")
-    return found
-
-
-def whole_nodes(text: str) -> tuple[str, int]:
-    """N: how many GPUs a node has."""
-    if not re.fullmatch(r"\d+", text):
-        raise ValueError("the number of GPUs of a node; 0: train on its CPUs")
-    return "", int(text)
-
-
-def patience(text: str) -> float:
-    try:
-        value = float(text)
+        value = float(given)
     except ValueError:
         value = 0
     if not 0 < value < float("inf"):
@@ -141,247 +124,237 @@ def patience(text: str) -> float:
     return value
 
 
-def patience_or_0(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else patience(text)
+def duration_or_0(given: str) -> float:
+    return 0.0 if given in ("0", "0.0") else duration(given)
 
 
-def on_or_off(text: str) -> str:
-    if text not in ("on", "off"):
-        raise ValueError("on or off")
-    return text
-
-
-def text(value: str) -> str:
-    if not value or re.search(r"[\s\"'\\]", value):
-        raise ValueError("a word")
-    return value
-
-
-def command(text: str) -> str:
-    """One that sh can read."""
-    complaint = subprocess.run(["sh", "-n", "-c", text], capture_output=True, text=True).stderr.strip()
-    if complaint or not text.strip():
+def command(given: str) -> str:
+    """A command that sh can parse."""
+    complaint = subprocess.run(["sh", "-n", "-c", given], capture_output=True, text=True).stderr.strip()
+    if complaint or not given.strip():
         raise ValueError(f"a command of the shell ({complaint or 'it is empty'})")
-    return text
+    return given
 
 
-def wandb_project(text: str) -> str:
-    if not re.fullmatch(r"([\w-]+/)?[\w.-]{1,128}", text):
-        raise ValueError("PROJECT or ENTITY/PROJECT, of letters, digits, - and _")
-    return text
+_FILE_TYPES: dict[Callable[[str], Any], FileType] = {
+    **dict.fromkeys((count, count_or_0, whole_nodes), COUNT),
+    **dict.fromkeys((time_limit, gpus, gpu_of_task, size), TEXT_OR_COUNT),
+    **dict.fromkeys((duration, duration_or_0), NUMBER),
+}
+"""Types in the cluster file by reader; the others are TEXT."""
 
 
-SETTINGS = (
-    Setting("nodes", count, 1, "machines (default: 1)", "N", COUNT),
+# --- the settings -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag, and a key of the cluster file."""
+
+    name: str
+    read: Callable[[str], Any]
+    """Returns the value of a text, or raises a ValueError that says what the text should be."""
+    metavar: str
+    help: str
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        return flag_of(self.name)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_RANKS = (
     Setting(
         "gpus_per_node",
         gpus,
-        None,
-        "GPUs of a machine, one task each (default: 8 on Slurm, else those of this machine that CUDA_VISIBLE_DEVICES "
-        "shows)",
         "[TYPE:]N",
-        TEXT_OR_COUNT,
-        slurm=False,
+        "GPUs of a node, with one rank each (default: 8 on Slurm, else the GPUs of this machine that "
+        "CUDA_VISIBLE_DEVICES shows)",
     ),
-    Setting("gres", gpu_gres, None, "the same, asked for with sbatch's --gres", "gpu[:TYPE]:N", TEXT),
+    Setting("tasks_per_node", count, "N", "ranks of a node that trains on CPUs (default: 1), or with --gpus-per-task"),
+)
+_FOR_SLURM = (
+    Setting("nodes", count, "N", "number of nodes (default: 1)", 1),
+    Setting("gres", gpu_gres, "gpu[:TYPE]:N", "request the GPUs of a node with sbatch's --gres instead"),
     Setting(
         "gpus_per_task",
         gpu_of_task,
-        None,
-        "with --tasks-per-node N: N GPUs of a machine, asked for with sbatch's --gpus-per-task",
         "[TYPE:]1",
-        TEXT_OR_COUNT,
+        "request one GPU for each of the --tasks-per-node N ranks, with sbatch's --gpus-per-task",
     ),
     Setting(
         "exclusive",
         whole_nodes,
-        None,
-        "whole machines with N GPUs each, which are not asked for: sbatch gets --exclusive alone",
         "N",
-        COUNT,
+        "request whole nodes with N GPUs each: sbatch gets --exclusive, and no request for GPUs",
     ),
-    Setting(
-        "tasks_per_node",
-        count,
-        None,
-        "ranks of a machine that trains on CPUs (default: 1), or that has --gpus-per-task",
-        "N",
-        COUNT,
-        slurm=False,
-    ),
-    Setting("cpus_per_task", count, 8, "cores of a rank, for its threads and its data loader (default: 8)", "N", COUNT),
+    Setting("cpus_per_task", count, "N", "cores of a rank, for its threads and its data loader (default: 8)", 8),
     Setting(
         "time",
         time_limit,
-        1440,
-        "time limit of one start: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; UNLIMITED; partition: the partition's "
-        "default. A run requeues itself before it (default: 1440)",
         "MIN",
-        kind=TEXT_OR_COUNT,
+        "time limit of one start: minutes, or Slurm's H:MM:SS, D-HH:MM:SS; UNLIMITED; partition: the partition's "
+        "default. A run requeues itself before the limit (default: 1440)",
+        1440,
     ),
-    Setting("partition", text, None, "Slurm partition", "NAME"),
-    Setting("account", text, None, "Slurm account", "NAME"),
-    Setting("qos", text, None, "Slurm quality of service", "NAME"),
+    Setting("partition", text, "NAME", "Slurm partition"),
+    Setting("account", text, "NAME", "Slurm account"),
+    Setting("qos", text, "NAME", "Slurm quality of service"),
     Setting(
         "wckey",
         text,
-        None,
-        "Slurm's workload characterization key, where a site checks it (default: your default key)",
         "NAME",
+        "Slurm's workload characterization key, if the site checks it (default: the user's default key)",
     ),
-    Setting("constraint", text, None, "features that nodes must have", "LIST"),
+    Setting("constraint", text, "LIST", "features that nodes must have"),
+    Setting("memory", size, "SIZE", "memory of a node, as for sbatch's --mem: 480G; 0 is all of it"),
+    Setting("exclude", text, "NODES", "nodes that the job must not use: n07,n[11-14]"),
+    Setting("dependency", text, "LIST", "jobs to wait for, as for sbatch: afterany:123,singleton"),
+    Setting("array_parallelism", count, "N", "members of a sweep that may run at once (default: all)"),
     Setting(
-        "memory",
+        "interface",
         text,
-        None,
-        "memory of a node, as for sbatch's --mem: 480G; 0 is all of it",
-        "SIZE",
-        kind=TEXT_OR_COUNT,
+        "NAME",
+        "network interface between ranks (sets NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME)",
     ),
-    Setting("exclude", text, None, "nodes to stay away from: n07,n[11-14]", "NODES"),
-    Setting("dependency", text, None, "what to wait for, as for sbatch: afterany:123,singleton", "LIST", None),
-    Setting("array_parallelism", count, None, "members of a sweep that may run at once (default: all)", "N", COUNT),
-    Setting(
-        "interface", text, None, "network interface that ranks talk on (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)", "NAME"
-    ),
+)
+_SUPERVISION = (
     Setting(
         "restarts_without_progress",
         count_or_0,
-        None,
-        "automatic restarts in a row, whatever their cause, that a job may have without progress beyond its last "
-        f"checkpoint (default: {RESTARTS_WITHOUT_PROGRESS}; 0: none)",
         "N",
-        COUNT,
-        slurm=False,
+        "automatic restarts in a row without progress beyond the last checkpoint, whatever their cause, before the "
+        f"job is given up (default: {RESTARTS_WITHOUT_PROGRESS}; 0: none)",
     ),
     Setting(
         "retries",
         count_or_0,
-        None,
-        "restarts within 24 hours after a rank that died, hung, or found its node unhealthy (default: "
-        f"{RETRIES}; 0: none). A node on which two ranks have died is left out",
         "N",
-        COUNT,
-        slurm=False,
+        "restarts within 24 hours after a rank died or hung, or found its node unhealthy (default: "
+        f"{RETRIES}; 0: none). A node on which two ranks have died is excluded",
     ),
     Setting(
         "hang_timeout",
-        patience_or_0,
-        None,
-        "how long a rank that trains may go without progress; at least 20 times as long as its steps take (default: 5; "
-        "0: for ever)",
+        duration_or_0,
         "MIN",
-        NUMBER,
-        slurm=False,
+        "time without progress after which a training rank counts as hung; at least 20 times the time of a step "
+        "(default: 5; 0: never)",
     ),
     Setting(
         "health_check",
         on_or_off,
-        None,
-        "whether each start checks its nodes first: GPUs, run folder, local disk, clock (default: on)",
         "on|off",
-        slurm=False,
+        "check the nodes at each start: GPUs, run folder, local disk, clock (default: on)",
     ),
     Setting(
-        "rendezvous_timeout",
-        patience,
-        None,
-        "how long ranks wait for each other before they train (default: 30)",
-        "MIN",
-        NUMBER,
-        slurm=False,
+        "rendezvous_timeout", duration, "MIN", "time that ranks wait for each other before they train (default: 30)"
     ),
     Setting(
         "collective_timeout",
-        patience,
-        None,
-        "how long ranks wait for each other in a step before the job is given up (default: 30)",
+        duration,
         "MIN",
-        NUMBER,
-        slurm=False,
+        "time that ranks wait for each other in a step before the job fails (default: 30)",
     ),
     Setting(
         "notify",
         command,
-        None,
-        "run by sh in the run folder, on rank 0, when the run has finished or failed, was given up, or was preempted 5 "
-        "times within 24 hours, with a JSON object on standard input: event, run, job, attempt, step, total_steps, "
-        "why, node, time, top1. It may take 30 s. How it ends changes nothing about the run",
         "COMMAND",
-        slurm=False,
+        "shell command that rank 0 runs in the run folder when the run has finished, failed, was given up, or was "
+        "preempted 5 times within 24 hours. Standard input is a JSON object: event, run, job, attempt, step, "
+        "total_steps, why, node, time, top1. The command may take 30 s; its exit code does not affect the run",
     ),
     Setting(
         "wandb",
         wandb_project,
-        None,
-        "send the history of log.jsonl, the recipe and the results to Weights & Biases, too; needs the package wandb",
         "[ENTITY/]PROJECT",
-        slurm=False,
+        "also send the history of log.jsonl, the recipe and the results to Weights & Biases; needs the package wandb",
     ),
 )
-
-DEFAULTS = {setting.name: setting.default for setting in SETTINGS}
+SETTINGS = (*_RANKS, *_FOR_SLURM, *_SUPERVISION)
+SLURM_ONLY = tuple(setting.name for setting in _FOR_SLURM)
+"""Settings that have no effect without Slurm."""
+BY_NAME = {setting.name: setting for setting in SETTINGS}
 RECIPE_KEYS = {"shards": TEXT, "eval_sets": TEXTS}
-"""What a cluster file may say of a recipe: where data is on this cluster. The rest of a recipe is an experiment's."""
-FILE_KEYS = {setting.name: setting.kind for setting in SETTINGS if setting.kind is not None} | RECIPE_KEYS
-"""Keys of the cluster file that are flags of submit.py too, with what their values may be."""
+"""Recipe settings that a cluster file may have: where data is on this cluster. Others belong to the experiment."""
+FILE_KEYS = {
+    setting.name: _FILE_TYPES.get(setting.read, TEXT) for setting in SETTINGS if setting.name != "dependency"
+} | RECIPE_KEYS
+"""Keys of the cluster file that are also flags of submit.py, with the types of their values."""
 
 
-CLUSTER_HELP = (
-    "cluster file with values for these flags, and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
-    "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)"
-)
+# --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = False) -> None:
-    """here: the work may be done in this process, and is, unless one of these flags is given."""
-    g = parser.add_argument_group("allocation", "Where the job runs. Changes nothing about what comes of it.")
-    if here:
-        executors: tuple[str, ...] = ("here", "auto", "slurm", "local")
-        said = "here: this process; auto: slurm if srun is there, else local (default: here, and auto with --nodes or "
-        said += "any other of these flags)"
-    else:
-        executors = ("auto", "slurm", "local", "debug")
-        said = "auto: slurm if srun is there, else local; debug: one rank in this process (default: auto)"
-    g.add_argument("--executor", choices=executors, default=executors[0], help=said)
-    g.add_argument(
+    """
+    Args:
+        here: The command can do the work in its own process, and does so unless one of these flags is given.
+    """
+    group = parser.add_argument_group("allocation", "Where the job runs. These flags do not change the results.")
+    local = "slurm if srun is on the PATH, else local"
+    executors, explained = (
+        (
+            ("here", "auto", "slurm", "local"),
+            f"here: in this process; auto: {local} (default: here; auto with any other of these flags)",
+        )
+        if here
+        else (
+            ("auto", "slurm", "local", "debug"),
+            f"auto: {local}; debug: one rank in this process (default: auto)",
+        )
+    )
+    group.add_argument("--executor", choices=executors, default=executors[0], help=explained)
+    add_setting_flags(group, SETTINGS)
+
+
+def add_setting_flags(
+    group: argparse._ArgumentGroup, settings: Iterable[Setting], help_texts: Mapping[str, str] | None = None
+) -> None:
+    """Add --cluster, a flag for each setting, and --after.
+
+    Args:
+        help_texts: By name, instead of the settings' own.
+    """
+    group.add_argument(
         "--cluster",
         type=Path,
         metavar="FILE",
-        help=CLUSTER_HELP,
+        help="cluster file, which has values for these flags and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
+        "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)",
     )
-    for setting in SETTINGS:
-        g.add_argument(
+    for setting in settings:
+        explained = (help_texts or {}).get(setting.name, setting.help)
+        group.add_argument(
             setting.flag,
             type=argument_type(setting.read),
             metavar=setting.metavar,
-            default=None,
-            help=setting.help.replace("%", "%%"),
+            help=explained.replace("%", "%%"),
         )
-    g.add_argument(
-        "--after", nargs="+", type=job_id, metavar="JOB", help="start when these jobs have ended well (afterok)"
+    group.add_argument(
+        "--after",
+        nargs="+",
+        type=argument_type(job_id),
+        metavar="JOB",
+        help="start when these jobs have ended successfully (afterok)",
     )
 
 
 def given_flags(arguments: argparse.Namespace) -> list[str]:
-    """Flags of an allocation that the command line has."""
-    given = [setting.flag for setting in SETTINGS if getattr(arguments, setting.name) is not None]
-    return given + [f"--{name}" for name in ("after", "cluster") if getattr(arguments, name)]
+    """The allocation flags on the command line, without --executor."""
+    return [flag_of(name) for name in (*BY_NAME, "after", "cluster") if getattr(arguments, name, None) is not None]
 
 
 def argument_type(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse's ``type``: the value, or the error with what it should be."""
+    """For argparse's ``type``: the value, or an error that says what it should be."""
 
-    def checked(word: str) -> Any:
+    def checked(given: str) -> Any:
         try:
-            return read(word)
+            return read(given)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{word!r} is not {error}") from None
+            raise argparse.ArgumentTypeError(f"{given!r} is not {error}") from None
 
     return checked
-
-
-def job_id(word: str) -> str:
-    if not re.fullmatch(r"\d+(_\d+)?", word):
-        raise argparse.ArgumentTypeError(f"{word!r} is not the number of a job")
-    return word

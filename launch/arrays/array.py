@@ -1,25 +1,25 @@
-"""Do one thing to each of many items in the tasks of a Slurm array.
+"""Applies a function to many items in the tasks of a Slurm array.
 
     run_array(Work("verify", identity, check, checks, keys), array, progress=bar.update)
 
-Task i of N does the items i, i + N, …: nothing has to be agreed upon between tasks. A result is a file, so a task that
-is preempted, out of time or on a lost node comes back (restarts.py) and does what is missing, and the command that
-follows the array may be interrupted and given again. The folder of an array is one like a run's:
+Task i of N processes the items i, i + N, …, so tasks do not have to communicate. Each result is a file: a task that is
+preempted, out of time or on a lost node returns (restarts.py) and processes what is missing, and the command that
+follows the array may be interrupted and repeated. The folder of an array is like that of a run:
 
-    LOGS/cfmask-verify-0123456789ab/    named after what is done: the same command finds its array, also in the queue
+    LOGS/cfmask-verify-0123456789ab/    named after the work: the same command finds its array, also in the queue
       work/function.pkl 0.pkl 1.pkl …   the function; the items of each task
-      results/train-000000.pkl          of an item
+      results/train-000000.pkl          the result of an item
       tasks/0/attempts.jsonl ended.json the starts of a task
       code/0123456789ab/                the code that the tasks run (snapshot.py)
       jobs/                             submitit's files, logs, failure reports
 
-It is removed when all results are there.
+It is removed when all results have been read.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import logging
 import os
 import pickle
 import shlex
@@ -27,15 +27,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from cfmask.errors import UserError
-from cfmask.files import sole_writer, sync
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.files import sole_writer, sync
 from cfmask.runtime.pool import ignore
+from cfmask.runtime.work import Item, Result, Work
 from launch.allocation.resolve import warn_of_paths_outside
 from launch.arrays.arguments import Array
 from launch.arrays.task import FINISHED, FUNCTION, ArrayTask
@@ -45,44 +45,19 @@ from launch.slurm.queue import queue_of_name
 from launch.slurm.site import max_array_members
 from launch.state.failure_reports import report_of
 from launch.submission import snapshot
-from launch.submission.batch_script import write_environment
 from launch.submission.claims import check_path
-from launch.submission.sbatch import array_id, send, slurm_executor, split_array
-from launch.submission.submit import REPO
+from launch.submission.dependencies import array_id, split_array
+from launch.submission.sbatch import send, slurm_executor, write_environment
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 _LOOK_S, _ASK_S = 1.0, 5.0
-"""Between looks at the results, and at the queue: the controller has more to do."""
+"""Intervals of checks for results, and of queries to the queue."""
 _GONE = 2
-"""So many looks in a row have to find no job: one that is being requeued, or was just submitted, may be missing from
-one answer, and a shared file system shows the last result a moment after its job is gone."""
+"""The array has ended when this many queries in a row show no job: a job that was just submitted or is being requeued
+may be missing from one answer, and a shared file system may show the last result late."""
 _END_S = 30.0
-"""What tasks that have done everything are given to end by themselves."""
-
-
-@dataclass(frozen=True)
-class Work(Generic[Item, Result]):
-    """What an array does.
-
-    kind: for the array's name.
-    identity: what the results depend on; with ``kind`` it names the folder and the jobs.
-    function: item → result; importable from a copy of cfmask/ and launch/.
-    keys: a file name for each item, all different.
-    preload: see ``map_in_processes``.
-    """
-
-    kind: str
-    identity: str
-    function: Callable[[Item], Result]
-    items: Sequence[Item]
-    keys: Sequence[str]
-    preload: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"cfmask-{self.kind}-{hashlib.sha256(os.fsencode(self.identity)).hexdigest()[:12]}"
+"""Time for tasks to end by themselves after the last result."""
 
 
 def run_array(
@@ -91,32 +66,35 @@ def run_array(
     *,
     progress: Callable[[Result], object] = ignore,
     paths: Sequence[str | Path] = (),
-    goes_on: bool = False,
+    survives_interrupt: bool = False,
 ) -> list[Result]:
-    """The results, in the order of the items; of a new array, or of the one that an earlier command left in the queue.
+    """Run an array, or follow the one that an earlier command has left in the queue.
 
     Args:
-        progress: called with each result, as they come.
-        paths: what the tasks read and write, beside the folder.
-        goes_on: on Ctrl-C the array goes on; otherwise it is cancelled.
+        progress: Called with each result as it arrives.
+        paths: What the tasks read and write outside the array's folder.
+        survives_interrupt: On Ctrl-C, leave the array in the queue instead of cancelling it.
+
+    Returns:
+        The results, in the order of the items.
 
     Raises:
-        UserError: Slurm does not take or know the array; it ended, and results are missing.
+        UserError: Slurm refuses or does not know the array, or it ended without all results.
     """
     folder = array.logs / work.name
     if not work.items:
         return []
     check_path(folder)
     with sole_writer(folder):
-        is_followed = bool(queue_of_name(work.name))
-        if is_followed and not (folder / "results").is_dir():
+        exists = bool(queue_of_name(work.name))
+        if exists and not (folder / "results").is_dir():
             raise UserError(
-                f"Jobs of an earlier command are in the queue (squeue --name {work.name}), and their results are "
-                f"not in {array.logs}: it had another --logs, or was given in another directory. Give the same "
+                f"Jobs of an earlier command are in the queue (squeue --name {work.name}), but their results are not "
+                f"in {array.logs}: that command had other --logs, or was given in another directory. Give the same "
                 f"--logs, or end the jobs: scancel --name {work.name}"
             )
-        try:  # from here on an end of this command, at whatever moment it comes, is one of the jobs too
-            if is_followed:
+        try:  # from here on, the jobs end with this command
+            if exists:
                 print(
                     f"jobs of an earlier command are in the queue: following them (squeue --name {work.name})",
                     flush=True,
@@ -126,10 +104,10 @@ def run_array(
                 _submit(work, array, folder)
             results = _follow(work, folder, progress)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and goes_on:
+            if isinstance(error, KeyboardInterrupt) and survives_interrupt:
                 print(
-                    f"\nThe jobs go on (`scancel --name {work.name}` ends them). The same command follows them again, "
-                    "and completes the set when they are done.",
+                    f"\nThe jobs continue (`scancel --name {work.name}` ends them). The same command follows them "
+                    "again, and completes the set when they are done.",
                     flush=True,
                 )
             else:
@@ -140,7 +118,7 @@ def run_array(
 
 
 def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
-    """Nobody is in the queue who might need what is in the folder. All tasks are accepted, or the caller cancels."""
+    """Submit all tasks. The folder has no job in the queue. If a task is refused, the caller cancels the others."""
     for old in folder.iterdir():
         if old.is_dir():
             shutil.rmtree(old)
@@ -151,7 +129,7 @@ def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
     for number in range(count):
         keyed = zip(work.keys[number::count], work.items[number::count], strict=True)
         _save(folder / f"work/{number}.pkl", list(keyed))
-    code = snapshot.take(REPO, folder / "code")
+    code = snapshot.take(snapshot.REPO, folder / "code")
     write_environment(array.allocation, folder / "jobs")
     accepted: list[str] = []
     for part in split_array(count, max_array_members() if count > 1 else None, array.allocation.array_parallelism):
@@ -167,11 +145,11 @@ def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
 
 
 def _cancel(name: str) -> None:
-    """End the jobs of a command that ends; why it ends matters more than that they could not be ended."""
+    """Cancel the jobs while an exception ends this command; a failure must not hide that exception."""
     try:
         cancel(*queue_of_name(name))
     except SlurmError as error:
-        print(f"The jobs go on: {error} `scancel --name {name}` ends them.", file=sys.stderr, flush=True)
+        logger.warning(f"The jobs continue: {error} `scancel --name {name}` ends them.")
 
 
 def _save(path: Path, value: object) -> None:
@@ -184,7 +162,7 @@ def _follow(work: Work[Item, Result], folder: Path, progress: Callable[[Result],
     """Wait for the results.
 
     Raises:
-        UserError: no job is left, and some are missing.
+        UserError: No job is left, and results are missing.
     """
     results: list[Any] = [None] * len(work.items)
     missing = {f"{key}.pkl": place for place, key in enumerate(work.keys)}
@@ -206,12 +184,12 @@ def _follow(work: Work[Item, Result], folder: Path, progress: Callable[[Result],
             try:
                 gone = 0 if queue_of_name(work.name) else gone + 1
             except SlurmError as error:
-                print(f"{error} The jobs go on; it is asked again.", file=sys.stderr, flush=True)
+                logger.warning(f"{error} The jobs continue; Slurm will be asked again.")
             ask_at = time.monotonic() + _ASK_S
 
 
 def _why(folder: Path) -> str:
-    """Why tasks ended without their results: what they recorded, else their failure reports, else the latest log."""
+    """Why tasks ended without their results: by their records, else their failure reports, else the latest log."""
     jobs = folder / "jobs"
     reasons: dict[str, list[str]] = {}
     for task in sorted((folder / "tasks").glob("*"), key=lambda path: int(path.name)):
@@ -228,16 +206,16 @@ def _why(folder: Path) -> str:
         return f"Task {', '.join(first[1][:5])}: {first[0].rstrip('.')}{also}. Logs: {jobs}."
     logs = sorted(jobs.glob("*_log.out"), key=lambda log: log.stat().st_mtime)
     if not logs:
-        return f"They were cancelled before they began, or could not start: there is no log in {jobs}."
+        return f"They were cancelled before they started, or could not start: there is no log in {jobs}."
     lines = logs[-1].read_text(errors="replace").strip().splitlines()
     return f"They were cancelled, or killed. The last line of {logs[-1]}: {lines[-1] if lines else '(empty)'}."
 
 
 def _clean_up(name: str, folder: Path) -> None:
-    """Every result is there: let the tasks end, and remove the folder, in which the whole plan is once more."""
+    """Let the tasks end, and remove the folder, which contains all items."""
     deadline = time.monotonic() + _END_S
     with contextlib.suppress(SlurmError):
         while (left := queue_of_name(name)) and time.monotonic() < deadline:
             time.sleep(_LOOK_S)
-        cancel(*left)  # those that still wait would start only to find nothing to do
+        cancel(*left)  # tasks that still wait would find nothing to do
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What submitit runs in a task of an array (array.py): the items that have no result yet, in processes of the node."""
+"""A task of an array (array.py): processes the items that have no result yet, in processes of its node."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.output import escape_unencodable_output
 from cfmask.runtime.pool import map_in_processes
 from cfmask.secrets import mask_secrets
 from launch.restarts.policy import Cause, Restarts
 
 FINISHED = "finished"
-"""Recorded at the end of a task that has done all of its items."""
+"""Recorded at the end of a task that has processed all of its items."""
 FUNCTION = "function.pkl"
-"""In the folder work/."""
+"""File in the folder work/."""
 
 
 class _Stopped(BaseException):
-    """Raised by a signal, wherever the task is: a result is a whole file or none."""
+    """Raised by a signal handler at any point of the task. Results are written atomically."""
 
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause)
@@ -36,12 +36,16 @@ class _Stopped(BaseException):
 
 @dataclass(frozen=True)
 class ArrayTask:
-    """The callable that is pickled: where the work is. Started again, it does what is missing."""
+    """The callable that submitit pickles. It refers to the array's folder, so a repeated start does what is missing."""
 
     folder: Path
+    """Folder of the array."""
     number: int
+    """Index of the task."""
     workers: int
+    """Number of processes."""
     time_limit_min: int | None
+    """None without a limit, or if only Slurm knows it."""
 
     def __call__(self) -> None:
         escape_unencodable_output()
@@ -67,8 +71,8 @@ class ArrayTask:
             raise
 
     def checkpoint(self) -> NoReturn:
-        """Called by submitit's own handler, for a signal that comes before ours is installed. It would requeue the job
-        whatever the restart policy says, and so does not get control back."""
+        """Called by submitit's handler for a signal that arrives before ours is installed. Does not return, because
+        submitit would then requeue the job in any case; the restart policy decides."""
         keyed = self._load(f"{self.number}.pkl")
         code = self._restarts().after_stop(Cause.WARNED, len(keyed) - len(self._missing(keyed)))
         sys.stdout.flush()
@@ -81,7 +85,7 @@ class ArrayTask:
         return Restarts.of_this_job(self._log(), resume="give the same command again", unit="item")
 
     def _missing(self, keyed: list[Any]) -> list[Any]:
-        """Items without a result, of (key, item)."""
+        """The (key, item) pairs without a result."""
         there = set(os.listdir(self.folder / "results"))
         return [pair for pair in keyed if f"{pair[0]}.pkl" not in there]
 
@@ -112,7 +116,8 @@ class ArrayTask:
             raise UserError(f"{path} cannot be read ({error.strerror}).") from None
 
     def _seconds(self) -> float | None:
-        """Until it stops by itself, with a minute or so left of its time limit; None: Slurm warns it."""
+        """How long the task runs before it stops by itself, about a minute before its time limit; None: until Slurm's
+        warning."""
         if self.time_limit_min is None:
             return None
         return 60 * self.time_limit_min - min(90.0, 6 * self.time_limit_min)
@@ -125,7 +130,7 @@ def _keyed(each: tuple[Callable[[Any], Any], str, Any]) -> tuple[str, Any]:
 
 @contextlib.contextmanager
 def _stopped_by_signals(seconds: float | None) -> Iterator[None]:
-    """Raise _Stopped at the first signal that asks for an end, or when the time is nearly up; ignore those after it."""
+    """Raise _Stopped at the first signal that asks the task to end, or after ``seconds``; ignore later signals."""
     pid = os.getpid()
     causes = {
         signal.SIGUSR2: Cause.WARNED,
@@ -135,7 +140,7 @@ def _stopped_by_signals(seconds: float | None) -> Iterator[None]:
     }
 
     def stop(number: int, frame: object) -> NoReturn | None:
-        if os.getpid() != pid:  # a child inherited this handler
+        if os.getpid() != pid:  # a child process inherited this handler
             return None
         for each in causes:
             signal.signal(each, signal.SIG_IGN)

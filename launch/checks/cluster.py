@@ -1,4 +1,4 @@
-"""What doctor.py makes of how a cluster is set up. Nothing here asks Slurm: launch/slurm/site.py does."""
+"""Findings from Slurm's configuration. Pure: launch/slurm/site.py asks Slurm."""
 
 from __future__ import annotations
 
@@ -7,51 +7,44 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from launch.allocation.resolve import Allocation
 from launch.allocation.settings import PARTITION_TIME, UNLIMITED
-from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
+from launch.checks.findings import NOT_CHECKED, Finding, not_checked, ok, problem, warning
 from launch.slurm.texts import Qos, SlurmNode, gpus_of, seconds, version_of
 
 ADMINISTRATOR = "slurm/administrator.md"
 _ENOUGH_REQUEUES = 100
-"""A run of a few days is preempted less often."""
+"""More preemptions than a run of a few days has."""
 GRACE_S = 60
-"""A grace that is enough for a checkpoint on a shared file system with other users; to ask for: twice as long."""
-
-
-# --- Slurm, from the login node -------------------------------------------------------------------------------------
+"""A sufficient grace time for a checkpoint on a busy shared file system; the advice is twice as long."""
 
 
 def chosen_partitions(partitions: Sequence[Mapping[str, str]], wanted: str | None) -> list[Mapping[str, str]]:
-    """The partitions that a job would go to: those that are named (a list, in Slurm), or the default."""
+    """The partitions that a job may go to: those named (Slurm takes a list), else the default."""
     if wanted:
         return [each for name in wanted.split(",") for each in partitions if each["PartitionName"] == name]
     return [each for each in partitions if each.get("Default") == "YES"]
 
 
 def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None, time: int | str) -> list[Finding]:
-    """That there is one, that it is up, and that it gives so much time.
+    """Check that the partition exists, is up, and allows the time limit.
 
     Args:
         time: ``Allocation.time``.
     """
-    names = ", ".join(each["PartitionName"] for each in partitions)
+    names = ", ".join(each["PartitionName"] for each in partitions) or "none that you may see"
+    remedy = 'name one of them: --partition, or partition = "…" in cluster.toml'
     chosen = chosen_partitions(partitions, wanted)
     if unknown := sorted(set((wanted or "").split(",")) - {""} - {each["PartitionName"] for each in chosen}):
-        found = f"there is no partition {', '.join(unknown)}; there are {names or 'none that you see'}"
-        return [
-            Finding("partition", PROBLEM, found, 'name one of them: --partition, or partition = "…" in cluster.toml')
-        ]
+        return [problem("partition", f"there is no partition {', '.join(unknown)}; there are {names}", remedy)]
     if not chosen:
-        found = f"Slurm has no default partition; there are {names or 'none that you see'}"
-        return [Finding("partition", PROBLEM, found, 'name one: --partition, or partition = "…" in cluster.toml')]
+        return [problem("partition", f"Slurm has no default partition; there are {names}", remedy)]
     findings = []
     for each in chosen:
         name, state = each["PartitionName"], each.get("State", "UP")
         if state != "UP":
-            change = "use another one, or ask when it is back"
-            findings.append(Finding("partition", PROBLEM, f"{name} is {state}", change))
+            findings.append(problem("partition", f"{name} is {state}", "use another one, or ask when it will be up"))
             continue
-        is_default = "" if wanted else " (Slurm's default)"
-        findings.append(Finding("partition", OK, f"{name}{is_default}, of {each.get('TotalNodes', '?')} nodes"))
+        default = "" if wanted else " (Slurm's default)"
+        findings.append(ok("partition", f"{name}{default}, of {each.get('TotalNodes', '?')} nodes"))
         findings.append(_check_time(each, time))
     return findings
 
@@ -59,54 +52,51 @@ def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None,
 def _check_time(partition: Mapping[str, str], time: int | str) -> Finding:
     name, most = partition["PartitionName"], partition.get("MaxTime", "UNLIMITED")
     limit = seconds(most)
-    at_most = "any time" if math.isinf(limit) else f"at most {most}"
+    allowed = "any time" if math.isinf(limit) else f"at most {most}"
     if time == PARTITION_TIME:
         default = partition.get("DefaultTime", "NONE")
         default = most if default == "NONE" else default  # as Slurm does
-        return Finding("time limit", OK, f"{name}'s default, {default}, is asked for; it gives {at_most}")
-    asked = "no limit" if time == UNLIMITED else f"{time} min"
+        return ok("time limit", f"the default of {name}, {default}; it allows {allowed}")
+    requested = "no limit" if time == UNLIMITED else f"{time} min"
     if (math.inf if time == UNLIMITED else 60 * int(time)) > limit:
-        found = f"a job gets {most} in {name} at most, and --time asks for {asked}"
-        change = f"--time {int(limit // 60)}, or time = {int(limit // 60)} in cluster.toml"
-        return Finding("time limit", PROBLEM, found, f"{change}: a run goes on over any number of starts")
-    return Finding("time limit", OK, f"{asked} asked for; {name} gives {at_most}")
+        found = f"{name} allows at most {most}, and --time requests {requested}"
+        minutes = int(limit // 60)
+        change = f"--time {minutes}, or time = {minutes} in cluster.toml: a run continues over any number of starts"
+        return problem("time limit", found, change)
+    return ok("time limit", f"{requested} requested; {name} allows {allowed}")
 
 
 def check_nodes(nodes: Sequence[SlurmNode], partitions: Iterable[str], allocation: Allocation) -> Finding:
-    """That the partitions have nodes of the size that is asked for."""
+    """Check that the partitions have enough working nodes of the requested size."""
     a = allocation
     cpus = a.tasks_per_node * a.cpus_per_task
     gpus = f"{a.gpus_per_node} GPUs" + (f" ({a.gpu_type})" if a.gpu_type else "") if a.gpus_per_node else ""
     wanted = " and ".join(filter(None, [gpus, f"{cpus} CPU{'s' if cpus > 1 else ''}"]))
-    own = {node.name: node for node in nodes if node.partition in set(partitions)}.values()
+    own = list({node.name: node for node in nodes if node.partition in set(partitions)}.values())
     if not own:
-        return Finding("nodes", NOT_CHECKED, "sinfo shows no node of the partition")
-    if a.gpus_from == "exclusive":  # Slurm need not know of its GPUs
-        with_gpus = list(own)
-    else:
+        return not_checked("nodes", "sinfo shows no node of the partition")
+    with_gpus = own
+    if a.gpus_from != "exclusive":  # of whole nodes, Slurm need not know the GPUs
         with_gpus = [node for node in own if gpus_of(node.gres, a.gpu_type) >= a.gpus_per_node]
     if len(with_gpus) < a.nodes:
-        kinds = sorted({node.gres for node in own})
-        found = (
-            f"{len(with_gpus)} of {len(own)} nodes have {gpus}, {a.nodes} are asked for; they have {'; '.join(kinds)}"
-        )
+        kinds = "; ".join(sorted({node.gres for node in own}))
+        found = f"{len(with_gpus)} of {len(own)} nodes have {gpus}, and {a.nodes} are requested; they have {kinds}"
         change = "another --partition, another type or number of GPUs (--gpus-per-node 0: train on CPUs), or --nodes"
-        return Finding("nodes", PROBLEM, found, change)
+        return problem("nodes", found, change)
     large = [node for node in with_gpus if node.cpus >= cpus]
+    found = f"{len(large)} of {len(own)} nodes have {wanted}; {a.nodes} requested"
     if len(large) < a.nodes:
         most = sorted((node.cpus for node in with_gpus), reverse=True)[a.nodes - 1]
-        found = f"{len(large)} of {len(own)} nodes have {wanted}, {a.nodes} are asked for"
         each = most // a.tasks_per_node
         fewer = f"--cpus-per-task {each}, or cpus_per_task = {each} in cluster.toml"
         change = f"{fewer if each else f'--tasks-per-node {most}'}: {a.nodes} nodes have {most} CPUs or more"
-        return Finding("nodes", PROBLEM, found, change)
+        return problem("nodes", found, change)
     working = [node for node in large if node.works]
-    found = f"{len(large)} of {len(own)} nodes have {wanted}; {a.nodes} asked for"
     if len(working) < a.nodes:
         states = ", ".join(sorted({node.state for node in large if not node.works}))
-        change = "wait for them or ask (sinfo -R says why), or use another --partition"
-        return Finding("nodes", PROBLEM, f"{found}, and only {len(working)} of them work ({states})", change)
-    return Finding("nodes", OK, found)
+        change = "wait for them or ask (sinfo -R shows why), or use another --partition"
+        return problem("nodes", f"{found}, and only {len(working)} of them work ({states})", change)
+    return ok("nodes", found)
 
 
 def check_preemption(
@@ -117,45 +107,35 @@ def check_preemption(
     qos: Sequence[Qos],
     own_qos: str | None,
 ) -> list[Finding]:
-    """Whether a job can be preempted, by whom, and what then becomes of it.
+    """Check whether a job can be preempted, by which jobs, and whether it then restarts.
 
     Args:
-        chosen: the partitions that the job goes to. own_qos: its quality of service, if it is known.
+        chosen: the partitions that the job may go to.
+        own_qos: its quality of service, if known.
     """
     kind = config.get("PreemptType", "").removeprefix("preempt/")
     if kind in ("", "none"):
-        return [Finding("preemption", OK, "Slurm preempts no job here (PreemptType)")]
+        return [ok("preemption", "Slurm preempts no job here (PreemptType)")]
     if kind == "qos":
         service = next((each for each in qos if each.name == own_qos), None)
         if service is None:
-            found = f"PreemptType is preempt/qos, and sacctmgr tells nothing of the qos {own_qos or 'that a job gets'}"
-            change = f"name the qos with --qos; see {ADMINISTRATOR}, 1 for what it should have"
-            return [Finding("preemption", NOT_CHECKED, found, change)]
+            found = f"PreemptType is preempt/qos, and sacctmgr does not list the job's qos ({own_qos or 'unknown'})"
+            change = f"name the qos with --qos; {ADMINISTRATOR}, 1 has the settings that it needs"
+            return [not_checked("preemption", found, change)]
         by = [each.name for each in qos if service.name in each.preempts]
-        # A qos that names none of its own can still preempt within itself.
-        if "WITHIN" in service.mode.upper().split(","):
+        if "WITHIN" in service.mode.upper().split(","):  # its own jobs preempt each other
             by.append(service.name)
-        return _consequences(
-            config, f"qos {service.name}", by, service.mode, service.grace, f"sacctmgr modify qos {service.name} set"
-        )
+        name, where = f"qos {service.name}", f"sacctmgr modify qos {service.name} set"
+        return _consequences(config, name, by, service.mode, service.grace, where)
     findings = []
     for each in chosen:
         name = each["PartitionName"]
         here = {node.name for node in nodes if node.partition == name}
-        shares = {node.partition for node in nodes if node.name in here} if here else None
-        by = [
-            other["PartitionName"]
-            for other in partitions
-            if _tier(other) > _tier(each) and (shares is None or other["PartitionName"] in shares)
-        ]
-        findings += _consequences(
-            config,
-            f"partition {name}",
-            by,
-            each.get("PreemptMode", ""),
-            each.get("GraceTime", "0"),
-            f"PartitionName={name} …",
-        )
+        sharing = {node.partition for node in nodes if node.name in here}
+        higher = [other["PartitionName"] for other in partitions if _tier(other) > _tier(each)]
+        by = [other for other in higher if other in sharing or not here]
+        mode, grace = each.get("PreemptMode", ""), each.get("GraceTime", "0")
+        findings += _consequences(config, f"partition {name}", by, mode, grace, f"PartitionName={name} …")
     return findings
 
 
@@ -166,69 +146,62 @@ def _tier(partition: Mapping[str, str]) -> int:
 def _consequences(
     config: Mapping[str, str], what: str, by: Sequence[str], own_mode: str, grace: str, where: str
 ) -> list[Finding]:
+    """The findings on preemption of jobs in a partition or quality of service.
+
+    Args:
+        what: the partition or quality of service, by kind and name.
+        by: those whose jobs preempt its jobs.
+        where: the beginning of the line or command that sets its preemption mode.
+    """
     mode = own_mode.upper()
     if mode in ("", "CLUSTER"):
         mode = config.get("PreemptMode", "OFF").upper()
     modes = set(mode.split(",")) - {"GANG", "WITHIN"}
     if not by or modes <= {"OFF"}:
-        why = "nobody comes before it" if not by else f"PreemptMode={own_mode or mode}"
-        return [Finding("preemption", OK, f"a job in {what} is not preempted: {why}")]
-    line = f"{where} PreemptMode=REQUEUE ({ADMINISTRATOR}, 1)."
-    by_whom = f"a job in {what} gives way to {', '.join(by)}, PreemptMode={mode}"
+        why = "nothing has a higher priority" if not by else f"PreemptMode={own_mode or mode}"
+        return [ok("preemption", f"a job in {what} is not preempted: {why}")]
+    change = f"{where} PreemptMode=REQUEUE ({ADMINISTRATOR}, 1)."
+    found = f"a job in {what} is preempted by {', '.join(by)}, PreemptMode={mode}"
     if "REQUEUE" in modes:
-        first = Finding("preemption", OK, f"{by_whom}: it comes back by itself")
+        first = ok("preemption", f"{found}: it is requeued")
     elif "CANCEL" in modes:
-        change = f"{line} Until then: submit.py --resume RUN"
-        return [
-            Finding("preemption", PROBLEM, f"{by_whom}: its run is over until somebody resumes it", change),
-            *_warning_and_grace(config, what, grace, where),
-        ]
+        change += " Until then: submit.py --resume RUN"
+        first = problem("preemption", f"{found}: its run stays cancelled until it is resumed by hand", change)
     else:  # SUSPEND
-        change = f"{line} Until then: a --collective-timeout that is longer than the longest stop"
-        return [
-            Finding(
-                "preemption", WARNING, f"{by_whom}: it is stopped where it is, and its GPUs' memory stays taken", change
-            )
-        ]
-    return [first, *_warning_and_grace(config, what, grace, where)]
-
-
-def _warning_and_grace(config: Mapping[str, str], what: str, grace: str, where: str) -> list[Finding]:
-    return [check_user_signal(config), check_grace(config, what, grace, where), *check_requeue_limit(config)]
+        change += " Until then: a --collective-timeout that is longer than the longest suspension"
+        return [warning("preemption", f"{found}: it is suspended, and keeps its GPU memory", change)]
+    return [first, check_user_signal(config), check_grace(config, what, grace, where), *check_requeue_limit(config)]
 
 
 def check_requeue_limit(config: Mapping[str, str]) -> list[Finding]:
-    """Whether a job may be preempted any number of times. Until 23.11 only failed launches count against the limit."""
+    """Check how often a job may be preempted. Until 23.11, only failed launches count against the limit."""
     limit = config.get("MaxBatchRequeue", "")
     if version_of(config.get("SLURM_VERSION", "")) < (24, 5) or not limit.isdigit():
         return []
     if int(limit) >= _ENOUGH_REQUEUES:
-        return [Finding("requeue limit", OK, f"a job may be preempted {limit} times (MaxBatchRequeue)")]
+        return [ok("requeue limit", f"a job may be preempted {limit} times (MaxBatchRequeue)")]
     found = f"a job that was preempted {limit} times is held until an administrator releases it"
-    change = f"MaxBatchRequeue=1000000 in slurm.conf ({ADMINISTRATOR}, 8)"
-    return [Finding("requeue limit", WARNING, found, change)]
+    return [warning("requeue limit", found, f"MaxBatchRequeue=1000000 in slurm.conf ({ADMINISTRATOR}, 8)")]
 
 
 def check_user_signal(config: Mapping[str, str]) -> Finding:
-    """Whether a job that is preempted gets its --signal. Of the two names, 22.05 knows one, later versions both."""
+    """Check whether a preempted job gets its --signal. 22.05 knows one name of the setting, later versions both."""
     old, new = "preempt_send_user_signal", "send_user_signal"
     has_old = old in config.get("SlurmctldParameters", "").lower()
     has_new = new in config.get("PreemptParameters", "").lower()
     knows_new = version_of(config.get("SLURM_VERSION", "")) > (22, 5)
-    line = f"PreemptParameters={new}" if knows_new else f"SlurmctldParameters={old}"
     if has_old or (has_new and knows_new):
         set_by = f"SlurmctldParameters={old}" if has_old else f"PreemptParameters={new}"
-        return Finding("warning signal", OK, f"a job that is preempted gets its USR2 first ({set_by})")
-    change = f"{line} in slurm.conf ({ADMINISTRATOR}, 2)"
+        return ok("warning signal", f"a preempted job gets USR2 first ({set_by})")
+    found = "a preempted job gets TERM and not USR2: it saves, and asks Slurm whether it is requeued"
     if has_new:
-        found = f"PreemptParameters={new} is set, and Slurm {config.get('SLURM_VERSION')} does not know it by this name"
-        return Finding("warning signal", WARNING, found, change)
-    found = "a job that is preempted gets TERM, not its USR2: it saves, and asks Slurm whether it comes back"
-    return Finding("warning signal", WARNING, found, change)
+        found = f"PreemptParameters={new} is set, but Slurm {config.get('SLURM_VERSION')} uses another name"
+    line = f"PreemptParameters={new}" if knows_new else f"SlurmctldParameters={old}"
+    return warning("warning signal", found, f"{line} in slurm.conf ({ADMINISTRATOR}, 2)")
 
 
 def check_grace(config: Mapping[str, str], what: str, grace: str, where: str) -> Finding:
-    """Whether the time between warning and kill is enough for a checkpoint."""
+    """Check whether the time between warning and kill is enough for a checkpoint."""
     try:
         given = seconds(grace)
     except ValueError:
@@ -236,56 +209,54 @@ def check_grace(config: Mapping[str, str], what: str, grace: str, where: str) ->
     change = f"{where} GraceTime=120 ({ADMINISTRATOR}, 3). Until then: a smaller --checkpoint-minutes"
     if given == 0:
         wait = config.get("KillWait", "30 sec")
-        found = f"GraceTime of {what} is 0: no warning signal, TERM and {wait} later KILL (KillWait)"
-        return Finding("grace", WARNING, found, change)
+        found = f"GraceTime of {what} is 0: no warning signal, TERM, and KILL {wait} later (KillWait)"
+        return warning("grace", found, change)
     found = f"{given:.0f} s between warning and kill (GraceTime of {what})"
     if given < GRACE_S:
-        return Finding("grace", WARNING, f"{found}: little for a checkpoint on a busy file system", change)
-    return Finding("grace", OK, found)
+        return warning("grace", f"{found}: little for a checkpoint on a busy file system", change)
+    return ok("grace", found)
 
 
 def check_requeue_setting(config: Mapping[str, str]) -> Finding:
-    """JobRequeue is what a job gets that does not say: ours do."""
+    """JobRequeue is the default for jobs without --requeue; this project's jobs have it."""
     if config.get("JobRequeue") == "0":
-        return Finding("requeue setting", OK, "JobRequeue=0, and submit.py asks for --requeue itself")
-    return Finding("requeue setting", OK, f"JobRequeue={config.get('JobRequeue', '1')}")
+        return ok("requeue setting", "JobRequeue=0, and submit.py gives --requeue")
+    return ok("requeue setting", f"JobRequeue={config.get('JobRequeue', '1')}")
 
 
 def check_accounting(config: Mapping[str, str]) -> Finding:
     kind = config.get("AccountingStorageType", "").removeprefix("accounting_storage/")
     if kind in ("", "none"):
-        found = (
-            "no accounting: status.py cannot tell how a job ended that left no word, and submitit warns at every look"
-        )
+        found = "no accounting: status.py cannot tell how a killed job ended, and submitit warns whenever it polls"
         change = f"AccountingStorageType=accounting_storage/slurmdbd in slurm.conf ({ADMINISTRATOR}, last section)"
-        return Finding("accounting", WARNING, found, change)
-    return Finding("accounting", OK, f"{kind}: sacct knows how jobs ended")
+        return warning("accounting", found, change)
+    return ok("accounting", f"{kind}: sacct shows how jobs ended")
 
 
-def check_job_record(job: Mapping[str, str]) -> list[Finding]:
-    """What became of the probe's job on its way into the queue: a site may change what was asked for."""
+def check_job_record(job: Mapping[str, str]) -> Finding:
+    """Check that the probe's job kept --requeue: a site may change jobs when they are submitted."""
     if job.get("Requeue") == "0":
-        found = "Slurm took the job without its --requeue (Requeue=0): a job_submit plugin or a wrapper takes it away"
-        return [Finding("requeue flag", PROBLEM, found, f"ask for it to be left in ({ADMINISTRATOR}, 4)")]
-    return [Finding("requeue flag", OK, "the job has it (Requeue=1)")]
+        found = "Slurm accepted the job without its --requeue (Requeue=0): a job_submit plugin or a wrapper removed it"
+        return problem("requeue flag", found, f"ask to keep the flag ({ADMINISTRATOR}, 4)")
+    return ok("requeue flag", "the job has it (Requeue=1)")
 
 
 def check_requeue(job: Mapping[str, str], asked: Mapping[str, object] | None) -> Finding:
-    """Whether the job came back to the queue when its first rank asked for that.
+    """Check that the job was requeued when its first rank asked for it.
 
     Args:
-        asked: what it did; None: it did not come to it.
+        asked: the content of requeue.json; None: the rank ended before.
     """
     if asked is None:
-        return Finding("requeue", NOT_CHECKED, "the probe did not come so far")
+        return not_checked("requeue")
     if int(job.get("Restarts") or 0) > 0:
-        # Without a code it was taken out of the way before it heard of its success.
+        # Without a code, the requeue ended the rank before scontrol returned.
         by_rank = asked.get("scontrol") and asked.get("code") in (0, None)
-        how = "its first rank's scontrol" if by_rank else "its batch script: its ranks have no scontrol that does"
-        return Finding("requeue", OK, f"the job went back into the queue at its own wish (by {how})")
-    said = str(asked.get("said") or "no scontrol on the node, and the batch script had no success either")
+        how = "its first rank's scontrol" if by_rank else "its batch script: scontrol is missing on its ranks, or fails"
+        return ok("requeue", f"the job requeued itself (by {how})")
+    said = str(asked.get("said") or "the node has no scontrol, and the batch script's requeue failed")
     change = (
         f"ask for the right to requeue one's own jobs ({ADMINISTRATOR}, 4). Until then, submit.py --chain N queues N "
         "jobs, of which each resumes the run"
     )
-    return Finding("requeue", PROBLEM, f"the job ended instead of going back into the queue: {said}", change)
+    return problem("requeue", f"the job ended instead of being requeued: {said}", change)

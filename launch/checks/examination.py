@@ -1,4 +1,4 @@
-"""The checks of launch/doctor.py, in their order."""
+"""Runs the checks of launch/doctor.py in order."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 
 from cfmask.errors import UserError
+from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import Allocation, uncovered
-from launch.checks.findings import NOT_CHECKED, PROBLEM, WARNING, Finding, Findings
+from launch.checks.findings import Findings, not_checked, problem, warning
 from launch.checks.login_node import ask_slurm, check_submission
+from launch.checks.node import write_and_compare_clocks
 from launch.checks.probe_job import run_probe
-from launch.ranks.health import write_and_look
 from launch.submission.claims import check_path
 
 
@@ -26,10 +27,10 @@ def examine(
     probe: bool,
     wait_s: float,
 ) -> None:
-    """Check where runs are submitted from, Slurm, and with a job of a minute the nodes; add the findings.
+    """Check the login node and Slurm, and the nodes with a job of a minute; add the findings.
 
     Args:
-        executor: as asked for with --executor.
+        executor: the value of --executor.
         shared: the folder that runs are to lie in.
         probe: whether to queue the job.
         wait_s: how long it may wait in the queue.
@@ -37,32 +38,30 @@ def examine(
     site = ask_slurm(findings, allocation) if allocation.on_slurm else None
     if not allocation.on_slurm:
         why = f"--executor is {executor}" if executor != "auto" else "there is no srun here"
-        findings.add(
-            Finding("Slurm", NOT_CHECKED, f"{why}: what a cluster would do is unknown", "run this on a login node")
-        )
+        findings.add(not_checked("Slurm", why, "run this on a login node"))
     clock = _check_folder(findings, shared, allocation)
     if clock is None or (site is None and allocation.on_slurm):
         return
     folder = shared / f".doctor-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     accepted = not allocation.on_slurm or check_submission(findings, folder, allocation)
     if not probe:
-        findings.add(Finding("ranks", NOT_CHECKED, "--no-probe: no job was queued"))
+        findings.add(not_checked("ranks", "--no-probe: no job was queued"))
     elif not accepted:
-        findings.add(Finding("ranks", NOT_CHECKED, "Slurm would not take the job"))
+        findings.add(not_checked("ranks", "Slurm would reject the job"))
     else:
         run_probe(findings, site, folder, allocation, _shards(file), clock, wait_s)
 
 
 def shared_folder(given: Path | None) -> Path:
-    """The folder that runs lie in: the one that is given, or ./runs, or the working directory.
+    """The folder that runs lie in: the given one, else ./runs, else the working directory.
 
     Raises:
-        UserError: the given path is no folder.
+        UserError: the given path is not a folder.
     """
     folder = given if given is not None else Path("runs")
     if not folder.is_dir():
         if given is not None:
-            raise UserError(f"--shared {given} is no folder. Make it, or name one on the file system that nodes share.")
+            raise UserError(f"--shared {given} is no folder. Create it, or name one that all nodes share.")
         folder = Path()
     check_path(folder.resolve())
     return folder.resolve()
@@ -71,7 +70,7 @@ def shared_folder(given: Path | None) -> Path:
 def _shards(file: ClusterFile) -> tuple[str, ...]:
     """The shards folder of the cluster file, unless it is a URL."""
     given = file.values.get("shards")
-    if file.path is None or not given or "://" in given or ":" in given.split("/")[0]:
+    if file.path is None or not given or is_remote(given):
         return ()
     return (str((file.path.parent / Path(given).expanduser()).resolve()),)
 
@@ -80,15 +79,14 @@ def _check_folder(findings: Findings, shared: Path, allocation: Allocation) -> l
     """Check that runs can be written there.
 
     Returns:
-        The bounds of (file system's clock - this machine's), in seconds; None if nothing can be written.
+        The bounds of (file system's clock - this machine's), in seconds; None if the folder cannot be written.
     """
-    error, clock = write_and_look(shared, f".doctor-{os.getpid()}")
+    error, clock = write_and_compare_clocks(shared, f".doctor-{os.getpid()}")
     if error:
         change = "another folder: --shared DIR here, --run DIR of submit.py"
-        findings.add(Finding("shared folder", PROBLEM, f"{shared} cannot be written from here: {error}", change))
+        findings.add(problem("shared folder", f"{shared} cannot be written from here: {error}", change))
         return None
     if uncovered(allocation, [shared]):
-        found = f"{shared} is under none of the container's mounts"
-        change = "mounts under [container] in cluster.toml, unless the site mounts it by itself"
-        findings.add(Finding("container", WARNING, found, change))
+        change = "mounts under [container] in cluster.toml, unless the site always mounts it"
+        findings.add(warning("container", f"{shared} is under none of the container's mounts", change))
     return clock

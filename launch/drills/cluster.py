@@ -1,5 +1,5 @@
-"""Faults that take an administrator, for drills on the cluster of slurm/cluster.py: daemons killed, settings changed, a
-small file system."""
+"""Faults that need an administrator, on the cluster of slurm/cluster.py: killed daemons, changed settings, a small file
+system."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DevCluster:
 
     @classmethod
     def find(cls) -> DevCluster | None:
-        """The cluster that SLURM_CONF names, if it is such a one and this process is root."""
+        """The cluster that SLURM_CONF names, if slurm/cluster.py made it and this process is root."""
         state = Path(os.environ.get("SLURM_CONF", "/nowhere/slurm.conf")).parent
         return cls(state) if (state / "cluster.json").exists() and os.geteuid() == 0 else None
 
@@ -38,7 +38,7 @@ class DevCluster:
         return json.loads((self.state / "cluster.json").read_text())
 
     def processes(self, *variables: str) -> list[int]:
-        """Processes of this cluster's jobs that have these variables, NAME=VALUE, in their environment."""
+        """Processes of this cluster's jobs with these variables, as NAME=VALUE, in their environment."""
         found = []
         for pid in [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]:
             with contextlib.suppress(OSError):
@@ -52,10 +52,10 @@ class DevCluster:
         os.kill(self._record()["daemons"][daemon]["pid"], signal.SIGKILL)
 
     def kill_node(self, node: str) -> None:
-        """Send SIGKILL to the daemon of a node and to everything that runs there; first to slurmstepd, which would
-        report the end of a job to the controller: a node that is lost does not."""
+        """Send SIGKILL to the daemon of a node and to everything that runs there. slurmstepd comes first: it would
+        report the end of the job to the controller, which a lost node does not do."""
         self.kill(f"slurmd-{node}")
-        for _ in range(2):  # the second time: what was being started
+        for _ in range(2):  # the second time: processes that were just being started
             mine = self.processes(f"SLURMD_NODENAME={node}")
             parents = {parent for pid in mine if (parent := _parent(pid)) and _command(parent).startswith("slurmstepd")}
             for pid in [*parents, *mine]:
@@ -69,11 +69,11 @@ class DevCluster:
         command = [sys.executable, str(REPO / "slurm/cluster.py"), "up", "--state", str(self.state), *size]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode:
-            raise DrillFailed(f"the cluster does not come up again: {done.stderr.strip()}")
+            raise DrillFailed(f"the cluster cannot be restarted: {done.stderr.strip()}")
 
     @contextlib.contextmanager
     def without_user_signal(self) -> Iterator[None]:
-        """The cluster as one whose administrator has not set preempt_send_user_signal."""
+        """Remove preempt_send_user_signal from the configuration."""
         conf = self.state / "slurm.conf"
         before = conf.read_text()
         conf.write_text(re.sub(r"(?m)^SlurmctldParameters=preempt_send_user_signal$", "", before))
@@ -86,7 +86,7 @@ class DevCluster:
 
     @contextlib.contextmanager
     def small_disk(self, folder: Path, *, megabytes: int = 24) -> Iterator[None]:
-        """Mount a file system of this size at the folder; afterwards its files are in an ordinary folder."""
+        """Mount a file system of this size at a new folder, and move its files to an ordinary folder afterwards."""
         folder.mkdir(parents=True)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "cfmask-drill", folder], check=True)
         kept = folder.with_name(f".{folder.name}.kept")

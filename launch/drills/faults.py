@@ -1,13 +1,13 @@
 """Faults of the file system and of one node's settings.
 
-Most are injected into the ranks: Python imports ``sitecustomize`` when it starts, and sbatch hands PYTHONPATH on to the
-job. A fault is on while its mark, a file, exists:
+Most are injected into the ranks: Python imports ``sitecustomize`` when it starts, and sbatch passes PYTHONPATH to the
+job. A fault is active while its mark, a file, exists:
 
     fault = Injection(folder, SLOW_CHECKPOINTS)
     with fault.inherited():
         run.submit()
-    fault.mark.touch()          checkpoints take for ever from here
-    fault.mark.unlink()         and are written again
+    fault.mark.touch()          from here on, no checkpoint is completed
+    fault.mark.unlink()         checkpoints are written again
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from importlib.util import module_from_spec
 MARK = {mark!r}
 here = os.path.dirname(os.path.abspath(__file__))
 if of_the_site := PathFinder.find_spec("sitecustomize", [folder for folder in sys.path if folder != here]):
-    of_the_site.loader.exec_module(module_from_spec(of_the_site))  # this file stands in its way
+    of_the_site.loader.exec_module(module_from_spec(of_the_site))  # this file hides it
 
 
 def writes_checkpoint():
@@ -49,7 +49,7 @@ def fsync(descriptor, fsync=os.fsync):
 
 os.fsync = fsync
 """
-"""Writing a checkpoint does not end."""
+"""Writing a checkpoint takes until the mark is removed."""
 
 QUOTA_EXCEEDED = """\
 def fsync(descriptor, fsync=os.fsync):
@@ -60,7 +60,7 @@ def fsync(descriptor, fsync=os.fsync):
 
 os.fsync = fsync
 """
-"""Writing a checkpoint fails with EDQUOT, when it is flushed, as on NFS."""
+"""Writing a checkpoint fails with EDQUOT when it is flushed, as on NFS."""
 
 UNREADABLE_CHECKPOINTS = """\
 def check(file):
@@ -85,8 +85,7 @@ builtins.open = io.open = open_file
 os.open = open_descriptor
 os.environ.setdefault("CFMASK_READ_PATIENCE", "12")
 """
-"""Opening a file of a checkpoint for reading fails with EIO; runs try for 12 s in place of their 60."""
-
+"""Opening a file of a checkpoint for reading fails with EIO; runs retry for 12 s instead of 60 s."""
 
 SLOW_SHARDS = """\
 def replace(source, target, *arguments, replace=os.replace, **options):
@@ -99,10 +98,9 @@ os.replace = replace
 """
 """Every shard takes 0.2 s longer to write."""
 
-
 NO_LOCAL_DISK = """\
 if os.path.exists(MARK) and os.environ.get("SLURM_PROCID") == "1":
-    # The node on which the job's second rank is started first; the name of a file, so that all processes agree.
+    # A file names the node on which rank 1 starts first, so that all processes agree.
     with open(MARK + ".lock", "a") as lock:
         import fcntl
 
@@ -120,11 +118,11 @@ if os.path.exists(f"{MARK}.{os.environ.get('SLURMD_NODENAME')}"):
 
     os.statvfs = statvfs
 """
-"""The local disk of one node of the job has no space: of the one on which rank 1 starts first."""
+"""One node of the job has no space on its local disk: the node on which rank 1 starts first."""
 
 
 def interface_missing(node: int, name: str) -> str:
-    """Ranks on one node of the job (0 is its first) are told to use an interface that does not exist."""
+    """Make the ranks on one node of the job (0 is its first) use an interface that does not exist."""
     return f"""\
 if os.path.exists(MARK) and os.environ.get("SLURM_NODEID") == "{node}":
     os.environ["GLOO_SOCKET_IFNAME"] = {name!r}
@@ -132,13 +130,12 @@ if os.path.exists(MARK) and os.environ.get("SLURM_NODEID") == "{node}":
 
 
 class Injection:
-    """A fault in what is submitted ``with injection.inherited()``, and in its restarts.
-
-    mark: the fault is on while this file exists. It does not exist yet.
+    """A fault in jobs that are submitted ``with injection.inherited()``, and in their restarts. It is active while the
+    file ``mark`` exists, which it does not at first.
 
     Args:
-        folder: a new one, which all nodes see.
-        code: Python, run at the start of each process.
+        folder: a new folder that all nodes see.
+        code: Python code, run at the start of each process.
     """
 
     def __init__(self, folder: Path, code: str) -> None:
@@ -148,8 +145,8 @@ class Injection:
 
     @contextlib.contextmanager
     def inherited(self) -> Iterator[None]:
-        """Processes that are started here have the fault. Not to be held while other drills take their turn: all drills
-        share this process, and its environment."""
+        """Processes that are started in this context have the fault. Do not yield in it: all drills share this
+        process and its environment."""
         before = os.environ.get("PYTHONPATH")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(self._folder), before]))
         try:
@@ -161,7 +158,7 @@ class Injection:
 
 
 def fill_disk(path: Path, *, leave: int) -> None:
-    """Write a file that takes all the space of its file system but for ``leave`` bytes."""
+    """Write a file that leaves only so many bytes free on its file system."""
     with open(path, "wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12):
             with contextlib.suppress(OSError):

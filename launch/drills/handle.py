@@ -1,7 +1,7 @@
-"""A run on Slurm seen from outside, for drills: submitted, watched, and asked afterwards what an interruption cost.
+"""A run on Slurm as an outside observer sees it: a drill submits and watches it, and measures what a fault cost.
 
-Whatever waits is a generator (``Poll``) that yields between two looks: `yield from run.reach(20)` lets other drills go
-on until step 20 is logged. One process drives several runs that way.
+Everything that waits is a generator (``Poll``) that yields between two checks: `yield from run.reach(20)` lets other
+drills proceed until step 20 is logged. So one process drives several runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 import io
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from launch.slurm.client import ask, show_job
 from launch.slurm.control import cancel, start_now
 from launch.slurm.queue import host_names
 from launch.slurm.states import is_over, is_pending
+from launch.slurm.submission import submit
 from launch.submission import training
 from launch.submission.submit import submissions
 
@@ -30,33 +32,51 @@ Poll = Iterator[None]
 
 _ASK_EVERY_S = 0.5
 _SETTLES_S = 5.0
+_SIGNAL_RANK = """
+rank=
+for each in /proc/[0-9]*; do
+    variables=$(tr '\\0' '\\n' < $each/environ 2>/dev/null) || continue
+    echo "$variables" | grep -qx SLURM_JOB_ID={job} || continue
+    echo "$variables" | grep -qx SLURM_PROCID={rank} || continue
+    tr '\\0' ' ' < $each/cmdline | grep -q submitit.core._submit && rank="$rank ${{each#/proc/}}"
+done
+for each in $rank; do
+    parent=$(sed 's/.*) //' /proc/$each/stat | cut -d' ' -f2)
+    case " $rank " in *" $parent "*) kill -{signal} $each ;; esac
+done
+"""
+"""Signals the child of the two processes of a rank (launch/ranks/supervisor.py): it is the one that trains."""
 
 
 class DrillFailed(Exception):
-    """A run did not behave as it has to; the message says how."""
+    """A run did not behave as required; the message says how."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run folder showed at a time (monotonic seconds).
-
-    starts: lines of attempts.jsonl. step: the last one logged. saved: step of the newest checkpoint.
-    """
+    """What a run folder showed at a time."""
 
     time: float
+    """Monotonic seconds."""
     starts: int
+    """The number of lines in attempts.jsonl."""
     step: int
+    """The last step logged."""
     saved: int
+    """The step of the newest checkpoint."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was done to a run, and when (monotonic seconds), in which start and at which step."""
+    """A fault that was injected into a run."""
 
     time: float
+    """Monotonic seconds."""
     what: str
     starts: int
+    """The number of starts at that time."""
     step: int
+    """The step that the run was at."""
 
 
 class RunHandle:
@@ -66,7 +86,7 @@ class RunHandle:
         run: its folder.
         flags: of submit.py, without --run.
         pace_s: seconds that the run waits at each step.
-        patience_s: seconds that anything may take that is waited for, queues included.
+        patience_s: seconds after which a wait fails, queues included.
     """
 
     def __init__(self, run: Path, flags: Sequence[str], *, pace_s: float, patience_s: float) -> None:
@@ -74,7 +94,7 @@ class RunHandle:
         self._flags, self._pace_s, self._patience_s = flags, pace_s, patience_s
         self.job = ""
         self.jobs: list[str] = []
-        """Those of the run, and others that this drill has submitted."""
+        """All jobs that this drill has submitted."""
         self.snapshots: list[Snapshot] = []
         self.faults: list[Fault] = []
         self.first_steps: list[float] = []
@@ -84,7 +104,7 @@ class RunHandle:
         self._restarts = 0
         self._pending_since: float | None = None
 
-    # --- commands -------------------------------------------------------------------------------------------------
+    # --- commands -----------------------------------------------------------------------------------------------------
 
     def submit(self, *more: str) -> None:
         """Submit the run, with more flags.
@@ -95,25 +115,25 @@ class RunHandle:
         self._submit(["--run", str(self.folder.root), *self._flags, *more])
 
     def resume(self, *more: str) -> None:
-        """submit.py --resume; raises as ``submit`` does."""
+        """submit.py --resume; raises like ``submit``."""
         self._submit(["--resume", str(self.folder.root), *more])
 
     def _submit(self, flags: Sequence[str]) -> None:
         before = len(submissions(self.folder))
         parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
         training.add_submit_arguments(parser)
-        complaints = io.StringIO()
+        errors = io.StringIO()
+        command = f"`submit.py {shlex.join(flags)}`"
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(complaints):
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
                 training.submit(parser.parse_args([*flags, "--no-follow"]), pace_s=self._pace_s)
         except UserError as error:
-            raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {error}") from None
+            raise DrillFailed(f"{command} refuses: {error}") from None
         except SystemExit:  # argparse
-            said = complaints.getvalue().strip().rpartition("\n")[2]
-            raise DrillFailed(f"`submit.py {shlex.join(flags)}` refuses: {said}") from None
+            raise DrillFailed(f"{command} refuses: {errors.getvalue().strip().splitlines()[-1]}") from None
         jobs = [line["job"] for line in submissions(self.folder)[before:]]
         if not jobs:
-            raise DrillFailed(f"`submit.py {shlex.join(flags)}` has submitted nothing.")
+            raise DrillFailed(f"{command} has submitted nothing.")
         self.jobs += jobs
         self.follow(jobs[0])
 
@@ -122,7 +142,7 @@ class RunHandle:
         self.job, self._asked, self._restarts = job, 0.0, 0
 
     def follow_job_of(self, folder: Path) -> None:
-        """Follow the first task of the array that a command, run in this folder, has in the queue; if it has one."""
+        """Watch the first task of the array that was submitted from this folder, if the queue has one."""
         for line in ask("squeue", "--noheader", "--format=%F %Z").splitlines():
             array, _, where = line.strip().partition(" ")
             if Path(where) == folder:
@@ -130,31 +150,71 @@ class RunHandle:
                 self.jobs.append(array)
 
     def record_fault(self, what: str) -> None:
-        """Note that a fault is injected now."""
+        """Record that a fault is injected now."""
         now = self.snapshot()
         self.faults.append(Fault(now.time, what, now.starts, now.step))
 
+    def signal_last_rank(self, signal: str) -> None:
+        """Send a signal to the process of the last rank that trains."""
+        last = int(read_lines(self.folder.attempts)[-1]["world_size"]) - 1
+        there = (f"--jobid={self.job}", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={self.nodes()[-1]}")
+        ask("srun", *there, "--input=none", "sh", "-c", _SIGNAL_RANK.format(job=self.job, rank=last, signal=signal))
+
+    def preempt(self, arguments: Sequence[str]) -> Poll:
+        """Submit a job that takes the run's nodes; wait until the run's job runs again.
+
+        Args:
+            arguments: of sbatch, which make the job preempt others.
+        """
+        nodes = self.nodes()
+        wanted = (f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive", "--time=5", *arguments)
+        script = self.folder.root.with_name(f".preempts-{uuid.uuid4().hex}.sh")
+        script.write_text("#!/bin/sh\nsleep 1\n")
+        self.record_fault("preempted")
+        try:
+            self.jobs.append(submit(script, "--job-name=cfmask-preempts", "--output=/dev/null", *wanted))
+        finally:
+            script.unlink()  # Slurm has a copy
+        yield from self.restart()
+
     def cancel(self) -> None:
-        """End all jobs of this drill that are still there."""
+        """Cancel all jobs of this drill that are still queued or running."""
         with contextlib.suppress(UserError):
-            if self.jobs:
-                cancel(*self.jobs)
+            cancel(*self.jobs)
 
-    # --- waiting --------------------------------------------------------------------------------------------------
+    # --- waiting ------------------------------------------------------------------------------------------------------
 
-    def reach(self, step: int) -> Poll:
-        """Wait until ``step`` is logged by the latest start.
+    def until(self, what: str, holds: Callable[[], bool], within_s: float | None = None) -> Poll:
+        """Wait until the condition holds.
 
         Raises:
-            DrillFailed: the run has finished, its job has ended, or it takes longer than the patience.
+            DrillFailed: it does not within ``within_s`` (default: the patience).
         """
-        for _ in self.until(f"step {step}"):
+        patience = self._patience_s if within_s is None else within_s
+        deadline = time.monotonic() + patience
+        while not holds():
+            if time.monotonic() > deadline:
+                raise DrillFailed(f"timed out after {patience:.0f} s waiting until {what}")
+            yield
+
+    def wait(self, seconds: float) -> Poll:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            yield
+
+    def reach(self, step: int) -> Poll:
+        """Wait until the latest start has logged ``step``.
+
+        Raises:
+            DrillFailed: the run finishes or its job ends before.
+        """
+
+        def reached() -> bool:
             if self.folder.results.exists():
                 raise DrillFailed(f"finished before step {step} was seen: a larger --pace leaves more time for faults")
-            if self.snapshot().step >= step:
-                return
-            self._check_alive(f"step {step}")
-            yield
+            return self.snapshot().step >= step or self._check_alive(f"step {step}")
+
+        return self.until(f"step {step}", reached)
 
     def restart(self) -> Poll:
         """Wait until the job has been requeued once more and runs.
@@ -163,18 +223,21 @@ class RunHandle:
             DrillFailed: it is not requeued.
         """
         self._restarts += 1
-        for _ in self.until(f"job {self.job} runs again"):
-            came = int(self.job_field("Restarts", "0")) >= self._restarts
-            if came and self.job_field("JobState") == "RUNNING":
-                return
+
+        def runs_again() -> bool:
+            requeued = int(self.job_field("Restarts", "0")) >= self._restarts
+            if requeued and self.job_field("JobState") == "RUNNING":
+                return True
             self.skip_hold()
             if is_over(self.job_field("JobState")):
                 raise DrillFailed(f"job {self.job} was not requeued: it is {self.job_field('JobState')}")
-            yield
+            return False
+
+        return self.until(f"job {self.job} runs again", runs_again)
 
     def skip_hold(self) -> None:
-        """Skip most of the two minutes that Slurm holds a requeued job for. Some seconds are left for its previous
-        start to end on all nodes: what is late there would end the new one."""
+        """Skip most of the two minutes for which Slurm holds a requeued job. Some seconds are left for the previous
+        start to end on all nodes: a late request to end it would end the new start."""
         now = time.monotonic()
         if not is_pending(self.job_field("JobState")):
             self._pending_since = None
@@ -182,84 +245,66 @@ class RunHandle:
             self._pending_since = now
         elif now - self._pending_since > _SETTLES_S:
             self._pending_since = now
-            with contextlib.suppress(UserError):  # a site that does not let its users: then it takes two minutes
+            with contextlib.suppress(UserError):  # a site may not allow it: then the job waits for two minutes
                 start_now(self.job)
 
     def ended(self, state: str, *, within_s: float | None = None, restarts: bool = False) -> Poll:
         """Wait until the job has ended for good.
 
         Args:
-            restarts: it may be requeued on the way.
+            restarts: it may be requeued before.
 
         Raises:
-            DrillFailed: in another state than this, or not ``within_s``.
+            DrillFailed: it ends in another state, or not ``within_s``.
         """
-        for _ in self.until(f"job {self.job} is {state}", within_s):
+
+        def has_ended() -> bool:
             found = self.job_field("JobState")
-            if found == state:
-                return
-            if is_over(found):
+            if is_over(found) and found != state:
                 raise DrillFailed(f"job {self.job} is {found}, and should be {state}")
             if restarts:
                 self.skip_hold()
-            yield
+            return found == state
+
+        return self.until(f"job {self.job} is {state}", has_ended, within_s)
 
     def finish(self, *, restarts: bool = False) -> Poll:
         """Wait for the run's results and its job's end.
 
         Args:
-            restarts: the job may be requeued on the way, any number of times.
+            restarts: the job may be requeued any number of times before.
 
         Raises:
-            DrillFailed: they do not come.
+            DrillFailed: the job ends without results.
         """
-        for _ in self.until("the run has finished"):
-            if self.folder.results.exists():
-                break
+
+        def has_finished() -> bool:
             if restarts:
                 self.skip_hold()
-            self._check_alive("the end")
-            yield
+            return self.folder.results.exists() or self._check_alive("the end")
+
+        yield from self.until("the run has finished", has_finished)
         yield from self.ended("COMPLETED")
 
-    def wait(self, seconds: float) -> Poll:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            yield
-
-    def until(self, what: str, within_s: float | None = None) -> Iterator[None]:
-        """Yield as long as there is patience.
-
-        Raises:
-            DrillFailed: there is none left.
-        """
-        patience = self._patience_s if within_s is None else within_s
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            yield
-        raise DrillFailed(f"waited {patience:.0f} s in vain until {what}")
-
-    def _check_alive(self, what: str) -> None:
+    def _check_alive(self, what: str) -> bool:
+        """Returns False; raises DrillFailed if the job has ended without results."""
         state = self.job_field("JobState")
         if is_over(state) and not self.folder.results.exists():
             raise DrillFailed(f"job {self.job} is {state} before {what}; its logs are in {self.folder.root / 'jobs'}")
+        return False
 
-    # --- looking --------------------------------------------------------------------------------------------------
+    # --- observing ----------------------------------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
-        """The last one that a snapshot shows."""
+        """The step of the last snapshot."""
         return self.snapshots[-1].step if self.snapshots else 0
 
     def snapshot(self) -> Snapshot:
         """What the run folder shows now; added to ``snapshots``."""
         attempts = read_lines(self.folder.attempts)
-        now = Snapshot(
-            time=time.monotonic(),
-            starts=len(attempts),
-            step=self.folder.logged_step() or 0,
-            saved=self.folder.saved_step() if attempts else 0,
-        )
+        saved = self.folder.saved_step() if attempts else 0
+        now = Snapshot(time.monotonic(), len(attempts), self.folder.logged_step() or 0, saved)
         if now.starts > len(self.first_steps) and now.step > (attempts[-1]["from_step"] or 0):
             self.first_steps.append(self._seconds_since_start())
         if not self.snapshots or now.time - self.snapshots[-1].time > 0.02:
@@ -268,21 +313,20 @@ class RunHandle:
 
     def _seconds_since_start(self) -> float:
         self._asked = 0.0
-        started = self.job_field("StartTime")
         try:
-            return max(0.0, time.time() - datetime.fromisoformat(started).timestamp())
+            return max(0.0, time.time() - datetime.fromisoformat(self.job_field("StartTime")).timestamp())
         except ValueError:
             return float("nan")
 
     def job_field(self, name: str, otherwise: str = "") -> str:
-        """What the controller knows of the job, as `scontrol show job` names it; asked at most twice a second."""
+        """A field of `scontrol show job`, which is called at most twice a second."""
         if time.monotonic() - self._asked > _ASK_EVERY_S:
             self._known = show_job(self.job)
             self._asked = time.monotonic()
         return self._known.get(name, otherwise)
 
     def starts(self) -> int:
-        """How often Slurm has started the job, as far as was seen: minutes after its end the controller forgets it."""
+        """How often Slurm was seen to start the job: the controller forgets it minutes after its end."""
         return 1 + max(self._restarts, int(self.job_field("Restarts", "0")))
 
     def nodes(self) -> list[str]:
@@ -290,24 +334,30 @@ class RunHandle:
         return host_names(self.job_field("NodeList"))
 
     def log(self, job: str = "*") -> str:
-        """What the ranks of a job, or of all of them, have printed."""
+        """The output of the ranks of a job (default: of all jobs)."""
         logs = sorted((self.folder.root / "jobs").glob(f"{job}_*_log.out"))
         return "".join(path.read_text(errors="replace") for path in logs)
 
-    # --- afterwards -----------------------------------------------------------------------------------------------
+    def check_log(self, *texts: str, job: str = "*") -> None:
+        """Raises DrillFailed unless the log contains all texts."""
+        for text in texts:
+            if text not in self.log(job):
+                raise DrillFailed(f"the log of job {self.job if job == '*' else job} does not say {text!r}")
+
+    # --- measuring ----------------------------------------------------------------------------------------------------
 
     def seconds_to_checkpoint(self) -> list[float | None]:
-        """For each fault, until a checkpoint of the step that had been reached; None if there was none before the next
-        start, or the end."""
+        """For each fault, the seconds until a checkpoint of the step that had been reached; None if the start left no
+        such checkpoint."""
         return [seconds_to_checkpoint(self.snapshots, fault) for fault in self.faults]
 
     def steps_lost(self) -> int:
-        """Steps that were taken twice, over all starts."""
+        """The number of steps that were repeated."""
         return steps_lost(read_lines(self.folder.attempts))
 
 
 def seconds_to_checkpoint(snapshots: Sequence[Snapshot], fault: Fault) -> float | None:
-    """From a fault to the first checkpoint of the step that it came at, or later, of the same start."""
+    """The time from a fault to the first checkpoint of its step or a later one; None if the start left none."""
     for snapshot in snapshots:
         if snapshot.time >= fault.time and snapshot.saved >= fault.step:
             return snapshot.time - fault.time if snapshot.starts == fault.starts else None
@@ -315,7 +365,7 @@ def seconds_to_checkpoint(snapshots: Sequence[Snapshot], fault: Fault) -> float 
 
 
 def steps_lost(attempts: Sequence[dict]) -> int:
-    """Steps that were taken twice, from attempts.jsonl's lines."""
+    """The number of steps that were repeated, from the lines of attempts.jsonl."""
     return sum(
         max(0, (line.get("last_reached") or 0) - line["from_step"])
         for line in attempts[1:]

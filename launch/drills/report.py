@@ -1,4 +1,4 @@
-"""Table and picture of drills that were done."""
+"""The table and the chart of completed drills."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ _HEADER = (
 )
 
 
-def table(results: Sequence[DrillResult], left_out: Sequence[tuple[Drill, str]]) -> str:
-    """Markdown: a row for each drill; left_out: those that were not done, and why."""
+def table(results: Sequence[DrillResult], skipped: Sequence[tuple[Drill, str]]) -> str:
+    """A Markdown table with a row for each drill.
+
+    Args:
+        skipped: drills that were not done, and why.
+    """
     rows: list[Sequence[str]] = []
     for result in results:
         run, drill = result.run, result.drill
@@ -29,18 +33,18 @@ def table(results: Sequence[DrillResult], left_out: Sequence[tuple[Drill, str]])
         else:
             measured = (str(run.starts()), "–", "–", "–")
         rows.append((drill.name, drill.what, *measured, took, verdict))
-    rows += [(drill.name, drill.what, *[""] * 5, f"not done: {why}") for drill, why in left_out]
+    rows += [(drill.name, drill.what, *[""] * 5, f"not done: {why}") for drill, why in skipped]
     return "\n".join("| " + " | ".join(row) + " |" for row in (_HEADER, ["---"] * len(_HEADER), *rows))
 
 
 def _span(seconds: Sequence[float | None]) -> str:
-    """The least and the most; "–" if there are none."""
+    """The minimum and the maximum; "–" if there are no values."""
     known = [f"{s:.1f}" for s in sorted(s for s in seconds if s is not None)]
     return "–" if not known else known[0] if known[0] == known[-1] else f"{known[0]} … {known[-1]}"
 
 
 def draw(results: Sequence[DrillResult], path: Path) -> None:
-    """Plot steps over time, a panel for each drill, with its faults and checkpoints."""
+    """Plot steps, faults and checkpoints over time, with a panel for each drill."""
     import matplotlib
 
     matplotlib.use("Agg")

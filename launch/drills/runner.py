@@ -1,4 +1,4 @@
-"""Does drills, several at the same time, and judges the runs that they leave."""
+"""Does drills, several at the same time, and judges the runs."""
 
 from __future__ import annotations
 
@@ -21,22 +21,19 @@ from launch.drills.scenarios import UNDISTURBED
 
 @dataclass
 class DrillResult:
-    """A drill that was done.
-
-    problems: what kept it from its end, or is wrong with what it has left; empty if it passed.
-    took_s: seconds that it took.
-    """
+    """The result of a drill."""
 
     drill: Drill
     run: RunHandle
     problems: list[str] = field(default_factory=list)
+    """Why the scenario failed, or what is wrong with the run; empty if the drill passed."""
     took_s: float = 0.0
 
 
 def run_drills(drills: Sequence[Drill], env: DrillEnvironment, *, at_once: int) -> list[DrillResult]:
-    """Do the drills, ``at_once`` of them at the same time, and an undisturbed run to compare with.
+    """Do an undisturbed run and the drills, ``at_once`` of them at the same time, and compare them with it.
 
-    What was submitted is cancelled when this function is left by an exception.
+    An exception cancels all jobs.
 
     Returns:
         The undisturbed run's result, then those of the drills in the order given.
@@ -82,7 +79,7 @@ def run_drills(drills: Sequence[Drill], env: DrillEnvironment, *, at_once: int) 
 
 
 def _advance(result: DrillResult, scenario: Poll) -> bool:
-    """Let a scenario look once; whether it goes on."""
+    """Let a scenario check once. Returns whether it continues."""
     try:
         result.run.snapshot()
         next(scenario)
@@ -99,7 +96,7 @@ def _advance(result: DrillResult, scenario: Poll) -> bool:
 
 
 def judge(result: DrillResult, undisturbed: DrillResult) -> list[str]:
-    """What is wrong with the run that a drill has left; empty if it passes."""
+    """The problems of the run that a drill has left; empty if it passes."""
     if not result.drill.trains:
         return []
     ours, theirs = result.run.folder, undisturbed.run.folder
@@ -108,7 +105,7 @@ def judge(result: DrillResult, undisturbed: DrillResult) -> list[str]:
     if not re.fullmatch(result.drill.ends, ends, re.DOTALL):
         problems.append(f"attempts.jsonl gives other ends of its starts: {ends or 'there was no second start'}")
     if read_lines(ours.receipts) != read_lines(theirs.receipts):
-        problems.append("its receipts are not those of the undisturbed run: other samples were trained on")
+        problems.append("other samples were trained on: its receipts differ from those of the undisturbed run")
     if result.drill.same_ranks:
         last = f"step-{STEPS:08d}"
         problems += different_tensors(ours.checkpoints / last, theirs.checkpoints / last)
@@ -118,7 +115,7 @@ def judge(result: DrillResult, undisturbed: DrillResult) -> list[str]:
 
 
 def different_tensors(ours: Path, theirs: Path) -> list[str]:
-    """Names the tensors of weights and moments in two checkpoints that are not bitwise identical."""
+    """Name the tensors of weights and moments that are not bitwise identical in two checkpoints."""
     import torch
     from safetensors.torch import load_file
 
@@ -131,7 +128,7 @@ def different_tensors(ours: Path, theirs: Path) -> list[str]:
 
 
 def different_losses(ours: RunFolder, theirs: RunFolder, *, tolerance: float) -> str:
-    """The first step whose logged losses differ by more than this part of themselves, in words; "" if there is none."""
+    """Describe the first step whose logged losses differ by more than the relative tolerance; "" if there is none."""
     a, b = ({x["step"]: x["loss"] for x in read_lines(run.log) if "loss" in x} for run in (ours, theirs))
     if a.keys() != b.keys():
         return "other steps are logged than in the undisturbed run"

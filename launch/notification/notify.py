@@ -32,10 +32,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from cfmask.curves import top1_of
-from cfmask.files import write_atomically
+from cfmask.log_lines import top1_of
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import now
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import node_name
 from cfmask.secrets import MASK, mask_secrets

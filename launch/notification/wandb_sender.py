@@ -38,12 +38,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.curves import curves_of, top1_of
 from cfmask.errors import UserError
-from cfmask.files import sync, write_atomically
-from cfmask.recipe import Recipe, preset_of
+from cfmask.log_lines import curves_of, top1_of
+from cfmask.presets import preset_of
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.command import exits_cleanly
+from cfmask.runtime.files import sync, write_atomically
 from cfmask.runtime.jsonl import read_lines, read_object
 from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld
 from cfmask.runtime.logging import log_to_job

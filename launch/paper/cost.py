@@ -1,6 +1,6 @@
-"""What a plan costs: FLOPs of steps and evaluations, and the GPU-hours that they take at some rate. Pure.
+"""The cost of a plan: FLOPs of steps and evaluations, and the GPU-hours that they take at a given rate. Pure.
 
-F is one forward of the image tower. What is counted is matrix products, as tools/bench.py counts them; starts of jobs,
+F is the cost of one forward pass of the image tower. Matrix products are counted, as by tools/bench.py; starts of jobs,
 reading, checkpoints, and the text tower of the zero-shot head are not.
 """
 
@@ -15,15 +15,15 @@ from cfmask.models.architecture import VISION_DEFAULTS, image_size_of, patch_siz
 from cfmask.recipe import Method, Recipe
 from launch.paper.plan import PlanNode
 
-# In F, as counted on ViT-B/16. In the last block of what the head looks at, the class token alone goes on.
+# In F, as counted on ViT-B/16. The head reads the class token only, so the last block is cheaper than the others.
 _FORWARD = 0.93
 _TRAINED = 2.80
 _CAM = {"relevance": 0.99, "grad-cam": 0.06}
 
 
 def step_forwards(method: Method) -> float:
-    """F per image of a training step by a resolved method. A CAM mask without fill lets patches be dropped, how many
-    the images say: there this is the most that it can be."""
+    """F per image of a training step of a resolved method. With a CAM mask and no fill, patches are dropped, and their
+    number depends on the images: then this is an upper bound."""
     if method.name == "linear-probe":
         return _FORWARD
     kept = 1 - (method.rate or 0.0) if method.mask == "random" and method.fill == "no-fill" else 1.0
@@ -40,7 +40,7 @@ def step_forwards(method: Method) -> float:
 
 
 def forward_flops(config: Mapping[str, Any]) -> float:
-    """F of an open_clip ViT configuration: FLOPs per image, two for a multiplication and addition."""
+    """F of an open_clip ViT configuration, in FLOPs per image; a multiply-add counts as two."""
     vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
     width, layers, patch = vision["width"], vision["layers"], patch_size_of(config)
     patches = (image_size_of(config) // patch) ** 2
@@ -66,20 +66,22 @@ def image_forwards(node: PlanNode, images: Mapping[str, int]) -> float:
 
 
 def hours(flops: float, tflops: float) -> float:
-    """GPU-hours at so many TFLOP/s of each GPU."""
+    """GPU-hours at this rate per GPU."""
     return flops / (tflops * 1e12) / 3600
 
 
 def rate_of(recipe: Recipe, samples_per_s: float, world_size: int, flops: float) -> float:
-    """TFLOP/s of each rank, of a run that takes so many samples a second. flops: F."""
+    """TFLOP/s per rank of a run with this throughput. flops: F in FLOPs."""
     return samples_per_s * step_forwards(recipe.method) * flops / world_size / 1e12
 
 
 def longest_chain(nodes: Mapping[str, PlanNode], cost: Mapping[str, float]) -> float:
-    """The dearest of the chains of nodes that come one after the other: what it takes if all else is done beside it.
+    """The cost of the most expensive chain of dependent nodes: the time that the plan takes if all else runs in
+    parallel.
 
     Args:
-        nodes: in order. cost: of the nodes that are to be done; others cost nothing.
+        nodes: in order.
+        cost: of the nodes that are not done.
     """
     ends: dict[str, float] = {}
     for node in nodes.values():

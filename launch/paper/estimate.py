@@ -1,4 +1,4 @@
-"""The estimated GPU-hours of a plan, from the rate that its runs have measured or from an assumed one."""
+"""The estimated GPU-hours of a plan, from the measured rate of its runs or an assumed rate."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from launch.paper.progress import NodeStatus, states_of
 from launch.paper.reproduction import Reproduction
 
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.1
-"""Assumed rate of a rank before anything is measured: a third of an A100's peak, and two CPU cores."""
+"""Assumed rate of a rank before one is measured: a third of an A100's peak, and two CPU cores."""
 
 
 def estimate(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], assumed: float | None) -> str:
-    """The GPU-hours of all jobs and of those that are left, and the assumptions behind them, in sentences.
+    """Sentences with the GPU-hours of all jobs and of the remaining ones, and the assumptions behind them.
 
     Args:
-        assumed: TFLOP/s of each rank; None: as measured in the plan's runs, or a constant before there are any.
+        assumed: TFLOP/s per rank; None: as measured in the plan's runs, or a constant if none has trained.
     """
     nodes, allocation = reproduction.plan.nodes, reproduction.allocation
     flops = cost.forward_flops(reproduction.start.config)
@@ -29,14 +29,14 @@ def estimate(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], ass
     unit, each = ("GPU-hours", "GPU") if gpu else ("hours of a rank", "rank")
     found = {} if assumed is not None else measured(reproduction, flops)
     if assumed is not None:
-        rate, rests = assumed, f"{assumed:g} TFLOP/s of each {each} (--tflops)"
+        rate, basis = assumed, f"{assumed:g} TFLOP/s per {each} (--tflops)"
     elif found:
         rate = statistics.median(found.values())
         names = ", ".join(list(found)[:3]) + (" …" if len(found) > 3 else "")
-        rests = f"{rate:.3g} TFLOP/s of each {each}, measured in {names}"
+        basis = f"{rate:.3g} TFLOP/s per {each}, measured in {names}"
     else:
         rate = GPU_TFLOPS if gpu else CPU_TFLOPS
-        rests = f"an assumed {rate:g} TFLOP/s of each {each} (no run of this plan has trained yet; --tflops sets it)"
+        basis = f"{rate:g} TFLOP/s per {each} (a guess: no run of this plan has trained yet; --tflops sets it)"
     spent = {name: cost.hours(cost.image_forwards(node, images) * flops, rate) for name, node in nodes.items()}
     left = {}
     for node in still_needed(reproduction.plan, states_of(statuses)):
@@ -52,17 +52,17 @@ def estimate(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], ass
     return (
         f"About {_hours(sum(spent.values()))} {unit}, of which {_hours(sum(left.values()))} are left "
         f"({_hours(training)} of them training); at least {_hours(chain)} hours from now, if no job has to wait for "
-        f"{'GPUs' if gpu else 'cores'}. This rests on {flops / 1e9:.4g} GFLOP for a forward of one image, the forwards "
-        f"of each method's step as tools/bench.py counts them, and {rests}. Starts, stalls of the data and work done "
-        "twice after an interruption are not in it."
+        f"{'GPUs' if gpu else 'cores'}. This assumes {flops / 1e9:.4g} GFLOP for a forward pass of one image, the "
+        f"passes of each method's step as tools/bench.py counts them, and {basis}. It does not include "
+        "starts, stalls of data loading, and work that is repeated after an interruption."
     )
 
 
 def measured(reproduction: Reproduction, flops: float) -> dict[str, float]:
-    """TFLOP/s of each rank in the training runs of this plan on this kind of device, by node name.
+    """TFLOP/s per rank in the plan's training runs on this kind of device, by node name.
 
     Args:
-        flops: of one forward of one image (``cost.forward_flops``).
+        flops: of a forward pass of one image (``cost.forward_flops``).
     """
     found = {}
     kind = "cuda" if reproduction.allocation.gpus_per_node else "cpu"

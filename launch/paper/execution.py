@@ -1,4 +1,4 @@
-"""Carries out a plan: submits the jobs that are missing to Slurm, or runs them on this machine."""
+"""Submits the missing jobs of a plan to Slurm, or runs them on this machine."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ from dataclasses import replace
 
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
-from cfmask.recipe import Recipe
 from launch.allocation.resolve import Allocation
 from launch.paper.plan import DONE, QUEUED, WAITING, PlanNode, arrays, awaited, to_submit
 from launch.paper.progress import NodeStatus, count_jobs, states_of
 from launch.paper.reproduction import Reproduction
 from launch.slurm.control import cancel
-from launch.submission.planning import Planned, claim_run_folders
-from launch.submission.sbatch import after_success
+from launch.submission.dependencies import after_success
+from launch.submission.planning import PlannedJob, claim_run_folders
 from launch.submission.submit import enqueue_all, run_one_here
 
 
 def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> int:
-    """Submit a job for each node that needs one, to start after the jobs whose models it reads. Nodes that wait for the
-    same jobs form an array.
+    """Submit a job for each node that needs one, with a dependency on the jobs whose models it reads. Nodes that wait
+    for the same jobs form an array.
 
     Returns:
-        0, the exit code.
+        The exit code, 0.
 
     Raises:
         UserError: Slurm does not answer, or rejects a job. Jobs that were submitted before stay in the queue.
     """
     states = states_of(statuses)
-    blind = [name for name, each in statuses.items() if each.status.state == "unknown"]
-    if blind:
+    unknown = [name for name, each in statuses.items() if each.status.state == "unknown"]
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(
-            f"Slurm cannot be asked what has become of {blind[0]}"
-            + (f" and {len(blind) - 1} more" if len(blind) > 1 else "")
-            + ": nothing was submitted. The same command goes on when squeue answers."
+            f"squeue does not answer: the state of {unknown[0]}{more} is unknown, and nothing was submitted. Repeat "
+            "the command when it answers."
         )
     jobs = {name: each.jobs[-1].id for name, each in statuses.items() if each.jobs and each.state in (QUEUED, WAITING)}
     chosen = to_submit(reproduction.plan, states)
@@ -43,13 +42,13 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         waits = awaited(group[0], states)
         if elsewhere := [name for name in waits if name not in jobs]:
             raise UserError(
-                f"{elsewhere[0]} is under way without a job of Slurm ({statuses[elsewhere[0]].status.state}), and "
-                f"{group[0].name} cannot be told to wait for it. The same command goes on when it has ended."
+                f"{elsewhere[0]} runs outside Slurm ({statuses[elsewhere[0]].status.state}), so that a job of "
+                f"{group[0].name} cannot wait for it. Repeat the command when it has ended."
             )
         for node in group:
             before = statuses[node.name]
             if before.job is not None:
-                print(f"{node.name}: job {before.job.id} waits for one that has gone: removed")
+                print(f"{node.name}: job {before.job.id} is cancelled: it waits for a job that no longer exists")
                 cancel(*(job.id for job in before.jobs))
             elif why := _why_repeated(before):
                 print(f"{node.name} {why}: submitted again")
@@ -57,10 +56,10 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         allocation = reproduction.allocation
         if isinstance(group[0].work, Evaluation):
             allocation = _on_one_node(allocation)
-        if waits:  # those jobs have already waited for what --dependency names
+        if waits:  # those jobs have waited for --dependency already
             allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
         try:
-            for part in enqueue_all(planned, allocation, tell=lambda line: None):
+            for part in enqueue_all(planned, allocation, quiet=True):
                 for each, job in part:
                     name = each.run.root.name
                     jobs[name] = job.job_id
@@ -89,12 +88,12 @@ def run_here(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
     failed = []
     for number, node in enumerate(chosen, 1):
         if lacking := [name for name in node.after if states[name] != DONE]:
-            print(f"{node.name} is left out: it needs {', '.join(lacking)}")
+            print(f"{node.name} is skipped: it needs {', '.join(lacking)}")
             failed.append(node.name)
             continue
         before = statuses[node.name]
         why = _why_repeated(before)
-        print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: it goes on)" if why else ""), flush=True)
+        print(f"\n{number} of {len(chosen)}: {node.name}" + (f" ({why}: resumed)" if why else ""), flush=True)
         [planned] = _prepare(reproduction, [node], statuses)
         code = run_one_here(planned, reproduction.allocation, follow=True)
         if code > 128:  # a signal ends the whole command
@@ -110,9 +109,9 @@ def run_here(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
 
 def _prepare(
     reproduction: Reproduction, nodes: Sequence[PlanNode], statuses: Mapping[str, NodeStatus]
-) -> list[Planned[Recipe | Evaluation]]:
-    """Claim the run folders of the nodes, and remove results that were computed from models that have been replaced."""
-    planned = claim_run_folders([Planned(reproduction.folder(node.name), node.work) for node in nodes])
+) -> list[PlannedJob]:
+    """Claim the run folders of the nodes, and remove results of models that have been replaced."""
+    planned = claim_run_folders([PlannedJob(reproduction.folder(node.name), node.work) for node in nodes])
     for node in nodes:
         if statuses[node.name].status.state == "finished":
             reproduction.folder(node.name).drop_results()
@@ -120,20 +119,20 @@ def _prepare(
 
 
 def _why_repeated(before: NodeStatus) -> str | None:
-    """Why a node that was started before is submitted again, in words; None if it never started."""
+    """Why a node that has started before is submitted again; None if it has not."""
     if before.status.state == "never started":
         return None
     if before.status.state == "finished":
-        return "was of models that have been written anew"
+        return "used models that have been replaced since"
     return f"is {before.status.state}" + (f" ({before.status.last_end})" if before.status.last_end else "")
 
 
 def _on_one_node(allocation: Allocation) -> Allocation:
-    """The allocation of an evaluation: it takes minutes on one node, and its result does not depend on their number."""
+    """The allocation of an evaluation: one node suffices, and the result does not depend on the number of nodes."""
     return replace(allocation, nodes=1, again={**allocation.again, "nodes": 1})
 
 
 def describe_arrays(groups: Sequence[Sequence[PlanNode]]) -> str:
-    """How many of the jobs are members of arrays, as the end of a sentence."""
+    """The end of a sentence: how many of the jobs are members of arrays."""
     sizes = [len(group) for group in groups if len(group) > 1]
     return f", {sum(sizes)} of them in {len(sizes)} array" + ("s" if len(sizes) > 1 else "") if sizes else ""

@@ -1,12 +1,12 @@
-"""The paper's rows as jobs that take each other's models, and which of them are to be submitted: all of it pure.
+"""The rows of the paper's table as jobs that read each other's models, and which of the jobs to submit. Pure.
 
     zero-shot ─┬─ a training run ── its evaluation                    nine mask × fill rows, FT + FD, FT
                └─ FT ─┬─ WiSE-FT ── WiSE-KD ── its evaluation
                       └─ soup of all FT ── the method from there ── its evaluation
 
-A run of one seed hangs on nothing of another seed, but for the soup. Each has an evaluation of its own. One for all
-would read every set once; but a run's training puts 13 million images through a step, its evaluation 167 thousand
-through one forward: that is 0.2 % of the cost, and one run that failed would hold all rows up.
+Except for the soup, a run depends on no run of another seed. Each run has an evaluation of its own: one evaluation of
+all runs would read every set once, but a failed run would block all rows, and the cost is small. Training puts 13
+million images through a step, an evaluation 167 thousand through one forward pass: 0.2 % of the cost.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cfmask.best_checkpoint import POINTER
+from cfmask.checkpoint.best import POINTER
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
-from cfmask.recipe import Recipe
+from cfmask.recipe import Model, Recipe
 
 HEADLINE = "object-mask-single-fill"
 """The row that the paper calls its method."""
 ALPHA = 0.5
-"""Of WiSE-FT, and of the ensemble that WiSE-KD learns from."""
+"""The mixing coefficient of WiSE-FT, and of the ensemble that WiSE-KD distils from."""
 
 MASKED = tuple(
     f"{mask}-mask-{fill}"
@@ -41,37 +41,38 @@ LABELS = {
     "soup": "model soup",
     f"soup-{HEADLINE}": f"{HEADLINE.replace('-mask-', ' mask, ')}, from the soup",
 }
-"""Rows by the word that chooses them, in the order of the table."""
+"""Labels of the rows by the name that --rows takes, in the order of the table."""
 
 DONE, QUEUED, WAITING, MISSING = "done", "queued", "waiting", "missing"
-"""States of a node: its results are there; a job is there that goes on by itself; one that has not begun and waits for
-other jobs; neither."""
+"""States of a node: it has results; it has a job that runs or will run; its job has not begun and waits for other jobs;
+it has neither results nor a job."""
 
 
 @dataclass(frozen=True)
 class PlanNode:
-    """A job of the plan, and its run folder.
-
-    kind: what is the same for all seeds. after: names of nodes whose models it takes.
-    """
+    """A job of the plan, and its run folder."""
 
     kind: str
+    """The part of the name that all seeds share."""
     seed: int | None
     work: Recipe | Evaluation
     after: tuple[str, ...] = ()
+    """Names of the nodes whose models it reads. The last one depends on the others."""
 
     @property
     def name(self) -> str:
-        """Of the run folder."""
+        """The name of the run folder."""
         return self.kind if self.seed is None else f"{self.kind}-s{self.seed}"
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the table. found_in: the nodes whose results it is made of, one a seed."""
+    """A row of the table."""
 
     word: str
+    """Its name for --rows."""
     found_in: tuple[str, ...]
+    """The nodes whose results it averages, one per seed."""
 
     @property
     def label(self) -> str:
@@ -80,19 +81,20 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class ReproductionPlan:
-    """nodes: by name, each after those that it takes models of. rows: what it is for."""
+    """The jobs that rows of the table need."""
 
     nodes: Mapping[str, PlanNode]
+    """By name; each comes after the nodes whose models it reads."""
     rows: tuple[PaperRow, ...]
 
     @property
     def trains(self) -> bool:
-        """Whether a job of it is a training run."""
+        """Whether a job is a training run."""
         return any(isinstance(node.work, Recipe) for node in self.nodes.values())
 
     @property
     def wanted(self) -> set[str]:
-        """Nodes whose results make the rows."""
+        """The nodes whose results the rows average."""
         return {name for row in self.rows for name in row.found_in}
 
 
@@ -101,42 +103,36 @@ class ReproductionPlan:
 
 @dataclass(frozen=True)
 class Setup:
-    """What the rows have in common.
-
-    folder: absolute; a run folder in it for each node.
-    recipe_of: the resolved recipe of a preset, seed, start and ensemble (both files, the latter of wise-kd).
-    evaluation: shards, sets, precision …, as all of them have it.
-    architecture, pretrained, mean, std: of the zero-shot model, as in recipe.Model.
-    soup: a model file to start the soup's rows from; None: the plan's own.
-    checkpoint: which checkpoint of a training run is evaluated, mixed and averaged: "best" (on the held-out set) or
-        "last".
-    """
+    """What the rows have in common."""
 
     folder: Path
+    """Absolute; has a run folder for each node."""
     recipe_of: Callable[[str, int, Path, Path | None], Recipe]
+    """Returns the resolved recipe of a preset, seed, initial model and ensemble (of WiSE-KD)."""
     evaluation: Evaluation
-    architecture: str
-    pretrained: str
+    """The shards, sets, precision and other settings of all evaluations."""
+    start: Model
+    """The zero-shot model."""
     seeds: tuple[int, ...]
     soup: Path | None = None
+    """A model file to start the soup's rows from; None: the average of the plan's FT models."""
     checkpoint: str = LAST
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    """Which checkpoint of a training run is evaluated, mixed and averaged: "best" (on the held-out set) or "last"."""
 
     def model(self, node: str) -> Path:
-        """The model that an evaluation makes."""
+        """The model that an evaluation writes."""
         return self.folder / node / "model.safetensors"
 
     def trained_model(self, node: str) -> Path:
-        """The model of a training run that counts; its path, as an evaluation takes it when the run has ended."""
+        """The model of a training run that is evaluated, as a path that an evaluation accepts."""
         return self.folder / node / "checkpoints" / POINTER if self.checkpoint == BEST else self.model(node)
 
 
 def choose_rows(words: Sequence[str] | None, setup: Setup) -> tuple[str, ...]:
-    """The rows that are asked for, in the table's order; all that can be had if none are.
+    """The requested rows, in the table's order; by default all that are possible.
 
     Raises:
-        UserError: a soup's, and there is nothing to make it of.
+        UserError: a row needs a soup, and there is neither a model file nor a second seed.
     """
     no_soup = setup.soup is None and len(setup.seeds) < 2
     of_soup = [word for word in LABELS if word.startswith("soup")]
@@ -145,13 +141,13 @@ def choose_rows(words: Sequence[str] | None, setup: Setup) -> tuple[str, ...]:
     if no_soup and (asked := [word for word in of_soup if word in words]):
         raise UserError(
             f"The row {asked[0]} needs a soup: give one with --soup FILE, or at least two --seeds, whose FT models are "
-            "averaged then."
+            "averaged."
         )
     return tuple(word for word in LABELS if word in words)
 
 
 def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
-    """The jobs that rows of the paper take, and those that these need.
+    """The jobs of these rows, and the jobs that they depend on.
 
     Args:
         words: keys of LABELS.
@@ -161,10 +157,10 @@ def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
         None,
         setup.evaluation.as_kind(
             ZeroShot,
-            architecture=setup.architecture,
-            pretrained=setup.pretrained,
-            mean=setup.mean,
-            std=setup.std,
+            architecture=setup.start.name,
+            pretrained=setup.start.pretrained,
+            mean=setup.start.mean,
+            std=setup.start.std,
         ),
     )
     nodes = {zero.name: zero}
@@ -196,7 +192,7 @@ def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
             return add(PlanNode("soup", None, replace(setup.evaluation, models=(str(setup.soup),))))
         fine = [trained("ft", seed).name for seed in setup.seeds]
         work = setup.evaluation.as_kind(UniformSoup, models=tuple(str(setup.trained_model(name)) for name in fine))
-        # Its ingredients are in its name: with another seed it is another soup, and this one stays what it is.
+        # The seeds are in its name: with another seed, it is another soup.
         return add(PlanNode("soup-of-" + "-".join(map(str, setup.seeds)), None, work, tuple(fine)))
 
     for word in words:
@@ -214,34 +210,14 @@ def paper_plan(words: Sequence[str], setup: Setup) -> ReproductionPlan:
             found = [evaluated(trained(word, seed)) for seed in setup.seeds]
         rows.append(PaperRow(word, tuple(node.name for node in found)))
     used = with_needed(nodes, {name for row in rows for name in row.found_in})
-    return ReproductionPlan({node.name: node for node in in_order(nodes.values()) if node.name in used}, tuple(rows))
+    return ReproductionPlan({name: node for name, node in nodes.items() if name in used}, tuple(rows))
 
 
 # --- the graph --------------------------------------------------------------------------------------------------------
 
 
-def in_order(nodes: Iterable[PlanNode]) -> list[PlanNode]:
-    """Each after all that it takes models of; otherwise as they came.
-
-    Raises:
-        ValueError: one takes a model of a node that is not there, or, over others, of itself.
-    """
-    left = {node.name: node for node in nodes}
-    placed: dict[str, PlanNode] = {}
-    for node in left.values():
-        if strange := [name for name in node.after if name not in left]:
-            raise ValueError(f"{node.name} comes after {strange[0]}, which is not in the plan")
-    while left:
-        ready = [node for node in left.values() if all(name in placed for name in node.after)]
-        if not ready:
-            raise ValueError(f"{', '.join(left)} wait for each other")
-        for node in ready:
-            placed[node.name] = left.pop(node.name)
-    return list(placed.values())
-
-
 def with_needed(nodes: Mapping[str, PlanNode], names: Iterable[str]) -> set[str]:
-    """These, and all that they take models of, over any number of steps."""
+    """These nodes, and all that they depend on, directly or indirectly."""
     found: set[str] = set()
     open_names = list(names)
     while open_names:
@@ -253,8 +229,8 @@ def with_needed(nodes: Mapping[str, PlanNode], names: Iterable[str]) -> set[str]
 
 
 def still_needed(plan: ReproductionPlan, states: Mapping[str, str]) -> list[PlanNode]:
-    """What has to be done yet, in order: what rows lack, and what that needs. A run whose row is there is not needed
-    any more, whatever has become of its folder."""
+    """The nodes that are not done and that rows need, in order. Once a row has its results, the runs behind it are no
+    longer needed, even if their folders are gone."""
     needed = set(plan.wanted)
     left = []
     for node in reversed(list(plan.nodes.values())):
@@ -265,8 +241,8 @@ def still_needed(plan: ReproductionPlan, states: Mapping[str, str]) -> list[Plan
 
 
 def to_submit(plan: ReproductionPlan, states: Mapping[str, str]) -> list[PlanNode]:
-    """The nodes that get a job now, in order: those that are missing, and those whose job waits for one that has gone,
-    because a node that it comes after is submitted anew."""
+    """The nodes to submit, in order: those that are missing, and those whose job waits for a job that no longer exists,
+    because a node that they depend on is submitted again."""
     chosen: dict[str, PlanNode] = {}
     for node in still_needed(plan, states):
         stale = states[node.name] == WAITING and any(name in chosen for name in node.after)
@@ -276,11 +252,11 @@ def to_submit(plan: ReproductionPlan, states: Mapping[str, str]) -> list[PlanNod
 
 
 def arrays(chosen: Iterable[PlanNode], states: Mapping[str, str]) -> list[list[PlanNode]]:
-    """What of the nodes that get a job goes out together, as an array: trainings that wait for the same jobs, and
-    evaluations that do. Each array after those that it waits for; a node that waits for others than any is alone.
+    """The nodes grouped into arrays: training runs that wait for the same jobs, and evaluations that wait for the same
+    jobs. Each array comes after those that it waits for.
 
     Args:
-        chosen: in order, as ``to_submit`` gives them.
+        chosen: in order, as ``to_submit`` returns them.
     """
     found: dict[tuple[bool, frozenset[str]], list[PlanNode]] = {}
     for node in chosen:
@@ -289,5 +265,5 @@ def arrays(chosen: Iterable[PlanNode], states: Mapping[str, str]) -> list[list[P
 
 
 def awaited(node: PlanNode, states: Mapping[str, str]) -> list[str]:
-    """The nodes whose jobs it waits for."""
+    """The nodes whose jobs a node waits for."""
     return [name for name in node.after if states[name] != DONE]

@@ -1,4 +1,4 @@
-"""The state of a plan: which of its jobs are done, queued or missing, and how that is shown."""
+"""The state of a plan: which of its jobs are done, queued or missing; and its display."""
 
 from __future__ import annotations
 
@@ -18,22 +18,19 @@ from launch.state.facts import jobs_in_queue, look_at
 from launch.state.status import ENDED, Status, status_of
 from launch.state.table import duration
 
-_LOOK_S = 10
-"""Seconds between two looks of ``follow``."""
+_POLL_S = 10
 
 
 @dataclass(frozen=True)
 class NodeStatus:
-    """What is known of a node of the plan.
-
-    state: DONE, QUEUED, WAITING or MISSING of ``plan``.
-    status: what launch/status.py shows of its run.
-    jobs: its jobs in Slurm's queue; several if it is a chain, whose last job succeeds once the results exist.
-    """
+    """The status of a node of the plan."""
 
     state: str
+    """DONE, QUEUED, WAITING or MISSING of ``plan``."""
     status: Status
+    """What launch/status.py shows of its run."""
     jobs: tuple[SlurmJob, ...] = ()
+    """Its jobs in Slurm's queue; a chain has several, and its last job succeeds once the results exist."""
 
     @property
     def job(self) -> SlurmJob | None:
@@ -50,7 +47,7 @@ def read_statuses(reproduction: Reproduction) -> dict[str, NodeStatus]:
         blind = reproduction.allocation.on_slurm and slurm.queue is None
         known = run_state.jobs.slurm or run_state.jobs.unconfirmed
         if blind and known and status.state in ENDED and not run_state.finished:
-            status = replace(status, state="unknown")  # Slurm may have requeued a job whose folder says that it ended
+            status = replace(status, state="unknown")  # Slurm may have requeued a job that ended by its folder
         statuses[name] = NodeStatus(node_state(status, next(iter(jobs), None)), status, jobs)
         if statuses[name].state == DONE and is_of_other_models(read_object(run_state.run.results) or {}):
             statuses[name] = NodeStatus(MISSING, status)
@@ -75,19 +72,15 @@ def node_state(status: Status, job: SlurmJob | None) -> str:
 
 
 def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
-    """The plan as a tree with a line for each kind of job and the states of its jobs. A kind is drawn below the last of
-    the kinds that it waits for; the others are above that one."""
+    """The plan as a tree, with a line for each kind of job and the states of its jobs.
+
+    A kind is drawn below the last of the kinds that it waits for; the others are above that one.
+    """
     kinds: dict[str, list[PlanNode]] = {}
     for node in reproduction.plan.nodes.values():
         kinds.setdefault(node.kind, []).append(node)
     kind_of = {name: node.kind for name, node in reproduction.plan.nodes.items()}
-    needs = {
-        kind: list(dict.fromkeys(kind_of[n] for node in nodes for n in node.after)) for kind, nodes in kinds.items()
-    }
-    depth: dict[str, int] = {}
-    for kind in kinds:  # in the order of the plan: what it needs has a depth already
-        depth[kind] = 1 + max((depth[each] for each in needs[kind]), default=-1)
-    parent = {kind: max(needs[kind], key=lambda each: depth[each], default=None) for kind in kinds}
+    parent = {kind: kind_of[nodes[0].after[-1]] if nodes[0].after else None for kind, nodes in kinds.items()}
     lines: list[tuple[str, str, str]] = []
 
     def add(kind: str, first: str, rest: str) -> None:
@@ -114,7 +107,7 @@ def _describe_work(node: PlanNode) -> str:
     if isinstance(node.work, Recipe):
         epochs = node.work.optim.total_epochs
         return f"train, {epochs} epoch" + ("s" if epochs > 1 else "")
-    makes: dict[type, str] = {Evaluation: "", ZeroShot: "make the head, ", WiseFT: "mix, ", UniformSoup: "average, "}
+    makes: dict[type, str] = {Evaluation: "", ZeroShot: "build the head, ", WiseFT: "mix, ", UniformSoup: "average, "}
     return f"{makes[type(node.work)]}evaluate"
 
 
@@ -163,13 +156,13 @@ def follow(reproduction: Reproduction) -> int:
             shown = text
             states = states_of(statuses)
             left = still_needed(reproduction.plan, states)
-            # Two looks have to agree: during a requeue there are moments without a job.
+            # Two polls have to agree: during a requeue, the job is missing for a moment.
             quiet = quiet + 1 if all(states[node.name] == MISSING for node in left) else 0
             if not left or quiet == 2:
                 break
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        print("The jobs go on. The same command shows them again.")
+        print("The jobs continue. The same command shows them again.")
         return 130
     for node in left:
         if statuses[node.name].status.last_end:

@@ -1,4 +1,4 @@
-"""A reproduction of the paper: the plan that the flags ask for, its folder, and the checks before jobs are queued."""
+"""A reproduction of the paper: the plan that the flags describe, its folder, and the checks before jobs are queued."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.model_origin import BEST, LAST
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
-from cfmask.files import write_atomically
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import has_secrets
 from launch.allocation.cluster_file import ClusterFile
@@ -37,33 +37,31 @@ ARCHITECTURES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 SETS = (VAL.name, *(benchmark.name for benchmark in SHIFTED))
 
 _ROWS_DECIDE = ("model.head", "run.seed")
-"""Recipe settings, beside those of the method, that a row or another flag of launch/reproduce.py decides."""
+"""Recipe settings, in addition to the method's, that a row or another flag of launch/reproduce.py decides."""
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A plan, its folder and what its jobs get.
-
-    base: the recipe that all training runs have in common.
-    start: the zero-shot model, whose architecture and classes all other models share.
-    allocation: what each job gets.
-    arch: the entry of ARCHITECTURES, if the model is one of OpenAI's.
-    foreign_soup: a state dict of another program, from which the model file Setup.soup is made.
-    selection: which images are trained on and held out, and which checkpoints count, in sentences.
-    """
+    """A plan, its folder, and the resources of its jobs."""
 
     plan: ReproductionPlan
     setup: Setup
     base: Recipe
+    """The settings that all training runs share."""
     start: ModelInfo
+    """The zero-shot model, whose architecture and classes all other models share."""
     allocation: Allocation
+    """The resources of each job."""
     arch: str | None = None
+    """The entry of ARCHITECTURES, if the model is one of OpenAI's."""
     foreign_soup: Path | None = None
+    """A state dict of another program, to be converted to the model file ``setup.soup``."""
     selection: str = ""
+    """Sentences: which images are trained on and held out, and which checkpoints are evaluated."""
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> Reproduction:
-        """The plan that the flags of launch/reproduce.py ask for.
+        """The plan that the flags of launch/reproduce.py describe.
 
         Raises:
             UserError: flags, sets or model contradict each other.
@@ -92,10 +90,7 @@ class Reproduction:
             folder=folder,
             recipe_of=recipe_of,
             evaluation=evaluation,
-            architecture=base.model.name,
-            pretrained=base.model.pretrained,
-            mean=base.model.mean,
-            std=base.model.std,
+            start=base.model,
             seeds=tuple(arguments.seeds),
             soup=folder / "soup.safetensors" if foreign else given,
             checkpoint=checkpoint,
@@ -131,14 +126,14 @@ class Reproduction:
 
     @property
     def sets(self) -> dict[str, Manifest]:
-        """The manifests of all sets that the jobs read, by name."""
+        """The manifests of all sets that jobs read, by name."""
         of_training = (self.base.data.train_split, *self.base.data.eval_sets) if self.plan.trains else ()
         names = (*self.setup.evaluation.sets, *of_training)
         return {name: training.load_set(self.base.data.shards, name) for name in names}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What plan.json records: everything that changes a number of the table. Rows and seeds may be added later."""
+        """The content of plan.json: all that changes a number in the table. Rows and seeds may be added later."""
         return {
             "recipe": dataclasses.asdict(self.base),
             "sets": list(self.setup.evaluation.sets),
@@ -148,7 +143,7 @@ class Reproduction:
         }
 
     def check(self, states: Mapping[str, str]) -> None:
-        """Check all that can be known before the first job is queued, also of models that other jobs have yet to make.
+        """Check everything that can be checked before the first job is queued, also models that jobs have yet to write.
 
         Args:
             states: of the nodes by name.
@@ -188,7 +183,7 @@ class Reproduction:
             check_architecture(info, self.start, str(self.setup.soup))
 
     def _check_start(self) -> None:
-        # Checked here rather than in the job, because compute nodes often have no network.
+        # Here and not only in the job: compute nodes often have no network.
         model = self.base.model
         check_initial_model(model.name, model.pretrained, None, self._classes, mean=model.mean, std=model.std)
 
@@ -196,7 +191,7 @@ class Reproduction:
         kept = read_object(self.setup.folder / "plan.json")
         if kept is None:
             return
-        kept = {"checkpoint": LAST} | kept  # plans of earlier versions had no choice
+        kept = {"checkpoint": LAST} | kept  # plans of earlier versions have no entry
         ours = json.loads(json.dumps(self.identity))  # lists for tuples, as in the file
         differences = [
             f"{name}: {kept.get(name)} → {value}"
@@ -206,13 +201,13 @@ class Reproduction:
         differences += Recipe.from_json(json.dumps(kept.get("recipe", {}))).differences(self.base)
         if differences:
             raise UserError(
-                f"{self.setup.folder} holds another plan: {'; '.join(differences)} (there → here). Give this one a "
-                "folder of its own with --out, or repeat that one's settings."
+                f"{self.setup.folder} holds another plan: {'; '.join(differences)} (there → here). Give another folder "
+                "with --out, or repeat the settings of that plan."
             )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the folder while jobs are submitted (or run here), so that none is submitted twice.
+        """Lock the folder while jobs are submitted or run, so that no job is submitted twice.
 
         Raises:
             UserError: another process holds the lock, or the folder cannot be written.
@@ -229,8 +224,8 @@ class Reproduction:
                 if owner is None:
                     raise
                 raise UserError(
-                    f"Another reproduce.py is at work in {folder} ({owner}). Wait until it has ended; the same command "
-                    "does then what is left."
+                    f"Another reproduce.py is running in {folder} ({owner}). Repeat the command when it has ended: it "
+                    "then submits only what is missing."
                 ) from error
             self._check_folder()
             if not (folder / "plan.json").exists():
@@ -244,18 +239,18 @@ class Reproduction:
 
     @property
     def _soup_start(self) -> tuple[str, str, None, list[tuple[str, str]]]:
-        """Arguments of initial_model for the state dict of --soup, which initialises the same model as --pretrained."""
+        """Arguments of initial_model for the state dict of --soup."""
         return self.base.model.name, str(self.foreign_soup), None, self._classes
 
     def make_soup(self) -> None:
-        """Convert the state dict that --soup names into a cfmask model file, unless that exists."""
+        """Convert the state dict of --soup to a cfmask model file, unless that exists."""
         if self.foreign_soup is None or self.setup.soup is None or self.setup.soup.exists():
             return
         from cfmask.models.head import save_model
 
         model, info = initial_model(*self._soup_start, mean=self.start.mean, std=self.start.std, keep_head=True)
         save_model(self.setup.soup, model, info)
-        print(f"{self.foreign_soup}, with its head, is {self.setup.soup} now")
+        print(f"{self.foreign_soup} was converted, with its head, to {self.setup.soup}")
 
 
 def settle_flags(arguments: argparse.Namespace) -> None:
@@ -270,8 +265,8 @@ def settle_flags(arguments: argparse.Namespace) -> None:
     if decided:
         flags = ", ".join("--" + name.partition(".")[2].replace("_", "-") for name in decided)
         raise UserError(
-            f"{flags} cannot be said here: rows say what is done, seeds are --seeds, and all runs start from one "
-            "model. A variant of a row is a run of its own: launch/submit.py."
+            f"{flags} cannot be given here: --rows and --seeds decide, and all runs start from one model. Submit a "
+            "variant of a row with launch/submit.py."
         )
     if arguments.arch:
         if hasattr(arguments, "model.name"):
@@ -282,6 +277,6 @@ def settle_flags(arguments: argparse.Namespace) -> None:
     for what in ("seeds", "sets", "rows"):
         given = getattr(arguments, what) or []
         if len(set(given)) != len(given):
-            raise UserError(f"--{what} names one of them twice: {' '.join(map(str, given))}.")
+            raise UserError(f"--{what} has a value twice: {' '.join(map(str, given))}.")
     if arguments.tflops is not None and not 0 < arguments.tflops < float("inf"):
         raise UserError(f"--tflops is {arguments.tflops}; it must be a number above 0.")

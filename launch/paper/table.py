@@ -9,7 +9,7 @@ from typing import Any
 
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
-from cfmask.files import write_atomically
+from cfmask.runtime.files import write_atomically
 from cfmask.secrets import mask_secrets
 from launch.paper.plan import HEADLINE, LABELS
 from launch.paper.reproduction import Reproduction
@@ -18,7 +18,7 @@ from launch.paper.reproduction import Reproduction
 def write_table(reproduction: Reproduction) -> None:
     """Write the rows that have results, beside the published numbers, to table.md, table.tex, results.json and charts
     in the plan's folder, and print the table."""
-    # Imported here, because a command that only submits jobs needs neither scipy nor matplotlib.
+    # Imports scipy and matplotlib, which a command that only submits jobs does not need.
     from cfmask import report as reports
 
     folder = reproduction.setup.folder
@@ -32,12 +32,12 @@ def write_table(reproduction: Reproduction) -> None:
             origins.setdefault(row.word, []).extend(origin for origin in results.origins if origin.run is not None)
             models.append(results.models[results.chosen or 0])
         if len(done) < len(row.found_in):
-            missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds there)" if done else ""))
+            missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds done)" if done else ""))
         # A row without models is a line of dashes.
         rows.append(reports.ResultRow(row.label, tuple(models) or (reports.ModelResult(row.label, {}),)))
         found[row.word] = len(done)
     if not any(found.values()):
-        print("No row of the table is there yet.")
+        print("No row of the table has results yet.")
         return
     home, *shifted = reproduction.setup.evaluation.sets
     split = reports.Split(home, tuple(shifted))
@@ -48,7 +48,7 @@ def write_table(reproduction: Reproduction) -> None:
     else:
         table = reports.markdown_table(rows, split, note=note)
     if missing:
-        table += f"\n\nNot there yet: {'; '.join(missing)}."
+        table += f"\n\nMissing: {'; '.join(missing)}."
     write_atomically(folder / "table.md", table + "\n")
     write_atomically(folder / "table.tex", reports.latex_table(rows, split, note=note) + "\n")
     numbers = []

@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full
+from cfmask.runtime.files import disk_is_full
 from cfmask.runtime.heartbeat import CHECKING, beat
 from cfmask.runtime.machine import node_name, probe_in
+from cfmask.runtime.storage import file_clock, free_bytes
 from launch.slurm.client import SlurmError
 from launch.slurm.site import controller_clock
 
 if TYPE_CHECKING:
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -166,44 +167,3 @@ def failed_memory(uuid: str) -> str | None:
     if failed:
         return "rows of its memory have failed, and could not be remapped"
     return "rows of its memory are to be remapped: it needs a reset" if pending else None
-
-
-# --- what launch/doctor.py also looks at ------------------------------------------------------------------------------
-
-
-def file_clock(path: Path) -> tuple[float, float]:
-    """Write a file, read it back, and remove it.
-
-    Returns:
-        Bounds of (file system's clock - this machine's), in seconds. A timestamp may be a clock tick old, or a second
-        on file systems that store whole seconds.
-
-    Raises:
-        OSError: that is not possible, or the file had other contents.
-    """
-    before = time.time()
-    with open(path, "wb") as file:
-        file.write(b"cfmask")
-        file.flush()
-        os.fsync(file.fileno())
-        stamp = os.fstat(file.fileno()).st_mtime_ns
-    after = time.time()
-    is_whole = path.read_bytes() == b"cfmask"
-    path.unlink()
-    if not is_whole:
-        raise OSError(0, "the contents read differ from those written", str(path))
-    grain = 1.0 if stamp % 1_000_000_000 == 0 else 0.01
-    return stamp / 1e9 - after, stamp / 1e9 + grain - before
-
-
-def free_bytes(folder: Path) -> int:
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
-
-
-def write_and_look(folder: Path, name: str) -> tuple[str, list[float]]:
-    """``file_clock`` of a file, as a list; or why that failed, and an empty list."""
-    try:
-        return "", list(file_clock(folder / name))
-    except OSError as error:
-        return f"{error.strerror}: {error.filename or folder / name}", []

@@ -41,7 +41,7 @@ from launch.restarts.policy import Cause, GivenUp, Restarts
 from launch.state.ends import AT_TIME_LIMIT
 
 if TYPE_CHECKING:
-    from cfmask.distributed import DistributedContext
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class Job:
 
         # After the handlers are installed, because importing torch takes seconds.
         with _importing():
-            from cfmask.distributed import CalledOff, DistributedContext
+            from cfmask.runtime.distributed import DistributedContext
             from cfmask.runtime.heartbeat import PREPARING, beat
+            from cfmask.runtime.rendezvous import CalledOff
             from cfmask.session import FINISHED, REQUEUE
 
         context = DistributedContext(
@@ -174,7 +175,7 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
     Raises:
         CalledOff: the run is finished or cancelled, or the budget of restarts is spent.
     """
-    from cfmask.distributed import CalledOff, call_off
+    from cfmask.runtime.rendezvous import CalledOff, call_off
 
     failed, is_recorded = False, True
     if run.results.exists():
@@ -192,7 +193,7 @@ def _check_start(run: RunFolder, context: DistributedContext, restarts: Restarts
     if is_recorded:
         with contextlib.suppress(UserError), run.locked(context.attempt):  # unless another job holds the lock
             run.end_failed(reason, job=context.attempt, nodes=context.nodes, world_size=context.world_size)
-    call_off(context, run.root / "meeting", reason, failed=failed)
+    call_off(run.rendezvous, context.attempt, reason, failed=failed)
     raise CalledOff(reason, failed=failed)
 
 

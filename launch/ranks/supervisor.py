@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cfmask.errors import UserError
-from cfmask.files import write_atomically
 from cfmask.runtime import nccl
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.logging import as_logged, message_of
 from cfmask.runtime.machine import node_name, process_runs
 from cfmask.runtime.process import (

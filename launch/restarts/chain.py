@@ -3,7 +3,7 @@
 They are for sites where a job may not requeue itself. `submit.py --chain N` queues N jobs, each with
 `--dependency=afterany:` on the one before:
 
-    job 12   trains until its time limit is near or it is warned, saves a checkpoint, and ends with exit code 0
+    job 12   trains until a warning or until its time limit is near, saves a checkpoint, and ends with exit code 0
     job 13   resumes; …
     job 14   finds the run finished (or cancelled), and ends at once with exit code 0
 
@@ -26,7 +26,7 @@ from typing import Any
 
 from cfmask.runs import RunFolder
 from launch.slurm.client import SlurmError
-from launch.slurm.control import leave_out
+from launch.slurm.control import exclude_nodes
 from launch.slurm.queue import queue
 from launch.state.facts import read_jobs
 
@@ -47,7 +47,9 @@ class Chain:
 
     run: RunFolder
     job: str
+    """Id of this process's job."""
     before: tuple[str, ...]
+    """Ids of the chain's earlier jobs."""
 
     @classmethod
     def of_job(cls, run: RunFolder, job: str) -> Chain | None:
@@ -70,7 +72,7 @@ class Chain:
         """Keep the later jobs from running on these nodes."""
         for job in self.later_jobs() if nodes else ():
             try:
-                leave_out(job, nodes, patience_s=_PATIENCE_S)
+                exclude_nodes(job, nodes, patience_s=_PATIENCE_S)
             except SlurmError as error:
                 logger.warning(f"{', '.join(nodes)} cannot be excluded from job {job}: {error}")
 
@@ -78,7 +80,7 @@ class Chain:
         """For this job and each one before it, the number of starts of the jobs before that one, recorded or not.
 
         Args:
-            attempts: lines of attempts.jsonl.
+            attempts: Lines of attempts.jsonl.
         """
         starts: dict[str, int] = {}
         for line in attempts:

@@ -30,8 +30,7 @@ def stop_time(limit_min: float | None, slurm_job: str | None) -> float:
         limit_s, left_s = limit_and_rest(show_job(slurm_job, patience_s=_PATIENCE_S))
     except (SlurmError, ValueError):  # a container may have no scontrol; Slurm sets this variable since 23.02
         end = os.environ.get("SLURM_JOB_END_TIME", "")
-        left_s = int(end) - time.time() if end.isdigit() and int(end) else math.inf
-        limit_s = left_s
+        limit_s = left_s = int(end) - time.time() if end.isdigit() and int(end) else math.inf
     return time.monotonic() + left_s - margin_s(limit_s) if math.isfinite(left_s) else math.inf
 
 

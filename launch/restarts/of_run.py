@@ -46,7 +46,7 @@ def saved_progress(run: RunFolder) -> int:
         return saved
     # Two starts began at the same step although there is a newer checkpoint. If that one is damaged, every start falls
     # back to the one before it, which is no progress. Only here, because reading a whole checkpoint takes a while.
-    from cfmask import resume
+    from cfmask.checkpoint import resume
 
     try:
         found = resume.latest(run.checkpoints, report=lambda text: None)

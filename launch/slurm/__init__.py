@@ -1,1 +1,1 @@
-"""The one client of Slurm's commands."""
+"""The client for Slurm's commands; no other package runs them."""

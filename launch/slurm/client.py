@@ -1,13 +1,13 @@
-"""How Slurm's commands are called: one environment, one timeout, one rule for what is tried again.
+"""Calls Slurm's commands: one environment, one timeout, and one rule for what is repeated.
 
-    text = ask("squeue", "--noheader", "--me")   a question, or a command that may be given twice
-    carry_out("scontrol", …, is_done=…)          a command that may not: it is repeated after a look only
+    text = ask("squeue", "--noheader", "--me")   a query, or another command that is safe to repeat
+    carry_out("scontrol", …, is_done=…)          a command that changes something: repeated only after a check
 
-A command that fails because the controller does not answer is repeated until ``patience_s`` is over. "Socket timed
-out" says nothing about whether a request was carried out.
+A command that fails because the controller does not answer is repeated for up to ``patience_s`` seconds. "Socket timed
+out" does not say whether the request was carried out.
 
-Beside this module: ``queue.py`` (what is queued, what has ended), ``control.py`` (requeue, cancel), ``submission.py``
-(sbatch), ``states.py`` (what a job's state means), ``texts.py`` (what the commands print).
+Other modules of this package: ``queue.py`` (queued and ended jobs), ``control.py`` (requeue, cancel), ``submission.py``
+(sbatch), ``site.py`` (configuration of the cluster), ``states.py`` (meaning of job states), ``texts.py`` (parsers).
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from subprocess import CompletedProcess
+from typing import TypeVar
 
 from cfmask.errors import UserError
 from launch.slurm.texts import parse_records, version_of
 
+T = TypeVar("T")
+
 ANSWER_S = 60.0
-"""Seconds that one call of a command may take. Slurm's own MessageTimeout is 10 s by default, 100 s on large sites."""
+"""Timeout of one command, in seconds. Slurm's MessageTimeout is 10 s by default and 100 s on large sites."""
 PATIENCE_S = 60.0
-"""Seconds for which a controller that does not answer is asked again."""
-_ASK_AGAIN_S = 2.0
+"""For how many seconds a command is repeated while the controller does not answer."""
+_REPEAT_AFTER_S = 2.0
 
 _KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT")
-"""They say which cluster is meant, and who asks."""
+"""Variables that select the cluster and the user."""
 _OPTIONS = (
     *("SACCT_", "SALLOC_", "SATTACH_", "SBATCH_", "SBCAST_", "SCANCEL_", "SCONTROL_", "SCRONTAB_", "SDIAG_", "SINFO_"),
     *("SLURM_", "SLURMD_", "SLURMSTEPD_", "SPRIO_", "SQUEUE_", "SREPORT_", "SRUN_", "SSHARE_", "SSTAT_", "STRIGGER_"),
@@ -37,16 +40,18 @@ _OPTIONS = (
 )
 _LOCALE = ("LANG", "LC_")
 _OF_STEP = ("PMI_", "PMIX_", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
-"""What srun adds for the processes of a step."""
+"""Variables that srun sets for the processes of a step."""
 
-_NOT_SENT = (
+_NOT_DONE = (
     "Unable to contact slurm controller",
     "Connection refused",
     "Could not establish a configuration source",
     "DNS SRV lookup failed",
+    "Job can not be altered now, try again later",
 )
+"""Messages after which the request was certainly not carried out."""
 _NO_ANSWER = (
-    *_NOT_SENT,
+    *_NOT_DONE,
     "Communication connection failure",
     "Connection reset",
     "Connection timed out",
@@ -62,14 +67,18 @@ _NO_ANSWER = (
 
 
 class SlurmError(UserError):
-    """A command of Slurm's failed; the message has its output."""
+    """A Slurm command failed; the message has its output."""
 
 
 class SlurmUnavailable(SlurmError):
-    """Slurm cannot be asked. Whether a request was carried out is then unknown, unless ``sent`` is false.
+    """Slurm gave no answer, or asked to try again later.
 
-    sent: whether the request may have reached the controller.
+    Attributes:
+        sent: Whether the request may have reached the controller; if so, it is unknown whether it was carried out.
+        final: Whether repeating the command is useless.
     """
+
+    final = False
 
     def __init__(self, message: str, *, sent: bool = True) -> None:
         super().__init__(message)
@@ -79,18 +88,20 @@ class SlurmUnavailable(SlurmError):
 class SlurmMissing(SlurmUnavailable):
     """The command is not installed on this machine."""
 
+    final = True
+
     def __init__(self, command: str) -> None:
         super().__init__(f"There is no {command} on this machine.", sent=False)
 
 
 def environment(base: Mapping[str, str] | None = None, *, for_job: bool = False) -> dict[str, str]:
-    """The environment for Slurm's commands. Variables by which Slurm's commands and submitit take options are left out:
-    they would silently override what is asked for here, or hide jobs.
+    """The environment for Slurm's commands. Variables from which Slurm's commands and submitit read options are
+    removed: they would silently override the options of the call, or hide jobs.
 
     Args:
-        base: what to take it from (default: this process's).
-        for_job: for sbatch, which hands the environment on to the job: the locale stays the user's. What srun added for
-            a job that this process is part of is left out as well.
+        base: The environment to filter (default: that of this process).
+        for_job: For sbatch, which passes its environment on to the job: keep the user's locale, and remove the
+            variables that srun set for the job that this process is part of.
     """
     base = os.environ if base is None else base
     dropped: tuple[str, ...] = _OPTIONS
@@ -102,32 +113,31 @@ def environment(base: Mapping[str, str] | None = None, *, for_job: bool = False)
     return kept if for_job else kept | {"LC_ALL": "C"}
 
 
-def ignored_options(base: Mapping[str, str] | None = None) -> list[str]:
-    """Variables by which the user may mean to give options to sbatch, and which are left out."""
-    return sorted(name for name in (os.environ if base is None else base) if name.startswith("SBATCH_"))
+def ignored_options() -> list[str]:
+    """Variables by which the user may intend to pass options to sbatch, and which ``environment`` removes."""
+    return sorted(name for name in os.environ if name.startswith("SBATCH_"))
 
 
 def call(command: tuple[str, ...], *, answer_s: float = ANSWER_S, text: str | None = None) -> CompletedProcess[str]:
-    """Run a command once; it may have failed.
+    """Run a command once; its exit code may be other than 0.
 
     Args:
-        text: its standard input. sbatch, which hands it on, gets the environment for a job.
+        text: Standard input.
 
     Raises:
-        SlurmMissing: it is not installed.
-        SlurmUnavailable: nobody answered.
+        SlurmMissing: The command is not installed.
+        SlurmUnavailable: Slurm gave no answer.
     """
     shown = shlex.join(command[:4])
-    env = environment(for_job=os.path.basename(command[0]) == "sbatch")
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            errors="replace",  # jobs and paths may have names in any encoding
+            errors="replace",  # names of jobs and paths may be in any encoding
             timeout=answer_s,
             input=text or "",
-            env=env,
+            env=environment(for_job=os.path.basename(command[0]) == "sbatch"),
         )
     except FileNotFoundError:
         raise SlurmMissing(command[0]) from None
@@ -135,101 +145,85 @@ def call(command: tuple[str, ...], *, answer_s: float = ANSWER_S, text: str | No
         raise SlurmUnavailable(f"`{shown}` cannot be run: {error.strerror}.", sent=False) from None
     except subprocess.TimeoutExpired:
         raise SlurmUnavailable(f"`{shown}` does not answer within {answer_s:.0f} s.") from None
-    if done.returncode and any(words in done.stderr + done.stdout for words in _NO_ANSWER):
-        sent = not any(words in done.stderr + done.stdout for words in _NOT_SENT)
-        raise SlurmUnavailable(f"`{shown}` failed: {said(done)}", sent=sent)
+    output = done.stderr + done.stdout
+    if done.returncode and any(message in output for message in _NO_ANSWER):
+        raise SlurmUnavailable(_failure(command, done), sent=not any(message in output for message in _NOT_DONE))
     return done
 
 
-def said(done: CompletedProcess[str]) -> str:
-    """What a command that failed printed, on one line."""
-    return " ".join((done.stderr.strip() or done.stdout).split())
+def repeat(request: Callable[[], T], patience_s: float) -> T:
+    """``request()``, repeated while it raises a SlurmUnavailable that is not final, for up to ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return request()
+        except SlurmUnavailable as error:
+            if error.final or time.monotonic() + _REPEAT_AFTER_S > deadline:
+                raise
+        time.sleep(_REPEAT_AFTER_S)
 
 
 def ask(*command: str, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> str:
-    """The standard output of a command that may be given twice.
+    """The standard output of a command that is safe to repeat.
 
     Raises:
-        SlurmUnavailable: the command is not installed, or nobody answers within ``patience_s``.
-        SlurmError: it failed.
+        SlurmUnavailable: The command is not installed, or there is no answer within ``patience_s``.
+        SlurmError: The command failed.
     """
-    return _checked(command, call_patiently(command, patience_s=patience_s, answer_s=answer_s))
-
-
-def call_patiently(
-    command: tuple[str, ...], *, patience_s: float, answer_s: float = ANSWER_S, text: str | None = None
-) -> CompletedProcess[str]:
-    """``call``, repeated while nobody answers. For commands that may be given twice.
-
-    Raises:
-        SlurmUnavailable: the command is not installed, or nobody answers within ``patience_s``.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            return call(command, answer_s=answer_s, text=text)
-        except SlurmMissing:
-            raise
-        except SlurmUnavailable:
-            if time.monotonic() + _ASK_AGAIN_S > deadline:
-                raise
-        time.sleep(_ASK_AGAIN_S)
+    return _checked(command, repeat(lambda: call(command, answer_s=answer_s), patience_s))
 
 
 def carry_out(*command: str, is_done: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
-    """Give a command that changes something. If its answer is lost, look whether it was carried out before it is
-    repeated: the first one may still be on its way, or done.
+    """Run a command that changes something. If its answer is lost, check whether it was carried out before repeating
+    it.
 
     Args:
-        is_done: looks; may raise SlurmUnavailable.
+        is_done: Checks the effect; may raise SlurmUnavailable.
 
     Raises:
-        SlurmUnavailable: nobody answers within ``patience_s``. Whether it was carried out is unknown.
-        SlurmError: it was refused.
+        SlurmUnavailable: There is no answer within ``patience_s``. Whether the command was carried out is unknown.
+        SlurmError: Slurm refuses.
     """
-    deadline = time.monotonic() + patience_s
     repeated = False
-    while True:
+
+    def attempt() -> None:
+        nonlocal repeated
+        if repeated and is_done():
+            return
         try:
             _checked(command, call(command))
-            return
-        except SlurmMissing:
-            raise
         except SlurmUnavailable:
-            if time.monotonic() + _ASK_AGAIN_S > deadline:
-                raise
-        except SlurmError:
-            if repeated and is_done():  # "already": by the first one, after the look
-                return
+            repeated = True
             raise
-        time.sleep(_ASK_AGAIN_S)
-        while True:
-            try:
-                if is_done():
-                    return
-                break
-            except SlurmUnavailable:
-                if time.monotonic() + _ASK_AGAIN_S > deadline:
-                    raise
-            time.sleep(_ASK_AGAIN_S)
-        repeated = True
+        except SlurmError:
+            if not (repeated and is_done()):  # a late first request may be why the second one is refused
+                raise
+
+    repeat(attempt, patience_s)
 
 
 def _checked(command: tuple[str, ...], done: CompletedProcess[str]) -> str:
     if done.returncode:
-        raise SlurmError(f"`{shlex.join(command[:4])}` failed: {said(done)}")
+        raise SlurmError(_failure(command, done))
     return done.stdout
 
 
-def show_job(job: str, *, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_S) -> dict[str, str]:
-    """What the controller knows of a job, as `scontrol show job` names it; empty if it does not know it.
+def _failure(command: tuple[str, ...], done: CompletedProcess[str]) -> str:
+    """The error message for a failed command, on one line."""
+    return f"`{shlex.join(command[:4])}` failed: {' '.join((done.stderr.strip() or done.stdout).split())}"
+
+
+def show_job(job: str, **wait: float) -> dict[str, str]:
+    """The controller's record of a job, with the field names of `scontrol show job`; empty for an unknown job.
+
+    Args:
+        wait: ``patience_s`` and ``answer_s`` of ``ask``.
 
     Raises:
-        SlurmUnavailable: it does not answer.
+        SlurmUnavailable: The controller does not answer.
     """
-    command = ("scontrol", "--oneliner", "show", "job", job)
     try:
-        text = ask(*command, patience_s=patience_s, answer_s=answer_s)
+        text = ask("scontrol", "--oneliner", "show", "job", job, **wait)
     except SlurmUnavailable:
         raise
     except SlurmError as error:
@@ -240,5 +234,5 @@ def show_job(job: str, *, patience_s: float = PATIENCE_S, answer_s: float = ANSW
 
 
 def version(*, patience_s: float = PATIENCE_S) -> tuple[int, int]:
-    """(22, 5) of Slurm 22.05.8, by the commands on this machine."""
+    """The version of the commands on this machine: (22, 5) for Slurm 22.05.8."""
     return version_of(ask("scontrol", "--version", patience_s=patience_s))

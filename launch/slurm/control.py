@@ -1,5 +1,5 @@
-"""What is done to jobs: requeued, cancelled, signalled, made eligible. Each is repeated where the controller's answer
-was lost, after a look whether it was carried out."""
+"""Requeues, cancels, signals and updates jobs. If the controller's answer is lost, a command is repeated only after a
+check whether it was carried out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _GONE = ("Invalid job id", "already completing or completed", "already finished"
 
 
 def requeue(job: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Put a job that runs back into the queue; it keeps its id. Called from within the job, it ends this process soon.
+    """Put a running job back into the queue; it keeps its id. If this process is part of the job, Slurm ends it soon.
 
     Raises:
-        SlurmUnavailable: nobody answers within ``patience_s``.
+        SlurmUnavailable: There is no answer within ``patience_s``.
         SlurmError: Slurm refuses.
     """
     before = _restarts(show_job(job, patience_s=patience_s))
@@ -29,14 +29,15 @@ def requeue(job: str, *, patience_s: float = PATIENCE_S) -> None:
 
 
 def cancel(*jobs: str, signal: str | None = None, patience_s: float = PATIENCE_S) -> None:
-    """End jobs for good, or send a signal to their ranks (not to their batch scripts). Jobs that are gone by now are
-    left alone.
+    """End jobs for good. Jobs that have ended are ignored.
+
+    Args:
+        signal: Send this signal to the ranks instead (not to the batch script).
 
     Raises:
-        SlurmUnavailable: nobody answers within ``patience_s``.
-        SlurmError: Slurm refuses: they are another user's.
+        SlurmUnavailable: There is no answer within ``patience_s``.
+        SlurmError: Slurm refuses, as for jobs of another user.
     """
-
     if not jobs:
         return
     before = queue(jobs, patience_s=patience_s) if signal else {}
@@ -45,8 +46,8 @@ def cancel(*jobs: str, signal: str | None = None, patience_s: float = PATIENCE_S
         left = queue(jobs, patience_s=0)
         if signal is None:
             return all(is_completing(job.state) for job in left.values())
-        # It cannot be seen whether a signal has arrived. Ranks take one that comes twice for one; a job that has been
-        # requeued since must not get it.
+        # Slurm does not show whether a signal has arrived. Ranks treat a repeated one as one, but a job that has been
+        # requeued in the meantime must not get it.
         return not any(
             is_running(job.state) and id in before and job.restarts == before[id].restarts for id, job in left.items()
         )
@@ -57,15 +58,15 @@ def cancel(*jobs: str, signal: str | None = None, patience_s: float = PATIENCE_S
     except SlurmUnavailable:
         raise
     except SlurmError as error:
-        if "denied" in str(error) or not any(words in str(error) for words in _GONE):
+        if "denied" in str(error) or not any(message in str(error) for message in _GONE):
             raise
 
 
 def start_now(job: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Make a job that waits for its begin time eligible at once: a requeued job is held for about two minutes.
+    """Make a requeued job eligible at once; Slurm would hold it for about two minutes.
 
     Raises:
-        SlurmError: Slurm refuses, or nobody answers.
+        SlurmError: Slurm refuses, or does not answer.
     """
 
     def is_done() -> bool:
@@ -74,11 +75,11 @@ def start_now(job: str, *, patience_s: float = PATIENCE_S) -> None:
     carry_out("scontrol", "update", f"jobid={job}", "StartTime=now", is_done=is_done, patience_s=patience_s)
 
 
-def leave_out(job: str, nodes: Sequence[str], *, patience_s: float = PATIENCE_S) -> None:
-    """Keep a job that waits from these nodes, and from no others.
+def exclude_nodes(job: str, nodes: Sequence[str], *, patience_s: float = PATIENCE_S) -> None:
+    """Replace the list of nodes that a waiting job excludes.
 
     Raises:
-        SlurmError: Slurm refuses, or nobody answers.
+        SlurmError: Slurm refuses, or does not answer.
     """
     ask("scontrol", "update", f"jobid={job}", f"ExcNodeList={','.join(nodes)}", patience_s=patience_s)
 

@@ -1,12 +1,12 @@
-"""submitit's Slurm executor, with our sbatch: its own would take options from the environment, and would not look
-whether a job was accepted whose answer was lost."""
+"""submitit's Slurm executor with our own sbatch: submitit's takes options from the environment, and does not check
+whether a job was accepted if sbatch's answer was lost."""
 
 from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +18,33 @@ from launch.slurm.control import cancel
 from launch.slurm.submission import SubmissionUnknown, submit
 
 _CLEAN = "unset ${!SRUN_*} SLURM_EXPORT_ENV SLURM_KILL_BAD_EXIT SLURM_WAIT"
-"""srun takes options from these, which a login shell on the node may have set."""
+"""srun reads options from these variables, which a login shell on the node may have set."""
 
 
 class SlurmExecutor(submitit.SlurmExecutor):
-    """As submitit's; ``submit_array`` makes one job of one function, and an array of several."""
+    """submitit's executor; ``submit_array`` submits a single function as a job and several as an array."""
 
     def __init__(self, folder: str | Path, **options: Any) -> None:
         super().__init__(folder, **options)
-        # submitit's default is "submitit", which sites that check wckeys refuse.
-        self.parameters["wckey"] = None
+        self.parameters["wckey"] = None  # submitit's default, "submitit", is refused by sites that check wckeys
         self._accepted: str | None = None
 
     def batch_script(self, members: int = 1) -> str:
-        """What would be sent for so many functions."""
-        count = {"map_count": members} if members > 1 else {}
-        before, self.parameters = self.parameters, {**self.parameters, **count}
-        try:
+        """The batch script that would be submitted for this number of functions."""
+        with self._array_of(members):
             return self._make_submission_file_text(self._submitit_command_str, "")
+
+    @contextmanager
+    def _array_of(self, members: int) -> Iterator[None]:
+        before = self.parameters
+        self.parameters = before | ({"map_count": members} if members > 1 else {})
+        try:
+            yield
         finally:
             self.parameters = before
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        # submitit always asks for a time limit; "partition" stands for none, so that a job gets its partition's.
+        # submitit always writes a time limit; "partition" stands for the partition's default.
         text = super()._make_submission_file_text(command, uid)
         lines = [line for line in text.splitlines() if line != "#SBATCH --time=partition"]
         options = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
@@ -49,12 +53,12 @@ class SlurmExecutor(submitit.SlurmExecutor):
     def _submit_command(self, command: str) -> submitit.Job[Any]:
         script = JobPaths.get_first_id_independent_folder(self.folder) / f".submission_file_{uuid.uuid4().hex}.sh"
         try:
+            # Readable by its owner only: setup lines of a cluster file may contain tokens.
             with open(os.open(script, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                # Only its owner can read it: setup lines of a cluster file may have tokens.
                 file.write(self._make_submission_file_text(command, ""))
             number = self._accepted = submit(script)
         except SubmissionUnknown:
-            raise  # the script is how its job is found later
+            raise  # the script stays: its job is found by it
         except (SlurmError, OSError):
             script.unlink(missing_ok=True)
             raise
@@ -65,33 +69,29 @@ class SlurmExecutor(submitit.SlurmExecutor):
     def _internal_process_submissions(self, delayed_submissions: Sequence[DelayedSubmission]) -> list[Any]:
         self._accepted = None
         try:
-            return self._process(delayed_submissions)
+            if len(delayed_submissions) == 1:
+                return super()._internal_process_submissions(list(delayed_submissions))
+            return self._submit_members(delayed_submissions)
         except OSError as error:
             if self._accepted is None:
                 raise
             with suppress(SlurmError):
-                cancel(self._accepted)  # it would not find the function that it is to call
+                cancel(self._accepted)  # without its pickle it could only fail
             raise SubmissionUnknown(
                 f"Slurm has accepted job {self._accepted}, but its files in {self.folder} cannot be written "
-                f"({error.strerror}), so it was cancelled. Give the same command again when there is space."
+                f"({error.strerror}), so it was cancelled. Free some space and repeat the command."
             ) from None
 
-    def _process(self, delayed_submissions: Sequence[DelayedSubmission]) -> list[Any]:
-        if len(delayed_submissions) == 1:
-            return super()._internal_process_submissions(list(delayed_submissions))
-        # submitit's own branch for arrays makes an executor of its own class, which would call sbatch by itself.
+    def _submit_members(self, functions: Sequence[DelayedSubmission]) -> list[Any]:
+        """submitit's own code for arrays creates an executor of its own class, which would call sbatch directly."""
         folder = JobPaths.get_first_id_independent_folder(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        pickles = []
-        for each in delayed_submissions:
-            pickles.append(folder / f"{uuid.uuid4().hex}.pkl")
-            each.set_timeout(self.parameters.get("time", 5), self.max_num_timeout)
-            each.dump(pickles[-1])
-        before, self.parameters = self.parameters, {**self.parameters, "map_count": len(pickles)}
-        try:
+        pickles = [folder / f"{uuid.uuid4().hex}.pkl" for _ in functions]
+        for function, pickle in zip(functions, pickles, strict=True):
+            function.set_timeout(self.parameters.get("time", 5), self.max_num_timeout)
+            function.dump(pickle)
+        with self._array_of(len(pickles)):
             array = self._submit_command(self._submitit_command_str)
-        finally:
-            self.parameters = before
         ranks = list(range(array.num_tasks))
         jobs = [
             self.job_class(folder=self.folder, job_id=f"{array.job_id}_{member}", tasks=ranks)

@@ -1,91 +1,75 @@
-"""Slurm's job states, and what they mean for whoever waits for a job.
+"""Slurm's job states, and what they mean for a caller that waits for a job.
 
-    is_over(state)      it has ended and does not come back
+    is_over(state)      the job has ended and does not return
     is_pending(state)   it waits in the queue, for the first time or again
-    is_running(state)   it has nodes, and its processes run or may be run at any moment
+    is_running(state)   it has nodes, and its processes run or may start at any moment
 
-Slurm describes a job by a base state and flags (slurm.h: enum job_states), and its commands show one word for both: a
-flag where one is set, else the base state. sacct adds who cancelled a job ("CANCELLED by 1000"), cuts long words in its
-table ("CANCELLED+"), and newer versions can list all ("RUNNING,COMPLETING"); squeue's %t abbreviates ("CG"). All of
-these are understood.
+Slurm describes a job by a base state and flags (slurm.h: enum job_states). Its commands show a flag if one is set, else
+the base state. sacct adds who cancelled a job ("CANCELLED by 1000") and truncates long names in its table
+("CANCELLED+"); newer versions can list all flags ("RUNNING,COMPLETING"); squeue's %t abbreviates ("CG"). All of these
+are understood.
 
-A state that is not listed here counts as alive: it is neither over, nor pending, nor running. A job that was taken for
-ended by mistake would be submitted a second time.
+A state that is not listed here is neither over, nor pending, nor running, and so counts as alive: a job that was taken
+for ended by mistake would be submitted a second time.
 """
 
 from __future__ import annotations
 
 import re
 
-_ENDED = {
-    "BOOT_FAIL": "BF",
-    "CANCELLED": "CA",
-    "COMPLETED": "CD",
-    "DEADLINE": "DL",
-    "FAILED": "F",
-    "NODE_FAIL": "NF",
-    "OUT_OF_MEMORY": "OOM",
-    "PREEMPTED": "PR",
-    "REVOKED": "RV",  # a flag: a sibling cluster of the federation has started the job instead
-    "TIMEOUT": "TO",
-}
-_WAITING = {
-    "PENDING": "PD",
-    "REQUEUED": "RQ",
-    "REQUEUE_FED": "RF",
-    "REQUEUE_HOLD": "RH",
-    "RESV_DEL_HOLD": "RD",
-    "SPECIAL_EXIT": "SE",
-}
-_ALLOCATED = {
-    "CONFIGURING": "CF",
-    "EXPEDITING": "EX",
-    "POWER_UP_NODE": "PU",
-    "RESIZING": "RS",
-    "RUNNING": "R",
-    "SIGNALING": "SI",
-    "STOPPED": "ST",
-    "SUSPENDED": "S",
-}
-_LEAVING = {"COMPLETING": "CG", "STAGE_OUT": "SO"}
-"""Its processes end, or its files are being moved. What it will be then, over or pending, is not known yet."""
-_NEUTRAL = {"LAUNCH_FAILED": "LF", "RECONFIG_FAIL": "RC", "UPDATE_DB": "UD"}
-"""Flags that say nothing about whether the job ends: the base state does, where it is shown beside them."""
+
+def _table(text: str) -> dict[str, str]:
+    """Abbreviations by state."""
+    return dict(pair.split(":") for pair in text.split())
+
+
+# REVOKED is a flag: a sibling cluster of the federation has started the job instead.
+_ENDED = _table(
+    "BOOT_FAIL:BF CANCELLED:CA COMPLETED:CD DEADLINE:DL FAILED:F NODE_FAIL:NF OUT_OF_MEMORY:OOM PREEMPTED:PR "
+    "REVOKED:RV TIMEOUT:TO"
+)
+_WAITING = _table("PENDING:PD REQUEUED:RQ REQUEUE_FED:RF REQUEUE_HOLD:RH RESV_DEL_HOLD:RD SPECIAL_EXIT:SE")
+_ALLOCATED = _table(
+    "CONFIGURING:CF EXPEDITING:EX POWER_UP_NODE:PU RESIZING:RS RUNNING:R SIGNALING:SI STOPPED:ST SUSPENDED:S"
+)
+_LEAVING = _table("COMPLETING:CG STAGE_OUT:SO")
+"""Its processes end or its files are moved. Whether it will then be over or pending is not known yet."""
+_NEUTRAL = _table("LAUNCH_FAILED:LF RECONFIG_FAIL:RC UPDATE_DB:UD")
+"""Flags that do not tell whether the job ends; the base state does, if it is shown beside them."""
 
 _FULL = {short: full for group in (_ENDED, _WAITING, _ALLOCATED, _LEAVING, _NEUTRAL) for full, short in group.items()}
 
 
-def words(state: str) -> frozenset[str]:
-    """The base state and flags in what a command shows: {"CANCELLED"} of "CANCELLED by 1000"."""
+def base_and_flags(state: str) -> frozenset[str]:
+    """The base state and flags in a state as a command shows it: {"CANCELLED"} for "CANCELLED by 1000"."""
     text = re.split(r"\s+by\s+", state.strip(), flags=re.IGNORECASE)[0].upper()
-    found = {_FULL.get(word, word) for word in re.split(r"[\s,|]+", text) if word}
-    return frozenset(_completed(word) for word in found)
+    return frozenset(_full_name(_FULL.get(name, name)) for name in re.split(r"[\s,|]+", text) if name)
 
 
-def _completed(word: str) -> str:
-    """A word that sacct's table has cut: "CANCELLED+", "OUT_OF_ME+"."""
-    if not word.endswith("+"):
-        return word
-    fits = [full for full in _FULL.values() if full.startswith(word[:-1])]
-    return fits[0] if len(fits) == 1 else word
+def _full_name(name: str) -> str:
+    """Complete a name that sacct's table has truncated: "CANCELLED+", "OUT_OF_ME+"."""
+    matches = [full for full in _FULL.values() if name.endswith("+") and full.startswith(name[:-1])]
+    return matches[0] if len(matches) == 1 else name
 
 
 def is_over(state: str) -> bool:
-    found = words(state) - _NEUTRAL.keys()
+    """Whether the job has ended for good."""
+    found = base_and_flags(state) - _NEUTRAL.keys()
     return bool(found) and found <= _ENDED.keys()
 
 
 def is_pending(state: str) -> bool:
-    """True also of a job that waits to be released after a requeue."""
-    found = words(state)
+    """Whether the job waits in the queue, or waits to be released after a requeue."""
+    found = base_and_flags(state)
     return bool(found & _WAITING.keys()) and not found & _LEAVING.keys()
 
 
 def is_running(state: str) -> bool:
-    """True also while its nodes boot, or its processes are suspended; not any more when they are being ended."""
-    found = words(state)
+    """Whether the job has nodes. True while they boot or its processes are suspended, false once these are ended."""
+    found = base_and_flags(state)
     return bool(found & _ALLOCATED.keys()) and not found & (_LEAVING.keys() | _WAITING.keys() | _ENDED.keys())
 
 
 def is_completing(state: str) -> bool:
-    return bool(words(state) & _LEAVING.keys())
+    """Whether the job is leaving its nodes."""
+    return bool(base_and_flags(state) & _LEAVING.keys())

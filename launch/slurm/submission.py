@@ -1,22 +1,24 @@
-"""sbatch, which is not idempotent: an answer that is lost ("Socket timed out") leaves it open whether the job was
-accepted, and a second sbatch would queue a second job. So the queue is searched for the batch script, whose path no
-other submission has, before it is sent again.
+"""Runs sbatch, which is not safe to repeat: if its answer is lost ("Socket timed out"), the job may have been accepted,
+and a second sbatch would queue a second job. The queue is therefore searched for the batch script, whose path no other
+submission shares, before sbatch is repeated.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
-from launch.slurm.client import PATIENCE_S, SlurmError, SlurmMissing, SlurmUnavailable, ask, call, call_patiently
+from launch.slurm.client import PATIENCE_S, SlurmError, SlurmMissing, SlurmUnavailable, ask, call, repeat
 from launch.slurm.control import cancel
 
+logger = logging.getLogger(__name__)
+
 ANSWER_S = 300.0
-"""Seconds that one sbatch may take: a controller that is full makes it wait and try again for two minutes."""
-_ASK_AGAIN_S = 2.0
+"""Timeout of one sbatch, in seconds: with a full controller, sbatch retries for two minutes by itself."""
 _REMEDIES = (
     (
         r"wckey",
@@ -42,45 +44,52 @@ _REMEDIES = (
         "Features are asked for with --constraint, or constraint in the cluster file. `sinfo -o '%N %f'` lists them.",
     ),
 )
-"""What to do about a refusal, by a part of Slurm's message (slurm_errno.c), in any case. The first that matches."""
+"""Remedies by a part of Slurm's message (slurm_errno.c), in any case; the first match counts."""
 _SETTLES_S = 10.0
-"""A request whose answer was lost may still wait in the controller. Slurm's own MessageTimeout is as long."""
+"""A request whose answer was lost may wait in the controller for this long, which is Slurm's default MessageTimeout."""
 
 
 class SubmissionUnknown(SlurmUnavailable):
-    """A job was accepted whose submission is not complete, or it could not be found out whether one was."""
+    """A job may have been accepted, or was accepted and its submission is incomplete."""
+
+    final = True
 
 
 def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
-    """Queue a batch script; the id of its job or array.
+    """Queue a batch script.
 
     Args:
-        script: absolute; no other submission may have had this path.
-        options: of sbatch, beside those in the script.
+        script: Absolute path, never used for another submission.
+        options: Options of sbatch, in addition to those in the script.
+
+    Returns:
+        The id of the job or array.
 
     Raises:
-        SubmissionUnknown: nobody answers, and the job may have been accepted.
-        SlurmUnavailable: nobody answers, and it was not accepted.
-        SlurmError: Slurm refuses it.
+        SubmissionUnknown: There is no answer, and the job may have been accepted.
+        SlurmUnavailable: There is no answer, and the job was not accepted.
+        SlurmError: Slurm refuses the job.
     """
-    deadline = time.monotonic() + patience_s
     sent = False
-    while True:
+
+    def attempt() -> CompletedProcess[str] | str:
+        nonlocal sent
         try:
-            done = call(("sbatch", *options, str(script)), answer_s=ANSWER_S)
-            break
+            return call(("sbatch", *options, str(script)), answer_s=ANSWER_S)
         except SlurmMissing:
             raise
         except SlurmUnavailable as error:
             sent = sent or error.sent
             if sent and (job := _accepted(script, error, patience_s)):
                 return job
-            if time.monotonic() + _ASK_AGAIN_S > deadline:
-                raise SlurmUnavailable(f"{error} The job was not accepted.", sent=False) from None
-        time.sleep(_ASK_AGAIN_S)
+            raise SlurmUnavailable(f"{error} The job was not accepted.", sent=False) from None
+
+    done = repeat(attempt, patience_s)
+    if isinstance(done, str):
+        return done
     if done.returncode:
         refused = SlurmError(_refusal(done.stderr or done.stdout))
-        # A limit on the jobs of a user may be reached by the one whose answer was lost.
+        # The earlier request may have been accepted, and have used up the user's limit on jobs.
         if sent and (job := _accepted(script, refused, patience_s)):
             return job
         raise refused
@@ -91,33 +100,33 @@ def submit(script: Path, *options: str, patience_s: float = PATIENCE_S) -> str:
 
 
 def submitted(script: Path, *, patience_s: float = PATIENCE_S) -> list[str]:
-    """Jobs and arrays (by their first id) that were queued with this batch script, ended ones included for as long as
-    the controller remembers them (MinJobAge, 300 s by default).
+    """Ids of the jobs and arrays that were queued with this batch script. Ended jobs are included for as long as the
+    controller remembers them (MinJobAge, 300 s by default).
 
     Raises:
         SlurmError: Slurm cannot be asked.
     """
     command = ("squeue", "--noheader", "--states=all", f"--user={os.getuid()}", "--format=%F|%o")
     rows = (line.partition("|") for line in ask(*command, patience_s=patience_s).splitlines())
-    # By its name, which has a number of its own: a site's wrapper of sbatch may hand on a copy.
+    # Compare names only, which are unique: a site's wrapper of sbatch may submit a copy from another folder.
     return sorted({id.strip() for id, _, path in rows if os.path.basename(path.strip()) == script.name}, key=int)
 
 
 def test_only(text: str, *, patience_s: float = PATIENCE_S) -> str:
-    """What Slurm says to a batch script without queueing it: when and where it would start.
+    """Slurm's answer to a batch script that is not queued: when and where the job would start.
 
     Raises:
-        SlurmUnavailable: nobody answers.
-        SlurmError: it would be refused.
+        SlurmUnavailable: There is no answer.
+        SlurmError: Slurm would refuse the job.
     """
-    done = call_patiently(("sbatch", "--test-only"), patience_s=patience_s, text=text)
+    done = repeat(lambda: call(("sbatch", "--test-only"), text=text), patience_s)
     if done.returncode:
         raise SlurmError(_refusal(done.stderr))
     return done.stderr.strip()
 
 
 def _accepted(script: Path, lost: SlurmError, patience_s: float) -> str | None:
-    """The job, if the controller has it; looked for twice, as the request may still be on its way."""
+    """The script's job, if the controller has one. Looks twice, because the request may still be on its way."""
     try:
         for pause in (0.0, _SETTLES_S):
             time.sleep(pause)
@@ -125,49 +134,44 @@ def _accepted(script: Path, lost: SlurmError, patience_s: float) -> str | None:
                 return found[0]
     except SlurmError as error:
         raise SubmissionUnknown(
-            f"{lost} It is unknown whether the job was accepted, because Slurm cannot be asked: {error} Look before "
-            f"you submit again: `squeue --me --format='%i %o'` shows {script.name} if it was."
+            f"{lost} It is unknown whether the job was accepted, because Slurm cannot be asked: {error} Before you "
+            f"submit again, check `squeue --me --format='%i %o'`: it shows {script.name} if the job was accepted."
         ) from None
     return None
 
 
 def _cancel_others(script: Path, job: str, patience_s: float) -> None:
-    """Two were accepted after all: the second was sent while the first was still on its way."""
+    """Cancel the job of an earlier request that arrived late."""
     try:
-        others = [each for each in submitted(script, patience_s=patience_s) if each != job]
-        cancel(*others, patience_s=patience_s)
+        cancel(*(each for each in submitted(script, patience_s=patience_s) if each != job), patience_s=patience_s)
     except SlurmError as error:
-        print(f"warning: whether {script.name} was queued twice could not be found out: {error}", file=sys.stderr)
+        logger.warning(f"It could not be determined whether {script.name} was queued twice: {error}")
 
 
 def _job_of(script: Path, printed: str, patience_s: float) -> str:
-    """The job of a script that sbatch has accepted without saying which job it is.
+    """The job of a script that sbatch accepted without printing the job's id.
 
     Raises:
-        SubmissionUnknown: it is not found.
+        SubmissionUnknown: The job is not found.
     """
     try:
-        found = submitted(script, patience_s=patience_s)
-    except SlurmError:
-        found = []
-    if not found:
+        return submitted(script, patience_s=patience_s)[0]
+    except (SlurmError, IndexError):
         raise SubmissionUnknown(
             f"sbatch does not say which job it has queued: {' '.join(printed.split())!r}. Find it with "
             f"`squeue --me --format='%i %o'`: its batch script is {script}."
-        )
-    return found[0]
+        ) from None
 
 
 def _job_id(text: str) -> str | None:
-    """From "Submitted batch job 12 on cluster c", among lines that a site's wrapper may add, or from --parsable's
-    "12;c"; None where [sbatch] has asked for silence."""
+    """The id in "Submitted batch job 12 on cluster c", among lines that a site's wrapper may add, or in the output of
+    --parsable, "12;c". None if [sbatch] in the cluster file silences sbatch."""
     found = re.search(r"Submitted batch job (\d+)", text) or re.search(r"^(\d+)(?:;\S*)?$", text.strip(), re.MULTILINE)
     return found[1] if found else None
 
 
 def _refusal(text: str) -> str:
-    """sbatch's own words, and what to do where a setting is what it refuses."""
-    lines = (line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.strip().splitlines())
-    words = "; ".join(lines)
-    remedy = next((remedy for part, remedy in _REMEDIES if re.search(part, words, re.IGNORECASE)), None)
-    return f"Slurm does not take the job: {words}" + (f". {remedy}" if remedy else "")
+    """sbatch's message, and a remedy if a setting is the cause."""
+    message = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.strip().splitlines())
+    remedy = next((remedy for part, remedy in _REMEDIES if re.search(part, message, re.IGNORECASE)), None)
+    return f"Slurm does not take the job: {message}" + (f". {remedy}" if remedy else "")

@@ -1,4 +1,4 @@
-"""What Slurm's commands print, parsed: one function a text. Nothing here asks anybody anything."""
+"""Parsers for the output of Slurm's commands. They run nothing themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from dataclasses import dataclass
 
 
 def parse_records(text: str, first: str) -> list[dict[str, str]]:
-    """`scontrol show job` and the like, in either form: NAME=VALUE words; ``first`` begins a record."""
+    """NAME=VALUE records, as `scontrol show job` prints them, on one line or several.
+
+    Args:
+        first: The field that begins a record.
+    """
     records: list[dict[str, str]] = []
     for word in text.split():
         name, found, value = word.partition("=")
@@ -21,14 +25,14 @@ def parse_records(text: str, first: str) -> list[dict[str, str]]:
 
 
 def parse_config(text: str) -> dict[str, str]:
-    """`scontrol show config`: NAME = VALUE lines; what has no value says (null)."""
+    """The NAME = VALUE lines of `scontrol show config`; (null) becomes ""."""
     pairs = (line.split("=", 1) for line in text.splitlines() if re.match(r"\w+\s*=", line))
     return {name.strip(): "" if value.strip() == "(null)" else value.strip() for name, value in pairs}
 
 
 def array_limit(config: Mapping[str, str]) -> int | None:
-    """The most members that a job array may have, by `scontrol show config`; 0 where there are no arrays; None if it
-    does not say. MaxArraySize is the largest index + 1; an administrator may have set fewer members than that."""
+    """The largest number of members of a job array; 0 if arrays are disabled, None if the configuration does not say.
+    MaxArraySize is the largest index + 1; max_array_tasks may be lower."""
     limits = re.findall(r"\bmax_array_tasks=(\d+)", config.get("SchedulerParameters", ""))
     limits += re.findall(r"^\d+$", config.get("MaxArraySize", ""))
     return min(map(int, limits), default=None)
@@ -38,7 +42,7 @@ def seconds(text: str) -> float:
     """Slurm's durations as it shows them: 120, 30 sec, 05:00, 00:02:00, 1-00:00:00, UNLIMITED.
 
     Raises:
-        ValueError: it is none.
+        ValueError: The text is not a duration.
     """
     text = text.strip()
     if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
@@ -55,14 +59,18 @@ def seconds(text: str) -> float:
 
 
 def version_of(text: str) -> tuple[int, int]:
-    """(22, 5) of "22.05.8" or "slurm-wlm 22.05.8"; (0, 0) if there is no version in it."""
+    """(22, 5) for "22.05.8" or "slurm-wlm 22.05.8"; (0, 0) for a text without a version."""
     match = re.search(r"(\d+)\.(\d+)", text)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
+def _rows(text: str, columns: int) -> list[list[str]]:
+    return [row for line in text.splitlines() if len(row := line.split("|")) == columns]
+
+
 @dataclass(frozen=True)
 class SlurmNode:
-    """A line of `sinfo -N`: a node in a partition."""
+    """A node in a partition: a line of `sinfo -N`."""
 
     partition: str
     name: str
@@ -76,41 +84,50 @@ class SlurmNode:
 
 
 def parse_nodes(text: str) -> list[SlurmNode]:
-    """`sinfo -a -h -N -o "%R|%N|%T|%c|%G"`."""
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 4)
-    return [SlurmNode(p, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres) for p, name, state, cpus, gres in rows]
+    """Output of `sinfo -a -h -N -o "%R|%N|%T|%c|%G"`."""
+    return [
+        SlurmNode(partition, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres)
+        for partition, name, state, cpus, gres in _rows(text, 5)
+    ]
 
 
 @dataclass(frozen=True)
 class Qos:
-    """A line of `sacctmgr -nP show qos format=Name,Preempt,PreemptMode,GraceTime`.
-
-    preempts: names of those whose jobs give way to its.
-    """
+    """A quality of service: a line of `sacctmgr -nP show qos format=Name,Preempt,PreemptMode,GraceTime`."""
 
     name: str
     preempts: tuple[str, ...]
+    """Names of the qualities of service whose jobs its jobs may preempt."""
     mode: str
     grace: str
 
 
 def parse_qos(text: str) -> list[Qos]:
-    rows = (line.split("|") for line in text.splitlines() if line.count("|") == 3)
-    return [Qos(name, tuple(filter(None, give.split(","))), mode, grace) for name, give, mode, grace in rows]
+    """Output of sacctmgr as ``Qos`` says."""
+    return [
+        Qos(name, tuple(filter(None, preempts.split(","))), mode, grace)
+        for name, preempts, mode, grace in _rows(text, 4)
+    ]
 
 
 def default_qos(text: str, account: str | None) -> str:
-    """The qos of a job that names none, by `sacctmgr -nP show assoc user=… format=Account,DefaultQOS,QOS`."""
-    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    own = [row for row in rows if account is None or row[0] == account]
-    for _, default, allowed in own:
-        if default or (allowed and "," not in allowed):
+    """The quality of service of a job that does not name one.
+
+    Args:
+        text: Output of `sacctmgr -nP show assoc user=… format=Account,DefaultQOS,QOS`.
+    """
+    for name, default, allowed in _rows(text, 3):
+        if account in (None, name) and (default or (allowed and "," not in allowed)):
             return default or allowed
     return "normal"
 
 
 def gpus_of(gres: str, kind: str = "") -> int:
-    """GPUs of a node by its GRES, of a type if one is wanted: gpu:a100:8(S:0-1),shard:16."""
+    """The number of GPUs in a node's GRES, such as gpu:a100:8(S:0-1),shard:16.
+
+    Args:
+        kind: Count GPUs of this type only.
+    """
     total = 0
     for part in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, *rest = part.split(":")

@@ -13,7 +13,7 @@ from cfmask.runtime.lock import Owner
 from launch.slurm import control
 from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.queue import SlurmJob
-from launch.slurm.states import is_pending, is_running, words
+from launch.slurm.states import base_and_flags, is_pending, is_running
 from launch.state import processes
 from launch.state.facts import RunState, accepted_jobs, ask_queue, read_state
 from launch.state.table import latest_checkpoint
@@ -105,7 +105,7 @@ def _ask_queue(run_state: RunState) -> dict[str, SlurmJob] | None:
 
 
 def _end_slurm_job(job: SlurmJob, asked: set[str | int], *, late: bool, grace_s: float) -> None:
-    if is_pending(job.state) or words(job.state) == {"CONFIGURING"}:
+    if is_pending(job.state) or base_and_flags(job.state) == {"CONFIGURING"}:
         print(f"job {job.id} waits in the queue: removed from it", flush=True)
         _scancel(job.id)
     elif late and f"kill {job.id}" not in asked:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cfmask.files import write_atomically
 from cfmask.runs import RunFolder
+from cfmask.runtime.files import write_atomically
 from cfmask.runtime.heartbeat import WAITING
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.machine import node_name

@@ -7,9 +7,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cfmask.stragglers import straggler_of
+from cfmask.log_lines import straggler_of
 from launch.slurm.queue import SacctRecord, SlurmJob
-from launch.slurm.states import is_completing, is_pending, words
+from launch.slurm.states import base_and_flags, is_completing, is_pending
 from launch.state import ends
 from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
 
@@ -128,7 +128,7 @@ def _end_state(run_state: RunState, slurm: SlurmAnswers) -> str:
         return "stopped" if ends.is_stopped(why) or why.startswith("not started: cancelled") else "failed"
     start = _last_start(run_state, slurm)
     if start:
-        return {"CANCELLED": "stopped", "FAILED": "failed"}.get(min(words(start.state), default=""), "dead")
+        return {"CANCELLED": "stopped", "FAILED": "failed"}.get(min(base_and_flags(start.state), default=""), "dead")
     if run_state.attempts:
         return "dead"
     if not run_state.jobs.any:

@@ -1,13 +1,13 @@
-"""Who may remove a run folder again: the command that made it, and only while no other command uses it.
+"""Claims on run folders: a folder is removed only by the command that made it, and only while no other command uses it.
 
-Two commands may plan the same new run at once. One makes the folder, by renaming one that was made aside:
+Two commands may plan the same new run at once. One of them makes the folder, by renaming one that it made aside:
 
-    RUN/.claims/HOST-PID-1a2b3c     a file for each command that uses the folder, and has not noted its job yet
-    RUN/.removing-HOST-PID/         .claims, renamed by the maker whose job was refused: who comes now waits
+    RUN/.claims/HOST-PID-1a2b3c     one file for each command that uses the folder and has not recorded its job yet
+    RUN/.removing-HOST-PID/         .claims, renamed by the maker whose job was refused; other commands wait
 
-A maker that is refused closes the folder by that rename. If nobody else's claim was in there, and nothing shows that
-the run is in use, the whole folder is renamed away and deleted; otherwise it stays. A folder without .claims was there
-before, or has had a job accepted: no command removes it.
+A maker that is refused closes the folder by that rename. If it holds no other claim, and nothing else shows that the
+run is in use, the whole folder is renamed away and deleted; otherwise it stays. No command removes a folder without
+.claims: it existed before, or one of its jobs has been accepted.
 """
 
 from __future__ import annotations
@@ -33,30 +33,28 @@ _CLAIMS, _REMOVING = ".claims", ".removing-"
 _REMOVED_WITHIN_S = 20.0
 _NAME_MAX = 255
 _FRESH = {"recipe.json", "evaluation.json", "jobs", "code", ".owner"}
-"""All that a command writes before its job is accepted."""
+"""Everything that a command writes before its job is accepted."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A command's use of a run folder.
-
-    mark: its file in RUN/.claims; None if the folder cannot be removed by any command.
-    made: this command made the folder.
-    """
+    """A command's use of a run folder."""
 
     run: RunFolder
     mark: Path | None = None
+    """The command's file in RUN/.claims; None if no command may remove the folder."""
     made: bool = False
+    """Whether this command made the folder."""
 
     def keep(self) -> None:
-        """The job is noted in the folder, which stays from now on."""
+        """The job is recorded in the folder, which stays from now on."""
         if self.mark is not None:
             self.mark.unlink(missing_ok=True)
-            with suppress(OSError):  # others have claims, or the folder is gone
+            with suppress(OSError):  # other commands have claims, or the folder is gone
                 self.mark.parent.rmdir()
 
     def abandon(self) -> None:
-        """No job was accepted: remove the folder, if this command made it and nobody else uses it."""
+        """No job was accepted: remove the folder if this command made it and no other one uses it."""
         if self.mark is None:
             return
         self.mark.unlink(missing_ok=True)
@@ -66,7 +64,7 @@ class Claim:
         try:
             os.rename(self.mark.parent, closed)
         except FileNotFoundError:
-            return  # another command has had its job accepted
+            return  # a job of another command was accepted
         if any(closed.iterdir()) or _in_use(self.run):
             os.rename(closed, self.mark.parent)
             return
@@ -76,31 +74,32 @@ class Claim:
 
 
 def check_path(folder: Path) -> None:
-    """Whether a job can have its files in a folder of this path.
+    """Check that a job can have its files in a folder with this path.
 
     Raises:
-        UserError: sbatch, srun or submitit would take its name for something else, or no file system takes it.
+        UserError: sbatch, srun or submitit would change the path, or no file system accepts it.
     """
-    text = str(folder)
-    odd = sorted({c for c in text if c in "%\\" or not c.isprintable()})
+    path = str(folder)
+    odd = sorted({c for c in path if c in "%\\" or not c.isprintable()})
     if odd:
         raise UserError(
-            f"The path {text!r} has {' and '.join(map(repr, odd))} in it. Slurm replaces % in the names of logs, drops "
-            "backslashes, and takes no control characters. Give another folder."
+            f"The path {path!r} contains {' and '.join(map(repr, odd))}. Slurm replaces % in the names of logs, drops "
+            "backslashes, and does not accept control characters. Give another folder."
         )
     too_long = [part for part in folder.parts if len(part.encode()) > _NAME_MAX]
     if too_long:
         raise UserError(
-            f"The name {too_long[0][:40]}… has {len(too_long[0].encode())} bytes; file systems take {_NAME_MAX}. Give "
-            "a shorter one."
+            f"The name {too_long[0][:40]}… has {len(too_long[0].encode())} bytes; file systems accept {_NAME_MAX}. "
+            "Give a shorter one."
         )
 
 
 def take_folder(run: RunFolder, work: Recipe | Evaluation) -> Claim:
-    """Make the folder, or see that it is for this work, and say that this command uses it.
+    """Make the folder, or check that it is for this work, and claim it for this command.
 
     Raises:
-        UserError: it belongs to other work, cannot be written, or is being removed by a command that does not end.
+        UserError: The folder belongs to other work, cannot be written, or is being removed by a command that does not
+            end.
     """
     check_path(run.root)
     try:
@@ -124,11 +123,9 @@ def _claim(run: RunFolder) -> Claim:
         if not run.root.exists() and _make(run.root, mark):
             _remove_abandoned(run.root)
             return Claim(run, mark, made=True)
-        try:
+        with suppress(FileNotFoundError):
             mark.touch(exist_ok=False)
             return Claim(run, mark)
-        except FileNotFoundError:
-            pass
         closed = next(run.root.glob(f"{_REMOVING}*"), None)
         if closed is None:
             if run.root.exists() and not claims.exists():
@@ -138,15 +135,15 @@ def _claim(run: RunFolder) -> Claim:
                 os.rename(closed, claims)
         elif time.monotonic() > deadline:
             raise UserError(
-                f"{run.root} is being removed by a command that was refused ({closed.name.removeprefix(_REMOVING)}), "
-                f"and does not end. If it does not run any more, remove {closed} and give this command again."
+                f"{run.root} is being removed by a command that was refused ({closed.name.removeprefix(_REMOVING)}) "
+                f"and does not end. If that command no longer runs, remove {closed} and repeat this one."
             )
         else:
             time.sleep(0.05)
 
 
 def _make(root: Path, mark: Path) -> bool:
-    """Whether this call has made the folder, with ``mark`` in it."""
+    """Make the folder with ``mark`` in it; False if another command was faster."""
     root.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(root)
     (aside / _CLAIMS).mkdir(parents=True)
@@ -162,7 +159,7 @@ def _make(root: Path, mark: Path) -> bool:
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Remove what commands that were killed while they made or removed this folder have left beside it."""
+    """Remove what commands left beside this folder that were killed while they made or removed it."""
     for path in root.parent.glob(f".{glob.escape(root.name)}.*.part"):
         with suppress(OSError):
             if is_abandoned(path, now=root.stat().st_mtime):
@@ -173,7 +170,7 @@ def _in_use(run: RunFolder) -> bool:
     names = {path.name for path in run.root.iterdir() if not path.name.startswith(_REMOVING)}
     if names - _FRESH or (run.root / "jobs/submissions.jsonl").exists() or run.owner() is not None:
         return True
-    jobs = read_jobs(run)  # one that Slurm has accepted, or may have
+    jobs = read_jobs(run)  # jobs that Slurm has accepted, or may have
     return bool(jobs.slurm or jobs.unconfirmed)
 
 
@@ -182,6 +179,6 @@ def _process() -> str:
 
 
 def _is_left_behind(closed: Path) -> bool:
-    """Whether the command that began to remove the folder was killed on this machine."""
+    """Whether the command that started to remove the folder was killed on this machine."""
     host, _, pid = closed.name.removeprefix(_REMOVING).rpartition("-")
     return host == socket.gethostname() and pid.isdigit() and not process_runs(int(pid))

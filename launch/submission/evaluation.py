@@ -1,5 +1,5 @@
-"""Evaluations before they are queued, and in this process: the flags of evaluate, wise_ft and soup, the Evaluation that
-they ask for, and how it is carried out."""
+"""Evaluations: the flags that evaluate, wise_ft and soup share, the Evaluation that they describe, and its start as a
+job or in this process."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allo
 from launch.allocation.settings import add_allocation_arguments, given_flags
 from launch.state.processes import ending_signals, silence_output
 from launch.submission.claims import check_path, take_folder
-from launch.submission.planning import Planned, claim_run_folders, should_skip
-from launch.submission.submit import dry_run, run_here, submit_to_slurm
+from launch.submission.planning import PlannedJob, claim_run_folders, should_skip
+from launch.submission.submit import dry_run, start
 
 _Kind = TypeVar("_Kind", bound=Evaluation)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True) -> None:
-    """The flags that evaluate, wise_ft and soup share."""
+    """Add the flags that evaluate, wise_ft and soup share."""
     parser.add_argument("--shards", required=sets_required, metavar="DIR_OR_URL", help=DATA_HELP)
     parser.add_argument(
         "--sets",
@@ -47,30 +47,24 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder for results.json, table.md, table.tex and pictures; the same command goes on in it "
+        help="folder for results.json, table.md, table.tex and pictures; the same command resumes in it "
         "(default: evaluations/<tool>-<hash>)",
     )
     parser.add_argument(
         "--checkpoint",
         choices=CHOICES,
         default=LAST,
-        help="which checkpoint the folder of a training run stands for: that of its last step, or of the epoch's end "
-        "that was best on the run's held-out set, as in the authors' evaluation (default: last). The path of a model "
-        "file or checkpoint folder is taken as it is",
+        help="which checkpoint to take from the folder of a training run: that of the last step, or that of the epoch "
+        "that was best on the run's held-out set, as in the authors' evaluation (default: last). Paths of model "
+        "files and checkpoint folders are not affected",
     )
     parser.add_argument(FLAG, action="store_true", help=FLAG_HELP)
     parser.add_argument(
-        "--allow-count-mismatch", action="store_true", help="take a known set that has other counts than it should"
+        "--allow-count-mismatch", action="store_true", help="accept a known set that has other counts than the original"
     )
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="images at a time (default: 256)")
     parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=256,
-        metavar="N",
-        help="images at a time (default: 256)",
-    )
-    parser.add_argument(
-        "--loader-workers", type=int, metavar="N", help="threads that read (default: one less than there are cores)"
+        "--loader-workers", type=int, metavar="N", help="reader threads (default: the number of cores - 1)"
     )
     parser.add_argument(
         "--precision",
@@ -78,18 +72,20 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
         default="auto",
         help="arithmetic of the forward pass; auto: bf16 on GPUs, fp32 without (default: auto)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be run, run nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print what would run; nothing runs"
+    )
     parser.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="stay until the job ends, and show the results (default: yes)",
+        help="wait until the job ends, and show the results (default: yes)",
     )
     add_allocation_arguments(parser, here=True)
 
 
 def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
-    """What the flags ask for; None: the work is done in this process."""
+    """The allocation that the flags describe; None: work in this process."""
     if arguments.executor == "here" and not given_flags(arguments):
         return None
     if arguments.executor == "here":
@@ -104,15 +100,15 @@ def evaluation_of(
     models: Sequence[str],
     **fields: Any,
 ) -> _Kind:
-    """The evaluation that flags ask for, checked against the models and sets on disk.
+    """The evaluation that the flags describe, checked against the models and sets on disk.
 
     Args:
-        allocation: where it runs; None: in this process.
-        models: as the user names them.
-        fields: further fields of ``kind``.
+        allocation: Where it runs; None: in this process.
+        models: Paths that the user gave.
+        fields: Further fields of ``kind``.
 
     Raises:
-        UserError: flags that contradict each other, or models and sets that do not belong together.
+        UserError: Flags contradict each other, or models and sets do not match.
     """
     precision = resolve_precision(arguments.precision, allocation)
     check_arithmetic(precision, allocation)
@@ -140,20 +136,20 @@ def evaluation_of(
 def carry_out(
     tool: str, evaluation: Evaluation, allocation: Allocation | None, arguments: argparse.Namespace
 ) -> tuple[int, RunFolder]:
-    """Evaluate on ``allocation``, or in this process if that is None; 0 when the results are there.
+    """Evaluate on ``allocation``, or in this process if that is None.
 
     Returns:
-        Exit code, and the evaluation's folder.
+        The exit code, which is 0 if the results exist, and the evaluation's folder.
     """
     folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
     run = RunFolder(folder.absolute())
     check_path(run.root)
     _drop_results_of_other_models(evaluation, run)
-    planned = Planned(run, evaluation)
+    planned = PlannedJob(run, evaluation)
     if run.results.exists():
         run.claim(evaluation)
         run.tidy()
-        print(f"{run.root} has the results already", file=sys.stderr)
+        print(f"{run.root} already has the results", file=sys.stderr)
         return 0, run
     if arguments.dry_run:
         print(mask_secrets(evaluation.to_json()))
@@ -165,25 +161,22 @@ def carry_out(
         return _in_this_process(evaluation, run), run
     if should_skip(run, sweep=False):
         return 0, run
-    taken = claim_run_folders([planned])
-    if allocation.on_slurm:
-        return submit_to_slurm(taken, allocation, follow=arguments.follow), run
-    return run_here(taken, allocation, follow=arguments.follow), run
+    return start(claim_run_folders([planned]), allocation, follow=arguments.follow), run
 
 
 def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
-    """Results of a model file that has been replaced since are no results of this evaluation."""
+    """Remove results that were computed from model files that have been replaced since."""
     if run.has_work() and is_of_other_models(read_object(run.results) or {}):
         run.claim(evaluation)
-        print(f"Models changed since {run.results} was written: they are evaluated anew.", file=sys.stderr)
+        print(f"Models changed since {run.results} was written: they are evaluated again.", file=sys.stderr)
         run.drop_results()
 
 
 def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
     import torch
 
-    from cfmask.distributed import DistributedContext
     from cfmask.evaluation.worker import run_evaluation
+    from cfmask.runtime.distributed import DistributedContext
     from cfmask.session import FINISHED, QUIT
 
     with ending_signals() as received:
@@ -197,6 +190,7 @@ def _in_this_process(evaluation: Evaluation, run: RunFolder) -> int:
         if signal.SIGHUP in received:
             silence_output()
         print(
-            f"Interrupted by {received[0].name}. The same command resumes after what has been counted.", file=sys.stderr
+            f"Interrupted by {received[0].name}. The same command resumes after the samples that have been counted.",
+            file=sys.stderr,
         )
     return 128 + received[0]

@@ -1,4 +1,4 @@
-"""The Recipe as command-line flags: one flag a field, typed, grouped, documented where the field is."""
+"""The Recipe as command-line flags: a typed flag for each field, with the help text of the field."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cfmask import recipe as recipes
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --preset and a flag for every setting; a flag that is not given leaves the preset's value."""
+    """Add --preset and a flag for each setting. A setting without a flag keeps the preset's value."""
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
         metavar="ROW",
-        help="a row of the paper's tables to start from; other flags change it. " + ", ".join(PRESETS),
+        help="start from this row of the paper's tables; other flags change it. " + ", ".join(PRESETS),
     )
     for group in dataclasses.fields(Recipe):
         kind = type(group.default)
@@ -37,7 +37,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of parsed flags, not yet resolved."""
+    """The unresolved recipe of parsed flags."""
     base = PRESETS[arguments.preset] if arguments.preset else Recipe()
     for group in dataclasses.fields(Recipe):
         given = {
@@ -50,7 +50,7 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 
 def given_recipe_flags(arguments: argparse.Namespace) -> list[str]:
-    """Names of the settings that the command line gives, for refusing them where they would do nothing."""
+    """Names of the settings that are given on the command line."""
     given = [name for name in vars(arguments) if "." in name]
     return given + (["preset"] if arguments.preset else [])
 
@@ -70,14 +70,14 @@ def _number_or(names: Sequence[str]) -> Callable[[str], int | str]:
 
 
 def _settings(kind: type) -> list[tuple[dataclasses.Field, Any]]:
-    hints = typing.get_type_hints(kind, vars(recipes))
+    hints = typing.get_type_hints(kind)
     given = [setting for setting in dataclasses.fields(kind) if not setting.metadata["recorded"]]
     return [(setting, hints[setting.name]) for setting in given]
 
 
 def _parsing(hint: Any, setting: dataclasses.Field) -> dict[str, Any]:
-    """argparse's keywords for a type: str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``,
-    ``tuple[float, ...]`` of a value a channel."""
+    """argparse's keywords for the types str, int, float, ``X | None``, ``int | Literal[name]``, ``tuple[str, ...]``,
+    and ``tuple[float, ...]`` with a value for each channel."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint, *others = [part for part in typing.get_args(hint) if part is not type(None)]
         names = [name for part in others for name in typing.get_args(part)]

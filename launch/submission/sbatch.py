@@ -1,48 +1,204 @@
-"""What is given to sbatch: an executor for jobs, what they wait for, and arrays that are larger than the site allows.
+"""The sbatch file of a job, and the executors that submit it: to Slurm, or to this machine.
 
-    for part in split_array(len(work), max_array_members(), allocation.array_parallelism):
-        here = part.allocation(allocation, accepted)
-        accepted.append(array_id(send(slurm_executor(…, here), [work[i] for i in part.members])))
-
-An array has MaxArraySize members at most; more go out as several arrays of about the same size. `%N` of an array counts
-its own members only, so the arrays share N out among them: no more than N members run at once. Where there are more
-arrays than N, N of them run, and each of the others begins when an earlier one has ended.
+#SBATCH …                 the allocation
+(                         a subshell, so that nothing in the cluster file's setup (set -e, exit, a trap, exec) can skip
+                          the last lines
+  exit if done            in a job of a chain
+  setup                   of the cluster file
+  . JOBS/environment.sh   [environment] of the cluster file; mode 600, because it may contain tokens
+  srun … start.py         the ranks
+)
+why it ended              the failure report of the rank that died first, and a requeue if the job needs one
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import re
 import shlex
 import signal
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
+from cfmask.runtime.files import write_atomically
+from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
+from launch.restarts.batch_script_end import batch_script_end
+from launch.restarts.chain import VARIABLE as CHAIN
 from launch.slurm.client import ignored_options
-from launch.submission.batch_script import rank_command, slurm_parameters
 
 if TYPE_CHECKING:
     import submitit
 
+    from launch.ranks.local import LocalExecutor
     from launch.slurm.executor import SlurmExecutor
 
-T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+NOTICE_S = 120
+"""Slurm sends USR2 this many seconds before the time limit, or a tenth of the limit if that is less. The signal may
+come half a minute earlier, because Slurm checks at intervals."""
+ENVIRONMENT = "environment.sh"
+"""File in a job's folder jobs/."""
+NO_LIMIT_MIN = 525_600
+"""A year: the time limit if there is none and a number is required."""
+_ALL_MEMBERS = 1_000_000_000
+"""Array parallelism without a limit."""
+_RANKS_ENDED_WELL = 99
+"""Exit code of the subshell if all ranks exited with 0. A setup that exits with 0 makes the subshell exit with 0."""
+
+
+def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, Any]:
+    """The parameters of submitit's SlurmExecutor.
+
+    Args:
+        jobs: The run's folder jobs/, quoted for the shell.
+    """
+    a = allocation
+    sbatch = {name.replace("_", "-"): value for name, value in a.sbatch.items()}
+    if a.wckey is not None:
+        sbatch.pop("wckey", None)  # cluster files may have it under [sbatch]; the flag and the key override it
+    container = [f"--container-image={a.image}"] if a.image else []
+    container += [f"--container-mounts={','.join(a.mounts)}"] if a.mounts else []
+    optional = {
+        name: getattr(a, name)
+        for name in ("partition", "account", "qos", "wckey", "constraint", "exclude", "dependency")
+    } | {"mem": a.memory}
+    return {
+        "job_name": name,
+        "nodes": a.nodes,
+        "ntasks_per_node": a.tasks_per_node,
+        "cpus_per_task": a.cpus_per_task,
+        # submitit computes with this number and always writes a limit; additional_parameters has the effective one.
+        "time": a.time_min or NO_LIMIT_MIN,
+        "signal_delay_s": NOTICE_S if a.time_min is None else min(NOTICE_S, 6 * a.time_min),
+        "stderr_to_stdout": True,
+        "array_parallelism": a.array_parallelism or _ALL_MEMBERS,  # submitit's default is 256
+        "srun_args": [
+            f"--cpus-per-task={a.cpus_per_task}",  # srun does not inherit it from sbatch
+            "--kill-on-bad-exit=1",  # the death of a rank ends the job
+            "--wait=0",  # the end of a rank does not, whatever the site's WaitTime: rank 0 may still write results
+            # By default srun takes TYPE:1 from the job, which Slurm 22.05 does not bind to tasks.
+            *(["--gpus-per-task=1"] if a.gpus_from == "gpus_per_task" else []),
+            *container,
+            *a.srun_args,
+        ],
+        "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
+        # "" because the last line of a setup may end with a backslash
+        "setup": ["(", *_exit_if_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
+        "teardown": [*_AFTER_RANKS, ")", *_END, *batch_script_end(f"{jobs}/failures")],
+        **{name: value for name, value in optional.items() if value is not None},
+    }
+
+
+def _gpu_request(allocation: Allocation, other_gres: str | None) -> dict[str, Any]:
+    """Options of sbatch.
+
+    Args:
+        other_gres: Resources other than GPUs, from [sbatch].
+    """
+    way, number = allocation.gpus_from, allocation.gpus_per_node
+    kind = f"{allocation.gpu_type}:" if allocation.gpu_type else ""
+    if way == "exclusive":
+        return {"exclusive": True}
+    if not number:
+        return {}
+    if way == "gres":
+        return {"gres": ",".join(filter(None, [f"gpu:{kind}{number}", other_gres]))}
+    return {way.replace("_", "-"): f"{kind}{1 if way == 'gpus_per_task' else number}"}
+
+
+def _exit_if_done(allocation: Allocation, jobs: str) -> list[str]:
+    """A job of a chain whose run is finished or cancelled ends here, in a second and on one node; its ranks would find
+    out only after all of them had imported torch."""
+    if allocation.chain is None:
+        return []
+    lines = []
+    for mark, what in (("results.json", "finished"), ("cancelled.json", "cancelled")):
+        lines.append(f"if [ -e {jobs}/../{mark} ]; then")
+        lines += [f'    echo "not started: the run is {what}"', f"    exit {_RANKS_ENDED_WELL}", "fi"]
+    return lines
+
+
+def _before_ranks(allocation: Allocation, jobs: str) -> list[str]:
+    """First reset the setup's shell options: they are not meant for these lines, and -x would print what is
+    exported."""
+    lines = ["{ set +efnuvx; set +o pipefail; } 2>/dev/null"]
+    if allocation.gpus_from == "exclusive" and allocation.gpus_per_node:
+        # If Slurm manages the GPUs, the job has all of them, and a step only those that it requests.
+        lines.append(f'if [ -n "$SLURM_GPUS_ON_NODE" ]; then export SLURM_GRES=gpu:{allocation.gpus_per_node}; fi')
+    if allocation.chain is not None:
+        lines.append(f"export {CHAIN}={','.join(allocation.chain)}")
+    if allocation.environment:
+        lines.append(f". {jobs}/{ENVIRONMENT} || exit 1")
+    return lines
+
+
+_AFTER_RANKS = ("status=$?", f'if [ "$status" -eq 0 ]; then exit {_RANKS_ENDED_WELL}; fi', 'exit "$status"')
+_END = (
+    "status=$?",
+    'if [ "$status" -eq 0 ]; then',
+    '    echo "error: setup in the cluster file ended the batch script with exit 0 before its ranks were started."',
+    "    status=1",
+    f'elif [ "$status" -eq {_RANKS_ENDED_WELL} ]; then',
+    "    status=0",
+    "fi",
+)
+
+
+# --- environment and command of a rank --------------------------------------------------------------------------------
+
+
+def write_environment(allocation: Allocation, jobs: Path) -> None:
+    """Write the file from which the batch script takes [environment]; only its owner can read it."""
+    if allocation.environment:
+        lines = (f"export {name}={_double_quoted(value)}\n" for name, value in allocation.environment.items())
+        write_atomically(jobs / ENVIRONMENT, "".join(lines), private=True)
+
+
+def set_environment(allocation: Allocation) -> None:
+    """Set [environment] for ranks that are child processes of this one, or this process itself."""
+    for name, value in allocation.environment.items():
+        os.environ[name] = os.path.expandvars(value)
+
+
+def _double_quoted(value: str) -> str:
+    """Quoted for the shell, so that $NAME and ${NAME} are expanded on the node, and nothing else is."""
+    return '"' + re.sub(r'([\\"`]|\$(?![A-Za-z_]|\{[A-Za-z_]\w*\}))', r"\\\1", value) + '"'
+
+
+def rank_command(python: str, code: str) -> str:
+    """The command that starts a rank, as submitit's ``python``: start.py of the job's copy of the code. This code is
+    first on PYTHONPATH.
+
+    A signal in the first second, before Python has installed a handler, would end the rank and with it the job. The
+    shell ignores these signals, and Python inherits that. There is nothing to save yet.
+
+    Args:
+        python: Shell command that starts Python.
+        code: Folder of the code, quoted for the shell.
+    """
+    ignore, path = 'trap "" USR2 TERM', 'export PYTHONPATH="$0${PYTHONPATH:+:$PYTHONPATH}"'
+    return f"""sh -c '{ignore}; {path}; exec "$@"' {code} {python} -u {code}/launch/ranks/start.py"""
+
+
+# --- executors --------------------------------------------------------------------------------------------------------
 
 
 def slurm_executor(
     folder: Path, name: str, run: str, digest: str, allocation: Allocation, *, logs: str | None = None
 ) -> SlurmExecutor:
-    """submitit's executor, for jobs that run the snapshot of this digest.
+    """The executor for jobs on Slurm.
 
     Args:
-        folder: gets what submitit writes.
-        name: of the job.
-        run: the folder that has the job's code/ and jobs/, as a word of the shell.
-        logs: beginning of the logs' paths, with sbatch's patterns; by default they lie in ``folder``.
+        folder: Gets submitit's files.
+        name: Name of the job.
+        run: Folder with the job's code/ and jobs/, quoted for the shell.
+        digest: The snapshot in code/ that the job runs.
+        logs: Beginning of the logs' paths, with sbatch's patterns (default: in ``folder``).
     """
     from launch.slurm.executor import SlurmExecutor
 
@@ -50,124 +206,55 @@ def slurm_executor(
     if logs:
         parameters["srun_args"].append(f"--output={logs}_%t_log.out")
         parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
-    executor = SlurmExecutor(
-        folder, max_num_timeout=1000, python=rank_command(allocation.python, f"{run}/code/{digest}")
-    )
+    python = rank_command(allocation.python, f"{run}/code/{digest}")
+    executor = SlurmExecutor(folder, max_num_timeout=1000, python=python)
     executor.update_parameters(**parameters)
     return executor
 
 
+def local_executor(
+    folder: Path, code: Path, allocation: Allocation, *, timeout_min: int, followed: bool = True
+) -> LocalExecutor:
+    """The executor for jobs on this machine.
+
+    Args:
+        folder: Gets submitit's files.
+        code: Snapshot of the code that the jobs run.
+        followed: End the jobs when this process ends.
+    """
+    from launch.ranks.local import LocalExecutor
+
+    python = rank_command(allocation.python, shlex.quote(str(code)))
+    # submitit would take the machine's first GPUs instead of those that CUDA_VISIBLE_DEVICES shows here.
+    shown = shlex.join(gpus.for_ranks(allocation.visible_gpus))
+    executor = LocalExecutor(folder, python=f"{shown} {python}" if shown else python, followed=followed)
+    executor.update_parameters(
+        tasks_per_node=allocation.tasks_per_node,
+        gpus_per_node=allocation.gpus_per_node,
+        timeout_min=timeout_min,
+        stderr_to_stdout=True,
+    )
+    return executor
+
+
 def send(executor: SlurmExecutor, work: Sequence[Callable[[], Any]]) -> list[submitit.Job[Any]]:
-    """One sbatch.
+    """Submit a job, or an array of several, with one sbatch. Ctrl-C waits until sbatch has answered.
 
     Raises:
-        SlurmError: Slurm does not take it.
+        SlurmError: Slurm refuses it.
     """
-    _tell_of_ignored_options()
-    return _undisturbed(lambda: executor.submit_array(work))
-
-
-@functools.cache
-def _tell_of_ignored_options() -> None:
-    """Once a command, which may submit many jobs."""
-    if ignored := ignored_options():
-        print(
-            f"note: {', '.join(ignored)} in the environment: ignored. Flags and the cluster file say what a job gets.",
-            file=sys.stderr,
-        )
-
-
-def _undisturbed(submit: Callable[[], T]) -> T:
-    """Ctrl-C is for this process: sbatch would die of it."""
+    _report_ignored_options()
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        return submit()
+        return executor.submit_array(work)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-# --- what a job waits for ---------------------------------------------------------------------------------------------
-
-
-def after_success(allocation: Allocation, jobs: Sequence[str]) -> Allocation:
-    """The same for a job that starts when these have ended well, beside what it is to wait for anyway.
-
-    A job that is preempted or requeued keeps its number, and has not ended. Of one that has failed, Slurm takes those
-    that wait for it out of the queue: without --kill-on-invalid-dep they would wait for ever.
-    """
-    if not jobs:
-        return allocation
-    waiting = _after(allocation, "afterok", jobs)
-    return replace(waiting, sbatch={**allocation.sbatch, "kill-on-invalid-dep": "yes"})
-
-
-def after_end(allocation: Allocation, jobs: Sequence[str]) -> Allocation:
-    """The same for a job that starts when these have ended in whatever way, beside what it is to wait for anyway."""
-    return _after(allocation, "afterany", jobs) if jobs else allocation
-
-
-def _after(allocation: Allocation, kind: str, jobs: Sequence[str]) -> Allocation:
-    given = allocation.dependency
-    if given is not None and "?" in given:
-        raise UserError(
-            f"--dependency {shlex.quote(given)} waits for any one of several, and cannot be joined with jobs that are "
-            "to be waited for as well: Slurm takes either all (,) or any (?). Write it with commas."
+@functools.cache
+def _report_ignored_options() -> None:
+    """Once for each command, which may submit many jobs."""
+    if ignored := ignored_options():
+        logger.warning(
+            f"{', '.join(ignored)} in the environment: ignored. Flags and the cluster file describe what a job gets."
         )
-    return replace(allocation, dependency=",".join(filter(None, [given, f"{kind}:{':'.join(jobs)}"])))
-
-
-# --- arrays -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ArrayPart:
-    """One of the arrays that a list of jobs goes out as.
-
-    members: their places in the list.
-    parallelism: how many of them may run at once; None: all.
-    behind: the part, by its number, that has to end before this one begins; None: it waits for none.
-    """
-
-    members: range
-    parallelism: int | None = None
-    behind: int | None = None
-
-    def allocation(self, whole: Allocation, accepted: Sequence[str]) -> Allocation:
-        """That of the members.
-
-        Args:
-            whole: of the list of jobs.
-            accepted: ids of the parts before this one.
-        """
-        waits = [] if self.behind is None else [accepted[self.behind]]
-        return replace(after_end(whole, waits), array_parallelism=self.parallelism)
-
-
-def split_array(number: int, largest: int | None, parallelism: int | None) -> list[ArrayPart]:
-    """The arrays that this number of jobs goes out as.
-
-    Args:
-        largest: the most members that an array may have; None: any number. Below 1, there are no arrays: parts are of
-            one job.
-        parallelism: how many of all jobs may run at once; None: all.
-    """
-    count = 1 if largest is None else -(-number // max(1, largest))
-    abreast = count if parallelism is None else min(count, parallelism)
-    bounds = [number * part // count for part in range(count + 1)]
-    return [
-        ArrayPart(
-            members=range(bounds[part], bounds[part + 1]),
-            parallelism=None if parallelism is None else _share(parallelism, abreast, part % abreast),
-            behind=part - abreast if part >= abreast else None,
-        )
-        for part in range(count)
-    ]
-
-
-def _share(whole: int, among: int, which: int) -> int:
-    return whole // among + (which < whole % among)
-
-
-def array_id(jobs: Sequence[submitit.Job[Any]]) -> str:
-    """Of the array that jobs are members of, or of the one job."""
-    return jobs[0].job_id.partition("_")[0]

@@ -1,7 +1,7 @@
-"""The code that was submitted, kept in the run folder: a requeue next week runs it, whatever the repository holds.
+"""Snapshots of the code in the run folder: a job that is requeued a week later runs the code that was submitted.
 
-RUN/code/0123456789ab/    named after what is in it; files are read-only; start.py verifies them before they run
-  cfmask/ launch/         all that a job imports of this repository
+RUN/code/0123456789ab/    named after its digest; files are read-only; start.py verifies them before they run
+  cfmask/ launch/         everything that a job imports from this repository
   snapshot.json           commit, files that differ from it, when it was taken, versions of Python and packages
 """
 
@@ -19,19 +19,22 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import sync, write_atomically
+from cfmask.runtime.files import sync, write_atomically
 from launch.ranks.start import FOLDERS, code_files, digest_of
 
+REPO = Path(__file__).resolve().parents[2]
+"""The repository that this module belongs to, or the snapshot."""
 _INFO = "snapshot.json"
 _PACKAGES = ("torch", "torchvision", "open_clip_torch", "webdataset", "submitit", "numpy")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Where it is, and what it says about itself."""
+    """A copy of the code."""
 
     path: Path
     info: dict[str, Any]
+    """Content of its snapshot.json."""
 
     @property
     def digest(self) -> str:
@@ -45,8 +48,8 @@ class Snapshot:
 
 
 def take(repository: Path, folder: Path) -> Snapshot:
-    """Copy the code into ``folder``, unless it is there. May be called by several processes at once. A copy that is
-    damaged is replaced."""
+    """Copy the code into ``folder``, unless it is already there. A damaged copy is replaced. Several processes may do
+    this at once."""
     digest = digest_of(repository)
     final = folder / digest
     if (final / _INFO).exists() and digest_of(final) == digest:
@@ -57,7 +60,7 @@ def take(repository: Path, folder: Path) -> Snapshot:
     _copy(repository, aside, digest)
     if final.exists():
         damaged = folder / f".damaged-{mine}"
-        with contextlib.suppress(FileNotFoundError):  # another process replaces it as well
+        with contextlib.suppress(FileNotFoundError):  # another process replaces it, too
             final.rename(damaged)
         shutil.rmtree(damaged, ignore_errors=True)
     try:
@@ -71,7 +74,7 @@ def take(repository: Path, folder: Path) -> Snapshot:
 
 
 def _copy(repository: Path, aside: Path, digest: str) -> None:
-    """Everything is on the disk before it gets its name: after a power cut, what has the name is whole."""
+    """Sync all files before the caller renames the copy, so that it is complete even after a power failure."""
     folders = {aside}
     for path in code_files(repository):
         copy = aside / path.relative_to(repository)
@@ -90,7 +93,7 @@ def _read(final: Path) -> Snapshot:
 
 
 def differing_files(one: Path, other: Path) -> list[str]:
-    """Names of the files that two trees do not have in common."""
+    """Names of the files that differ between two trees."""
     contents = [{str(p.relative_to(root)): p.read_bytes() for p in code_files(root)} for root in (one, other)]
     names = sorted(contents[0].keys() | contents[1].keys())
     return [name for name in names if contents[0].get(name) != contents[1].get(name)]
@@ -118,7 +121,7 @@ def _info(repository: Path, digest: str) -> dict[str, Any]:
 
 
 def _git(repository: Path, *words: str) -> str | None:
-    """What git says; None without git, or where this is not a repository of its own."""
+    """Output of git; None without git, or if the folder is not the root of a repository."""
     if not (repository / ".git").exists():
         return None
     try:

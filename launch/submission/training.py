@@ -1,11 +1,11 @@
-"""Training runs before they are queued: which runs the flags ask for, their recipes with nothing left open, and all
-checks that need no GPU.
-"""
+"""Training runs before they are queued: the runs that flags describe, their resolved recipes, and all checks that need
+no GPU."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
 from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
@@ -38,9 +39,11 @@ from launch.allocation.resolve import (
 from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
 from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
-from launch.submission.planning import AnyPlanned, Planned, behind_its_jobs, claim_run_folders, should_skip
+from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
 from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
-from launch.submission.submit import dry_run, last_submission, run_here, submit_to_slurm
+from launch.submission.submit import dry_run, last_submission, start
+
+logger = logging.getLogger(__name__)
 
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:
@@ -50,127 +53,133 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="go on with this run; its folder says everything else, also what it got last, unless flags do",
+        help="resume this run. Its folder has the recipe and the last allocation; flags override the allocation",
     )
     p.add_argument(
         "--from-step-0",
         action="store_true",
-        help="with --resume, for a run whose checkpoints were lost: let it begin again at step 0 and discard its logs. "
-        "A whole checkpoint that is found is used all the same. Without this flag such a start ends with an error",
+        help="with --resume, for a run whose checkpoints were lost: allow it to start again at step 0 and to discard "
+        "its logs. If a valid checkpoint is found, it is used. Without this flag such a start ends with an error",
     )
-    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="a run for each of these seeds: a sweep")
-    p.add_argument("--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="and for each of these rows")
+    p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="sweep: a run for each of these seeds")
+    p.add_argument(
+        "--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="sweep: a run for each of these rows"
+    )
     p.add_argument(
         "--chain",
         type=argument_type(count),
         metavar="N",
-        help="queue N jobs for each run, for sites where a job may not requeue itself: each starts when the one before "
-        "has ended in whatever way, resumes the run, and ends at once if the run is finished. With --resume, they "
-        "queue up behind the run's jobs that are there",
+        help="queue N jobs for each run, for sites where a job may not requeue itself. Each starts when the one before "
+        "has ended, successfully or not, resumes the run, and ends at once if the run is finished. With --resume, they "
+        "are queued behind the run's existing jobs",
     )
     p.add_argument(FLAG, action="store_true", help=f"--best-on may {FLAG_HELP}")
     p.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the resolved recipe and the sbatch file, check everything, queue nothing",
+        help="print the resolved recipe and the sbatch file, and check everything; nothing is queued",
     )
     p.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
-        help="stay and show progress until the job ends (default: yes here, no on Slurm)",
+        help="show progress until the job ends (default: yes on this machine, no on Slurm)",
     )
     add_allocation_arguments(p)
     add_recipe_arguments(p)
 
 
 def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
-    """Plan, check and submit what the flags of ``add_submit_arguments`` ask for.
+    """Plan, check and submit the runs that the flags of ``add_submit_arguments`` describe.
 
     Args:
-        pace_s: seconds that its runs wait at each step (``Job``), for fault injection by launch/drill.py
-            and by tests.
+        pace_s: Seconds that the runs wait at each step (``Job``), for fault injection by launch/drill.py and by tests.
 
     Returns:
         The exit code of submit.py.
 
     Raises:
-        UserError: what is refused, before anything is queued.
+        UserError: A setting is refused; nothing has been queued.
     """
     if arguments.from_step_0 and not arguments.resume:
         raise UserError("--from-step-0 would do nothing: it is for a run that is resumed (--resume RUN).")
     file = load_cluster_file(arguments.cluster)
-    planned: Sequence[AnyPlanned]
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
-        print(mask_secrets(planned[0].work.to_json()))
     else:
         allocation = resolve_allocation(arguments, file)
-        first, *others = planned = plan(arguments, file, allocation)
-        print(mask_secrets(first.work.to_json()))
-        for other in others:
-            print(mask_secrets(f"{other.run.root.name}: {', '.join(first.work.differences(other.work))}"))
+        planned = plan_runs(arguments, file, allocation)
+    first, *others = (each.work for each in planned)
+    print(mask_secrets(first.to_json()))
+    for other, each in zip(others, planned[1:], strict=True):
+        assert isinstance(first, Recipe) and isinstance(other, Recipe)
+        print(mask_secrets(f"{each.run.root.name}: {', '.join(first.differences(other))}"))
+    _check_all(planned, arguments, allocation)
+    sweep, chain = len(planned) > 1, arguments.chain or 0
+    if chain and arguments.resume:
+        planned = [behind_its_jobs(each) for each in planned]
+    wanted = [each for each in planned if each.behind or not should_skip(each.run, sweep=sweep)]
+    if not wanted:
+        return 0
+    if arguments.dry_run:
+        return dry_run(wanted, allocation, chain=chain)
+    if arguments.from_step_0 and wanted[0].behind:
+        raise UserError(
+            f"--from-step-0 is for a run without a job, and job {wanted[0].behind[0]} exists: it would be allowed to "
+            "begin again, too. End it first, with launch/cancel.py."
+        )
+    wanted = claim_run_folders(wanted)
+    for each in wanted:
+        if not each.behind:
+            each.run.allow_step_0(arguments.from_step_0)  # also withdraws the permission of an earlier submission
+    return start(wanted, allocation, follow=arguments.follow, chain=chain, pace_s=pace_s)
+
+
+def _check_all(planned: Sequence[PlannedJob], arguments: argparse.Namespace, allocation: Allocation) -> None:
+    """Check planned runs, and flags that apply to some kinds of submission only."""
     choices: dict[tuple[object, ...], bool] = {}
     for each in planned:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
-            # A run that was begun with this choice keeps it.
+            # A run that was started with this choice keeps it.
             allowed = arguments.select_on_test_set or each.run.has_work()
             choice = (each.work.data.shards, each.work.data.train_split, each.work.run.best_on, allowed)
-            if choice not in choices:  # of a sweep, once
+            if choice not in choices:  # warn once for a sweep
                 choices[choice] = check_best_on(each.work, allowed=allowed)
-    on_test_set = any(choices.values())
-    refuse_idle_flag(arguments.select_on_test_set, on_test_set)
-    work = planned[0].work
-    warn_of_paths_outside(
-        allocation, planned[0].run.root, work.data.shards if isinstance(work, Recipe) else work.shards
-    )
+    refuse_idle_flag(arguments.select_on_test_set, any(choices.values()))
+    run, work = planned[0].run, planned[0].work
+    warn_of_paths_outside(allocation, run.root, work.data.shards if isinstance(work, Recipe) else work.shards)
     sweep = len(planned) > 1
     if sweep and arguments.follow is not None:
         raise UserError(
-            "--follow and --no-follow are for one run, and this is a sweep: on this machine its runs go one after the "
-            "other; on Slurm, python launch/status.py shows them all."
+            "--follow and --no-follow are for a single run, and this is a sweep: on this machine its runs are "
+            "processed one after the other; on Slurm, python launch/status.py shows them all."
         )
     for each in planned:
         if each.run.has_work():
             each.run.claim(each.work)
     if not sweep and arguments.array_parallelism:
-        raise UserError("--array-parallelism would do nothing: this is one run. --seeds and --presets make a sweep.")
+        raise UserError(
+            "--array-parallelism would do nothing: this is a single run. --seeds and --presets make a sweep."
+        )
     if arguments.chain:
         check_chain(arguments, allocation)
-        if arguments.resume:
-            planned = [behind_its_jobs(each) for each in planned]
-    wanted = [each for each in planned if each.behind or not should_skip(each.run, sweep=sweep)]
-    if not wanted:
-        return 0
-    chain = arguments.chain or 0
-    if arguments.dry_run:
-        return dry_run(wanted, allocation, chain=chain)
-    if arguments.from_step_0 and wanted[0].behind:
-        raise UserError(
-            f"--from-step-0 is for a run that has no job, and job {wanted[0].behind[0]} is there: it would be allowed "
-            "to begin again, too. End it first, with launch/cancel.py."
-        )
-    wanted = claim_run_folders(wanted)
-    for each in wanted:
-        if not each.behind:
-            each.run.allow_step_0(arguments.from_step_0)  # of the submission before, it is over
-    if allocation.on_slurm:
-        return submit_to_slurm(wanted, allocation, chain=chain, follow=bool(arguments.follow), pace_s=pace_s)
-    return run_here(wanted, allocation, follow=arguments.follow is not False, pace_s=pace_s)
 
 
 def check_chain(arguments: argparse.Namespace, allocation: Allocation) -> None:
-    """Raises UserError: --chain would do nothing, or contradicts another flag."""
+    """
+    Raises:
+        UserError: --chain would do nothing, or contradicts another flag.
+    """
     if not allocation.on_slurm:
         raise UserError(
-            f"--chain would do nothing: its jobs wait for each other in Slurm's queue, and --executor is "
+            f"--chain would do nothing: its jobs wait for each other in Slurm's queue, but --executor is "
             f"{allocation.executor}. Leave it out."
         )
     if arguments.retries is not None:
         raise UserError(
-            "--retries would do nothing with --chain: after any end of a job, the next one of the chain starts. "
-            "--restarts-without-progress limits how many of them do so in vain."
+            "--retries would do nothing with --chain: the next job of the chain starts after any end of a job. "
+            "--restarts-without-progress limits the number of starts without progress."
         )
     if arguments.array_parallelism:
         raise UserError(
@@ -182,11 +191,11 @@ def check_chain(arguments: argparse.Namespace, allocation: Allocation) -> None:
 # --- which runs ---------------------------------------------------------------------------------------------------
 
 
-def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[Planned[Recipe]]:
-    """The runs that the flags ask for: one, or one for each of --presets and --seeds.
+def plan_runs(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> list[PlannedJob]:
+    """The runs that the flags describe: one, or one for each of --presets and --seeds.
 
     Raises:
-        UserError: flags that contradict each other.
+        UserError: Flags contradict each other.
     """
     for one, many in (("seed", "seeds"), ("preset", "presets")):
         given = getattr(arguments, many)
@@ -201,15 +210,11 @@ def plan(arguments: argparse.Namespace, file: ClusterFile, allocation: Allocatio
     ]
     if len(recipes) > 1 and arguments.run:
         raise UserError(f"--run names one folder, and this is a sweep of {len(recipes)} runs. Leave it out.")
-    planned = []
-    for recipe in recipes:
-        run = RunFolder((arguments.run or default_folder(recipe)).resolve())
-        planned.append(Planned(run, recipe))
-    return planned
+    return [PlannedJob(RunFolder((arguments.run or default_folder(recipe)).resolve()), recipe) for recipe in recipes]
 
 
 def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | None, seed: int | None = None) -> Recipe:
-    """What flags, a row, a seed and the cluster file say of a recipe, not yet resolved; flags win."""
+    """The unresolved recipe of flags, a row, a seed, and the cluster file; flags override the others."""
     member = argparse.Namespace(**vars(arguments))
     member.preset = preset
     if seed is not None:
@@ -221,18 +226,18 @@ def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | No
 
 
 def _recipe_values(file: ClusterFile) -> dict[str, Any]:
-    """What the cluster file says of a recipe; a path in it is seen from where the file is."""
+    """The cluster file's settings of a recipe. Its paths are relative to the file's folder."""
     values = {key: file.values[key] for key in RECIPE_KEYS if key in file.values}
     if file.path is not None and "shards" in values and not is_remote(values["shards"]):
         values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
     return values
 
 
-def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[AnyPlanned]]:
-    """The run (or evaluation) to go on with, and what it gets: what it got last, unless flags say otherwise.
+def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[PlannedJob]]:
+    """The run (or evaluation) to resume, with the allocation of its last submission unless flags override it.
 
     Raises:
-        UserError: it is no run folder, or a flag would do nothing.
+        UserError: The folder is not a run folder, or a flag would do nothing.
     """
     flags = [f"--{name}" for name in ("run", "seeds", "presets") if getattr(arguments, name)]
     flags += given_recipe_flags(arguments)
@@ -252,22 +257,22 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
     had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
     if isinstance(work, Recipe) and had not in (None, allocation.world_size):
         print(
-            f"{allocation.world_size} ranks, where there were {had}: the same batches and masks; weights are equal up "
-            "to rounding.",
+            f"{allocation.world_size} ranks, where there were {had}: batches and masks stay the same; weights are "
+            "equal up to rounding.",
             file=sys.stderr,
         )
-    return allocation, [Planned(run, work)]
+    return allocation, [PlannedJob(run, work)]
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
 
 
 def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
-    """The recipe with nothing left open: paths absolute, the paper's values and the precision filled in."""
+    """The recipe with absolute paths, the paper's values, and the precision filled in."""
     if not recipe.data.shards:
         raise UserError(
-            "--shards is missing: the folder that tools/make_shards.py wrote, with a folder a split. A cluster file "
-            "(slurm/cluster.toml) can say it once for all runs."
+            "--shards is missing: the folder that tools/make_shards.py wrote, with one folder for each split. A "
+            "cluster file (slurm/cluster.toml) can set it for all runs."
         )
     shards = recipe.data.shards if is_remote(recipe.data.shards) else str(Path(recipe.data.shards).resolve())
     precision = resolve_precision(recipe.run.precision, allocation)
@@ -291,9 +296,9 @@ def resolve_recipe(recipe: Recipe, allocation: Allocation) -> Recipe:
 
 
 def _absolute(path: str) -> str:
-    """A job starts elsewhere. Links are not followed: beside one may lie the configuration of the weights that it leads
-    to. Nor is ".." shortened: behind a link to a folder it leads to the folder above the target. What is not there
-    has the same path as before it was moved: a run that has started needs it no more."""
+    """The path for a job, which starts in another directory. Links are not followed, because the configuration of
+    weights may be beside a link to them. ".." is kept: after a link to a folder it means the folder above the target. A
+    missing file keeps its path, because a run that has started does not need the file any more."""
     return str(Path(path).absolute())
 
 
@@ -305,13 +310,13 @@ def default_folder(recipe: Recipe) -> Path:
 def check(
     recipe: Recipe, run: RunFolder, allocation: Allocation, coming: Mapping[str, ModelInfo] = MappingProxyType({})
 ) -> None:
-    """All that can be known before a job is queued.
+    """Check everything that can be known before a job is queued.
 
     Args:
-        coming: what model files will be that are not there yet: another job makes them before this one starts.
+        coming: Model files that do not exist yet, because another job makes them before this one starts.
 
     Raises:
-        UserError: shards, weights, head, lanes, ranks or sizes that do not go together.
+        UserError: Shards, weights, head, lanes, ranks or sizes do not match.
     """
     check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
     shards = recipe.data.shards
@@ -347,10 +352,10 @@ def check(
 
 
 def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo]) -> ModelInfo:
-    """What the run starts from. Here, not in the job: compute nodes often have no network.
+    """The model that the run starts from. Checked here and not in the job, because compute nodes often have no network.
 
     Raises:
-        UserError: weights or head that cannot be had, or do not belong to the model or the classes.
+        UserError: Weights or head are not available, or do not match the model or the classes.
     """
     model = recipe.model
     if os.path.isfile(model.pretrained) or model.pretrained not in coming:
@@ -363,22 +368,22 @@ def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo
         check_head(model.head, classes)
     elif own.classes != classes:
         raise UserError(
-            f"{model.pretrained} will have a head for the {len(own.classes)} classes of the set that is evaluated "
-            f"first; {train.root} has {len(classes)}, or they are in another order. Convert both with one class list."
+            f"{model.pretrained} will have a head for the {len(own.classes)} classes of the first evaluation set; "
+            f"{train.root} has {len(classes)}, or another order of them. Convert both with one class list."
         )
     return described(own, model.name, model.pretrained, mean=model.mean, std=model.std)
 
 
 def check_best_on(recipe: Recipe, *, allowed: bool) -> bool:
-    """``check_selection`` for the set that chooses a run's best checkpoint, with what it returns and raises. Warns of
-    images in it that are trained on."""
+    """``check_selection`` for the set that selects a run's best checkpoint. Warns if the run trains on images of this
+    set."""
     name = recipe.run.best_on
     if name is None:
         return False
     chooses, train = (load_set(recipe.data.shards, each) for each in (name, recipe.data.train_split))
     on_test_set = check_selection(f"--best-on {name}", name, chooses, allowed=allowed)
     if shared := trained_on(chooses, train):
-        print(f"warning: --best-on {name}: {shared}", file=sys.stderr)
+        logger.warning(f"--best-on {name}: {shared}")
     return on_test_set
 
 
@@ -391,6 +396,6 @@ def check_same_classes(evaluated: Manifest, train: Manifest) -> None:
     ours, theirs = ([wnid for wnid, _ in m.classes] for m in (train, evaluated))
     if ours != theirs:
         raise UserError(
-            f"The set {evaluated.root} has another class list ({len(theirs)} classes) than {train.root} "
-            f"({len(ours)} classes): its labels mean other classes. Convert both with one class list."
+            f"The class list of the set {evaluated.root} ({len(theirs)} classes) differs from that of {train.root} "
+            f"({len(ours)} classes), so their labels mean different classes. Convert both with one class list."
         )

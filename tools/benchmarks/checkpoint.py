@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cfmask.checkpoint import Keep, Writer
-from cfmask.checkpoint_state import CheckpointState
+from cfmask.checkpoint.state import CheckpointState
+from cfmask.checkpoint.writer import CheckpointWriter, Keep
 from cfmask.data.receipts import DataProgress
 from cfmask.models.head import build_tower
 from cfmask.models.initial import model_info
@@ -57,7 +57,7 @@ def checkpoint_stall(
         model = Classifier(build_tower(info), nn.Linear(info.config["embed_dim"], CLASSES)).to(device)
         optimizer = adamw(model.parameters(), Phase(0, 1, tower=True, lr=1e-5, weight_decay=0.1), Recipe().optim)
         _step(model, optimizer)
-        with Writer(Path(there), Keep(1), info) as writer:
+        with CheckpointWriter(Path(there), Keep(1), info) as writer:
             began = time.perf_counter()
             writer.reserve(model)
             reserved = time.perf_counter() - began

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from cfmask.errors import UserError
-from cfmask.recipe import PRESETS, Recipe
+from cfmask.presets import PRESETS
+from cfmask.recipe import Recipe
 from cfmask.report import table
 from tools.benchmarks.fresh_process import DoesNotFit, fresh
 from tools.benchmarks.metering import measure_matmul

@@ -15,7 +15,7 @@ PAGE, MARGIN, GAP, ROW_GAP = 1120, 14, 22, 58
 """In pixels: width of the page, its margin, and the space between boxes and between layers."""
 _LISTED = (CORE, *FOUNDATION)
 """Boxes that list their modules."""
-_LINE, _CHARACTER = 14, 5.7
+_LINE, _CHARACTER = 14, 6.2
 """Height of a line of listed modules, and the mean width of one of its characters."""
 _FILL = {"cfmask": "#e3f2e6", "launch": "#e2ecf9", "tools": "#fdf0dc", "slurm": "#eeeeee"}
 _STROKE = {"cfmask": "#3c8d4f", "launch": "#3b6fb6", "tools": "#c2872a", "slurm": "#888888"}

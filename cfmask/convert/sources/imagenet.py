@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfmask.convert import tables
-from cfmask.convert.sources.files import SPLITS, LabelledImage, Tree, chosen_tree
+from cfmask.convert.request import Request
+from cfmask.convert.sources.files import SPLITS, LabelledImage, SourceImages, source_images
 from cfmask.convert.sources.imagenet_labels import (
     DEVKIT,
     SOLUTION,
@@ -19,7 +20,7 @@ from cfmask.convert.sources.imagenet_labels import (
     parse_solution,
     read_labels,
 )
-from cfmask.convert.sources.listing import Found, Listing, Tick, is_image
+from cfmask.convert.sources.listing import FoundFile, Listing, Tick, is_image
 from cfmask.data import imagenet
 from cfmask.errors import UserError
 
@@ -29,56 +30,55 @@ TEST_SET = "of the test set, which has no labels"
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _VAL = re.compile(r"ILSVRC2012_val_(\d{8})(?:_n\d{8})?\.(?i:jpe?g)")
 _TEST = re.compile(r"ILSVRC2012_test_(\d{8})(?:_n\d{8})?\.(?i:jpe?g)")
-_LOOSE_TRAIN = re.compile(r"n\d{8}_\d+_n\d{8}\.(?i:jpe?g)")  # as the Hugging Face hub's archives name them
+_LOOSE_TRAIN = re.compile(r"n\d{8}_\d+_n\d{8}\.(?i:jpe?g)")  # the names in the Hugging Face hub's archives
 _WNID = re.compile(r"(?<![0-9A-Za-z])n\d{8}(?!\d)")
 
 
-def imagenet_tree(source: Path, *, split: str | None, devkit: Path | None, tick: Tick) -> Tree:
-    """ImageNet from any layout named at the top of this package.
+def wnids_in(text: str) -> list[str]:
+    """The wnids of ImageNet's 1000 classes that a path or name contains."""
+    return [wnid for wnid in _WNID.findall(text) if wnid in imagenet.wnid_set()]
 
-    Args:
-        split: "train" or "val"; None: all that are there.
-        devkit: file of labels for a val set that is not sorted into class folders and whose file names do not end with
-            a wnid: the official devkit or Kaggle's LOC_val_solution.csv. By default those in the source or beside it.
 
-    Raises:
-        UserError: nothing to convert, an unknown wnid, a split that cannot be told, missing labels, labels that
-            contradict each other.
-    """
-    walk = _Walk(Listing(source, tick), split)
+def imagenet_images(request: Request, tick: Tick) -> SourceImages:
+    """ImageNet in any layout listed at the top of this package."""
+    walk = _Walk(Listing(request.source, tick), request.split)
     for found in walk.listing:
         walk.add(found, None)
-    if split != "train":
-        walk.add_validation(devkit)
-    known = walk.known
-    folders = [(walk.split_of(folder), folder[-1]) for folder in walk.listing.folders if folder[-1] in known]
-    return chosen_tree(walk.listing, walk.images, folders, split)
+    if request.split != "train":
+        walk.add_validation(request.devkit)
+    folders = [folder for folder in walk.listing.folders if folder[-1] in imagenet.wnid_set()]
+    seen = [(walk.split_of(folder), folder[-1]) for folder in folders]
+    return source_images(walk.listing, walk.images, seen, split=request.split, classes=imagenet.classes())
 
 
 @dataclass
 class _Walk:
-    """What a walk over a source has met. split: the chosen one. validation: images of the validation set by their
-    names. labels: of files of labels that the source holds."""
+    """State of a walk over a source.
+
+    split: the chosen one.
+    images: labelled images by split.
+    validation: images named like those of the validation set, not yet labelled.
+    labels: of label files in the source.
+    """
 
     listing: Listing
     split: str | None
     images: dict[str, list[LabelledImage]] = field(default_factory=dict)
-    validation: list[Found] = field(default_factory=list)
+    validation: list[FoundFile] = field(default_factory=list)
     labels: list[Labels] = field(default_factory=list)
-    known: frozenset[str] = field(default_factory=lambda: frozenset(imagenet.wnids()))
 
     def split_of(self, folder: tuple[str, ...]) -> str | None:
         above = SPLITS.get(folder[-2].lower()) if len(folder) > 1 else None
         return above or SPLITS.get(self.listing.source.name.lower()) or self.split
 
-    def add(self, found: Found, split_of_tar: str | None) -> None:
-        """split_of_tar: of the official tar that ``found`` is in."""
+    def add(self, found: FoundFile, split_of_tar: str | None) -> None:
+        """split_of_tar: of the official tar that contains the file."""
         file = found.parts[-1]
         if match := _CLASS_TAR.fullmatch(file):
             if self.split != "val":
                 self.listing.folders.add(("train", match[1]))
                 for inner in self.listing.archive(found.blob, found.parts):
-                    self.add(Found(("train", match[1], inner.parts[-1]), inner.blob), None)
+                    self.add(FoundFile(("train", match[1], inner.parts[-1]), inner.blob), None)
         elif file in (TRAIN_TAR, VAL_TAR):
             of_tar = "train" if file == TRAIN_TAR else "val"
             if self.split in (of_tar, None):
@@ -90,63 +90,62 @@ class _Walk:
                 text = tables.decode(found.blob.read(), f"The label file {shown}")
                 self.labels.append(parse_solution(text, shown))
         elif _TEST.fullmatch(file):
-            self.listing.leave(found, TEST_SET)
+            self.listing.ignore(found, TEST_SET)
         elif not is_image(file):
             if file != DEVKIT:
-                self.listing.leave(found)
+                self.listing.ignore(found)
         else:
             self._add_image(found, split_of_tar)
 
-    def _add_image(self, found: Found, split_of_tar: str | None) -> None:
+    def _add_image(self, found: FoundFile, split_of_tar: str | None) -> None:
         file, folder = found.parts[-1], found.parts[-2] if len(found.parts) > 1 else ""
         path = "/".join(found.parts)
-        if folder in self.known:
-            which = self.split_of(found.parts[:-1]) or split_of_tar or ("val" if _VAL.fullmatch(file) else None)
+        by_name = "val" if _VAL.fullmatch(file) else "train" if _LOOSE_TRAIN.fullmatch(file) else None
+        if folder in imagenet.wnid_set():
+            which = self.split_of(found.parts[:-1]) or split_of_tar or ("val" if by_name == "val" else None)
             if which is None:
                 raise UserError(
-                    f"{self.listing.source} holds class folders ({folder}, …) but nothing says whether they are the "
-                    f"training or the validation set: add --split train or --split val."
+                    f"{self.listing.source} holds class folders ({folder}, …), but whether they are the training or "
+                    f"the validation set is unknown: add --split train or --split val."
                 )
-        elif _VAL.fullmatch(file):
+        elif by_name == "val":
             which = "val"
-        elif _LOOSE_TRAIN.fullmatch(file):
+        elif by_name == "train":
             which = SPLITS.get(folder.lower(), "train")
         else:
             raise UserError(
                 f"{path} of {self.listing.source} lies in {folder or 'no folder'!r}, which is not one of ImageNet's "
                 f"1000 wnids (such as {imagenet.wnids()[0]}). For another data set use `make_shards.py folder`; "
-                f"otherwise move what does not belong to ImageNet out of the source."
+                f"otherwise move files that do not belong to ImageNet out of the source."
             )
-        by_name = "val" if _VAL.fullmatch(file) else "train" if _LOOSE_TRAIN.fullmatch(file) else which
-        if by_name != which:
+        if by_name not in (None, which):
             raise UserError(
-                f"{path} of {self.listing.source} is an image of the split {by_name} by its name, and lies in the "
-                f"split {which}. Move it to where it belongs."
+                f"{path} of {self.listing.source} lies in the split {which}, but its name is that of an image of the "
+                f"split {by_name}. Move it to the split that it belongs to."
             )
-        if which == "val" and _VAL.fullmatch(file):
+        if by_name == "val":
             self.validation.append(found)
             return
         wnid = agreed(path, self._by_path(found))
         assert wnid is not None
         self.images.setdefault(which, []).append(LabelledImage(wnid, file, found.blob))
 
-    def _by_path(self, found: Found) -> Iterator[tuple[str, str]]:
-        """What an image's folder and name say of its class."""
-        if len(found.parts) > 1 and found.parts[-2] in self.known:
+    def _by_path(self, found: FoundFile) -> Iterator[tuple[str, str]]:
+        """The wnids in an image's folder and name, as ``agreed`` takes them."""
+        if len(found.parts) > 1 and found.parts[-2] in imagenet.wnid_set():
             yield "its folder", found.parts[-2]
-        for wnid in _WNID.findall(found.parts[-1]):
-            if wnid in self.known:
-                yield "its name", wnid
+        for wnid in wnids_in(found.parts[-1]):
+            yield "its name", wnid
 
     def add_validation(self, given: Path | None) -> None:
-        """Label the images of the validation set by all that says something of their classes.
+        """Label the images of the validation set by their folders, names and label files.
 
         Args:
-            given: label file that was named.
+            given: label file named by the user.
         """
         source = self.listing.source
         if given is not None and not given.is_file():
-            raise UserError(f"--devkit {given}: there is no such file.")
+            raise UserError(f"--devkit {given}: no such file.")
         labels = list(self.labels)
         if given is not None:
             labels.append(read_labels(given))
@@ -163,13 +162,12 @@ class _Walk:
                     f"them out of the source."
                 )
             seen[number] = path
-            if silent := next((file for file in labels if number not in file.wnids), None):
+            if lacking := next((file for file in labels if number not in file.wnids), None):
                 raise UserError(
-                    f"{silent.source} has no label of {path} (it has {len(silent.wnids)} labels): it is cut, or of "
-                    f"another copy. Download it again."
+                    f"{lacking.source} has no label for {path} (it has {len(lacking.wnids)} labels): it is truncated, "
+                    f"or of another copy. Download it again."
                 )
-            evidence = [*self._by_path(found), *((file.source, file.wnids[number]) for file in labels)]
-            wnid = agreed(path, evidence)
+            wnid = agreed(path, [*self._by_path(found), *((file.source, file.wnids[number]) for file in labels)])
             if wnid is None:
                 raise missing_labels(source, path)
             self.images.setdefault("val", []).append(LabelledImage(wnid, found.parts[-1], found.blob))

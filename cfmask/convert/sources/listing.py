@@ -1,4 +1,4 @@
-"""A walk over a source: the files of a folder, a tar or a zip archive, and all that is there and stays out."""
+"""Walks over a source: the files of a folder, a tar or a zip archive, and what is ignored there."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ import posixpath
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from cfmask.convert.sources import zips
-from cfmask.convert.sources.blobs import Blob, SourceBytes, SourceFile
 from cfmask.convert.tarscan import Kind, TarWalk
+from cfmask.data import zips
+from cfmask.data.blobs import Absent, Blob, SourceBytes, SourceFile
 from cfmask.errors import UserError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
-# Why files stay out of a set.
+# Why files are ignored or have no bytes.
 HIDDEN = "hidden by its name"
 NO_IMAGE = "no image by its name"
-ARCHIVE = "an archive in the source, not looked into"
-DANGLING = "a link to a file or folder that is not there"
-LOOP = "a link to itself or to a folder that it is in"
+ARCHIVE = "an archive inside the source, not read"
+DANGLING = "a link to a file or folder that does not exist"
+LOOP = "a link to itself or to a folder that contains it"
 
 _MAX_DEPTH = 100
 _ARCHIVE_SUFFIXES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
@@ -39,22 +38,7 @@ def is_image(file: str) -> bool:
     return os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
 
 
-class Absent(NamedTuple):
-    """Stands for the bytes of an image that has a name in the source and no bytes: a dangling link, a named pipe, …
-    why: in words."""
-
-    path: str
-    why: str
-
-    @property
-    def size(self) -> int:
-        return 0
-
-    def read(self) -> bytes:
-        raise UserError(f"{self.path} cannot be read: it is {self.why}.")
-
-
-class Found(NamedTuple):
+class FoundFile(NamedTuple):
     """parts: of the path below the source."""
 
     parts: Parts
@@ -63,15 +47,15 @@ class Found(NamedTuple):
 
 @dataclass
 class _Group:
-    """Files that stay out for one reason and end alike. common: folders that all of them are in."""
+    """Ignored files of one reason and one suffix. common: the folders that contain all of them."""
 
     first: str
     common: Parts
     files: int = 0
 
 
-class StaysOut:
-    """Files that stay out of a set, counted by reason and ending: Kaggle's ImageNet has half a million annotations."""
+class IgnoredFiles:
+    """Ignored files, counted by reason and suffix: Kaggle's ImageNet has half a million annotations."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[str, str], _Group] = {}
@@ -83,11 +67,11 @@ class StaysOut:
         group.common = tuple(os.path.commonprefix([group.common, parts[:-1]]))
 
     def count(self, reason: str | None = None) -> int:
-        """How many files stay out; for this reason, or for any."""
+        """How many files are ignored for this reason, or for any."""
         return sum(group.files for (why, _), group in self._groups.items() if reason in (None, why))
 
     def issues(self) -> list[dict[str, Any]]:
-        """A line of bad_samples.jsonl each, but for the policy."""
+        """A line of bad_samples.jsonl for each group, without the policy."""
         return [
             {
                 "name": group.first if group.files == 1 else "/".join((*group.common, "**", suffix)),
@@ -98,42 +82,36 @@ class StaysOut:
         ]
 
     def lines(self) -> list[str]:
-        """For people, a line a reason."""
-        by_reason: dict[str, list[_Group]] = {}
+        """A line of text for each reason."""
+        first: dict[str, str] = {}
         for (why, _), group in self._groups.items():
-            by_reason.setdefault(why, []).append(group)
-        return [
-            f"Stay out ({why}): {sum(group.files for group in groups)} files, such as {groups[0].first}"
-            for why, groups in by_reason.items()
-        ]
+            first.setdefault(why, group.first)
+        return [f"Ignored ({why}): {self.count(why)} files, such as {name}" for why, name in first.items()]
 
 
 @dataclass
 class Listing:
     """A walk over a source.
 
-    tick: called for each file. folders: every folder that was met, also those in which nothing is. stays_out: files
-    that are not given to whoever walks; he adds those of which he makes no use.
+    tick: called for each file.
+    folders: every folder seen, empty ones included.
+    ignored: files that the walk does not yield. The caller adds those that it does not use.
     """
 
     source: Path
     tick: Tick
     folders: set[Parts] = field(default_factory=set)
-    stays_out: StaysOut = field(default_factory=StaysOut)
+    ignored: IgnoredFiles = field(default_factory=IgnoredFiles)
 
-    def __iter__(self) -> Iterator[Found]:
-        """Every file below a folder or in an archive, but hidden ones (macOS's ._name among them).
-
-        Raises:
-            UserError: there is no source, or it cannot be listed completely.
-        """
+    def __iter__(self) -> Iterator[FoundFile]:
+        """Every file in the folder or archive, except hidden ones (macOS's ._name among them)."""
         try:
             status = os.stat(self.source)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"There is no source {self.source} ({reason}): --source takes a folder of images, or a tar or zip "
-                f"archive."
+                f"The source {self.source} cannot be read ({reason}): --source takes a folder of images, or a tar or "
+                f"zip archive."
             ) from None
         if stat.S_ISDIR(status.st_mode):
             yield from self._folder(str(self.source), (), ((status.st_dev, status.st_ino),))
@@ -142,74 +120,70 @@ class Listing:
         else:
             raise UserError(f"The source {self.source} is {_kind(status.st_mode)}, not a folder, tar or zip archive.")
 
-    def images(self) -> Iterator[Found]:
-        """The files that are images by their names; others stay out."""
+    def images(self) -> Iterator[FoundFile]:
+        """The files that are images by their names; others are ignored."""
         for found in self:
             if is_image(found.parts[-1]):
                 yield found
             else:
-                self.leave(found)
+                self.ignore(found)
 
-    def leave(self, found: Found, why: str | None = None) -> None:
-        """``found`` stays out; by default because it is no image by its name."""
+    def ignore(self, found: FoundFile, why: str | None = None) -> None:
+        """Count a file as ignored, by default because its name is not that of an image."""
         packed = found.parts[-1].lower().endswith(_ARCHIVE_SUFFIXES)
-        self.stays_out.add(found.parts, why or (ARCHIVE if packed else NO_IMAGE))
+        self.ignored.add(found.parts, why or (ARCHIVE if packed else NO_IMAGE))
 
-    def _absent(self, parts: Parts, path: str, why: str) -> Iterator[Found]:
+    def _absent(self, parts: Parts, path: str, why: str) -> Iterator[FoundFile]:
         if is_image(parts[-1]):
-            yield Found(parts, Absent(path, why))
+            yield FoundFile(parts, Absent(path, why))
         elif why == DANGLING and not os.path.splitext(parts[-1])[1]:
             raise UserError(
-                f"{'/'.join(parts)} of {self.source} is {why}. If it leads to a folder, nobody can tell how many "
-                "images are missing: copy the folder as well, or delete the link."
+                f"{'/'.join(parts)} of {self.source} is {why}. If its target is a folder, an unknown number of images "
+                "is missing: copy the folder as well, or delete the link."
             )
         else:
-            self.stays_out.add(parts, why)
+            self.ignored.add(parts, why)
 
-    def _folder(self, folder: str, parts: Parts, above: tuple[tuple[int, int], ...]) -> Iterator[Found]:
-        """above: device and inode of the folder and of all that it is in."""
+    def _folder(self, folder: str, parts: Parts, above: tuple[tuple[int, int], ...]) -> Iterator[FoundFile]:
+        """above: device and inode of the folder and of all folders that contain it."""
         if len(parts) > _MAX_DEPTH:
-            raise UserError(f"The folders of {self.source} lie in each other more than {_MAX_DEPTH} deep: {folder}.")
+            raise UserError(f"The folders of {self.source} are nested more than {_MAX_DEPTH} deep: {folder}.")
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
             raise UserError(f"The folder {folder} cannot be listed ({error.strerror}).") from None
         for entry in entries:
-            # By the locale, the same bytes would be another name, and another plan, on another machine.
+            # Decoded by the locale, the same bytes would be another name, and another plan, on another machine.
             here = (*parts, os.fsencode(entry.name).decode("utf-8", "surrogateescape"))
             if entry.name.startswith("."):
-                self.stays_out.add(here, HIDDEN)
+                self.ignored.add(here, HIDDEN)
                 continue
             try:
                 status = entry.stat()
             except OSError as error:
                 if not entry.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    raise UserError(f"{entry.path} cannot be looked at ({error.strerror}).") from None
+                    raise UserError(f"{entry.path} cannot be read ({error.strerror}).") from None
                 yield from self._absent(here, entry.path, LOOP if error.errno == errno.ELOOP else DANGLING)
                 continue
             if stat.S_ISDIR(status.st_mode):
                 identity = (status.st_dev, status.st_ino)
                 if identity in above:
-                    self.stays_out.add(here, LOOP)
+                    self.ignored.add(here, LOOP)
                 else:
                     self.folders.add(here)
                     yield from self._folder(entry.path, here, (*above, identity))
             elif stat.S_ISREG(status.st_mode):
                 self.tick()
-                yield Found(here, Blob.whole(SourceFile.of(entry.path, status)))
+                yield FoundFile(here, Blob.whole(SourceFile.of(entry.path, status)))
             else:
                 yield from self._absent(here, entry.path, _kind(status.st_mode))
 
     # --- archives ---
 
-    def archive(self, archive: SourceBytes, shown: Parts) -> Iterator[Found]:
-        """Files in a tar or zip archive: the source itself, or a tar in it. Reads no data of files.
+    def archive(self, archive: SourceBytes, shown: Parts) -> Iterator[FoundFile]:
+        """Files of a tar or zip archive: the source itself, or a tar in it. Reads no data of files.
 
-        A link in it is the file, or the folder of files, that it leads to.
-
-        Raises:
-            UserError: the archive is compressed as a whole, cut, damaged, or holds a file in a layout that cannot be
-                read in place.
+        Links are followed, to files and to folders.
         """
         name = "/".join(shown)
         if not isinstance(archive, Blob):
@@ -223,17 +197,17 @@ class Listing:
         for parts, kind, blob, target in entries():
             if _is_hidden(parts):
                 if kind is not Kind.FOLDER:
-                    self.stays_out.add(parts, HIDDEN)
+                    self.ignored.add(parts, HIDDEN)
             elif kind is Kind.FILE:
                 self.tick()
-                yield Found(parts, blob)
+                yield FoundFile(parts, blob)
             elif kind is Kind.FOLDER:
                 self.folders.add(parts)
             elif kind in (Kind.HARD_LINK, Kind.SYMBOLIC_LINK):
                 links[parts] = _target(parts, target, from_top=kind is Kind.HARD_LINK)
             elif kind is Kind.SPARSE:
                 raise UserError(
-                    f"{name} holds {'/'.join(parts)} as a sparse file, which cannot be read in place: write the tar "
+                    f"{name} holds {'/'.join(parts)} as a sparse file, which cannot be read in place. Write the tar "
                     f"again without --sparse, or unpack it."
                 )
             else:
@@ -241,8 +215,8 @@ class Listing:
         if links:
             yield from self._linked(entries(), links, archive.path)
 
-    def _linked(self, entries: Iterator[_Entry], links: dict[Parts, Parts | None], path: str) -> Iterator[Found]:
-        """What links of an archive lead to, under the links' names. links: target by link, None for one outside."""
+    def _linked(self, entries: Iterator[_Entry], links: dict[Parts, Parts | None], path: str) -> Iterator[FoundFile]:
+        """The targets of an archive's links, under the links' names. links: target by link; None: outside."""
         by_target: dict[Parts, list[Parts]] = {}
         for link, target in links.items():
             if target is not None and link[: len(target)] != target:
@@ -252,7 +226,7 @@ class Listing:
             if kind not in (Kind.FILE, Kind.FOLDER):
                 continue
             paths: list[tuple[Parts, tuple[Parts, ...]]] = [(parts, ())]
-            for there, via in paths:  # grows: what a link leads to may be, or lie in, what another one leads to
+            for there, via in paths:  # grows: the target of a link may be, or lie in, the target of another one
                 for n in range(1, len(there) + 1):
                     onward = [link for link in by_target.get(there[:n], ()) if link not in via]
                     paths += [((*link, *there[n:]), (*via, link)) for link in onward]
@@ -261,10 +235,10 @@ class Listing:
                 if kind is Kind.FOLDER:
                     self.folders.add(alias)
                 elif _is_hidden(alias):
-                    self.stays_out.add(alias, HIDDEN)
+                    self.ignored.add(alias, HIDDEN)
                 else:
                     self.tick()
-                    yield Found(alias, blob)
+                    yield FoundFile(alias, blob)
         for link in sorted(links.keys() - followed):
             target = links[link]
             chain = {link}
@@ -275,41 +249,29 @@ class Listing:
             yield from self._absent(link, path, LOOP if loops else DANGLING)
 
 
-class _Entry(NamedTuple):
-    """An entry of an archive. target: of a link."""
-
-    parts: Parts
-    kind: Kind
-    blob: SourceBytes
-    target: str
+_Entry = tuple[Parts, Kind, SourceBytes, str]
+"""Path, kind, bytes and (of a link) target of an entry of an archive."""
 
 
 def _tar_entries(tar: Blob, name: str) -> Iterator[_Entry]:
-    with _read_errors(tar.path), open(tar.path, "rb") as file:
-        for entry in TarWalk(cast(IO[bytes], _Window(file, tar)), name):
-            if parts := _parts(entry.name):
-                blob = Blob(tar.file, tar.offset + entry.offset, entry.size)
-                yield _Entry(parts, entry.kind, blob, entry.target)
+    try:
+        with open(tar.path, "rb") as file:
+            for entry in TarWalk(cast(IO[bytes], _Window(file, tar)), name):
+                if parts := _parts(entry.name):
+                    yield parts, entry.kind, Blob(tar.file, tar.offset + entry.offset, entry.size), entry.target
+    except OSError as error:
+        raise UserError(f"The source {tar.path} cannot be read ({error.strerror}).") from None
 
 
 def _zip_entries(file: SourceFile) -> Iterator[_Entry]:
     for entry in zips.entries(file):
         if parts := _parts(entry.name):
             kind = Kind.FOLDER if entry.is_folder else Kind.SYMBOLIC_LINK if entry.is_link else Kind.FILE
-            target = os.fsdecode(entry.data.read()) if entry.is_link else ""
-            yield _Entry(parts, kind, entry.data, target)
-
-
-@contextmanager
-def _read_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"The source {path} cannot be read ({error.strerror}).") from None
+            yield parts, kind, entry.data, os.fsdecode(entry.data.read()) if entry.is_link else ""
 
 
 def _parts(name: str) -> Parts:
-    # One string for each folder, not one for each of its images.
+    # Interned: one string for each folder, not one for each of its images.
     return tuple(sys.intern(part) for part in name.split("/") if part not in ("", "."))
 
 
@@ -318,11 +280,11 @@ def _is_hidden(parts: Parts) -> bool:
 
 
 def _target(link: Parts, target: str, *, from_top: bool) -> Parts | None:
-    """Where a link of an archive leads; None: out of the archive."""
+    """The target of a link in an archive; None if it is outside the archive."""
     if target.startswith("/") and not from_top:
         return None
-    path = posixpath.normpath("/".join(((*link[:-1],) if not from_top else ()) + (target.lstrip("/"),)))
-    parts = _parts(path)
+    above = () if from_top else link[:-1]
+    parts = _parts(posixpath.normpath("/".join((*above, target.lstrip("/")))))
     return None if ".." in parts else parts
 
 
@@ -336,15 +298,6 @@ class _Window(io.RawIOBase):
 
     def __init__(self, file: io.BufferedReader, part: Blob):
         self._file, self._part, self._at = file, part, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + (0, self._at, self._part.size)[whence]

@@ -1,312 +1,239 @@
-"""Parquet as the Hugging Face hub has image sets: a row an image, a struct of its bytes and a path, and a label.
-
-    data/train-00000-of-00294.parquet  …  validation-00000-of-00014.parquet  …  test-00000-of-00028.parquet
-    data/train-00000-of-00002-704ee106f89006a9.parquet            an older upload
-    default/train/0000.parquet  0001.parquet  …                   the hub's own conversion
-    train/part-00000-….parquet  …                                 as Spark writes it
-    test.parquet                                                  one file
-
-Labels are numbers that the file's metadata (``huggingface``) gives names to, or names themselves. Values are compressed
-page by page, so an image cannot be read in place: ``cfmask.convert.unpacking`` unpacks each file once. Everything here
-reads paths and labels alone.
-"""
+"""The images of a set in Parquet files: the split and class of each row, and where its bytes will be unpacked."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from cfmask.convert.sources.blobs import SourceFile
-from cfmask.convert.sources.listing import Listing, is_image
+from cfmask.convert.class_names import class_ids_of_names, is_list
+from cfmask.convert.request import Request
+from cfmask.convert.sources.files import SPLITS, LabelledImage, SourceImages, source_images
+from cfmask.convert.sources.imagenet import wnids_in
+from cfmask.convert.sources.listing import Listing, Tick, is_image
+from cfmask.convert.sources.parquet_files import ParquetTable, list_parquet, read_tables
+from cfmask.convert.sources.unpacking import UnpackTask, read_record, unpack_folder
+from cfmask.convert.tables import Classes
+from cfmask.data import benchmarks, imagenet
+from cfmask.data.blobs import Absent, Blob
 from cfmask.errors import UserError
 
-_NUMBERED = re.compile(r"(?P<split>.+)-(?P<number>\d{5,})-of-(?P<total>\d{5,})(-[0-9a-f]{16})?")
-_ONLY_NUMBER = re.compile(r"(?:part[-.])?(?P<number>(?<=part[-.])\d+|\d{4,})([-.].*)?")  # part-…: Spark's and Dask's
-_LFS = b"version https://git-lfs"
+_NO_LABEL = (None, -1)
+NO_LABEL = "rows without a label"
+NO_BYTES = "a row without the bytes of its image"
 
-_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
-_LABEL_NAMES = ("label", "labels", "cls", "class", "target", "wnid", "synset")
-
-
-@dataclass(frozen=True)
-class Columns:
-    """image: column of the images. nested: it is a struct of bytes and path, else the bytes themselves. has_path.
-    label: column of the labels. names: of the labels 0, 1, …; None if the file does not say."""
-
-    image: str
-    nested: bool
-    has_path: bool
-    label: str
-    names: tuple[str, ...] | None
+Label = int | str
 
 
-@dataclass(frozen=True)
-class ParquetPart:
-    """A Parquet file.
+def parquet_images(request: Request, classes: Classes | None, tick: Tick) -> SourceImages:
+    """The images of a set in Parquet files. Sizes are estimates for files that were not unpacked yet.
 
-    split: the set that it is a part of, as its name has it. stem: its name, without suffix. number, total: which of how
-    many; total is None where the name does not say. paths, labels: of each row; None where there is none. num_bytes: of
-    all images, about.
+    Rows without a label (null or -1, as all of ImageNet's test set has) are ignored. For a set of ImageNet's classes,
+    labels are mapped to class ids by the class names in the files, or by the wnids in the images' paths if there are no
+    names; in both cases wnids in paths must agree.
     """
-
-    file: SourceFile
-    split: str
-    stem: str
-    number: int
-    total: int | None
-    columns: Columns
-    paths: list[str | None]
-    labels: list[int | str | None]
-    num_bytes: int
-
-
-def holds_parquet(source: Path) -> bool:
-    """Whether a source is a Parquet file, or has one in it or in the two levels of folders below it.
-
-    A folder below it is left at its first image: a tree of a million images is not listed twice.
-    """
-    return _holds_parquet(str(source), 0) if os.path.isdir(source) else source.suffix == ".parquet"
-
-
-def _holds_parquet(folder: str, depth: int) -> bool:
-    folders = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.endswith(".parquet"):
-                    return True
-                if depth and is_image(entry.name):
-                    return False
-                if depth < 2 and entry.is_dir():
-                    folders.append(entry.path)
-    except OSError:  # the walk over the source says what is wrong
-        return False
-    return any(_holds_parquet(path, depth + 1) for path in folders)
-
-
-def list_parquet(listing: Listing) -> list[Path]:
-    """The Parquet files of a source; others stay out.
-
-    Raises:
-        UserError: the source holds images, too.
-    """
-    if not listing.source.is_dir():
-        return [listing.source]
-    files = []
-    for found in listing:
-        if found.parts[-1].endswith(".parquet"):
-            files.append(Path(found.blob.path))
-        elif is_image(found.parts[-1]):
-            raise UserError(
-                f"{listing.source} holds Parquet files and images, {'/'.join(found.parts)} for one: nothing says which "
-                f"of them are the set. Name the folder of either as --source."
-            )
-        else:
-            listing.leave(found)
-    if not files:
+    source, kind, split = request.source, request.kind, request.split
+    for flag in ("labels", "devkit", "mappings"):
+        if getattr(request, flag):
+            raise UserError(f"--{flag} would do nothing: {source} holds Parquet files, which contain their labels.")
+    if kind == benchmarks.OBJECTNET.name:
         raise UserError(
-            f"The Parquet files of {listing.source} are links to files that are not there: copy those, too."
+            f"{source} holds Parquet files, but ObjectNet has to be converted from its own archive, whose mapping "
+            f"files relate its folders to ImageNet's classes."
         )
-    return files
+
+    def is_wanted(name: str) -> bool:
+        """A name that is not a known split may be the chosen one."""
+        name = SPLITS.get(name.lower(), name)
+        return split in (None, name) or name not in SPLITS.values()
+
+    listing = Listing(source, tick)
+    tables = read_tables(list_parquet(listing), is_wanted, request)
+    for table in tables:
+        for _ in range(sum(label in _NO_LABEL for label in table.labels)):
+            listing.ignored.add((Path(table.file.path).name,), NO_LABEL)
+    tables = [table for table in tables if any(label not in _NO_LABEL for label in table.labels)]
+    if not tables:
+        raise UserError(f"No row of the Parquet files of {source} has a label (all are -1 or null).")
+    by_split = _by_split(source, tables, kind, split)
+    chosen = [table for of_split in by_split.values() for table in of_split]
+    if kind == "folder":
+        folder_of, classes = _own_classes(source, chosen, classes)
+    else:
+        folder_of, classes = _imagenet_classes(source, chosen, kind), imagenet.classes()
+        _check_paths(chosen, folder_of)
+    folder = unpack_folder(request.out, kind, source)
+    images: dict[str, list[LabelledImage]] = {}
+    for name, of_split in by_split.items():
+        taken: set[tuple[str, str]] = set()
+        images[name] = [image for table in of_split for image in _images(table, folder, folder_of, taken)]
+    seen = [(name, of_class) for name in images for of_class, _ in classes] if kind == "folder" else []
+    found = source_images(listing, images, seen, split=None, classes=classes)
+    found.unpack = tuple(UnpackTask.of(table, folder) for table in chosen)
+    return found
 
 
-def read_parts(
-    files: Sequence[Path],
-    is_wanted: Callable[[str], bool],
-    *,
-    image_column: str | None,
-    label_column: str | None,
-    partial: bool,
-) -> list[ParquetPart]:
-    """What the files hold, but for the images, by split and number.
+def _by_split(source: Path, tables: list[ParquetTable], kind: str, split: str | None) -> dict[str, list[ParquetTable]]:
+    by_name: dict[str, list[ParquetTable]] = {}
+    for table in tables:
+        by_name.setdefault(SPLITS.get(table.split.lower(), table.split), []).append(table)
+    for name, of_split in by_name.items():
+        if len(names := sorted({table.split for table in of_split})) > 1:
+            raise UserError(
+                f"{source} has the split {name} twice, as {' and as '.join(names)}: name the files of one as --source."
+            )
+    there = ", ".join(sorted(by_name))
+    if kind not in ("folder", "imagenet"):
+        if len(by_name) > 1:
+            raise UserError(
+                f"{source} has the splits {there}, but {kind} is one set: name the file or folder of that set as "
+                f"--source."
+            )
+        return {kind: tables}
+    if len(by_name) == 1 and split is not None and not set(SPLITS.values()) & set(by_name):
+        return {split: tables}
+    if split is not None:
+        if split not in by_name:
+            raise UserError(f"{source} has no split {split!r}; it has: {there}.")
+        return {split: by_name[split]}
+    if kind == "imagenet" and (unknown := sorted(set(by_name) - {"train", "val"})):
+        raise UserError(
+            f"{source} has files of {unknown[0]!r}, and whether they are the training or the validation set is "
+            f"unknown: add --split train or --split val, with the folder or file of that set alone as --source."
+        )
+    return by_name
 
-    Args:
-        is_wanted: whether a split of this name is to be read.
-        image_column, label_column: where several could be meant.
-        partial: files of a split may be missing.
 
-    Raises:
-        UserError: a file that is none, is cut or lacks the columns; files that are missing or there twice; files of one
-            split whose columns or names of classes differ.
-    """
-    by_split: dict[str, list[tuple[int, int | None, Path]]] = {}
-    for path in files:
-        split, number, total = _place(path)
-        if not is_wanted(split):
+# --- classes --------------------------------------------------------------------------------------------------------
+
+
+def _labels(tables: Sequence[ParquetTable]) -> Iterator[tuple[Label, str | None]]:
+    """Label and path of each row that has a label."""
+    for table in tables:
+        for label, path in zip(table.labels, table.paths, strict=True):
+            if label is not None and label != -1:
+                yield label, path
+
+
+def _named(tables: Sequence[ParquetTable]) -> tuple[str, ...] | None:
+    """Names of the labels 0, 1, …; None without names. Raises: UserError: a label has no name."""
+    names = tables[0].columns.names
+    if names is None:
+        return None
+    numbers = {label for label, _ in _labels(tables) if isinstance(label, int)}
+    if min(numbers) < 0 or max(numbers) >= len(names):
+        raise UserError(
+            f"{tables[0].file.path} names {len(names)} classes, but its set has the labels {min(numbers)} … "
+            f"{max(numbers)}: labels and names do not belong together. Download the set again."
+        )
+    return names
+
+
+def _own_classes(
+    source: Path, tables: Sequence[ParquetTable], listed: Classes | None
+) -> tuple[dict[Label, str], Classes]:
+    """Class folder by label, and all classes, of a set with classes of its own."""
+    labels = {label for label, _ in _labels(tables)}
+    if names := _named(tables):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"{tables[0].file.path} gives two classes the same name, {twice!r}.")
+        return dict(enumerate(names)), listed or tuple((name, name) for name in names)
+    if all(isinstance(label, str) for label in labels):
+        texts = sorted(map(str, labels))
+        return {text: text for text in texts}, listed or tuple((text, text) for text in texts)
+    if listed is None:
+        raise UserError(
+            f"The labels of {source} are numbers, and its metadata does not name the classes. Give the class list with "
+            f"--classes FILE: a line `name<TAB>display name` for each class, class 0 first."
+        )
+    if invalid := sorted(label for label in labels if not (isinstance(label, int) and 0 <= label < len(listed))):
+        raise UserError(
+            f"{source} has the label {invalid[-1]}, but the class list has {len(listed)} classes, counted from 0."
+        )
+    return {i: folder for i, (folder, _) in enumerate(listed)}, listed
+
+
+def _imagenet_classes(source: Path, tables: Sequence[ParquetTable], kind: str) -> dict[Label, str]:
+    """Wnid by label, of a set of ImageNet's classes."""
+    numbers = kind == benchmarks.IMAGENET_V2.name
+    used = {label for label, _ in _labels(tables)}
+    texts = sorted(label for label in used if isinstance(label, str))
+    folder_of: dict[Label, str]
+    remedy = f"Use a copy whose labels are wnids. If it is not {kind}, `make_shards.py folder` converts it."
+    if names := _named(tables):
+        lists = (range(len(imagenet.wnids())), [imagenet.wnids().index(wnid) for wnid in benchmarks.wnids(kind)])
+        ids: Sequence[int] | None = next((ids for ids in lists if is_list(names, ids)), None)
+        if ids is None:
+            where = f"The metadata of {tables[0].file.path}"
+            ids = class_ids_of_names(names, wordnet=True, numbers=numbers, where=where, remedy=remedy)
+        folder_of = {label: imagenet.wnids()[i] for label, i in enumerate(ids) if label in used}
+    elif len(texts) == len(used):
+        where = f"The column {tables[0].columns.label} of {tables[0].file.path}"
+        ids = class_ids_of_names(texts, wordnet=True, numbers=numbers, where=where, remedy=remedy)
+        folder_of = {text: imagenet.wnids()[i] for text, i in zip(texts, ids, strict=True)}
+    else:
+        folder_of = _by_paths(source, tables)
+    if unknown := sorted(set(folder_of.values()) - set(benchmarks.wnids(kind))):
+        raise UserError(
+            f"{source} has images of the class {unknown[0]}, which is not one of the {len(benchmarks.wnids(kind))} "
+            f"classes of {kind}. Is this {kind}?"
+        )
+    return folder_of
+
+
+def _by_paths(source: Path, tables: Sequence[ParquetTable]) -> dict[Label, str]:
+    """Wnid by label, of labels without names, from the images' paths: each path has to contain one."""
+    found: dict[Label, set[str]] = {}
+    for label, path in _labels(tables):
+        found.setdefault(label, set()).update(wnids_in(path or "") or {""})
+    if any("" in wnids for wnids in found.values()):
+        raise UserError(
+            f"The labels of {source} are numbers, and neither metadata nor the images' paths name their classes: their "
+            f"order would be a guess. Use a copy whose files name the classes (the hub's do, in the metadata key "
+            f"'huggingface')."
+        )
+    # More than one wnid is a contradiction, which _check_paths reports.
+    folder_of = {label: min(wnids) for label, wnids in found.items()}
+    if len(set(folder_of.values())) < len(folder_of):
+        raise UserError(f"In {source}, images of one class have several labels, by their paths: labels are damaged.")
+    return folder_of
+
+
+def _check_paths(tables: Sequence[ParquetTable], folder_of: dict[Label, str]) -> None:
+    """Raises: UserError: an image's path names another class than its label."""
+    for table in tables:
+        for label, path in _labels([table]):
+            if set(wnids_in(path or "")) - {folder_of[label]}:
+                raise UserError(
+                    f"{table.file.path} contradicts itself: the image {path} has the label {label}, which is the class "
+                    f"{folder_of[label]} by its name. The path or the label is of another class order; use another "
+                    f"copy."
+                )
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def _images(
+    table: ParquetTable, folder: Path, folder_of: dict[Label, str], taken: set[tuple[str, str]]
+) -> Iterator[LabelledImage]:
+    """The labelled images of a file. taken: (class folder, name) of the images of earlier files."""
+    unpacked = read_record(UnpackTask.of(table, folder))
+    estimate = Blob(table.file, 0, table.num_bytes // max(1, len(table.labels)))
+    for row, (label, path) in enumerate(zip(table.labels, table.paths, strict=True)):
+        if label is None or label == -1:
             continue
-        by_split.setdefault(split, []).append((number, total, path))
-    for split, places in by_split.items():
-        _check_complete(split, places, partial)
-    parts = []
-    for split, places in sorted(by_split.items()):
-        for number, total, path in sorted(places):
-            parts.append(_read(path, split, number, total, image_column, label_column))
-    for part in parts:
-        if part.columns != parts[0].columns:
-            what = "names of classes" if part.columns.names != parts[0].columns.names else "columns"
-            raise UserError(
-                f"{part.file.path} has other {what} than {parts[0].file.path}: they are not of one set. Name the "
-                f"folder of one set as --source."
-            )
-    return parts
-
-
-def _place(path: Path) -> tuple[str, int, int | None]:
-    """Split, number and total of a file."""
-    if match := _NUMBERED.fullmatch(path.stem):
-        return match["split"], int(match["number"]), int(match["total"])
-    if match := _ONLY_NUMBER.fullmatch(path.stem):
-        return path.parent.name.removesuffix(".parquet"), int(match["number"]), None
-    return path.stem, 0, 1
-
-
-def _check_complete(split: str, places: list[tuple[int, int | None, Path]], partial: bool) -> None:
-    folders = {path.parent for _, _, path in places}
-    numbers = [number for number, _, _ in places]
-    totals = {total for _, total, _ in places}
-    if len(set(numbers)) < len(numbers) or len(totals) > 1 or len(folders) > 1:
-        shown = " and ".join(str(path) for *_, path in sorted(places, key=lambda place: place[:1])[:2])
-        raise UserError(
-            f"The split {split} is there more than once: {shown}. Name the folder of one copy as --source, or move the "
-            f"other out of it."
-        )
-    total = totals.pop()
-    expected = max(numbers) + 1 if total is None else total
-    missing = sorted(set(range(expected)) - set(numbers))
-    if split.startswith("partial-"):
-        missing = missing or [expected]
-    if missing and not partial:
-        raise UserError(
-            f"{len(missing)} of the {expected} files of the split {split} are missing from {places[0][2].parent}, "
-            f"number {missing[0]:05d} for one: images would be missing from the set. Download the rest."
-        )
-
-
-def _read(
-    path: Path, split: str, number: int, total: int | None, image_column: str | None, label_column: str | None
-) -> ParquetPart:
-    try:
-        source = SourceFile.listed(path)
-        with open(path, "rb") as file:
-            begin = file.read(len(_LFS))
-        if begin == _LFS:
-            raise UserError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull` where it was cloned.")
-        with pq.ParquetFile(path, pre_buffer=False) as parquet:
-            columns = _columns(path, parquet.schema_arrow, image_column, label_column)
-            wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
-            table = parquet.read(columns=wanted, use_threads=False)
-            paths: list[str | None] = [None] * table.num_rows
-            if columns.has_path:
-                paths = [row and row["path"] for row in table[columns.image].to_pylist()]
-            labels = table[columns.label].to_pylist()
-            if table.num_rows != parquet.metadata.num_rows:
-                raise pa.ArrowInvalid(f"{table.num_rows} rows instead of {parquet.metadata.num_rows}")
-            num_bytes = _image_bytes(parquet.metadata, columns)
-    except pa.ArrowException as error:
-        raise damaged(path, error) from None
-    except OSError as error:
-        raise UserError(f"The source {path} cannot be read ({error.strerror or error}).") from None
-    return ParquetPart(source, split, path.stem, number, total, columns, paths, labels, num_bytes)
-
-
-def damaged(path: str | Path, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else repr(error)
-    return UserError(f"{path} cannot be read as Parquet ({reason}): it is cut or damaged. Download or copy it again.")
-
-
-def _image_bytes(metadata: pq.FileMetaData, columns: Columns) -> int:
-    inner = f"{columns.image}.bytes" if columns.nested else columns.image
-    groups = map(metadata.row_group, range(metadata.num_row_groups))
-    chunks = (group.column(i) for group in groups for i in range(group.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == inner)
-
-
-# --- columns --------------------------------------------------------------------------------------------------------
-
-
-def _columns(path: Path, schema: pa.Schema, image_column: str | None, label_column: str | None) -> Columns:
-    """Raises: UserError: a column is not there, or several could be meant."""
-    features = _features(schema)
-    images = [field.name for field in schema if _is_image(field.type)]
-    image = _chosen(path, schema, "image", image_column, images, _IMAGE_NAMES)
-    numbers = [field.name for field in schema if pa.types.is_integer(_values(field.type))]
-    labels = [name for name in numbers if _names(features.get(name)) is not None]
-    labels = labels or [field.name for field in schema if field.name in numbers or _is_text(field.type)]
-    label = _chosen(path, schema, "label", label_column, labels, _LABEL_NAMES)
-    kind = schema.field(image).type
-    nested = pa.types.is_struct(kind)
-    at = kind.get_field_index("path") if nested else -1
-    names = _names(features.get(label)) if label in numbers else None
-    return Columns(image, nested, at >= 0 and _is_text(kind.field(at).type), label, names)
-
-
-def _chosen(
-    path: Path, schema: pa.Schema, what: str, given: str | None, fitting: list[str], usual: tuple[str, ...]
-) -> str:
-    """The column of that name, the only one that fits, or the only one of a usual name among those that fit."""
-    if given is not None:
-        if given not in fitting:
-            raise UserError(
-                f"{path} has no {what} column {given!r}; it has {_shown(schema)}. Give one of "
-                f"{', '.join(fitting) or 'another set'}."
-            )
-        return given
-    called = [name for name in fitting if name.lower() in usual]
-    for names in (fitting, called):
-        if len(names) == 1:
-            return names[0]
-    if not fitting:
-        kind = "binary, or a struct with the field bytes" if what == "image" else "of whole numbers or names"
-        raise UserError(f"{path} has no {what} column ({kind}): it has {_shown(schema)}.")
-    raise UserError(
-        f"{path} has several columns that may be the {what}: {', '.join(fitting)}. Say which: --{what}-column NAME."
-    )
-
-
-def _shown(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema) or "no columns"
-
-
-def _values(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    kind = _values(kind)
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
-
-
-def _is_image(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        at = kind.get_field_index("bytes")
-        return at >= 0 and _is_bytes(kind.field(at).type)
-    return _is_bytes(kind)
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What the library ``datasets`` noted of each column; {} if it is not there."""
-    try:
-        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-    except (ValueError, KeyError, TypeError):
-        return {}
-    return features if isinstance(features, dict) else {}
-
-
-def _names(feature: Any) -> tuple[str, ...] | None:
-    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list):
-        return tuple(map(str, feature["names"]))
-    return None
+        blob = unpacked.blobs[row] if unpacked else estimate
+        extension = unpacked.extensions[row] if unpacked else ""
+        place = f"{table.split}-{table.number:05d}-{row:06d}"
+        name = re.split(r"[/\\]", path or "")[-1] or place
+        stem, suffix = os.path.splitext(name)
+        if not is_image(name):
+            stem, suffix = name, f".{extension}" if extension else ""
+        class_folder, name = folder_of[label], f"{stem}{suffix}"
+        if (class_folder, name) in taken:
+            name = f"{stem}-{place}{suffix}"
+        taken.add((class_folder, name))
+        yield LabelledImage(class_folder, name, blob or Absent(f"{table.file.path}, row {row}", NO_BYTES))

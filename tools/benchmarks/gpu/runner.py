@@ -24,8 +24,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cfmask.files import write_atomically
 from cfmask.report import table
+from cfmask.runtime.files import write_atomically
 from tools.benchmarks.gpu.setting import Setting
 
 RAN = "ran"

@@ -1,4 +1,4 @@
-"""Zip archives, listed once; their entries are then read by offset (see blobs.py)."""
+"""Lists zip archives. Entries are then read by offset (see blobs.py)."""
 
 from __future__ import annotations
 
@@ -7,22 +7,21 @@ import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from cfmask.convert.sources.blobs import DEFLATED, STORED, SourceFile, ZipEntry
+from cfmask.data.blobs import DEFLATED, STORED, SourceFile, ZipEntry
 from cfmask.errors import UserError
 
-MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
-_END = b"PK\5\6"
+_MAGIC = (b"PK\3\4", b"PK\5\6", b"PK\7\x08")
 
 
 def is_zip(file: SourceFile) -> bool:
-    """Whether a file is a zip archive by its first bytes; or by its name and its end, where other bytes precede it."""
-    return file.read(0, min(4, file.size)) in MAGIC or (
+    """Whether a file is a zip archive by its first bytes, or by its name and its end (self-extracting archives)."""
+    return file.read(0, min(4, file.size)) in _MAGIC or (
         file.path.lower().endswith(".zip") and zipfile.is_zipfile(file.path)
     )
 
 
 class Entry(NamedTuple):
-    """name: as the archive has it. is_link: a symbolic link; its data is the target."""
+    """An entry of a zip archive. The data of a symbolic link is its target."""
 
     name: str
     data: ZipEntry
@@ -31,24 +30,24 @@ class Entry(NamedTuple):
 
 
 def entries(file: SourceFile) -> Iterator[Entry]:
-    """All entries, from the archive's directory; zip64 too.
+    """All entries of an archive (zip64 included), from its directory.
 
     Raises:
-        UserError: the archive is damaged, cut, one of several parts, or has entries that are encrypted or compressed
-            by another method than deflate.
+        UserError: the archive is damaged, truncated or a part of a split archive, or has entries that are encrypted or
+            compressed by a method other than deflate.
     """
-    again = "it is cut or damaged. Download or copy it again."
+    again = "it is truncated or damaged. Download it again."
     try:
         _refuse_parts(file)
         with zipfile.ZipFile(file.path) as archive:
             infos = archive.infolist()
-            archive.NameToInfo.clear()  # of 1.4 million entries, before as many more objects are made
+            archive.NameToInfo.clear()  # saves the memory of ImageNet's 1.4 million entries
     except (zipfile.BadZipFile, UnicodeDecodeError, ValueError, EOFError) as error:
         raise UserError(f"{file.path} cannot be read as a zip archive ({error}): {again}") from None
     except NotImplementedError as error:  # another version of the format
         raise UserError(f"{file.path} cannot be read in place ({error}): unpack it first.") from None
     except OSError as error:
-        raise UserError(f"The source {file.path} cannot be read ({error.strerror}).") from None
+        raise UserError(f"{file.path} cannot be read ({error.strerror}).") from None
     for info in infos:
         name = _name(info)
         mode = info.external_attr >> 16 if info.create_system == 3 else 0
@@ -58,30 +57,30 @@ def entries(file: SourceFile) -> Iterator[Entry]:
                 raise UserError(f"{name} in {file.path} is encrypted: unpack the archive with its password first.")
             if info.compress_type not in (STORED, DEFLATED):
                 raise UserError(
-                    f"{name} in {file.path} is compressed by method {info.compress_type}, and only stored and deflated "
-                    f"entries can be read in place: unpack the archive first."
+                    f"{name} in {file.path} is compressed by method {info.compress_type}; only stored and deflated "
+                    f"entries can be read in place. Unpack the archive first."
                 )
             if info.header_offset < 0 or info.header_offset + info.compress_size > file.size:
-                raise UserError(f"{file.path} names bytes for {name} that it does not have: {again}")
+                raise UserError(f"The data of {name} lies beyond the end of {file.path}: {again}")
         data = ZipEntry(file, info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
         yield Entry(name, data, is_folder, stat.S_ISLNK(mode))
 
 
 def _refuse_parts(file: SourceFile) -> None:
-    """Python's zipfile reads the last part of a split archive as if it were whole."""
+    """Python's zipfile reads the last part of a split archive as if it were complete."""
     tail = file.read(max(0, file.size - (1 << 16) - 22), min(file.size, (1 << 16) + 22))
-    at = tail.rfind(_END)
+    at = tail.rfind(b"PK\5\6")
     if at >= 0 and int.from_bytes(tail[at + 4 : at + 6], "little") not in (0, 0xFFFF):
         raise UserError(
-            f"{file.path} is the last of several parts of a zip archive: join them first (zip -s 0 PART.zip --out "
-            f"WHOLE.zip)."
+            f"{file.path} is the last of several parts of a zip archive. Join them first: zip -s 0 PART.zip --out "
+            f"WHOLE.zip"
         )
 
 
 def _name(info: zipfile.ZipInfo) -> str:
     name = info.filename
     if not info.flag_bits & 0x800 and not name.isascii():
-        try:  # many programs write UTF-8 without the flag that says so; the format's own code page is cp437
+        try:  # many programs write UTF-8 without setting its flag; zipfile then decodes by the default, cp437
             name = name.encode("cp437").decode()
         except UnicodeError:
             pass

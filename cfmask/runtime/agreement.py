@@ -1,5 +1,5 @@
-"""Ranks compare what they have read before they compute: a node with an old copy of a file, or other versions of
-libraries, would train another model without a word."""
+"""Comparison of files and software over all ranks before training. A node with an old copy of a file or with other
+library versions would silently train a different model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _PACKAGES = ("torch", "torchvision", "open_clip_torch", "numpy", "safetensors", 
 
 
 def check_agreement(facts: Mapping[str, str]) -> list[str]:
-    """Compare facts over all ranks: those given, the code, and versions of libraries.
+    """Compare facts, the code, and library versions over all ranks.
 
     Args:
-        facts: what a rank has read, by name: digests.
+        facts: digests of what this rank has read, by name.
 
     Returns:
         The node of each rank.
 
     Raises:
-        UserError: ranks differ; on all of them.
+        UserError: on all ranks, if ranks differ.
     """
     node = node_name()
     gathered: list[tuple[str, dict[str, str]]] = [("", {})] * dist.get_world_size()
@@ -41,14 +41,14 @@ def check_agreement(facts: Mapping[str, str]) -> list[str]:
                 f"Ranks differ in {name}: rank 0 on {nodes[0]} has {first[name]}, rank {rank} on {nodes[rank]} has "
                 f"{gathered[rank][1].get(name)}"
                 + (f" ({len(others)} ranks differ)" if len(others) > 1 else "")
-                + ". A file system may show an old copy of a file, or that node another environment: start again, or "
-                f"leave the node out with --exclude {nodes[rank]}."
+                + ". The node may see an old copy of a file, or have another environment: start again, or exclude the "
+                f"node with --exclude {nodes[rank]}."
             )
     return nodes
 
 
 def _software() -> dict[str, str]:
-    code = Path(__file__).resolve().parents[1]
+    code = Path(__file__).resolve().parents[2]
     found = {"code": code.name if code.parent.name == "code" else "(a repository)"}  # a snapshot's name is its digest
     for package in _PACKAGES:
         try:

@@ -1,12 +1,11 @@
-"""A checkpoint's state.json: what it says, how it is protected, and where checkpoints lie.
+"""state.json of a checkpoint: its contents and their protection, and the list of checkpoint folders.
 
     {"version": 2, "step": …, "dataset": …, "consumed": {…}, "skips": {…}, "top1": {…}, "updates": …,
      "inputs": {"run.seed": 0, "initial.safetensors": …, …},
      "sha256": {"model.safetensors": …, "optimizer.safetensors": …}, "digest": …}
 
-digest is the sha256 of the other values in canonical JSON: a changed bit is noticed wherever it changes a value.
-Files of version 1 have neither "version" nor "digest"; they are checked as far as types, ranges and the folder's name
-go. Older files have no "inputs".
+digest is the sha256 of the other values in canonical JSON, which reveals every changed value. Files of version 1 have
+neither "version" nor "digest": only types, ranges and the folder's name can be checked. Older files have no "inputs".
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cfmask.data.receipts import DataProgress
 from cfmask.errors import UserError
-from cfmask.files import read_bytes
+from cfmask.runtime.files import read_bytes
 from cfmask.runtime.patience import patiently
 
 STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.safetensors"
@@ -34,11 +33,16 @@ _VALUES = {"step", "dataset", "consumed", "skips", "top1", "updates", "inputs", 
 _OPTIONAL = {"top1", "inputs"}
 
 Input = str | int | float | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Skips:
-    """Steps left out because a loss or gradient was not finite: in all, and in a row up to now."""
+    """Steps that were skipped because a loss or gradient was not finite.
+
+    total: since the run began.
+    in_a_row: immediately before now.
+    """
 
     total: int = 0
     in_a_row: int = 0
@@ -49,9 +53,15 @@ class Skips:
 
 @dataclass(frozen=True)
 class CheckpointState:
-    """What a run knows beside weights and moments. step: optimizer steps behind it, of all phases. dataset: digest of
-    the training set. consumed: of it, so far. skips: steps left out. top1: percent by set, if it was evaluated here.
-    inputs: what else decides the weights, by name: settings of the recipe, digests of the models' files."""
+    """What a run knows beside weights and moments.
+
+    step: optimizer steps so far, over all phases.
+    dataset: digest of the training set.
+    consumed: samples of the training set so far.
+    skips: skipped steps.
+    top1: percent by set, if the model was evaluated at this step.
+    inputs: what else decides the weights, by name: settings of the recipe, digests of model files.
+    """
 
     step: int
     dataset: str
@@ -63,8 +73,12 @@ class CheckpointState:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint(CheckpointState):
-    """A checkpoint whose state.json is intact. updates: the optimizer's own count, which leaves out what was skipped
-    and begins with its phase. sha256: of the other files, by name."""
+    """A checkpoint whose state.json is intact.
+
+    path: its folder.
+    updates: the optimizer's own count, which excludes skipped steps and starts with the phase.
+    sha256: of the other files, by name.
+    """
 
     path: Path
     updates: int
@@ -72,7 +86,7 @@ class Checkpoint(CheckpointState):
 
 
 class CheckpointDamaged(UserError):
-    """A checkpoint was read and is not what was written."""
+    """A checkpoint was read and differs from what was written."""
 
     @classmethod
     def of(cls, path: Path, damage: str) -> CheckpointDamaged:
@@ -102,16 +116,16 @@ def digest_of(contents: Mapping[str, Any]) -> str:
 
 
 def decode(data: bytes, path: Path) -> Checkpoint:
-    """What the state.json of the checkpoint folder ``path`` says.
+    """Parse the state.json of the checkpoint folder ``path``.
 
     Raises:
-        CheckpointDamaged: it cannot be parsed, is not what was written, or is of another step than the folder's name
-            says.
+        CheckpointDamaged: it cannot be parsed, differs from what was written, or is of another step than the folder's
+            name.
     """
     try:
         raw = json.loads(data)
         if not isinstance(raw, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
         digest = raw.pop("digest", None)
         sealed = digest is not None or "version" in raw
         if sealed:
@@ -124,42 +138,32 @@ def decode(data: bytes, path: Path) -> Checkpoint:
             path=path,
             step=_count(raw["step"]),
             dataset=_text(raw["dataset"]),
-            consumed=_consumed(raw["consumed"]),
+            consumed=_progress(raw["consumed"]),
             skips=Skips(**{name: _count(value) for name, value in raw["skips"].items()}),
             top1={_text(name): _percent(value) for name, value in raw.get("top1", {}).items()},
             updates=_count(raw["updates"]),
             inputs={_text(name): _input(value) for name, value in raw.get("inputs", {}).items()},
-            sha256={name: _hex(value, 64) for name, value in raw["sha256"].items()},
+            sha256={name: _sha256(value) for name, value in raw["sha256"].items()},
         )
         if found.sha256.keys() != {MODEL, OPTIMIZER}:
             raise ValueError(f"it names the files {', '.join(found.sha256)}")
         if found.step != step_of(path):
             raise ValueError(f"it is of step {found.step}")
-        # All that there is to check where there is no digest.
-        if not sealed and found.updates > found.step - found.skips.total:
-            raise ValueError(f"{found.updates} updates and {found.skips} do not make {found.step} steps")
+        if not sealed and found.updates > found.step - found.skips.total:  # the only check without a digest
+            raise ValueError(f"{found.updates} updates and {found.skips} contradict {found.step} steps")
         return found
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no value {error}" if isinstance(error, KeyError) else error
         raise CheckpointDamaged.of(path, f"{STATE} is not what was written ({reason})") from None
 
 
-def _count(value: Any) -> int:
-    if type(value) is not int or value < 0:  # True is an int to isinstance
-        raise ValueError(f"{value!r} where a count belongs")
-    return value
+def _checked(valid: Callable[[Any], bool], expected: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not valid(value):
+            raise ValueError(f"{value!r} instead of {expected}")
+        return value
 
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} where text belongs")
-    return value
-
-
-def _hex(value: Any, digits: int) -> str:
-    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
-        raise ValueError(f"{value!r} where {digits} hexadecimal digits belong")
-    return value
+    return check
 
 
 def is_percent(value: Any) -> bool:
@@ -167,66 +171,58 @@ def is_percent(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and 0 <= value <= 100
 
 
-def _percent(value: Any) -> float:
-    if not is_percent(value):
-        raise ValueError(f"{value!r} where a percentage belongs")
-    return float(value)
+_count = _checked(lambda value: type(value) is int and value >= 0, "a count")  # isinstance would accept True
+_text = _checked(lambda value: isinstance(value, str), "text")
+_input = _checked(lambda value: value is None or isinstance(value, (str, int, float)), "a setting or a digest")
+_percent = _checked(is_percent, "a percentage")
+_sha256 = _checked(lambda value: re.fullmatch("[0-9a-f]{64}", value) is not None, "64 hexadecimal digits")
+_receipt = _checked(lambda value: re.fullmatch("[0-9a-f]{32}", value) is not None, "32 hexadecimal digits")
 
 
-def _input(value: Any) -> Input:
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise ValueError(f"{value!r} where a setting or a digest belongs")
-    return value
-
-
-def _consumed(raw: dict[str, Any]) -> DataProgress:
+def _progress(raw: dict[str, Any]) -> DataProgress:
     if raw.keys() != {"samples", "receipt", "bad_in_epoch"}:
-        raise ValueError(f"what it consumed is {', '.join(sorted(raw))}")
-    return DataProgress(_count(raw["samples"]), int(_hex(raw["receipt"], 32), 16), _count(raw["bad_in_epoch"]))
+        raise ValueError(f"its consumed samples are given by {', '.join(sorted(raw))}")
+    return DataProgress(_count(raw["samples"]), int(_receipt(raw["receipt"]), 16), _count(raw["bad_in_epoch"]))
 
 
 def read_state(path: Path) -> Checkpoint:
-    """What a checkpoint folder's state.json says; the other files are not looked at. An I/O error is waited out.
+    """Read the state.json of a checkpoint folder; the other files are not read. I/O errors are retried.
 
     Raises:
-        CheckpointDamaged: state.json is missing, or not what was written.
+        CheckpointDamaged: state.json is missing, or differs from what was written.
         StorageUnavailable: it could not be read.
     """
-    return patiently(lambda: decode(_read_member(path, STATE), path), str(path / STATE))
+    return patiently(lambda: decode(read_member(path, STATE, read_bytes), path), str(path / STATE))
 
 
-def _read_member(path: Path, name: str) -> bytes:
-    """A small file of a checkpoint. Raises OSError, or CheckpointDamaged if it is missing."""
+def read_member(path: Path, name: str, read: Callable[[Path], T]) -> T:
+    """``read(path / name)`` for a file of a checkpoint. A missing file in an existing folder means damage. If the
+    folder is gone as well, its file system may be unmounted, and the read should be retried.
+
+    Raises:
+        CheckpointDamaged: the folder exists and the file does not.
+        OSError: the file or the folder cannot be read.
+    """
     try:
-        return read_bytes(path / name)
+        return read(path / name)
     except FileNotFoundError:
-        check_missing(path, name)
+        try:
+            names = os.listdir(path)
+        except FileNotFoundError:
+            raise OSError(errno.ESTALE, f"the folder {path} has just disappeared") from None
+        if name not in names:
+            raise CheckpointDamaged.of(path, f"{name} is missing") from None
         raise
 
 
-def check_missing(path: Path, name: str) -> None:
-    """Tell apart a checkpoint that lacks a file from one whose folder has just gone, with its file system say.
-
-    Raises:
-        CheckpointDamaged: the folder is there and the file is not.
-        OSError: the folder cannot be looked at, or is gone: to be tried again.
-    """
-    try:
-        names = os.listdir(path)
-    except FileNotFoundError:
-        raise OSError(errno.ESTALE, f"the folder {path} was there a moment ago and is gone") from None
-    if name not in names:
-        raise CheckpointDamaged.of(path, f"{name} is missing")
-
-
-def found(folder: Path) -> list[Path]:
-    """Checkpoint folders in RUN/checkpoints, the newest first, whole or not; none if there is no such folder.
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders in RUN/checkpoints, newest first, intact or not; empty if the folder does not exist.
 
     Raises:
         OSError: the folder cannot be listed.
     """
     try:
-        # Not glob, which takes a folder that may not be listed for an empty one.
+        # glob would take a folder that cannot be listed for an empty one.
         names = os.listdir(folder)
     except FileNotFoundError:
         return []
@@ -235,5 +231,5 @@ def found(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint folder's name says."""
+    """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix("step-"))

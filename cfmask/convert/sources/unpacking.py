@@ -1,12 +1,12 @@
-"""Images of Parquet files are unpacked once, each file into one flat file, before they are shuffled into shards.
+"""Unpacks the images of Parquet files once, each Parquet file into one flat file, before they are shuffled into shards.
 
-    OUT/.unpacked/imagenet-0123abcd/train-00000.json    size and kind of each image: the record that the next is whole
-                                    train-00000.json.bytes     the images, one after the other; removed at the end
+    OUT/.unpacked/imagenet-0123abcd/train-00000.json          record: size and kind of each image; it is written last
+                                    train-00000.json.bytes    the images, one after the other; removed at the end
 
-Shards are made of samples from all over a set, and a row of a Parquet file cannot be read without the rows about it:
-read in shuffled order, each file would be decompressed hundreds of times. The records are small and stay, so that the
-same command knows the plan of a finished set without unpacking it again. Unpacked files have the time of change of the
-file that they were made of, so that one that is made again is the same.
+A shard has samples from all over the set, and a row of a Parquet file cannot be read without the rows near it: without
+this step, each file would be decompressed hundreds of times. The records are small and are kept, so that the same
+command knows the plan of a finished set without unpacking it again. An unpacked file has the modification time of its
+Parquet file, so unpacking again gives an identical file.
 """
 
 from __future__ import annotations
@@ -22,26 +22,34 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cfmask.convert.sources.blobs import Blob, SourceFile
-from cfmask.convert.sources.parquet import Columns, ParquetPart, damaged
+from cfmask.convert.sources.parquet_files import Columns, ParquetTable, damaged
 from cfmask.data import images
+from cfmask.data.blobs import Blob, SourceFile
 from cfmask.errors import UserError
-from cfmask.files import disk_is_full, written_aside
+from cfmask.runtime.files import disk_is_full, written_aside
 
-FOLDER = ".unpacked"
 _ROWS_AT_ONCE = 32
-"""Rows in memory at a time, whatever the size of a row group."""
+"""Rows in memory at a time, for row groups of any size."""
 
 
 @dataclass(frozen=True)
-class Unpack:
-    """One file to unpack. num_bytes: of its images, about. record: path of the record that it gets."""
+class UnpackTask:
+    """A Parquet file to unpack.
+
+    num_bytes: estimate for its images.
+    record: path of the record to write.
+    """
 
     source: SourceFile
     columns: Columns
     rows: int
     num_bytes: int
     record: Path
+
+    @classmethod
+    def of(cls, table: ParquetTable, folder: Path) -> UnpackTask:
+        record = folder / f"{table.split}-{table.number:05d}.json"
+        return cls(table.file, table.columns, len(table.labels), table.num_bytes, record)
 
     @property
     def bytes_file(self) -> Path:
@@ -50,23 +58,22 @@ class Unpack:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Of each row: the place of its image, None if there is none; and its extension by its content, or ""."""
+    """A record.
+
+    blobs: the image of each row; None if the row has none.
+    extensions: of each image, by its content; "" if unknown.
+    """
 
     blobs: list[Blob | None]
     extensions: list[str]
 
 
-def folder_of(out: Path, kind: str, source: Path) -> Path:
-    """Where a set is unpacked: other sets may be made below the same ``out``, also at the same time."""
-    return out / FOLDER / f"{kind}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
+def unpack_folder(out: Path, kind: str, source: Path) -> Path:
+    """Where a source is unpacked. Each source has its own folder: several may be converted below one ``out``."""
+    return out / ".unpacked" / f"{kind}-{hashlib.sha256(os.fsencode(source)).hexdigest()[:8]}"
 
 
-def unpack_of(part: ParquetPart, folder: Path) -> Unpack:
-    record = folder / f"{part.split}-{part.number:05d}.json"
-    return Unpack(part.file, part.columns, len(part.labels), part.num_bytes, record)
-
-
-def read_record(task: Unpack) -> Unpacked | None:
+def read_record(task: UnpackTask) -> Unpacked | None:
     """Where the images of a file are or will be; None if it was not unpacked, or changed since."""
     try:
         record = json.loads(task.record.read_bytes())
@@ -82,8 +89,8 @@ def read_record(task: Unpack) -> Unpacked | None:
     return Unpacked([None if size < 0 else Blob(file, end - size, size) for size, end in places], extensions)
 
 
-def is_unpacked(task: Unpack) -> bool:
-    """Whether the images are there, not the record alone."""
+def is_unpacked(task: UnpackTask) -> bool:
+    """Whether the images exist, not only the record."""
     try:
         status = os.stat(task.bytes_file)
     except OSError:
@@ -93,27 +100,23 @@ def is_unpacked(task: Unpack) -> bool:
     return record is not None and (first is None or first.file == SourceFile.of(task.bytes_file, status))
 
 
-def pending(files: Sequence[Unpack], needed: Callable[[], Iterable[str]]) -> list[Unpack]:
-    """What has to be unpacked next.
+def pending(tasks: Sequence[UnpackTask], needed: Callable[[], Iterable[str]]) -> list[UnpackTask]:
+    """The tasks of a set to do next.
 
     Args:
-        files: those of a set.
-        needed: gives paths of the files with unpacked images that are to be read; called when all records are there.
+        needed: paths of the unpacked files to be read. Called once all records exist.
     """
-    if unknown := [task for task in files if read_record(task) is None]:
+    if unknown := [task for task in tasks if read_record(task) is None]:
         return unknown
-    paths = set(needed()) if files else set()
-    return [task for task in files if str(task.bytes_file) in paths and not is_unpacked(task)]
+    paths = set(needed()) if tasks else set()
+    return [task for task in tasks if str(task.bytes_file) in paths and not is_unpacked(task)]
 
 
-def unpack(task: Unpack) -> tuple[int, int]:
-    """Unpack one file, unless it is.
+def unpack(task: UnpackTask) -> tuple[int, int]:
+    """Unpack one file, unless it is unpacked already.
 
     Returns:
         Numbers of rows, and of bytes written.
-
-    Raises:
-        UserError: the file cannot be read, is damaged or changed since it was listed; the disk is full.
     """
     if is_unpacked(task):
         return task.rows, 0
@@ -128,10 +131,10 @@ def unpack(task: Unpack) -> tuple[int, int]:
                     extensions.append(images.extension_of(bytes(image[:16])) if image else "")
                     out.write(image or b"")
             os.utime(out.name, ns=(_mtime_ns(task.source),) * 2)
-            if not any(size > 0 for size in sizes) and sizes:
+            if sizes and max(sizes) <= 0:
                 raise UserError(
-                    f"No row of {task.source.path} has the bytes of its image: they name files that are not in it. Use "
-                    f"a copy that holds the images, or convert those files."
+                    f"No row of {task.source.path} has the bytes of its image: the rows name files outside it. Use a "
+                    f"copy that holds the images, or convert those files."
                 )
             source = [Path(task.source.path).name, task.source.size, task.source.mtime_ns]
             record.write_text(
@@ -140,23 +143,23 @@ def unpack(task: Unpack) -> tuple[int, int]:
     except OSError as error:
         if disk_is_full(error):
             raise UserError(
-                f"The disk of {task.record.parent} is full. Free some space and run the same command again: what is "
-                f"unpacked is kept."
+                f"The disk of {task.record.parent} is full. Free some space and run the same command again: unpacked "
+                f"files are kept."
             ) from None
         raise UserError(f"{task.bytes_file} cannot be written ({error.strerror}).") from None
     return task.rows, sum(max(size, 0) for size in sizes)
 
 
 def _mtime_ns(source: SourceFile) -> int:
-    """In whole seconds, which every file system can keep."""
+    """In whole seconds, which every file system can store."""
     return source.mtime_ns // 10**9 * 10**9
 
 
-def _images(task: Unpack) -> Iterable[memoryview | None]:
+def _images(task: UnpackTask) -> Iterable[memoryview | None]:
     """The images of a file, row group by row group."""
     path, column = task.source.path, task.columns.image
     rows = 0
-    with task.source.opened():  # a file that changes meanwhile is an error
+    with task.source.opened():  # raises if the file changes meanwhile
         try:
             with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as parquet:
                 wanted = [f"{column}.bytes" if task.columns.nested else column]
@@ -172,12 +175,10 @@ def _images(task: Unpack) -> Iterable[memoryview | None]:
         except OSError as error:
             raise UserError(f"The source {path} cannot be read ({error.strerror or error}).") from None
     if rows != task.rows:
-        raise UserError(
-            f"{path} has {rows} rows, and {task.rows} of them have labels: it is damaged. Download it again."
-        )
+        raise UserError(f"{path} has {rows} images and {task.rows} labels: it is damaged. Download it again.")
 
 
-def remove_unpacked(files: Iterable[Unpack]) -> None:
-    """Remove the unpacked images; their records stay."""
-    for file in files:
-        file.bytes_file.unlink(missing_ok=True)
+def remove_unpacked(tasks: Iterable[UnpackTask]) -> None:
+    """Remove the unpacked images; the records are kept."""
+    for task in tasks:
+        task.bytes_file.unlink(missing_ok=True)

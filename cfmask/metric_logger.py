@@ -1,4 +1,4 @@
-"""What a training run logs: log.jsonl, receipts.jsonl, TensorBoard curves and printed lines."""
+"""The metrics of a training run: log.jsonl, receipts.jsonl, TensorBoard curves, and log records."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from cfmask.checkpoint_state import Skips
+from cfmask.checkpoint.state import Skips
 from cfmask.counting import Score
-from cfmask.curves import curves_of
 from cfmask.data import receipts
+from cfmask.log_lines import curves_of, straggler_of
 from cfmask.metrics import StepResult
 from cfmask.optim import Phase, lr_and_betas
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
-from cfmask.stragglers import straggler_of
 
 logger = logging.getLogger(__name__)
 
 
 class MetricLogger:
-    """Rank 0's log of a run. A file that cannot be written does not end the run: lines are written later, and curves
-    end with a warning.
+    """Writes the metrics of a run, on rank 0. A file that cannot be written does not end the run: its lines are written
+    later, and curves end with a warning.
 
     Args:
-        step: that training resumes from, or 0. Curves beyond it are cut.
+        step: from which training resumes, or 0. Curves are cut after it.
         schedule: the phases of the run.
-        nodes: of each rank.
-        also: other files of the run, whose pending lines are written by ``flush`` too.
+        nodes: node of each rank.
+        also: other files of the run whose pending lines ``flush`` writes.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class MetricLogger:
         self._since = time.monotonic()
 
     def add_step(self, result: StepResult, skips: Skips) -> None:
-        """Take in a step; every ``log_steps`` of them, log their averages.
+        """Add a step; log averages every ``log_steps`` steps.
 
         Args:
-            skips: steps left out, up to this one.
+            skips: skipped steps up to this one.
         """
         self._window.append(result)
         self._receipts.add({"step": result.step, "samples": result.samples, "receipt": receipts.as_hex(result.receipt)})
@@ -107,8 +106,8 @@ class MetricLogger:
         """Log an evaluation.
 
         Args:
-            epoch: passes over the training set until then.
-            seconds: that the evaluation took; they do not count in the rate of training.
+            epoch: passes over the training set so far.
+            seconds: duration of the evaluation, which is excluded from the training rate.
         """
         top1 = {name: score.top1 for name, score in scores.items()}
         passes = int(epoch) if epoch == int(epoch) else epoch
@@ -117,14 +116,13 @@ class MetricLogger:
         self._since += seconds
 
     def add_line(self, line: dict[str, Any]) -> None:
-        """Write a line of log.jsonl, and the points of its curves (``curves_of``)."""
+        """Write a line of log.jsonl and its points in TensorBoard (``curves_of``)."""
         self._log.add(line)
         self._log.write()
         self._draw(curves_of(line), line["step"])
 
     def flush(self) -> None:
-        """Write what is pending. Called before a checkpoint: what is logged after it is logged again by a resumed run,
-        what is logged before it never is."""
+        """Write pending lines. Called before a checkpoint, because a resumed run logs only later steps again."""
         for file in (self._receipts, self._log, *self._also):
             file.write()
         if self._board is not None:
@@ -144,4 +142,4 @@ class MetricLogger:
 
     def _end_curves(self, error: OSError) -> None:
         self._board = None
-        logger.warning(f"TensorBoard's curves end here: they cannot be written ({error.strerror})")
+        logger.warning(f"TensorBoard curves cannot be written ({error.strerror}) and end here")

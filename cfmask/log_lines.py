@@ -1,5 +1,5 @@
-"""What a run shows of itself elsewhere, by name: the curves of log.jsonl's lines, and the accuracies of results.json.
-TensorBoard and Weights & Biases have the same names."""
+"""Values of log.jsonl and results.json for other programs: curves, which TensorBoard and Weights & Biases show under
+the same names, accuracies, and stragglers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _NO_CURVES = ("step", "total_steps", "eta_s", "slowest_rank")
 
 
 def curves_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Points of curves at a line's ``step``: averages of training steps, top-1 by set, how far masks fall on objects,
-    or the rate of an evaluation."""
+    """A line's values by the names of their curves: averages of training steps, top-1 by set, overlap of masks with
+    objects, or the rate of an evaluation."""
     if "eval" in line:
         return {f"eval/{name}": top1 for name, top1 in line["eval"].items()}
     if "overlap" in line:
@@ -28,7 +28,7 @@ def curves_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def top1_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a results.json, in percent: by set, or of an evaluation by model and set."""
+    """Top-1 in results.json, in percent: by set, or for an evaluation by model and set."""
     if "models" in results:
         return {model["name"]: _by_set(model["sets"]) for model in results["models"]}
     return _by_set(results["sets"])
@@ -36,3 +36,15 @@ def top1_of(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_set(sets: Mapping[str, Any]) -> dict[str, float]:
     return {name: score["top1"] for name, score in sets.items()}
+
+
+_STRAGGLER_FACTOR = 1.2
+"""A rank is a straggler if it takes this many times the median."""
+
+
+def straggler_of(line: Mapping[str, Any]) -> str | None:
+    """Description of the slowest rank in a line of log.jsonl; None if no rank is much slower than the median."""
+    seconds, median = line.get("slowest_rank_s"), line.get("median_rank_s")
+    if not seconds or not median or seconds < _STRAGGLER_FACTOR * median:
+        return None
+    return f"rank {line['slowest_rank']} on {line['slowest_rank_node']} ({seconds / median:.1f} × the median)"

@@ -1,8 +1,8 @@
 """Which checkpoint of a run is best on its held-out set.
 
-The authors evaluate the epoch's end that has the best top-1 on the held-out images, the first of equals. The run's log
-has the accuracy of every epoch's end, so that a best checkpoint which was deleted, damaged or never written is an
-error, and the second best does not take its place unnoticed.
+The authors evaluate the epoch end with the best top-1 on the held-out images, the first one among equals. The run's log
+has the accuracy of every epoch end. So a best checkpoint that was deleted, damaged or never written is an error, and
+the second best does not silently take its place.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfmask.checkpoint_state import MODEL, CheckpointDamaged, found, is_percent, read_state
+from cfmask.checkpoint.state import MODEL, CheckpointDamaged, is_percent, list_checkpoints, read_state
 from cfmask.errors import UserError
-from cfmask.files import sha256_of
 from cfmask.recipe import Recipe
+from cfmask.runtime.files import sha256_of
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.patience import patiently
 
@@ -24,12 +24,12 @@ POINTER = "best.json"
 
 @dataclass(frozen=True)
 class BestCheckpoint:
-    """The best of a run's epoch ends up to now.
+    """The best epoch end of a run so far.
 
     model: its model file.
-    step: the optimizer step that it was written after.
-    on: the set that chose it.
-    top1: its accuracy there, in percent.
+    step: its optimizer step.
+    on: the set that it is best on.
+    top1: its accuracy on that set, in percent.
     """
 
     model: Path
@@ -39,8 +39,8 @@ class BestCheckpoint:
 
 
 def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, float]:
-    """Top-1 in percent on the set that chooses, at the ends of epochs, by step: what the log says, and what checkpoints
-    say where the log lacks a line. The epochs of lp-ft that train the head alone are left out.
+    """Top-1 in percent on the set ``best_on`` at epoch ends, by step: from the log, and where it lacks a line, from
+    checkpoints. The epochs of lp-ft that train only the head are excluded.
 
     Args:
         log: RUN/log.jsonl.
@@ -51,34 +51,34 @@ def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, 
     """
     on, probing = recipe.run.best_on or "", recipe.optim.probe_epochs or 0
     scores: dict[int, float] = {}
-    left_out = set()
+    excluded = set()
     for line in patiently(lambda: read_lines(log), str(log)):
         of_line, epoch, step = line.get("eval"), line.get("epoch"), line.get("step")
-        # Evaluations between epochs' ends (--eval-steps) have a fraction for their epoch, and no checkpoint.
+        # Evaluations between epoch ends (--eval-steps) have a fractional epoch, and no checkpoint.
         if isinstance(of_line, dict) and on in of_line and isinstance(epoch, int) and isinstance(step, int):
             if epoch <= probing:
-                left_out.add(step)
+                excluded.add(step)
             elif is_percent(of_line[on]):
                 scores[step] = float(of_line[on])
-    for path in patiently(lambda: found(checkpoints), str(checkpoints)):
+    for path in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)):
         with contextlib.suppress(CheckpointDamaged):
             state = read_state(path)
-            if on in state.top1 and state.step not in left_out:
+            if on in state.top1 and state.step not in excluded:
                 scores.setdefault(state.step, state.top1[on])
     return scores
 
 
 def best_checkpoint(recipe: Recipe, log: Path, checkpoints: Path, *, verify: bool = True) -> BestCheckpoint:
-    """The best checkpoint of a run, compared with what its log says.
+    """The best checkpoint of a run according to its log.
 
     Args:
         recipe: the run's.
         log: RUN/log.jsonl.
         checkpoints: RUN/checkpoints.
-        verify: read the whole model file, and compare its sha256.
+        verify: whether the model file is read and its sha256 compared.
 
     Raises:
-        UserError: the run has chosen none, or the one that was best is not there any more, or not whole.
+        UserError: the run chooses no best checkpoint or has none yet, or the best one is missing or damaged.
         StorageUnavailable: a file could not be read.
     """
     run, on = checkpoints.parent, recipe.run.best_on
@@ -96,15 +96,15 @@ def best_checkpoint(recipe: Recipe, log: Path, checkpoints: Path, *, verify: boo
     step = max(scores, key=lambda each: (scores[each], -each))
     path = checkpoints / f"step-{step:08d}"
     others = (
-        f"It was the best on {on} ({scores[step]:.2f} %), and no other takes its place by itself. Bring it back, train "
-        f"the run again, or choose another: --checkpoint last, or the path of a folder in {checkpoints}."
+        f"It was the best on {on} ({scores[step]:.2f} %), and no other one replaces it automatically. Restore it, "
+        f"train the run again, or choose another one: --checkpoint last, or the path of a folder in {checkpoints}."
     )
     try:
         state = read_state(path) if path.is_dir() else None
         if state is None:
             raise UserError(
-                f"The best checkpoint of {run}, {path.name}, is gone or was never written, or a run that is still "
-                f"training is writing it now. {others}"
+                f"The best checkpoint of {run}, {path.name}, is missing: it was deleted, was never written, or is "
+                f"being written by a run that is still training. {others}"
             )
         if verify and patiently(lambda: sha256_of(path / MODEL), str(path / MODEL)) != state.sha256[MODEL]:
             raise CheckpointDamaged.of(path, f"{MODEL} is not what was written")

@@ -1,0 +1,40 @@
+"""Presets: recipes for the rows of the paper's tables, and for what the authors' code does."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cfmask.recipe import Method, Optim, Recipe, Run, resolve_method
+
+PRESETS: dict[str, Recipe] = {
+    "linear-probe": Recipe(method=Method(name="linear-probe")),
+    "lp-ft": Recipe(method=Method(name="lp-ft")),
+    "ft": Recipe(method=Method(name="vanilla")),
+    "kd-clean": Recipe(method=Method(name="kd", mask="none")),
+    "kd-masked": Recipe(method=Method(name="kd", mask="object", fill="single-fill")),
+    "fd-clean": Recipe(method=Method(mask="none")),
+    **{
+        f"{mask}-mask-{fill}": Recipe(method=Method(mask=mask, fill=fill))
+        for mask in ("random", "object", "context")
+        for fill in ("no-fill", "single-fill", "multi-fill")
+    },
+    "grad-cam": Recipe(method=Method(mask="object", fill="single-fill", cam="grad-cam")),
+    "wise-kd": Recipe(method=Method(name="wise-kd", mask="object", fill="single-fill")),
+    # The authors' code, with its method unless --method names another one. It has one learning rate for all methods and
+    # no autocast. (Their PyTorch 1.11 multiplied matrices in TF32 on Ampere GPUs: --precision tf32.) The --probe-lr of
+    # lp-ft has to be given: a preset for all methods cannot contain a setting of one method.
+    "released-code": Recipe(optim=Optim(schedule="one-cycle", lr=3e-5), run=Run(precision="fp32")),
+}
+
+
+def preset_of(recipe: Recipe) -> str | None:
+    """The preset whose method, schedule, learning rate and precision a resolved recipe has; None if flags have changed
+    one of these."""
+    for name, preset in PRESETS.items():
+        decided = (preset.method.name, preset.optim.schedule, preset.optim.lr, preset.run.precision)
+        found = (recipe.method.name, recipe.optim.schedule, recipe.optim.lr, recipe.run.precision)
+        if all(ours in (None, "auto", theirs) for ours, theirs in zip(decided, found, strict=True)):
+            method = dataclasses.replace(preset.method, ensemble=recipe.method.ensemble)
+            if resolve_method(method) == recipe.method:
+                return name
+    return None
