@@ -24,9 +24,9 @@ DATA_HELP = "folder that holds a folder of shards for each set, or its URL"
 def add_compute_arguments(parser: argparse.ArgumentParser, *, batch_size: int = 256) -> None:
     """Flags for reading images and running a model on them. They change the speed, not the result."""
     parser.add_argument(
-        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images in a batch (default: {batch_size})"
+        "--batch-size", type=int, default=batch_size, metavar="N", help=f"images at a time (default: {batch_size})"
     )
-    parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="threads for reading (default: 2)")
+    parser.add_argument("--loader-workers", type=int, default=2, metavar="N", help="reader threads (default: 2)")
     add_device_argument(parser)
 
 

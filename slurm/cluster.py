@@ -108,7 +108,10 @@ def create(state: Path, nodes: int, cpus_per_node: int) -> dict:
     # MariaDB identifies root by the socket's peer credentials: no password is needed.
     run_tool(
         state,
-        ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-test-db", NO_SYNC],
+        [
+            *("mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-test-db"),
+            *(f"--tmpdir={state}", NO_SYNC),  # in /tmp the temporary tables of two servers collide
+        ],
     )
     # A database is a folder. If it is missing, slurmdbd reuses the handle whose connection was refused ("Unknown
     # database"), which libmariadb 11.8 has closed by then, and ends.

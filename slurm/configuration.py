@@ -141,7 +141,14 @@ def _commands(state: Path, names: list[str]) -> dict[str, list[str]]:
             *(f"--pid-file={munge}/pid", f"--seed-file={munge}/seed", f"--log-file={log_path(state, 'munged')}"),
         ],
         "mariadbd": [
-            *("mariadbd", "--no-defaults", "--user=root", f"--datadir={state}/mysql", "--skip-networking"),
+            *(
+                "mariadbd",
+                "--no-defaults",
+                "--user=root",
+                f"--datadir={state}/mysql",
+                f"--tmpdir={state}",
+                "--skip-networking",
+            ),
             *(f"--socket={state}/mysql/socket", f"--pid-file={state}/mysql/pid"),
             *("--innodb-buffer-pool-size=128M", "--innodb-lock-wait-timeout=900", NO_SYNC),
             # On by default since MariaDB 11.6: slurmdbd's transactions would fail if another one has changed a row.
