@@ -1,6 +1,6 @@
 """Exact counts of right predictions and of confidences. Each sample is counted once, on any number of ranks.
 
-All counts are integers (confidences in units of 2^-24): sums do not depend on the order in which ranks add them.
+All counts are integers (confidences in units of 2^-24), so that sums do not depend on the order of additions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from cfmask.models.tower import Classifier, Normalise
 from cfmask.runtime.heartbeat import WAITING, beat
 
 BINS = 15
-"""Bins of the confidence, equally wide, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
+"""Bins of the confidence, of equal width, as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017."""
 _UNIT = 1 << 24
 
 
 @dataclass(frozen=True)
 class Score:
-    """correct of total samples."""
+    """Accuracy as counts."""
 
     correct: int
     total: int
@@ -38,7 +38,7 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of top1 in percent: Wilson's score interval, which holds near 0 and 100 % too."""
+        """95 % confidence interval of top1 in percent: Wilson's score interval, valid near 0 and 100 % as well."""
         if not self.total:
             return float("nan"), float("nan")
         z, n, p = 1.959963984540054, self.total, self.correct / self.total
@@ -48,11 +48,11 @@ class Score:
 
 
 class Counts:
-    """Counts of M models, on a device.
+    """Counts of M models for C classes, on a device.
 
-    per_class: (M, C, 2) int64: samples of the class, and right predictions among them.
-    bins: (M, BINS, 3) int64: by confidence: samples, right predictions, sum of confidences in units of 2^-24.
-    not_finite: (M,) int64: samples whose logits were not finite.
+    per_class: (M, C, 2) int64: samples of the class, right predictions.
+    bins: (M, BINS, 3) int64, by confidence: samples, right predictions, sum of confidences in units of 2^-24.
+    not_finite: (M,) int64: samples with logits that are not finite.
     """
 
     NAMES = ("per_class", "bins", "not_finite")
@@ -104,7 +104,7 @@ class Counts:
         return [Score(correct, total) for total, correct in self.per_class.sum(1).tolist()]
 
     def result(self, model: int, classes: Sequence[str]) -> dict[str, Any]:
-        """A model's entry for a set in results.json (spec.py has the layout); classes without samples are left out."""
+        """A model's entry for a set in results.json, without classes that have no samples."""
         score = self.scores()[model]
         bins = [[n, right, fixed / _UNIT] for n, right, fixed in self.bins[model].tolist()]
         counted = zip(classes, self.per_class[model].tolist(), strict=True)
@@ -120,8 +120,12 @@ class Counts:
 
 
 def calibration_error(bins: Sequence[Sequence[float]]) -> float:
-    """Expected calibration error, in 0…1 (Guo et al., ICML 2017, eq. 3): the mean over samples of how far the accuracy
-    of their bin is from its mean confidence. bins: samples, right predictions, sum of confidences of each."""
+    """Expected calibration error, in 0…1 (Guo et al., ICML 2017, eq. 3): the difference between accuracy and mean
+    confidence of a bin, averaged over samples.
+
+    Args:
+        bins: samples, right predictions and sum of confidences of each bin.
+    """
     total = sum(n for n, _, _ in bins)
     return sum(abs(right - confidence) for _, right, confidence in bins) / total if total else float("nan")
 
@@ -134,15 +138,15 @@ def top1(
     device: torch.device,
     label_space: LabelSpace | None = None,
 ) -> list[Score]:
-    """Each model's score over all ranks' batches together; the same on every rank. Data is read once.
+    """Score of each model over the batches of all ranks, the same on every rank. Data is read once for all models.
 
     Args:
-        label_space: None: any class may be predicted, and only the label is right.
+        label_space: None: all classes may be predicted, and only the label is right.
     """
     classes = models[0].head.out_features
     label_space = (label_space or LabelSpace(torch.arange(classes))).to(device)
     counts = Counts(len(models), classes, device)
-    beat("evaluating")  # the first batch included
+    beat("evaluating")  # reading the first batch counts as well
     for number, batch in enumerate(batches):
         beat("evaluating", number)
         pixels = normalise(batch.images.to(device, non_blocking=True))

@@ -6,25 +6,25 @@
     UniformSoup     the average of all models
     GreedySoup      the average of those models that help on a held-out set
 
-An evaluation has a run folder like a training run (runs.py), with evaluation.json in recipe.json's place:
+An evaluation has a run folder like a training run (runs.py), with evaluation.json in place of recipe.json:
 
     RUN/evaluation.json         what is evaluated; a folder belongs to one evaluation
-    RUN/progress.safetensors    counts so far: an interrupted evaluation resumes from them
-    RUN/model.safetensors       the model that was made: a zero-shot head, the chosen α, a soup
-    RUN/results.json            at the end:
+    RUN/progress.safetensors    counts so far, from which an interrupted evaluation resumes
+    RUN/model.safetensors       the resulting model: with a zero-shot head, at the chosen α, or a soup
+    RUN/results.json            written at the end:
 
-    {"evaluation": {…},                        evaluation.json's content
-     "of": {"RUN/…/model.safetensors": [size, time]},                   of each model file, in bytes and nanoseconds
-     "sets": {"imagenet-r": {"samples": 30000, "classes": 200}},        classes: how many may be predicted
+    {"evaluation": {…},                        content of evaluation.json
+     "of": {"RUN/…/model.safetensors": [size, time]},                   each model file: bytes, nanoseconds
+     "sets": {"imagenet-r": {"samples": 30000, "classes": 200}},        classes: number that may be predicted
      "models": [{"name": "α = 0.5", "alpha": 0.5, "sets": {"imagenet-r": {
          "correct": …, "total": …, "top1": …,                           top1 in percent
          "interval": [low, high],                                       95 %, Wilson's
          "ece": …, "calibration": [[samples, correct, sum of confidences], …],   by 15 bins of the confidence
          "per_class": {"n01443537": [correct, total], …}}}}],
      "checkpoints": [{"file": "RUN/checkpoints/step-00024810/model.safetensors", "run": "RUN", "step": 24810,
-         "chosen": "best on holdout", "chosen_on": "holdout", "top1": 76.3}],    where each model comes from
-     "chosen": 1, "chosen_on": "holdout",      index in "models" of model.safetensors, and the set that chose it
-     "ingredients": ["…"]}                     of a soup, in the order in which they were added
+         "chosen": "best on holdout", "chosen_on": "holdout", "top1": 76.3}],    origin of each model
+     "chosen": 1, "chosen_on": "holdout",      index in "models" of model.safetensors; the set on which it was chosen
+     "ingredients": ["…"]}                     models in a soup, in the order in which they were added
 
 Nothing here imports torch.
 """
@@ -51,46 +51,40 @@ _Kind = TypeVar("_Kind", bound="Evaluation")
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """Evaluates ``models`` as they are; the kinds below make a model of them first. All paths are absolute.
-
-    models: paths that runs.find_model takes when the evaluation starts. RUN/checkpoints/best.json is the best
-        checkpoint of a run, which may not have been trained yet.
-    shards: folder or URL of the sets.
-    sets: folders in it (shards.find_set); may be empty where a model is made.
-    batch_size: images per forward pass. It changes the last bits of a result; the number of ranks does not, because
-        batches are the same on any number of ranks.
-    precision: fp32, tf32 or bf16.
-    loader_workers: threads that read; None: the rank's cores less one.
-    allow_count_mismatch: accept a known set that has other counts than it should.
-    """
+    """Evaluates ``models`` as they are. The kinds below first make a model of them. All paths are absolute."""
 
     make: ClassVar[str] = "nothing"
     """Name of the kind in evaluation.json."""
 
     models: tuple[str, ...] = ()
+    """Paths for runs.find_model when the evaluation starts. RUN/checkpoints/best.json is the best checkpoint of a run,
+    which may still have to be trained."""
     shards: str = ""
+    """Folder or URL of the sets."""
     sets: tuple[str, ...] = ()
+    """Names of sets in ``shards``. Kinds that make a model can do without."""
     batch_size: int = 256
+    """Images in a forward pass. It can change the last bits of logits; the number of ranks cannot, because batches do
+    not depend on it."""
     precision: str = "fp32"
+    """fp32, tf32 or bf16."""
     loader_workers: int | None = None
+    """Threads that read and decode; None: one less than the rank's cores."""
     allow_count_mismatch: bool = False
+    """Accept a known set with other counts than the published ones."""
 
     @property
     def chooses_on(self) -> str | None:
-        """The held-out set that chooses the model; None: nothing is chosen."""
+        """The held-out set on which the model is chosen; None: nothing is chosen."""
         return None
 
     @property
     def num_candidates(self) -> int:
-        """How many models are evaluated on each of ``sets``."""
+        """Number of models that are evaluated on each of ``sets``."""
         return len(self.models)
 
     def checked(self: _Kind) -> _Kind:
-        """This evaluation, if it makes sense.
-
-        Raises:
-            UserError: it contradicts itself, or would do nothing.
-        """
+        """This evaluation. Raises UserError if it contradicts itself or would do nothing."""
         self._check_kind()
         if (self.sets or self.chooses_on) and not self.shards:
             raise UserError("--shards is missing: the folder (or URL) that holds the sets.")
@@ -105,7 +99,7 @@ class Evaluation(Record):
         return self
 
     def _check_kind(self) -> None:
-        """The checks of this kind alone. Raises UserError."""
+        """Checks for this kind. Raises UserError."""
         if not self.sets:
             raise UserError("Nothing to do: name the sets to evaluate on with --sets.")
         if not self.models:
@@ -115,13 +109,13 @@ class Evaluation(Record):
         """An evaluation of another kind on the same sets.
 
         Args:
-            fields: of the new one; those that all kinds have are this one's by default.
+            fields: of the new evaluation; those that all kinds share default to this one's.
         """
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(Evaluation)}
         return kind(**{**shared, **fields})
 
     def as_dict(self) -> dict[str, Any]:
-        """The content of evaluation.json, which has one layout for all kinds."""
+        """Content of evaluation.json, with the same keys for all kinds."""
         return {name: getattr(self, name, empty) for name, empty in _LAYOUT.items()}
 
     @staticmethod
@@ -129,7 +123,7 @@ class Evaluation(Record):
         """The inverse of ``to_json``: an evaluation of the kind that the text names.
 
         Raises:
-            UserError: not an evaluation, or one with settings that this version does not know.
+            UserError: not an evaluation, or one with unknown settings.
         """
         try:
             values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in json.loads(text).items()}
@@ -147,17 +141,18 @@ class Evaluation(Record):
 
 @dataclass(frozen=True)
 class ZeroShot(Evaluation):
-    """Builds a zero-shot head for the classes of the first set, and evaluates the model.
-
-    architecture, pretrained, mean, std: as in recipe.Model.
-    """
+    """Builds a zero-shot head for the classes of the first set, and evaluates the model."""
 
     make: ClassVar[str] = "zero-shot"
 
     architecture: str = ""
+    """``name`` in recipe.Model."""
     pretrained: str = ""
+    """``pretrained`` in recipe.Model."""
     mean: tuple[float, ...] | None = None
+    """``mean`` in recipe.Model."""
     std: tuple[float, ...] | None = None
+    """``std`` in recipe.Model."""
 
     @property
     def num_candidates(self) -> int:
@@ -167,21 +162,19 @@ class ZeroShot(Evaluation):
         if not self.shards:
             raise UserError("--shards is missing: the folder (or URL) that holds the sets.")
         if not self.sets:
-            raise UserError("A zero-shot head is for the classes of a set: name at least one with --sets.")
+            raise UserError("A zero-shot head needs the classes of a set: name at least one with --sets.")
 
 
 @dataclass(frozen=True)
 class WiseFT(Evaluation):
-    """Mixes two ``models``, zero-shot and fine-tuned, at each of ``alphas``.
-
-    alphas: shares of the fine-tuned model, in 0…1.
-    holdout: the set that chooses among several alphas; never a test set. None: a single alpha, or no model is saved.
-    """
+    """Mixes two ``models``, zero-shot and fine-tuned, at each of ``alphas``."""
 
     make: ClassVar[str] = "wise-ft"
 
     alphas: tuple[float, ...] = ()
+    """Shares of the fine-tuned model, in 0…1."""
     holdout: str | None = None
+    """The set on which one of several alphas is chosen; not a test set. None: of several, no model is saved."""
 
     @property
     def chooses_on(self) -> str | None:
@@ -215,53 +208,53 @@ class UniformSoup(Evaluation):
         return 1
 
     def _check_kind(self) -> None:
-        pass
+        if not self.models:
+            raise UserError("Nothing to do: name the models to average.")
 
 
 @dataclass(frozen=True)
 class GreedySoup(UniformSoup):
-    """Averages the weights of ``models``, best first, leaving out each that makes accuracy on ``holdout`` worse.
-
-    holdout: the set that chooses; never a test set.
-    """
+    """Averages weights of ``models``, added best first; a model that lowers the accuracy on ``holdout`` is omitted."""
 
     make: ClassVar[str] = "greedy-soup"
 
     holdout: str | None = None
+    """The set that chooses; not a test set."""
 
     @property
     def chooses_on(self) -> str | None:
         return self.holdout
 
     def _check_kind(self) -> None:
+        super()._check_kind()
         if self.holdout is None:
-            raise UserError("A greedy soup is chosen on a held-out set: name it with --holdout. (Not a test set.)")
+            raise UserError("A greedy soup needs a held-out set, not a test set: name it with --holdout.")
 
 
 KINDS: dict[str, type[Evaluation]] = {
     kind.make: kind for kind in (Evaluation, ZeroShot, WiseFT, UniformSoup, GreedySoup)
 }
-"""Every kind, by its name in evaluation.json."""
+"""All kinds, by their names in evaluation.json."""
 
 _LAYOUT: dict[str, Any] = {
     **{"make": "", "models": (), "alphas": (), "architecture": "", "pretrained": "", "mean": None, "std": None},
     **{"shards": "", "sets": (), "holdout": None, "batch_size": 0, "precision": "", "loader_workers": None},
     "allow_count_mismatch": False,
 }
-"""The keys of evaluation.json in their order, with the value for a kind that has no such field. The digest of this JSON
-names the default folder of an evaluation: changing the layout would make a repeated command start anew."""
+"""Keys of evaluation.json in their order, with the value for kinds that lack the field. The default folder of an
+evaluation is named by the digest of this JSON: if the layout changed, a repeated command would not find its folder."""
 
 
 def _check_unique(what: str, values: tuple[Any, ...]) -> None:
     if len(set(values)) != len(values):
-        raise UserError(f"{what} names one of them twice: {' '.join(map(str, values))}.")
+        raise UserError(f"{what} names one of them twice: {' '.join(map(str, values))}. Name each once.")
 
 
 def files_of(evaluation: Evaluation) -> dict[str, list[int]]:
-    """Size and time of the model files that an evaluation reads. If any of these change, its counts are invalid.
+    """Size and modification time of the model files that an evaluation reads. If any change, its counts are invalid.
 
     Raises:
-        StorageUnavailable: a file cannot be looked at.
+        StorageUnavailable: the status of a file cannot be read.
     """
     paths = (*evaluation.models, *([evaluation.pretrained] if isinstance(evaluation, ZeroShot) else []))
     stamps = {path: patiently(functools.partial(_stamp, path), path) for path in paths}
@@ -269,11 +262,10 @@ def files_of(evaluation: Evaluation) -> dict[str, list[int]]:
 
 
 def is_of_other_models(results: Mapping[str, Any]) -> bool:
-    """Whether models have been written anew since they were evaluated. A model that is gone or cannot be looked at
-    counts as unchanged.
+    """Whether a model file was replaced after its evaluation. A missing or unreadable file counts as unchanged.
 
     Args:
-        results: a results.json.
+        results: content of results.json.
     """
     for path, evaluated in results.get("of", {}).items():
         with contextlib.suppress(OSError):
@@ -283,7 +275,7 @@ def is_of_other_models(results: Mapping[str, Any]) -> bool:
 
 
 def _stamp(path: str) -> list[int] | None:
-    """Size and time of a file; None if there is none. Unlike os.path.isfile, raises OSError where that is unknown."""
+    """Size and modification time of a file; None if missing. Unlike os.path.isfile, raises OSError on I/O errors."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -292,7 +284,7 @@ def _stamp(path: str) -> list[int] | None:
 
 
 def load_evaluation(path: Path) -> Evaluation:
-    """Raises UserError if it cannot be read."""
+    """Read an evaluation.json. Raises UserError if it cannot be read."""
     try:
         return Evaluation.from_json(patiently(path.read_text, str(path)))
     except OSError as error:

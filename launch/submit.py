@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Submit training runs: to Slurm where `srun` is there, to this machine otherwise.
+"""Submit training runs: to Slurm if `srun` is on the PATH, else to this machine.
 
     python launch/submit.py --shards DIR --nodes 2                        the paper's headline row, ViT-B/32
     python launch/submit.py --shards DIR --preset ft --seed 1             vanilla fine-tuning
     python launch/submit.py --presets ft fd-clean --seeds 0 1 2           six runs as one job array, a folder each
-    python launch/submit.py --resume RUN                                  go on with a run, whatever became of it
+    python launch/submit.py --resume RUN                                  resume a run that stopped or failed
     python launch/submit.py --shards DIR --chain 5                        five jobs, each of which resumes the run
 
-A cluster file (slurm/cluster.toml is the template) says what a cluster is like, and where its shards are; flags win.
-The same command again finds the same run folder, and goes on from its last checkpoint. Settings that are
-unknown, contradictory or without effect are refused here, before a job is queued.
+A cluster file (template: slurm/cluster.toml) has settings of the cluster and the path of its shards; flags override it.
+The same command finds the same run folder again, and resumes from its last checkpoint. Settings that are unknown,
+contradictory or without effect are refused before a job is queued.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image files that no available encoder writes, byte by byte."""
+"""Unusual image files, written byte by byte, because no encoder of the tests can write them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tiff(
     tile: tuple[int, int] | None = None,
     **more: tuple[int, ...],
 ) -> bytes:
-    """A TIFF of given strips, tiles or planes. more: other tags, ``tag_339=(2,)``, as shorts."""
+    """A TIFF of given strips, tiles or planes. ``more``: other tags as shorts, such as ``tag_339=(2,)``."""
     if compressed:
         strips = [zlib.compress(strip) for strip in strips]
     tags: dict[int, tuple[int, tuple[int, ...]]] = {
@@ -60,7 +60,7 @@ def tiff(
 
 
 def png(width: int, height: int, *, depth: int, colour: int, rows: bytes, chunks: tuple[tuple[bytes, bytes], ...] = ()):
-    """A PNG of unfiltered rows. colour: its colour type. chunks: further ones, before the pixels."""
+    """A PNG of unfiltered rows. ``colour``: its colour type. ``chunks``: additional chunks before the pixels."""
     stride = len(rows) // height
     unfiltered = b"".join(b"\0" + rows[y * stride : (y + 1) * stride] for y in range(height))
     header = struct.pack(">LLBBBBB", width, height, depth, colour, 0, 0, 0)
@@ -71,13 +71,13 @@ def png(width: int, height: int, *, depth: int, colour: int, rows: bytes, chunks
 
 
 def webp_claiming(width: int, height: int) -> bytes:
-    """An animation with a canvas and no picture."""
+    """An animated WebP with a canvas but without frames."""
     canvas = bytes([2, 0, 0, 0]) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     chunks = b"WEBP" + b"VP8X" + struct.pack("<L", 10) + canvas + b"ANIM" + struct.pack("<L", 6) + bytes(6)
     return b"RIFF" + struct.pack("<L", len(chunks)) + chunks
 
 
 def directory_bomb(entries: int, size: int, order: str = "<") -> bytes:
-    """A TIFF, or EXIF data, whose entries all claim the same ``size`` bytes."""
+    """A TIFF, or EXIF data, whose entries all refer to the same ``size`` bytes."""
     head = struct.pack(f"{order}2sHL", b"II" if order == "<" else b"MM", 42, 8) + struct.pack(f"{order}H", entries)
     return head + b"".join(struct.pack(f"{order}HHLL", 40000 + i, 7, size, 8) for i in range(entries)) + bytes(size)

@@ -1,4 +1,4 @@
-"""Arrays of tasks on Slurm: what they are given, and that they come back, are followed, cancelled and given up."""
+"""Slurm arrays: their allocation, and how they are requeued, followed, cancelled and given up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from slurm_fixture import Cluster, wait_until
 
 @pytest.fixture
 def resolve(tmp_path, monkeypatch):
-    """What flags, and the text of a cluster file, add up to where there is an sbatch."""
+    """Resolves flags and the text of a cluster file, with sbatch on the PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
     for name in ("sbatch", "srun"):
@@ -67,7 +67,7 @@ mounts = ["/data:/data"]
 """
 
 
-def test_the_cluster_file_says_what_it_says_to_training_but_for_nodes_gpus_and_cores(resolve):
+def test_array_ignores_nodes_gpus_and_cores_of_the_cluster_file(resolve):
     array = resolve("--executor", "slurm", file=FILE)
     allocation = array.allocation
     assert (allocation.nodes, allocation.tasks_per_node, allocation.gpus_per_node) == (1, 1, 0)
@@ -83,7 +83,7 @@ def test_the_cluster_file_says_what_it_says_to_training_but_for_nodes_gpus_and_c
     assert allocation.image == "image.sqsh" and allocation.sbatch == {"comment": "conversion"}
 
 
-def test_flags_win_and_times_are_slurms(resolve):
+def test_array_flags_override_the_cluster_file(resolve):
     flags = ["--executor", "auto", "--time", "1:30:00", "--partition", "big", "--qos", "short", "--constraint", "ib"]
     array = resolve(*flags, "--cpus-per-task", 3, "--array", 5, "--array-parallelism", 2, "--after", 7, file=FILE)
     allocation = array.allocation
@@ -120,7 +120,7 @@ def test_gpus_are_asked_for_as_the_site_demands(resolve, file, flags, asked):
 @pytest.mark.parametrize(
     ("file", "limit"), [("UNLIMITED", 240), ("partition", "partition"), ("30", 30), ("1-00:00:00", 240)]
 )
-def test_the_files_time_limit_is_for_training_and_shortens_a_tasks(resolve, file, limit):
+def test_time_limit_of_the_cluster_file_only_shortens_a_task(resolve, file, limit):
     assert resolve("--executor", "slurm", file=f'time = "{file}"').allocation.time == limit
 
 
@@ -134,7 +134,7 @@ def test_flags_without_effect_are_refused(resolve, capsys):
             resolve("--executor", "slurm", *flags)
 
 
-def test_jobs_whose_results_are_in_another_folder_are_neither_followed_nor_cancelled(resolve, tmp_path, monkeypatch):
+def test_jobs_with_results_elsewhere_are_neither_followed_nor_cancelled(resolve, tmp_path, monkeypatch):
     monkeypatch.setattr(array, "queue_of_name", lambda name: {"12_0": None})
     monkeypatch.setattr(array, "cancel", lambda *jobs: pytest.fail(f"cancelled {jobs}"))
     asked = resolve("--executor", "slurm", "--logs", tmp_path / "other")
@@ -145,7 +145,7 @@ def test_jobs_whose_results_are_in_another_folder_are_neither_followed_nor_cance
 # --- a task -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_warning_before_a_task_listens_follows_the_restart_policy(tmp_path, monkeypatch):
+def test_early_warning_follows_the_restart_policy(tmp_path, monkeypatch):
     """submitit would requeue the task whatever the policy says, and go on."""
     task = array_task.ArrayTask(tmp_path, 0, 1, None)
     (tmp_path / "work").mkdir()
@@ -218,7 +218,7 @@ def wait_for_starts(folder: Path, count: int) -> None:
 
 
 @pytest.mark.slurm
-def test_tasks_get_what_the_cluster_file_says(slurm_cluster: Cluster, tmp_path):
+def test_tasks_get_the_settings_of_the_cluster_file(slurm_cluster: Cluster, tmp_path):
     cluster = tmp_path / "cluster.toml"
     cluster.write_text(
         'partition = "high"\nnodes = 2\ngpus_per_node = 8\nsetup = ["export FROM_SETUP=set"]\n'
@@ -236,7 +236,7 @@ def test_tasks_get_what_the_cluster_file_says(slurm_cluster: Cluster, tmp_path):
 
 
 @pytest.mark.slurm
-def test_preempted_tasks_come_back_and_do_what_is_missing(slurm_cluster: Cluster, tmp_path):
+def test_preempted_tasks_resume(slurm_cluster: Cluster, tmp_path):
     process = start(tmp_path, "sleep", "[0, 0, 8, 8]", "--array", 2, "--partition", "low")
     array = array_of(process)
     wait_until(lambda: len(list(tmp_path.glob("jobs/*/results/*.pkl"))) == 2, "the quick items")
@@ -253,7 +253,7 @@ def test_preempted_tasks_come_back_and_do_what_is_missing(slurm_cluster: Cluster
 
 
 @pytest.mark.slurm
-def test_a_task_that_never_gets_on_is_given_up_and_the_command_says_why(slurm_cluster: Cluster, tmp_path):
+def test_task_without_progress_is_given_up_with_a_reason(slurm_cluster: Cluster, tmp_path):
     process = start(tmp_path, "sleep", "[60, 60]", "--array", 1, "--restarts-without-progress", 1)
     job = array_of(process)
     for starts in (1, 2):
@@ -268,7 +268,7 @@ def test_a_task_that_never_gets_on_is_given_up_and_the_command_says_why(slurm_cl
 
 
 @pytest.mark.slurm
-def test_an_array_goes_with_the_command_that_waits_for_it(slurm_cluster: Cluster, tmp_path):
+def test_array_is_followed_again_and_cancelled_by_interrupt(slurm_cluster: Cluster, tmp_path):
     process = start(tmp_path, "sleep", "[60, 60]")
     array = array_of(process)
     slurm_cluster.wait_for_state(f"{array}_0", "RUNNING")

@@ -1,5 +1,5 @@
-"""Arrays that are larger than the site allows go out as several, which share the throttle among them: of sweeps, of
-conversions, and of the paper's plan."""
+"""Arrays above the site's limit are split into several that share the parallelism: sweeps, conversions, and the paper's
+plan."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ from test_slurm_client import FakeSlurm, fake  # noqa: F401
 
 
 @given(st.integers(1, 300), st.none() | st.integers(0, 60), st.none() | st.integers(1, 60), st.randoms())
-def test_every_job_is_in_one_array_that_the_site_takes_and_no_more_run_at_once_than_were_asked_for(
-    number, largest, parallelism, random
-):
+def test_split_arrays_cover_all_jobs_within_the_limits(number, largest, parallelism, random):
     parts = split_array(number, largest, parallelism)
     assert [place for part in parts for place in part.members] == list(range(number))
     sizes = [len(part.members) for part in parts]
@@ -53,7 +51,7 @@ def test_every_job_is_in_one_array_that_the_site_takes_and_no_more_run_at_once_t
         ended.add(random.choice(live))
 
 
-def test_parts_by_hand():
+def test_split_array_examples():
     assert split_array(5, None, 3) == [ArrayPart(range(5), 3)]
     assert split_array(5, 3, None) == [ArrayPart(range(2)), ArrayPart(range(2, 5))]
     assert split_array(5, 3, 3) == [ArrayPart(range(2), 2), ArrayPart(range(2, 5), 1)]
@@ -70,11 +68,11 @@ def test_parts_by_hand():
         ("SlurmctldPort = 6817", None),
     ],
 )
-def test_the_sites_limit(shown, limit):
+def test_array_limit_from_the_configuration(shown, limit):
     assert array_limit(parse_config(shown)) == limit
 
 
-def test_what_was_accepted_stays_if_slurm_refuses_a_later_array(fake: FakeSlurm, tmp_path, monkeypatch):  # noqa: F811
+def test_refusal_of_a_later_array_keeps_the_accepted_ones(fake: FakeSlurm, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(submission, "max_array_members", lambda: 2)
     refused = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
     fake.will("sbatch", "echo Submitted batch job 12", "echo Submitted batch job 13", refused)
@@ -138,7 +136,7 @@ def shown(cluster: Cluster, job: str) -> tuple[str, str, list[str]]:
 
 
 @pytest.mark.slurm
-def test_a_sweep_above_the_limit_is_several_arrays(small_arrays: Cluster, materials, tmp_path, blocker):
+def test_large_sweep_is_split_into_arrays(small_arrays: Cluster, materials, tmp_path, blocker):
     recipe = made.recipe_flags(materials, tmp_path / "unused")[:-2]
     words = [*recipe, *ON_ONE_NODE, "--seeds", 0, 1, 2, 3, "--array-parallelism", 1, "--after", blocker]
     said = made.submit(*words, "--dry-run", cwd=tmp_path).stdout
@@ -155,7 +153,7 @@ def test_a_sweep_above_the_limit_is_several_arrays(small_arrays: Cluster, materi
 
 
 @pytest.mark.slurm
-def test_a_conversion_above_the_limit_does_all_its_items(small_arrays: Cluster, tmp_path):
+def test_large_conversion_is_split_into_arrays(small_arrays: Cluster, tmp_path):
     process = start_array(tmp_path, "getenv", '["SLURM_ARRAY_JOB_ID", "HOME", "USER", "HOME", "HOME"]', "--array", 5)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -165,7 +163,7 @@ def test_a_conversion_above_the_limit_does_all_its_items(small_arrays: Cluster, 
 
 
 @pytest.mark.slurm
-def test_runs_of_a_plan_that_wait_for_the_same_job_are_arrays_and_evaluations_wait_for_their_members(
+def test_runs_of_a_plan_with_the_same_dependency_form_arrays(
     small_arrays: Cluster, materials, tmp_path, blocker, capsys
 ):
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Receipts prove which samples a run was trained on; the audit finds repeated and missing ones."""
+"""Receipts prove which samples a run was trained on. The audit finds repeated and skipped samples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cfmask.audit
 import made
 from cfmask.checkpoint.state import digest_of
 from cfmask.data import plan, receipts
@@ -28,7 +29,7 @@ def materials(tmp_path_factory):
 
 
 def train(materials, folder, stop_at=None):
-    """Train two epochs in this process; stop at ``stop_at`` like a preempted run."""
+    """A run of two epochs in this process. At ``stop_at`` it is asked to stop, as by a preemption."""
     recipe = Recipe(
         model=Model(name=str(materials / "tiny.json"), pretrained=str(materials / "tiny.safetensors")),
         method=Method(name="vanilla"),
@@ -39,35 +40,35 @@ def train(materials, folder, stop_at=None):
     return made.train(recipe, folder, stop_at)
 
 
-def said(run, capsys):
+def run_audit(run, capsys):
     capsys.readouterr()
     code = audit.main([str(run.root)])
     return code, capsys.readouterr().out
 
 
-def test_the_audit_proves_an_undisturbed_run(materials, tmp_path, capsys):
+def test_an_uninterrupted_run_is_proven(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "Proven" in out
     assert out.count("each planned sample once") == 2
     states = [json.loads(path.read_text()) for path in sorted(run.checkpoints.glob("*/state.json"))]
     assert [(s["step"], s["consumed"]["samples"]) for s in states] == [(n, 16 * n) for n in (4, 6, 8, 12)]
 
 
-def test_the_audit_proves_a_resumed_run_with_equal_receipts(materials, tmp_path, capsys):
+def test_a_resumed_run_is_proven_and_has_the_same_receipts(materials, tmp_path, capsys):
     whole = train(materials, tmp_path / "whole")
     run = train(materials, tmp_path / "run", stop_at=5)
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "each of its first 6 of 6" not in out
-    assert "each planned sample once" in out  # requested at step 5, stopped at 6
+    assert "each planned sample once" in out  # the request of step 5 takes effect after step 6
     run = train(materials, tmp_path / "run")
     assert run.receipts.read_text() == whole.receipts.read_text()
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 0 and "attempt 2: from step 6" in out
 
 
 def tampered(monkeypatch, change):
-    """Let the stream follow a wrong plan in the second epoch."""
+    """Change the plan that the stream follows in the second epoch."""
     real = plan.lane_order
 
     def other(counts, *, lane, epoch, **rest):
@@ -79,13 +80,13 @@ def tampered(monkeypatch, change):
     monkeypatch.setattr(plan, "lane_order", other)
 
 
-def test_the_audit_finds_a_repeated_sample(materials, tmp_path, capsys, monkeypatch):
+def test_a_repeated_sample_is_found_with_its_step(materials, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         tampered(patch, lambda order: order.__setitem__((3, 1), order[2, 0]))
         run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "NOT PROVEN" in out
-    planned = audit.load_plan(run)[0]
+    planned = cfmask.audit.load_plan(run)[0]
     repeated, missing = planned.keys[planned.ids(STEPS + 3)[8]], planned.keys[planned.ids(STEPS + 4)[9]]
     assert f"Step 10 (epoch 2, step 4 in it) consumed {repeated} where {missing} was planned" in out
     assert out.count("consumed") == 1
@@ -93,7 +94,7 @@ def test_the_audit_finds_a_repeated_sample(materials, tmp_path, capsys, monkeypa
     assert [row[-2].strip() for row in rows[1:]] == ["each planned sample once", "WRONG"]
 
 
-def test_the_audit_finds_a_missing_step(materials, tmp_path, capsys, monkeypatch):
+def test_a_skipped_step_is_found(materials, tmp_path, capsys, monkeypatch):
     def skip_step_3(order):
         order[2:-1] = order[3:].copy()
 
@@ -108,37 +109,37 @@ def test_the_audit_finds_a_missing_step(materials, tmp_path, capsys, monkeypatch
 
         patch.setattr(plan, "lane_order", other)
         run = train(materials, tmp_path / "run")
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1
     for step in (9, 10, 11):
         assert f"Step {step} (epoch 2, step {step - 6} in it) consumed the samples of step {step + 1}" in out
     assert "Step 12" not in out and "Step 8" not in out
 
 
-def test_the_audit_finds_a_flipped_bit_in_a_state(materials, tmp_path, capsys):
+def test_a_checkpoint_with_a_damaged_state_proves_nothing(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000012/state.json"
     state.write_bytes(state.read_bytes().replace(b'"updates": 12', b'"updates": 13'))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "NOT PROVEN" in out and "step-00000012 is damaged: state.json" in out
 
 
-def test_the_audit_finds_a_checkpoint_of_another_history(materials, tmp_path, capsys):
+def test_a_checkpoint_with_other_samples_than_the_receipts_is_found(materials, tmp_path, capsys):
     run = train(materials, tmp_path / "run")
     state = run.checkpoints / "step-00000008/state.json"
     raw = json.loads(state.read_text())
     raw["consumed"]["receipt"] = f"{int(raw['consumed']['receipt'], 16) ^ 1:032x}"
     del raw["digest"]
     state.write_text(json.dumps({**raw, "digest": digest_of(raw)}))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "checkpoint of step 8 was trained on other samples" in out
     lines = run.receipts.read_text().splitlines(keepends=True)
     run.receipts.write_text("".join(lines[:4] + lines[5:]))
-    code, out = said(run, capsys)
+    code, out = run_audit(run, capsys)
     assert code == 1 and "receipts.jsonl has step 6 where step 5 belongs" in out
 
 
-def test_the_audit_names_a_missing_run_or_set(materials, tmp_path, capsys):
+def test_a_missing_run_or_set_is_named(materials, tmp_path, capsys):
     assert audit.main([str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     run = train(materials, tmp_path / "run", stop_at=2)
@@ -148,11 +149,11 @@ def test_the_audit_names_a_missing_run_or_set(materials, tmp_path, capsys):
     assert "no folder of shards at /nowhere/train" in capsys.readouterr().err
 
 
-# --- receipts themselves --------------------------------------------------------------------------------------------
+# --- receipts -------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, receipts.MODULUS - 1), min_size=1, max_size=40))
-def test_digits_of_parts_add_up_to_the_receipt(values):
+def test_digits_of_parts_add_up_to_the_receipt_of_the_whole(values):
     sums = np.sum([np.float32(receipts.to_digits(value)) for value in values], axis=0, dtype=np.float32)
     assert receipts.from_digits(sums.tolist()) == sum(values) % receipts.MODULUS
 
@@ -177,15 +178,15 @@ def test_a_receipt_depends_on_the_epoch_and_not_on_the_order(keys, epoch, random
         )
 
 
-def test_receipts_have_one_line_per_step(materials, tmp_path):
+def test_each_step_writes_one_receipt(materials, tmp_path):
     run = train(materials, tmp_path / "run")
     assert [line["step"] for line in read_lines(run.receipts)] == list(range(1, 2 * STEPS + 1))
 
 
 @pytest.mark.parametrize("name", ["receipts.jsonl", "bad_samples.jsonl", "attempts.jsonl"])
-def test_the_audit_reports_unreadable_records_as_an_error(materials, tmp_path, monkeypatch, capsys, name):
+def test_unreadable_records_are_an_error_and_no_verdict(materials, tmp_path, monkeypatch, capsys, name):
     run = train(materials, tmp_path / "run", stop_at=2)
-    real = audit.read_lines
+    real = cfmask.audit.read_lines
 
     def failing(path):
         if path.name == name:
@@ -193,6 +194,6 @@ def test_the_audit_reports_unreadable_records_as_an_error(materials, tmp_path, m
         return real(path)
 
     monkeypatch.setenv("CFMASK_READ_PATIENCE", "0")
-    monkeypatch.setattr(audit, "read_lines", failing)
-    code, out = said(run, capsys)
+    monkeypatch.setattr(cfmask.audit, "read_lines", failing)
+    code, out = run_audit(run, capsys)
     assert code == 2 and "PROVEN" not in out.upper()

@@ -1,5 +1,5 @@
-"""The benchmark of the step: its opponent computes what we compute, its table has every row, and the FLOPs of our
-steps are the few that the method needs."""
+"""The benchmark of the step: the authors' algorithm gives the same gradients as ours, the table has every row, and our
+steps take no more FLOPs than the method needs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ import copy
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,13 +17,14 @@ from cfmask.masking.fills import DrawSpec, draw
 from cfmask.models.head import build_tower
 from cfmask.models.tower import Classifier
 from cfmask.recipe import Method
+from cfmask.session import choose_arithmetic
 from cfmask.step import Teachers, counterfactual, training_step
 from test_step import assert_same_gradients, make_batch, resolved, student_and_teachers
-from tools.benchmarks import fresh_process, metering, step_measurements, training
+from tools import bench
+from tools.benchmarks import fresh_process, metering, step, training
 from tools.benchmarks.authors_step import authors_step
 from towers import B16, B32, TINY
 
-REPO = Path(__file__).resolve().parents[1]
 HEADLINE = resolved(Method(mask="object", fill="single-fill"))
 
 
@@ -43,56 +41,31 @@ def test_the_authors_step_and_ours_give_the_same_loss_mask_and_gradients(geometr
     images, labels, draws = make_batch(geometry, HEADLINE, 6)
     visual, head = plain(student, geometry), copy.deepcopy(student.head)
 
-    outcome = authors_step(visual, head, plain(teachers.pretrained, geometry), normalise, images, labels, draws.donors)
+    result = authors_step(visual, head, plain(teachers.pretrained, geometry), normalise, images, labels, draws.donors)
 
     cam_hook = Relevance()
     logits = student.classify(student.encode(normalise(images), cam=cam_hook))
     cam = cam_hook.compute(logits.gather(1, labels[:, None]).squeeze(1))
-    assert torch.equal(outcome.mask, counterfactual(images, cam, draws, HEADLINE, geometry.patch).mask)
-    assert 0 < outcome.mask.float().mean() < 1
+    assert torch.equal(result.mask, counterfactual(images, cam, draws, HEADLINE, geometry.patch).mask)
+    assert 0 < result.mask.float().mean() < 1
     metrics = training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
-    torch.testing.assert_close(metrics.loss, outcome.loss, rtol=1e-9, atol=0)
+    torch.testing.assert_close(metrics.loss, result.loss, rtol=1e-9, atol=0)
     theirs = {f"visual.{name}": parameter for name, parameter in visual.named_parameters()}
     assert_same_gradients(student, theirs | {f"head.{name}": parameter for name, parameter in head.named_parameters()})
 
 
-def test_the_step_that_is_timed_part_by_part_is_our_step():
-    student, teachers, normalise = student_and_teachers(B32, HEADLINE)
-    images, labels, draws = make_batch(B32, HEADLINE, 4)
-    parted = copy.deepcopy(student)
-    meter = iter(range(100))
-
-    parts = step_measurements.step_in_parts(
-        parted,
-        teachers.pretrained,
-        normalise,
-        images,
-        labels,
-        draws,
-        training.autocast(torch.device("cpu"), "fp32"),
-        lambda: None,
-        lambda: float(next(meter)),
-    )
-
-    assert parts == dict.fromkeys(step_measurements.PARTS, 1.0)
-    training_step(student, teachers, normalise, images, labels, draws, HEADLINE)
-    assert_same_gradients(parted, dict(student.named_parameters()))
-
-
-def test_the_table_has_every_contender_and_every_part(tmp_path):
+def test_the_table_has_every_contender(tmp_path, capsys, monkeypatch):
+    """In this process: fresh ones are tested below."""
+    monkeypatch.setattr(step, "fresh", lambda measure, *arguments: measure(*arguments))
+    monkeypatch.setattr(step, "measure_matmul", lambda *_: 1e12)
     (tmp_path / "tiny.json").write_text(json.dumps(TINY.info().config))
-    command = [sys.executable, REPO / "tools/bench.py", "step", "--model", tmp_path / "tiny.json", "--device", "cpu"]
-    command += ["--batch-size", "4", "--rounds", "1", "--steps", "1", "--precision", "bf16"]
-    # Threads would only wait for each other where other tests run too.
-    one_core = {min(os.sched_getaffinity(0))}
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, one_core),
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    flags = ["--model", str(tmp_path / "tiny.json"), "--device", "cpu", "--batch-size", "4", "--precision", "bf16"]
+    try:
+        assert bench.main(["step", *flags, "--rounds", "1", "--steps", "1"]) == 0
+    finally:
+        choose_arithmetic("fp32", deterministic=False)
+    output = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line[:1] == "|"]
     steps = [row[:2] for row in rows if len(row) > 4 and "--" not in row[0]]
     assert steps == [
         ["step", "precision"],
@@ -103,7 +76,6 @@ def test_the_table_has_every_contender_and_every_part(tmp_path):
         ["as the authors compute it", "fp32"],
         ["as the authors compute it", "bf16"],
     ]
-    assert [row[0] for row in rows if len(row) == 4][2:] == [*step_measurements.PARTS, "all"]
     assert all(cell for row in rows for cell in row)
 
 
@@ -123,8 +95,6 @@ def test_a_measurement_that_needs_too_much_memory_does_not_fit():
 
 # --- FLOPs ----------------------------------------------------------------------------------------------------------
 
-# Of a step on B/16, in forwards of open_clip's plain tower: what the method needs. A count far below would say that the
-# counter misses something.
 COSTS = {
     "linear-probe": (Method(name="vanilla"), 1.0),
     "vanilla": (Method(name="vanilla"), 3.0),
@@ -134,12 +104,14 @@ COSTS = {
     "grad-cam": (Method(mask="object", fill="single-fill", cam="grad-cam"), 7.0),
     "relevance": (Method(mask="object", fill="single-fill"), 7.6),
 }
+"""What a method's step needs on B/16, in forwards of open_clip's plain tower. A count far below means that the counter
+misses something."""
 
 
 @pytest.fixture(scope="module")
 def b16():
-    """A plain tower and all else on B/16, and F."""
-    materials = training.materials(training.Case("ViT-B-16-quickgelu", 1, "cpu", 1))
+    """Models and a batch of B/16, and F."""
+    materials = training.materials(training.Case("ViT-B-16-quickgelu", 1, "cpu"))
     with torch.no_grad():
         forward = metering.count_flops(lambda: materials.student(materials.normalise(materials.images)))
     return materials, forward
@@ -148,10 +120,10 @@ def b16():
 def test_the_authors_step_costs_nine_forwards(b16):
     m, forward = b16
 
-    def step():
+    def take_step():
         return authors_step(m.student, m.head, m.teacher, m.normalise, m.images, m.labels, m.draws.donors)
 
-    assert 8.9 <= metering.count_flops(step) / forward <= 9.1
+    assert 8.9 <= metering.count_flops(take_step) / forward <= 9.1
 
 
 @pytest.mark.parametrize("row", COSTS)
@@ -164,9 +136,9 @@ def test_a_step_costs_no_more_forwards_than_its_method_needs(b16, row):
     spec = DrawSpec(method.mask, method.fill, method.rate or 0.0, model.patches) if method.masked else None
     draws = draw(spec, len(m.images), np.random.default_rng(0))
 
-    def step():
+    def take_step():
         return training_step(model, teachers, m.normalise, m.images, m.labels, draws, method)
 
-    cost = metering.count_flops(step) / forward
+    cost = metering.count_flops(take_step) / forward
     print(f"{row}: {cost:.3f} F")
     assert 0.8 * most <= cost <= most

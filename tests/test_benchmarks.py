@@ -1,4 +1,4 @@
-"""The shifted sets: labels from folder names, subsets, ObjectNet's own mapping, counts that are checked first."""
+"""The shifted sets: labels from folder names, subsets, ObjectNet's mapping, and counts that are checked first."""
 
 import json
 from collections import Counter
@@ -25,10 +25,10 @@ def labels_of(folder):
     return {f["name"]: sample["__label__"] for f, sample in zip(facts, samples, strict=True)}
 
 
-# --- what is known of the sets --------------------------------------------------------------------------------------
+# --- known sets ---------------------------------------------------------------------------------------------------
 
 
-def test_the_sets_are_those_of_the_paper():
+def test_the_known_sets_are_those_of_the_paper():
     known = {name: (b.images, b.classes, b.class_ids) for name, b in benchmarks.BENCHMARKS.items()}
     assert known == {
         "train": (1_281_167, 1000, 1000),
@@ -44,7 +44,7 @@ def test_the_sets_are_those_of_the_paper():
     assert benchmarks.wnids("imagenet-sketch") == WNIDS
 
 
-def test_a_whole_copy_deviates_in_nothing():
+def test_a_complete_copy_has_no_deviations():
     images_of = {wnid: 30 for wnid in benchmarks.wnids("imagenet-a")}
     whole = {wnid: 37 + (i < 100) for i, wnid in enumerate(images_of)}
     assert benchmarks.IMAGENET_A.deviations(whole, 200) == []
@@ -56,7 +56,7 @@ def test_a_whole_copy_deviates_in_nothing():
 # --- folders and labels ---------------------------------------------------------------------------------------------
 
 
-def test_folders_of_imagenet_v2_are_numbers_and_not_strings(tmp_path):
+def test_folders_of_imagenet_v2_are_read_as_numbers(tmp_path):
     data = picture(0, side=8)
     numbers = {f"imagenetv2-matched-frequency-format-val/{n}/{n:03d}a.jpeg": data for n in range(1000)}
     source = write_tar(tmp_path / "v2.tar", numbers)
@@ -64,7 +64,9 @@ def test_folders_of_imagenet_v2_are_numbers_and_not_strings(tmp_path):
     folder = tmp_path / "numbers" / "imagenet-v2"
     assert labels_of(folder) == {f"{n}/{n:03d}a.jpeg": n for n in range(1000)}
     as_strings = sorted(str(n) for n in range(1000))
-    assert sum(as_strings[n] != str(n) for n in range(1000)) == 988, "what is at stake"
+    assert sum(as_strings[n] != str(n) for n in range(1000)) == 988, (
+        "sorted as strings, nearly all labels would be wrong"
+    )
     manifest = load_manifest(folder)
     assert manifest.classes == imagenet.classes() and manifest.class_counts == (1,) * 1000
 
@@ -103,7 +105,7 @@ def test_counts_are_checked_before_anything_is_written(tmp_path, capsys):
     assert made["count_mismatch"][0] == "3 images instead of 7,500"
 
 
-def test_a_set_with_all_that_it_should_have_needs_no_permission(tmp_path, monkeypatch):
+def test_a_complete_set_is_accepted_without_a_flag(tmp_path, monkeypatch):
     known = benchmarks.BENCHMARKS | {"imagenet-a": benchmarks.Benchmark("imagenet-a", 6, 3, 3)}
     monkeypatch.setattr(benchmarks, "BENCHMARKS", known)
     wnids = benchmarks.wnids("imagenet-a")[:3]
@@ -125,8 +127,8 @@ IDS = {"alarm_clock": (409, 530), "pen": (418, 563, 749), "mug": (504,), "dress_
 
 
 def mapping_files():
-    """The four files of the archive, with five of 313 folders. Texts of classes are WordNet's, as timm has them; their
-    lines are in another order than class ids are, as the devkit's are."""
+    """The four files of the archive, with five of 313 folders. Class texts are WordNet's, from timm. As in the devkit,
+    their lines are not in the order of class ids."""
     info = imagenet._package_folder("timm") / "data" / "_info"
     lemma = dict(line.split("\t") for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
     numbers = {class_id: (class_id * 7 + 355) % 1000 for class_id in range(1000)}
@@ -142,7 +144,7 @@ def mapping_files():
 
 
 def objectnet_files(top="objectnet-1.0/"):
-    """Images of a red border of two pixels around grey."""
+    """Grey images with a red border of two pixels."""
     files = {f"{top}mappings/{name}": data for name, data in mapping_files().items()}
     return files | {f"{top}images/{folder}/{i}.png": bordered(i) for folder in FOLDERS for i in range(3)}
 
@@ -159,7 +161,7 @@ def bordered(number):
     return buffer.getvalue()
 
 
-def test_objectnet_is_labelled_by_its_own_mapping(tmp_path, capsys):
+def test_objectnet_is_labelled_by_its_mapping(tmp_path, capsys):
     files = objectnet_files()
     tree, tar = write_tree(tmp_path / "tree", files), write_tar(tmp_path / "objectnet.tar", files)
     sources = [tree, tar, tree / "objectnet-1.0", tree / "objectnet-1.0" / "images"]
@@ -177,7 +179,7 @@ def test_objectnet_is_labelled_by_its_own_mapping(tmp_path, capsys):
         assert "7 ImageNet class ids instead of 125" in manifest.made["count_mismatch"]
 
 
-def test_objectnets_border_is_left_to_the_reader_of_originals_and_cut_off_crops(tmp_path):
+def test_objectnets_border_is_removed_from_crops_and_recorded_for_originals(tmp_path):
     tree = write_tree(tmp_path / "tree", objectnet_files())
     for store in images.STORES:
         assert convert("objectnet", tree, tmp_path / store, "--store", store) == 0
@@ -196,7 +198,7 @@ def test_objectnets_border_is_left_to_the_reader_of_originals_and_cut_off_crops(
     assert torch.equal(kept["pen/0.png"], images.pixels(bordered(0), "png", 224))
 
 
-def test_what_is_smaller_than_its_border_is_left_out(tmp_path):
+def test_images_smaller_than_the_border_are_left_out(tmp_path):
     files = {**objectnet_files(), "objectnet-1.0/images/pen/tiny.png": picture(0, "PNG", side=4)}
     tree = write_tree(tmp_path / "tree", files)
     for store in images.STORES:

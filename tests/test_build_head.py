@@ -176,7 +176,7 @@ def test_an_interrupted_build_resumes_and_the_head_is_bitwise_identical(tmp_path
 
     asked = []
     assert build(tiny, out, *classes) == 0
-    assert not asked and "there already" in capsys.readouterr().out
+    assert not asked and "up to date" in capsys.readouterr().out
 
 
 def test_rows_of_another_head_are_not_used(tmp_path, tiny, monkeypatch):
@@ -244,7 +244,7 @@ def test_the_head_of_a_checkpoint_is_kept_if_its_classes_are_given(tmp_path, tin
             "Give the model that they were made with: --model {tmp}/clip/open_clip_config.json",
         ),
         (["--model", "RN50-quickgelu", "--pretrained", "{tmp}/tiny.pt"], "its image tower is a ResNet"),
-        (["--out", "{tmp}/head.pt"], "ends in .safetensors"),
+        (["--out", "{tmp}/head.pt"], "has to end in .safetensors"),
     ],
 )
 def test_invalid_requests_are_refused(tmp_path, tiny, capsys, flags, reason):

@@ -1,4 +1,4 @@
-"""Chains of jobs on one run: one budget, no requeue, each job behind the one before, and nothing to do at the end."""
+"""Chains of jobs for one run: a common budget, no requeues, dependencies, and jobs after the end of the run."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run(tmp_path) -> RunFolder:
 
 
 def submitted(run: RunFolder, *jobs: str) -> RunFolder:
-    """As submitit leaves them, one after the other."""
+    """submitit's files of jobs that were submitted one after the other."""
     for number, job in enumerate(jobs):
         for path in (run.root / f"jobs/{job}_submission.sh", run.root / f"jobs/{job}_submitted.pkl"):
             path.touch()
@@ -64,7 +64,7 @@ def submitted(run: RunFolder, *jobs: str) -> RunFolder:
 
 
 def policy(run: RunFolder, place: int, restart: int = 0, *, limit: int = 3) -> Restarts:
-    """Of the chain's job at this place, from 0."""
+    """The policy of the chain's job at this index."""
     job = JOBS[place]
     log = AttemptLog(run.root)
     return Restarts(log, job, restart, limit, resume="submit.py --resume RUN", chain=Chain(run, job, JOBS[:place]))
@@ -93,8 +93,8 @@ def test_the_jobs_of_a_chain_have_one_budget(run, limit):
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), st.integers(0, 4))
-def test_every_start_of_a_chain_counts_once_in_whichever_job_it_was(tmp_path_factory, jobs, limit):
-    """jobs: of each but the last, how often Slurm requeued it, and whether its last start made progress."""
+def test_every_start_of_a_chain_counts_once(tmp_path_factory, jobs, limit):
+    """jobs: for each but the last, how often Slurm requeued it, and whether its last start made progress."""
     run = RunFolder(tmp_path_factory.mktemp("run"))
     progress, idle = 0, 0
     for place, (requeues, gets_on) in enumerate(jobs):
@@ -111,7 +111,7 @@ def test_every_start_of_a_chain_counts_once_in_whichever_job_it_was(tmp_path_fac
         here.check_start(progress)
 
 
-def test_a_job_that_was_cancelled_in_the_queue_is_no_start(run):
+def test_job_cancelled_in_the_queue_does_not_count_as_a_start(run):
     begins(run, 0, 0, 0, limit=0)
     policy(run, 4, limit=0).check_start(10)
     with pytest.raises(GivenUp):
@@ -129,7 +129,7 @@ BACK_BY_ITSELF = JobRecord("RUNNING", preempted=True, slurm_requeues=True)
 
 @pytest.fixture
 def ask(run, monkeypatch):
-    """What job 12 of a chain (11, 12, then 13) ends with, as Slurm's record of it is; it must not requeue itself."""
+    """The exit code of job 12 in the chain 11, 12, 13, for a record of Slurm. The job must not requeue itself."""
     submitted(run, "11", "12", "13")
 
     def ends(cause: Cause, answer: object, *, queued: tuple[str, ...] | Exception = ("12", "13")) -> int:
@@ -173,14 +173,14 @@ def ask(run, monkeypatch):
         (Cause.WARNED, JobRecord("COMPLETING"), STOPPED),
     ],
 )
-def test_where_another_job_would_requeue_itself_the_next_one_resumes(run, ask, capsys, cause, answer, code):
+def test_next_job_of_a_chain_resumes_instead_of_a_requeue(run, ask, capsys, cause, answer, code):
     assert ask(cause, answer) == code
     handed_over = "; job 13 resumes the run" if code == 0 else ""
     assert run.ended()["why"] == f"stopped at step 10 (requeue){handed_over}"
     assert ("job 13 resumes the run" in capsys.readouterr().out) == (code == 0)
 
 
-def test_the_last_job_of_a_chain_says_so_and_does_not_end_well(run, ask):
+def test_last_job_of_an_unfinished_chain_fails(run, ask):
     with pytest.raises(GivenUp, match=r"job 12 is the last of its chain.*not finished.*submit\.py --resume RUN"):
         ask(Cause.WARNED, RUNS, queued=("12",))
     with pytest.raises(UserError):
@@ -188,20 +188,18 @@ def test_the_last_job_of_a_chain_says_so_and_does_not_end_well(run, ask):
     assert ask(Cause.WARNED, RUNS, queued=SlurmUnavailable("away")) == 0, "the folder has a job behind it"
 
 
-def test_a_job_that_was_queued_behind_later_is_the_next_one(run, ask):
+def test_appended_job_is_the_successor_of_a_chain(run, ask):
     submitted(run, "11", "12", "13", "21", "22")
     assert ask(Cause.WARNED, RUNS, queued=("12", "21", "22")) == 0
     assert run.ended()["why"].endswith("job 21 resumes the run")
 
 
 @pytest.mark.parametrize("how", ["node lost", "killed", "unhealthy", "raised"])
-def test_after_a_failure_no_job_of_a_chain_is_requeued_and_its_bad_node_is_left_out_of_those_behind(
-    run, monkeypatch, how
-):
+def test_failed_job_of_a_chain_is_not_requeued_and_later_jobs_exclude_its_bad_node(run, monkeypatch, how):
     submitted(run, "11", "12", "13")
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 0))
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: dict.fromkeys(jobs))
-    monkeypatch.setattr(retries, "_left_out", lambda here, deaths: tuple(death["node"] for death in deaths))
+    monkeypatch.setattr(retries, "_nodes_to_exclude", lambda here, deaths: tuple(death["node"] for death in deaths))
     left_out_nodes: dict[str, tuple[str, ...]] = {}
     monkeypatch.setattr(chain, "exclude_nodes", lambda job, nodes, **given: left_out_nodes.update({job: tuple(nodes)}))
     kind = {"killed": KILLED, "unhealthy": UNHEALTHY}.get(how, RAISED)
@@ -218,7 +216,7 @@ def test_after_a_failure_no_job_of_a_chain_is_requeued_and_its_bad_node_is_left_
 def test_deaths_in_earlier_jobs_of_a_chain_count(run, monkeypatch):
     seen = []
     monkeypatch.setattr(retries, "restarts_of", lambda run: policy(run, 1))
-    monkeypatch.setattr(retries, "_left_out", lambda here, deaths: seen.extend(deaths) or ())
+    monkeypatch.setattr(retries, "_nodes_to_exclude", lambda here, deaths: seen.extend(deaths) or ())
     monkeypatch.setattr(chain, "queue", lambda jobs, **given: {})
     run.begin_attempt(job="11-0", from_step=0)
     run.end_attempt("failed: no", died={"rank": 0, "node": "n1", "kind": KILLED, "time": 0.0})
@@ -235,7 +233,7 @@ def script(allocation: Allocation, jobs: Path) -> str:
     return "\n".join(slurm_parameters(allocation, "x", str(jobs))["setup"])
 
 
-def test_each_job_waits_for_the_one_before_and_all_for_what_the_flags_say():
+def test_dependencies_of_chained_jobs():
     waits = Allocation("slurm", 1, 0, "", 1, 1, 10, dependency="afterok:7")
     assert chained(ALLOCATION, [], []).dependency is None
     assert chained(waits, [], []).dependency == "afterok:7"
@@ -247,8 +245,8 @@ def test_each_job_waits_for_the_one_before_and_all_for_what_the_flags_say():
 
 
 @pytest.mark.parametrize("mark", ["results.json", "cancelled.json", None])
-def test_the_batch_script_of_a_job_with_nothing_to_do_starts_no_rank(run, mark):
-    """Neither setup: it may take a while."""
+def test_batch_script_of_a_finished_or_cancelled_run_starts_no_rank(run, mark):
+    """It skips the setup, too, which may take long."""
     if mark:
         (run.root / mark).touch()
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, chain=("11", "12"), setup=("echo set up",))
@@ -269,7 +267,7 @@ def accepts(*jobs: int) -> list[str]:
     return [f"echo Submitted batch job {job}" for job in jobs]
 
 
-def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: FakeSlurm, tmp_path, capsys):  # noqa: F811
+def test_refusal_within_a_chain_keeps_the_accepted_jobs(fake: FakeSlurm, tmp_path, capsys):  # noqa: F811
     fake.will("sbatch", *accepts(11, 12), REFUSED)
     planned = claim_run_folders([PlannedJob(RunFolder(tmp_path / f"runs/{name}"), Recipe()) for name in "ab"])
     with pytest.raises(UserError, match=r"violates.* 2 of 4 jobs .* stay: 11, 12\. .*--resume \S+/runs/a --chain 2$"):
@@ -284,7 +282,7 @@ def test_a_refusal_in_the_middle_leaves_what_was_accepted_and_says_it(fake: Fake
         submit_to_slurm(planned[1:], ALLOCATION, chain=4, follow=False)
 
 
-def test_a_job_whose_acceptance_was_not_answered_is_a_link_of_the_chain(fake, tmp_path):  # noqa: F811
+def test_job_with_a_lost_answer_stays_in_the_chain(fake, tmp_path):  # noqa: F811
     [planned] = claim_run_folders([PlannedJob(RunFolder(tmp_path / "runs/a"), Recipe())])
     found = f'for each in {planned.run.root}/jobs/.submission_file_*.sh; do [ -h $each ] || echo "12|$each"; done'
     fake.will("sbatch", *accepts(11), TIMED_OUT, *accepts(13))
@@ -320,7 +318,7 @@ def live(fake, run, monkeypatch) -> RunFolder:  # noqa: F811
     return submitted(run, "12")
 
 
-def test_a_run_with_a_live_job_is_refused_and_told_of_chains_or_gets_a_chain_behind_it(live, capsys):
+def test_live_run_is_refused_or_gets_a_chain_behind_its_job(live, capsys):
     with pytest.raises(UserError, match=rf"Job 12 \(running\) already exists.* --resume {live.root} --chain N"):
         resume(live)
     live.allow_step_0()
@@ -333,7 +331,7 @@ def test_a_run_with_a_live_job_is_refused_and_told_of_chains_or_gets_a_chain_beh
     assert not (live.root / ".claims").exists()
 
 
-def test_what_cannot_be_queued_behind_a_live_job_is_refused(live, fake):  # noqa: F811
+def test_from_step_0_and_cancelled_runs_cannot_be_queued_behind_a_live_job(live, fake):  # noqa: F811
     with pytest.raises(UserError, match="--from-step-0 is for a run without a job, and job 12 exists"):
         resume(live, "--chain", 2, "--from-step-0")
     live.cancel()
@@ -350,7 +348,7 @@ def test_what_cannot_be_queued_behind_a_live_job_is_refused(live, fake):  # noqa
         (("--retries", 2), "--retries would do nothing with --chain"),
     ],
 )
-def test_chains_that_make_no_sense_are_refused(fake, tmp_path, monkeypatch, more, said):  # noqa: F811
+def test_contradictory_chain_flags_are_refused(fake, tmp_path, monkeypatch, more, said):  # noqa: F811
     import argparse
 
     materials = made.make_materials(tmp_path / "materials", per_class=8)
@@ -408,9 +406,7 @@ def jobs_of(run: Path) -> list[str]:
 
 
 @pytest.mark.slurm
-def test_a_chain_ends_with_the_weights_of_an_uninterrupted_run_and_its_last_job_has_nothing_to_do(
-    slurm_cluster: Cluster, materials, tmp_path, monkeypatch
-):
+def test_chain_ends_with_the_weights_of_an_uninterrupted_run(slurm_cluster: Cluster, materials, tmp_path, monkeypatch):
     """Two jobs are queued behind the live one. The second job is requeued by somebody, and keeps its number, before it
     is warned. All the while the run is followed."""
     monkeypatch.setenv("CFMASK_CLUSTER", "")

@@ -39,7 +39,7 @@ def contents(folder: Path) -> list[str]:
 # --- claims -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_that_nobody_else_uses_is_removed_by_its_maker(tmp_path):
+def test_maker_removes_a_folder_without_other_claims(tmp_path):
     run = RunFolder(tmp_path / "runs/x")
     claim = take_folder(run, Recipe())
     (run.root / "jobs").mkdir()
@@ -48,7 +48,7 @@ def test_a_folder_that_nobody_else_uses_is_removed_by_its_maker(tmp_path):
 
 
 @pytest.mark.parametrize("present", ["empty", "run", "older run"])
-def test_a_folder_that_was_there_before_is_never_removed(tmp_path, present):
+def test_existing_folder_is_never_removed(tmp_path, present):
     run = RunFolder(tmp_path / "x")
     run.root.mkdir()
     if present == "run":
@@ -61,7 +61,7 @@ def test_a_folder_that_was_there_before_is_never_removed(tmp_path, present):
 
 
 @pytest.mark.parametrize("order", ["claimed", "accepted", "refused"])
-def test_of_two_commands_the_refused_maker_leaves_the_folder_to_the_other(tmp_path, order):
+def test_refused_maker_leaves_the_folder_to_another_command(tmp_path, order):
     run = RunFolder(tmp_path / "x")
     maker, other = take_folder(run, Recipe()), take_folder(run, Recipe())
     assert maker.made and not other.made
@@ -82,8 +82,8 @@ def test_of_two_commands_the_refused_maker_leaves_the_folder_to_the_other(tmp_pa
 
 
 @pytest.mark.parametrize("sign", ["log.jsonl", "checkpoints", "notes.txt", "owner"])
-def test_signs_of_use_keep_a_folder_whose_command_was_refused(tmp_path, sign):
-    """Who uses it may have made no claim: an older version, or a person."""
+def test_folder_in_use_without_a_claim_is_kept(tmp_path, sign):
+    """A user without a claim may be an older version, or a person."""
     run = RunFolder(tmp_path / "x")
     claim = take_folder(run, Recipe())
     if sign == "owner":
@@ -96,7 +96,7 @@ def test_signs_of_use_keep_a_folder_whose_command_was_refused(tmp_path, sign):
 
 
 @pytest.mark.parametrize("how", ["alone", "sweep", "accepted"])
-def test_a_folder_whose_job_was_not_confirmed_to_another_command_is_kept(tmp_path, how):
+def test_folder_with_an_unconfirmed_job_is_kept(tmp_path, how):
     run = RunFolder(tmp_path / "runs/x")
     maker, other = take_folder(run, Recipe()), take_folder(run, Recipe())
     folder = tmp_path / "runs/.sweeps/1" if how == "sweep" else run.root / "jobs"
@@ -109,7 +109,7 @@ def test_a_folder_whose_job_was_not_confirmed_to_another_command_is_kept(tmp_pat
     assert (run.root / "recipe.json").exists()
 
 
-def test_who_comes_while_a_folder_is_being_removed_waits_and_makes_it_anew(tmp_path, monkeypatch):
+def test_command_waits_for_the_removal_of_a_folder_and_makes_it_again(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "x")
     maker = take_folder(run, Recipe())
     came: list[claims.Claim] = []
@@ -127,7 +127,7 @@ def test_who_comes_while_a_folder_is_being_removed_waits_and_makes_it_anew(tmp_p
     assert came[0].made and (run.root / "recipe.json").exists() and came[0].mark.exists()
 
 
-def test_a_command_that_was_killed_while_it_removed_a_folder_keeps_nobody_out(tmp_path):
+def test_removal_by_a_killed_command_does_not_block_others(tmp_path):
     run = RunFolder(tmp_path / "x")
     claim = take_folder(run, Recipe())
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -137,7 +137,7 @@ def test_a_command_that_was_killed_while_it_removed_a_folder_keeps_nobody_out(tm
     assert claim.mark.exists()
 
 
-def test_what_killed_commands_left_beside_a_folder_goes_with_the_next_command(tmp_path):
+def test_leftovers_of_killed_commands_are_removed(tmp_path):
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     run = RunFolder(tmp_path / "x")
     theirs = aside_of(run.root).name.replace(f"-{os.getpid()}-", f"-{gone.stdout.strip()}-")
@@ -159,10 +159,10 @@ def test_paths_that_slurm_or_a_file_system_would_change_are_refused(tmp_path, na
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)], ids=["run", "sweep"])
 @pytest.mark.parametrize("accepted", ["the other", "none"])
-def test_a_refused_submission_leaves_the_run_that_another_command_has_submitted(
+def test_refused_submission_keeps_a_run_that_another_command_submitted(
     materials, tmp_path, monkeypatch, seeds, accepted
 ):
-    """Slurm refuses the first command; before it says so, the same command is given elsewhere."""
+    """Before Slurm refuses the first command, the same command runs elsewhere."""
     monkeypatch.setattr(submission.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(planning, "queued_job", lambda run: None)
     monkeypatch.setattr(submission, "max_array_members", lambda: None)
@@ -199,7 +199,7 @@ def test_a_refused_submission_leaves_the_run_that_another_command_has_submitted(
 
 
 @pytest.mark.slurm
-def test_logs_of_oddly_named_runs_are_where_they_should_be(slurm_cluster, tmp_path):
+def test_logs_of_runs_with_special_characters(slurm_cluster, tmp_path):
     """Alone and as members of an array; each batch script runs a command that prints its arguments."""
     names = ("a`id`b", "a;b", "#a", "a #b", "a,b", "a'b\"c", " a b", "-lead", "ünï", "a$HOME", "a[1]*?", "x" * 255)
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="printf %s\\\\n", environment={"A": "1"})
@@ -227,7 +227,7 @@ def batch_code(member: Path, swept: bool, number: int) -> str:
     return f"/{number}/code/DIGEST/launch/ranks/start.py" if swept else f"{member}/code/DIGEST/launch/ranks/start.py"
 
 
-def test_members_of_a_sweep_that_is_refused_halfway_are_removed(tmp_path):
+def test_folders_of_a_refused_sweep_are_removed(tmp_path):
     first, second = RunFolder(tmp_path / "first"), RunFolder(tmp_path / "second")
     second.root.mkdir()
     (second.root / "foreign").touch()

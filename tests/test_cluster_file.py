@@ -1,4 +1,4 @@
-"""The cluster file and the flags: what is read, which wins, what is refused, and what Slurm is told in the end."""
+"""The cluster file and the flags: lookup, precedence, refusals, and the resulting sbatch file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def a_machine_with_slurm(monkeypatch, tmp_path):
-    """As far as a look at the PATH goes; with nobody's cluster file on it."""
+    """A PATH with Slurm's commands, and no cluster file."""
     monkeypatch.setattr(allocations.shutil, "which", lambda name: f"/usr/bin/{name}" if name[0] == "s" else None)
     monkeypatch.delenv("CFMASK_CLUSTER", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -58,7 +58,7 @@ def sbatch_file(allocation: Allocation, jobs: Path = Path("/runs/x/jobs")) -> st
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_template_is_valid_as_it_is_and_with_every_line_of_it_and_has_every_key():
+def test_template_is_valid_and_has_every_key():
     template = (REPO / "slurm/cluster.toml").read_text()
     assert not read(template).values, "a copied template changes nothing"
     active = re.sub(r"^# (?=\[|[\w-]+ = )", "", template, flags=re.MULTILINE)
@@ -79,7 +79,7 @@ def test_the_examples_are_valid(example):
     sbatch_file(resolve_allocation(parser().parse_args([]), read_cluster_file(example)))
 
 
-def test_the_wckey_reaches_every_kind_of_job_and_stays_when_it_is_resumed(tmp_path):
+def test_wckey_reaches_every_kind_of_job(tmp_path):
     def asked(allocation) -> list[str]:
         text = slurm_executor(tmp_path, "x", "/runs/x", "0", allocation).batch_script()
         return [line for line in text.splitlines() if line.startswith("#SBATCH --wckey")]
@@ -99,7 +99,7 @@ def test_the_wckey_reaches_every_kind_of_job_and_stays_when_it_is_resumed(tmp_pa
         assert resolve_array(array.parse_args(["--executor", "slurm", *flags])).allocation.wckey == key
 
 
-def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):
+def test_cluster_file_lookup_order(monkeypatch):
     assert find_cluster_file(None) is None
     at_home = Path("~/.config/cfmask/cluster.toml").expanduser()
     read("", at_home)
@@ -115,7 +115,7 @@ def test_it_is_found_by_flag_then_variable_then_here_then_at_home(monkeypatch):
     assert find_cluster_file(None) is None, "an empty variable means none"
 
 
-def test_one_that_is_named_has_to_be_there(monkeypatch):
+def test_named_cluster_file_must_exist(monkeypatch):
     with pytest.raises(UserError, match="nope.toml, named by --cluster, does not exist"):
         find_cluster_file(Path("nope.toml"))
     monkeypatch.setenv("CFMASK_CLUSTER", "nope.toml")
@@ -153,7 +153,7 @@ def test_one_that_is_named_has_to_be_there(monkeypatch):
         ("[sbatch]\nreboot = false", "true for an option without a value"),
     ],
 )
-def test_what_would_do_nothing_is_refused_with_file_and_key(text, said):
+def test_bad_entries_are_refused_with_file_and_key(text, said):
     with pytest.raises(UserError, match=f"(?s)The cluster file some.toml.*{said}"):
         read(text)
 
@@ -168,7 +168,7 @@ def test_what_would_do_nothing_is_refused_with_file_and_key(text, said):
         ("interface = 'ib 0'", "interface is 'ib 0', which is not a word"),
     ],
 )
-def test_values_are_read_as_those_of_flags_are(text, said):
+def test_file_values_are_converted_like_flags(text, said):
     with pytest.raises(UserError, match=said):
         allocate(file=text)
 
@@ -184,7 +184,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults():
     assert (bare.partition, bare.nodes, bare.gpus_per_node, bare.time_min, bare.cpus_per_task) == (None, 1, 8, 1440, 8)
 
 
-def test_a_resumed_run_gets_what_it_got_unless_flags_say_otherwise():
+def test_resumed_run_keeps_its_allocation_unless_flags_override_it():
     flags = ("--nodes", 4, "--gpus-per-node", "a100:2", "--time", "2:00:00", "--after", 3, "--qos", "high")
     last = json.loads(json.dumps(allocate(*flags, file="cpus_per_task = 3").again))
     file = "nodes = 2\ngpus_per_node = 8\npartition = 'gpu'\nqos = 'low'"
@@ -199,7 +199,7 @@ def test_a_resumed_run_gets_what_it_got_unless_flags_say_otherwise():
     assert (by_tasks.gpus_per_node, by_tasks.world_size) == (0, 12)
 
 
-def test_gpus_say_how_many_tasks_there_are_and_tasks_leave_the_gpus():
+def test_number_of_gpus_and_tasks_must_match():
     with pytest.raises(UserError, match="--tasks-per-node 2 contradicts --gpus-per-node with 8 GPUs, which"):
         allocate("--tasks-per-node", 2, file="gpus_per_node = 8")
     assert allocate("--tasks-per-node", 8, file="gpus_per_node = 8").gpus_per_node == 8
@@ -226,7 +226,7 @@ def test_flags_for_slurm_are_refused_on_this_machine():
     ("text", "expected"),
     [("90", 90), ("90:30", 91), ("2:00:00", 120), ("1-12", 2160), ("1-12:30", 2190), ("1-00:00:01", 1441)],
 )
-def test_time_in_slurms_own_forms(text, expected):
+def test_time_in_slurms_formats(text, expected):
     assert minutes(text) == expected
 
 
@@ -242,17 +242,17 @@ def test_gpus_with_and_without_a_type():
     )
 
 
-def test_bad_flags_say_what_they_should_be(capsys):
+def test_bad_flags_name_the_expected_value(capsys):
     for flag, value in (("--time", "soon"), ("--nodes", "0"), ("--after", "job7"), ("--gpus-per-node", "all")):
         with pytest.raises(SystemExit):
             parser().parse_args([flag, value])
         assert f"argument {flag}: '{value}' is not" in capsys.readouterr().err
 
 
-# --- what Slurm is told -----------------------------------------------------------------------------------------------
+# --- the sbatch file --------------------------------------------------------------------------------------------------
 
 
-def test_the_sbatch_file_says_all_that_was_asked_for():
+def test_sbatch_file_has_all_requested_options():
     flags = ("--nodes", 2, "--gpus-per-node", "a100:4", "--cpus-per-task", 12, "--time", "1-12:00:00", "--qos", "high")
     more = ("--constraint", "a100|h100", "--memory", 0, "--exclude", "n07,n[11-14]", "--account", "vision")
     text = sbatch_file(allocate(*flags, *more, "--partition", "gpu", "--after", 12, "13_4", "--interface", "ib0"))
@@ -278,11 +278,11 @@ def test_the_sbatch_file_says_all_that_was_asked_for():
     assert re.search(r"^srun .* --cpus-per-task=12 --kill-on-bad-exit=1 --wait=0 TASK$", text, re.MULTILINE)
 
 
-def test_gpus_are_not_asked_for_where_there_are_none():
+def test_no_gpus_are_requested_for_cpu_training():
     assert "gpus" not in sbatch_file(allocate("--gpus-per-node", 0, "--tasks-per-node", 2))
 
 
-def test_dependencies_are_said_in_one_way():
+def test_after_and_dependency_are_exclusive():
     assert allocate("--dependency", "afterany:3,singleton").dependency == "afterany:3,singleton"
     with pytest.raises(UserError, match="--after and --dependency"):
         allocate("--dependency", "singleton", "--after", 3)
@@ -360,8 +360,8 @@ case "$*" in *show*) echo "JobId=77 JobState=RUNNING PreemptTime=None" ;; --vers
     ],
     ids=lambda value: " ; ".join(value) if isinstance(value, list) else "",
 )
-def test_setup_of_the_cluster_file_cannot_keep_the_batch_script_from_its_last_lines(tmp_path, setup, reached):
-    """They are the failure report and the requeue; here a node is lost, so both are due."""
+def test_setup_cannot_skip_the_last_lines_of_the_batch_script(tmp_path, setup, reached):
+    """The last lines print the failure report and requeue the job; here a node is lost, so both have to happen."""
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     jobs = tmp_path / "jobs"
@@ -379,15 +379,15 @@ def test_setup_of_the_cluster_file_cannot_keep_the_batch_script_from_its_last_li
     assert "secret" not in done.stderr, "set -x ends with the setup"
 
 
-def test_setup_that_ends_well_before_the_ranks_is_a_failure_and_ranks_that_end_well_are_none():
+def test_setup_that_exits_with_0_is_a_failure():
     for setup, code, said in (("exit 0", 1, "before its ranks were started"), ("true", 0, "")):
         text = re.sub(r"^srun .*$", "true", sbatch_file(allocate(file=f"setup = ['{setup}']")), flags=re.MULTILINE)
         done = subprocess.run(["bash", "-c", text], capture_output=True, text=True)
         assert done.returncode == code and said in done.stdout
 
 
-def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
-    """Where a rank has no scontrol; every other end is the job's as it is."""
+def test_exit_code_of_a_rank_requests_a_requeue(tmp_path):
+    """For ranks without scontrol. Other exit codes become those of the job."""
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     for code, said in ((144, "requeue 77\n"), (0, ""), (1, ""), (143, "")):
@@ -398,7 +398,7 @@ def test_a_rank_asks_the_batch_script_for_a_requeue_by_its_exit_code(tmp_path):
         assert (done.returncode, done.stdout) == (code, said)
 
 
-def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues_what_has_lost_its_node(tmp_path):
+def test_batch_script_prints_the_failure_report_and_requeues_after_a_lost_node(tmp_path):
     (tmp_path / "scontrol").write_text(SCONTROL)
     (tmp_path / "scontrol").chmod(0o755)
     jobs = tmp_path / "run folder" / "jobs"
@@ -413,8 +413,8 @@ def test_the_batch_script_ends_with_the_words_of_the_rank_that_died_and_requeues
         assert (done.returncode, done.stdout) == (1, said)
 
 
-def test_a_rank_does_not_hear_signals_before_python_does(tmp_path):
-    """The command that starts it: whatever the shell and Python's first moments are, USR2 does not end them."""
+def test_signals_before_python_starts_are_ignored(tmp_path):
+    """The command that starts a rank ignores USR2 and TERM until Python installs handlers."""
     (tmp_path / "launch/ranks").mkdir(parents=True)
     (tmp_path / "launch/ranks/start.py").write_text(
         "import os, signal, sys\n"

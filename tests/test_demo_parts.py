@@ -1,4 +1,4 @@
-"""The demo's data set and tower: what its table relies on."""
+"""The demo's data set and tower."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cfmask.data.shards import load_manifest
 from cfmask.models.head import load_model
 from cfmask.models.initial import initial_model
 from cfmask.models.tower import encode
-from tools import _demo_images as images
+from cfmask.synthetic import shapes as images
+from cfmask.synthetic.tower import FEATURE_MEAN_SQUARE, KINDS, pretrain
 from tools import make_shards
-from tools._demo_tower import FEATURE_MEAN_SQUARE, KINDS, pretrain
 
 SMALL = {
     name: images.Split(4, settings.own, settings.rest, settings.sketched, settings.paper, settings.turn)
@@ -42,7 +42,7 @@ def kinds_of(split: str, label: int, count: int) -> list[str]:
     return [images.draw_image(0, split, label, number)[2] for number in range(count)]
 
 
-def test_tree_is_the_same_on_any_number_of_processes_and_another_for_another_seed(tmp_path: Path, small: None) -> None:
+def test_images_depend_on_the_seed_and_not_on_the_number_of_processes(tmp_path: Path, small: None) -> None:
     for name, seed, processes in (("a", 0, 1), ("b", 0, 2), ("c", 1, 1)):
         images.draw_tree(tmp_path / name, seed=seed, processes=processes, progress=False)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
@@ -50,7 +50,7 @@ def test_tree_is_the_same_on_any_number_of_processes_and_another_for_another_see
     assert {path.name for path in (tmp_path / "a").iterdir()} == {*images.SPLITS, "classes.txt"}
 
 
-def test_background_tells_the_class_where_it_should_and_only_there() -> None:
+def test_the_share_of_own_backgrounds_is_that_of_the_split() -> None:
     label = 6
     own = images.BACKGROUNDS[label]
     shares = {split: np.mean([k == own for k in kinds_of(split, label, 100)]) for split in images.SPLITS}
@@ -63,7 +63,7 @@ def test_background_tells_the_class_where_it_should_and_only_there() -> None:
 
 
 @pytest.mark.parametrize("name", images.CLASSES)
-def test_object_lies_whole_in_the_centre_crop_and_leaves_room_for_the_background(name: str) -> None:
+def test_the_object_lies_in_the_centre_crop_with_background_around_it(name: str) -> None:
     for number in range(10):
         image, mask, _ = images.draw_image(0, "val", images.CLASSES.index(name), number)
         assert mask.shape == image.shape[:2] and set(np.unique(mask)) == {0, 255}
@@ -73,7 +73,7 @@ def test_object_lies_whole_in_the_centre_crop_and_leaves_room_for_the_background
         assert 0.02 < (cropped > 127).mean() < 0.4
 
 
-def test_pretraining_gives_a_model_that_a_run_starts_from(tmp_path: Path, small: None) -> None:
+def test_a_run_can_start_from_the_pretrained_model(tmp_path: Path, small: None) -> None:
     images.draw_tree(tmp_path / "tree", processes=1, progress=False)
     source, shards = str(tmp_path / "tree"), tmp_path / "shards"
     classes = ["--classes", str(tmp_path / "tree" / "classes.txt")]
@@ -97,6 +97,6 @@ def test_pretraining_gives_a_model_that_a_run_starts_from(tmp_path: Path, small:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_every_kind_that_can_be_drawn_has_a_caption() -> None:
+def test_every_kind_of_background_has_a_caption() -> None:
     drawn = {kind for split in images.SPLITS for kind in kinds_of(split, 0, 60)}
     assert drawn == set(KINDS)

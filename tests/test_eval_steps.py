@@ -1,4 +1,4 @@
-"""Evaluation during training: it is logged once, despite interruptions, and does not change training."""
+"""Scheduled evaluation during training: it is logged once, also after interruptions, and does not affect training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluations(run: RunFolder) -> list[dict]:
 
 
 def curve(run: RunFolder) -> list[tuple[int, float]]:
-    """The accuracy curve in TensorBoard."""
+    """The accuracy in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.root / "tensorboard")).Reload()
@@ -52,7 +52,7 @@ def evaluated(materials, tmp_path_factory) -> RunFolder:
     return run
 
 
-def test_eval_steps_do_not_change_training(materials, evaluated, tmp_path):
+def test_evaluation_does_not_change_the_training(materials, evaluated, tmp_path):
     plain = made.train(recipe_of(materials, eval_steps=None), tmp_path / "plain")
     ours, theirs = load_file(evaluated.final), load_file(plain.final)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -94,14 +94,14 @@ def test_a_killed_run_logs_each_evaluation_once(materials, evaluated, tmp_path):
     assert evaluations(run) == evaluations(evaluated)
 
 
-def test_the_best_checkpoint_is_an_epoch_end(materials, tmp_path):
-    """Every evaluation has a checkpoint here, but those between epoch ends have no score."""
+def test_best_checkpoint_is_at_the_end_of_an_epoch(materials, tmp_path):
+    """Here each evaluation has a checkpoint; those within an epoch have no score."""
     run = made.train(recipe_of(materials, checkpoint_steps=3, keep_checkpoints=9, best_on="val"), tmp_path / "run")
     saved = {path: read_state(path) for path in run.checkpoints.glob("step-*")}
     assert {state.step: bool(state.top1) for state in saved.values()} == {3: False, 6: True, 9: False, 12: True}
 
 
-def test_invalid_eval_steps_are_refused(materials):
+def test_schedule_without_sets_or_with_step_0_is_refused(materials):
     recipe = recipe_of(materials)
     with pytest.raises(UserError, match="--eval-steps 3 would do nothing without --eval-sets"):
         dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, eval_sets=())).resolved()

@@ -1,4 +1,4 @@
-"""evaluate, wise_ft, soup: what a user types and gets, here and as a job; tests/test_evaluator.py has the numbers."""
+"""The commands evaluate, wise_ft and soup, in this process and as jobs; tests/test_evaluator.py checks the numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import UniformSoup
 from cfmask.models.head import load_model
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
-from cfmask.report import read_results
+from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
@@ -33,7 +33,7 @@ TOOLS = made.REPO / "tools"
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """root/shards with train and val, zero.safetensors, and two models a little away from it."""
+    """root/shards with train and val, zero.safetensors, and two perturbed models."""
     root = tmp_path_factory.mktemp("shown")
     made.draw_images(root / "images", per_class=5)
     made.convert(root / "images", root / "shards")
@@ -108,7 +108,7 @@ def test_models_of_one_name_are_seeds_of_one_row(shown, capsys, tmp_path):
     assert expected in capsys.readouterr().out and expected in (tmp_path / "out/table.md").read_text()
 
 
-def test_a_model_that_was_trained_on_since_is_evaluated_anew(shown, capsys, tmp_path):
+def test_replaced_model_is_evaluated_again(shown, capsys, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes((shown / "zero.safetensors").read_bytes())
     command = [str(path), *sets(shown), "--out", str(tmp_path / "out")]
@@ -116,11 +116,11 @@ def test_a_model_that_was_trained_on_since_is_evaluated_anew(shown, capsys, tmp_
     first = read_results(tmp_path / "out").models[0].sets["val"].calibration
     path.write_bytes((shown / "fine.safetensors").read_bytes())
     assert evaluate.main(command) == 0
-    assert "evaluated anew" in capsys.readouterr().err
+    assert "Models changed since" in capsys.readouterr().err
     assert read_results(tmp_path / "out").models[0].sets["val"].calibration != first
 
 
-def test_wise_ft_sweeps_chooses_on_the_holdout_and_draws(shown, capsys, tmp_path):
+def test_wise_ft_sweep_is_chosen_on_the_holdout_and_drawn(shown, capsys, tmp_path):
     out = tmp_path / "out"
     alphas = ["--alphas", "0", "0.5", "1"]
     command = [*models(shown, "zero", "fine"), *alphas, *sets(shown), "--out", str(out), "--holdout", "train"]
@@ -132,7 +132,7 @@ def test_wise_ft_sweeps_chooses_on_the_holdout_and_draws(shown, capsys, tmp_path
     assert "No model was saved" in capsys.readouterr().out and not (tmp_path / "none/model.safetensors").exists()
 
 
-def test_wise_ft_is_each_model_at_its_end_and_the_mean_in_the_middle(shown, tmp_path):
+def test_wise_ft_at_0_1_and_one_half(shown, tmp_path):
     zero, fine = (load_model(path)[0].state_dict() for path in models(shown, "zero", "fine"))
     for alpha in (0, 0.5, 1):
         out = tmp_path / f"{alpha}"
@@ -142,7 +142,7 @@ def test_wise_ft_is_each_model_at_its_end_and_the_mean_in_the_middle(shown, tmp_
             torch.testing.assert_close(mixed[name], (1 - alpha) * zero[name] + alpha * fine[name])
 
 
-def test_soups_are_stirred_and_said_what_went_in(shown, capsys, tmp_path):
+def test_soups_print_their_ingredients(shown, capsys, tmp_path):
     ingredients = models(shown, "zero", "fine", "other")
     assert soup.main([*ingredients, "--out", str(tmp_path / "uniform")]) == 0
     assert "3 of 3 models" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_soups_are_stirred_and_said_what_went_in(shown, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(shown):
-    """A run of three epochs that was evaluated on val at their ends."""
+    """A run of three epochs that was evaluated on val at the end of each."""
     recipe = Recipe(
         model=Model(name=str(shown / "zero.json"), pretrained=str(shown / "zero.safetensors")),
         method=Method(name="vanilla"),
@@ -165,7 +165,7 @@ def trained(shown):
     return made.train(recipe.resolved(), shown / "run")
 
 
-def test_the_best_checkpoint_is_a_choice_and_results_and_tables_say_which_it_is(shown, trained, capsys, tmp_path):
+def test_results_and_tables_state_which_checkpoint_was_chosen(shown, trained, capsys, tmp_path):
     best = trained.best()
     given = {"last": trained.final, "best": best.model}
     for choice, file in given.items():
@@ -182,10 +182,10 @@ def test_the_best_checkpoint_is_a_choice_and_results_and_tables_say_which_it_is(
         assert {name: origin[name] for name in said} == said and origin["run"] == str(trained.root)
         for text in (printed.out, (out / "table.md").read_text(), (out / "table.tex").read_text()):
             assert f"step {said['step']}, {said['chosen']}" in " ".join(text.replace("%", "").split())
-    assert f"the best checkpoint is that of step {best.step}" in printed.err
+    assert f"the best checkpoint is that of step {best.step}" in printed.out
 
 
-def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_for_it(shown, trained, tmp_path):
+def test_wise_ft_and_soups_accept_the_best_checkpoint_also_before_it_exists(shown, trained, tmp_path):
     best = load_model(trained.best().model)[0].state_dict()
     zero = load_model(trained.initial)[0].state_dict()
     command = [str(trained.initial), str(trained.root), "--checkpoint", "best", "--out", str(tmp_path / "mixed")]
@@ -205,23 +205,23 @@ def test_wise_ft_and_soups_take_the_best_checkpoint_too_and_an_evaluation_waits_
     assert load_model(run.final)[0].state_dict().keys() == best.keys()
 
 
-def test_a_set_that_chose_is_said_and_a_model_is_in_a_soup_once(shown, trained, tmp_path, capsys):
+def test_warning_for_a_set_that_chose_and_error_for_a_repeated_model(shown, trained, tmp_path, capsys):
     (tmp_path / "dev").symlink_to(shown / "shards/val")
     (tmp_path / "again").symlink_to("dev")
     command = [str(trained.root), "--shards", str(tmp_path), "--out", str(tmp_path / "o"), "--loader-workers", "0"]
     assert evaluate.main([*command, "--sets", "dev", "--checkpoint", "best", "--dry-run"]) == 0
-    warned = f"warning: val has chosen the checkpoint of {trained.root}, which is overrated on dev"
+    warned = f"warning: val has chosen the checkpoint of {trained.root}: its accuracy on dev is too high"
     assert warned in capsys.readouterr().err
     swept = [str(trained.initial), *command, "--alphas", "0", "1", "--sets", "dev", "--holdout", "again"]
     assert wise_ft.main(swept) == 2
     assert "--holdout again and the set dev of --sets have the same images" in capsys.readouterr().err
     assert soup.main([str(trained.checkpoints / "step-00000009"), *command]) == 2
-    assert "are one model, that of step 9" in capsys.readouterr().err
+    assert "are the same model (step 9 of " in capsys.readouterr().err
     assert soup.main([str(trained.root), *command]) == 2
     assert "MODEL names one of them twice" in capsys.readouterr().err
 
 
-def test_what_has_no_best_checkpoint_is_refused(shown, trained, tmp_path, capsys):
+def test_missing_best_checkpoint_is_refused(shown, trained, tmp_path, capsys):
     def says(*words: object) -> str:
         assert (
             evaluate.main([*map(str, words), *sets(shown), "--checkpoint", "best", "--out", str(tmp_path / "o")]) == 2
@@ -241,7 +241,7 @@ def test_what_has_no_best_checkpoint_is_refused(shown, trained, tmp_path, capsys
 @pytest.mark.parametrize(
     ("tool", "more"), [(wise_ft, ["--alphas", "0", "1"]), (soup, ["--greedy"])], ids=["wise_ft", "soup"]
 )
-def test_nothing_is_chosen_on_a_test_set_without_a_word(shown, tmp_path, capsys, tool, more):
+def test_choice_on_a_test_set_needs_a_flag(shown, tmp_path, capsys, tool, more):
     other = shown / "shards/objectnet"
     if not other.exists():
         other.symlink_to("train")
@@ -261,9 +261,9 @@ def test_nothing_is_chosen_on_a_test_set_without_a_word(shown, tmp_path, capsys,
         (evaluate, ["zero", "--sets", "nowhere"], "There is no folder of shards"),
         (evaluate, ["zero", "--sets", "imagenet-r"], "There is no folder of shards at .*imagenet-r"),
         (evaluate, ["zero", "two", "--sets", "val"], "differ in classes"),
-        (evaluate, ["two", "--sets", "val"], "labels and answers would not mean the same"),
+        (evaluate, ["two", "--sets", "val"], "labels and predictions would not mean the same"),
         (evaluate, ["zero", "--sets", "val", "--names", "a", "b"], "2 names to 1 models"),
-        (evaluate, ["zero", "--sets", "val", "--fit-on", "fine"], "none of the models"),
+        (evaluate, ["zero", "--sets", "val", "--fit-on", "fine"], "is not one of the evaluated models"),
         (evaluate, ["zero", "--sets", "val", "--partition", "x", "--executor", "local"], "would do nothing"),
         (wise_ft, ["zero", "two"], "has 2 classes"),
         (wise_ft, ["zero", "fine", "--alphas", "2"], "must lie in 0…1"),
@@ -274,7 +274,7 @@ def test_nothing_is_chosen_on_a_test_set_without_a_word(shown, tmp_path, capsys,
         (soup, ["zero", "fine", "--greedy", "--sets", "val"], "name it with --holdout"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_made(shown, tmp_path, capsys, tool, command, reason):
+def test_invalid_commands_are_refused_before_anything_is_written(shown, tmp_path, capsys, tool, command, reason):
     if not (shown / "two.safetensors").exists():
         made.save_tiny_model(shown / "two.safetensors", classes=made.CLASSES[:2])
     words = [
@@ -286,13 +286,13 @@ def test_what_cannot_be_is_refused_before_anything_is_made(shown, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_checks_and_says_and_makes_nothing(shown, tmp_path, capsys):
+def test_dry_run_writes_nothing(shown, tmp_path, capsys):
     out = tmp_path / "out"
     assert evaluate.main([*models(shown, "zero"), *sets(shown), "--dry-run", "--out", str(out)]) == 0
     assert "nothing was run" in capsys.readouterr().out and not out.exists()
 
 
-def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
+def test_interrupted_evaluation_is_resumed_by_the_same_command(shown, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, str(TOOLS / "evaluate.py"), *models(shown, "zero", "fine"), *sets(shown, "val", "train")]
     command += ["--batch-size", "1", "--out", str(out)]
@@ -326,7 +326,7 @@ def test_interrupted_it_says_so_and_the_same_command_goes_on(shown, tmp_path):
     assert read_results(out).models[0].sets["train"].total == 15
 
 
-def test_as_a_job_of_two_ranks_it_gives_the_same(shown, tmp_path, capfd):
+def test_job_of_two_ranks_gives_the_same_results(shown, tmp_path, capfd):
     command = [*models(shown, "zero", "fine"), *sets(shown, "val", "train"), "--batch-size", "4", "--out"]
     assert evaluate.main([*command, str(tmp_path / "here")]) == 0
     capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The evaluating worker: the counts of a plain loop, on any number of ranks, whatever stops it on the way."""
+"""The evaluation worker: its counts equal those of a plain loop, on any number of ranks and after any interruption."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from towers import B32, TINY
 
 @pytest.fixture(scope="module")
 def materials(tmp_path_factory):
-    """root/shards with train and val (96 each), and models a, b, c: random weights, moved a little each."""
+    """root/shards with train and val (96 each), and models a, b, c: random weights, each perturbed."""
     root = made.make_materials(tmp_path_factory.mktemp("evaluated"))
     torch.manual_seed(0)
     for name in "abc":
@@ -56,7 +56,7 @@ def evaluation(root: Path, **given) -> Evaluation:
 
 
 def evaluate(what: Evaluation, folder: Path, stop=lambda: None) -> dict | str:
-    """results.json; or what it was stopped with."""
+    """results.json, or the stop request that ended the evaluation."""
     run = RunFolder(folder)
     run.claim(what)
     outcome = run_evaluation(what, run, DistributedContext(), stop)
@@ -117,7 +117,7 @@ def test_the_interval_is_wilsons(total, share):
 
 @settings(deadline=None, max_examples=40)
 @given(st.data())
-def test_counts_do_not_depend_on_who_counts_what(data):
+def test_counts_do_not_depend_on_the_partition(data):
     n, classes = data.draw(st.integers(1, 30)), data.draw(st.integers(2, 6))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     logits = 5 * torch.randn(n, classes, generator=generator)
@@ -135,7 +135,7 @@ def test_counts_do_not_depend_on_who_counts_what(data):
     assert calibration_error(whole.result(0, list("abcdef"[:classes]))["calibration"]) <= 1
 
 
-# --- which answers are right ------------------------------------------------------------------------------------------
+# --- which predictions are right --------------------------------------------------------------------------------------
 
 
 def imagenet_set(split: str, counts: dict[str, int], **more) -> Manifest:
@@ -144,7 +144,7 @@ def imagenet_set(split: str, counts: dict[str, int], **more) -> Manifest:
 
 
 @pytest.mark.parametrize("name", ["imagenet-r", "imagenet-a"])
-def test_subsets_answer_among_their_200_classes(name):
+def test_predictions_on_subsets_are_among_their_200_classes(name):
     wnids = benchmarks.wnids(name)
     label_space = label_space_of(imagenet_set(name, dict.fromkeys(wnids, 1)))
     assert [imagenet.wnids()[i] for i in label_space.ids] == list(wnids) and label_space.right is None
@@ -156,7 +156,7 @@ def test_subsets_answer_among_their_200_classes(name):
     assert counts.scores() == [Score(1, 1)]
 
 
-def test_objectnet_answers_among_the_ids_of_its_classes_and_takes_each_of_an_images():
+def test_predictions_on_objectnet_are_among_its_ids_and_each_of_an_images_ids_is_right():
     wnids = imagenet.wnids()
     manifest = imagenet_set("objectnet", {wnids[3]: 2, wnids[8]: 1}, accepted={3: (3, 5)})
     label_space = label_space_of(manifest)
@@ -171,7 +171,7 @@ def test_objectnet_answers_among_the_ids_of_its_classes_and_takes_each_of_an_ima
 
 
 @pytest.mark.parametrize("name", ["imagenet-v2", "imagenet-r", "imagenet-sketch", "imagenet-a", "objectnet", "val"])
-def test_a_copy_of_a_known_set_that_is_not_whole_is_refused(name):
+def test_incomplete_copy_of_a_known_set_is_refused(name):
     whole = benchmarks.BENCHMARKS[name]
     wnids = benchmarks.wnids(name)[: whole.classes]
     counts = dict.fromkeys(wnids, whole.images // len(wnids))
@@ -183,7 +183,7 @@ def test_a_copy_of_a_known_set_that_is_not_whole_is_refused(name):
     check_set(imagenet_set(name, counts, accepted=accepted))
     counts[wnids[1]] += 1
     short = imagenet_set(name, counts, accepted=accepted)
-    with pytest.raises(UserError, match="is no whole copy.*images instead of"):
+    with pytest.raises(UserError, match="is not a complete copy.*images instead of"):
         check_set(short)
     check_set(short, allow_count_mismatch=True)
     if name in ("imagenet-r", "imagenet-a"):
@@ -194,7 +194,7 @@ def test_a_copy_of_a_known_set_that_is_not_whole_is_refused(name):
             check_set(imagenet_set(name, counts, accepted=accepted))
 
 
-# --- ranks, and what stops them ---------------------------------------------------------------------------------------
+# --- ranks and interruptions ------------------------------------------------------------------------------------------
 
 RANK = """
 import sys
@@ -214,7 +214,7 @@ print(run_evaluation(run.work(), run, context, ends if stop else lambda: None))
 
 
 def on_ranks(folder: Path, world: int, attempt: str, stop: str = "") -> list[str]:
-    """What each of ``world`` processes returned. stop: "RANK:BATCH" that asks for a requeue."""
+    """The result of each of ``world`` processes. stop: "RANK:BATCH" at which a requeue is requested."""
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(RANK), str(rank), str(world), str(folder), attempt, stop],
@@ -231,14 +231,14 @@ def on_ranks(folder: Path, world: int, attempt: str, stop: str = "") -> list[str
     return [out.strip().splitlines()[-1] for out, _ in said]
 
 
-def test_any_number_of_ranks_gives_the_same_results_and_so_does_one_that_is_stopped_and_resized(materials, tmp_path):
+def test_results_do_not_depend_on_the_number_of_ranks_also_after_a_stop(materials, tmp_path):
     what = evaluation(materials, sets=("val", "train"))
     alone = evaluate(what, tmp_path / "alone")
     for folder in ("three", "stopped"):
         RunFolder(tmp_path / folder).claim(what)
     assert on_ranks(tmp_path / "three", 3, "a") == [FINISHED] * 3
     assert json.loads((tmp_path / "three/results.json").read_text()) == alone
-    assert on_ranks(tmp_path / "stopped", 2, "a", stop="1:2") == [REQUEUE] * 2, "one rank's wish is all ranks'"
+    assert on_ranks(tmp_path / "stopped", 2, "a", stop="1:2") == [REQUEUE] * 2, "a request to one rank stops all ranks"
     assert not (tmp_path / "stopped/results.json").exists()
     assert evaluate(what, tmp_path / "stopped") == alone
     second = read_lines(tmp_path / "stopped/attempts.jsonl")[1]
@@ -247,13 +247,13 @@ def test_any_number_of_ranks_gives_the_same_results_and_so_does_one_that_is_stop
 
 @pytest.fixture(scope="module")
 def soup(materials, tmp_path_factory):
-    """An evaluation of four passes of four batches, and its results when it is left alone."""
+    """An evaluation of four passes of four batches, and its results without an interruption."""
     what = evaluation(materials, make="greedy-soup", sets=("val",), holdout="train", batch_size=25)
     return what, evaluate(what, tmp_path_factory.mktemp("soup") / "alone")
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, 7, 13])
-def test_stopped_at_any_batch_it_goes_on_behind_it(soup, tmp_path, at, monkeypatch):
+def test_evaluation_stopped_at_any_batch_resumes_after_it(soup, tmp_path, at, monkeypatch):
     what, alone = soup
     asked = iter(range(10**6))
     assert evaluate(what, tmp_path / "out", lambda: QUIT if next(asked) >= at else None) == QUIT
@@ -263,11 +263,11 @@ def test_stopped_at_any_batch_it_goes_on_behind_it(soup, tmp_path, at, monkeypat
     assert evaluate(what, tmp_path / "out") == alone
     first, second = read_lines(tmp_path / "out/attempts.jsonl")
     assert first["from_step"] == 0 and second["from_step"] > 0
-    assert read[0] > 0 or len(read) < 4, "what was counted is not read again"
+    assert read[0] > 0 or len(read) < 4, "counted batches are not read again"
     assert not (tmp_path / "out/progress.safetensors").exists()
 
 
-def test_killed_it_goes_on_from_what_was_kept(materials, tmp_path, monkeypatch):
+def test_killed_evaluation_resumes_from_saved_counts(materials, tmp_path, monkeypatch):
     monkeypatch.setattr(counter, "KEEP_S", 0.0)
     what = evaluation(materials)
     alone = evaluate(what, tmp_path / "alone")
@@ -283,7 +283,7 @@ def test_killed_it_goes_on_from_what_was_kept(materials, tmp_path, monkeypatch):
     assert read_lines(tmp_path / "out/attempts.jsonl")[1]["from_step"] >= 14
 
 
-def test_a_model_that_changed_meanwhile_is_counted_anew(materials, tmp_path, capsys):
+def test_changed_model_is_counted_again(materials, tmp_path, capsys):
     moved = tmp_path / "model.safetensors"
     moved.write_bytes((materials / "a.safetensors").read_bytes())
     what = replace(evaluation(materials), models=(str(moved),))
@@ -293,10 +293,10 @@ def test_a_model_that_changed_meanwhile_is_counted_anew(materials, tmp_path, cap
     [row] = evaluate(what, tmp_path / "out")["models"]
     logits, labels = plain(materials, "b")
     assert row["sets"]["val"]["correct"] == (logits.argmax(1) == labels).sum() and row["sets"]["val"]["total"] == 96
-    assert "counted anew" in capsys.readouterr().out
+    assert "counting starts again" in capsys.readouterr().out
 
 
-def test_a_model_that_cannot_be_looked_at_has_not_changed(materials, tmp_path, monkeypatch, capsys):
+def test_unreadable_model_counts_as_unchanged(materials, tmp_path, monkeypatch, capsys):
     what = evaluation(materials)
     alone = evaluate(what, tmp_path / "alone")
     asked = iter(range(100))
@@ -323,7 +323,7 @@ def test_a_model_that_cannot_be_looked_at_has_not_changed(materials, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", failing)
         assert evaluate(what, tmp_path / "out") == alone
-    assert calls > times and "counted anew" not in capsys.readouterr().out
+    assert calls > times and "counting starts again" not in capsys.readouterr().out
 
 
 def test_a_log_on_a_full_disk_does_not_end_an_evaluation(materials, tmp_path, monkeypatch, capsys):
@@ -336,11 +336,13 @@ def test_a_log_on_a_full_disk_does_not_end_an_evaluation(materials, tmp_path, mo
     monkeypatch.setattr("cfmask.runtime.jsonl.append_lines", full)
     assert evaluate(evaluation(materials), tmp_path / "out") == alone
     log = tmp_path / "out/log.jsonl"
-    assert f"{log} cannot be written (No space left on device)" in capsys.readouterr().out and not log.exists()
+    assert f"{log} cannot be written (No space left on device)" in capsys.readouterr().err and not log.exists()
 
 
 @pytest.mark.parametrize("tool", ["submit", "evaluate"])
-def test_killed_at_its_very_end_it_leaves_nothing_behind_the_next_command(materials, tmp_path, monkeypatch, tool):
+def test_files_of_an_evaluation_killed_at_its_end_are_removed_by_the_next_command(
+    materials, tmp_path, monkeypatch, tool
+):
     def killed(run):
         assert run.results.exists() and run.progress.exists()
         raise KeyboardInterrupt
@@ -394,7 +396,7 @@ def test_a_single_alpha_is_saved_without_any_set(materials, tmp_path):
     assert "α = 0.5" in read_info(tmp_path / "out/model.safetensors").provenance
 
 
-def test_a_uniform_soup_is_the_mean_and_a_greedy_one_what_the_holdout_likes(materials, tmp_path):
+def test_uniform_soup_is_the_mean_and_greedy_soup_follows_the_paper(materials, tmp_path):
     states = [load_model(materials / f"{n}.safetensors")[0].state_dict() for n in "abc"]
     found = evaluate(evaluation(materials, make="uniform-soup"), tmp_path / "uniform")
     saved = load_model(tmp_path / "uniform/model.safetensors")[0].state_dict()
@@ -427,7 +429,7 @@ def test_a_uniform_soup_is_the_mean_and_a_greedy_one_what_the_holdout_likes(mate
 
 
 @given(st.lists(st.integers(0, 20), min_size=1, max_size=8), st.randoms())
-def test_a_greedy_soup_never_gets_worse_and_begins_with_the_best(accuracies, random):
+def test_greedy_soup_begins_with_the_best_model_and_never_gets_worse(accuracies, random):
     scores: dict[tuple, int] = {}
 
     def score(numbers):
@@ -472,7 +474,7 @@ def test_a_zero_shot_model_is_made_once_and_evaluated(materials, tmp_path):
         ({"batch_size": 0}, "at least 1"),
     ],
 )
-def test_what_contradicts_itself_is_refused(materials, given, reason):
+def test_contradictory_evaluation_is_refused(materials, given, reason):
     with pytest.raises(UserError, match=reason):
         evaluation(materials, **given)
 
@@ -546,7 +548,7 @@ def test_a_folder_belongs_to_one_kind_of_evaluation(tmp_path):
         RunFolder(tmp_path).claim(what.as_kind(UniformSoup))
 
 
-def test_models_that_do_not_belong_together_are_refused_with_the_reason(materials, tmp_path):
+def test_models_that_do_not_fit_together_are_refused_with_the_reason(materials, tmp_path):
     tiny = materials / "a.safetensors"
     model, info = load_model(tiny)
     others = {
@@ -578,7 +580,7 @@ def test_a_set_with_another_class_order_than_the_models_is_refused(materials, tm
     model, info = load_model(materials / "a.safetensors")
     save_model(tmp_path / "turned.safetensors", model, replace(info, classes=info.classes[::-1]))
     what = replace(evaluation(materials), models=(str(tmp_path / "turned.safetensors"),))
-    with pytest.raises(UserError, match="labels and answers would not mean the same"):
+    with pytest.raises(UserError, match="labels and predictions would not mean the same"):
         evaluate(what, tmp_path / "out")
 
 

@@ -150,7 +150,7 @@ def test_a_hub_folder_loads_with_its_preprocessing_and_can_be_fine_tuned(tuned, 
     assert read_info(again).mean == TINY.info().mean
 
     assert run(path, "hub", folder, *of(path)) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 @needs_onnx
@@ -243,7 +243,7 @@ def test_missing_packages_are_named(tuned, tmp_path, monkeypatch, capsys):
     ("kind", "name", "flags", "reason"),
     [
         ("open-clip", "a.pt", [], "needs --pretrained"),
-        ("open-clip", "a.onnx", ["--pretrained", "clip.safetensors"], "ends in .safetensors or .pt"),
+        ("open-clip", "a.onnx", ["--pretrained", "clip.safetensors"], "has to end in .safetensors or .pt"),
         ("onnx", "a.onnx", ["--pretrained", "clip.safetensors"], "--pretrained would do nothing"),
         ("hub", "a", ["--pretrained", "tuned.safetensors"], "is a cfmask model file, which has no text tower"),
         ("hub", "a", ["--pretrained", "tower.pt"], "they have no text tower"),

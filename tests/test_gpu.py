@@ -1,4 +1,4 @@
-"""The step on a GPU: the CPU's numbers, the same bits every time, as a CUDA graph too, and no wait for the device."""
+"""The step on a GPU: it equals the CPU's, repeats bitwise, also as a CUDA graph, and never waits for the device."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ pytestmark = [
 HEADLINE = resolved(Method(mask="object", fill="single-fill"))
 
 
-def there(*models):
-    """Models, or the models of a Teachers, on the GPU."""
+def on_gpu(*models):
+    """Copies of models, or of the models of a Teachers, on the GPU."""
     return [
         Teachers(*(m and copy.deepcopy(m).cuda() for m in (model.pretrained, model.ensemble)))
         if isinstance(model, Teachers)
@@ -49,7 +49,7 @@ def there(*models):
 
 @pytest.fixture
 def strict():
-    """The mode that the worker trains in."""
+    """The default mode of a run."""
     choose_arithmetic("bf16", deterministic=True)
     yield
     choose_arithmetic("fp32", deterministic=False)
@@ -57,10 +57,10 @@ def strict():
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
-def test_fp64_gradients_are_the_cpus(method, recompute):
+def test_fp64_gradients_equal_the_cpus(method, recompute):
     method = resolved(method)
     here = student_and_teachers(B32, method)
-    student, teachers, normalise = there(*here)
+    student, teachers, normalise = on_gpu(*here)
     student.recompute = recompute
     images, labels, draws = make_batch(B32, method, 4)
     training_step(*here, images, labels, draws, method)
@@ -69,8 +69,8 @@ def test_fp64_gradients_are_the_cpus(method, recompute):
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
-def test_fp32_gradients_by_kernels_are_as_exact_as_without(recompute):
-    """Beside the CPU's in fp64; in fp32 the CPU's own are off by a few 1e-4 of a tensor's largest."""
+def test_fp32_gradients_of_kernels_are_as_exact_as_plain_ones(recompute):
+    """Compared with the CPU's in fp64. In fp32 the CPU's have errors of a few 1e-4 of a tensor's largest value."""
 
     def gradients(dtype: torch.dtype, device: str):
         student, teachers, normalise = student_and_teachers(KEYS_257, HEADLINE)
@@ -88,11 +88,11 @@ def test_fp32_gradients_by_kernels_are_as_exact_as_without(recompute):
         return max(((found[name] - g).abs().max() / g.abs().max()).item() for name, g in right.items())
 
     by_kernels, plain = worst(gradients(torch.float32, "cuda")), worst(gradients(torch.float32, "cpu"))
-    print(f"off by {by_kernels:.1e}, without kernels by {plain:.1e}")
+    print(f"error {by_kernels:.1e}, without kernels {plain:.1e}")
     assert by_kernels < 3 * plain < 3e-3
 
 
-# --- training some steps ----------------------------------------------------------------------------------------------
+# --- several steps ----------------------------------------------------------------------------------------------------
 
 
 def recipe_of(method: Method, micro_batches: int = 1) -> Recipe:
@@ -106,20 +106,20 @@ def recipe_of(method: Method, micro_batches: int = 1) -> Recipe:
 
 
 def batches_of(geometry: Geometry, method: Method, number: int, not_finite: int | None = None) -> list[Inputs]:
-    """Micro-batches of 4 images in pinned memory; the one numbered ``not_finite`` has a pixel that is infinite."""
-    made_of = []
+    """Micro-batches of 4 images in pinned memory. The one numbered ``not_finite`` has an infinite pixel."""
+    batches = []
     for seed in range(number):
         images, labels, draws = make_batch(geometry, method, 4, seed=seed)
         images = images.float()
         if seed == not_finite:
             images[2, 0, 5, 5] = torch.inf
-        made_of.append(Inputs(images, labels, draws).map(torch.Tensor.pin_memory))
-    return made_of
+        batches.append(Inputs(images, labels, draws).map(torch.Tensor.pin_memory))
+    return batches
 
 
 def train(kind, geometry, method, batches, *, recompute=False, micro_batches=1, tower=True, report=None):
-    """Weights after the steps that ``batches`` are, and each step's loss and gradient norm."""
-    student, teachers, normalise = there(*student_and_teachers(geometry, method))
+    """Weights after a step for each of ``batches``, and each step's metrics and gradient norm."""
+    student, teachers, normalise = on_gpu(*student_and_teachers(geometry, method))
     for model in (student, normalise, teachers.pretrained, teachers.ensemble):
         if model is not None:
             model.float()
@@ -194,8 +194,8 @@ def test_two_runs_of_clips_own_towers_end_bitwise_equal(name, images, recompute,
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
-def test_a_graph_gives_the_bits_of_the_operators_one_by_one(method, recompute, strict):
-    """With micro-batches, and a step that is left out because a loss is not finite."""
+def test_a_graph_gives_the_same_bits_as_single_operators(method, recompute, strict):
+    """With micro-batches, and a step that is skipped because a loss is not finite."""
     method = resolved(method)
     batches = batches_of(B32, method, 8, not_finite=5)
     ends = [train(kind, B32, method, batches, recompute=recompute, micro_batches=2) for kind in (Passes, GraphedPasses)]
@@ -208,7 +208,7 @@ def test_a_graph_of_a_phase_that_trains_the_head_alone(strict):
     assert_bitwise_equal(*(train(kind, B32, method, batches, tower=False) for kind in (Passes, GraphedPasses)))
 
 
-def test_where_nothing_can_be_captured_operators_run_one_by_one_and_one_line_says_why(monkeypatch, strict):
+def test_a_failed_capture_falls_back_to_operators_and_is_reported_once(monkeypatch, strict):
     def refuse(*arguments, **options):
         raise RuntimeError("this driver captures nothing")
 
@@ -223,7 +223,7 @@ def test_where_nothing_can_be_captured_operators_run_one_by_one_and_one_line_say
     assert len(lines) == 1 and "this driver captures nothing" in lines[0]
 
 
-def test_a_capture_that_fails_midway_leaves_the_stream_and_the_memory_as_they_were(monkeypatch, strict):
+def test_a_failed_capture_restores_the_stream_and_the_memory(monkeypatch, strict):
     real, lines = passes_module.training_step, []
 
     def waits(*arguments, **options):
@@ -245,16 +245,16 @@ def test_a_capture_that_fails_midway_leaves_the_stream_and_the_memory_as_they_we
     assert_bitwise_equal(train(GraphedPasses, B32, HEADLINE, batches, report=report), expected)
     assert torch.cuda.current_stream() == before
     assert len(lines) == 1 and "the step cannot be captured" in lines[0]
-    assert torch.cuda.memory_allocated() < levels[0] + 1e6, "memory of steps is given back"
+    assert torch.cuda.memory_allocated() < levels[0] + 1e6, "memory of steps is released"
 
 
 def _rank(rank: int, folder: str) -> None:
-    """Two ranks that share a GPU, over gloo (NCCL refuses two ranks on one GPU)."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    """One of two ranks that share a GPU, over gloo, because NCCL refuses two ranks on one GPU."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     choose_arithmetic("bf16", deterministic=True)
     ends = []
     for kind in (Passes, GraphedPasses):
-        student, teachers, normalise = there(*student_and_teachers(B32, HEADLINE))
+        student, teachers, normalise = on_gpu(*student_and_teachers(B32, HEADLINE))
         for model in (student, normalise, teachers.pretrained):
             model.float()
         trained = data_parallel(student, torch.device("cuda", 0)) if kind is Passes else student
@@ -293,7 +293,7 @@ def materials(tmp_path_factory) -> Path:
     [("k197", False, "on"), ("k197", True, "off"), ("k257", False, "off"), ("k257", True, "on")],
 )
 def test_a_run_that_was_killed_and_resumed_ends_bitwise_equal(materials, tmp_path, name, recompute, graphs):
-    """Over NCCL. In eighteen steps every kernel of the step has had its chance to add in another order."""
+    """Over NCCL, and over eighteen steps, so that a nondeterministic kernel is likely to show."""
 
     def flags(run: Path) -> list[object]:
         return [
@@ -319,8 +319,8 @@ def test_a_run_that_was_killed_and_resumed_ends_bitwise_equal(materials, tmp_pat
     assert "CUDA graphs:" not in made.logs(tmp_path / "whole")
 
 
-def test_a_rank_that_hangs_leaves_nccls_flight_recorder(materials, tmp_path):
-    """The check of the node has passed before; the rank's thread sleeps in the middle of a step."""
+def test_a_hanging_rank_leaves_nccls_flight_recorder(materials, tmp_path):
+    """The rank sleeps in the middle of a step, after the node check has passed."""
     hang = "\nimport time as _time\n_take_step, _taken = take_step, []\n"
     hang += "def take_step(*given):\n    _taken.append(1)\n    _time.sleep(600 * (len(_taken) == 9))\n"
     hang += "    return _take_step(*given)\n"
@@ -341,7 +341,7 @@ def test_a_rank_that_hangs_leaves_nccls_flight_recorder(materials, tmp_path):
 @pytest.mark.parametrize("method", METHODS, ids=name_of)
 def test_a_bf16_step_never_waits_for_the_device(method, kind):
     method = resolved(method)
-    student, teachers, normalise = there(*student_and_teachers(B32, method))
+    student, teachers, normalise = on_gpu(*student_and_teachers(B32, method))
     for model in (student, teachers.pretrained, teachers.ensemble, normalise):
         if model is not None:
             model.float()
@@ -359,7 +359,7 @@ def test_a_bf16_step_never_waits_for_the_device(method, kind):
         clock.mean()
         return take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
 
-    step()  # libraries are loaded and workspaces allocated the first time
+    step()  # the first step loads libraries and allocates workspaces
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,4 +1,4 @@
-"""How GPUs and time are asked for: the ways that sites demand, what contradicts, and what sbatch is told."""
+"""Requests for GPUs and time: the ways that sites require, contradictions, and the options of sbatch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def allocate(*flags: object, file: str = "", last: dict | None = None) -> Alloca
 
 
 def options(allocation: Allocation, *names: str) -> list[str]:
-    """The sbatch file's options of these names, as they stand there."""
+    """The options of the sbatch file with these names."""
     executor = SlurmExecutor("jobs")
     executor.update_parameters(**slurm_parameters(allocation, "x", "jobs"))
     lines = [line.removeprefix("#SBATCH --") for line in executor.batch_script().splitlines()]
@@ -65,7 +65,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("flags", "found", "asked"), WAYS, ids=lambda value: " ".join(map(str, value)))
-def test_each_way_to_ask_for_gpus_as_flags_as_keys_and_on_a_resume(flags, found, asked):
+def test_gpu_requests_by_flag_key_and_resume(flags, found, asked):
     by_flags = allocate(*flags)
     assert (by_flags.gpu_type, by_flags.gpus_per_node) == found and options(by_flags, *GPU_OPTIONS) == asked
     keys = dict(zip(flags[::2], flags[1::2], strict=True))
@@ -92,7 +92,7 @@ def test_a_rank_sees_one_gpu_where_each_task_asks_for_its_own():
 
 @pytest.mark.parametrize("managed", [True, False])
 @pytest.mark.parametrize(("gpus", "asked"), [(4, "gpu:4"), (0, "")])
-def test_ranks_of_whole_nodes_ask_for_gpus_where_slurm_manages_them(gpus, asked, managed):
+def test_ranks_of_exclusive_nodes_request_managed_gpus(gpus, asked, managed):
     """A job with --exclusive alone has the GPUs of its nodes, and its steps have none that they do not ask for."""
     setup = slurm_parameters(allocate("--exclusive", gpus), "x", "jobs")["setup"]
     script = "\n".join([*setup, 'echo "${SLURM_GRES:-}"', ")"])
@@ -101,7 +101,7 @@ def test_ranks_of_whole_nodes_ask_for_gpus_where_slurm_manages_them(gpus, asked,
     assert done.stdout.strip() == (asked if managed else "")
 
 
-def test_other_resources_stand_beside_either_request():
+def test_other_gres_are_kept_beside_gpu_requests():
     file = "[sbatch]\ngres = 'tmpdisk:100G,craynetwork:1'"
     assert options(allocate("--gres", "gpu:2", file=file), "gres") == ["gres=gpu:2,tmpdisk:100G,craynetwork:1"]
     with_gpus = options(allocate("--gpus-per-node", 2, file=file), "gres", "gpus-per-node")
@@ -109,7 +109,7 @@ def test_other_resources_stand_beside_either_request():
     assert options(allocate("--gpus-per-node", 0, file=file), "gres") == ["gres=tmpdisk:100G,craynetwork:1"]
 
 
-def test_tasks_of_a_flag_and_the_gpu_of_a_task_in_the_file_go_together():
+def test_tasks_flag_combines_with_gpus_per_task_of_the_file():
     a = allocate("--tasks-per-node", 4, file="gpus_per_task = 'a100:1'\ntasks_per_node = 8")
     assert (a.gpus_per_node, a.gpu_type, a.tasks_per_node) == (4, "a100", 4)
 
@@ -145,7 +145,7 @@ def test_tasks_of_a_flag_leave_the_gpus_of_the_file():
         ((), "[sbatch]\nexclus = true", "must not have exclus"),
     ],
 )
-def test_asking_in_a_way_that_contradicts_itself_is_refused(flags, file, said):
+def test_contradictory_gpu_requests_are_refused(flags, file, said):
     with pytest.raises(UserError, match=said):
         allocate(*flags, file=file)
 
@@ -168,7 +168,7 @@ def test_asking_in_a_way_that_contradicts_itself_is_refused(flags, file, said):
     ],
     ids=" ".join,
 )
-def test_bad_values_are_refused_where_they_are_given(flags, capsys):
+def test_bad_flag_values_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(list(flags))
     assert f"argument {flags[0]}: '{flags[1]}' is not" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_requests_to_slurm_are_refused_on_this_machine(flag):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
 @pytest.mark.parametrize("graphs", ["auto", "on", "off"])
 @pytest.mark.parametrize("gpus", [0, 2])
-def test_what_only_a_gpu_does_is_refused_without_one(precision, graphs, gpus):
+def test_gpu_only_settings_are_refused_without_a_gpu(precision, graphs, gpus):
     a = allocate("--gpus-per-node", gpus)
     recipe = Recipe(run=Run(precision=precision, cuda_graphs=graphs))
     if gpus == 0 and (precision == "tf32" or graphs == "on"):
@@ -243,7 +243,7 @@ def test_a_job_without_scontrol_takes_its_end_from_the_environment(monkeypatch):
 
 
 @pytest.mark.slurm
-def test_slurm_gives_the_time_that_is_asked_for_and_a_job_finds_out_how_much(slurm_cluster, tmp_path):
+def test_slurm_applies_time_limits_and_jobs_read_them(slurm_cluster, tmp_path):
     slurm_cluster.call("scontrol", "update", "PartitionName=abrupt", "DefaultTime=00:07:00")
     found = {}
     for given in ("UNLIMITED", "partition", "2-00", "30"):
@@ -293,6 +293,6 @@ def test_doctor_understands_time_limits(given, most, default, state, said):
         (("--exclusive", "4"), "(null)", OK),
     ],
 )
-def test_doctor_looks_for_nodes_with_the_gpus_that_are_asked_for(flags, gres, state):
+def test_doctor_finds_nodes_with_the_requested_gpus(flags, gres, state):
     a = allocate(*flags, "--cpus-per-task", 1)
     assert check_nodes([SlurmNode("gpu", "n1", "idle", 64, gres)], ["gpu"], a).state == state

@@ -1,4 +1,4 @@
-"""CUDA_VISIBLE_DEVICES as the local executor reads it: how many ranks, and which GPU each of them sees."""
+"""CUDA_VISIBLE_DEVICES in the local executor: the number of ranks, and the GPU that each of them sees."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_visible_gpus_follow_cudas_rules(value, shown):
     assert visible_gpus(value, GPUS) == tuple(shown)
 
 
-def test_entries_are_believed_where_there_is_no_nvidia_smi():
+def test_entries_are_not_checked_without_nvidia_smi():
     assert visible_gpus(None, None) is None
     assert visible_gpus("", None) == visible_gpus("-1", None) == ()
     assert visible_gpus("3,7,x,1", None) == ("3", "7")
@@ -97,7 +97,7 @@ ENTRIES = st.one_of(
 
 @given(st.lists(ENTRIES, max_size=5), st.booleans())
 def test_the_list_is_the_one_that_torch_reads(entries, known):
-    """Of the kind that torch reads: it knows neither which GPUs there are nor that prefixes may be of one GPU."""
+    """For the kinds that torch reads. It knows neither the installed GPUs nor prefixes of the same one."""
     value = ",".join(entries)
     before = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = value
@@ -116,7 +116,7 @@ def test_the_list_is_the_one_that_torch_reads(entries, known):
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with the GPUs of LISTING, if one asks nvidia-smi."""
+    """A machine whose nvidia-smi prints LISTING."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\n[ \"$*\" = -L ] && cat <<'.'\n{LISTING}.\n")
@@ -177,7 +177,7 @@ def test_a_dry_run_counts_visible_gpus_and_takes_bf16(machine, tmp_path):
 
 
 class ClassifierOutput:
-    """What a rank finds in its environment, left in a file."""
+    """Writes a rank's environment to a file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -207,7 +207,7 @@ def test_ranks_see_the_gpus_that_were_visible_to_the_launcher(machine, tmp_path,
     assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == by_rank
 
 
-def test_a_rank_of_slurm_keeps_what_slurm_shows():
+def test_slurm_rank_keeps_its_visible_devices():
     environment = {"CUDA_VISIBLE_DEVICES": "5"}
     show_to_rank(environment)
     assert environment == {"CUDA_VISIBLE_DEVICES": "5"}

@@ -1,4 +1,4 @@
-"""submit.py on this machine: what it leaves running, and a run in its own process."""
+"""submit.py on this machine: runs in the background, and in its own process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def materials(tmp_path_factory):
     return made.make_materials(tmp_path_factory.mktemp("materials"), per_class=8)
 
 
-def test_a_command_that_does_not_follow_its_run_lets_go_of_its_pipes(materials, tmp_path):
-    """As in `submit.py --no-follow | tail`: the reader waits until nobody has the pipe any more."""
+def test_no_follow_does_not_keep_pipes_open(materials, tmp_path):
+    """As in `submit.py --no-follow | tail`: the reader waits until the pipe is closed."""
     run = tmp_path / "run"
     flags = [*made.recipe_flags(materials, run), "--batch-size", 8, "--executor", "local", "--tasks-per-node", 1]
     done = made.submit(*flags, "--epochs", 1, "--no-follow")
@@ -26,7 +26,7 @@ def test_a_command_that_does_not_follow_its_run_lets_go_of_its_pipes(materials, 
     assert (run / "jobs/controller.log").exists()
 
 
-def test_a_new_run_in_this_process_is_finished_at_the_end(materials, tmp_path):
+def test_debug_executor_trains_in_this_process(materials, tmp_path):
     run = tmp_path / "run"
     flags = [*made.recipe_flags(materials, run), "--batch-size", 8, "--executor", "debug", "--tasks-per-node", 1]
     done = made.submit(*flags, "--epochs", 1)

@@ -134,7 +134,7 @@ def test_the_array_runs_the_code_that_was_submitted(slurm_cluster, source, undis
     assert_same(tmp_path / "out/train", undisturbed)
 
 
-def test_a_local_conversion_beside_the_jobs_of_an_array_does_no_harm(slurm_cluster, source, undisturbed, tmp_path):
+def test_local_conversion_beside_an_array_writes_the_same_bytes(slurm_cluster, source, undisturbed, tmp_path):
     command = start(source, tmp_path)
     array_of(slurm_cluster, command)
     wait_until(lambda: made(tmp_path / "train") >= 2, "the first shards")

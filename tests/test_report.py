@@ -1,4 +1,4 @@
-"""cfmask/report.py: results.json read and refused, tables counted again, and pictures that show something."""
+"""cfmask/report/: reading of results.json, tables against independent calculations, and charts that are not blank."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from cfmask import report
 from cfmask.data.benchmarks import BENCHMARKS, SHIFTED
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import KINDS
-from cfmask.report import PUBLISHED, Row, Split
+from cfmask.report import charts
+from cfmask.report.results import ModelResult, ResultRow, Results, SetResult, Split, read_results, rows_of
+from cfmask.report.robustness import clipped_logit, fit_logits, robustness_panels, robustness_table
+from cfmask.report.tables import PUBLISHED, comparison, differences, latex_table, markdown_table
 
 PAPER = ("val", *(benchmark.name for benchmark in SHIFTED))
 COLUMNS = ("IN", "V2", "R", "Sketch", "ObjectNet", "A", "Avg.")
@@ -56,7 +58,7 @@ def set_result(top1: float, total: int, seed: int = 0, *, confident: float = 0.0
 def results_json(
     models: dict[str, dict[str, float]], *, sizes: dict[str, int] | None = None, make: str = "nothing", **more
 ) -> dict:
-    """A whole results.json of top-1 by model and set. more: chosen, chosen_on, ingredients; alphas: by model."""
+    """A whole results.json of top-1 by model and set. more: chosen, chosen_on; alphas: by model."""
     sets = list(dict.fromkeys(name for of_model in models.values() for name in of_model))
     sizes = {name: BENCHMARKS[name].images if name in BENCHMARKS else 2000 for name in sets} | (sizes or {})
     alphas = more.pop("alphas", None)
@@ -78,10 +80,10 @@ def results_json(
     }
 
 
-def loaded(content: dict, folder: Path) -> report.Results:
+def loaded(content: dict, folder: Path) -> Results:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content))
-    return report.read_results(folder)
+    return read_results(folder)
 
 
 def published(arch: str, row: str) -> dict[str, float]:
@@ -89,8 +91,8 @@ def published(arch: str, row: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def paper(tmp_path_factory) -> report.Results:
-    """The published rows of B/16, as one evaluation would have found them."""
+def paper(tmp_path_factory) -> Results:
+    """The published rows of B/16, as the results of one evaluation."""
     models = {row: published("ViT-B-16", row) for row in PUBLISHED["ViT-B-16"]}
     return loaded(results_json(models), tmp_path_factory.mktemp("paper"))
 
@@ -104,21 +106,20 @@ def cells(markdown: str) -> dict[str, list[str]]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_results_are_read_whole(tmp_path):
+def test_results_are_read_completely(tmp_path):
     content = results_json(
         {"α = 0": {"val": 60.0, "holdout": 61.0}, "α = 1": {"val": 70.0, "holdout": 69.0}},
         make="wise-ft",
         alphas=[0.0, 1.0],
         chosen=1,
         chosen_on="holdout",
-        ingredients=["a", "b"],
     )
     found = loaded(content, tmp_path)
-    assert report.read_results(tmp_path / "results.json") == found
+    assert read_results(tmp_path / "results.json") == found
     assert found.evaluation.make == "wise-ft"
-    assert found.sets["val"] == report.SetInfo(50_000, 1000)
+    assert found.sets == ("val", "holdout")
     assert [model.alpha for model in found.models] == [0.0, 1.0]
-    assert (found.chosen, found.chosen_on, found.ingredients) == (1, "holdout", ("a", "b"))
+    assert (found.chosen, found.chosen_on) == (1, "holdout")
     entry, there = content["models"][0]["sets"]["val"], found.models[0].sets["val"]
     assert (there.correct, there.total, there.top1, list(there.interval)) == (30_000, 50_000, 60.0, entry["interval"])
     assert [list(b) for b in there.calibration] == entry["calibration"]
@@ -136,26 +137,26 @@ def broken(change):
     "text, words",
     [
         ('{"step": 10, "skipped_steps": 0, "sets": {}}', "training run"),
-        ("[]", "not an evaluation's results"),
-        ('{"set": "s", "models": []}', "not an evaluation's results"),
+        ("[]", "is not of an evaluation: “evaluation”"),
+        ('{"set": "s", "models": []}', "is not of an evaluation: “evaluation”"),
         ("{", "not JSON"),
-        (broken(lambda c: c["models"][0]["sets"]["val"].pop("interval")), "not laid out"),
-        (broken(lambda c: c["models"][0]["sets"]["val"].update(total=0)), "no sample of val"),
-        (broken(lambda c: c.update(models=3)), "not laid out"),
+        (broken(lambda c: c["models"][0]["sets"]["val"].pop("interval")), "has not the layout"),
+        (broken(lambda c: c["models"][0]["sets"]["val"].update(total=0)), "No sample of val"),
+        (broken(lambda c: c.update(models=3)), "has not the layout"),
         (broken(lambda c: c.update(chosen=1)), "there are 1 models"),
         (broken(lambda c: c["evaluation"].update(unheard_of=1)), "not an evaluation as cfmask writes it"),
     ],
 )
-def test_what_is_no_evaluation_is_refused(tmp_path, text, words):
+def test_files_of_other_kinds_are_refused(tmp_path, text, words):
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(UserError, match=words) as error:
-        report.read_results(tmp_path)
+        read_results(tmp_path)
     assert "results.json" in str(error.value)
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match="has not finished"):
-        report.read_results(tmp_path)
+        read_results(tmp_path)
 
 
 # --- which sets -------------------------------------------------------------------------------------------------------
@@ -199,13 +200,13 @@ def test_published_averages_are_those_of_their_sets():
 
 
 def test_one_seed(paper):
-    row = report.rows_of(paper)[1]
+    row = rows_of(paper.models)[1]
     found = row.estimates(paper.split)
     assert tuple(found) == COLUMNS
     for name, label in zip(PAPER, COLUMNS, strict=False):
         result = row.per_seed[0].sets[name]
         assert (found[label].value, (found[label].low, found[label].high)) == (result.top1, result.interval)
-    # Of the average: the sets drawn anew many times.
+    # Of the average: by drawing the sets many times.
     chance = np.random.default_rng(0)
     shifted = [row.per_seed[0].sets[name] for name in PAPER[1:]]
     drawn = np.mean([chance.binomial(r.total, r.correct / r.total, 200_000) / r.total for r in shifted], axis=0)
@@ -216,14 +217,14 @@ def test_one_seed(paper):
     assert average.noise == pytest.approx((high - low) / 2, abs=0.01)
 
 
-def seeds(tops: list[dict[str, float]], folder: Path, **sizes) -> list[report.ModelResult]:
+def seeds(tops: list[dict[str, float]], folder: Path, **sizes) -> list[ModelResult]:
     models = {f"seed {i}": top1 for i, top1 in enumerate(tops)}
     return list(loaded(results_json(models, sizes=sizes), folder).models)
 
 
 def test_several_seeds(tmp_path):
     tops = [{"a": 50.0, "b": 60.0, "c": 20.0}, {"a": 52.0, "b": 61.0, "c": 23.0}, {"a": 51.0, "b": 65.0, "c": 20.0}]
-    row = Row("FT", seeds(tops, tmp_path))
+    row = ResultRow("FT", seeds(tops, tmp_path))
     found = row.estimates(Split.of_rows([row]))
     assert (found["a"].value, found["a"].sd, found["a"].seeds) == (pytest.approx(51), pytest.approx(1), 3)
     averages = [40.0, 42.0, 42.5]  # of b and c, seed by seed
@@ -234,20 +235,20 @@ def test_several_seeds(tmp_path):
     assert found["a"].noise == pytest.approx(math.sqrt(half**2 + of_seeds**2))
 
 
-def test_seeds_of_other_sets_make_no_row(tmp_path):
+def test_seeds_evaluated_on_different_sets_are_refused(tmp_path):
     first, *_ = seeds([{"a": 50.0}], tmp_path / "1")
     for n, other in enumerate((seeds([{"b": 50.0}], tmp_path / "2"), seeds([{"a": 50.0}], tmp_path / "3", a=100))):
         with pytest.raises(UserError, match="same sets"):
-            Row(f"row {n}", [first, *other])
+            ResultRow(f"row {n}", [first, *other])
     with pytest.raises(UserError, match="at least one seed"):
-        Row("nothing", [])
+        ResultRow("nothing", [])
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_markdown_table(paper):
-    text = report.markdown_table(report.rows_of(paper))
+    text = markdown_table(rows_of(paper.models))
     found = cells(text)
     assert found["top-1 %"] == list(COLUMNS)
     for row in ("zero-shot", "FT", "WiSE-FT", "this method"):
@@ -259,32 +260,31 @@ def test_markdown_table(paper):
             assert cell == f"{value} ({100 * low:.1f}–{100 * high:.1f})"
     assert found["this method"][-1].startswith("**63.3**")
     assert "Avg.: mean of V2, R, Sketch, ObjectNet, A." in text and "Wilson" in text and "seeds" not in text
-    plain = cells(report.markdown_table(report.rows_of(paper), uncertainty=False, digits=2))
-    assert plain["FT"] == ["81.30", "70.60", "65.60", "45.10", "50.50", "36.60", "53.68"]
+    assert [cell.split()[0] for cell in found["FT"]] == ["81.3", "70.6", "65.6", "45.1", "50.5", "36.6", "53.7"]
 
 
 def test_markdown_table_of_seeds_ties_and_gaps(tmp_path):
-    several = Row(
+    several = ResultRow(
         "a | b*", seeds([{"x": 50.0, "y": 61.0, "z": 30.0}, {"x": 52.0, "y": 61.0, "z": 31.0}], tmp_path / "1")
     )
-    one = Row("one", seeds([{"x": 51.0, "y": 60.0}], tmp_path / "2"))
-    text = report.markdown_table([several, one])
+    one = ResultRow("one", seeds([{"x": 51.0, "y": 60.0}], tmp_path / "2"))
+    text = markdown_table([several, one])
     found = cells(text)
     assert found[r"a \| b\*"] == ["**51.0 ± 1.4**", "**61.0 ± 0.0**", "**30.5 ± 0.7**", "**45.8 ± 0.4**"]
     assert found["one"][0].startswith("**51.0** (") and found["one"][1].startswith("60.0 (")
     assert found["one"][2:] == ["–", "–"]
     assert "over 2 seeds" in text and "Of one seed" in text
     with pytest.raises(UserError, match="no result"):
-        report.markdown_table([])
+        markdown_table([])
     with pytest.raises(UserError, match="one was evaluated on elsewhere"):
-        report.markdown_table([one], Split("elsewhere", ()))
+        markdown_table([one], Split("elsewhere", ()))
 
 
 def test_latex_table(paper, tmp_path):
-    rows = report.rows_of(paper)
-    rows.append(Row(r"100 % α_1 ± {β} ~^\ & #$ <|> – …", rows[0].per_seed))
-    rows.append(Row("seeds", [rows[0].per_seed[0], rows[1].per_seed[0]]))
-    text = report.latex_table(rows)
+    rows = rows_of(paper.models)
+    rows.append(ResultRow(r"100 % α_1 ± {β} ~^\ & #$ <|> – …", rows[0].per_seed))
+    rows.append(ResultRow("seeds", [rows[0].per_seed[0], rows[1].per_seed[0]]))
+    text = latex_table(rows)
     lines = [line for line in text.splitlines() if not line.startswith("%")]
     assert lines[0] == r"\begin{tabular}{lccccccc}" and lines[-1] == r"\end{tabular}"
     assert [line for line in lines if line.endswith("rule")] == [r"\toprule", r"\midrule", r"\bottomrule"]
@@ -306,8 +306,8 @@ def test_latex_table(paper, tmp_path):
 def test_comparison(tmp_path):
     ours = published("ViT-B-16", "FT")
     ours |= {"val": ours["val"] - 0.38, "imagenet-r": ours["imagenet-r"] + 2, "imagenet-v2": ours["imagenet-v2"] - 3}
-    rows = report.rows_of(loaded(results_json({"FT": ours, "mine": ours}), tmp_path))
-    text = report.comparison(rows, PUBLISHED["ViT-B-16"])
+    rows = rows_of(loaded(results_json({"FT": ours, "mine": ours}), tmp_path).models)
+    text = comparison(rows, PUBLISHED["ViT-B-16"])
     lines = [[c.strip() for c in line.strip("|").split(" | ")] for line in text.splitlines()[2:8]]
     assert [line[0] for line in lines] == ["FT", "published", "difference", "mine", "published", "difference"]
     assert lines[1][1:] == [f"{PUBLISHED['ViT-B-16']['FT'][label]:.1f}" for label in COLUMNS]
@@ -317,23 +317,23 @@ def test_comparison(tmp_path):
     assert set(lines[4][1:] + lines[5][1:]) == {"–"}
     assert "half of our 95 % interval + 0.05" in text
 
-    found = report.differences(rows[0], PUBLISHED["ViT-B-16"]["FT"])["IN"]
+    found = differences(rows[0], PUBLISHED["ViT-B-16"]["FT"])["IN"]
     half = (rows[0].per_seed[0].sets["val"].interval[1] - rows[0].per_seed[0].sets["val"].interval[0]) / 2
     assert found.noise == pytest.approx(half + 0.05) and found.within_noise
     # Not within it without the rounding; and an average of fewer sets is beside none.
     assert abs(found.difference) > half
     fewer = Split("val", PAPER[1:3])
-    assert set(report.differences(rows[0], PUBLISHED["ViT-B-16"]["FT"], fewer)) == {"IN", "V2", "R"}
-    assert report.differences(rows[0], PUBLISHED["ViT-B-32"]["WiSE-FT"]) == {}
+    assert set(differences(rows[0], PUBLISHED["ViT-B-16"]["FT"], fewer)) == {"IN", "V2", "R"}
+    assert differences(rows[0], PUBLISHED["ViT-B-32"]["WiSE-FT"]) == {}
 
 
 # --- effective robustness ---------------------------------------------------------------------------------------------
 
 
-def rows_at(points: dict[str, tuple[float, float]], folder: Path, **sizes) -> list[Row]:
+def rows_at(points: dict[str, tuple[float, float]], folder: Path, **sizes) -> list[ResultRow]:
     """Rows of models by their top-1 on val and imagenet-r."""
     models = {name: dict(zip(("val", "imagenet-r"), top1, strict=True)) for name, top1 in points.items()}
-    return report.rows_of(loaded(results_json(models, sizes=sizes), folder))
+    return rows_of(loaded(results_json(models, sizes=sizes), folder).models)
 
 
 @given(
@@ -341,15 +341,15 @@ def rows_at(points: dict[str, tuple[float, float]], folder: Path, **sizes) -> li
 )
 def test_the_fit_is_numpys(points):
     x, y = zip(*points, strict=True)
-    fit = report.fit_logits(x, y)
+    fit = fit_logits(x, y)
     assert (fit.slope, fit.intercept) == pytest.approx(tuple(np.polyfit(x, y, 1)), rel=1e-6, abs=1e-6)
 
 
-def exact(name: str, **top1: float) -> Row:
+def exact(name: str, **top1: float) -> ResultRow:
     """A row of exactly these accuracies, of 10^9 samples each: rounding to samples moves no point."""
     n = 10**9
-    sets = {s: report.SetResult(round(t / 100 * n), n, t, (t, t), 0.0, (), {}) for s, t in top1.items()}
-    return Row(name, (report.ModelResult(name, sets),))
+    sets = {s: SetResult(round(t / 100 * n), n, t, (t, t), 0.0, (), {}) for s, t in top1.items()}
+    return ResultRow(name, (ModelResult(name, sets),))
 
 
 @given(st.floats(0.2, 3), st.floats(-2, 2), st.lists(st.floats(1, 99), min_size=2, max_size=8, unique_by=round))
@@ -359,50 +359,50 @@ def test_points_on_the_line_have_no_effective_robustness(slope, intercept, tops)
         return 100 / (1 + math.exp(-odds))
 
     rows = [exact(f"{i}", a=top1, b=line(top1)) for i, top1 in enumerate(tops)]
-    panels = report.robustness_panels(rows, ["0", "1"])
+    panels = robustness_panels(rows, ["0", "1"])
     assert panels["b"].fit.slope == pytest.approx(slope, rel=1e-4)
     assert list(panels["b"].effective.values()) == pytest.approx([0] * len(tops), abs=1e-4)
     above = exact("above", a=tops[0], b=min(line(tops[0]) + 0.5, 99.999))
-    found = report.robustness_panels([*rows, above], ["0", "1"])["b"].effective["above"]
+    found = robustness_panels([*rows, above], ["0", "1"])["b"].effective["above"]
     assert found == pytest.approx(min(0.5, 99.999 - line(tops[0])), abs=1e-4)
 
 
-def test_accuracies_without_a_logit_are_half_a_sample_from_it(tmp_path):
-    assert report.clipped_logit(0, 10) == pytest.approx(math.log(0.05 / 0.95))
-    assert report.clipped_logit(100, 10) == pytest.approx(math.log(0.95 / 0.05))
-    assert report.clipped_logit(30, 10) == pytest.approx(math.log(0.3 / 0.7))
+def test_accuracies_of_0_and_100_percent_are_moved_by_half_a_sample(tmp_path):
+    assert clipped_logit(0, 10) == pytest.approx(math.log(0.05 / 0.95))
+    assert clipped_logit(100, 10) == pytest.approx(math.log(0.95 / 0.05))
+    assert clipped_logit(30, 10) == pytest.approx(math.log(0.3 / 0.7))
     rows = rows_at({"a": (0, 100), "b": (100, 0), "c": (50, 50)}, tmp_path)
-    values = report.effective_robustness(rows, ["a", "b"], tmp_path / "er.png")
+    values = charts.effective_robustness(rows, ["a", "b"], tmp_path / "er.png")
     assert values["c"] == {"R": pytest.approx(0, abs=0.1)}  # the line goes through the middle, if not to infinity
     shows(tmp_path / "er.png")
 
 
-def test_what_no_line_can_be_fitted_through_is_refused(tmp_path):
+def test_points_without_a_line_are_refused(tmp_path):
     rows = rows_at({"a": (60, 70), "b": (70, 75), "c": (60, 50)}, tmp_path)
     for fit_on, words in (
-        ([], "through two models at least, and of those to fit on 0 was evaluated on val and imagenet-r. Give"),
-        (["a"], "of those to fit on 1 was"),
-        (["a", "a"], "of those to fit on 1 was"),
+        ([], "two models or more, and the number of those to fit on that were evaluated on val and imagenet-r is 0"),
+        (["a"], "evaluated on val and imagenet-r is 1"),
+        (["a", "a"], "evaluated on val and imagenet-r is 1"),
         (["a", "c"], "give two or more models of different accuracy"),
         (["a", "nobody"], "nobody, to fit on, is not among the models: a, b, c"),
     ):
         with pytest.raises(UserError, match=words):
-            report.effective_robustness(rows, fit_on, tmp_path / "er.png")
+            charts.effective_robustness(rows, fit_on, tmp_path / "er.png")
     with pytest.raises(UserError, match="no shifted set"):
-        report.robustness_panels(rows, ["a", "b"], Split("val", ()))
+        robustness_panels(rows, ["a", "b"], Split("val", ()))
     with pytest.raises(UserError, match="no in-distribution set"):
-        report.robustness_panels(rows, ["a", "b"], Split(None, ("imagenet-r",)))
+        robustness_panels(rows, ["a", "b"], Split(None, ("imagenet-r",)))
     with pytest.raises(UserError, match="Two models are called a"):
-        report.robustness_panels([*rows, rows[0]], ["a", "b"])
+        robustness_panels([*rows, rows[0]], ["a", "b"])
     assert not (tmp_path / "er.png").exists()
 
 
 def test_effective_robustness_of_the_published_rows(tmp_path):
     models = {f"{a} {r}": published(a, r) for a, rows in PUBLISHED.items() for r, v in rows.items() if v["IN"]}
     del models["ViT-B-32 FT"]["imagenet-a"]
-    rows = report.rows_of(loaded(results_json(models), tmp_path))
+    rows = rows_of(loaded(results_json(models), tmp_path).models)
     zero = [name for name in models if name.endswith("zero-shot")]
-    values = report.effective_robustness(rows, zero, tmp_path / "deep" / "er.png")
+    values = charts.effective_robustness(rows, zero, tmp_path / "deep" / "er.png")
     shows(tmp_path / "deep" / "er.png")
 
     def odds(top1):
@@ -417,17 +417,17 @@ def test_effective_robustness_of_the_published_rows(tmp_path):
     method = values["ViT-B-16 this method"]
     assert method["Avg."] == pytest.approx(statistics.fmean(method[label] for label in COLUMNS[1:-1]))
     assert set(values["ViT-B-32 FT"]) == {"V2", "R", "Sketch", "ObjectNet"}
-    found = cells(report.robustness_table(values))
+    found = cells(robustness_table(values))
     assert found["effective robustness"] == list(COLUMNS[1:])
     assert found["ViT-B-32 FT"][-2:] == ["–", "–"]
     assert found["ViT-B-16 this method"][-1] == f"{method['Avg.']:.1f}".replace("-", "−")
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- charts -----------------------------------------------------------------------------------------------------------
 
 
 def shows(path: Path) -> tuple[int, int]:
-    """Width and height of a picture that is not blank, nor cut off at its upper edge."""
+    """Width and height of a chart, which is neither blank nor cut off at its upper edge."""
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB"), dtype=np.int64)
     assert pixels.std() > 10 and len(np.unique(pixels @ [1, 256, 65536])) > 50
@@ -439,28 +439,28 @@ LONG = "runs/object-mask-single-fill-ViT-B-16-quickgelu-beta30-seed{}/checkpoint
 
 
 def test_bars(paper, tmp_path):
-    rows = [Row(LONG.format(i), row.per_seed) for i in range(3) for row in report.rows_of(paper)]
-    report.bar_chart(rows, tmp_path / "many.png", Split("val", PAPER[1:2]))
-    both = [rows[0], Row("seeds", [rows[0].per_seed[0], rows[1].per_seed[0]])]
-    report.bar_chart(both, tmp_path / "few.png", Split("val", PAPER[1:3]))
+    rows = [ResultRow(LONG.format(i), row.per_seed) for i in range(3) for row in rows_of(paper.models)]
+    charts.bar_chart(rows, tmp_path / "many.png", Split("val", PAPER[1:2]))
+    both = [rows[0], ResultRow("seeds", [rows[0].per_seed[0], rows[1].per_seed[0]])]
+    charts.bar_chart(both, tmp_path / "few.png", Split("val", PAPER[1:3]))
     assert shows(tmp_path / "few.png")[0] == shows(tmp_path / "many.png")[0]  # names make a picture longer, not wider
     assert shows(tmp_path / "few.png")[1] < shows(tmp_path / "many.png")[1]
     with pytest.raises(UserError, match="Name it .png"):
-        report.bar_chart(both[:1], tmp_path / "bars.text", Split("val", ()))
+        charts.bar_chart(both[:1], tmp_path / "bars.text", Split("val", ()))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        report.bar_chart(both[:1], tmp_path / "file" / "bars.png", Split("val", ()))
+        charts.bar_chart(both[:1], tmp_path / "file" / "bars.png", Split("val", ()))
 
 
 def test_reliability(paper, tmp_path):
-    report.reliability_chart(paper.models[:2], tmp_path / "two.png", Split("val", PAPER[1:4]))
+    charts.reliability_chart(paper.models[:2], tmp_path / "two.png", Split("val", PAPER[1:4]))
     shows(tmp_path / "two.png")
     only = loaded(results_json({"m": {"val": 100.0}}), tmp_path / "m")
-    report.reliability_chart(only.models, tmp_path / "one.png")
+    charts.reliability_chart(only.models, tmp_path / "one.png")
     shows(tmp_path / "one.png")
 
 
-def mixtures(alphas: list[float], sets: list[str], folder: Path, **more) -> report.Results:
+def mixtures(alphas: list[float], sets: list[str], folder: Path, **more) -> Results:
     models = {f"α = {a:g}": {s: 60 + n + 20 * a * (1.2 - a) for n, s in enumerate(sets)} for a in alphas}
     return loaded(results_json(models, make="wise-ft", alphas=alphas, **more), folder)
 
@@ -474,10 +474,10 @@ def mixtures(alphas: list[float], sets: list[str], folder: Path, **more) -> repo
     ],
 )
 def test_sweep(tmp_path, alphas, sets, more):
-    report.sweep_chart(mixtures(alphas, sets, tmp_path, **more), tmp_path / "sweep.png")
+    charts.sweep_chart(mixtures(alphas, sets, tmp_path, **more), tmp_path / "sweep.png")
     shows(tmp_path / "sweep.png")
 
 
 def test_a_sweep_needs_mixtures(paper, tmp_path):
     with pytest.raises(UserError, match="tools/wise_ft.py"):
-        report.sweep_chart(paper, tmp_path / "sweep.png")
+        charts.sweep_chart(paper, tmp_path / "sweep.png")

@@ -518,7 +518,7 @@ def fake_jobs(materials, monkeypatch):
         return 0
 
     monkeypatch.setattr(execution, "run_one_here", run_one_here)
-    monkeypatch.setattr("cfmask.report.bar_chart", lambda rows, path, split: path.write_text(""))
+    monkeypatch.setattr("cfmask.report.charts.bar_chart", lambda rows, path, split: path.write_text(""))
     return jobs
 
 
@@ -597,7 +597,7 @@ def test_choice_of_checkpoints_is_recorded_and_plans_without_one_use_the_last(ma
     best = flags(materials, tmp_path / "best", *HERE, *rows)
     assert reproduce.main(best) == 0
     table = (tmp_path / "best/table.md").read_text()
-    assert "FT: best on holdout, step 7. WiSE-FT, α = 0.5: best on holdout, step 7." in table
+    assert "FT: step 7, best on holdout; WiSE-FT, α = 0.5: step 7, best on holdout." in table
     written = json.loads((tmp_path / "best/results.json").read_text())
     assert written["plan"]["checkpoint"] == "best" and written["rows"][0]["checkpoints"][0]["step"] == 7
     assert RunFolder(tmp_path / "best/ft-s0").recipe().data.eval_sets == ("holdout",)
@@ -712,7 +712,7 @@ def test_killed_plan_is_resumed_and_ends_with_the_table(materials, tmp_path):
         assert rows[word]["shifted"]["value"] == model["sets"]["shifted"]["top1"]
     assert (out / "bars.png").stat().st_size > 5000
     best = RunFolder(out / "ft-s0").best()
-    assert f"FT: best on holdout, step {best.step}" in table
+    assert f"FT: step {best.step}, best on holdout" in table
     [origin] = json.loads((out / "ft-eval-s0/results.json").read_text())["checkpoints"]
     assert (origin["file"], origin["step"], origin["top1"]) == (str(best.model), best.step, best.top1)
     # An evaluation is resumed like any run.
@@ -722,9 +722,9 @@ def test_killed_plan_is_resumed_and_ends_with_the_table(materials, tmp_path):
 
 
 def test_published_rows():
-    from cfmask import report
+    from cfmask.report.tables import PUBLISHED
 
-    known = published_rows(report.PUBLISHED["ViT-B-16"])
+    known = published_rows(PUBLISHED["ViT-B-16"])
     assert known[LABELS["zero-shot"]]["IN"] == 68.3 and known[LABELS["wise-ft"]]["A"] == 47.6
     assert known[LABELS[HEADLINE]]["Avg."] == 63.3 and known[LABELS["ft"]]["V2"] == 70.6
 

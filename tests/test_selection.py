@@ -1,4 +1,4 @@
-"""What may choose a model, and which checkpoint is the best one: by the records of a run, never by what is left."""
+"""Which sets may choose a model, and which checkpoint is best: by the records of a run, not by the remaining files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cfmask.data.receipts import DataProgress
 from cfmask.data.shard_index import Index, index_name, write_index
 from cfmask.data.shards import Manifest, Shard, write_manifest
 from cfmask.errors import UserError
-from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, describe, origin_of, settled
+from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, origin_of, settled
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
 from cfmask.presets import PRESETS, preset_of
 from cfmask.recipe import Data, Method, Optim, Recipe
@@ -29,7 +29,7 @@ from launch.submission.training import check_best_on
 
 
 def a_run(folder: Path, top1: dict[int, float], recipe: Recipe | None = None, *, finished: bool = True) -> RunFolder:
-    """A run of 10 steps an epoch, evaluated on holdout at the ends of epochs, all of whose checkpoints are there."""
+    """A run of 10 steps an epoch, evaluated on holdout at the end of each, with all checkpoints."""
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
     recipe = recipe or Recipe(data=Data(eval_sets=("holdout",))).resolved()
@@ -55,11 +55,11 @@ def a_run(folder: Path, top1: dict[int, float], recipe: Recipe | None = None, *,
 def test_the_best_is_the_first_of_equal_ends_of_epochs(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 15: 99.0, 20: 80.0, 30: 80.0, 40: 75.0})
     best = run.best()
-    assert (best.step, best.on, best.top1) == (20, "holdout", 80.0), "step 15 is no end of an epoch"
+    assert (best.step, best.on, best.top1) == (20, "holdout", 80.0), "step 15 is not the end of an epoch"
     assert find_model(run.checkpoints / "best.json") == best.model == run.checkpoints / "step-00000020" / MODEL
 
 
-def test_lines_that_a_log_should_not_have_choose_nothing(tmp_path):
+def test_invalid_lines_of_a_log_are_ignored(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
     lines = run.log.read_text().splitlines()
     for step, value in ((40, float("nan")), (50, None), (60, "99"), (70, 1e9), (None, 99.0)):
@@ -69,7 +69,7 @@ def test_lines_that_a_log_should_not_have_choose_nothing(tmp_path):
     assert run.best().step == 20
 
 
-def test_the_pointer_is_found_from_anywhere_and_belongs_to_the_folder_of_checkpoints(tmp_path, monkeypatch):
+def test_best_json_is_found_from_any_folder_and_only_in_checkpoints(tmp_path, monkeypatch):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 60.0})
     best = run.best().model
     monkeypatch.chdir(run.checkpoints)
@@ -77,14 +77,14 @@ def test_the_pointer_is_found_from_anywhere_and_belongs_to_the_folder_of_checkpo
     (run.checkpoints / "step-00000020.bak").mkdir()
     (run.checkpoints / "step-00000020.bak" / MODEL).touch()
     run.final.unlink()
-    assert find_model(run.root) == run.checkpoints / "step-00000020" / MODEL, "a backup is no checkpoint"
+    assert find_model(run.root) == run.checkpoints / "step-00000020" / MODEL, "a backup is not a checkpoint"
     assert origin_of(run.checkpoints / "step-00000020" / MODEL).chosen == "last"
     (run.root / "archive").mkdir()
     with pytest.raises(UserError, match="archive/best.json is not in the folder checkpoints of a run"):
         find_model(run.root / "archive/best.json")
 
 
-def test_checkpoints_on_another_disk_are_the_runs(tmp_path):
+def test_checkpoints_on_another_disk_belong_to_the_run(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 60.0})
     run.checkpoints.rename(tmp_path / "elsewhere")
     run.checkpoints.symlink_to(tmp_path / "elsewhere")
@@ -94,13 +94,13 @@ def test_checkpoints_on_another_disk_are_the_runs(tmp_path):
     assert settled(tmp_path / "link/model.safetensors") == run.final
 
 
-def test_a_score_that_the_log_lacks_is_taken_from_the_checkpoint(tmp_path):
+def test_score_missing_from_the_log_is_read_from_the_checkpoint(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0})
     run.log.write_text(run.log.read_text().splitlines()[0] + "\n")
     assert run.best().step == 20
 
 
-def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_second_best(tmp_path):
+def test_missing_best_checkpoint_is_not_replaced_by_the_second_best(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
     (run.checkpoints / "step-00000020").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"step-00000020, is missing.*best on holdout \(80.00 %\).*--checkpoint last"):
@@ -143,7 +143,7 @@ def test_epochs_that_train_the_head_alone_are_no_candidates(tmp_path):
     assert run.best().step == 30
 
 
-def test_results_say_which_step_a_model_is_of_and_what_chose_it(tmp_path):
+def test_results_state_the_step_of_a_model_and_what_chose_it(tmp_path):
     run = a_run(tmp_path / "run", {10: 70.0, 20: 80.0, 30: 75.0})
     running = a_run(tmp_path / "running", {10: 70.0, 20: 60.0}, finished=False)
     (run.root / "initial.safetensors").touch()
@@ -162,12 +162,9 @@ def test_results_say_which_step_a_model_is_of_and_what_chose_it(tmp_path):
     assert said(find_model(running.root)) == (20, "last so far", None)
     assert said(tmp_path / "foreign.safetensors") == (None, "a file of no run", None)
     origins = [origin_of(run.final), origin_of(tmp_path / "foreign.safetensors"), origin_of(run.best().model)]
-    assert describe(origins, {str(run.final): "A"}) == (
-        "Checkpoints: A: step 30, last; run: step 20, best on holdout (80.00 %)."
-    )
-    assert describe(origins[1:2], {}) == ""
-    note = checkpoint_note({"FT": origins[::2], "zero-shot": []})
-    assert note == "Checkpoints by row and seed — FT: last, step 30; best on holdout, step 20."
+    note = checkpoint_note({"FT": origins[::2], "foreign": origins[1:2], "zero-shot": []})
+    assert note == "Checkpoints: FT: step 30, last / step 20, best on holdout (80.00 %)."
+    assert checkpoint_note({"foreign": origins[1:2]}) == ""
 
 
 # --- which sets may choose --------------------------------------------------------------------------------------------
@@ -221,11 +218,11 @@ RENDITIONS = dict.fromkeys(wnids("imagenet-r"), 150)
         ("holdout", manifest("holdout", dict.fromkeys(ALL, 10)), None),
     ],
 )
-def test_test_sets_are_known_by_their_names_and_by_what_is_in_them(name, of_set, known):
+def test_test_sets_are_recognised_by_name_and_content(name, of_set, known):
     assert known_test_set(name, of_set) == known
 
 
-def test_a_test_set_chooses_nothing_unless_it_is_asked_to(capsys):
+def test_test_set_chooses_only_with_the_flag(capsys):
     with pytest.raises(UserError, match="--holdout objectnet chooses a model on objectnet, which is a test set.*--sel"):
         check_selection("--holdout objectnet", "objectnet", None, allowed=False)
     assert check_selection("--holdout objectnet", "objectnet", None, allowed=True)
@@ -276,7 +273,7 @@ def put_sets(shards: Path, **images: int) -> Recipe:
         ({"train": 1_270_927, "holdout": 10_240}, {"select_on_test_set": True}, UserError("would do nothing")),
     ],
 )
-def test_a_reproduction_trains_on_what_is_not_held_out(tmp_path, images, flags, outcome):
+def test_reproduction_trains_on_the_images_that_are_not_held_out(tmp_path, images, flags, outcome):
     recipe = put_sets(tmp_path, **images)
     given = {**NO_FLAGS, "sets": (), **flags}
     sets = given.pop("sets")
@@ -318,7 +315,7 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path, capsys):
 
     seeds = [{"source": "x", "seed": seed, "holdout": 3} for seed in (0, 1)]
     with pytest.raises(
-        UserError, match="1 of the 3 images of .*holdout are in .*train as well, 3 for one.*another seed"
+        UserError, match="1 of the 3 images of .*holdout are in .*train as well, for example 3.*another seed"
     ):
         check(seeds[1], seeds[0], "other-seed", [112, 13, 14])
     with pytest.raises(UserError, match="2 of the 3 images"):
@@ -330,12 +327,12 @@ def test_held_out_images_that_are_trained_on_are_refused(tmp_path, capsys):
     assert "warning: --best-on holdout: 2 of the 3 images" in capsys.readouterr().err
 
 
-def test_where_nothing_is_trained_no_held_out_set_is_needed(tmp_path):
+def test_no_held_out_set_is_needed_without_training(tmp_path):
     recipe = Recipe(data=Data(shards=str(tmp_path))).resolved()
     assert holdout.check_holdout(recipe, ("val",), **{**NO_FLAGS, "trains": False}) == "Nothing is trained."
 
 
-def test_a_damaged_holdout_is_not_said_to_be_missing(tmp_path):
+def test_damaged_holdout_is_not_reported_as_missing(tmp_path):
     recipe = put_sets(tmp_path, train=1_270_927, holdout=10_240)
     (tmp_path / "holdout/manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json cannot be read as a manifest"):
@@ -352,7 +349,7 @@ def test_the_distillation_of_logits_has_the_authors_weights():
     assert wise_kd.resolved().method.gamma == 1.0, "appendix A.3"
 
 
-def test_a_recipe_of_before_keeps_its_weight_and_is_no_row_of_the_paper():
+def test_recipe_of_an_earlier_version_keeps_its_weight_and_is_no_row_of_the_paper():
     text = PRESETS["kd-clean"].resolved().to_json().replace('"gamma": 30.0', '"gamma": 1.0')
     recipe = Recipe.from_json(text)
     assert recipe.method.gamma == recipe.resolved().method.gamma == 1.0

@@ -1,4 +1,4 @@
-"""The client of Slurm's commands: its environment, what is repeated, what a state means."""
+"""The client for Slurm's commands: environment, repetition, job states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_options_in_the_environment_reach_no_command():
     assert client.environment({**base, **HOSTILE}, for_job=True) == base
 
 
-def test_a_job_that_is_submitted_from_within_a_job_gets_nothing_of_that_one():
+def test_submission_within_a_job_does_not_inherit_its_variables():
     outer = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "8", "PMIX_RANK": "3", "CUDA_VISIBLE_DEVICES": "1", "FOO": "bar"}
     assert client.environment(outer, for_job=True) == {"FOO": "bar"}
     assert client.environment({"CUDA_VISIBLE_DEVICES": "1"}, for_job=True) == {"CUDA_VISIBLE_DEVICES": "1"}
@@ -93,8 +93,7 @@ def test_a_job_that_is_submitted_from_within_a_job_gets_nothing_of_that_one():
 
 
 class FakeSlurm:
-    """Commands that answer what they are told to, a line of shell a call (the last one is repeated), and write down how
-    they were called."""
+    """Commands with prepared answers, one line of shell for each call (the last one is repeated); records the calls."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -150,7 +149,7 @@ def test_a_job_that_was_not_accepted_is_sent_again(fake):
     assert len(fake.calls("sbatch")) == 2
 
 
-def test_of_two_that_were_accepted_after_all_one_is_cancelled(fake):
+def test_late_duplicate_job_is_cancelled(fake):
     fake.will("sbatch", TIMED_OUT, "echo Submitted batch job 15")
     fake.will("squeue", "true", "true", f"echo '14|{SCRIPT}'; echo '15|{SCRIPT}'")
     fake.will("scancel", "true")
@@ -166,8 +165,8 @@ def test_whether_it_was_accepted_may_stay_unknown(fake):
     assert len(fake.calls("sbatch")) == 1
 
 
-def test_a_refusal_after_a_lost_answer_is_no_refusal_if_the_first_request_was_accepted(fake):
-    """The second one is over the limit of jobs that the first one has reached."""
+def test_refusal_after_a_lost_answer_finds_the_first_job(fake):
+    """The first job has used up the limit, so the second is refused."""
     limit = "echo 'sbatch: error: Batch job submission failed: Job violates accounting/QOS policy' >&2; exit 1"
     fake.will("sbatch", TIMED_OUT, limit)
     fake.will("squeue", "true", "true", f"echo '14|{SCRIPT}'")
@@ -178,7 +177,7 @@ def test_a_refusal_after_a_lost_answer_is_no_refusal_if_the_first_request_was_ac
         submission.submit(SCRIPT, patience_s=2)
 
 
-def test_an_accepted_job_is_never_sent_again_nor_taken_for_refused(fake):
+def test_accepted_job_without_an_id_is_not_sent_again(fake):
     fake.will("sbatch", "true")
     for answer in ("true", AWAY, "echo 'Protocol authentication error' >&2; exit 1"):
         fake.will("squeue", answer)
@@ -195,7 +194,7 @@ def test_names_in_any_encoding_are_read(fake):
     assert submission.submitted(SCRIPT) == ["12"]
 
 
-def test_a_request_that_never_left_is_repeated_without_a_look(fake):
+def test_request_that_was_not_sent_is_repeated_at_once(fake):
     fake.will("sbatch", AWAY, AWAY, "echo Submitted batch job 7")
     fake.will("squeue", "false")
     assert submission.submit(SCRIPT) == "7"
@@ -220,7 +219,7 @@ def test_a_refusal_is_not_repeated(fake):
         ("Batch job submission failed: Job violates accounting/QOS policy", "policy$"),
     ],
 )
-def test_a_refused_setting_is_told_with_its_flag(fake, said, remedy):
+def test_refused_setting_is_named_with_its_flag(fake, said, remedy):
     for command in ("submit", "test_only"):
         fake.will("sbatch", f"echo 'sbatch: error: {said}' >&2; exit 1")
         with pytest.raises(SlurmError, match=f"does not take the job: {said}.*{remedy}|{said}$"):
@@ -242,7 +241,7 @@ def test_the_id_in_what_sbatch_or_a_wrapper_prints(fake, printed, job):
     assert submission.submit(SCRIPT) == job
 
 
-def test_a_silent_sbatch_is_asked_for_in_the_queue(fake):
+def test_job_of_a_silent_sbatch_is_found_in_the_queue(fake):
     fake.will("sbatch", "true")
     fake.will("squeue", f"echo '12|{SCRIPT}'")
     assert submission.submit(SCRIPT) == "12"
@@ -253,7 +252,7 @@ def job_record(state: str, restarts: int) -> str:
 
 
 def test_a_requeue_whose_answer_was_lost_is_not_given_twice(fake):
-    """scontrol: the look before, the requeue, the look after."""
+    """Calls of scontrol: a query, the requeue, a query."""
     fake.will("scontrol", job_record("RUNNING", 1), TIMED_OUT, job_record("COMPLETING", 2))
     control.requeue("12")
     assert [call.split()[1] for call in fake.calls("scontrol")] == ["--oneliner", "requeue", "--oneliner"]
@@ -309,7 +308,7 @@ def test_a_signal_is_not_repeated_for_a_job_that_has_been_requeued_since(fake):
     assert len(fake.calls("scancel")) == 1
 
 
-def test_a_job_that_is_gone_is_cancelled(fake):
+def test_cancelling_an_ended_job_succeeds(fake):
     fake.will("scancel", "echo 'Kill job error on job id 12: Invalid job id specified' >&2; exit 1")
     control.cancel("12")
     fake.will("scancel", "echo 'Kill job error on job id 12: Access/permission denied' >&2; exit 1")
@@ -317,7 +316,7 @@ def test_a_job_that_is_gone_is_cancelled(fake):
         control.cancel("12")
 
 
-def test_an_unanswered_question_is_no_empty_answer(fake, monkeypatch):
+def test_unavailable_slurm_is_not_an_empty_queue(fake, monkeypatch):
     fake.will("squeue", AWAY)
     with pytest.raises(SlurmUnavailable):
         queue.queue(["12"], patience_s=0)
@@ -334,7 +333,7 @@ def test_jobs_that_are_over_are_not_in_the_queue_and_unknown_states_are(fake):
     assert list(queue.queue(["12"])) == ["12_1", "12_2", "12_3"]
 
 
-def test_a_command_that_hangs_is_given_up(fake):
+def test_hanging_command_times_out(fake):
     fake.will("squeue", "exec sleep 30")
     with pytest.raises(SlurmUnavailable, match="does not answer within 0 s"):
         queue.queue(["12"], patience_s=0, answer_s=0.2)

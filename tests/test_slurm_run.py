@@ -1,4 +1,4 @@
-"""On a real Slurm of two nodes, training and evaluation are what they are here. What interrupts training there:
+"""Training and evaluation on a real Slurm with two nodes equal those on this machine. For interruptions of training see
 test_drill.py."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import made
 from cfmask.evaluation.worker import run_evaluation
 from cfmask.evaluation_spec import Evaluation
-from cfmask.report import read_results
+from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
@@ -26,7 +26,7 @@ from slurm_fixture import wait_until
 pytestmark = pytest.mark.slurm
 
 
-def test_auto_means_slurm_where_srun_is_and_two_nodes_train_what_one_machine_does(slurm_cluster, tmp_path):
+def test_two_slurm_nodes_train_bitwise_identically_to_one_machine(slurm_cluster, tmp_path):
     materials = made.make_materials(tmp_path / "materials")
 
     def submit(run: Path, *more: object) -> str:
@@ -56,7 +56,7 @@ def test_auto_means_slurm_where_srun_is_and_two_nodes_train_what_one_machine_doe
     assert RunFolder(there).ended()["why"] == "finished"
 
 
-def test_a_preempted_evaluation_goes_on_behind_what_was_counted(slurm_cluster, tmp_path):
+def test_preempted_evaluation_resumes_after_counted_samples(slurm_cluster, tmp_path):
     materials = made.make_materials(tmp_path / "materials")
     evaluation = Evaluation(
         models=(str(materials / "tiny.safetensors"),),

@@ -1,4 +1,4 @@
-"""A run is queued once: whatever the caller's environment says, and whatever Slurm does not answer."""
+"""A run is queued once, also if the environment has options for sbatch or Slurm's answers are lost."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(tmp_path) -> RunFolder:
 
 
 def submitted(run: RunFolder, job: str) -> RunFolder:
-    """As submitit leaves a job that was accepted; that the command noted it is not needed."""
+    """submitit's files of an accepted job that the command did not record."""
     (run.root / f"jobs/{job}_submission.sh").touch()
     (run.root / f"jobs/{job}_submitted.pkl").touch()
     return run
@@ -57,8 +57,8 @@ def test_a_run_is_not_submitted_again_while_slurm_cannot_be_asked(fake: FakeSlur
             planning.should_skip(run, sweep=sweep)
 
 
-def test_a_run_that_records_its_end_is_not_resubmitted_either_while_the_controller_is_away(fake, run, monkeypatch):  # noqa: F811
-    """It may have been preempted, and be in the queue again."""
+def test_ended_run_is_not_resubmitted_while_slurm_cannot_be_asked(fake, run, monkeypatch):  # noqa: F811
+    """It may have been preempted and requeued."""
     monkeypatch.setattr(planning, "_ASK_S", 0.0)
     submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)
     run.end_attempt("stopped at step 70 (quit)")
@@ -76,13 +76,13 @@ def test_a_run_that_records_its_end_is_not_resubmitted_either_while_the_controll
     ("state", "there"),
     [("PENDING", True), ("REQUEUE_HOLD", True), ("TELEPORTING", True), ("COMPLETING", False), ("FAILED", False)],
 )
-def test_which_jobs_keep_a_run_from_being_submitted(fake, run, state, there):  # noqa: F811
+def test_job_states_that_block_a_submission(fake, run, state, there):  # noqa: F811
     fake.will("squeue", queue_shows(("12", state)))
     queued = planning.queued_job(submitted(run, "12"))
     assert queued == (f"12 ({state.lower()})" if there else None)
 
 
-def test_a_job_that_is_being_requeued_keeps_its_run_from_being_submitted(fake, run):  # noqa: F811
+def test_job_that_is_being_requeued_blocks_a_submission(fake, run):  # noqa: F811
     submitted(run, "12").begin_attempt(job="12-0", nodes=1, world_size=2, device="cpu", from_step=0)
     fake.will("squeue", queue_shows(("12", "COMPLETING")))
     for why, there in (("stopped at step 7 (requeue)", True), ("stopped at step 7 (quit)", False)):
@@ -93,7 +93,7 @@ def test_a_job_that_is_being_requeued_keeps_its_run_from_being_submitted(fake, r
     assert planning.queued_job(run) is None, "it finds the mark"
 
 
-def test_a_job_whose_command_was_killed_before_it_heard_from_sbatch_is_found(fake, run):  # noqa: F811
+def test_job_of_a_command_killed_during_sbatch_is_found(fake, run):  # noqa: F811
     script = run.root / "jobs/.submission_file_0123.sh"
     script.touch()
     fake.will("squeue", f"echo '12|{script}'", queue_shows(("12", "PENDING")))
@@ -116,7 +116,7 @@ def test_a_member_of_a_sweep_whose_command_was_killed_is_found(fake, run):  # no
     assert "--jobs=44_1" in fake.calls("squeue")[-1], "not the other members, which are no reason to refuse this run"
 
 
-def test_what_an_interrupted_plan_may_have_submitted_as_an_array_is_found(fake, run):  # noqa: F811
+def test_unconfirmed_array_of_a_plan_is_found(fake, run):  # noqa: F811
     sweep = run.root.parent / ".sweeps/20260101-000000-1"
     sweep.mkdir(parents=True)
     (sweep / "3").symlink_to(run.root)
@@ -147,7 +147,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
     members,
     accepted,
 ):
-    """The disk is full when sbatch has answered, or before."""
+    """The disk is full before or after sbatch has answered."""
     from submitit.core.utils import JobPaths
 
     from launch.allocation.resolve import Allocation
@@ -178,7 +178,7 @@ def test_a_job_whose_files_cannot_be_written_is_cancelled_and_its_folder_stays(
         assert planning.queued_job(planned[0].run) is None, "the same command may be given again"
 
 
-def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys):
+def test_cancel_is_repeated_after_a_lost_answer(monkeypatch, capsys):
     answers: list[Exception | None] = [SlurmUnavailable("Socket timed out."), None]
     given = []
 
@@ -196,8 +196,8 @@ def test_a_job_is_told_to_end_again_if_slurm_did_not_answer(monkeypatch, capsys)
 
 
 @pytest.mark.slurm
-def test_options_in_the_environment_change_neither_a_job_nor_what_is_known_of_it(slurm_cluster, tmp_path, monkeypatch):
-    """The caller is part of a job of another size, too."""
+def test_options_in_the_environment_affect_neither_jobs_nor_queries(slurm_cluster, tmp_path, monkeypatch):
+    """The caller is also part of a job with another size."""
     from submitit.core.utils import pickle_load
     from submitit.helpers import CommandFunction
 

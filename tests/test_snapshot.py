@@ -1,4 +1,4 @@
-"""The copy of the code that a job runs: whole on the disk before it has its name, verified before it runs."""
+"""The code snapshot of a job: complete on the disk before it is renamed, verified before it runs."""
 
 from __future__ import annotations
 

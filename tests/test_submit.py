@@ -1,4 +1,4 @@
-"""Submission: what cannot work is refused with its cause and remedy, before any worker is started."""
+"""Submission refuses impossible settings with cause and remedy, before it starts a rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refused(*command: object, **popen) -> str:
     return errors[0]
 
 
-def test_a_shards_folder_without_a_manifest(materials, tmp_path):
+def test_shards_without_a_manifest_are_refused(materials, tmp_path):
     shutil.copytree(materials / "shards", tmp_path / "shards")
     (tmp_path / "shards/train/manifest.json").unlink()
     error = refused(*flags(materials, tmp_path / "run", "--shards", tmp_path / "shards"))
@@ -46,13 +46,13 @@ def test_a_shards_folder_without_a_manifest(materials, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_for_another_number_of_classes(materials, tmp_path):
+def test_head_with_another_number_of_classes_is_refused(materials, tmp_path):
     head = made.save_tiny_model(tmp_path / "two.safetensors", classes=made.CLASSES[:2])
     error = refused(*flags(materials, tmp_path / "run", "--head", head))
     assert "has 2 classes, the shards 3" in error
 
 
-def test_weights_of_another_architecture(materials, tmp_path):
+def test_weights_of_another_architecture_are_refused(materials, tmp_path):
     made.save_tiny_model(tmp_path / "b32.safetensors", geometry=B32)
     error = refused(*flags(materials, tmp_path / "run", "--model", tmp_path / "b32.json"))
     assert "differ in embed_dim" in error
@@ -78,7 +78,7 @@ def test_weights_of_another_architecture(materials, tmp_path):
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",
 )
-def test_settings_that_cannot_work_are_refused_before_anything_is_started(materials, tmp_path, more, said):
+def test_impossible_settings_are_refused_before_anything_starts(materials, tmp_path, more, said):
     assert said in refused(*flags(materials, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
@@ -88,12 +88,12 @@ def test_an_unknown_flag_is_refused(materials, tmp_path):
     assert done.returncode == 2 and "unrecognized arguments: --learning-rate" in done.stderr
 
 
-def test_slurm_without_slurm_is_refused(materials, tmp_path):
+def test_executor_slurm_without_sbatch_is_refused(materials, tmp_path):
     without = {"PATH": os.path.dirname(shutil.which("env") or "/usr/bin") if not shutil.which("sbatch") else "/nowhere"}
     assert "no sbatch" in refused(*flags(materials, tmp_path / "run", "--executor", "slurm"), env=without)
 
 
-def test_a_missing_weight_file_says_which_file_to_put_where(materials, tmp_path):
+def test_missing_weights_error_names_the_file_and_the_flag(materials, tmp_path):
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
     error = refused(
         *flags(materials, tmp_path / "run", "--model", "ViT-B-32-quickgelu", "--pretrained", "openai"), env=offline
@@ -101,7 +101,7 @@ def test_a_missing_weight_file_says_which_file_to_put_where(materials, tmp_path)
     assert "timm/vit_base_patch32_clip_224.openai" in error and "--pretrained PATH" in error
 
 
-def test_a_folder_that_belongs_to_another_recipe_or_to_nobody_we_know(materials, tmp_path):
+def test_folder_of_another_recipe_or_with_foreign_files_is_refused(materials, tmp_path):
     run = tmp_path / "run"
     made.submit(*flags(materials, run, "--epochs", 1))
     assert "optim.epochs: 1 → 2" in refused(*flags(materials, run, "--epochs", 2))
@@ -124,8 +124,8 @@ def test_resume_takes_no_settings(materials, tmp_path):
     assert "not a run folder" in refused("--resume", tmp_path)
 
 
-def test_the_worker_counts_each_evaluation_sample_once_and_right(materials, tmp_path):
-    """48 samples over 2 ranks in batches that do not divide them; beside a plain loop over the whole set."""
+def test_evaluation_counts_each_sample_once(materials, tmp_path):
+    """48 samples over 2 ranks in batches that do not divide them, compared with a loop over the whole set."""
     run = tmp_path / "run"
     made.submit(*flags(materials, run, "--eval-sets", "val", "--preset", "ft", "--batch-size", 20))
     counted = json.loads((run / "results.json").read_text())["sets"]["val"]
@@ -138,15 +138,15 @@ def test_the_worker_counts_each_evaluation_sample_once_and_right(materials, tmp_
     assert (counted["correct"], counted["total"]) == (right, 48)
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_with_the_checkpoint_kept(materials, tmp_path):
+def test_nonfinite_loss_stops_all_ranks(materials, tmp_path):
     run = tmp_path / "run"
     done = made.submit(*flags(materials, run, "--lr", 1e30, "--epochs", 4, "--checkpoint-steps", 1), check=False)
     assert done.returncode == 1
     assert "FloatingPointError" in done.stdout and "--lr" in done.stdout
 
 
-def test_a_rank_that_dies_takes_the_other_along(materials, tmp_path):
-    """A damaged image of an evaluation, in which nothing may stand in for it, reaches one rank only: the job ends, says
+def test_exception_in_one_rank_ends_the_job(materials, tmp_path):
+    """A damaged image of an evaluation, which must not be replaced, reaches one rank only: the job ends, says
     which sample, and hangs nobody."""
     shutil.copytree(materials / "shards", tmp_path / "shards")
     tar = tmp_path / "shards/val/val-000000.tar"
@@ -159,7 +159,7 @@ def test_a_rank_that_dies_takes_the_other_along(materials, tmp_path):
     assert "val-000000.tar" in done.stdout and "SampleError" in done.stdout
 
 
-def test_a_full_disk_while_writing_a_checkpoint_is_told_and_earlier_ones_stay(materials, tmp_path):
+def test_full_disk_fails_the_job_and_keeps_earlier_checkpoints(materials, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     model = made.save_tiny_model(tmp_path / "m.safetensors", geometry=B32)

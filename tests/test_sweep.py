@@ -1,5 +1,4 @@
-"""What goes out and comes back: sweeps as one array, the code that a job was submitted with, resuming with another
-size, dry runs, dependencies, and what Slurm refuses."""
+"""Sweeps as one array, the code snapshot, resuming with another number of ranks, dry runs, dependencies, refusals."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def materials(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """A working copy that may be broken."""
+    """A copy of the repository that a test may break."""
     for folder in ("cfmask", "launch"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(made.REPO / folder, tmp_path / "clone" / folder, ignore=ignored)
@@ -44,7 +43,7 @@ def nobodys_cluster_file(monkeypatch):
 
 
 def flags(materials: Path, *more: object) -> list[object]:
-    """A recipe of 6 steps an epoch, into the default folder unless told otherwise."""
+    """A recipe with 6 steps in each epoch and the default run folder."""
     recipe = made.recipe_flags(materials, Path("unused"))
     cut = recipe.index("--run")
     return [*recipe[:cut], *recipe[cut + 2 :], *more]
@@ -56,12 +55,12 @@ def submit(repo: Path, *words: object, check: bool = True, **popen) -> subproces
 
 
 def break_code(repo: Path) -> None:
-    """Whatever is imported from here from now on fails."""
+    """Make imports from this copy fail."""
     for module in ("cfmask/training/train.py", "launch/ranks/rank.py"):
         (repo / module).write_text("raise RuntimeError('this is not what was submitted')\n")
 
 
-def test_a_snapshot_is_all_that_a_job_imports_named_after_what_is_in_it(tmp_path, clone):
+def test_snapshot_has_the_code_of_a_job_and_is_named_after_its_digest(tmp_path, clone):
     snapshot = take(clone, tmp_path / "code")
     assert snapshot.path == tmp_path / "code" / snapshot.digest
     assert differing_files(clone, snapshot.path) == []
@@ -76,7 +75,7 @@ def test_a_snapshot_is_all_that_a_job_imports_named_after_what_is_in_it(tmp_path
     assert take(snapshot.path, tmp_path / "code").info == snapshot.info, "a snapshot's own is itself"
 
 
-def test_a_snapshot_tells_the_commit_and_what_differs_from_it(tmp_path, clone):
+def test_snapshot_records_the_commit_and_uncommitted_files(tmp_path, clone):
     def git(*words: str) -> str:
         who = ("-c", "user.name=x", "-c", "user.email=x@example.org")
         done = subprocess.run(["git", *who, *words], cwd=clone, capture_output=True, text=True, check=True)
@@ -94,7 +93,7 @@ def test_a_snapshot_tells_the_commit_and_what_differs_from_it(tmp_path, clone):
     assert info["packages"]["torch"]
 
 
-def test_a_job_that_comes_back_runs_the_code_it_was_submitted_with(materials, clone, tmp_path):
+def test_requeued_job_runs_the_code_that_was_submitted(materials, clone, tmp_path):
     """Submitted from within the working copy, where `python -m` would find its modules first."""
     run = tmp_path / "run"
     command = [sys.executable, "launch/submit.py", *flags(materials, "--run", run, "--executor", "local")]
@@ -116,7 +115,7 @@ def test_a_job_that_comes_back_runs_the_code_it_was_submitted_with(materials, cl
     assert (run / "results.json").exists()
 
 
-def test_a_resume_takes_the_present_code_says_so_and_how_to_stay_with_the_old(materials, clone, tmp_path):
+def test_resume_takes_the_current_code_and_names_the_earlier_one(materials, clone, tmp_path):
     run = tmp_path / "run"
     submit(clone, *flags(materials, "--run", run, "--executor", "local", "--tasks-per-node", 1, "--epochs", 1))
     (run / "results.json").unlink()  # not finished after all
@@ -140,7 +139,7 @@ def test_a_resume_takes_the_present_code_says_so_and_how_to_stay_with_the_old(ma
 # --- on this machine --------------------------------------------------------------------------------------------------
 
 
-def test_a_sweep_on_this_machine_is_one_run_after_the_other_and_again_only_what_is_missing(materials, tmp_path):
+def test_local_sweep_runs_members_in_turn_and_skips_finished_ones(materials, tmp_path):
     here = ("--executor", "local", "--tasks-per-node", 2, "--epochs", 1)
     done = made.submit(*flags(materials, *here, "--presets", "ft", "fd-clean", "--seeds", 3), cwd=tmp_path)
     runs = sorted((tmp_path / "runs").iterdir())
@@ -155,7 +154,7 @@ def test_a_sweep_on_this_machine_is_one_run_after_the_other_and_again_only_what_
     assert [(run / "results.json").stat().st_mtime_ns for run in runs] == before
 
 
-def test_a_run_of_a_sweep_that_fails_does_not_keep_the_others(materials, tmp_path):
+def test_failed_member_of_a_sweep_does_not_stop_the_others(materials, tmp_path):
     here = ("--executor", "local", "--epochs", 1, "--max-skipped-steps", 0, "--lr", 1e30, "--seeds", 0, 1)
     done = made.submit(*flags(materials, *here), cwd=tmp_path, check=False)
     assert done.returncode == 1
@@ -179,7 +178,7 @@ def test_a_run_of_a_sweep_that_fails_does_not_keep_the_others(materials, tmp_pat
         ),
     ],
 )
-def test_sweeps_that_make_no_sense_are_refused(materials, tmp_path, more, said):
+def test_contradictory_sweep_flags_are_refused(materials, tmp_path, more, said):
     done = made.submit(
         *flags(materials, "--executor", "local", "--tasks-per-node", 2, *more), check=False, cwd=tmp_path
     )
@@ -187,7 +186,7 @@ def test_sweeps_that_make_no_sense_are_refused(materials, tmp_path, more, said):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_cluster_file_with_shards_is_enough_and_is_named(materials, tmp_path):
+def test_shards_may_come_from_the_cluster_file(materials, tmp_path):
     (tmp_path / "cluster.toml").write_text(f"shards = '{materials}/shards'\neval_sets = ['val']\nnodes = 2\n")
     words = flags(materials, "--executor", "local", "--dry-run")
     cut = words.index("--shards")
@@ -201,7 +200,7 @@ def test_a_cluster_file_with_shards_is_enough_and_is_named(materials, tmp_path):
     assert "--shards is missing" in without.stderr and "cluster file" in without.stderr
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_says_so(materials, tmp_path):
+def test_run_resumes_with_another_number_of_ranks(materials, tmp_path):
     run = tmp_path / "run"
     here = ("--executor", "local")
     made.submit(*flags(materials, "--run", run, *here, "--tasks-per-node", 2, "--epochs", 1))
@@ -233,7 +232,7 @@ def wait_for_end(run: Path) -> None:
 
 
 @pytest.mark.slurm
-def test_a_dry_run_prints_what_slurm_would_take_and_queues_nothing(slurm_cluster, materials, tmp_path):
+def test_dry_run_prints_the_sbatch_file_and_queues_nothing(slurm_cluster, materials, tmp_path):
     blocker = slurm_cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true", cwd=tmp_path)
     before = slurm_cluster.call("squeue", "--noheader", "--array")
     for more in ((), ("--seeds", 0, 1, 2, "--array-parallelism", 2)):
@@ -252,7 +251,7 @@ def test_a_dry_run_prints_what_slurm_would_take_and_queues_nothing(slurm_cluster
 
 @pytest.mark.slurm
 @pytest.mark.parametrize("dry", [True, False], ids=["dry run", "in earnest"])
-def test_what_slurm_refuses_is_told_in_its_own_words_and_leaves_nothing(slurm_cluster, materials, tmp_path, dry):
+def test_slurms_refusal_is_shown_and_leaves_no_files(slurm_cluster, materials, tmp_path, dry):
     words = flags(materials, *ON_TWO_NODES, "--partition", "nope", *(["--dry-run"] if dry else []))
     for sweep in ((), ("--seeds", 0, 1)):
         done = made.submit(*words, *sweep, check=False, cwd=tmp_path)
@@ -262,7 +261,7 @@ def test_what_slurm_refuses_is_told_in_its_own_words_and_leaves_nothing(slurm_cl
 
 
 @pytest.mark.slurm
-def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themselves(slurm_cluster, materials, tmp_path):
+def test_members_of_a_sweep_are_requeued_and_resumed_separately(slurm_cluster, materials, tmp_path):
     """Two runs; one is requeued by an administrator, the other is cancelled and resumed."""
     words = flags(materials, *ON_ONE_NODE, "--seeds", 0, 1, "--epochs", 15, "--checkpoint-steps", 20)
     done = made.submit(*words, cwd=tmp_path, pace_s=made.PACE_S)
@@ -288,8 +287,8 @@ def test_a_sweep_is_one_array_whose_members_come_back_and_are_resumed_by_themsel
 
 
 @pytest.mark.slurm
-def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materials, tmp_path):
-    """USR2 from the moment that its step is there, ten times a second, until it trains."""
+def test_signals_during_startup_do_not_end_a_job(slurm_cluster, materials, tmp_path):
+    """Send USR2 ten times a second from the start of the step until it trains."""
     words = flags(materials, *ON_TWO_NODES, "--epochs", 2, "--run", tmp_path / "run")
     [(job, run)] = jobs_of(made.submit(*words)).items()
     wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step")
@@ -313,10 +312,8 @@ def test_a_signal_in_its_first_moments_does_not_end_a_job(slurm_cluster, materia
 
 
 @pytest.mark.slurm
-def test_a_rank_without_scontrol_is_requeued_by_the_batch_script_with_the_code_it_was_submitted_with(
-    slurm_cluster, materials, clone, tmp_path
-):
-    """As in a container: the command that starts Python has a file system, here a PATH, of its own."""
+def test_batch_script_requeues_a_job_whose_ranks_lack_scontrol(slurm_cluster, materials, clone, tmp_path):
+    """As in a container: the command that starts Python has its own file system, here its own PATH."""
     (tmp_path / "python").write_text(f'#!/bin/sh\nexport PATH=/nowhere\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     (clone / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
@@ -332,7 +329,7 @@ def test_a_rank_without_scontrol_is_requeued_by_the_batch_script_with_the_code_i
 
 
 @pytest.mark.slurm
-def test_a_job_waits_for_those_that_it_comes_after_and_is_not_queued_twice(slurm_cluster, materials, tmp_path):
+def test_job_waits_for_after_and_is_not_queued_twice(slurm_cluster, materials, tmp_path):
     first = slurm_cluster.sbatch("--wrap=until [ -e go ]; do sleep 0.2; done", cwd=tmp_path)
     short = flags(materials, *ON_ONE_NODE, "--epochs", 1)
     [(second, run)] = jobs_of(made.submit(*short, "--after", first, cwd=tmp_path)).items()
@@ -344,7 +341,7 @@ def test_a_job_waits_for_those_that_it_comes_after_and_is_not_queued_twice(slurm
 
 
 @pytest.mark.slurm
-def test_a_job_gets_the_environment_and_cores_that_the_cluster_file_says(slurm_cluster, materials, tmp_path):
+def test_job_gets_environment_and_cores_of_the_cluster_file(slurm_cluster, materials, tmp_path):
     (tmp_path / "cluster.toml").write_text(
         "gpus_per_node = 0\ncpus_per_task = 2\ntime = '0:30:00'\npartition = 'high'\n"
         "setup = ['echo set up on $SLURMD_NODENAME']\n[environment]\nPROBE = '$SLURMD_NODENAME and more'\n"

@@ -1,4 +1,4 @@
-"""The tools that show what a run gave: show_masks, plot_runs."""
+"""Pictures of runs (show_masks, plot_runs), and how a model is named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shown(tmp_path_factory):
 
 @pytest.mark.parametrize("fill", ["single-fill", "multi-fill", "no-fill"])
 @pytest.mark.parametrize("mask", ["object", "context", "random"])
-def test_a_contact_sheet_of_every_mask_and_fill(shown, tmp_path, mask, fill):
+def test_contact_sheets_of_all_masks_and_fills(shown, tmp_path, mask, fill):
     out = tmp_path / "sheet.png"
     command = [str(shown / "zero.safetensors"), "--shards", str(shown / "shards"), "--count", "3"]
     assert show_masks.main([*command, "--mask", mask, "--fill", fill, "--out", str(out)]) == 0
@@ -33,7 +33,7 @@ def test_a_contact_sheet_of_every_mask_and_fill(shown, tmp_path, mask, fill):
     assert sheet.shape[1] > sheet.shape[0] > 300 and sheet.std() > 10
 
 
-def test_a_contact_sheet_of_image_files_takes_the_class_from_the_folder(shown, tmp_path, capsys):
+def test_the_class_of_an_image_file_is_that_of_its_folder(shown, tmp_path, capsys):
     out = tmp_path / "sheet.png"
     command = [str(shown / "zero.safetensors"), "--images", str(shown / "images/val"), "--count", "2"]
     assert show_masks.main([*command, "--out", str(out)]) == 0 and out.stat().st_size > 0
@@ -41,7 +41,7 @@ def test_a_contact_sheet_of_image_files_takes_the_class_from_the_folder(shown, t
     assert "none.jpg cannot be read" in capsys.readouterr().err
 
 
-def test_curves_of_two_runs_and_an_error_for_a_run_without_any(tmp_path, capsys):
+def test_curves_of_two_runs_and_the_error_for_a_run_without_a_log(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         run = RunFolder(tmp_path / name)
@@ -53,10 +53,10 @@ def test_curves_of_two_runs_and_an_error_for_a_run_without_any(tmp_path, capsys)
     assert plot_runs.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
     assert Image.open(out).size[0] > 500
     assert plot_runs.main([str(tmp_path)]) == 2
-    assert "no log yet" in capsys.readouterr().err
+    assert "has no log: it is not a run folder" in capsys.readouterr().err
 
 
-def test_a_model_is_named_by_file_checkpoint_or_run(tmp_path):
+def test_a_model_can_be_named_by_file_checkpoint_or_run(tmp_path):
     with pytest.raises(UserError, match="neither a model file nor"):
         find_model(tmp_path)
     for step in (3, 12):

@@ -27,9 +27,10 @@ from cfmask.models.head import build_tower, load_model, save_model
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
+from cfmask.synthetic import shapes
+from cfmask.synthetic.shapes import CLASSES, draw_image
 from cfmask.tool_arguments import recorded_method
 from tools import make_shards, validate_masks
-from tools._demo_images import CLASSES, draw_image
 from towers import ODD
 
 WNIDS = tuple(imagenet.wnids()[i] for i in (1, 80, 151, 281))  # goldfish; a bird, a dog, a cat
@@ -205,7 +206,7 @@ def test_samples_without_a_mask_are_an_error_unless_that_is_allowed(scene, tmp_p
     found = results(tmp_path / "out")
     assert found["without_mask"] == 7 and found["models"][0]["groups"]["dog"]["images"] == 2
     assert found["models"][0]["groups"]["cat"]["iou"] == [None] * 9
-    assert "Left out, because they have no mask: 7" in (tmp_path / "out/table.md").read_text()
+    assert "Excluded because they have no mask: 7" in (tmp_path / "out/table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
     made.save_tiny_model(tmp_path / "other.safetensors", ODD, WNIDS[::-1])
     asked = command(scene, tmp_path / "out")
     assert validate_masks.main([str(tmp_path / "other.safetensors"), *asked[1:]]) == 2
-    assert "labels and answers would not mean the same" in capsys.readouterr().err
+    assert "labels and predictions would not mean the same" in capsys.readouterr().err
     for path in (scene / "masks/val").rglob("*.png"):
         Image.fromarray(np.zeros((30, 30), np.uint8)).save(tmp_path / path.name)
     assert validate_masks.main([*asked, "--segmentation", str(tmp_path)]) == 2
@@ -238,14 +239,12 @@ def test_a_model_of_other_classes_and_masks_of_another_size_are_refused(scene, t
 
 
 def test_the_demos_exact_masks_are_found_by_their_keys(tmp_path, monkeypatch):
-    from tools import _demo_images
-
-    small = {name: dataclasses.replace(split, per_class=1) for name, split in _demo_images.SPLITS.items()}
-    monkeypatch.setattr(_demo_images, "SPLITS", small)
-    _demo_images.draw_tree(tmp_path / "images", processes=1, progress=False)
+    small = {name: dataclasses.replace(split, per_class=1) for name, split in shapes.SPLITS.items()}
+    monkeypatch.setattr(shapes, "SPLITS", small)
+    shapes.draw_tree(tmp_path / "images", processes=1, progress=False)
     source = ["--source", str(tmp_path / "images"), "--classes", str(tmp_path / "images/classes.txt"), "--split", "val"]
     assert make_shards.main(["folder", *source, "--out", str(tmp_path / "shards"), "--workers", "1"]) == 0
-    wnids = tuple(_demo_images.class_folder(label) for label in range(len(CLASSES)))
+    wnids = tuple(shapes.class_folder(label) for label in range(len(CLASSES)))
     made.save_tiny_model(tmp_path / "model.safetensors", ODD, wnids)
     asked = [str(tmp_path / "model.safetensors"), "--shards", str(tmp_path / "shards"), "--out", str(tmp_path / "out")]
     masks = ["--segmentation", str(tmp_path / "images-masks/val"), "--groups", "star", "all", "--count", "2"]

@@ -1,4 +1,4 @@
-"""What all of tools/ have in common: a model, a set and an output are named in one way, and --help says how."""
+"""What all commands have in common: short files that nothing imports, consistent arguments, and a complete --help."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPO / "tools"))  # as for who runs a verb: demo.py imports the file beside it
-
-# test.py hands its arguments to pytest, and has nothing to parse them with.
-VERBS = sorted(path.stem for path in (REPO / "tools").glob("[!_]*.py") if path.stem != "test")
+OTHERS = ("test", "environment")
+"""Files of tools/ without a parser: test.py passes its arguments to pytest, and environment.py is not a command."""
+VERBS = sorted(path.stem for path in (REPO / "tools").glob("[!_]*.py") if path.stem not in OTHERS)
 HEAVY = ("audit", "export", "segment", "show_masks", "validate_masks")
-"""Made of torch. The others' --help comes at once: torch and open_clip take seconds to import."""
+"""Commands that import torch at once. --help of the others must not wait seconds for torch and open_clip."""
 
 OWN_WORDS = {
     *("--out", "--seed", "--split", "--classes", "--groups", "--images", "--source", "--precision", "--model"),
     *("--pretrained", "--allow-count-mismatch", "--dry-run", "--holdout", "--mappings"),
 }
-"""Flags of one name whose help has to say what of the verb they are: of what the seed is, say."""
+"""Flags with a help of their own in each command, such as the seed of what."""
 SLURM = ("as a Slurm array", "allocation")
-"""Groups of arguments that are shared as a whole: those of a task of an array, and those of a job of many ranks."""
+"""Groups of arguments that are shared as a whole."""
 
 
 class _Caught(Exception):
@@ -34,7 +33,7 @@ class _Caught(Exception):
 
 
 def parser_of(verb: str, monkeypatch) -> argparse.ArgumentParser:
-    """The parser that a verb's main makes."""
+    """The parser of a command."""
 
     def caught(self, *_, **__):
         raise _Caught(self)
@@ -48,7 +47,7 @@ def parser_of(verb: str, monkeypatch) -> argparse.ArgumentParser:
 
 
 def walk(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """The parser, and those of its verbs, by what is typed."""
+    """The parser and those of its subcommands, by command line."""
     yield name, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -68,15 +67,15 @@ def test_help_explains_every_argument_and_has_an_example(verb, monkeypatch, caps
     assert ended.value.code == 0
     assert re.search(rf"^    python3? tools/{verb}\.py", capsys.readouterr().out, re.MULTILINE), "no example"
     for name, parser in walk(verb, parser_of(verb, monkeypatch)):
-        assert not parser.allow_abbrev, f"{name} takes --c for --count, until there is another flag with a c"
+        assert not parser.allow_abbrev, f"{name} accepts abbreviated flags, which break when another flag is added"
         for action in arguments_of(parser):
             what = f"{name} {'/'.join(action.option_strings) or action.metavar}"
-            assert action.help and not action.help.startswith("default"), f"{what} does not say what it is"
-            assert action.nargs == 0 or action.choices or action.metavar, f"{what} does not say what it takes"
+            assert action.help and not action.help.startswith("default"), f"{what} has no help"
+            assert action.nargs == 0 or action.choices or action.metavar, f"{what} has no metavar"
 
 
-def test_arguments_that_verbs_share_are_said_in_one_way(monkeypatch):
-    said: dict[str, dict[tuple[str | None, str], list[str]]] = {}
+def test_commands_describe_a_flag_in_the_same_words(monkeypatch):
+    described: dict[str, dict[tuple[str | None, str], list[str]]] = {}
     for verb in VERBS:
         for name, parser in walk(verb, parser_of(verb, monkeypatch)):
             for action in arguments_of(parser):
@@ -84,24 +83,23 @@ def test_arguments_that_verbs_share_are_said_in_one_way(monkeypatch):
                     continue
                 flag = action.option_strings[0] if action.option_strings else action.metavar
                 words = re.sub(r" \(default: .*\)$", "", action.help or "")
-                said.setdefault(flag, {}).setdefault((action.metavar, words), []).append(name)
-    assert {"MODEL", "RUN", "--shards", "--set", "--sets", "--out", "--device", "--batch-size"} <= said.keys()
-    for flag, ways in said.items():
+                described.setdefault(flag, {}).setdefault((action.metavar, words), []).append(name)
+    assert {"MODEL", "RUN", "--shards", "--set", "--sets", "--out", "--device", "--batch-size"} <= described.keys()
+    for flag, ways in described.items():
         if flag not in OWN_WORDS:
             assert len(ways) == 1, f"{flag}: {ways}"
 
 
-def test_what_is_written_is_called_out():
-    """One flag for it, whatever it is: --json, --output, --save-to are not to be remembered."""
+def test_every_output_is_named_by_the_flag_out():
+    """No --json, --output or --save-to."""
     for path in (REPO / "tools").glob("[!_]*.py"):
         assert not re.search(r'add_argument\(\s*"--(json|output|save\S*|dest\S*)"', path.read_text()), path.name
 
 
-def test_help_of_what_needs_no_torch_needs_none():
+def test_help_imports_no_torch():
     light = [verb for verb in VERBS if verb not in HEAVY]
     code = f"""
 import contextlib, importlib, io, sys
-sys.path.insert(0, "tools")
 for verb in {light}:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         importlib.import_module("tools." + verb).main(["--help"])
@@ -112,7 +110,7 @@ for verb in {light}:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_ctrl_c_is_said_in_a_word(verb, monkeypatch, capsys):
+def test_ctrl_c_prints_one_word(verb, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -121,12 +119,14 @@ def test_ctrl_c_is_said_in_a_word(verb, monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_commands_of_launch_are_thin_and_no_module_imports_them():
-    commands = {path.stem: path for path in (REPO / "launch").glob("[!_]*.py")}
+@pytest.mark.parametrize("folder", ["launch", "tools"])
+def test_commands_are_short_and_no_module_imports_them(folder):
+    others = OTHERS if folder == "tools" else ()
+    commands = {path.stem: path for path in (REPO / folder).glob("*.py") if path.stem not in ("__init__", *others)}
     lengths = {name: len(path.read_text().splitlines()) for name, path in commands.items()}
     assert {name: length for name, length in lengths.items() if length > 150} == {}
-    imported = re.compile(r"^\s*(?:from launch import (.+)|(?:from|import) launch\.(\w+))", re.MULTILINE)
-    for folder in ("cfmask", "launch", "slurm", "tools"):
-        for path in (REPO / folder).rglob("*.py"):
+    imported = re.compile(rf"^\s*(?:from {folder} import (.+)|(?:from|import) {folder}\.(\w+))", re.MULTILINE)
+    for top in ("cfmask", "launch", "slurm", "tools"):
+        for path in (REPO / top).rglob("*.py"):
             names = set(re.findall(r"\w+", " ".join(map(" ".join, imported.findall(path.read_text())))))
             assert not names & commands.keys(), f"{path} imports a command"

@@ -85,7 +85,7 @@ def finish(run: RunFolder) -> None:
 def send(
     run: RunFolder, environment: dict[str, str] | None = None, *, plant: str = "", init_s: float = 30, code: int = 0
 ) -> str:
-    """A start of the sender that is told at once that the run's start has ended; what it says."""
+    """The output of a sender whose standard input is closed: the start of the run has ended."""
     command = [sys.executable, "-c", SENDER.format(repo=str(made.REPO), init_s=init_s, plant=plant)]
     command += [UNTIL_EOF, str(run.root), "lab/imagenet"]
     done = subprocess.run(

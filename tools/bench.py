@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Benchmarks: what cfmask costs beside its peers, on this machine, in one run.
+"""Measure what cfmask costs on this machine, beside other libraries and the authors' algorithm.
 
-    python tools/bench.py loader  --source TREE     images/s of training streams, warm and cold, every store
-    python tools/bench.py convert --source TREE     images/s of conversions, every store
+    python tools/bench.py loader  --source TREE     images/s of training streams, warm and cold, for every store
+    python tools/bench.py convert --source TREE     images/s of conversions, for every store
     python tools/bench.py resume                    seconds to the first batch, at 0 % and 99 % of all of ImageNet
-    python tools/bench.py parts   --source TREE     what the time of an image goes to
-    python tools/bench.py order                     how well the order mixes, beside a full permutation
-    python tools/bench.py step                      training steps beside the authors' way: images/s, FLOPs, memory
-    python tools/bench.py checkpoint                how long a checkpoint keeps training waiting
-    python tools/bench.py watch                     what heartbeats and times of ranks cost a step
-    python tools/bench.py gpu                       all that is worth knowing of this code on this GPU, in minutes
+    python tools/bench.py parts   --source TREE     time of each part of decoding and converting an image
+    python tools/bench.py order                     how well the order mixes samples, beside a full permutation
+    python tools/bench.py step                      training steps beside the authors' algorithm: time, FLOPs, memory
+    python tools/bench.py checkpoint                how long a checkpoint stops training
+    python tools/bench.py watch                     what watching ranks costs a step
+    python tools/bench.py gpu                       all measurements that need a GPU, within minutes
 
-TREE is a folder of class/image.JPEG; without --source photograph-like noise of ImageNet's size is drawn. Peers run in
-an interpreter of their own (tools/peers-requirements.txt says how it is made); one that is not there is named with
-the reason. Contenders take turns, each in a fresh process; tables show medians and the range over the rounds.
+TREE is a folder of class/image.JPEG; without --source, noise that looks like photographs of ImageNet's size is drawn.
+Peers run in an interpreter of their own (tools/peers-requirements.txt says how to make it). A peer that cannot be
+imported is listed with the reason. Contenders take turns, each in a fresh process. Tables show medians and ranges.
 """
 
 from __future__ import annotations
@@ -37,14 +37,23 @@ BENCHMARKS = {
     "loader": "training streams",
     "convert": "conversions",
     "resume": "time to the first batch",
-    "parts": "what the time of an image goes to",
-    "order": "how well the order mixes",
+    "parts": "time of each part of decoding and converting an image",
+    "order": "how well the order mixes samples",
     "step": "training steps",
-    "checkpoint": "what a checkpoint costs training",
-    "watch": "what it costs that ranks are watched",
-    "gpu": "everything that needs a GPU, within some minutes",
+    "checkpoint": "how long a checkpoint stops training",
+    "watch": "what watching ranks costs a step",
+    "gpu": "all measurements that need a GPU, within minutes",
 }
-"""Each a module of tools/benchmarks/ of the same name."""
+"""Modules of tools/benchmarks/, and their help."""
+ROUNDS = {"loader": 5, "convert": 5, "resume": 5, "step": 3, "checkpoint": 5, "watch": 5}
+MODELS = {"watch": "ViT-B-32-quickgelu", "checkpoint": "ViT-B-16-quickgelu"}
+
+
+@exits_cleanly
+def main(argv: list[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    # Imported late: torch takes seconds to import, and --help does not need it.
+    print(importlib.import_module(f"tools.benchmarks.{arguments.verb}").run(arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,93 +61,69 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     verbs = top.add_subparsers(dest="verb", required=True, metavar="|".join(BENCHMARKS))
-    of = {name: verbs.add_parser(name, help=what, allow_abbrev=False) for name, what in BENCHMARKS.items()}
+    of = {name: verbs.add_parser(name, help=text, allow_abbrev=False) for name, text in BENCHMARKS.items()}
     for name in ("loader", "convert", "parts"):
         of[name].add_argument("--source", type=Path, metavar="TREE", help="folder of class/image.JPEG (default: drawn)")
     for name in ("loader", "convert", "resume"):
         add_stream_arguments(of[name], peers=name != "resume")
-    of["convert"].add_argument(
-        "--stores", nargs="+", choices=STORES, default=STORES, help="what shards hold (default: all of them)"
-    )
-    for name, rounds in (("loader", 5), ("convert", 5), ("resume", 5), ("step", 3), ("checkpoint", 5), ("watch", 5)):
+    of["convert"].add_argument("--stores", nargs="+", choices=STORES, default=STORES, help="stores (default: all)")
+    for name, rounds in ROUNDS.items():
         of[name].add_argument(
-            "--rounds", type=int, default=rounds, metavar="N", help=f"how often each is measured (default: {rounds})"
+            "--rounds",
+            type=int,
+            default=rounds,
+            metavar="N",
+            help=f"number of measurements of each (default: {rounds})",
         )
     add_step_arguments(of["step"])
-    for verb, model in ((of["watch"], "ViT-B-32-quickgelu"), (of["checkpoint"], "ViT-B-16-quickgelu")):
-        verb.add_argument(
-            "--model",
-            default=model,
-            metavar="NAME",
-            help=f"open_clip model, or a configuration's path (default: {model})",
-        )
-        add_device_argument(verb)
-    verb.add_argument("--folder", type=Path, metavar="DIR", help="on the disk to write to (default: a temporary one)")
+    for name, model in MODELS.items():
+        of[name].add_argument("--model", default=model, metavar="NAME", help=f"{MODEL_HELP} (default: {model})")
+        add_device_argument(of[name])
+    of["checkpoint"].add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder on the disk to write to (default: a temporary folder)"
+    )
     add_gpu_arguments(of["gpu"])
     return top
 
 
+MODEL_HELP = "open_clip model, or the path of a configuration"
+
+
 def add_stream_arguments(verb: argparse.ArgumentParser, *, peers: bool) -> None:
+    add, python = verb.add_argument, REPO / ".venv-peers/bin/python"
     if peers:
-        verb.add_argument(
-            "--peers",
-            type=Path,
-            default=REPO / ".venv-peers/bin/python",
-            metavar="PYTHON",
-            help="interpreter with the peers (default: that of .venv-peers)",
-        )
-        verb.add_argument("--images", type=int, metavar="N", help="repeat the source's images up to so many")
-        verb.add_argument("--seconds", type=float, default=8, metavar="S", help="of a warm measurement (default: 8)")
-        verb.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
-        verb.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measure these alone")
+        add("--peers", type=Path, default=python, metavar="PYTHON", help="Python with the peers (default: .venv-peers)")
+        add("--images", type=int, metavar="N", help="repeat the source's images until there are at least N")
+        add("--seconds", type=float, default=8, metavar="S", help="length of a warm measurement (default: 8)")
+        add("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+        add("--only", nargs="+", default=[], metavar="NAME", help="measure only these")
     cores = len(os.sched_getaffinity(0))
-    verb.add_argument(
-        "--workers", type=int, default=cores, metavar="N", help="processes on this machine (default: all cores)"
-    )
-    verb.add_argument("--work", type=Path, metavar="DIR", help="where sets are made (default: a temporary folder)")
+    add("--workers", type=int, default=cores, metavar="N", help="processes on this machine (default: all cores)")
+    add("--work", type=Path, metavar="DIR", help="folder for the data that is made (default: a temporary folder)")
 
 
 def add_step_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--model", metavar="NAME", help="open_clip model, or a configuration's path (default: several)")
-    verb.add_argument("--batch-size", type=int, metavar="N", help="images at a time (default: 32, on a GPU several)")
-    verb.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), help="of our steps (default: fp32, on a GPU bf16)"
-    )
+    add, presets = verb.add_argument, sorted(set(PRESETS) - {"lp-ft"})
+    add("--model", metavar="NAME", help=f"{MODEL_HELP} (default: several)")
+    add("--batch-size", type=int, metavar="N", help="images at a time (default: 32, on a GPU several)")
+    precisions = ("fp32", "tf32", "bf16")
+    add("--precision", choices=precisions, help="precision of cfmask's steps (default: fp32, on a GPU bf16)")
     add_device_argument(verb)
-    verb.add_argument("--compiled", action="store_true", help="a row with torch.compile too (a minute a round)")
-    verb.add_argument(
-        "--presets",
-        nargs="+",
-        choices=sorted(set(PRESETS) - {"lp-ft"}),
-        default=[],
-        metavar="ROW",
-        help="these methods beside the authors', in place of the headline's variants",
-    )
-    verb.add_argument("--steps", type=int, metavar="N", help="timed in a round (default: 3, on a GPU 20)")
+    add("--compiled", action="store_true", help="add a row with torch.compile, which takes a minute a round")
+    help_of_presets = "presets to measure in place of variants of the headline method"
+    add("--presets", nargs="+", choices=presets, default=[], metavar="ROW", help=help_of_presets)
+    add("--steps", type=int, metavar="N", help="timed steps of a round (default: 3, on a GPU 20)")
 
 
 def add_gpu_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--minutes", type=float, default=8, metavar="M", help="what may be spent (default: 8)")
-    verb.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measure these alone")
-    verb.add_argument("--skip", nargs="+", default=[], metavar="NAME", help="leave these parts out")
-    verb.add_argument("--dry", action="store_true", help="take every path on the CPU, with a tiny model")
-    verb.add_argument(
-        "--out",
-        type=Path,
-        default=Path("gpu-report"),
-        metavar="DIR",
-        help="folder for report.md, results.json and log.txt (default: gpu-report)",
-    )
-    verb.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with the photographs and the tower that some tests look for"
-    )
-
-
-@exits_cleanly
-def main(argv: list[str] | None = None) -> None:
-    arguments = parser().parse_args(argv)
-    # Imported when it is wanted: torch takes seconds, and --help needs none of it.
-    print(importlib.import_module(f"tools.benchmarks.{arguments.verb}").run(arguments))
+    add, out = verb.add_argument, Path("gpu-report")
+    add("--minutes", type=float, default=8, metavar="M", help="time that may be spent (default: 8)")
+    add("--only", nargs="+", default=[], metavar="NAME", help="measure only these")
+    add("--skip", nargs="+", default=[], metavar="NAME", help="leave these parts out")
+    add("--dry", action="store_true", help="run all parts on the CPU, with a tiny model")
+    help_of_out = f"folder for report.md, results.json and log.txt (default: {out})"
+    add("--out", type=Path, default=out, metavar="DIR", help=help_of_out)
+    add("--data", type=Path, metavar="DIR", help="folder with the photographs and the tower that some tests need")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""A model file from an open_clip checkpoint: its image tower, and a zero-shot head from its text tower.
+"""Make a model file from an open_clip checkpoint: its image tower, and a zero-shot head from its text tower.
 
     python tools/build_head.py --out vit-b32.safetensors                     # OpenAI's ViT-B/32, ImageNet, 80 templates
     python tools/build_head.py --model ViT-L-14 --pretrained laion2b_s32b_b82k --out vit-l14.safetensors
     python tools/build_head.py --classes shards/train --templates templates.txt --out pets.safetensors
     python tools/build_head.py --pretrained soup.pt --keep-head --out soup.safetensors                    # its own head
 
-Every tool takes the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
+All tools read the file, and a run starts from it: launch/submit.py --pretrained FILE, or --head FILE for the head
 alone. --pretrained takes OpenAI's archives, open_clip's checkpoints, and state dicts of WiSE-FT, FLYP and model soups.
 
-What decides the activation, and the mean and standard deviation of the pixels: open_clip's tag; OpenAI's archives; the
-open_clip_config.json of a Hugging Face repository beside the file, whatever the file is called. They are refused on
-another --model. A bare state dict, OpenAI's as .safetensors say, has the same tensors with either activation: nothing
-but --model decides, and what comes from OpenAI needs a -quickgelu one. If nothing says the mean, --mean and --std do.
+The activation, mean and standard deviation come from open_clip's tag, from OpenAI's archive, or from an
+open_clip_config.json of a Hugging Face repository beside the file. A --model that contradicts them is refused. A bare
+state dict has the same tensors with either activation, so --model alone decides: weights from OpenAI need a -quickgelu
+model. --mean and --std are needed where no source gives them.
 
-Stopped at any moment, the same command goes on from the classes that are done.
+If it is interrupted, the same command resumes after the classes that are done.
 """
 
 from __future__ import annotations
@@ -66,38 +66,38 @@ def main(argv: list[str] | None = None) -> None:
             type=float,
             nargs=3,
             metavar=("R", "G", "B"),
-            help=f"{settings[setting].metadata['help']} (default: what these say)",
+            help=f"{settings[setting].metadata['help']} (default: those of the checkpoint or tag)",
         )
     parser.add_argument(
         "--classes",
         default="imagenet",
         metavar="LIST",
-        help="the head's: `imagenet`, a file with a line `folder<TAB>display name` a class, class 0 first, or a folder "
-        "of shards, whose classes it takes (default: imagenet)",
+        help="classes of the head: `imagenet`, a file with a line `folder<TAB>display name` for each class, class 0 "
+        "first, or a folder of shards (default: imagenet)",
     )
     parser.add_argument(
         "--templates",
         type=Path,
         metavar="FILE",
-        help="a sentence a line, with {} for the class's name (default: the 80 that OpenAI chose for ImageNet)",
+        help="file with a sentence on each line, {} for the class name (default: OpenAI's 80 templates for ImageNet)",
     )
     parser.add_argument(
         "--keep-head",
         action="store_true",
-        help="build no head: take the one in the checkpoint (classification_head.weight), whose rows are --classes",
+        help="keep the checkpoint's head (classification_head.weight), whose rows are --classes, and build none",
     )
     add_device_argument(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write (.safetensors)")
     arguments = parser.parse_args(argv)
     out, name, pretrained = arguments.out, arguments.model, arguments.pretrained
     if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: a model file's name ends in .safetensors.")
+        raise UserError(f"--out {out}: the name of a model file has to end in .safetensors.")
     if arguments.keep_head and arguments.templates:
         raise UserError("--templates would do nothing with --keep-head: no head is built.")
     if os.path.isfile(pretrained) and read_info(pretrained) is not None:
         raise UserError(
-            f"{pretrained} is a cfmask model file: it has its head, and no text tower to build another from. Give the "
-            "checkpoint of the whole CLIP that it was made from."
+            f"{pretrained} is a cfmask model file. It has a head already, and no text tower to build another from. "
+            "Give the checkpoint of the whole CLIP that it was made from."
         )
 
     classes = class_list(arguments.classes)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.keep_head and out.exists():
         start = check_initial_model(name, pretrained, None, classes, **settings_given)
         if read_info(out) == zero_shot_info(start, templates):
-            print(f"there already: {out}")
+            print(f"up to date: {out}")
             return
     with written_aside(out) as aside:
         model, info = initial_model(
@@ -127,11 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def class_list(where: str) -> Sequence[tuple[str, str]]:
-    """(folder, display name) by class id.
-
-    Raises:
-        UserError: neither ``imagenet`` nor a class list nor a folder of shards.
-    """
+    """(folder, display name) by class id, from ``imagenet``, a class list or a folder of shards."""
     if where == "imagenet":
         return imagenet.classes()
     path = Path(where).expanduser()

@@ -1,21 +1,20 @@
 #!/usr/bin/env python3
-"""The whole main job on a made data set, from nothing: the first command of the README.
+"""Run the whole method on a small synthetic data set, from nothing: the first command of the README.
 
     python3 tools/demo.py                      one seed, about ten minutes on two cores
-    python3 tools/demo.py --seeds 0 1 2        the table with means and spreads
-    python3 tools/demo.py --control            with random masks too: what is the masks' share of the gain?
+    python3 tools/demo.py --seeds 0 1 2        means and standard deviations over three seeds
+    python3 tools/demo.py --control            with random masks as well, to see how much is due to the CAM
 
     draw images → convert to shards → pre-train a small CLIP-like tower → fine-tune through launch/submit.py on two
-    local DDP workers: vanilla, object-mask, context-mask → evaluate → table and pictures
+    local DDP workers: vanilla, object mask, context mask → evaluate → table and pictures
 
-In the fine-tuning set the background tells the class 95 % of the time; in the pre-training set it tells nothing.
-Whatever is there already is used again: started a second time, the command goes on where it was stopped.
+In the fine-tuning set, 95 % of the images have their class's own background; in the pre-training set, backgrounds are
+independent of the class. Finished stages are kept, so an interrupted demo resumes where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -31,22 +30,9 @@ if __name__ == "__main__":
 
 from cfmask.errors import UserError
 from cfmask.runtime.command import exits_cleanly
+from cfmask.synthetic.demo import CONTROL, EVAL_SETS, RECIPE, ROWS, SEED, claim, run_folder
 
 REPO = Path(__file__).resolve().parents[1]
-EVAL_SETS = ("val", "shift-random", "shift-swapped", "shift-style")
-
-# One recipe for all rows: the paper's (β, thresholds, AdamW, clipping, cosine) with sizes that suit ten classes.
-RECIPE = (
-    *("--batch-size", "64", "--lanes", "4", "--epochs", "4", "--warmup-steps", "20", "--lr", "3e-4"),
-    *("--loader-workers", "1", "--log-steps", "5", "--eval-sets", "val", "shift-random"),
-)
-ROWS = {
-    "FT": ("--preset", "ft"),
-    "object-mask": ("--preset", "object-mask-single-fill"),
-    "context-mask": ("--preset", "context-mask-single-fill"),
-}
-CONTROL = {"random-mask": ("--preset", "random-mask-single-fill")}
-SEED = 0  # of the images and the pre-training; fine-tuning has --seeds
 
 
 @exits_cleanly
@@ -59,99 +45,54 @@ def main(argv: list[str] | None = None) -> None:
         type=Path,
         default=REPO / "demo",
         metavar="DIR",
-        help="folder for all that is made (default: demo/ in the repository)",
+        help="folder for everything that is made (default: demo/ in the repository)",
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each (default: 0)"
+        "--seeds", type=int, nargs="+", default=[0], metavar="N", help="fine-tune once for each seed (default: 0)"
     )
     parser.add_argument("--control", action="store_true", help="fine-tune with random masks as well")
     arguments = parser.parse_args(argv)
     rows = ROWS | CONTROL if arguments.control else ROWS
+    seeds = arguments.seeds
     started = time.monotonic()
     out = claim(arguments.out.resolve())
-
-    make_images_and_shards(out)
-    make_tower(out)
-    for seed in arguments.seeds:
+    make_data_and_tower(out)
+    for seed in seeds:
         for row, flags in rows.items():
-            fine_tune(out, row, flags, seed)
-    text = evaluate(out, list(rows), arguments.seeds)
-    pictures = draw(out, list(rows), arguments.seeds[0])
-    say(f"Done in {(time.monotonic() - started) / 60:.1f} minutes")
-    print(text)
+            announce(f"Fine-tuning: {row}, seed {seed}")
+            run(
+                *("launch/submit.py", *flags, *RECIPE, "--seed", seed, "--shards", out / "shards"),
+                *("--model", out / "tower.json", "--pretrained", out / "tower.safetensors"),
+                *("--executor", "local", "--tasks-per-node", 2, "--run", run_folder(out, row, seed)),
+            )
+    table = evaluate(out, list(rows), seeds)
+    pictures = draw(out, list(rows), seeds[0])
+    announce(f"Done in {(time.monotonic() - started) / 60:.1f} minutes")
+    print(table)
     print("\npictures:", *pictures, sep="\n  ")
 
 
-def claim(out: Path) -> Path:
-    """Results of other settings must not be taken for this demo's."""
-    record = out / "demo.json"
-    makers = b"".join((REPO / f"tools/{name}.py").read_bytes() for name in ("_demo_images", "_demo_tower"))
-    digest = hashlib.sha256(makers).hexdigest()
-    settings = json.dumps({"seed": SEED, "recipe": RECIPE, "rows": ROWS, "makers": digest}, indent=2)
-    if record.exists() and record.read_text() != settings:
-        raise UserError(
-            f"{out} was made with other settings than this version's. Delete it, or give another folder: --out DIR."
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        record.write_text(settings)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}. Give another folder: --out DIR.") from error
-    return out
+def make_data_and_tower(out: Path) -> None:
+    from cfmask.synthetic.shapes import draw_tree
+    from cfmask.synthetic.tower import pretrain
 
-
-def say(what: str) -> None:
-    print(f"\n== {what}", flush=True)
-
-
-def make_images_and_shards(out: Path) -> None:
-    from tools._demo_images import draw_tree
-
-    images, shards = out / "images", out / "shards"
-    drawn = out / "images.done"
+    images, shards, tower, drawn = out / "images", out / "shards", out / "tower.safetensors", out / "images.done"
     if not drawn.exists():
-        say("Drawing images")
+        announce("Drawing images")
         draw_tree(images, seed=SEED)
         drawn.touch()
-    say("Converting them to shards")
+    announce("Converting them to shards")
     run("tools/make_shards.py", "folder", "--source", images, "--out", shards, "--classes", images / "classes.txt")
-
-
-def make_tower(out: Path) -> None:
-    from tools._demo_tower import pretrain
-
-    if not (out / "tower.safetensors").exists():
-        say("Pre-training a small CLIP-like tower")
-        pretrain(out / "shards/pretrain", out / "tower.safetensors", seed=SEED)
-
-
-def fine_tune(out: Path, row: str, flags: tuple[str, ...], seed: int) -> None:
-    say(f"Fine-tuning: {row}, seed {seed}")
-    run(
-        *("launch/submit.py", *flags, *RECIPE, "--seed", seed, "--shards", out / "shards"),
-        *("--model", out / "tower.json", "--pretrained", out / "tower.safetensors"),
-        *("--executor", "local", "--tasks-per-node", 2, "--run", run_folder(out, row, seed)),
-    )
-
-
-def run_folder(out: Path, row: str, seed: int) -> Path:
-    return out / f"runs/{row}-s{seed}"
-
-
-def run(*command: object) -> None:
-    """A command of this repository, as a user would type it; its failure is ours."""
-    line = [sys.executable, *map(str, command)]
-    print("$ python", *(part.replace(str(REPO) + os.sep, "") for part in line[1:]), flush=True)
-    quiet = subprocess.run(line, cwd=REPO)
-    if quiet.returncode:
-        raise UserError(f"{command[0]} ended with exit code {quiet.returncode}; what it said stands above.")
+    if not tower.exists():
+        announce("Pre-training a small CLIP-like tower")
+        pretrain(shards / "pretrain", tower, seed=SEED)
 
 
 def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
-    """Evaluate every model on every set, write results.json and table.md; the table."""
-    from cfmask.report import read_results
+    """Evaluate every model on every set, and write results.json and table.md. Returns the table."""
+    from cfmask.report.results import read_results
 
-    say("Evaluating")
+    announce("Evaluating")
     zero = out / "tower.safetensors"
     models: dict[Path, tuple[str, int | None]] = {zero: ("zero-shot", None)}
     for seed in seeds:
@@ -160,33 +101,41 @@ def evaluate(out: Path, names: list[str], seeds: list[int]) -> str:
         models |= {fine: ("FT", seed), mixed: ("WiSE-FT, α = 0.5", seed)}
         models |= {run_folder(out, row, seed): (row, seed) for row in names[1:]}
     folder = out / f"evaluation-{len(names)}-rows-s{'-'.join(map(str, seeds))}"
-    called = [name for name, _ in models.values()]
     where = ("--shards", out / "shards", "--sets", *EVAL_SETS, "--out", folder)
-    run("tools/evaluate.py", *models, "--names", *called, *where)
-
-    found = zip(models.values(), read_results(folder).models, strict=True)
-    plain = [
+    run("tools/evaluate.py", *models, "--names", *(name for name, _ in models.values()), *where)
+    rows = [
         {"row": row, "seed": seed, **{name: model.sets[name].top1 for name in EVAL_SETS}}
-        for (row, seed), model in found
+        for (row, seed), model in zip(models.values(), read_results(folder).models, strict=True)
     ]
-    (out / "results.json").write_text(json.dumps(plain, indent=2))
+    (out / "results.json").write_text(json.dumps(rows, indent=2))
     for name in ("table.md", "bars.png"):
         shutil.copyfile(folder / name, out / name)
     return (out / "table.md").read_text()
 
 
 def draw(out: Path, names: list[str], seed: int) -> list[Path]:
-    from tools import plot_runs, show_masks, validate_masks
-
-    say("Drawing pictures")
+    announce("Drawing pictures")
+    runs, shards = [run_folder(out, row, seed) for row in names], ("--shards", out / "shards")
     sheet, curves = out / "masks.png", out / "curves.png"
-    show_masks.main([str(run_folder(out, "object-mask", seed)), "--shards", str(out / "shards"), "--out", str(sheet)])
-    plot_runs.main([*(str(run_folder(out, row, seed)) for row in names), "--out", str(curves)])
-    models = [out / "tower.safetensors", *(run_folder(out, row, seed) for row in names)]
-    where = ("--shards", out / "shards", "--set", "val", "--segmentation", out / "images-masks/val")
     validation = out / f"mask-validation-{len(names)}-runs-s{seed}"
-    validate_masks.main([str(part) for part in (*models, *where, "--mask", "object", "--out", validation)])
+    run("tools/show_masks.py", run_folder(out, "object-mask", seed), *shards, "--out", sheet)
+    run("tools/plot_runs.py", *runs, "--out", curves)
+    where = (*shards, "--set", "val", "--segmentation", out / "images-masks/val")
+    run("tools/validate_masks.py", out / "tower.safetensors", *runs, *where, "--mask", "object", "--out", validation)
     return [out / "bars.png", sheet, curves, validation / "curves.png", validation / "sheet.png"]
+
+
+def announce(stage: str) -> None:
+    print(f"\n== {stage}", flush=True)
+
+
+def run(*command: object) -> None:
+    """Run a command of this repository, as a user would type it."""
+    line = [sys.executable, *map(str, command)]
+    print("$ python", *(part.replace(str(REPO) + os.sep, "") for part in line[1:]), flush=True)
+    code = subprocess.run(line, cwd=REPO).returncode
+    if code:
+        raise UserError(f"{command[0]} ended with exit code {code}. Its output is above.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Draw which package imports which, as the code has it now: the diagram of docs/architecture.md.
+"""Draw which package imports which: the diagram of docs/architecture.md.
 
     python3 tools/draw_architecture.py                       docs/architecture.svg
-    python3 tools/draw_architecture.py --out /tmp/now.svg    elsewhere
+    python3 tools/draw_architecture.py --out /tmp/now.svg    another file
 
-Needs nothing but Python: the code is read, not run. tests/test_architecture.py says when it has to be drawn again.
+The code is read, not run. tests/test_architecture.py fails when the diagram is out of date.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
 try:
     from cfmask.runtime.command import exits_cleanly
     from cfmask.runtime.files import write_atomically
     from tools.diagram.imports import read_graph
-    from tools.diagram.svg import draw
+    from tools.diagram.matrix import draw
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @exits_cleanly
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     graph = read_graph(REPO)
     write_atomically(arguments.out, draw(graph))
-    print(f"{arguments.out}: {len(graph.boxes)} boxes, {len(graph.edges)} pairs of boxes with imports")
+    print(f"{arguments.out}: {len(graph.boxes)} packages, {len(graph.edges)} pairs of packages with imports")
     return 0
 
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Top-1 accuracy of models on sets of shards: each sample once, on any number of ranks the same.
+"""Top-1 accuracy of models on sets of shards. Each sample counts once; the result is the same on any number of ranks.
 
     python tools/evaluate.py RUN RUN/initial.safetensors --shards DIR --sets val sketch
     python tools/evaluate.py RUN … --shards DIR --sets imagenet v2 r sketch objectnet a      the paper's table
     python tools/evaluate.py RUN … --shards DIR --sets … --nodes 2                           as a job on Slurm
     python tools/evaluate.py B32 B16 RUN --shards DIR --sets … --fit-on B32 B16              effective robustness
 
-ImageNet-R and -A are answered among their 200 classes, ObjectNet among its 125 ids, whose several are all right; a copy
-of a known set that is not whole is refused. Stopped at any moment, the same command goes on behind what was counted.
-RUN is the run's last checkpoint; with --checkpoint best, the one that was best on its held-out set, as the authors
-evaluate. results.json and the tables say which step it is, and what chose it.
+On ImageNet-R and -A a model answers among their 200 classes; on ObjectNet among 125, of which several may be right for
+an image. An incomplete copy of a known set is refused. After an interruption, the same command resumes the evaluation.
+RUN stands for the run's last checkpoint or, with --checkpoint best, for the best one on its held-out set, as in the
+authors' evaluation. results.json and the tables state the step and what chose it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="what tables call the models (default: their paths); models of one name are seeds of one row: mean ± sd",
+        help="names of the models in tables (default: their paths); models of one name are seeds of one row: mean ± sd",
     )
     parser.add_argument(
         "--fit-on",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="draw effective robustness too: above the line through these of the models (zero-shot ones)",
+        help="also draw effective robustness, above the line through these of the models (zero-shot ones)",
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
@@ -60,15 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     code, run = carry_out("evaluate", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    from cfmask import report  # scipy and matplotlib take a second to import
+    # Imported here, because scipy and matplotlib take a second to import.
+    from cfmask.report import charts, results, robustness, summary
 
-    report.show(run, "Evaluation", names)
+    summary.show(run, "Evaluation", names)
     if fit_on:
-        results = report.read_results(run.root)
-        rows = report.named_rows(results, names)
-        picture = run.root / "effective-robustness.png"
-        values = report.effective_robustness(rows, [names[i] for i in fit_on], picture, results.split)
-        print(f"\n{report.robustness_table(values)}\n\n{picture}")
+        found, chart = results.read_results(run.root), run.root / "effective-robustness.png"
+        rows = results.rows_of(found.models, names)
+        values = charts.effective_robustness(rows, [names[i] for i in fit_on], chart, found.split)
+        print(f"\n{robustness.robustness_table(values)}\n\n{chart}")
     return 0
 
 
@@ -76,7 +76,7 @@ def _number(path: str, models: list[str]) -> int:
     for i, model in enumerate(models):
         if path == model or find_model(path).resolve() == find_model(model).resolve():
             return i
-    raise UserError(f"--fit-on {path} is none of the models that are evaluated: name it among them as well.")
+    raise UserError(f"--fit-on {path} is not one of the evaluated models. Name it among them as well.")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,6 @@ import sys
 from pathlib import Path
 
 try:
-    from cfmask.files import sole_writer
-
     from cfmask.convert.clip_benchmark import find_mapping
     from cfmask.convert.indexed_set import commit, find_tars
     from cfmask.convert.indexing import index_shard, is_indexed, plan_tasks
@@ -31,6 +29,7 @@ try:
     from cfmask.data import imagenet
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import sole_writer
     from cfmask.runtime.throughput import format_bytes, throughput_bar
     from cfmask.runtime.work import Work
     from launch.arrays.run import runner

@@ -19,7 +19,6 @@ from pathlib import Path
 
 try:
     import torch
-    from cfmask.files import sole_writer
 
     from cfmask.convert.mask2former import DEFAULT
     from cfmask.convert.planning import claim, is_made
@@ -27,6 +26,7 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import sole_writer
     from cfmask.runtime.progress import progress_bar
     from cfmask.runtime.work import Work
     from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device

@@ -3,10 +3,10 @@
 
     python tools/soup.py RUN RUN RUN --shards DIR --sets imagenet v2 r                        uniform: all of them
     python tools/soup.py RUN RUN RUN --greedy --holdout holdout --shards DIR --sets imagenet  best first, if they help
-    python tools/soup.py RUN RUN --out DIR                                                    DIR/model.safetensors
+    python tools/soup.py RUN RUN --out DIR                              write DIR/model.safetensors, evaluate nothing
 
-Wortsman et al., "Model soups", ICML 2022. A soup is a model as any other: evaluate it, or start from it with
-submit.py --pretrained. A released soup's state dict becomes one by tools/build_head.py --keep-head.
+Wortsman et al., "Model soups", ICML 2022. A soup is a model file like any other: evaluate it, or start from it with
+submit.py --pretrained. tools/build_head.py --keep-head converts the state dict of a released soup.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
-        "--greedy", action="store_true", help="put in each model, best first, that does not make --holdout worse"
+        "--greedy",
+        action="store_true",
+        help="add each model, best first, that does not lower the accuracy on --holdout",
     )
-    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses: never a test set")
+    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses; a test set is refused")
     add_arguments(parser, sets_required=False)
     arguments = parser.parse_args(argv)
     if arguments.holdout and not arguments.greedy:
-        raise UserError("--holdout would do nothing: a uniform soup takes all models. Add --greedy, or leave it out.")
+        raise UserError("--holdout would do nothing: a uniform soup has all models. Add --greedy, or leave it out.")
     if len(arguments.models) < 2:
-        raise UserError("A soup is of two models or more.")
+        raise UserError("A soup needs two models or more.")
 
     allocation = allocation_of(arguments)
     evaluation: UniformSoup
@@ -52,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     code, run = carry_out("soup", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    from cfmask import report  # scipy and matplotlib take a second to import
+    # Imported here, because scipy and matplotlib take a second to import.
+    from cfmask.report import summary, tables
 
     results = read_object(run.results) or {}
     names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
@@ -62,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             [names[path], f"{top1:.2f}", f"no. {chosen.index(path) + 1}" if path in chosen else "left out"]
             for path, top1 in zip(evaluation.models, results["holdout"], strict=True)
         ]
-        print(report.table(["model", f"{evaluation.chooses_on}, alone", "in the soup"], rows) + "\n")
-    report.show(run, "Soup")
+        print(tables.table(["model", f"{evaluation.chooses_on}, alone", "in the soup"], rows) + "\n")
+    summary.show(run, "Soup")
     print(f"{len(results['ingredients'])} of {len(names)} models: {run.final}")
     return 0
 

@@ -1,26 +1,26 @@
 #!/usr/bin/env python3
-"""Do masks fall on the object? What models' CAMs mask, beside segmentation masks (appendix A.2 of the paper).
+"""Compare what models' CAMs mask with segmentation masks of the objects (appendix A.2 of the paper).
 
     python tools/validate_masks.py RUN --shards DIR --set train --segmentation MASKS --out mask-validation
     python tools/validate_masks.py RUN --images val2017 --segmentation annotations/panoptic_val2017.json
 
 For each threshold and group of classes, averaged over images, in percent of pixels:
 
-    image masking rate   of the image, what is masked
-    object masking rate  of the object, what is masked (a mask that knew nothing would have the image masking rate)
-    IoU                  of what is masked or the object, what is both
+    image masking rate   masked share of the image
+    object masking rate  masked share of the object (the image masking rate, if masks are independent of objects)
+    IoU                  intersection over union of mask and object
 
-    OUT/table.md  results.json      the numbers; images without any pixel of the object are left out of the last two
+    OUT/table.md  results.json      the numbers; images without a pixel of the object count for the first rate alone
     OUT/curves.png                  the same over thresholds
     OUT/sheet.png                   contact sheet of the last model: image, object, mask, overlap
-    OUT/parts.jsonl                 what is done: stopped at any moment, the same command resumes there
+    OUT/parts.jsonl                 finished parts: if it is interrupted, the same command resumes after them
 
-MASKS are a folder of PNGs or run-length JSONs named by sample key; shards that tools/segment.py makes with Mask2Former;
-or a COCO annotation file: run-length encoded instances, or panoptic annotations as COCO distributes them, whose PNGs of
-segment ids lie beside the JSON, in a folder or zip of its name.
+MASKS is a folder of PNGs or run-length JSONs named by sample key; a folder of shards that tools/segment.py made with
+Mask2Former; or a COCO annotation file, with run-length encoded instances or panoptic. The PNGs of panoptic annotations
+lie beside the JSON, in a folder or zip of its name.
 
-With --images, the images are the photographs that COCO annotations are of. They have a category (dog) and no class of
-the model's (Chihuahua): each image's CAM is that of the model's most probable class of the category.
+With --images, the images are the photographs of the COCO annotations. Those have a category (dog) instead of a class of
+the model (Chihuahua), so each image's CAM is that of the most probable class of its category.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def open_images(
         groups = class_groups(manifest.classes, arguments.groups)
         return SegmentedShards(manifest, masks, wanted=frozenset().union(*groups.values()), **how), groups
     if not isinstance(masks, CocoMasks):
-        raise UserError(f"--images needs COCO annotations (.json); --segmentation {arguments.segmentation} is none.")
+        raise UserError(
+            f"--images needs COCO annotations (.json), and --segmentation {arguments.segmentation} is no such file."
+        )
     classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
     groups = class_groups(classes, arguments.groups)
     allow = arguments.allow_missing_masks
@@ -96,13 +98,13 @@ def parser() -> argparse.ArgumentParser:
     add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     add("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
-    add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs that COCO annotations are of, instead of shards")
-    add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images; see above")
+    add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
+    add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images, see above")
     add(
         "--panoptic-pngs",
         type=Path,
         metavar="DIR_OR_ZIP",
-        help="PNGs of segment ids of panoptic annotations (default: the folder or zip beside the JSON, of its name)",
+        help="PNGs of segment ids of panoptic annotations (default: the folder or zip beside the JSON with its name)",
     )
     add(
         "--groups",
@@ -119,19 +121,19 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--allow-missing-masks",
         action="store_true",
-        help="leave out samples that have no mask, and annotated images that are not in --images, and say how many "
-        "(default: an error)",
+        help="leave out and count samples without a mask, and annotated images that are not in --images (default: an "
+        "error)",
     )
     add("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
-    add("--seed", type=int, default=0, metavar="N", help="of the choice of these images (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the choice of these images (default: 0)")
     add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
-    default, help_of_out = Path("mask-validation"), "folder for the numbers and pictures above"
+    default, help_of_out = Path("mask-validation"), "folder for the numbers and pictures"
     add("--out", type=Path, default=default, metavar="DIR", help=f"{help_of_out} (default: {default})")
     return p
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
-    """Raises: UserError: values out of range, or flags that do not go together."""
+    """Refuse values out of range and flags that contradict each other."""
     if (arguments.shards is None) == (arguments.images is None):
         raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
     if arguments.images is not None and arguments.set is not None:

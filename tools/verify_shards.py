@@ -21,12 +21,11 @@ import time
 from pathlib import Path
 
 try:
-    from cfmask.files import remove_leftovers, write_atomically
-
     from cfmask.convert import verification
     from cfmask.convert.set_verification import SetReport, as_json, checks_of, find_sets, report_on
     from cfmask.errors import UserError
     from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.files import remove_leftovers, write_atomically
     from cfmask.runtime.throughput import format_bytes, throughput_bar
     from cfmask.runtime.work import Work
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""WiSE-FT: mix a zero-shot and a fine-tuned model, see what each share gives, keep the best.
+"""WiSE-FT: mix a zero-shot and a fine-tuned model, evaluate each mixture, keep the best.
 
     python tools/wise_ft.py ZERO FINE --alphas 0 0.1 0.2 0.3 0.4 0.5 0.6 0.7 0.8 0.9 1 --shards DIR --sets imagenet v2 r
     python tools/wise_ft.py ZERO FINE --alphas 0 0.25 0.5 0.75 1 --shards DIR --sets val sketch --holdout holdout
-    python tools/wise_ft.py ZERO FINE --alphas 0.5 --out DIR                 the model alone: DIR/model.safetensors
+    python tools/wise_ft.py ZERO FINE --alphas 0.5 --out DIR               write DIR/model.safetensors, evaluate nothing
 
 θ = (1-α)·θ_zeroshot + α·θ_finetuned over tower and head (Wortsman et al., CVPR 2022). Data is read once for all α, and
-weights are mixed on the device. Among several, --holdout chooses the α that is saved: never a test set.
+weights are mixed on the device. With several α, the best on --holdout is saved; a test set is refused there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--alphas", nargs="+", type=float, default=[0.5], metavar="α", help="shares of FINE, in 0…1 (default: 0.5)"
     )
-    parser.add_argument("--holdout", metavar="SET", help="folder under --shards that chooses which α is saved")
+    parser.add_argument("--holdout", metavar="SET", help="folder under --shards; the α that is best there is saved")
     add_arguments(parser, sets_required=False)
     arguments = parser.parse_args(argv)
 
@@ -49,18 +49,20 @@ def main(argv: list[str] | None = None) -> int:
     code, run = carry_out("wise-ft", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    from cfmask import report  # scipy and matplotlib take a second to import
+    # Imported here, because scipy and matplotlib take a second to import.
+    from cfmask.report import charts, summary
+    from cfmask.report.results import read_results
 
-    report.show(run, "WiSE-FT")
-    results = report.read_results(run.root)
+    summary.show(run, "WiSE-FT")
+    results = read_results(run.root)
     if results.sets and len(results.models) > 1:
-        report.sweep_chart(results, run.root / "sweep.png", results.split)
+        charts.sweep_chart(results, run.root / "sweep.png", results.split)
         print(run.root / "sweep.png")
     if results.chosen is not None:
         on = f", the best on {results.chosen_on}" if results.chosen_on else ""
         print(f"{results.models[results.chosen].name}{on}: {run.final}")
     else:
-        print("No model was saved: there are several α. --holdout SET chooses one, or --alphas names one.")
+        print("No model was saved: there are several α. Choose one with --holdout SET, or name one with --alphas.")
     return 0
 
 

@@ -16,7 +16,7 @@ from isal.isal_zlib import crc32
 from cfmask.data.shard_index import Index, index_path, load_index, parse_index, read_index, write_index
 from cfmask.data.shards import Shard
 from cfmask.errors import UserError
-from cfmask.runtime.files import sync
+from cfmask.runtime.files import sync, write_atomically
 from cfmask.runtime.machine import aside_of
 
 BAD_SAMPLES = "bad_samples.jsonl"

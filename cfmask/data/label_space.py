@@ -13,15 +13,12 @@ from cfmask.data.shards import Manifest
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """The classes that may be predicted on a set, and which of them are right.
-
-    ids: (A,) int64, sorted: the classes that may be predicted. The others' logits are left out before argmax and
-        softmax.
-    right: (C, C) bool, [label, prediction]: whether a prediction is right; None: only the label is.
-    """
+    """The classes that may be predicted on a set, and which predictions are right."""
 
     ids: Tensor
+    """(A,) int64, sorted: classes that may be predicted. Other logits are removed before argmax and softmax."""
     right: Tensor | None = None
+    """(C, C) bool, [label, prediction]: whether the prediction is right; None: only the label is."""
 
     def to(self, device: torch.device) -> LabelSpace:
         return LabelSpace(self.ids.to(device), None if self.right is None else self.right.to(device))
@@ -30,8 +27,8 @@ class LabelSpace:
 def label_space_of(manifest: Manifest) -> LabelSpace:
     """The label space of a set by the paper's rules.
 
-    ImageNet-R and -A: the set's 200 classes. ObjectNet: the 125 ImageNet classes that its 113 classes stand for, and
-    each of those of the image's class is right. Other sets: all classes.
+    ImageNet-R and -A: the set's 200 classes. ObjectNet: the 125 ImageNet classes that its 113 classes map to; all that
+    the image's class maps to are right. Other sets: all classes.
     """
     if manifest.split in (benchmarks.IMAGENET_R.name, benchmarks.IMAGENET_A.name):
         subset = set(benchmarks.wnids(manifest.split))

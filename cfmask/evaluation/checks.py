@@ -1,4 +1,4 @@
-"""What can be checked of an evaluation's models and sets before a job is queued. Nothing here imports torch."""
+"""Checks of an evaluation's models and sets before a job is queued. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ logger = logging.getLogger(__name__)
 
 
 def chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
-    """Models as the flags name them, with --checkpoint applied to the folders of training runs. Raises UserError if it
-    would do nothing."""
+    """Models as the flags name them, with --checkpoint applied to the folders of training runs.
+
+    Raises:
+        UserError: --checkpoint would do nothing.
+    """
     runs = [Path(path) for path in paths if is_training_run(path)]
     if checkpoint == BEST:
         if not runs:
             raise UserError(
-                f"--checkpoint {BEST} would do nothing: none of the models is the folder of a training run, and other "
-                "paths are taken as they are. Leave it out, or name the run's folder."
+                f"--checkpoint {BEST} would do nothing: it applies to folders of training runs, and none of the models "
+                "is one. Leave it out, or name a run's folder."
             )
         return [RunFolder(path).checkpoints / POINTER if path in runs else path for path in map(Path, paths)]
     for path in runs:
         if not RunFolder(path).final.exists():
-            logger.info(f"note: {path} has not finished: its latest checkpoint stands for it.")
+            logger.info(f"note: {path} has not finished; its latest checkpoint is used.")
     return [Path(path) for path in paths]
 
 
 def set_folder(shards: str, name: str) -> str:
-    """The folder under --shards that a name stands for: the folder's name, or a short name of a set of the paper."""
+    """The folder under --shards for a name in flags: a folder's name, or the short name of one of the paper's sets."""
     if name in benchmarks.ALIASES and (is_remote(shards) or not (Path(shards) / name).is_dir()):
         return benchmarks.ALIASES[name]
     return name
@@ -50,35 +53,35 @@ def set_folder(shards: str, name: str) -> str:
 
 
 def check_set(manifest: Manifest, *, allow_count_mismatch: bool = False) -> None:
-    """Refuse a copy of a known set that is not what it should be: it gives a wrong number without any error.
+    """Refuse an incomplete or altered copy of a known set, whose accuracy would be wrong without any error.
 
     Raises:
-        UserError: other counts, or other classes, than the set of this name has.
+        UserError: counts or classes differ from the published ones.
     """
     deviations = benchmarks.deviations_of(manifest)
     if deviations and not allow_count_mismatch:
         raise UserError(
-            f"{manifest.root} is no whole copy of {manifest.split}: {', '.join(deviations)}. Convert a whole copy, or "
-            "take this one with --allow-count-mismatch."
+            f"{manifest.root} is not a complete copy of {manifest.split}: {', '.join(deviations)}. Convert a complete "
+            "copy, or accept this one with --allow-count-mismatch."
         )
 
 
 def check_classes(manifest: Manifest, classes: Sequence[str]) -> None:
-    """Refuse a set with another class list than a model's, in its order.
+    """Refuse a set whose class list differs from the model's.
 
     Raises:
-        UserError: labels and answers would not mean the same.
+        UserError: other classes, or another order.
     """
     if tuple(wnid for wnid, _ in manifest.classes) != tuple(classes):
         raise UserError(
-            f"The set {manifest.root} has {manifest.num_classes} classes, the model {len(classes)}, or they are in "
-            "another order: labels and answers would not mean the same. Convert the set with the class list that the "
-            "model was trained on."
+            f"The set {manifest.root} ({manifest.num_classes} classes) and the model ({len(classes)} classes) have "
+            "different class lists, or another order: labels and predictions would not mean the same. Convert the set "
+            "with the class list that the model was trained on."
         )
 
 
 def load_sets_of(evaluation: Evaluation, *, check_files: bool = True) -> dict[str, Manifest]:
-    """The sets that an evaluation reads, by name. Raises UserError if a set is not what it should be."""
+    """The sets that an evaluation reads, by name. Raises UserError if one is missing, incomplete or altered."""
     names = [*evaluation.sets, *([evaluation.chooses_on] if evaluation.chooses_on else [])]
     sets = load_sets(evaluation.shards, names, check_files=check_files)
     for manifest in sets.values():
@@ -90,28 +93,26 @@ def load_sets_of(evaluation: Evaluation, *, check_files: bool = True) -> dict[st
 
 
 def check_models_and_sets(evaluation: Evaluation) -> None:
-    """Check everything about models and sets that is known before a job is queued.
+    """Check everything about models and sets that can be known before a job is queued.
 
     Raises:
-        UserError: models or sets that do not belong together, or are not what they should be.
+        UserError: models or sets that do not fit together, or are incomplete or altered.
     """
     infos: list[ModelInfo] = []
     for path in evaluation.models:
         info = read_info(path)
         if info is None or not info.classes:
             raise UserError(
-                f"{path} is not a cfmask model file with a head. cfmask writes one to RUN/model.safetensors; "
-                "tools/build_head.py makes one of other programs' checkpoints."
+                f"{path} is not a cfmask model file with a head. Training writes one to RUN/model.safetensors; "
+                "tools/build_head.py converts checkpoints of other programs."
             )
         if infos and isinstance(evaluation, (WiseFT, UniformSoup)):
             check_same_kind(info, infos[0], path, than=evaluation.models[0])
         elif infos and info.classes != infos[0].classes:
-            raise UserError(
-                f"{path} and {evaluation.models[0]} differ in classes: they cannot be evaluated side by side."
-            )
+            raise UserError(f"{path} and {evaluation.models[0]} differ in classes. Evaluate them in two commands.")
         infos.append(info)
     if is_remote(evaluation.shards):
-        return  # read when they are needed, through the nodes' cache
+        return  # sets behind a URL are read by the job, through the nodes' cache
     sets = load_sets_of(evaluation)
     for manifest in sets.values():
         if infos:
@@ -121,19 +122,19 @@ def check_models_and_sets(evaluation: Evaluation) -> None:
         if holdout is not None and sets[name].digest == holdout.digest:
             raise UserError(
                 f"--holdout {evaluation.chooses_on} and the set {name} of --sets have the same images: a set that "
-                "chooses a model cannot test it as well. Leave one of them out."
+                "chooses a model cannot test it as well. Omit one of them."
             )
 
 
 def check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bool) -> None:
-    """Refuse test sets that choose a model (``check_selection``); print which checkpoint each held-out set has chosen.
+    """Refuse test sets that choose a model (``check_selection``); log which checkpoint each held-out set has chosen.
 
     Args:
-        models: as ``chosen_models`` gives them.
+        models: from ``chosen_models``.
         allowed: whether a test set may choose.
 
     Raises:
-        UserError: a test set chooses and ``allowed`` is false, or the other way round; a soup with one model twice.
+        UserError: a test set chooses and ``allowed`` is false; ``allowed`` has no effect; or a soup has a model twice.
     """
     on_test_set = False
     if evaluation.chooses_on is not None:
@@ -147,8 +148,8 @@ def check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bo
             other = steps.setdefault((origin.run, origin.step), file)
             if other != file:
                 raise UserError(
-                    f"{other} and {file} are one model, that of step {origin.step} of {origin.run}, which would count "
-                    "twice in the soup. Leave one of them out."
+                    f"{other} and {file} are the same model (step {origin.step} of {origin.run}), which would count "
+                    "twice in the soup. Omit one of them."
                 )
         if path.name != POINTER or origin.run is None or origin.chosen_on is None:
             continue
@@ -162,5 +163,5 @@ def check_choices(evaluation: Evaluation, models: Sequence[Path], *, allowed: bo
             tested = manifest_if_there(find_set(evaluation.shards, name))
             if name == origin.chosen_on or (manifest and tested and manifest.digest == tested.digest):
                 what = f"{origin.chosen_on} has chosen the checkpoint of {origin.run}"
-                logger.warning(f"{what}, which is overrated on {name}.")
+                logger.warning(f"{what}: its accuracy on {name} is too high.")
     refuse_idle_flag(allowed, on_test_set)

@@ -1,8 +1,8 @@
-"""Counts of models on sets, over all ranks, kept in the run folder.
+"""Counts of models on sets, over all ranks, saved in the run folder.
 
-A set is read once for all models. Ranks take batches in turn, and counts are integers: the result is the same for any
-number of ranks. Counts are kept from time to time, with the number of batches that they are of: an evaluation that is
-interrupted resumes after the last of them, on any number of ranks.
+A set is read once for all models. Ranks take batches in turn, and counts are integers, so that the result is the same
+for any number of ranks. Counts are saved from time to time with their number of batches; an interrupted evaluation
+resumes after these, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -44,21 +44,21 @@ from cfmask.session import StopRequest, autocast
 logger = logging.getLogger(__name__)
 
 KEEP_S, LOG_S = 30.0, 5.0
-"""Seconds between two times that counts are kept, and between two lines of progress."""
+"""Seconds between two saves of the counts, and between two lines of progress."""
 
 Candidates = Iterable[tuple[Classifier, Normalise]]
-"""Models on the device, each with the normalisation of its pixels. A model is valid until the next one is asked for."""
+"""Models on the device, each with its normalisation of pixels. A model is valid until the next one is requested."""
 
 
 class Stopped(Exception):
-    """A stop was requested, which ``args`` holds. What was counted until then is kept."""
+    """A stop was requested, which ``args`` holds. The counts so far are saved."""
 
 
 class SetCounter:
-    """Counts of each stage and set, over all ranks; kept in RUN/progress.safetensors.
+    """Counts of each stage and set, over all ranks, saved in RUN/progress.safetensors.
 
     sets, label_spaces: by name.
-    images: how many images have been counted; ``announce`` says how many there are to count.
+    images: number of images that have been counted.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class SetCounter:
         sets: dict[str, Manifest],
         stop_request: StopRequest,
     ) -> None:
-        self._evaluation, self._run, self._place, self._stop_request = evaluation, run, context, stop_request
+        self._evaluation, self._run, self._context, self._stop_request = evaluation, run, context, stop_request
         self.sets = sets
         self.label_spaces = {name: label_space_of(manifest).to(context.device) for name, manifest in sets.items()}
         self.device, self.is_main_process = context.device, context.rank == 0
@@ -87,13 +87,13 @@ class SetCounter:
             self._bar = tqdm(unit="image", initial=self.images, dynamic_ncols=True, mininterval=pace)
 
     def announce(self, names: Sequence[str]) -> None:
-        """Announce the sets that will be counted (a set that is counted twice, twice), for the progress bar."""
+        """State the sets that will be counted, for the progress bar; a set that is counted twice is named twice."""
         self._total = sum(self.sets[name].num_samples for name in names)
         if self._bar is not None:
             self._bar.total = self._total
 
     def check_classes(self, classes: Sequence[str]) -> None:
-        """Raises UserError if a set has another class list than the models."""
+        """Raises UserError if the class list of a set differs from the models'."""
         for manifest in self.sets.values():
             check_classes(manifest, classes)
 
@@ -105,9 +105,9 @@ class SetCounter:
         """Count models on a set, over all ranks.
 
         Args:
-            stage: tells apart several counts on one set.
+            stage: distinguishes several counts on one set.
             name: of the set.
-            called: what an error calls the models, one name each.
+            called: name of each model in errors.
 
         Raises:
             Stopped: a stop was requested on some rank; raised on all ranks.
@@ -129,13 +129,13 @@ class SetCounter:
         return counts
 
     def _count_rest(self, key: str, name: str, models: Candidates, total: Counts, done: int) -> None:
-        """Add to ``total`` the batches of a set after the first ``done``, and keep it from time to time.
+        """Add to ``total`` the batches of a set after the first ``done``, and save it from time to time.
 
         Raises:
-            Stopped: a stop was requested; ``total`` is kept.
+            Stopped: a stop was requested; ``total`` is saved.
         """
         manifest, label_space, device = self.sets[name], self.label_spaces[name], self.device
-        size, world, last = self._evaluation.batch_size, self._place.world_size, self._num_batches(manifest)
+        size, world, last = self._evaluation.batch_size, self._context.world_size, self._num_batches(manifest)
         fresh = Counts(len(total.not_finite), manifest.num_classes, device)
         reducer = AsyncMetricReducer(device)
         if self._bar is not None:
@@ -154,7 +154,7 @@ class SetCounter:
             reducer.add({"overdue": Sum(overdue), **stop_metrics(self._stop_request())})
             reducer.send(done)
             beat(WAITING)
-            # The requests of one batch ago: no rank waits for the slowest, and all ranks read the same values.
+            # Requests of the previous batch: no rank waits for the slowest, and all ranks read the same values.
             asked, keep = None, False
             for reduced in reducer.receive(before=done):
                 asked, keep = stop_of(reduced), bool(reduced.scalar("overdue"))
@@ -176,7 +176,7 @@ class SetCounter:
 
         Args:
             names: of the sets.
-            rows: an entry of ``models`` for each model, to which its results are added: its ``name``, and more.
+            rows: the entry of each model in ``models``, with its ``name``; its results are added.
         """
         called = [row["name"] for row in rows]
         counted = {name: self.count("sets", name, models, called) for name in names}
@@ -194,18 +194,18 @@ class SetCounter:
         return {"sets": about, "models": entries}
 
     def _rounds(self, manifest: Manifest, model: Classifier, done: int) -> Iterator[Any]:
-        """A batch a round, until no rank has one; None in the last round if there is none for this rank."""
-        size, world = self._evaluation.batch_size, self._place.world_size
+        """The rank's batch of each round; None in the last round if there is none for this rank."""
+        size, world = self._evaluation.batch_size, self._context.world_size
         workers = self._evaluation.loader_workers
         batches = eval_batches(
             manifest,
             image_size=model.image_size,
             batch_size=size,
-            rank=self._place.rank,
+            rank=self._context.rank,
             world_size=world,
-            loader_workers=self._place.loader_workers if workers is None else workers,
+            loader_workers=self._context.loader_workers if workers is None else workers,
             start=done,
-            pin_memory=self._place.device.type == "cuda",
+            pin_memory=self._context.device.type == "cuda",
         )
         for _ in range(done, self._num_batches(manifest), world):
             yield next(batches, None)
@@ -237,7 +237,7 @@ class SetCounter:
         self._logged_at, self._logged_images = now, self.images
 
     def _keep(self, key: str, done: int, counts: Counts) -> None:
-        """Keep the counts. A full disk is a warning only: after an interruption they are counted again."""
+        """Save the counts. A full disk causes a warning only: after an interruption, the set is counted again."""
         self._kept[key] = done, {n: t.cpu() for n, t in counts.tensors().items()}
         self._kept_at = time.monotonic()
         if not self.is_main_process:
@@ -248,16 +248,16 @@ class SetCounter:
         try:
             replace_tensors(self._run.progress, tensors, {**about, "digest": _digest_of(tensors, about)})
         except OSError as error:
-            logger.warning(f"{self._run.progress} cannot be written ({error}); counting goes on")
+            logger.warning(f"{self._run.progress} cannot be written ({error}); counting continues")
 
     def _kept_images(self) -> int:
         return sum(int(counted["per_class"][0, :, 0].sum()) for _, counted in self._kept.values())
 
     def _read(self) -> dict[str, tuple[int, dict[str, Tensor]]]:
-        """The counts that an earlier start has kept; none, if they are of other models or sets, or are damaged.
+        """The counts that an earlier start has saved; none if they are damaged, or of other models or sets.
 
         Raises:
-            StorageUnavailable: it cannot be read.
+            StorageUnavailable: the file cannot be read.
         """
         path = self._run.progress
         try:
@@ -266,19 +266,20 @@ class SetCounter:
             return {}
         try:
             tensors = safetensors.torch.load(data)
+            # Parsed here, because safetensors reads metadata from files only.
             about = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])["__metadata__"]
             digest = about.pop("digest")
             if digest != _digest_of(tensors, about):
-                raise ValueError("its digest is not that of its counts")
+                raise ValueError("its digest differs from that of its counts")
             if about["facts"] != self._facts:
-                logger.info("Models or sets are not what they were: all is counted anew.")
+                logger.info("Models or sets have changed since the last start: counting starts again.")
                 return {}
             return {
                 key: (done, {name: tensors[f"{key}|{name}"] for name in Counts.NAMES})
                 for key, done in json.loads(about["batches"]).items()
             }
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            logger.warning(f"{path} is not what was written ({error}): all is counted anew.")
+            logger.warning(f"{path} is damaged ({error}): counting starts again.")
             return {}
 
 

@@ -1,12 +1,12 @@
-"""Where an evaluated model comes from: its run, its step, and what chose that step. results.json keeps it for each
-model of an evaluation, and tables print it."""
+"""The origin of an evaluated model: its run, its step, and what chose that step. results.json has it for each model,
+and tables print it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,27 +20,25 @@ from cfmask.runtime.jsonl import read_object
 
 LAST, BEST = "last", "best"
 CHOICES = (LAST, BEST)
-"""Which checkpoint of a run is meant by its folder: that of its last step, or the best on its held-out set."""
+"""The checkpoint that a run's folder stands for: that of the last step, or the best on the held-out set."""
 
 
 @dataclass(frozen=True)
 class ModelOrigin:
-    """The source of a model file.
-
-    file: the model file.
-    run: the training run that it is of; None: a file of no run, or a model that an evaluation made.
-    step: the optimizer step that it is of.
-    chosen: what chose this step, in words: "last", "best on holdout" …
-    chosen_on: the set that chose it, if one did.
-    top1: its accuracy there, in percent.
-    """
+    """The origin of a model file."""
 
     file: str
+    """Path of the model file."""
     run: str | None = None
+    """Folder of its training run; None: it is of no run, or an evaluation made it."""
     step: int | None = None
+    """Its optimizer step."""
     chosen: str = "a file of no run"
+    """What chose this step, in words: "last", "best on holdout" …"""
     chosen_on: str | None = None
+    """The set on which it was chosen, if any."""
     top1: float | None = None
+    """Its accuracy on that set, in percent."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,11 +50,11 @@ class ModelOrigin:
 
 
 def settled(model: Path) -> Path:
-    """The path of a model file without links and relative parts, except links inside its run folder (checkpoints on
-    another disk): the run is known by where the file lies.
+    """The absolute path of a model file, with links resolved except inside its run folder (checkpoints may be a link to
+    another disk), because ``origin_of`` finds the run by the path.
 
     Args:
-        model: a file, as ``find_model`` gives it.
+        model: a file, from ``find_model``.
     """
     file = Path(os.path.abspath(model))
     run = origin_of(file).run
@@ -64,10 +62,10 @@ def settled(model: Path) -> Path:
 
 
 def origin_of(model: str | Path) -> ModelOrigin:
-    """What is known of a model file by where it lies. Where the run's records cannot be read, less is known.
+    """The origin of a model file by its path and the run's records; incomplete if these cannot be read.
 
     Args:
-        model: a file, as ``find_model`` gives it.
+        model: a file, from ``find_model``.
     """
     path = Path(model)
     inside = path.parent.parent.name == "checkpoints" and re.fullmatch(r"step-[0-9]+", path.parent.name) is not None
@@ -106,50 +104,36 @@ def _of_checkpoint(path: Path, run: RunFolder) -> ModelOrigin:
 
 
 def is_training_run(path: str | Path) -> bool:
-    """Whether a path is the folder of a training run, whose checkpoint is open to choice."""
+    """Whether a path is the folder of a training run, and so stands for one of several checkpoints."""
     run = RunFolder(Path(path))
     return Path(path).is_dir() and run.has_work() and isinstance(run.work(), Recipe)
 
 
-def describe(origins: Iterable[ModelOrigin], names: Mapping[str, str]) -> str:
-    """A sentence for a table: which checkpoints its figures are of; "" if none is of a training run.
+def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
+    """A sentence for a table that names the checkpoints of its rows; "" if none is of a training run.
 
     Args:
-        names: what the table calls a model, by its file.
+        rows: by name of a row, the origins of its models, one for each seed.
     """
     parts = []
-    for origin in origins:
-        if origin.run is not None:
+    for name, origins in rows.items():
+        seeds = []
+        for origin in origins:
+            step = "an unknown step" if origin.step is None else f"step {origin.step:,}"
             accuracy = "" if origin.top1 is None else f" ({origin.top1:.2f} %)"
-            step = "an unknown step" if origin.step is None else f"step {origin.step}"
-            parts.append(f"{names.get(origin.file, Path(origin.run).name)}: {step}, {origin.chosen}{accuracy}")
+            if origin.run is not None:
+                seeds.append(f"{step}, {origin.chosen}{accuracy}")
+        if seeds:
+            parts.append(f"{name}: {' / '.join(seeds)}")
     return f"Checkpoints: {'; '.join(parts)}." if parts else ""
 
 
-def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
-    """A sentence for a table of several seeds: which checkpoints its rows are of; "" if it is not known of any.
-
-    Args:
-        rows: by label, the models of training runs that a row is made of, one a seed.
-    """
-    parts = []
-    for label, origins in rows.items():
-        steps: dict[str, list[str]] = {}
-        for origin in origins:
-            steps.setdefault(origin.chosen, []).append("unknown" if origin.step is None else f"{origin.step:,}")
-        chosen = "; ".join(f"{how}, step {', '.join(found)}" for how, found in steps.items())
-        if chosen:
-            parts.append(f"{label}: {chosen}")
-    return f"Checkpoints by row and seed — {'. '.join(parts)}." if parts else ""
-
-
 def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """Names that tell models apart: their paths without the parts that all have in common at either end."""
-    parts = [list(Path(path).absolute().parts) for path in paths]
-    if len(parts) < 2:
+    """Short distinct names of models: their paths without the parts at either end that all have in common."""
+    if len(paths) < 2:
         return [str(path) for path in paths]
-    while len({each[0] for each in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [each[1:] for each in parts]
-    while len({each[-1] for each in parts}) == 1 and min(map(len, parts)) > 1:
-        parts = [each[:-1] for each in parts]
-    return ["/".join(each) for each in parts]
+    parts = [Path(path).absolute().parts for path in paths]
+    most = min(map(len, parts)) - 1
+    start = min(most, len(os.path.commonprefix(parts)))
+    end = min(most - start, len(os.path.commonprefix([each[::-1] for each in parts])))
+    return ["/".join(each[start : len(each) - end]) for each in parts]

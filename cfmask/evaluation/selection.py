@@ -1,7 +1,7 @@
 """Which sets may choose a model: a checkpoint, WiSE-FT's α, the ingredients of a soup.
 
-A set that has chosen a model overrates it. The paper chooses on 10,240 images that are held out of ImageNet's training
-set; ImageNet's validation set and the five shifted sets are there for evaluation alone.
+On a set that has chosen a model, the model's accuracy is too high. The paper chooses on 10,240 images that are held out
+of ImageNet's training set; ImageNet's validation set and the five shifted sets are for evaluation alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from cfmask.errors import UserError
 logger = logging.getLogger(__name__)
 
 HOLDOUT = "holdout"
-"""The set that tools/make_shards.py --holdout takes out of the training set."""
+"""Name of the set that tools/make_shards.py --holdout splits off the training set."""
 IMAGENET_VAL = "ImageNet's validation set"
 FLAG = "--select-on-test-set"
 FLAG_HELP = (
-    "choose on a set that is known as a test set, which is refused otherwise: its accuracies are then too high, and "
-    "not comparable with published ones"
+    "choose on a known test set, which is refused otherwise: accuracies on it are then too high, and not comparable "
+    "with published ones"
 )
 _NAMES = re.compile(
     r"(?<![a-z])(imagenet|ilsvrc|in(?=[^a-z]|v2))[^a-z0-9]*(\d+k?[^a-z0-9]*)?(img[^a-z0-9]*)?"
@@ -45,19 +45,19 @@ _NAMES = re.compile(
     r"|object[^a-z0-9]?net(?![a-z])"
     r"|(?<![a-z])test(set)?(?![a-z])"
 )
-"""Names of test sets as people write them, in lower case: imagenetv2-matched-frequency, wds_objectnet, in1k-val …"""
+"""Usual names of test sets, in lower case: imagenetv2-matched-frequency, wds_objectnet, in1k-val …"""
 
 
 def known_test_set(name: str, manifest: Manifest | None = None) -> str | None:
-    """The test set that a set is, by its name or by what is in it; None if it is not known as one.
+    """The test set that a set is, by its name or content; None if it is not a known one.
 
-    Short names (``val``, ``imagenet``, ``v2``, ``r`` …) are used for other data as well, and mean the paper's sets only
-    with ImageNet's 1000 classes. A set is recognised by its counts under any folder name, except ImageNet-V2, which
-    has as many images and classes as a held-out set of 10,000.
+    Short names (``val``, ``imagenet``, ``v2``, ``r`` …) are common for other data as well, and mean the paper's sets
+    only with ImageNet's 1000 classes. Under any folder name, a set is recognised by its counts, except ImageNet-V2,
+    which has as many images and classes as a held-out set of 10,000.
 
     Args:
-        name: of its folder, or a path of it.
-        manifest: of the set; None: it is not available.
+        name: its folder, or a path of it.
+        manifest: of the set; None: not available.
     """
     names = {PurePath(name).name}
     if manifest is not None:
@@ -84,15 +84,15 @@ def known_test_set(name: str, manifest: Manifest | None = None) -> str | None:
 
 
 def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed: bool) -> bool:
-    """Refuse a choice on a test set unless the user requested it with ``FLAG``; then print a warning.
+    """Refuse a choice on a test set, unless the user allowed it with ``FLAG``; then log a warning.
 
     Args:
-        what: the choice, as the user gave it, such as "--holdout objectnet".
-        name, manifest: the set, as for ``known_test_set``.
+        what: the choice as the user gave it, such as "--holdout objectnet".
+        name, manifest: the set, as in ``known_test_set``.
         allowed: whether ``FLAG`` was given.
 
     Returns:
-        Whether it is a test set.
+        Whether the set is a test set.
 
     Raises:
         UserError: it is a test set, and ``allowed`` is false.
@@ -102,13 +102,13 @@ def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed:
         return False
     called = name if test_set == name else f"{name} ({test_set})"
     why = (
-        f"{what} chooses a model on {called}, which is a test set: the accuracy of what it chooses is too high there, "
-        "and no longer comparable with the paper's, which chooses on images held out of the training set"
+        f"{what} chooses a model on {called}, which is a test set: the model's accuracy there is too high, and not "
+        "comparable with the paper's, which chooses on images held out of the training set"
     )
     if not allowed:
         raise UserError(
-            f"{why}. Choose on such a set (tools/make_shards.py imagenet … --holdout 10240 makes it: {HOLDOUT}), or go "
-            f"on in spite of this with {FLAG}."
+            f"{why}. Choose on held-out images (tools/make_shards.py imagenet … --holdout 10240 makes the set "
+            f"{HOLDOUT}), or allow the test set with {FLAG}."
         )
     logger.warning(f"{why} ({FLAG}).")
     return True
@@ -117,18 +117,18 @@ def check_selection(what: str, name: str, manifest: Manifest | None, *, allowed:
 def refuse_idle_flag(allowed: bool, on_test_set: bool) -> None:
     """Raises UserError if ``FLAG`` was given and nothing is chosen on a test set."""
     if allowed and not on_test_set:
-        raise UserError(f"{FLAG} would do nothing: no set that is known as a test set chooses here. Leave it out.")
+        raise UserError(f"{FLAG} would do nothing: no known test set chooses a model here. Leave it out.")
 
 
 # --- images that are trained on ---------------------------------------------------------------------------------------
 
 
 def trained_on(chooses: Manifest, train: Manifest) -> str | None:
-    """Which images of a set that chooses are in the training set as well, as happens when the two were split by
-    different seeds; in a sentence, None if there are none.
+    """A sentence about images of a set that chooses that are in the training set as well; None if there are none. This
+    happens when the two sets were split by different seeds.
 
-    One conversion with --holdout splits without overlap, and its facts are in both manifests. Otherwise the indexes of
-    both sets are compared; behind a URL they are not, which is a warning.
+    One conversion with --holdout splits without overlap and records this in both manifests. Otherwise the indexes of
+    both sets are compared, or, if one is behind a URL, a warning is logged.
 
     Raises:
         UserError: an index cannot be read.
@@ -139,23 +139,23 @@ def trained_on(chooses: Manifest, train: Manifest) -> str | None:
         return None
     if isinstance(train.root, str) or isinstance(chooses.root, str):
         logger.warning(
-            f"{chooses.root} and {train.root} are not of one conversion with --holdout, and their samples are "
-            "not compared behind a URL: make sure that no image that chooses is trained on."
+            f"{chooses.root} and {train.root} are not from one conversion with --holdout, and sets behind a URL are "
+            "not compared. Make sure that they share no image."
         )
         return None
     shared = _shared_keys(chooses, train)
     if not shared:
         return None
     return (
-        f"{len(shared):,} of the {chooses.num_samples:,} images of {chooses.root} are in {train.root} as well, "
-        f"{shared[0]} for one: checkpoints would be chosen on images that they were trained on. Two conversions with "
-        "another seed or number of --holdout split differently."
+        f"{len(shared):,} of the {chooses.num_samples:,} images of {chooses.root} are in {train.root} as well, for "
+        f"example {shared[0]}: checkpoints would be chosen on images that they were trained on. Conversions with "
+        "another seed or another number of --holdout split differently."
     )
 
 
 def _shared_keys(chooses: Manifest, train: Manifest) -> list[str]:
-    """Keys of samples that are in both sets. Sets other than ImageNet may give different images one name (cat/001.jpg):
-    there the images' bytes must be equal too. Bytes of different stores cannot be compared."""
+    """Keys of samples that are in both sets. In sets other than ImageNet, different images may have the same name
+    (cat/001.jpg): there the bytes of the images must be equal as well, which only equal stores can show."""
     alike = (chooses.store, chooses.image_size) == (train.store, train.image_size)
     unique_names = tuple(wnid for wnid, _ in train.classes) == imagenet.wnids()
     if not (alike or unique_names):
@@ -176,7 +176,7 @@ def _shared_keys(chooses: Manifest, train: Manifest) -> list[str]:
 
 
 def _images_by_key(index: Index, chosen: NDArray[np.bool_] | None = None) -> dict[bytes, tuple[int, int | None]]:
-    """Size and CRC of the images of a shard's samples, or of those ``chosen``; no CRC where none was computed."""
+    """Size and CRC of the image of each sample of a shard, or of those ``chosen``; None if no CRC was computed."""
     rows = np.arange(len(index)) if chosen is None else np.flatnonzero(chosen)
     members = index.image[rows]
     sizes = index.size[members].tolist()

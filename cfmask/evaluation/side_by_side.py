@@ -15,7 +15,7 @@ from cfmask.models.tower import Classifier, Normalise
 
 
 def evaluate(evaluation: Evaluation, counter: SetCounter) -> dict[str, Any]:
-    """Count all models on all sets; ``sets`` and ``models`` of results.json."""
+    """Count all models on all sets. Returns ``sets`` and ``models`` of results.json."""
     models, classes = load_side_by_side(evaluation.models, counter.device)
     counter.check_classes(classes)
     counter.announce(evaluation.sets)
@@ -25,13 +25,13 @@ def evaluate(evaluation: Evaluation, counter: SetCounter) -> dict[str, Any]:
 def load_side_by_side(
     paths: Sequence[str], device: torch.device
 ) -> tuple[list[tuple[Classifier, Normalise]], tuple[str, ...]]:
-    """Load models of one input size and one class list, of any architecture.
+    """Load models of any architecture that share input size and class list.
 
     Returns:
-        The models on the device with the normalisation of their pixels, and the class list.
+        The models on the device with their normalisation of pixels, and the class list.
 
     Raises:
-        UserError: models of several input sizes or class lists.
+        UserError: models with different input sizes or class lists.
     """
     loaded: list[tuple[Classifier, Normalise]] = []
     first: tuple[Classifier, ModelInfo] | None = None
@@ -39,11 +39,11 @@ def load_side_by_side(
         model, info = load_model(path)
         first = first or (model, info)
         if info.classes != first[1].classes:
-            raise UserError(f"{path} and {paths[0]} differ in classes: they cannot be evaluated side by side.")
+            raise UserError(f"{path} and {paths[0]} differ in classes. Evaluate them in two commands.")
         if model.image_size != first[0].image_size:
             raise UserError(
-                f"{path} takes images of {model.image_size} pixels, {paths[0]} of {first[0].image_size}: sets are read "
-                "once for all models. Evaluate them in two commands."
+                f"{path} takes images of {model.image_size} pixels, {paths[0]} of {first[0].image_size}, but sets are "
+                "read once for all models. Evaluate them in two commands."
             )
         loaded.append((model.to(device).eval().requires_grad_(False), Normalise(info.mean, info.std).to(device)))
     assert first is not None

@@ -1,8 +1,8 @@
-"""Model soups (Wortsman et al., "Model soups", ICML 2022): average the weights of models that were fine-tuned from one
-start.
+"""Model soups (Wortsman et al., "Model soups", ICML 2022): average the weights of models that were fine-tuned from the
+same initial weights.
 
-A uniform soup averages all of them. A greedy soup tries them best first, and leaves out each that makes accuracy on a
-held-out set worse.
+A uniform soup averages all of them. A greedy soup tries them best first, and omits each that lowers the accuracy on a
+held-out set.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfmask.errors import UserError
 from cfmask.evaluation.counter import SetCounter
 from cfmask.evaluation_spec import GreedySoup, UniformSoup
 from cfmask.models.head import ModelInfo, load_alike, save_model
@@ -29,8 +28,8 @@ def evaluate(evaluation: UniformSoup, counter: SetCounter, run: RunFolder) -> di
     """Choose the ingredients, write their average to RUN/model.safetensors, and evaluate it.
 
     Returns:
-        results.json's ``sets``, ``models``, ``ingredients`` and ``chosen``, and of a greedy soup what
-        ``choose_ingredients`` returns.
+        ``sets``, ``models``, ``ingredients`` and ``chosen`` of results.json, and for a greedy soup those of
+        ``choose_ingredients``.
     """
     ingredients = list(evaluation.models)
     choice: dict[str, Any] = {}
@@ -53,8 +52,8 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
     """The ingredients of a greedy soup, in the order in which they were added.
 
     Returns:
-        Their paths; and results.json's ``chosen_on``, ``holdout`` (top-1 in percent of each model alone) and ``tried``
-        (of each soup that was tried).
+        Their paths, and of results.json ``chosen_on``, ``holdout`` (top-1 in percent of each model alone) and ``tried``
+        (each soup that was tried, with its top-1).
     """
     alike = list(load_alike(paths))
     info = alike[0][1]
@@ -66,7 +65,7 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
     mixed = copy.deepcopy(alone[0][0])
 
     def score(numbers: list[int]) -> int:
-        # On the CPU, like the soup that is saved.
+        # Averaged on the CPU, like the soup that is saved.
         mixed.load_state_dict(average({k: v.cpu() for k, v in alone[i][0].state_dict().items()} for i in numbers))
         stage = "soup of " + " ".join(map(str, numbers))
         called = [f"The soup of {', '.join(paths[i] for i in numbers)}"]
@@ -83,37 +82,31 @@ def choose_ingredients(paths: Sequence[str], holdout: str, counter: SetCounter) 
 
 
 def average(states: Iterable[StateDict]) -> dict[str, Tensor]:
-    """The mean of weights, added in the order given. One state is in memory at a time beside the sum, which is in fp64,
-    so that rounding does not grow with the number of ingredients.
-
-    Raises:
-        UserError: no states, or of several architectures.
-    """
+    """The mean of weights, added in the order given. One state at a time is in memory beside the sum, which is fp64 so
+    that rounding does not grow with the number of ingredients."""
     total: dict[str, Tensor] = {}
     first: StateDict = {}
     count = 0
     for state in states:
         if not total:
             first, total = state, {key: torch.zeros_like(value, dtype=torch.float64) for key, value in state.items()}
-        _check_alike(first, state)
         for key, value in total.items():
             value += state[key]
         count += 1
-    if not count:
-        raise UserError("A soup of no models: name at least one.")
     return {key: (value / count).to(first[key].dtype) for key, value in total.items()}
 
 
 def greedy_soup(accuracies: Sequence[int], score: Callable[[list[int]], int]) -> list[int]:
-    """The greedy soup (algorithm 1 of the paper): models are tried by falling accuracy on the held-out set, and each is
-    added if the average with it is not worse there than without it.
+    """The greedy soup (algorithm 1 of the paper): models are tried in order of decreasing accuracy on the held-out set,
+    ties in the order given. Each is added if the average with it is not worse there than without it.
 
     Args:
         accuracies: right predictions of each model alone.
-        score: right predictions of the average of some models, by their numbers; called in the same order every time.
+        score: right predictions of the average of some models, given their numbers. The order of calls is
+        deterministic.
 
     Returns:
-        Numbers of the models, in the order in which they were added. Of equals, the one that was named first.
+        Numbers of the models, in the order in which they were added.
     """
     order = sorted(range(len(accuracies)), key=lambda i: -accuracies[i])
     chosen, best = order[:1], accuracies[order[0]]
@@ -125,7 +118,7 @@ def greedy_soup(accuracies: Sequence[int], score: Callable[[list[int]], int]) ->
 
 
 def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
-    """The average of models, on the CPU. One model is in memory at a time beside the sum."""
+    """The average of models, on the CPU. One model at a time is in memory beside the sum."""
     kept: list[tuple[Classifier, ModelInfo]] = []
 
     def states() -> Iterator[StateDict]:
@@ -138,10 +131,3 @@ def averaged_model(paths: Sequence[str]) -> tuple[Classifier, ModelInfo]:
     model, info = kept[0]
     model.load_state_dict(mean)
     return model, info
-
-
-def _check_alike(one: StateDict, other: StateDict) -> None:
-    if one.keys() != other.keys() or any(one[k].shape != other[k].shape for k in one):
-        raise UserError(
-            "These two models have different tensors: weights can be averaged within one architecture only."
-        )

@@ -26,11 +26,11 @@ from cfmask.runs import RunFolder
 
 
 def evaluate(evaluation: WiseFT, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
-    """Evaluate the mixture at each α, and write the chosen one to RUN/model.safetensors: the only α, or the α with the
-    best accuracy on the held-out set, the first of equals. Without a held-out set, none of several is chosen.
+    """Evaluate the mixture at each α, and write one to RUN/model.safetensors: that of a single α, or the one with the
+    best accuracy on the held-out set (of ties, the first). Of several without a held-out set, none is chosen.
 
     Returns:
-        results.json's ``sets`` and ``models``, and with a choice ``chosen``, ``chosen_on`` and ``holdout``: top-1 in
+        ``sets`` and ``models`` of results.json, and with a choice ``chosen``, ``chosen_on`` and ``holdout``: top-1 in
         percent of each α on the held-out set.
     """
     alphas, holdout = evaluation.alphas, evaluation.holdout
@@ -54,23 +54,22 @@ def evaluate(evaluation: WiseFT, counter: SetCounter, run: RunFolder) -> dict[st
 def interpolate_into(
     mixed: Mapping[str, Tensor], zero_shot: Mapping[str, Tensor], fine_tuned: Mapping[str, Tensor], alpha: float
 ) -> None:
-    """Write (1-α)·zero_shot + α·fine_tuned into the tensors of ``mixed``: a sweep over α needs the memory of one model
-    beside the two."""
+    """Write (1-α)·zero_shot + α·fine_tuned into the tensors of ``mixed``, so that a sweep over α needs the memory of
+    one model beside the two."""
     for key, out in mixed.items():
         torch.mul(zero_shot[key], 1 - alpha, out=out)
         out.add_(alpha * fine_tuned[key])
 
 
 class Mixtures:
-    """The model at each α, on the device. All of them share one model, whose weights are replaced when the next α is
-    asked for.
+    """Iterates over the mixtures at each α, on the device. They share one model, whose weights each iteration replaces.
 
     info: metadata of both models.
     """
 
     def __init__(self, paths: Sequence[str], alphas: Sequence[float], device: torch.device) -> None:
         if len(paths) != 2:
-            raise UserError(f"WiSE-FT mixes two models, zero-shot and fine-tuned; there are {len(paths)}.")
+            raise UserError(f"WiSE-FT mixes two models, zero-shot and fine-tuned, not {len(paths)}.")
         (zero, self.info), (fine, _) = load_alike(paths)
         self._paths, self._alphas = paths, alphas
         self._zero, self._fine = zero.to(device).state_dict(), fine.to(device).state_dict()

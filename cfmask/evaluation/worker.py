@@ -1,4 +1,4 @@
-"""One process of an evaluation job: makes the models that an Evaluation asks for, and counts them on its sets."""
+"""One process of an evaluation job: makes an Evaluation's models, and counts their right predictions on its sets."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def run_evaluation(
     stop_request: StopRequest = lambda: None,
     failing: FailureCallback = lambda error: None,
 ) -> str:
-    """Evaluate until everything is counted or a stop is requested. Takes and returns what ``train.train`` does.
+    """Evaluate until everything is counted or a stop is requested. Arguments and result are those of ``train.train``.
 
     Raises:
-        UserError: models that do not belong together or to the sets, a set that is not what it should be, a sample
-            that cannot be read, logits that are not finite, another job on the folder.
+        UserError: models that do not fit together or to the sets, an incomplete set, a sample that cannot be read,
+            logits that are not finite, or another job in the folder.
     """
     choose_arithmetic(evaluation.precision, deterministic=True)
     with session(run, context, failing) as (store, leaving):
         is_main_process = context.rank == 0
         evaluation.checked()
-        asked_for = evaluation
+        requested = evaluation
         # A run's best checkpoint is known when the run has ended, which may be long after the evaluation was queued.
         models = (patiently(partial(find_model, path), path) for path in evaluation.models)
         evaluation = replace(evaluation, models=tuple(map(str, models)))
         sets = load_sets_of(evaluation, check_files=is_main_process)
-        asked = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
-        check_agreement({"the evaluation": asked, **{f"the set {name}": each.digest for name, each in sets.items()}})
+        digest = hashlib.sha256(evaluation.to_json().encode()).hexdigest()[:12]
+        check_agreement({"the evaluation": digest, **{f"the set {name}": each.digest for name, each in sets.items()}})
         if isinstance(evaluation, ZeroShot):
             build = partial(zero_shot.build, evaluation, run, sets[evaluation.sets[0]].classes, str(context.device))
             rank_0_first(store, context, "the zero-shot head", build)
@@ -68,15 +68,15 @@ def run_evaluation(
         try:
             results = _evaluate(evaluation, counter, run)
         except Stopped as stopped:
-            [asked] = stopped.args
+            [request] = stopped.args
             if is_main_process:
-                logger.info(f"asked to stop ({asked}) after {counter.images} images")
-                run.end_attempt(f"stopped after {counter.images} images ({asked})")
-            return asked
+                logger.info(f"stop requested ({request}) after {counter.images} images")
+                run.end_attempt(f"stopped after {counter.images} images ({request})")
+            return request
         if is_main_process:
             facts = {
-                "evaluation": json.loads(mask_secrets(asked_for.to_json())),
-                "of": files_of(asked_for) | files_of(evaluation),
+                "evaluation": json.loads(mask_secrets(requested.to_json())),
+                "of": files_of(requested) | files_of(evaluation),
                 "checkpoints": [origin_of(path).to_json() for path in evaluation.models],
             }
             write_atomically(run.results, json.dumps({**facts, **results}, indent=2))
@@ -88,7 +88,7 @@ def run_evaluation(
 
 
 def _evaluate(evaluation: Evaluation, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
-    """Make the models, choose among them, and count them: results.json's entries, as spec.py describes them."""
+    """Make the models, choose among them, and count them. Returns entries of results.json."""
     match evaluation:
         case ZeroShot():
             return zero_shot.evaluate(evaluation, counter, run)

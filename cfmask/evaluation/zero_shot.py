@@ -14,8 +14,8 @@ from cfmask.runs import RunFolder
 
 
 def build(evaluation: ZeroShot, run: RunFolder, classes: tuple[tuple[str, str], ...], device: str) -> None:
-    """Write RUN/model.safetensors with a zero-shot head for ``classes``, if it is not there. Head rows are kept while
-    they are computed: an interrupted build resumes after them.
+    """Write RUN/model.safetensors with a zero-shot head for ``classes``, unless it exists. Rows of the head are saved
+    while they are computed; an interrupted build resumes after them.
 
     Args:
         classes: (folder name, display name) of each.
@@ -37,7 +37,7 @@ def build(evaluation: ZeroShot, run: RunFolder, classes: tuple[tuple[str, str], 
 
 
 def evaluate(evaluation: ZeroShot, counter: SetCounter, run: RunFolder) -> dict[str, Any]:
-    """Count the model that ``build`` has written; ``sets`` and ``models`` of results.json."""
+    """Count the model that ``build`` wrote. Returns ``sets`` and ``models`` of results.json."""
     models, classes = load_side_by_side([str(run.final)], counter.device)
     counter.check_classes(classes)
     counter.announce(evaluation.sets)

@@ -1,80 +1,14 @@
-"""What evaluations found, as tables and pictures: results.json (cfmask/evaluation_spec.py has its layout) to Markdown,
-LaTeX and PNG.
+"""Results as tables and charts: from results.json (described in cfmask/evaluation_spec.py) to Markdown, LaTeX and PNG.
 
-    results.py      what is in a results.json; a ResultRow is a line of a table (one model, or a recipe's models of
-                    several seeds), a Split says which sets are in-distribution and which are the shifted ones
+    results.py      the content of a results.json; a ResultRow is a row of a table (one model, or a recipe's models of
+                    several seeds), a Split says which set is in-distribution and which are shifted
     tables.py       Markdown and LaTeX, alone and beside the paper's numbers
-    robustness.py   effective robustness: above the line through zero-shot models
+    robustness.py   effective robustness: accuracy above the line through zero-shot models
     charts.py       bars, reliability, WiSE-FT's sweep, effective robustness
-    summary.py      what the tools print of an evaluation, and write beside its results
+    curves.py       loss and accuracy of runs over steps
+    masks.py        tables, curves and a contact sheet of a validation of masks
+    summary.py      what a command prints of an evaluation, and writes beside its results
+    figures.py      style, legends and files of charts
+
+scipy and matplotlib take a second to import: commands import charts, curves and summary when they need them.
 """
-
-from cfmask.report.charts import bar_chart, effective_robustness, reliability_chart, sweep_chart
-from cfmask.report.results import (
-    AVERAGE,
-    Estimate,
-    ModelResult,
-    ResultRow,
-    Results,
-    SetInfo,
-    SetResult,
-    Split,
-    combined_noise,
-    read_results,
-    rows_of,
-)
-from cfmask.report.robustness import (
-    LogitFit,
-    RobustnessPanel,
-    clipped_logit,
-    effective_values,
-    fit_logits,
-    robustness_panels,
-    robustness_table,
-)
-from cfmask.report.summary import named_rows, show
-from cfmask.report.tables import (
-    PUBLISHED,
-    Difference,
-    comparison,
-    differences,
-    latex_table,
-    latex_text,
-    markdown_table,
-    table,
-)
-
-__all__ = [
-    "AVERAGE",
-    "PUBLISHED",
-    "Difference",
-    "Estimate",
-    "LogitFit",
-    "ModelResult",
-    "Results",
-    "RobustnessPanel",
-    "ResultRow",
-    "SetInfo",
-    "SetResult",
-    "Split",
-    "bar_chart",
-    "clipped_logit",
-    "combined_noise",
-    "comparison",
-    "differences",
-    "effective_robustness",
-    "effective_values",
-    "fit_logits",
-    "latex_table",
-    "latex_text",
-    "markdown_table",
-    "named_rows",
-    "read_results",
-    "reliability_chart",
-    "robustness_panels",
-    "robustness_table",
-    "rows_of",
-    "show",
-    "sweep_chart",
-    "table",
-]

@@ -1,43 +1,29 @@
-"""What a validation of masks found: a table, curves over thresholds, and a contact sheet.
+"""Reports of a validation of masks: a table, curves over thresholds, and a contact sheet.
 
 table.md  results.json      image masking rate, object masking rate and IoU by model, group and threshold
 curves.png                  the same over thresholds
-sheet.png                   of the last model: image, object, mask, overlap
+sheet.png                   image, object, mask and overlap, by the last model
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rc_context
 from torch import Tensor
 
 from cfmask.data.segmented import Segmented
 from cfmask.evaluation.mask_validation import Part, Tallies, Validation
 from cfmask.masking.validation import add_up, coverage, mask_rates, masks_at
-from cfmask.report.charts import pyplot
+from cfmask.report.figures import STYLE, legend_below, new_figure, save
 from cfmask.report.tables import table
 from cfmask.runtime.files import write_atomically
 
 RATES = ("image masking rate", "object masking rate", "IoU")
-
-
-@dataclass(frozen=True)
-class _Findings:
-    """A validation, what its parts add up to, and the keys of samples without a mask."""
-
-    validation: Validation
-    totals: Tallies
-    missing: list[str]
-
-    @classmethod
-    def of(cls, validation: Validation, parts: Sequence[Part]) -> _Findings:
-        totals = [add_up(of_model) for of_model in zip(*(p.tallies for p in parts if p.tallies), strict=True)]
-        return cls(validation, totals, [key for part in parts for key in part.missing])
 
 
 def write_report(
@@ -47,24 +33,25 @@ def write_report(
 
     Args:
         segmentation: path of the masks.
-        count: images on the contact sheet; 0 draws none.
+        count: number of images on the contact sheet; 0: no sheet.
         seed: of the choice of these images.
 
     Returns:
-        the table, and the files.
+        The table, and the files.
 
     Raises:
-        UserError: a sample of the contact sheet cannot be read.
-        OSError: a file cannot be written.
+        UserError: a sample of the contact sheet cannot be read, or an image file cannot be written.
+        OSError: another file cannot be written.
     """
-    findings = _Findings.of(validation, parts)
-    text = _as_text(findings)
+    totals = [add_up(of_model) for of_model in zip(*(p.tallies for p in parts if p.tallies), strict=True)]
+    missing = [key for part in parts for key in part.missing]
+    text = _as_text(validation, totals, missing)
     write_atomically(out / "table.md", text + "\n")
     results = {
         "set": validation.segmented.where,
         "segmentation": segmentation,
         "thresholds": list(validation.thresholds),
-        "without_mask": len(findings.missing),
+        "without_mask": len(missing),
         "without_image": len(validation.segmented.left_out),
         "models": [
             {
@@ -74,23 +61,26 @@ def write_report(
                 "first_block": method.first_block,
                 "groups": {group: sums.to_result() for group, sums in of_model.items()},
             }
-            for path, method, of_model in zip(validation.paths, validation.methods, findings.totals, strict=True)
+            for path, method, of_model in zip(validation.paths, validation.methods, totals, strict=True)
         ],
     }
     write_atomically(out / "results.json", json.dumps(results, indent=2))
-    _draw_curves(out / "curves.png", findings)
+    _draw_curves(out / "curves.png", validation, totals)
     written = [out / "table.md", out / "results.json", out / "curves.png"]
     if count and (samples := _choose(validation, count, seed)):
         _draw_sheet(out / "sheet.png", validation, samples)
         written.append(out / "sheet.png")
     elif count:
-        text += "\n\nNo contact sheet: none of the images that were chosen for it has a pixel of the object."
+        text += "\n\nNo contact sheet: none of the chosen images has a pixel of the object."
     return text, written
 
 
-def _as_text(findings: _Findings) -> str:
-    """A table a model: thresholds × groups × rates."""
-    validation, totals = findings.validation, findings.totals
+def _as_text(validation: Validation, totals: Tallies, missing: Sequence[str]) -> str:
+    """A table for each model, of rates by threshold and group.
+
+    Args:
+        missing: keys of samples without a mask.
+    """
     blocks = []
     for path, method, of_model in zip(validation.paths, validation.methods, totals, strict=True):
         header = ["threshold", *(f"{group}: {rate}" for group in of_model for rate in ("image", "object", "IoU"))]
@@ -104,59 +94,46 @@ def _as_text(findings: _Findings) -> str:
         f"{group} {int(sums.images)} ({int(sums.images - sums.with_object)})" for group, sums in totals[0].items()
     )
     notes = [f"Images (without a pixel of the object): {counts}."]
-    for why, names in (("they have no mask", findings.missing), ("they are missing", validation.segmented.left_out)):
+    for why, names in (("they have no mask", missing), ("they are missing", validation.segmented.left_out)):
         if names:
-            notes.append(f"Left out, because {why}: {len(names)}, {names[0]} for one.")
+            notes.append(f"Excluded because {why}: {len(names)}, for example {names[0]}.")
     if validation.segmented.note:
         notes.append(validation.segmented.note)
     return "\n\n".join([*blocks, " ".join(notes)])
 
 
-def _draw_curves(out: Path, findings: _Findings) -> None:
-    """Rates over thresholds: a panel a rate and group, a line a model."""
-    plt = pyplot()
-    totals, paths, thresholds = findings.totals, findings.validation.paths, findings.validation.thresholds
+@rc_context(STYLE)
+def _draw_curves(out: Path, validation: Validation, totals: Tallies) -> None:
+    """Rates over thresholds: a panel for each rate and group, a line for each model."""
     groups = list(totals[0])
-    figure, axes = plt.subplots(
-        len(groups),
-        len(RATES),
-        figsize=(3.4 * len(RATES), 2.5 * len(groups) + 0.5),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    order = np.argsort(thresholds)
-    x = np.array(thresholds)[order]
+    figure = new_figure(2.5 * len(groups), width=3.4 * len(RATES))
+    axes = figure.subplots(len(groups), len(RATES), squeeze=False, sharex=True, sharey=True)
+    order = np.argsort(validation.thresholds)
+    x = np.array(validation.thresholds)[order]
     for row, group in zip(axes, groups, strict=True):
         for number, (axis, rate) in enumerate(zip(row, RATES, strict=True)):
-            for path, of_model in zip(paths, totals, strict=True):
+            for path, of_model in zip(validation.paths, totals, strict=True):
                 values = 100 * np.array(of_model[group].means()[number])[order]
                 axis.plot(x, values, "o-", markersize=3, linewidth=1.2, label=path)
-            if rate == RATES[1] and len(paths) == 1:
+            if rate == RATES[1] and len(validation.paths) == 1:
                 by_chance = 100 * np.array(totals[0][group].means()[0])[order]
                 axis.plot(x, by_chance, ":", color="grey", linewidth=1, label="by chance")
-            axis.grid(alpha=0.3)
-            axis.set_ylim(-3, 103)  # a line at 0 or 100 is seen whole
+            axis.set_ylim(-3, 103)  # lines at 0 and 100 are visible
             if group == groups[0]:
-                axis.set_title(f"{rate}, %", fontsize=9)
+                axis.set_title(f"{rate}, %")
             if group == groups[-1]:
-                axis.set_xlabel("threshold", fontsize=8)
+                axis.set_xlabel("threshold")
         count = int(totals[0][group].images)
-        row[0].set_ylabel(f"{group} ({count} image{'s' * (count != 1)})", fontsize=9)
-    handles, labels = axes[0][1].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=max(1, min(3, 120 // max(map(len, labels)))), fontsize=8
-    )
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+        row[0].set_ylabel(f"{group} ({count} image{'s' * (count != 1)})")
+    legend_below(figure, *axes[0][1].get_legend_handles_labels())
+    save(figure, out, dpi=110)
 
 
 # --- contact sheet ----------------------------------------------------------------------------------------------------
 
 
 def _choose(validation: Validation, count: int, seed: int) -> list[Segmented]:
-    """Samples to look at: of each group in turn, with an object where there is one."""
+    """Samples for the contact sheet, with a pixel of the object, from each group in turn."""
     rng = np.random.default_rng(seed)
     everything = [i for chunk in validation.segmented.chunks for i in chunk.ids]
     ids = rng.permutation(everything)[: 8 * count].tolist()
@@ -174,8 +151,7 @@ def _choose(validation: Validation, count: int, seed: int) -> list[Segmented]:
 
 
 def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented]) -> None:
-    """Contact sheet of the last model: image, M_seg, M_CAM and their overlap at the threshold of its method."""
-    plt = pyplot()
+    """Draw image, object, mask and their overlap, by the last model at the threshold of its method."""
     model, method = validation.models[-1], validation.methods[-1]
     assert method.threshold is not None and method.mask is not None
     cam, classes = validation.relevance(model, method, samples)
@@ -184,9 +160,8 @@ def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented])
     found = mask_rates(mask.cpu(), coverage(segmentation, model.patch_size))
 
     size, patch = model.image_size, model.patch_size
-    figure, axes = plt.subplots(
-        len(samples), 4, figsize=(8, 2.15 * len(samples) + 0.5), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(2.15 * len(samples) + 0.5)
+    axes = figure.subplots(len(samples), 4, squeeze=False)
     for i, (row, sample) in enumerate(zip(axes, samples, strict=True)):
         picture = sample.image.permute(1, 2, 0).numpy()
         grid = mask[i, 0].cpu().view(model.visual.grid_size).numpy().repeat(patch, 0).repeat(patch, 1)
@@ -206,8 +181,7 @@ def _draw_sheet(out: Path, validation: Validation, samples: Sequence[Segmented])
     figure.suptitle(
         f"threshold {method.threshold:g}; right: green is both, orange object alone, blue mask alone", fontsize=9
     )
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    save(figure, out, dpi=110)
 
 
 def _percent(share: float | Tensor) -> str:
@@ -216,14 +190,14 @@ def _percent(share: float | Tensor) -> str:
 
 
 def _lit(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture, pale where the mask is not."""
+    """The picture, pale outside of the mask."""
     shown = picture.copy()
     shown[~mask] = 255 - (255 - shown[~mask]) // 5
     return shown
 
 
 def _overlap(picture: np.ndarray, there: np.ndarray, masked: np.ndarray) -> np.ndarray:
-    """The picture in grey; where it is object or mask or both, coloured."""
+    """The picture in grey, with colours for object, mask, and both."""
     grey = picture.mean(2, keepdims=True).repeat(3, 2) * 0.5 + 96
     colours = {(True, True): (0, 158, 115), (True, False): (213, 94, 0), (False, True): (0, 114, 178)}
     for (in_object, in_mask), colour in colours.items():

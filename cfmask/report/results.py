@@ -1,4 +1,4 @@
-"""What is in a results.json, which set plays which part, and what several seeds come to."""
+"""The content of a results.json, the role of each set, and estimates over several seeds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cfmask.evaluation.model_origin import ModelOrigin
 from cfmask.evaluation_spec import Evaluation
 
 IMAGENET = (VAL.name, "imagenet")
-"""Names that ImageNet's validation set goes by."""
+"""Folder names of ImageNet's validation set."""
 
 AVERAGE = "Avg."
 LABELS = {
@@ -29,7 +29,7 @@ LABELS = {
     OBJECTNET.name: "ObjectNet",
     IMAGENET_A.name: "A",
 }
-"""The columns of papers' tables."""
+"""Column headings, as in papers."""
 
 _Z = 1.959963984540054
 
@@ -38,68 +38,84 @@ _Z = 1.959963984540054
 
 
 @dataclass(frozen=True)
-class SetInfo:
-    """A set; classes: among how many the answer is looked for."""
-
-    samples: int
-    classes: int
-
-
-@dataclass(frozen=True)
 class SetResult:
-    """What a model answered on a set.
-
-    top1, interval: percent; the interval is Wilson's of 95 %.
-    ece: expected calibration error, in 0…1.
-    calibration: by bin of the confidence: samples, right answers, sum of the confidences (each in 0…1).
-    per_class: right answers and samples by class.
-    """
+    """A model's result on a set."""
 
     correct: int
+    """Number of right predictions."""
     total: int
+    """Number of samples."""
     top1: float
+    """Percent."""
     interval: tuple[float, float]
+    """95 % interval of top1 in percent, Wilson's."""
     ece: float
+    """Expected calibration error, in 0…1."""
     calibration: tuple[tuple[int, int, float], ...]
+    """For each bin of the confidence: samples, right predictions, and the sum of the confidences (each in 0…1)."""
     per_class: dict[str, tuple[int, int]]
+    """Right predictions and samples of each class."""
+
+    @classmethod
+    def from_json(cls, name: str, values: Mapping[str, Any]) -> SetResult:
+        """The inverse of ``Counts.result``, for the set ``name``. Raises UserError if no sample was counted."""
+        if not values["total"]:
+            raise UserError(f"No sample of {name} was counted: an empty set has no accuracy. Evaluate without it.")
+        low, high = values["interval"]
+        return cls(
+            values["correct"],
+            values["total"],
+            values["top1"],
+            (low, high),
+            values["ece"],
+            tuple((n, correct, confidence) for n, correct, confidence in values["calibration"]),
+            {name: (correct, n) for name, (correct, n) in values["per_class"].items()},
+        )
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model's results by set. alpha: the fine-tuned model's share, if it is a mixture."""
+    """A model's results."""
 
     name: str
+    """The name in tables."""
     sets: dict[str, SetResult]
+    """Result by name of a set."""
     alpha: float | None = None
+    """Share of the fine-tuned model in a WiSE-FT mixture; None for other models."""
 
 
 @dataclass(frozen=True)
 class Results:
-    """A results.json.
-
-    chosen: index into ``models``, and chosen_on the set that chose it; None where nothing chose.
-    origins: of the models that the evaluation took, in its order; empty in results of earlier versions.
-    """
+    """A results.json."""
 
     evaluation: Evaluation
-    sets: dict[str, SetInfo]
+    """What was evaluated."""
+    sets: tuple[str, ...]
+    """Names of the sets."""
     models: tuple[ModelResult, ...]
+    """Result of each model."""
     chosen: int | None = None
+    """Index in ``models`` of the model that was saved; None: no model was."""
     chosen_on: str | None = None
-    ingredients: tuple[str, ...] = ()
+    """The set on which it was chosen."""
     origins: tuple[ModelOrigin, ...] = ()
+    """Origin of each evaluated model, in the order of ``evaluation.models``; empty in results of earlier versions."""
 
     @property
     def split(self) -> Split:
-        """What ``Split.of`` makes of its sets; the one that chose is neither in-distribution nor shifted."""
+        """``Split.of`` its sets; a set that chose a model is neither in-distribution nor shifted."""
         return Split.of((*self.sets, *(name for model in self.models for name in model.sets)), self.chosen_on)
 
 
 def read_results(path: str | Path) -> Results:
-    """An evaluation's results, from its run folder or from the file itself.
+    """Read the results of an evaluation.
+
+    Args:
+        path: its run folder, or its results.json.
 
     Raises:
-        UserError: it cannot be read, or is no evaluation's.
+        UserError: the file cannot be read, or is not of an evaluation.
     """
     path = Path(path)
     file = path / "results.json" if path.is_dir() else path
@@ -113,16 +129,16 @@ def read_results(path: str | Path) -> Results:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}). Run the evaluation again: it writes the file anew.") from error
+        raise UserError(f"{file} is not JSON ({error}). Delete it, and run the evaluation again.") from error
     if isinstance(content, dict) and {"step", "sets"} <= content.keys():
         raise UserError(
-            f"{file} is what a training run found, not an evaluation: it has no models to compare. Evaluate the run "
-            f"with tools/evaluate.py, and name that evaluation's run folder."
+            f"{file} is of a training run, not of an evaluation: it has no models to compare. Evaluate the run with "
+            "tools/evaluate.py, and name the folder of that evaluation."
         )
     if not isinstance(content, dict) or not {"evaluation", "sets", "models"} <= content.keys():
         raise UserError(
-            f"{file} is not an evaluation's results: it lacks “evaluation”, “sets” or “models”. Name the run folder of "
-            "tools/evaluate.py, wise_ft.py or soup.py, or the results.json in it."
+            f"{file} is not of an evaluation: “evaluation”, “sets” or “models” is missing. Name a folder that "
+            "tools/evaluate.py, wise_ft.py or soup.py wrote, or the results.json in it."
         )
     try:
         return _results(content)
@@ -130,15 +146,15 @@ def read_results(path: str | Path) -> Results:
         raise UserError(f"{file}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{file} is not laid out as this version writes results ({type(error).__name__}: {error}). "
-            "Evaluate again with this version."
+            f"{file} has not the layout of this version's results ({type(error).__name__}: {error}). Evaluate again "
+            "with this version."
         ) from error
 
 
 def _results(content: Mapping[str, Any]) -> Results:
     models = tuple(
         ModelResult(
-            model["name"], {name: _set_result(name, r) for name, r in model["sets"].items()}, model.get("alpha")
+            model["name"], {name: SetResult.from_json(name, r) for name, r in model["sets"].items()}, model.get("alpha")
         )
         for model in content["models"]
     )
@@ -147,47 +163,37 @@ def _results(content: Mapping[str, Any]) -> Results:
         raise UserError(f"“chosen” is {chosen}, and there are {len(models)} models. Evaluate again.")
     return Results(
         Evaluation.from_json(json.dumps(content["evaluation"])),
-        {name: SetInfo(info["samples"], info["classes"]) for name, info in content["sets"].items()},
+        tuple(content["sets"].keys()),
         models,
         chosen,
         content.get("chosen_on"),
-        tuple(content.get("ingredients") or ()),
         tuple(ModelOrigin.from_json(each) for each in content.get("checkpoints") or ()),
     )
 
 
-def _set_result(name: str, values: Mapping[str, Any]) -> SetResult:
-    if not values["total"]:
-        raise UserError(f"no sample of {name} was counted: there is no accuracy on an empty set. Evaluate without it.")
-    low, high = values["interval"]
-    return SetResult(
-        values["correct"],
-        values["total"],
-        values["top1"],
-        (low, high),
-        values["ece"],
-        tuple((n, correct, confidence) for n, correct, confidence in values["calibration"]),
-        {name: (correct, n) for name, (correct, n) in values["per_class"].items()},
-    )
-
-
-# --- which sets are what ----------------------------------------------------------------------------------------------
+# --- the role of each set ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Split:
-    """The part that each set plays. others: shown, and in no average: what chose a model, or is of no benchmark."""
+    """The role of each set, by name."""
 
     in_distribution: str | None
+    """The set with the distribution of the training set; None: there is none."""
     shifted: tuple[str, ...]
+    """The sets under distribution shift, over which robustness is averaged."""
     others: tuple[str, ...] = ()
+    """Sets that are shown and are in no average: a set that chose a model, or is of no benchmark."""
 
     @classmethod
     def of(cls, names: Iterable[str], chosen_on: str | None = None) -> Split:
-        """The split that the names of sets suggest, where nobody has said one.
+        """The split that the names of sets suggest.
 
-        ImageNet's validation set, by its name, is in-distribution. If any of the five benchmarks is there, they are
-        the shifted ones. Otherwise all but the first set are, or all but ImageNet's.
+        ImageNet's validation set, by its name, is in-distribution; without it and without a benchmark, the first set
+        is. Shifted are those of the paper's five benchmarks that are present; without any, all other sets.
+
+        Args:
+            chosen_on: a set that chose a model, which has no role.
         """
         names = list(dict.fromkeys(names))
         known = tuple(benchmark.name for benchmark in SHIFTED if benchmark.name in names)
@@ -200,12 +206,12 @@ class Split:
 
     @classmethod
     def of_rows(cls, rows: Sequence[ResultRow]) -> Split:
-        """``of`` the sets that any row has."""
+        """The split of all sets of some rows."""
         return cls.of(name for row in rows for name in row.sets)
 
     @property
     def columns(self) -> dict[str, str | None]:
-        """Label by label the set it is of, in a table's order; None for the average, which takes two sets."""
+        """By column heading, in a table's order, its set; None for the average, which needs two shifted sets."""
         average: dict[str, str | None] = {AVERAGE: None} if len(self.shifted) > 1 else {}
         home = () if self.in_distribution is None else (self.in_distribution,)
         return {
@@ -215,14 +221,14 @@ class Split:
         }
 
     def _label(self, name: str) -> str:
-        # A set called val is ImageNet's only in ImageNet's company: other data has one as well.
+        # "val" is ImageNet's only beside ImageNet's shifted sets: other data has a set of this name as well.
         if name in IMAGENET and (name != self.in_distribution or not set(self.shifted) & set(LABELS)):
             return name
         return LABELS.get(name, name)
 
     @property
     def is_benchmark(self) -> bool:
-        """The average is that of the paper: over its five sets, and no other."""
+        """Whether the average is over the paper's five sets, and no other."""
         return set(self.shifted) == {benchmark.name for benchmark in SHIFTED}
 
 
@@ -231,29 +237,30 @@ class Split:
 
 @dataclass(frozen=True)
 class Estimate:
-    """An accuracy in percent.
-
-    low, high: of one seed, the 95 % interval over draws of the test set; of several, mean ∓ sample standard deviation.
-    noise: half of the 95 % interval, over draws of the test set and of seeds (``combined_noise``).
-    """
+    """An accuracy in percent, of one seed or averaged over several."""
 
     value: float
     low: float
+    """One seed: lower end of the 95 % interval over draws of the test set. Several: mean - standard deviation."""
     high: float
+    """The upper end, likewise."""
     noise: float
+    """Half of the 95 % interval over draws of the test set and of seeds (``combined_noise``)."""
     seeds: int
 
     @property
     def sd(self) -> float:
-        """Sample standard deviation over seeds; 0 of one."""
+        """Sample standard deviation over seeds; 0 for one seed."""
         return (self.high - self.low) / 2 if self.seeds > 1 else 0.0
 
 
 def combined_noise(sampling: float, values: Sequence[float]) -> float:
-    """Half of a 95 % interval of the mean over seeds, in percent: sqrt(sampling² + (t·sd/√n)²).
+    """Half of a 95 % interval of the mean over seeds, in percent: sqrt(sampling² + (t·sd/√n)²), where t is the 97.5 %
+    quantile of Student's t with n - 1 degrees of freedom. For one seed, ``sampling``.
 
-    sampling: half of the 95 % interval over draws of the test set. Seeds share the test set, so they do not lessen it.
-    values: by seed. t: 97.5 % quantile of Student's t with n - 1 degrees of freedom. One seed says nothing of others.
+    Args:
+        sampling: half of the 95 % interval over draws of the test set. Seeds share the test set: they do not reduce it.
+        values: by seed.
     """
     if len(values) < 2:
         return sampling
@@ -263,27 +270,28 @@ def combined_noise(sampling: float, values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class ResultRow:
-    """A line of a table: a model, or a recipe's models, one a seed, evaluated on the same sets.
+    """A row of a table.
 
     Raises:
-        UserError: no model, or models of different sets.
+        UserError: no model, or models that were evaluated on different sets.
     """
 
     name: str
+    """The name in tables."""
     per_seed: Sequence[ModelResult]
+    """One model, or the models of a recipe, one for each seed."""
 
     def __post_init__(self) -> None:
         if not self.per_seed:
-            raise UserError(f"{self.name} has no result: a row needs a model of at least one seed.")
+            raise UserError(f"The row {self.name} has no model: it needs at least one seed.")
         first = self.per_seed[0]
         for other in self.per_seed[1:]:
             for name in {**first.sets, **other.sets}:
                 counts = [model.sets[name].total if name in model.sets else 0 for model in (first, other)]
                 if counts[0] != counts[1]:
                     raise UserError(
-                        f"{self.name}: {first.name} was evaluated on {counts[0]} samples of {name}, and {other.name} "
-                        f"on {counts[1]}. Seeds make one row only if all are evaluated on the same sets: evaluate "
-                        "them again, together."
+                        f"{self.name}: {first.name} was evaluated on {counts[0]} samples of {name}, {other.name} on "
+                        f"{counts[1]}. The seeds of a row must be evaluated on the same sets: evaluate them together."
                     )
 
     @property
@@ -291,16 +299,16 @@ class ResultRow:
         return tuple(self.per_seed[0].sets)
 
     def estimate(self, name: str) -> Estimate:
-        """Top-1 on a set that the row has."""
+        """Top-1 on one of ``sets``."""
         results = [model.sets[name] for model in self.per_seed]
         half = statistics.fmean((r.interval[1] - r.interval[0]) / 2 for r in results)
         return _estimate([r.top1 for r in results], results[0].interval, half)
 
     def average(self, names: Sequence[str]) -> Estimate:
-        """Mean of the top-1 on k sets that the row has, for each seed first.
+        """Mean of the top-1 on k of ``sets``, for each seed first.
 
-        Interval of one seed: value ∓ 1.96·sqrt(Σ p_i·(1 - p_i)/n_i)/k, p_i of n_i samples right on set i: the
-        variance of a mean of independent binomial shares.
+        The interval of one seed is value ∓ 1.96·sqrt(Σ p_i·(1 - p_i)/n_i)/k, where p_i is the share of the n_i samples
+        of set i that is right: the variance of a mean of independent binomial shares.
         """
         means, halves = [], []
         for model in self.per_seed:
@@ -312,7 +320,8 @@ class ResultRow:
         return _estimate(means, (max(0.0, means[0] - half), min(100.0, means[0] + half)), half)
 
     def estimates(self, split: Split) -> dict[str, Estimate]:
-        """By label of a column; without sets that the row lacks, and without the average if one of its sets is."""
+        """By column heading; without the sets that the row lacks, and without the average if one of its sets is
+        missing."""
         values = {
             label: self.estimate(name)
             for label, name in split.columns.items()
@@ -331,6 +340,11 @@ def _estimate(values: Sequence[float], interval: tuple[float, float], sampling: 
     return Estimate(mean, mean - sd, mean + sd, noise, len(values))
 
 
-def rows_of(results: Results) -> list[ResultRow]:
-    """A row a model."""
-    return [ResultRow(model.name, (model,)) for model in results.models]
+def rows_of(models: Iterable[ModelResult], names: Sequence[str] = ()) -> list[ResultRow]:
+    """A row for each name, whose models of the same name are its seeds. Without names, a row for each model."""
+    if not names:
+        return [ResultRow(model.name, (model,)) for model in models]
+    by_name: dict[str, list[ModelResult]] = {}
+    for name, model in zip(names, models, strict=True):
+        by_name.setdefault(name, []).append(model)
+    return [ResultRow(name, per_seed) for name, per_seed in by_name.items()]

@@ -1,4 +1,4 @@
-"""Effective robustness: how far accuracy on a shifted set is above what accuracy in distribution lets expect.
+"""Effective robustness: how far accuracy on a shifted set exceeds what accuracy in distribution predicts.
 
 Taori et al., Measuring Robustness to Natural Distribution Shifts in Image Classification, NeurIPS 2020; Miller et al.,
 Accuracy on the Line, ICML 2021.
@@ -19,56 +19,55 @@ from cfmask.report.tables import markdown_text, signed, table
 
 @dataclass(frozen=True)
 class LogitFit:
-    """logit(y) = slope · logit(x) + intercept, x and y shares of right answers."""
+    """logit(y) = slope · logit(x) + intercept, where x and y are shares of right predictions."""
 
     slope: float
     intercept: float
 
     def __call__(self, x: float) -> float:
-        """Top-1 in percent that the line gives at x, the logit of one."""
+        """Predicted top-1 in percent, for x in logits."""
         return 100 * float(expit(self.slope * x + self.intercept))
 
 
 def clipped_logit(top1: float, samples: int) -> float:
-    """Logit of an accuracy in percent. 0 and 100 % have none: they are taken for half a sample more and less."""
+    """Logit of an accuracy in percent. 0 and 100 %, which have none, are moved by half a sample."""
     half = 0.5 / samples
     return float(logit(min(max(top1 / 100, half), 1 - half)))
 
 
 def fit_logits(x: Sequence[float], y: Sequence[float]) -> LogitFit:
-    """Least squares through the points of logits (Taori et al., NeurIPS 2020; Miller et al., ICML 2021).
+    """Least squares through points in logits.
 
     Raises:
-        UserError: fewer than two different x: no line goes through them, or every.
+        UserError: fewer than two different x.
     """
     if len(set(x)) < 2:
         raise UserError(
             f"A line of effective robustness cannot be fitted through {len(set(x))} in-distribution accuracy: give two "
             "or more models of different accuracy to fit on, such as the zero-shot models of two architectures."
         )
-    x_mean, y_mean = statistics.fmean(x), statistics.fmean(y)
-    slope = sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y, strict=True)) / sum((a - x_mean) ** 2 for a in x)
-    return LogitFit(slope, y_mean - slope * x_mean)
+    return LogitFit(*statistics.linear_regression(x, y))
 
 
 @dataclass(frozen=True)
 class RobustnessPanel:
-    """Models on one shifted set. points: logits in and out of distribution by model; effective: percentage points that
-    a model's top-1 is above the line."""
+    """Models on one shifted set."""
 
     fit: LogitFit
     points: dict[str, tuple[float, float]]
+    """By model, logits of the accuracy in distribution and on the shifted set."""
     effective: dict[str, float]
+    """By model, percentage points of top-1 above the line."""
 
 
 def robustness_panels(
     points: Sequence[ResultRow], fit_on: Iterable[str], split: Split | None = None
 ) -> dict[str, RobustnessPanel]:
-    """By label of a shifted set, of the models that have it.
+    """Panels by column heading of the shifted sets, each with the models that were evaluated on it.
 
     Args:
-        points: several seeds are one point, their mean.
-        fit_on: names of ``points`` through which the line goes.
+        points: models; the seeds of a row are one point, their mean.
+        fit_on: names of the ``points`` to fit the line to.
 
     Raises:
         UserError: fewer than two models to fit on, two points of one name, no in-distribution or no shifted set.
@@ -77,10 +76,10 @@ def robustness_panels(
     names = [row.name for row in points]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(
-            f"Two models are called {twice[0]}: their points could not be told apart. Name them differently."
+            f"Two models are called {twice[0]}, and their points could not be distinguished. Name them differently."
         )
     if missing := [name for name in fit_on if name not in names]:
-        raise UserError(f"{missing[0]}, to fit on, is not among the models: {', '.join(names) or 'there is none'}.")
+        raise UserError(f"{missing[0]}, to fit on, is not among the models: {', '.join(names) or 'none'}.")
     home = split.in_distribution
     if home is None or not split.shifted:
         raise UserError(
@@ -100,9 +99,9 @@ def robustness_panels(
         }
         if len(fitted := [logits[n] for n in fit_on if n in logits]) < 2:
             raise UserError(
-                f"Effective robustness on {name} needs a line through two models at least, and of those to fit on "
-                f"{len(fitted)} was evaluated on {home} and {name}. Give the zero-shot models of two or more "
-                "architectures, evaluated on both sets."
+                f"Effective robustness on {name} needs a line through two models or more, and the number of those to "
+                f"fit on that were evaluated on {home} and {name} is {len(fitted)}. Give the zero-shot models of two "
+                "or more architectures, evaluated on both sets."
             )
         fit = fit_logits(*zip(*fitted, strict=True))
         panels[label] = RobustnessPanel(fit, logits, {n: means[n][1] - fit(logits[n][0]) for n in logits})
@@ -114,8 +113,8 @@ def _samples(row: ResultRow, name: str) -> int:
 
 
 def effective_values(panels: Mapping[str, RobustnessPanel]) -> dict[str, dict[str, float]]:
-    """Effective robustness in percentage points by model, by label of a set; and their mean, of a model that has all
-    sets, if these are two at least."""
+    """Effective robustness in percentage points by model and column heading. With two shifted sets or more, models that
+    were evaluated on all of them have their mean as well."""
     names = list(dict.fromkeys(name for panel in panels.values() for name in panel.points))
     values = {name: {label: p.effective[name] for label, p in panels.items() if name in p.effective} for name in names}
     if len(panels) > 1:
@@ -126,11 +125,11 @@ def effective_values(panels: Mapping[str, RobustnessPanel]) -> dict[str, dict[st
 
 
 def robustness_table(values: Mapping[str, Mapping[str, float]]) -> str:
-    """What ``effective_robustness`` returned, as a Markdown table."""
+    """A Markdown table of ``effective_values``."""
     labels = list(dict.fromkeys(label for of_model in values.values() for label in of_model))
     lines = [[markdown_text(n), *(signed(v.get(label)) for label in labels)] for n, v in values.items()]
     note = (
-        "Top-1 above (+) or below (−) the line, in logits, through the models it is fitted on, percentage points "
-        "(Taori et al., 2020). An accuracy of 0 or 100 % is placed half a sample away from it."
+        "Percentage points of top-1 above (+) or below (−) the line that is fitted, in logits, to the models to fit on "
+        "(Taori et al., 2020). Accuracies of 0 and 100 % are moved by half a sample."
     )
     return table(["effective robustness", *map(markdown_text, labels)], lines) + "\n\n" + note

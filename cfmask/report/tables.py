@@ -1,8 +1,7 @@
-"""Results as tables, in Markdown and LaTeX, alone and beside published numbers."""
+"""Tables of results in Markdown and LaTeX, alone and beside published numbers."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from cfmask.errors import UserError
 from cfmask.report.results import AVERAGE, LABELS, Estimate, ResultRow, Split
 
 _ROUNDING = 0.05
-"""Numbers are published with one decimal."""
+"""Largest rounding error of published numbers, which have one decimal."""
 _COLUMNS = ("IN", *(LABELS[benchmark.name] for benchmark in SHIFTED), AVERAGE)
 
 
@@ -41,26 +40,26 @@ PUBLISHED: dict[str, dict[str, dict[str, float | None]]] = {
         "this method": _UNKNOWN,
     },
 }
-"""Top-1 in percent by architecture, row and column, of OpenAI's CLIP fine-tuned on ImageNet, collected from tables of
-later papers; None where no number was available."""
+"""Top-1 in percent of OpenAI's CLIP fine-tuned on ImageNet, by architecture, row and column, from tables of later
+papers; None where no number was available."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal."""
-    widths = [max(len(line[i]) for line in (header, *rows)) for i in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in rows]
-    head = "| " + " | ".join(cell.ljust(w) for cell, w in zip(header, widths, strict=True)) + " |"
-    return "\n".join([head, "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines])
+    """A Markdown table, padded to align in a terminal."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in (header, *rows)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A number beside the published one, in percent. noise: what they may differ by without meaning anything: half of
-    our 95 % interval (``Estimate.noise``) and the 0.05 that publishing rounded away."""
+    """A number beside the published one, in percent."""
 
     ours: float
     published: float
     noise: float
+    """Largest difference without meaning: half of our 95 % interval (``Estimate.noise``) and 0.05 for the rounding."""
 
     @property
     def difference(self) -> float:
@@ -70,12 +69,42 @@ class Difference:
     def within_noise(self) -> bool:
         return abs(self.difference) <= self.noise
 
+    def __str__(self) -> str:
+        mark = "≈" if self.within_noise else "▲" if self.difference > 0 else "▼"
+        return f"{mark} {signed(self.difference)}"
+
+
+@dataclass(frozen=True)
+class _Notation:
+    """How a markup writes an estimate."""
+
+    plus_minus: str
+    interval: str
+    bold: str
+    missing: str
+
+    def cell(self, e: Estimate | None, *, bold: bool = False) -> str:
+        if e is None:
+            return self.missing
+        text = f"{e.value:.1f}" if e.seeds == 1 else f"{e.value:.1f}{self.plus_minus}{e.sd:.1f}"
+        if bold:
+            text = self.bold.format(text)
+        return text if e.seeds > 1 else f"{text} {self.interval.format(f'{e.low:.1f}', f'{e.high:.1f}')}"
+
+
+_MARKDOWN = _Notation(" ± ", "({}–{})", "**{}**", "–")
+_LATEX = _Notation(r" $\pm$ ", r"{{\scriptsize [{}, {}]}}", r"\textbf{{{}}}", "--")
+
 
 def differences(
     row: ResultRow, published: Mapping[str, float | None], split: Split | None = None
 ) -> dict[str, Difference]:
-    """By label of a column, where both have a number. published: such as PUBLISHED["ViT-B-16"]["FT"]. An average is
-    compared only if it is over the paper's five sets."""
+    """Differences by column heading, where both have a number. An average is compared only if it is over the paper's
+    five sets.
+
+    Args:
+        published: by column heading, such as PUBLISHED["ViT-B-16"]["FT"].
+    """
     split = split or Split.of_rows([row])
     found = {}
     for label, estimate in row.estimates(split).items():
@@ -85,47 +114,34 @@ def differences(
     return found
 
 
-def markdown_table(
-    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
-) -> str:
-    """Top-1 in percent, with a line below that says what the numbers are. The best of a column is bold (all that look
-    the same with so many digits).
+def markdown_table(rows: Sequence[ResultRow], split: Split | None = None, *, note: str = "") -> str:
+    """Top-1 in percent, with a line below that explains the numbers. The best of each column is bold, with ties after
+    rounding.
 
     Args:
-        note: more sentences for that line.
+        note: further sentences for that line.
 
     Raises:
         UserError: no row, or none with a set.
     """
     split = checked_split(rows, split)
-    cells = _cells(rows, split, uncertainty, digits, " ± ", "({}–{})", "**{}**", "–")
+    cells = _cells(rows, split, _MARKDOWN)
     lines = [[markdown_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
-    below = " ".join(filter(None, [_note(rows, split, uncertainty), note]))
-    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + below
+    return table(["top-1 %", *map(markdown_text, split.columns)], lines) + "\n\n" + _note(rows, split, note)
 
 
-def latex_table(
-    rows: Sequence[ResultRow], split: Split | None = None, *, uncertainty: bool = True, digits: int = 1, note: str = ""
-) -> str:
-    r"""The same as a tabular, for \input in a paper; needs the package booktabs.
-
-    Raises:
-        UserError: no row, or none with a set.
-    """
+def latex_table(rows: Sequence[ResultRow], split: Split | None = None, *, note: str = "") -> str:
+    r"""The same as ``markdown_table`` as a tabular, for \input in a paper; needs the package booktabs."""
     split = checked_split(rows, split)
-    interval = r"{{\scriptsize [{}, {}]}}"
-    cells = _cells(rows, split, uncertainty, digits, r" $\pm$ ", interval, r"\textbf{{{}}}", "--")
+    cells = _cells(rows, split, _LATEX)
     lines = [[latex_text(row.name), *line] for row, line in zip(rows, cells, strict=True)]
-    header = ["", *map(latex_text, split.columns)]
-    said = " ".join(filter(None, [_note(rows, split, uncertainty), note]))
-    comments = [f"% {line}" for line in textwrap.wrap(said, 110)]
     return "\n".join(
         [
             r"% \usepackage{booktabs}",
-            *comments,
+            *(f"% {line}" for line in textwrap.wrap(_note(rows, split, note), 110)),
             rf"\begin{{tabular}}{{l{'c' * len(split.columns)}}}",
             r"\toprule",
-            " & ".join(header) + r" \\",
+            " & ".join(["", *map(latex_text, split.columns)]) + r" \\",
             r"\midrule",
             *(" & ".join(line) + r" \\" for line in lines),
             r"\bottomrule",
@@ -141,12 +157,12 @@ def comparison(
     *,
     note: str = "",
 ) -> str:
-    """Rows beside the published numbers, as a Markdown table of three lines a row: ours, published, and ours less
-    published, with ▲ or ▼ if that is more than noise (``Difference``) and ≈ if it is not.
+    """A Markdown table with three lines for each row: ours, published, and their difference. It is marked ▲ or ▼ if it
+    exceeds the noise (``Difference``), and ≈ otherwise.
 
     Args:
-        published: by the row's name, such as PUBLISHED["ViT-B-16"]; a row that it lacks has no number there.
-        note: more sentences for the line below.
+        published: by name of a row, such as PUBLISHED["ViT-B-16"].
+        note: further sentences for the line below.
 
     Raises:
         UserError: no row, or none with a set.
@@ -156,51 +172,54 @@ def comparison(
     for row in rows:
         ours, known = row.estimates(split), published.get(row.name, {})
         found = differences(row, known, split)
-        lines.append([markdown_text(row.name), *(_plain(ours.get(label)) for label in labels)])
+        lines.append([markdown_text(row.name), *(_MARKDOWN.cell(ours.get(label)) for label in labels)])
         lines.append(["published", *(f"{found[i].published:.1f}" if i in found else "–" for i in labels)])
-        lines.append(["difference", *(_marked(found[label]) if label in found else "–" for label in labels)])
+        lines.append(["difference", *(str(found.get(label, "–")) for label in labels)])
     rule = (
-        "▲ ▼: above, below the published number by more than noise. ≈: within it, |difference| ≤ half of our 95 % "
-        f"interval + {_ROUNDING} for the rounding of what is published. The interval is over draws of the test set "
-        "and, with several seeds, of these: sqrt(h² + (t·sd/√n)²), h half of the test set's, t Student's. The "
-        "published numbers' own noise is not known, and not counted."
+        "▲ ▼: above or below the published number by more than the noise. ≈: within the noise, which is half of our "
+        f"95 % interval + {_ROUNDING} for the rounding of published numbers. The interval is over draws of the test "
+        "set and, with several seeds, of seeds: sqrt(h² + (t·sd/√n)²), with h half of the test set's interval and "
+        "Student's t. The unknown noise of the published numbers is not included."
     )
     header = table(["top-1 %", *map(markdown_text, labels)], lines)
-    return f"{header}\n\n" + " ".join(filter(None, [_note(rows, split, uncertainty=True), note, rule]))
+    return f"{header}\n\n" + _note(rows, split, note, rule)
 
 
 def latex_text(text: str) -> str:
-    """Text for LaTeX: its special characters, and those of ours that pdflatex does not know, escaped."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    """Text for LaTeX, with special characters and characters that pdflatex lacks escaped."""
+    return text.translate(_LATEX_CHARACTERS)
 
 
-_LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": "$<$",
-    ">": "$>$",
-    "|": "$|$",
-    "α": r"$\alpha$",
-    "β": r"$\beta$",
-    "γ": r"$\gamma$",
-    "θ": r"$\theta$",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "−": "$-$",
-    "≤": r"$\le$",
-    "≥": r"$\ge$",
-    "→": r"$\rightarrow$",
-    "∞": r"$\infty$",
-    "–": "--",
-    "—": "---",
-    "…": r"\ldots{}",
-}
+_LATEX_CHARACTERS = str.maketrans(
+    {
+        **{c: f"\\{c}" for c in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": "$<$",
+        ">": "$>$",
+        "|": "$|$",
+        "α": r"$\alpha$",
+        "β": r"$\beta$",
+        "γ": r"$\gamma$",
+        "θ": r"$\theta$",
+        "±": r"$\pm$",
+        "×": r"$\times$",
+        "·": r"$\cdot$",
+        "−": "$-$",
+        "≤": r"$\le$",
+        "≥": r"$\ge$",
+        "→": r"$\rightarrow$",
+        "∞": r"$\infty$",
+        "–": "--",
+        "—": "---",
+        "…": r"\ldots{}",
+    }
+)
 
 
 def checked_split(rows: Sequence[ResultRow], split: Split | None) -> Split:
+    """``split``, or the one that the rows' sets suggest. Raises UserError if no row has a result to show."""
     if not rows:
         raise UserError("There is no result to show: name at least one evaluation with a model.")
     split = split or Split.of_rows(rows)
@@ -211,79 +230,40 @@ def checked_split(rows: Sequence[ResultRow], split: Split | None) -> Split:
     return split
 
 
-def _cells(
-    rows: Sequence[ResultRow],
-    split: Split,
-    uncertainty: bool,
-    digits: int,
-    plus_minus: str,
-    interval: str,
-    bold: str,
-    missing: str,
-) -> list[list[str]]:
-    """A line of cells a row; the notation is the last four arguments'."""
+def _cells(rows: Sequence[ResultRow], split: Split, notation: _Notation) -> list[list[str]]:
+    """The cells of each row. With several rows, the best of each column is bold."""
     estimates = [row.estimates(split) for row in rows]
-    best = {
-        label: max((round(e[label].value, digits) for e in estimates if label in e), default=math.nan)
-        for label in split.columns
-    }
-    lines = []
-    for of_row in estimates:
-        line = []
-        for label in split.columns:
-            if label not in of_row:
-                line.append(missing)
-                continue
-            e = of_row[label]
-            text = f"{e.value:.{digits}f}"
-            several = e.seeds > 1 and uncertainty
-            if several:
-                text += f"{plus_minus}{e.sd:.{digits}f}"
-            if len(rows) > 1 and round(e.value, digits) == best[label]:
-                text = bold.format(text)
-            if uncertainty and not several:
-                text += " " + interval.format(f"{e.low:.{digits}f}", f"{e.high:.{digits}f}")
-            line.append(text)
-        lines.append(line)
-    return lines
+    columns = []
+    for label in split.columns:
+        column = [of_row.get(label) for of_row in estimates]
+        best = max((round(e.value, 1) for e in column if e), default=None) if len(rows) > 1 else None
+        columns.append([notation.cell(e, bold=e is not None and round(e.value, 1) == best) for e in column])
+    return [list(line) for line in zip(*columns, strict=True)]
 
 
-def _note(rows: Sequence[ResultRow], split: Split, uncertainty: bool) -> str:
-    """What a table's numbers are, in sentences."""
+def _note(rows: Sequence[ResultRow], split: Split, *more: str) -> str:
+    """Sentences that explain a table's numbers, and then ``more``."""
     seeds = sorted({len(row.per_seed) for row in rows if len(row.per_seed) > 1})
-    numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else ""
-    average = AVERAGE in split.columns
     parts = []
     if seeds:
-        parts.append(f"Mean {'± sample standard deviation ' if uncertainty else ''}over {numbers} seeds.")
-    if uncertainty and any(len(row.per_seed) == 1 for row in rows):
-        of_average = ", of the average by the sets' binomial variances" if average else ""
-        parts.append(f"Of one seed, the 95 % interval over draws of the test set (Wilson's{of_average}).")
-    if average:
+        numbers = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+        parts.append(f"Mean ± sample standard deviation over {numbers} seeds.")
+    if any(len(row.per_seed) == 1 for row in rows):
+        of_average = "; for the average, from the sets' binomial variances" if AVERAGE in split.columns else ""
+        parts.append(f"Of one seed: the 95 % interval over draws of the test set (Wilson's{of_average}).")
+    if AVERAGE in split.columns:
         shifted = [label for label, name in split.columns.items() if name in split.shifted]
         parts.append(f"{AVERAGE}: mean of {', '.join(shifted)}.")
-    return " ".join(parts)
-
-
-def _plain(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "–"
-    if estimate.seeds > 1:
-        return f"{estimate.value:.1f} ± {estimate.sd:.1f}"
-    return f"{estimate.value:.1f} ({estimate.low:.1f}–{estimate.high:.1f})"
-
-
-def _marked(found: Difference) -> str:
-    mark = "≈" if found.within_noise else "▲" if found.difference > 0 else "▼"
-    return f"{mark} {signed(found.difference)}"
+    return " ".join(filter(None, [*parts, *more]))
 
 
 def markdown_text(text: str) -> str:
+    """Text for a cell of a Markdown table."""
     return text.replace("|", r"\|").replace("*", r"\*").replace("\n", " ")
 
 
 def signed(value: float | None) -> str:
-    """One decimal, a minus as wide as the plus, and no sign for what rounds to nothing; – for None."""
+    """One decimal with its sign (− is as wide as +), without one if it rounds to zero; – for None."""
     if value is None:
         return "–"
     return f"{round(value, 1) or 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0")

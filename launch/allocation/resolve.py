@@ -7,7 +7,6 @@ from the cluster file; else it is the default. An allocation does not change wha
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import shlex
@@ -23,6 +22,7 @@ from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.gpus import VISIBLE, first_visible, installed_gpus, visible_gpus
 from launch.allocation.settings import BY_NAME, GPU_SETTINGS, SLURM_ONLY, flag_of
+from launch.notification.wandb_sender import is_installed as wandb_is_installed
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +189,7 @@ def _refuse_slurm_flags(arguments: argparse.Namespace, flags: Mapping[str, Any],
             f"--nodes {flags['nodes']} needs Slurm, and {why}. Run this on a machine that has srun, or leave --nodes "
             "out."
         )
-    idle = [flag_of(name) for name in SLURM_ONLY if name in flags and name != "nodes"]
+    idle = [flag_of(name) for name in SLURM_ONLY if name in flags]
     idle += ["--after"] if arguments.after else []
     if idle:
         raise UserError(f"{', '.join(idle)} would do nothing: it is for Slurm, and {why}. Leave it out.")
@@ -204,12 +204,6 @@ def _check_notify_and_wandb(executor: str, given: Sequence[str]) -> None:
         if executor == "local":
             raise UserError(f"--wandb needs the package wandb: {sys.executable} -m pip install wandb")
         logger.warning("--wandb: this Python does not have the package wandb; the Python of the job must have it.")
-
-
-def wandb_is_installed() -> bool:
-    """Whether this Python has wandb. A folder of that name in the working directory does not count."""
-    found = importlib.util.find_spec("wandb")
-    return found is not None and found.origin is not None
 
 
 def _read_file(file: ClusterFile) -> dict[str, Any]:

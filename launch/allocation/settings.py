@@ -71,9 +71,7 @@ gpu_gres = _reader(
     f"gpu:{_GPUS}", "gpu:NUMBER or gpu:TYPE:NUMBER (other resources: [sbatch] gres in the cluster file)", _typed
 )
 gpu_of_task = _reader(
-    _GPUS.replace(r"\d+", "0*1"),
-    "1 or TYPE:1: a rank uses one GPU. --tasks-per-node is the number of ranks",
-    _typed,
+    _GPUS.replace(r"\d+", "0*1"), "1 or TYPE:1: a rank uses one GPU. --tasks-per-node is the number of ranks", _typed
 )
 whole_nodes = _reader(r"\d+", "the number of GPUs of a node; 0: train on its CPUs", lambda match: ("", int(match[0])))
 on_or_off = _reader("on|off", "on or off", lambda match: match[0])
@@ -168,6 +166,7 @@ def flag_of(name: str) -> str:
 
 
 _RANKS = (
+    Setting("nodes", count, "N", "number of nodes (default: 1)", 1),
     Setting(
         "gpus_per_node",
         gpus,
@@ -178,7 +177,6 @@ _RANKS = (
     Setting("tasks_per_node", count, "N", "ranks of a node that trains on CPUs (default: 1), or with --gpus-per-task"),
 )
 _FOR_SLURM = (
-    Setting("nodes", count, "N", "number of nodes (default: 1)", 1),
     Setting("gres", gpu_gres, "gpu[:TYPE]:N", "request the GPUs of a node with sbatch's --gres instead"),
     Setting(
         "gpus_per_task",
@@ -216,10 +214,7 @@ _FOR_SLURM = (
     Setting("dependency", text, "LIST", "jobs to wait for, as for sbatch: afterany:123,singleton"),
     Setting("array_parallelism", count, "N", "members of a sweep that may run at once (default: all)"),
     Setting(
-        "interface",
-        text,
-        "NAME",
-        "network interface between ranks (sets NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME)",
+        "interface", text, "NAME", "network interface between ranks (sets NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME)"
     ),
 )
 _SUPERVISION = (
@@ -302,10 +297,7 @@ def add_allocation_arguments(parser: argparse.ArgumentParser, *, here: bool = Fa
             f"here: in this process; auto: {local} (default: here; auto with any other of these flags)",
         )
         if here
-        else (
-            ("auto", "slurm", "local", "debug"),
-            f"auto: {local}; debug: one rank in this process (default: auto)",
-        )
+        else (("auto", "slurm", "local", "debug"), f"auto: {local}; debug: one rank in this process (default: auto)")
     )
     group.add_argument("--executor", choices=executors, default=executors[0], help=explained)
     add_setting_flags(group, SETTINGS)
@@ -329,10 +321,7 @@ def add_setting_flags(
     for setting in settings:
         explained = (help_texts or {}).get(setting.name, setting.help)
         group.add_argument(
-            setting.flag,
-            type=argument_type(setting.read),
-            metavar=setting.metavar,
-            help=explained.replace("%", "%%"),
+            setting.flag, type=argument_type(setting.read), metavar=setting.metavar, help=explained.replace("%", "%%")
         )
     group.add_argument(
         "--after",

@@ -18,8 +18,8 @@ from launch.paper.reproduction import Reproduction
 def write_table(reproduction: Reproduction) -> None:
     """Write the rows that have results, beside the published numbers, to table.md, table.tex, results.json and charts
     in the plan's folder, and print the table."""
-    # Imports scipy and matplotlib, which a command that only submits jobs does not need.
-    from cfmask import report as reports
+    # Imported here, because a command that only submits jobs needs neither scipy nor matplotlib.
+    from cfmask.report import charts, results, tables
 
     folder = reproduction.setup.folder
     rows, found, missing = [], {}, []
@@ -28,32 +28,32 @@ def write_table(reproduction: Reproduction) -> None:
         done = [name for name in row.found_in if reproduction.folder(name).results.exists()]
         models = []
         for name in done:
-            results = reports.read_results(folder / name)
-            origins.setdefault(row.word, []).extend(origin for origin in results.origins if origin.run is not None)
-            models.append(results.models[results.chosen or 0])
+            evaluated = results.read_results(folder / name)
+            origins.setdefault(row.word, []).extend(origin for origin in evaluated.origins if origin.run is not None)
+            models.append(evaluated.models[evaluated.chosen or 0])
         if len(done) < len(row.found_in):
             missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds done)" if done else ""))
         # A row without models is a line of dashes.
-        rows.append(reports.ResultRow(row.label, tuple(models) or (reports.ModelResult(row.label, {}),)))
+        rows.append(results.ResultRow(row.label, tuple(models) or (results.ModelResult(row.label, {}),)))
         found[row.word] = len(done)
     if not any(found.values()):
         print("No row of the table has results yet.")
         return
     home, *shifted = reproduction.setup.evaluation.sets
-    split = reports.Split(home, tuple(shifted))
-    published = published_rows(reports.PUBLISHED.get(reproduction.arch or "", {}))
+    split = results.Split(home, tuple(shifted))
+    published = published_rows(tables.PUBLISHED.get(reproduction.arch or "", {}))
     note = checkpoint_note({LABELS[word]: of_row for word, of_row in origins.items()})
     if published:
-        table = reports.comparison(rows, published, split, note=note)
+        table = tables.comparison(rows, published, split, note=note)
     else:
-        table = reports.markdown_table(rows, split, note=note)
+        table = tables.markdown_table(rows, split, note=note)
     if missing:
         table += f"\n\nMissing: {'; '.join(missing)}."
     write_atomically(folder / "table.md", table + "\n")
-    write_atomically(folder / "table.tex", reports.latex_table(rows, split, note=note) + "\n")
+    write_atomically(folder / "table.tex", tables.latex_table(rows, split, note=note) + "\n")
     numbers = []
     for row, shown in zip(reproduction.plan.rows, rows, strict=True):
-        different = reports.differences(shown, published.get(row.label, {}), split)
+        different = tables.differences(shown, published.get(row.label, {}), split)
         numbers.append(
             {
                 "row": row.word,
@@ -76,12 +76,12 @@ def write_table(reproduction: Reproduction) -> None:
         folder / "results.json", mask_secrets(json.dumps({"plan": reproduction.identity, "rows": numbers}, indent=2))
     )
     there = [row for row in rows if row.sets]
-    reports.bar_chart(there, folder / "bars.png", split)
+    charts.bar_chart(there, folder / "bars.png", split)
     written = ["table.md", "table.tex", "results.json", "bars.png"]
     line = [LABELS[word] for word in ("zero-shot", "ft") if found.get(word)]
     if len(line) == 2 and shifted:
         with contextlib.suppress(UserError):  # equal accuracy in distribution: no line through the two
-            reports.effective_robustness(there, line, folder / "effective_robustness.png", split)
+            charts.effective_robustness(there, line, folder / "effective_robustness.png", split)
             written.append("effective_robustness.png")
     print(f"\n{table}\n\n{folder}: {', '.join(written)}")
 
@@ -90,7 +90,7 @@ def published_rows(known: Mapping[str, Any]) -> dict[str, Any]:
     """The published numbers of one architecture by row label.
 
     Args:
-        known: an entry of report.PUBLISHED, whose keys are the paper's names of the rows.
+        known: an entry of tables.PUBLISHED, whose keys are the paper's names of the rows.
     """
     names = {"zero-shot": "zero-shot", "ft": "FT", "wise-ft": "WiSE-FT", HEADLINE: "this method"}
     return {LABELS[word]: known[name] for word, name in names.items() if name in known}

@@ -12,7 +12,7 @@ Signal handlers only set a flag. Training looks for it at every step, and the ra
 After the checkpoint, rank 0 follows launch/restarts/policy.py; the other ranks just end.
 
 In the first second of the process there are no handlers, and the shell that starts it ignores USR2 and TERM
-(``batch_script.rank_command``): a rank that a signal kills would make the job fail.
+(``sbatch.rank_command``): a rank that a signal kills would make the job fail.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ the rank under its supervisor (supervisor.py).
 
     PYTHONPATH=CODE python -u CODE/launch/ranks/start.py -u -m submitit.core._submit RUN/jobs
 
-CODE is RUN/code/0123456789ab. It comes first on PYTHONPATH (batch_script.rank_command), before what is installed.
+CODE is RUN/code/0123456789ab. It comes first on PYTHONPATH (sbatch.rank_command), before what is installed.
 
 submitit's own command begins with -m, for which Python searches the working directory first: a job that is requeued
 next week would import what the repository holds by then.

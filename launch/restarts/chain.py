@@ -3,7 +3,7 @@
 They are for sites where a job may not requeue itself. `submit.py --chain N` queues N jobs, each with
 `--dependency=afterany:` on the one before:
 
-    job 12   trains until a warning or until its time limit is near, saves a checkpoint, and ends with exit code 0
+    job 12   trains until its time limit is near or it is warned, saves a checkpoint, and ends with exit code 0
     job 13   resumes; …
     job 14   finds the run finished (or cancelled), and ends at once with exit code 0
 
@@ -47,9 +47,7 @@ class Chain:
 
     run: RunFolder
     job: str
-    """Id of this process's job."""
     before: tuple[str, ...]
-    """Ids of the chain's earlier jobs."""
 
     @classmethod
     def of_job(cls, run: RunFolder, job: str) -> Chain | None:
@@ -80,7 +78,7 @@ class Chain:
         """For this job and each one before it, the number of starts of the jobs before that one, recorded or not.
 
         Args:
-            attempts: Lines of attempts.jsonl.
+            attempts: lines of attempts.jsonl.
         """
         starts: dict[str, int] = {}
         for line in attempts:

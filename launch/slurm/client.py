@@ -173,6 +173,18 @@ def ask(*command: str, patience_s: float = PATIENCE_S, answer_s: float = ANSWER_
     return _checked(command, repeat(lambda: call(command, answer_s=answer_s), patience_s))
 
 
+def ask_about_jobs(*command: str, **wait: float) -> str:
+    """``ask``, but "" if Slurm knows none of the jobs: they ended some time ago."""
+    try:
+        return ask(*command, **wait)
+    except SlurmUnavailable:
+        raise
+    except SlurmError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        return ""
+
+
 def carry_out(*command: str, is_done: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
     """Run a command that changes something. If its answer is lost, check whether it was carried out before repeating
     it.
@@ -222,14 +234,7 @@ def show_job(job: str, **wait: float) -> dict[str, str]:
     Raises:
         SlurmUnavailable: The controller does not answer.
     """
-    try:
-        text = ask("scontrol", "--oneliner", "show", "job", job, **wait)
-    except SlurmUnavailable:
-        raise
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return {}
-        raise
+    text = ask_about_jobs("scontrol", "--oneliner", "show", "job", job, **wait)
     return next(iter(parse_records(text, first="JobId")), {})
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from launch.slurm.client import PATIENCE_S, SlurmError, SlurmUnavailable, ask
+from launch.slurm.client import PATIENCE_S, ask, ask_about_jobs
 from launch.slurm.states import is_over
 
 
@@ -64,14 +64,7 @@ def queue_of_name(name: str, **wait: float) -> dict[str, SlurmJob]:
 def _squeue(*which: str, **wait: float) -> dict[str, SlurmJob]:
     shown = ",".join(f"{field}:|" for field in _FIELDS)
     # By default squeue hides some jobs that are alive, so ask for all states and drop ended jobs here.
-    try:
-        text = ask("squeue", "--noheader", "--array", "--states=all", *which, "--Format", shown, **wait)
-    except SlurmUnavailable:
-        raise
-    except SlurmError as error:
-        if "Invalid job id" in str(error):  # all of them ended some time ago
-            return {}
-        raise
+    text = ask_about_jobs("squeue", "--noheader", "--array", "--states=all", *which, "--Format", shown, **wait)
     rows = [line.split("|")[: len(_FIELDS)] for line in text.splitlines() if line.count("|") >= len(_FIELDS)]
     return {
         id: SlurmJob(id, state, start, eligible, int(restarts or 0), reason, nodes)

@@ -57,7 +57,7 @@ class _StandIn(ModuleType):
 
 
 def _package_of(module: str) -> str | None:
-    """The package with stand-ins that a module is or is part of."""
+    """The package with replacements that a module is or is part of."""
     return next((name for name in PACKAGES if f"{module}.".startswith(f"{name}.")), None)
 
 

@@ -1,11 +1,11 @@
-"""One training step as the authors' released code computes it: what the fused step is measured against.
+"""One training step by the authors' algorithm, which the fused step is compared with.
 
-Written from the method's description and nothing else, in the plainest way, with no work added to it. Every pass runs
-the unmodified tower's modules with attention maps in memory, and what a user would write comes one after another:
+It is written from the method's description, in the plainest way and with no work added. Every pass runs the modules of
+the unmodified tower with attention maps in memory, one pass after the other:
 
     CAM forward 1F, CAM backward 1F, masked teacher 1F, clean student 1F, masked student 1F, joint backward 4F      9F
 
-(F: one forward of the tower.) Object mask, single-fill, the feature distillation loss: the paper's headline row.
+F is one forward of the tower. Object mask, single-fill and feature distillation: the paper's headline row.
 
 Source: Xiao et al., "Masked Images Are Counterfactual Samples for Robust Fine-tuning", CVPR 2023; relevance by Chefer
 et al., ICCV 2021.
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 THRESHOLD, BETA = 0.3, 30.0
 
 
-class Outcome(NamedTuple):
-    """Of a step: the loss (), and the patches that were masked, (N, P) bool."""
-
+class StepResult(NamedTuple):
     loss: Tensor
+    """Scalar."""
     mask: Tensor
+    """Masked patches, (N, P) bool."""
 
 
 def authors_step(
@@ -38,14 +38,15 @@ def authors_step(
     images: Tensor,
     labels: Tensor,
     donors: Tensor,
-) -> Outcome:
+) -> StepResult:
     """Add a batch's gradients to the parameters of ``student`` and ``head``.
 
     Args:
-        student, teacher: open_clip's own towers, on class token and projection; the teacher is frozen.
-        normalise: (N, 3, H, W) pixels → the towers' input.
-        images: (N, 3, H, W) uint8 or [0, 1], H and W multiples of the patch size; labels: (N,) int64.
-        donors: (N,) int64, whose patches come in place of an image's masked ones.
+        student, teacher: open_clip's own towers with class token and projection. The teacher is frozen.
+        normalise: maps pixels (N, 3, H, W) to the towers' input.
+        images: (N, 3, H, W) uint8 or [0, 1]; H and W are multiples of the patch size.
+        labels: (N,) int64.
+        donors: (N,) int64, the images whose patches replace masked ones.
     """
     patch = student.patch_size[0]
 
@@ -53,20 +54,20 @@ def authors_step(
     target = classify(head, features).gather(1, labels[:, None]).sum()
     cam = relevance(maps, torch.autograd.grad(target, maps))
     mask = cam / (cam.amax(1, keepdim=True) + 1e-8) > THRESHOLD
-    del features, maps, target  # and with them the pass's graph
+    del features, maps, target  # and the graph of the pass
 
     masked = normalise(single_fill(images, mask, donors, patch))
     with torch.no_grad():
-        wanted, _ = forward(teacher, masked)
+        teacher_features, _ = forward(teacher, masked)
     logits = classify(head, forward(student, normalise(images))[0])
-    got, _ = forward(student, masked)
-    loss = F.cross_entropy(logits, labels) + BETA * F.mse_loss(got, wanted)
+    student_features, _ = forward(student, masked)
+    loss = F.cross_entropy(logits, labels) + BETA * F.mse_loss(student_features, teacher_features)
     loss.backward()
-    return Outcome(loss.detach(), mask)
+    return StepResult(loss.detach(), mask)
 
 
 def forward(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Features (N, D), and each block's attention maps (N, heads, L, L), in the graph."""
+    """Features (N, D), and the attention maps of each block (N, heads, L, L), in the graph."""
     x, maps = visual._embeds(pixels), []
     for block in visual.transformer.resblocks:
         attended, attention = attend(block.attn, block.ln_1(x))
@@ -95,7 +96,7 @@ def classify(head: nn.Linear, features: Tensor) -> Tensor:
 def relevance(maps: list[Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
     """(N, P): the class token's row of R = (I + A_D) … (I + A_1), A = mean over heads of relu(P ⊙ ∂z/∂P).
 
-    The whole of R is built, in fp32 or wider whatever the passes run in.
+    All of R is computed, in fp32 or wider in every precision.
     """
     dtype = torch.promote_types(maps[0].dtype, torch.float32)
     n, _, length, _ = maps[0].shape
@@ -108,7 +109,7 @@ def relevance(maps: list[Tensor], gradients: tuple[Tensor, ...]) -> Tensor:
 
 
 def single_fill(images: Tensor, mask: Tensor, donors: Tensor, patch: int) -> Tensor:
-    """Images whose masked patches (N, P) are their donors': by an index that says of every pixel whose it is."""
+    """Replace masked patches (N, P) by the donors' patches, through an index of the image that each pixel is from."""
     n, channels, height, width = images.shape
     pixels = mask.view(n, 1, height // patch, width // patch)
     pixels = pixels.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

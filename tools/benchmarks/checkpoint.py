@@ -1,8 +1,7 @@
-"""What a checkpoint costs training: how long it stands still, and what it feels of the write beside it.
+"""How long a checkpoint stops training, and how much its write delays Python beside it.
 
-A model with random weights and AdamW's moments of all of it is checkpointed several times. Meanwhile a loop in Python,
-as a training loop is one, looks at the clock all the time: its longest gap is how long the write kept the interpreter,
-or the processor, from it. On a busy machine a loop has gaps without any write: they are measured beside it.
+While a checkpoint is written, a loop reads the clock as often as it can. Its longest gap is how long the write kept the
+interpreter or the processor from training. A busy machine has gaps without a write too, which are measured beside it.
 """
 
 from __future__ import annotations
@@ -12,28 +11,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cfmask.checkpoint.state import CheckpointState
 from cfmask.checkpoint.writer import CheckpointWriter, Keep
 from cfmask.data.receipts import DataProgress
-from cfmask.models.head import build_tower
-from cfmask.models.initial import model_info
-from cfmask.models.tower import Classifier
-from cfmask.optim import LrAndBetas, Phase, adamw, take_step
-from cfmask.recipe import Recipe
+from cfmask.optim import LrAndBetas, take_step
+from tools.benchmarks.metering import wait
 from tools.benchmarks.tables import report
+from tools.benchmarks.training import plain_step, plain_training
 
-CLASSES = 1000
 BATCH = 8
 HEADER = ["", "median s", "lowest", "highest"]
 NOTE = (
-    "Weights and both moments of all of them. A loop in Python looks at the clock all the time: its longest gap is how "
-    "long a write kept the interpreter, or the processor, from training."
+    "Weights and both moments of all of them. A loop in Python reads the clock: its longest gap is how long a write "
+    "kept the interpreter, or the processor, from training."
 )
 
 
@@ -41,34 +35,30 @@ def run(arguments: argparse.Namespace) -> str:
     device = arguments.device
     rows = checkpoint_stall(arguments.model, arguments.folder, device=device, rounds=arguments.rounds)
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    return report("checkpoint", None, HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
+    return report("checkpoint", HEADER, rows, [f"{arguments.model}, {where}, torch {torch.__version__}. {NOTE}"])
 
 
 def checkpoint_stall(
     model_name: str, folder: Path | None = None, *, device: str = "cpu", rounds: int = 5
 ) -> list[list[str]]:
-    """A row a measurement, in the columns of HEADER, and one with the size.
+    """A row for each measurement, in the columns of HEADER, and one for the size.
 
     Args:
-        folder: on the disk that is to be written to; a temporary one by default.
+        folder: a folder on the disk to write to; a temporary one by default.
     """
+    stalls: list[float] = []
+    gaps: list[float] = []
+    idle_gaps: list[float] = []
+    committed: list[float] = []
     with tempfile.TemporaryDirectory(dir=folder) as there:
-        info = model_info(model_name, classes=tuple(str(i) for i in range(CLASSES)))
-        model = Classifier(build_tower(info), nn.Linear(info.config["embed_dim"], CLASSES)).to(device)
-        optimizer = adamw(model.parameters(), Phase(0, 1, tower=True, lr=1e-5, weight_decay=0.1), Recipe().optim)
-        _step(model, optimizer)
+        info, model, optimizer = plain_training(model_name, device, BATCH)
         with CheckpointWriter(Path(there), Keep(1), info) as writer:
-            began = time.perf_counter()
-            writer.reserve(model)
-            reserved = time.perf_counter() - began
-            stalls: list[float] = []
-            gaps: list[float] = []
-            idle_gaps: list[float] = []
-            committed: list[float] = []
+            reserved = _seconds(lambda: writer.reserve(model))
             for number in range(rounds):
-                _step(model, optimizer)
-                if device != "cpu":
-                    torch.cuda.synchronize()
+                for parameter in model.parameters():  # so that weights and moments have changed
+                    parameter.grad = 1e-3 * torch.randn_like(parameter)
+                take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
+                wait(device)
                 began = time.perf_counter()
                 writer.start(CheckpointState(number + 1, "", DataProgress()), model, optimizer)
                 stalls.append(time.perf_counter() - began)
@@ -77,14 +67,9 @@ def checkpoint_stall(
                 error = writer.wait()
                 if error is not None:
                     raise error
-                idle_gaps.append(_longest_gap(partial(_before, time.perf_counter() + committed[-1])))
-            began = time.perf_counter()
-            pixels = torch.randn(BATCH, 3, *model.visual.image_size, device=device)
-            model(pixels).logits.square().mean().backward()
-            take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            step = time.perf_counter() - began
+                end = time.perf_counter() + committed[-1]
+                idle_gaps.append(_longest_gap(lambda end=end: time.perf_counter() < end))  # type: ignore[misc]
+            step = _seconds(lambda: plain_step(model, optimizer, BATCH))
             size = sum(path.stat().st_size for path in Path(there).glob("step-*/*"))
     rows = {
         "memory reserved, once a phase": [reserved],
@@ -98,20 +83,15 @@ def checkpoint_stall(
     return [*cells, ["size, GB", f"{size / 1e9:.2f}", "", ""]]
 
 
-def _step(model: nn.Module, optimizer: torch.optim.AdamW) -> None:
-    """An optimizer step from made-up gradients: moments are there, and weights have changed."""
-    for parameter in model.parameters():
-        parameter.grad = 1e-3 * torch.randn_like(parameter)
-    take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
-def _before(then: float) -> bool:
-    return time.perf_counter() < then
-
-
-def _longest_gap(goes_on: Callable[[], bool]) -> float:
+def _longest_gap(going_on: Callable[[], bool]) -> float:
     longest, last = 0.0, time.perf_counter()
-    while goes_on():
+    while going_on():
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
     return longest

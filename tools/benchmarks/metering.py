@@ -1,7 +1,7 @@
-"""Time, FLOPs and memory of what runs on a device.
+"""Time, FLOPs and memory of calls on a device.
 
-FLOPs are those of matrix products and convolutions, as torch's counter sees them; the counter's own list leaves out
-the CPU's fused attention, which is added here.
+FLOPs are those of matrix products, convolutions and attention, by torch's counter. The counter does not know the CPU's
+fused attention, which is added here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cfmask.session import choose_arithmetic
 
 
 def measure_matmul(device: str, precision: str) -> float:
-    """The machine's FLOP/s in a big square matrix product: what a share of the peak is a share of."""
+    """FLOP/s of a big square matrix product, which benchmarks call the peak."""
     choose_arithmetic(precision, deterministic=False)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     times = 20 if device == "cuda" else 1
@@ -37,7 +37,7 @@ def measure_matmul(device: str, precision: str) -> float:
     size = 8192 if device == "cuda" else 256
     a = torch.randn(size, size, device=device).to(dtype)
     seconds(a)
-    # No size suits every CPU: arithmetic that it does not have takes it a hundred times as long.
+    # No size suits every CPU: arithmetic that it emulates takes a hundred times as long.
     while device == "cpu" and seconds(a) < 0.05:
         size *= 2
         a = torch.randn(size, size).to(dtype)
@@ -46,14 +46,16 @@ def measure_matmul(device: str, precision: str) -> float:
 
 @dataclass(frozen=True)
 class Timed:
-    """Median seconds of a call: device, until its work is done; host, until it returns."""
+    """Median seconds of a call."""
 
     device: float
+    """Until its work is done."""
     host: float
+    """Until it returns."""
 
 
 def time_calls(call: Callable[[], object], device: str, *, times: int = 10, warm_up: int = 3) -> Timed:
-    """Time a call again and again; between two calls the device is waited for."""
+    """Time a call several times. Between two calls the device is waited for."""
     for _ in range(warm_up):
         call()
     wait(device)
@@ -79,8 +81,8 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def counter() -> flop_counter.FlopCounterMode:
-    """torch's counter, which goes through the step operator by operator, with the CPU's fused attention in its list."""
+def count_flops(run: Callable[[], object]) -> int:
+    """FLOPs of a call."""
 
     def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return flop_counter.sdpa_flop_count(q, k, v)
@@ -92,30 +94,26 @@ def counter() -> flop_counter.FlopCounterMode:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
-    return flop_counter.FlopCounterMode(display=False, custom_mapping=of_cpu)
-
-
-def count_flops(run: Callable[[], object]) -> int:
-    with counter() as counting:
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=of_cpu) as counting:
         run()
     return counting.get_total_flops()
 
 
 def start_of_memory(device: str) -> int:
-    """What ``peak_memory`` is to be told: bytes that are taken before the first step. Forgets earlier peaks."""
+    """Bytes in use before the first step, for ``peak_memory``. Resets the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return 0
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # the peak is that of the process's whole life then
+        pass  # then the peak is that of the process's whole life
     return _resident("VmRSS")
 
 
 def peak_memory(device: str, before: int) -> int:
-    """Bytes at the peak: on a GPU all that tensors took, weights included; on a CPU what the process's memory grew by
-    from the first step on, so gradients and moments, but not the weights."""
+    """Bytes at the peak. On a GPU: all tensors, weights included. On a CPU: the growth of the process since
+    ``start_of_memory``, so gradients and moments, but not the weights."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return _resident("VmHWM") - before
@@ -124,3 +122,10 @@ def peak_memory(device: str, before: int) -> int:
 def _resident(what: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. On the CPU and in cuBLAS only the message tells."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "not enough memory", "ALLOC_FAILED"))

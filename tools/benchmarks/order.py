@@ -1,4 +1,4 @@
-"""How well the order of an epoch mixes, beside a full permutation."""
+"""How well the order of an epoch mixes samples, beside a full permutation."""
 
 from __future__ import annotations
 
@@ -11,19 +11,37 @@ from numpy.typing import NDArray
 from cfmask.data import plan
 from tools.benchmarks.tables import report
 
+HEADER = ["set", "order", "class spread", "moved", "met again %"]
+NOTE = (
+    "Class spread: variance of a class's count in a batch over that of independent draws. Moved: mean distance between "
+    "a sample's places in two epochs, as a share of the epoch (1/3 if independent). Met again: share of the pairs of a "
+    "batch that are in one batch in the next epoch too. cfmask trains with windows of 4 shards; here 16 lanes, batches "
+    "of 512."
+)
+
 
 @dataclass(frozen=True)
 class Mixing:
-    """How well an order mixes.
-
-    class_spread: variance of a class's count in a batch, over that of independent draws; 1 is a full permutation.
-    moved: mean distance between a sample's places in two epochs, in epochs; 1/3 for independent permutations.
-    met_again: of the pairs in one batch, the share that meet in a batch of the next epoch too.
-    """
+    """How well an order mixes."""
 
     class_spread: float
+    """Variance of a class's count in a batch over that of independent draws; 1 for a full permutation."""
     moved: float
+    """Mean distance between a sample's places in two epochs, in epochs; 1/3 for independent permutations."""
     met_again: float
+    """Share of the pairs of a batch that are in one batch in the next epoch too."""
+
+
+def run(_: argparse.Namespace) -> str:
+    rows = []
+    for name, shards, per_shard in (("ImageNet, 1000 a shard", 1281, 1000), ("100,000 samples, 250 a shard", 400, 250)):
+        for window in (1, 4, 16):
+            quality, full = order_quality(
+                shards=shards, per_shard=per_shard, lanes=16, batch_size=512, classes=1000, window_shards=window
+            )
+            rows.append([name, f"windows of {window} shards", *_cells(quality)])
+        rows.append([name, "full permutation", *_cells(full)])
+    return report("order", HEADER, rows, [NOTE])
 
 
 def order_quality(
@@ -34,15 +52,11 @@ def order_quality(
     total = shards * per_shard
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(total) % classes)
-
-    def planned(epoch: int) -> NDArray[np.int64]:
-        return plan.epoch_order(
-            counts, seed=0, epoch=epoch, lanes=lanes, batch_size=batch_size, window_shards=window_shards
-        )
-
+    sizes = {"lanes": lanes, "batch_size": batch_size, "window_shards": window_shards}
+    planned = [plan.epoch_order(counts, seed=0, epoch=epoch, **sizes) for epoch in range(2)]
     steps = total // batch_size
     full = [rng.permutation(total)[: steps * batch_size].reshape(steps, batch_size) for _ in range(2)]
-    return _mixing([planned(0), planned(1)], labels, classes), _mixing(full, labels, classes)
+    return _mixing(planned, labels, classes), _mixing(full, labels, classes)
 
 
 def _mixing(epochs: list[NDArray[np.int64]], labels: NDArray[np.int64], classes: int) -> Mixing:
@@ -62,25 +76,6 @@ def _mixing(epochs: list[NDArray[np.int64]], labels: NDArray[np.int64], classes:
         ]
     )
     return Mixing(float(histograms.var(0).mean() / expected), float(moved), float(again))
-
-
-def run(_: argparse.Namespace) -> str:
-    rows = []
-    for name, shards, per_shard in (("ImageNet, 1000 a shard", 1281, 1000), ("100,000 samples, 250 a shard", 400, 250)):
-        for window in (1, 4, 16):
-            quality, full = order_quality(
-                shards=shards, per_shard=per_shard, lanes=16, batch_size=512, classes=1000, window_shards=window
-            )
-            rows.append([name, f"windows of {window} shards", *_cells(quality)])
-        rows.append([name, "full permutation", *_cells(full)])
-    header = ["set", "order", "class spread", "moved", "met again %"]
-    notes = [
-        "Class spread: variance of a class's count in a batch over that of independent draws. Moved: mean distance of "
-        "a sample's places in two epochs, as a share of the epoch (1/3: independent). Met again: of the pairs in a "
-        "batch, the share that are in one batch in the next epoch too. cfmask trains with windows of 4 shards; here 16 "
-        "lanes, batches of 512.",
-    ]
-    return report("order", None, header, rows, notes)
 
 
 def _cells(mixing: Mixing) -> list[str]:

@@ -1,8 +1,10 @@
-"""What the time of an image goes to, in one thread."""
+"""Time of each part of decoding and converting an image, in one thread."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import os
 import tempfile
 import time
@@ -10,30 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from isal.isal_zlib import crc32
+from PIL import Image
 
+from cfmask.data import images
 from tools.benchmarks.photographs import draw_tree
 from tools.benchmarks.tables import report, spread
+
+IMAGES, ROUNDS = 300, 7
 
 
 def run(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(prefix="cfmask-bench-") as temporary:
-        return parts(arguments.source or draw_tree(Path(temporary) / "drawn"))
+        source = arguments.source or draw_tree(Path(temporary) / "drawn")
+        paths = [path for path in sorted(source.glob("*/*")) if path.is_file()][:IMAGES]
+        photos = [path.read_bytes() for path in paths]
+        rows = [[name, spread(times)] for name, times in measure(paths, photos).items()]
+    size = sum(map(len, photos)) / len(photos)
+    note = f"{len(photos)} images, {size / 1e3:.0f} kB each; {ROUNDS} rounds; median (lowest–highest)."
+    return report("parts", ["part", "µs an image"], rows, [note])
 
 
-def parts(source: Path) -> str:
-    """What the time of an image goes to, in one thread."""
-    import hashlib
-    import io
-
-    import torch
-    from isal.isal_zlib import crc32
-    from PIL import Image
-
-    from cfmask.data import images
-
+def measure(paths: list[Path], photos: list[bytes]) -> dict[str, list[float]]:
+    """Microseconds of CPU time an image by part, for each round."""
     torch.set_num_threads(1)
-    paths = [path for path in sorted(source.glob("*/*")) if path.is_file()][:300]
-    photos = [path.read_bytes() for path in paths]
     decoded = [images.decode(photo) for photo in photos]
     crops = [images.crop(image, 224) for image in decoded]
     raw = [images.encode(crop, "crop-raw")[1] for crop in crops]
@@ -52,11 +55,11 @@ def parts(source: Path) -> str:
         def read(n: int) -> None:
             os.preadv(file.fileno(), [memoryview(batch[n])], n * len(raw[0]))
 
-        jobs: dict[str, tuple[Any, Any]] = {
+        parts: dict[str, tuple[Any, Any]] = {
             "JPEG: decode, Pillow": (lambda data: Image.open(io.BytesIO(data)).convert("RGB"), photos),
             "JPEG: decode, cfmask": (images.decode, photos),
             "resize and crop, cfmask": (lambda image: images.crop(image, 224), decoded),
-            "conversion: look at the JPEG": (images.inspect, photos),
+            "conversion: inspect the JPEG": (images.inspect, photos),
             "conversion: sha256": (lambda data: hashlib.sha256(data).digest(), photos),
             "conversion: CRC-32": (crc32, photos),
             "conversion: bytes from file to file, synced": (copy_synced, paths),
@@ -64,16 +67,11 @@ def parts(source: Path) -> str:
             "raw crop: read into the batch": (read, range(len(raw))),
             "raw crop: CRC-32": (crc32, raw),
         }
-        rows = []
-        for name, (function, inputs) in jobs.items():
-            times = []
-            for _ in range(7):
+        times: dict[str, list[float]] = {}
+        for name, (function, inputs) in parts.items():
+            for _ in range(ROUNDS):
                 begun = time.process_time()
                 for each in inputs:
                     function(each)
-                times.append((time.process_time() - begun) / len(inputs) * 1e6)
-            rows.append([name, spread(times)])
-    notes = [
-        f"{len(photos)} images, {sum(map(len, photos)) / len(photos) / 1e3:.0f} kB each; 7 rounds, median (range)."
-    ]
-    return report("parts", None, ["part", "µs an image"], rows, notes)
+                times.setdefault(name, []).append((time.process_time() - begun) / len(inputs) * 1e6)
+    return times

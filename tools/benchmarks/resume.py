@@ -1,80 +1,59 @@
-"""Seconds to the first batch of an epoch, at its start and near its end, of a set that counts as ImageNet does."""
+"""Seconds to the first batch, at the start of an epoch and near its end, of a set as large as ImageNet."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from tools.benchmarks.contenders import REPO
+from cfmask.convert import shard_writer
+from cfmask.data import shard_index, shards
+from tools.benchmarks.fresh_process import fresh
+from tools.benchmarks.ours import BATCH_SIZE, LANES, our_resume
 from tools.benchmarks.photographs import draw_photograph
-from tools.benchmarks.tables import report, say, spread
+from tools.benchmarks.tables import announce, report, spread
+
+SAMPLES, SHARDS = 1_281_167, 1282
+HEADER = ["epoch", "ranks", "images in the batch", "manifest s", "first batch s", "together s"]
 
 
 def run(arguments: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory(prefix="cfmask-bench-") as temporary:
-        return resume((arguments.work or Path(temporary)).resolve(), arguments.workers, arguments.rounds)
+        folder = (arguments.work or Path(temporary)).resolve() / "all-of-imagenet"
+        if not (folder / "manifest.json").exists():
+            announce(f"making {SHARDS} shards with an index of {SAMPLES:,} samples")
+            make_large_set(folder)
+        rows = []
+        for percent, ranks in [(0, 1), (0, 16), (99, 1), (99, 16)]:
+            times = [fresh(our_resume, folder, percent, ranks, arguments.workers) for _ in range(arguments.rounds)]
+            manifest, first = ([t[name] for t in times] for name in ("manifest_s", "first_batch_s"))
+            together = [a + b for a, b in zip(manifest, first, strict=True)]
+            seconds = [spread(of, "{:.2f}") for of in (manifest, first, together)]
+            rows.append([f"{percent} %", str(ranks), str(BATCH_SIZE // ranks), *seconds])
+    note = (
+        f"One rank's part of a batch of {BATCH_SIZE}, {LANES} lanes, {arguments.workers} loader threads; "
+        f"{arguments.rounds} fresh processes, without imports; median (lowest–highest). The set: {SHARDS} shards with "
+        "indexes of 999 or 1000 rows; the rows of a shard share one JPEG of 500 × 375."
+    )
+    return report("resume", HEADER, rows, [note])
 
 
-def resume(work: Path, workers: int, rounds: int) -> str:
-    """Seconds from a fresh process's call to the first batch, on a set that counts as many samples as ImageNet."""
-    folder = work / "all-of-imagenet"
-    if not (folder / "manifest.json").exists():
-        say("making 1282 shards that count 1,281,167 samples")
-        make_counted_set(folder)
-    rows = []
-    for percent in (0, 99):
-        for world_size in (1, 16):
-            times = []
-            for _ in range(rounds):
-                which = (folder, percent, world_size, workers)
-                command = [sys.executable, "-m", "tools.benchmarks.ours", "resume", *which]
-                done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True, cwd=REPO)
-                times.append(json.loads(done.stdout))
-            rows.append(
-                [
-                    f"{percent} %",
-                    str(world_size),
-                    str(512 // world_size),
-                    spread([t["manifest_s"] for t in times], "{:.2f}"),
-                    spread([t["first_batch_s"] for t in times], "{:.2f}"),
-                    spread([t["manifest_s"] + t["first_batch_s"] for t in times], "{:.2f}"),
-                ]
-            )
-    header = ["epoch", "ranks", "images in the batch", "manifest s", "first batch s", "together s"]
-    notes = [
-        f"One rank's part of a batch of 512, 16 lanes, {workers} loader threads; {rounds} fresh processes, imports not "
-        "counted; median (lowest–highest). The set: 1282 shards with indexes of 999 or 1000 rows; a shard's rows share "
-        "one JPEG of 500 × 375.",
-    ]
-    return report("resume", None, header, rows, notes)
-
-
-def make_counted_set(folder: Path) -> None:
-    """A set that counts ImageNet's shards and samples, 1,281,167; those of a shard share one JPEG."""
-    import dataclasses
-
-    from cfmask.convert import shard_writer
-    from cfmask.data import shard_index, shards
-
+def make_large_set(folder: Path) -> None:
+    """A set with ImageNet's numbers of shards and samples. The samples of a shard share one JPEG."""
     folder.mkdir(parents=True, exist_ok=True)
-    total, count = 1_281_167, 1282
-    bounds = [n * total // count for n in range(count + 1)]
+    bounds = [n * SAMPLES // SHARDS for n in range(SHARDS + 1)]
     photo = draw_photograph(0)
     entries, indexes = [], []
-    for n in range(count):
-        tar = folder / f"train-{n:06d}.tar"
-        rows = bounds[n + 1] - bounds[n]
+    for n, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        tar, rows = folder / f"train-{n:06d}.tar", end - first
         one = shard_writer.write_shard(tar, [("x", 0, {"jpg": photo, "cls": b"0"})])
         index = dataclasses.replace(
             one,
-            keys=np.array([f"s{i}" for i in range(bounds[n], bounds[n + 1])], dtype=np.bytes_),
-            labels=(np.arange(bounds[n], bounds[n + 1]) % 1000).astype(np.int32),
+            keys=np.array([f"s{i}" for i in range(first, end)], dtype=np.bytes_),
+            labels=(np.arange(first, end) % 1000).astype(np.int32),
             first=np.arange(0, 2 * rows + 1, 2),
             extension=np.tile(one.extension, rows),
             offset=np.tile(one.offset, rows),

@@ -1,4 +1,4 @@
-"""What benchmarks print: a table under the command that made it, with the machine's name."""
+"""The output of benchmarks: a table below the command and the machine that it is of."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from cfmask.report import table
+from cfmask.report.tables import table
 
 
-def spread(values: list[float], form: str = "{:.0f}") -> str:
+def spread(values: Sequence[float], form: str = "{:.0f}") -> str:
+    """Median (lowest–highest)."""
     return f"{form.format(statistics.median(values))} ({form.format(min(values))}–{form.format(max(values))})"
 
 
-def say(what: str) -> None:
+def announce(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-def report(name: str, source: Path | None, header: list[str], rows: list[list[str]], notes: list[str]) -> str:
-    """The table of a benchmark under the command and the machine. source: a tree of class/image, to be described."""
-    of = ""
-    if source is not None:
-        files = [path for path in source.glob("*/*") if path.is_file()]
-        of = f" {len(files)} images, {sum(p.stat().st_size for p in files) / max(1, len(files)) / 1e3:.0f} kB each."
+def report(command: str, header: list[str], rows: list[list[str]], notes: list[str], source: Path | None = None) -> str:
+    """A table below the command, the date, the machine and, where there is one, the source of images."""
     machine = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores; Python {platform.python_version()}"
-    head = f"`python tools/bench.py {name}`, {datetime.date.today()}, {machine}.{of}"
+    head = f"`python tools/bench.py {command}`, {datetime.date.today()}, {machine}."
+    if source is not None:
+        sizes = [path.stat().st_size for path in source.glob("*/*") if path.is_file()]
+        head += f" {len(sizes)} images, {statistics.fmean(sizes) / 1e3:.0f} kB each."
     return "\n\n".join([head, table(header, rows), *notes])
 
 

@@ -1,8 +1,7 @@
-"""Training steps that are measured, ours and the authors'.
+"""The training steps that are measured, cfmask's and the authors'.
 
-Models have random weights: a student that has moved a little from its teacher, a head of 1000 classes, random images
-and labels. A step is everything from uint8 images on the device to updated weights: normalisation, passes, one
-clipping, AdamW.
+Weights are random: a student that differs a little from its teacher, and a head of 1000 classes. Images and labels are
+random too. A step goes from uint8 images on the device to updated weights: normalisation, passes, clipping, AdamW.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from cfmask.errors import UserError
 from cfmask.masking.fills import Draws, DrawSpec, draw
-from cfmask.models.head import build_tower
+from cfmask.models.head import ModelInfo, build_tower
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import LrAndBetas, Phase, adamw, take_step
@@ -27,6 +26,7 @@ from cfmask.session import autocast
 from cfmask.step import Teachers
 from cfmask.training.passes import GraphedPasses, Inputs, Passes
 from tools.benchmarks.authors_step import authors_step
+from tools.benchmarks.metering import count_flops, peak_memory, start_of_memory, time_calls, wait
 
 CLASSES = 1000
 OPTIM = Recipe().resolved().optim
@@ -37,26 +37,41 @@ HEADLINE = Recipe(method=Method(mask="object", fill="single-fill")).resolved().m
 
 @dataclass(frozen=True)
 class Case:
-    """What all contenders of a table do. model: open_clip's name or a configuration's path; steps: timed ones of a
-    round."""
+    """What all contenders of a table have in common."""
 
     model: str
+    """open_clip's name, or the path of a configuration."""
     batch: int
     device: str
-    steps: int
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to take the step. method: None for the authors' way; graphs: the passes as a CUDA graph."""
+    """One way to compute the step."""
 
     name: str
     precision: str
     method: Method | None
+    """None for the authors' algorithm."""
     recompute: bool = False
     compiled: bool = False
     deterministic: bool = False
     graphs: bool = False
+    """Whether the passes run as a CUDA graph."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A contender's step."""
+
+    seconds: float
+    """On the device."""
+    host: float
+    """Seconds until the step is queued."""
+    peak: int
+    """Bytes at the peak; see ``peak_memory``."""
+    flops: int
+    """FLOPs of a step; 0 if they were not counted."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,7 @@ def materials(case: Case) -> Materials:
     torch.manual_seed(0)
     student = build_tower(info)
     if not isinstance(student, VisionTransformer):
-        raise UserError(f"{case.model} has no plain ViT for an image tower: neither side could train it.")
+        raise UserError(f"{case.model} has no plain ViT as its image tower. Choose a model with one, such as ViT-B-32.")
     head = nn.Linear(student.output_dim, CLASSES)
     teacher = copy.deepcopy(student).requires_grad_(False)
     with torch.no_grad():
@@ -103,16 +118,18 @@ def drawn(spec: DrawSpec | None, images: Tensor) -> Draws:
 
 
 def copied(m: Materials, device: str) -> Materials:
-    """The same on a device: what a contender may train while ``m`` keeps the state that all of them start from."""
+    """A copy on a device, for a contender to train. ``m`` keeps the state that all contenders start from."""
     parts = {field.name: copy.deepcopy(getattr(m, field.name)) for field in fields(m)}
     draws = parts.pop("draws").map(lambda tensor: tensor.to(device))
     return Materials(draws=draws, **{name: part.to(device) for name, part in parts.items()})
 
 
 class OurStep:
-    """A step as a run takes it. Calling it takes one.
+    """A step as a run computes it. A call takes one step.
 
-    model: what is trained, a Classifier around the materials' student; optimizer: its AdamW.
+    Attributes:
+        model: the trained model, around the student of the materials.
+        optimizer: its AdamW.
     """
 
     def __init__(self, m: Materials, contender: Contender) -> None:
@@ -135,38 +152,29 @@ class OurStep:
         self._passes = Passes(self.model, teachers, m.normalise, recipe)
         if contender.graphs:
             self._passes = GraphedPasses(self.model, teachers, m.normalise, recipe, report=_refuse)
-        self.optimizer = our_optimizer(self.model)
+        phase = Phase(0, 10, tower=True, lr=LR, weight_decay=WEIGHT_DECAY)
+        self.optimizer = adamw([p for p in self.model.parameters() if p.requires_grad], phase, OPTIM)
 
     def __call__(self) -> None:
-        self.add_gradients()
-        update(self.optimizer)
-
-    def add_gradients(self) -> None:
-        """The forward and backward passes alone."""
         self._passes(self._inputs, last=True)
+        self._update()
 
     def operators(self) -> None:
-        """A step launched operator by operator, even if it has been captured as a graph: what counters see."""
+        """A step launched operator by operator, even if it was captured as a graph, so that counters see it."""
         Passes.__call__(self._passes, self._inputs, last=True)
-        update(self.optimizer)
+        self._update()
+
+    def _update(self) -> None:
+        assert OPTIM.beta1 is not None
+        take_step(self.optimizer, LrAndBetas(LR, OPTIM.beta1), CLIP_NORM)
 
 
 def _refuse(line: str) -> None:
     raise RuntimeError(line)
 
 
-def our_optimizer(model: Classifier) -> torch.optim.AdamW:
-    phase = Phase(0, 10, tower=True, lr=LR, weight_decay=WEIGHT_DECAY)
-    return adamw([p for p in model.parameters() if p.requires_grad], phase, OPTIM)
-
-
-def update(optimizer: torch.optim.AdamW) -> None:
-    assert OPTIM.beta1 is not None
-    take_step(optimizer, LrAndBetas(LR, OPTIM.beta1), CLIP_NORM)
-
-
 def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
-    """The authors' step with the optimizer as PyTorch's documentation has it."""
+    """The authors' step with PyTorch's AdamW as documented."""
     parameters = [*m.student.parameters(), *m.head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=WEIGHT_DECAY)
     donors = m.draws.donors
@@ -180,3 +188,32 @@ def their_step(m: Materials, contender: Contender) -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def measure_step(m: Materials, contender: Contender, *, times: int, warm_up: int, count: bool = True) -> Measured:
+    """Time and memory of a contender's steps, which train ``m``, and the FLOPs of one more step."""
+    device = m.images.device.type
+    step = their_step(m, contender) if contender.method is None else OurStep(m, contender)
+    before = start_of_memory(device)
+    timed = time_calls(step, device, times=times, warm_up=warm_up)
+    peak = peak_memory(device, before)
+    flops = count_flops(step.operators if isinstance(step, OurStep) else step) if count else 0
+    return Measured(timed.device, timed.host, peak, flops)
+
+
+def plain_training(model_name: str, device: str, batch: int) -> tuple[ModelInfo, Classifier, torch.optim.AdamW]:
+    """A model with random weights whose optimizer state exists, for costs that do not depend on the method."""
+    info = model_info(model_name, classes=tuple(str(i) for i in range(CLASSES)))
+    model = Classifier(build_tower(info), nn.Linear(info.config["embed_dim"], CLASSES)).to(device)
+    optimizer = adamw(model.parameters(), Phase(0, 1, tower=True, lr=1e-5, weight_decay=0.1), Recipe().optim)
+    plain_step(model, optimizer, batch)
+    return info, model, optimizer
+
+
+def plain_step(model: Classifier, optimizer: torch.optim.AdamW, batch: int) -> None:
+    """A step without CAM and teacher on random pixels. Waits for the device."""
+    parameter = next(model.parameters())
+    pixels = torch.randn(batch, 3, *model.visual.image_size, device=parameter.device)
+    model(pixels).logits.square().mean().backward()
+    take_step(optimizer, LrAndBetas(1e-5, 0.9), clip_norm=1.0)
+    wait(parameter.device.type)

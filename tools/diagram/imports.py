@@ -4,9 +4,9 @@
     graph.boxes["cfmask/data"].lines          lines of its modules
     graph.edges["cfmask/convert", "cfmask/data"]      how many imports there are
 
-A box is a folder, with the folders below it where the diagram would get too fine. The modules that lie directly in
-cfmask/ are two boxes: ``BASE`` has those that import no other folder than cfmask/runtime, directly or indirectly;
-``CORE`` has the rest: training, and what it is made of.
+A box is a folder with all folders below a depth of two. The modules directly in cfmask/ are two boxes: ``BASE`` has
+those that import no other folder than cfmask/runtime, directly or indirectly; ``CORE`` has the others, which are the
+training run.
 """
 
 from __future__ import annotations
@@ -20,29 +20,25 @@ from pathlib import Path
 ROOTS = ("cfmask", "launch", "slurm", "tools")
 """Folders whose modules are read."""
 CORE, BASE, RUNTIME = "cfmask", "cfmask (base)", "cfmask/runtime"
-FOUNDATION = (BASE, RUNTIME)
-"""Boxes that all others may import. The diagram has no arrows to them."""
 _DEPTH = 2
-"""Folders of a path that tell boxes apart: cfmask/convert/sources belongs to cfmask/convert."""
+"""Folders of a path that name a box: cfmask/convert/sources belongs to cfmask/convert."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """The modules of a folder.
-
-    name: the folder, or ``BASE``.
-    modules: their names, sorted; "__init__" is not among them.
-    lines: of all its files.
-    """
+    """The modules of a folder."""
 
     name: str
+    """The folder, or ``BASE``."""
     modules: tuple[str, ...]
+    """Names of the modules, sorted, without "__init__"."""
     lines: int
+    """Lines of all its files."""
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Boxes by name, and the number of imports from one box into another; imports within a box do not count."""
+    """Boxes by name, and the number of imports from one box into another. Imports within a box are left out."""
 
     boxes: dict[str, Box]
     edges: dict[tuple[str, str], int]
@@ -81,7 +77,7 @@ def find_modules(root: Path) -> dict[str, Path]:
 
 
 def read_imports(modules: dict[str, Path]) -> dict[str, set[str]]:
-    """For each module, the others that it imports, also within functions; not those for type annotations alone."""
+    """The modules that each module imports, also within functions. Imports under TYPE_CHECKING are left out."""
     return {
         module: {
             found
@@ -103,8 +99,8 @@ def _imported_names(tree: ast.AST) -> Iterator[str]:
 
 
 def _resolved(name: str, module: str, modules: dict[str, Path]) -> str | None:
-    """The module that a name is, or is in; None for other libraries."""
-    folder = module.rpartition(".")[0]  # a script imports the file beside it by its bare name
+    """The module that a name refers to, or lies in; None for other libraries."""
+    folder = module.rpartition(".")[0]  # a script imports a file beside it by its bare name
     for prefix in ("", f"{folder}."):
         for candidate in (name, name.rpartition(".")[0]):
             if candidate and prefix + candidate in modules:

@@ -1,9 +1,9 @@
-"""`tools/bench.py gpu`: everything that needs a GPU, measured within some minutes, most valuable first.
+"""`tools/bench.py gpu`: the measurements that need a GPU, within some minutes, the most valuable first.
 
-runner.py       parts in processes of their own with a limit each, and the report that grows as they end
-setting.py      what all parts share: device, folders, models, arithmetic
-command.py      which parts there are, in which order, and how long each takes
-…               one file for each part, or group of parts
+command.py      the parts, their order and how long each takes
+runner.py       runs each part in a process of its own with a limit, and writes the report
+setting.py      what all parts have in common: device, folders, models, arithmetic
+…               one module for each part, or group of parts
 """
 
 from tools.benchmarks.gpu.command import run

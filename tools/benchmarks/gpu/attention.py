@@ -1,4 +1,4 @@
-"""Which fused attention torch takes, what each costs, and whether its backward pass gives the same bits twice."""
+"""Fused attention: which backend torch chooses, its time, and whether its backward pass gives the same bits twice."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tools.benchmarks.gpu.setting import Setting, set_arithmetic
 from tools.benchmarks.metering import time_calls
 
 SHAPES = [(128, 12, 197, 64), (64, 16, 257, 64), (32, 16, 577, 64)]
-"""N, heads, tokens, channels of B/16, L/14 and L/14 at 336. Blocks have 128 keys: a sum of more than two of them has an
-order, and other bits in another one."""
+"""N, heads, tokens and channels of B/16, L/14 and L/14 at 336. A block has 128 keys, and a sum of more than two blocks
+depends on its order."""
 
 BACKENDS = ("CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION")
 

@@ -1,4 +1,4 @@
-"""Two times the same steps from one state, in deterministic mode: are weights and moments bitwise identical?"""
+"""The same steps from one state, twice, in deterministic mode: are weights and moments bitwise identical?"""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ CASES = [(B16, 64, False), (B16, 64, True), (L14, 16, False), (L14, 16, True)]
 
 
 def bits(setting: Setting, section: Section) -> dict[str, Any]:
-    """Raises:
-    AssertionError: a tensor differs; after the table is in the report.
-    """
+    """Write the table, then fail if any tensor differs."""
     set_arithmetic("bf16", deterministic=True)
     rows: list[list[object]] = []
     result: dict[str, Any] = {}
@@ -41,7 +39,7 @@ def bits(setting: Setting, section: Section) -> dict[str, Any]:
 
 
 def end_of_steps(m: Materials, recompute: bool, setting: Setting) -> dict[str, Tensor]:
-    """Weights and moments after some steps of a copy."""
+    """Weights and moments after STEPS steps of a copy."""
     step = OurStep(copied(m, setting.device), Contender("bits", "bf16", HEADLINE, recompute=recompute))
     for _ in range(STEPS):
         step()

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint."""
+"""How long a checkpoint stops training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts, in order of worth, and the command that runs them."""
+"""The parts, the most valuable first, and the command that runs them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tools.benchmarks.gpu.whole_run import whole_run
 
 STAGES: tuple[tuple[Part, ...], ...] = (
     (Part("environment", environment, 3),),
-    # None of these is timed: they share the card.
+    # These are not timed and share the card.
     (
         Part("kernels", kernels, 15),
         Part("bits", bits, 40),
@@ -50,11 +50,11 @@ STAGES: tuple[tuple[Part, ...], ...] = (
     (Part("steps-L14", steps.L14_STEPS, 20),),
     (Part("compile", compiled, 70),),
 )
-"""Parts in order of worth; those of a stage run side by side. Seconds are those of an H100 with 16 cores."""
+"""Parts, the most valuable first; those of a stage run side by side. Seconds are those of an H100 with 16 cores."""
 
 NOT_MEASURED = (
-    "Not measured: what takes more than one GPU. NCCL refuses two ranks on one GPU, so sums over ranks and DDP's "
-    "overlap are left out."
+    "Not measured: anything that needs several GPUs. NCCL refuses two ranks on one GPU, so reductions over ranks and "
+    "DDP's overlap are left out."
 )
 
 
@@ -62,18 +62,18 @@ def run(arguments: argparse.Namespace) -> str:
     """Run the parts that fit, and report on them in ``arguments.out``.
 
     Raises:
-        UserError: a part is unknown, there is no GPU, or a part failed (when all have run).
+        UserError: a part is unknown, there is no GPU, or a part failed. In the last case, all parts have run.
     """
     stages = chosen(STAGES, arguments.only, arguments.skip)
     start = time.monotonic()
     if not arguments.dry and not has_gpu():
-        raise UserError("torch finds no GPU here. --dry takes the same paths on the CPU, with a tiny model.")
+        raise UserError("torch finds no GPU here. --dry runs the same code on the CPU, with a tiny model.")
     for module in SHARED_IMPORTS:
         __import__(module)
     torch.set_num_threads(1 if arguments.dry else 8)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "log.txt").unlink(missing_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts are ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the parts too
     with tempfile.TemporaryDirectory(prefix="cfmask-gpu-", ignore_cleanup_errors=True) as temporary:
         work = Path(temporary)
         tiny = work / "tiny.json"
@@ -82,14 +82,16 @@ def run(arguments: argparse.Namespace) -> str:
         setting = Setting(arguments.dry, arguments.out.resolve(), work, data, tiny)
         when = time.strftime("%Y-%m-%d %H:%M:%S")
         heading = f"# cfmask on a GPU, {when}, budget {arguments.minutes:g} minutes"
-        heading += "\n\nDry run: on the CPU, with a tiny model, whatever model is named." if arguments.dry else ""
+        heading += (
+            "\n\nDry run: on the CPU, with a tiny model in place of every model that is named." if arguments.dry else ""
+        )
         heading += f"\n\nImports took {time.monotonic() - start:.1f} s."
         runner = Runner(setting, 60 * arguments.minutes, heading, start)
         outcomes = runner.run(stages)
         left_out = [name for name, outcome in outcomes.items() if outcome.status == LEFT_OUT]
-        end = [f"All of it: {time.monotonic() - start:.0f} s.", NOT_MEASURED]
+        end = [f"Total: {time.monotonic() - start:.0f} s.", NOT_MEASURED]
         if left_out:
-            end.insert(0, f"Parts that no longer fitted into the budget: {', '.join(left_out)}.")
+            end.insert(0, f"Parts left out because the budget was spent: {', '.join(left_out)}.")
         runner.write_report(*end)
     report = arguments.out / "report.md"
     bad = [f"{n} {o.status}" for n, o in outcomes.items() if o.status not in (RAN, LEFT_OUT, CANNOT_RUN)]
@@ -99,21 +101,21 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def chosen(stages: Sequence[Sequence[Part]], only: Sequence[str], skip: Sequence[str]) -> list[list[Part]]:
-    """The stages with the parts that are asked for; those that have none left are dropped.
+    """The stages with the parts that ``only`` and ``skip`` leave; empty stages are dropped.
 
     Raises:
-        UserError: a name that no part has.
+        UserError: a name is unknown.
     """
     names = [part.name for stage in stages for part in stage]
     unknown = sorted({*only, *skip} - set(names))
     if unknown:
-        raise UserError(f"No part is called {', '.join(unknown)}. There are {', '.join(names)}.")
+        raise UserError(f"Unknown part {', '.join(unknown)}. Choose from {', '.join(names)}.")
     wanted = [[part for part in stage if part.name in (only or names) and part.name not in skip] for stage in stages]
     return [stage for stage in wanted if stage]
 
 
 def has_gpu() -> bool:
-    """Asked in a process of its own: one that has asked CUDA cannot fork processes that use it."""
+    """Asks in a child process, because a process that has initialised CUDA cannot fork children that use it."""
     pid = os.fork()
     if pid == 0:
         found = False

@@ -1,4 +1,4 @@
-"""Blocks through torch.compile beside the same step without: time, first step, number of graphs."""
+"""A step with torch.compile beside the eager one: time, first step, number of graphs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ MODEL, BATCH = B16, 128
 
 
 def compiled(setting: Setting, section: Section) -> dict[str, Any]:
-    """Raises:
-    AssertionError: nothing was compiled; the warning that said why is in the report.
-    """
+    """Write the table and the compiler's warnings, then fail if nothing was compiled."""
     set_arithmetic("bf16", deterministic=False)
     if setting.dry:
         without_compiler()
-        section.note("In a dry run graphs are traced and run without the compiler, which takes a minute on a CPU.")
+        section.note("In a dry run, graphs are traced but not compiled, because compiling takes a minute on a CPU.")
     rows, result = [], {}
     for name in ("eager", "compiled"):
         free_memory(setting.device)
@@ -52,7 +50,7 @@ def compiled(setting: Setting, section: Section) -> dict[str, Any]:
 
 
 def without_compiler() -> None:
-    """torch.compile traces in this process, and runs what it has traced as it is."""
+    """Have torch.compile run traced graphs as they are, in this process."""
     real = torch.compile
 
     def traced(function: Any = None, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The machine: software, the card, memory bandwidth, copies to and from the host, matrix products, cost of a launch."""
+"""The machine: software, the card, memory bandwidth, copies to and from the host, matrix products, launches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PRODUCTS = {
     "bf16": [(8192, 8192, 8192), (TOKENS, 768, 2304), (TOKENS, 768, 768), (TOKENS, 768, 3072), (TOKENS, 3072, 768)],
     "tf32": [(8192, 8192, 8192)],
 }
-"""Rows, inner dimension and columns: a big square, and the products of a block of B/16 at batch 512."""
+"""Rows, inner dimension and columns: a big square, and the products in a block of B/16 at batch 512."""
 
 
 def environment(setting: Setting, section: Section) -> dict[str, Any]:
@@ -39,13 +39,15 @@ def environment(setting: Setting, section: Section) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     found["C compiler"] = shutil.which("gcc") or shutil.which("cc") or "none"
-    found["Python.h"] = "there" if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() else "missing"
+    found["Python.h"] = "present" if (Path(sysconfig.get_paths()["include"]) / "Python.h").exists() else "missing"
     if setting.device == "cuda":
         found |= card()
     found |= bandwidth(setting) | products(setting)
     section.note("\n".join(f"- {name}: {value}" for name, value in found.items()))
     if setting.dry:
-        section.note("Without a GPU there is no card to name and no copy to it; products ran on the CPU, small.")
+        section.note(
+            "Without a GPU, no card and no copies to it are listed, and the products are small ones on the CPU."
+        )
     return found
 
 
@@ -66,7 +68,7 @@ def card() -> dict[str, Any]:
 
 
 def bandwidth(setting: Setting) -> dict[str, float]:
-    """TB/s of a copy on the device, GB/s of copies from and to the host, and the host's time for a launch."""
+    """Copies on the device (TB/s) and from and to the host (GB/s), and the host's time for a launch."""
     device, size = setting.device, 1 << (20 if setting.dry else 30)
     source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     seconds = time_calls(lambda: target.copy_(source), device, times=setting.times(10)).device

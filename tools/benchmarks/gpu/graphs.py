@@ -1,6 +1,6 @@
-"""A whole step with its passes as a CUDA graph, beside the same step launched operator by operator.
+"""A step whose passes are a CUDA graph, beside the same step launched operator by operator.
 
-32 images a GPU is what a batch of 512 leaves each of 16: there the host's launches, not the device, bound the step.
+A batch of 512 on 16 GPUs leaves each of them 32 images. There the host's launches bound the step, not the device.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from typing import Any
 
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import B16, B32, Setting, free_memory, set_arithmetic
-from tools.benchmarks.metering import time_calls
-from tools.benchmarks.training import HEADLINE, VANILLA, Contender, OurStep
+from tools.benchmarks.training import HEADLINE, VANILLA, Contender, measure_step
 
 HEAD, FT = ("object-mask-single-fill", HEADLINE), ("ft", VANILLA)
 CASES = [
@@ -38,13 +37,13 @@ def graphs(setting: Setting, section: Section) -> dict[str, Any]:
 
 def measure(model: str, batch: int, contender: Contender, setting: Setting) -> dict[str, float]:
     found: dict[str, float] = {}
-    for kind, graphed in (("eager", False), ("graph", True)):
-        if graphed and setting.device != "cuda":
-            continue
-        step = OurStep(setting.materials(model, batch), replace(contender, graphs=graphed))
-        timed = time_calls(step, setting.device, times=setting.times(10))
-        found |= {f"{kind} ms": 1e3 * timed.device, f"{kind} host ms": 1e3 * timed.host}
-        del step
+    for kind in ("eager", "graph") if setting.device == "cuda" else ("eager",):
+        m = setting.materials(model, batch)
+        step = measure_step(
+            m, replace(contender, graphs=kind == "graph"), times=setting.times(10), warm_up=3, count=False
+        )
+        found |= {f"{kind} ms": 1e3 * step.seconds, f"{kind} host ms": 1e3 * step.host}
+        del m
         free_memory(setting.device)
     if "graph ms" in found:
         found["× faster"] = found["eager ms"] / found["graph ms"]

@@ -1,6 +1,6 @@
-"""The project's own kernels, compiled for this card, beside their formulas in fp64; and what they cost.
+"""The project's own kernels on this card, compared with their formulas in fp64, and their time.
 
-A kernel is added by a function that yields its checks, and an entry in KERNELS.
+To add a kernel, write a function that yields its checks and enter it in KERNELS.
 """
 
 from __future__ import annotations
@@ -25,31 +25,32 @@ from tools.benchmarks.metering import time_calls, wait
 
 @dataclass(frozen=True)
 class Check:
-    """One call of a kernel.
-
-    shape: in words. dtype: of its inputs. runs: whether the kernel takes this call here; else ``call`` is what the
-    project computes in its place.
-    call: the result. right: the same in fp64. change: the largest that the result may differ by from what it would be
-    if the kernel did nothing; errors are shares of it. tolerance: the largest such share that is right.
-    timed: a call of a real size, timed beside ``plain``, the same in plain PyTorch; flops and bytes: what it computes
-    and the least that it moves, 0 where that says nothing.
-    """
+    """One call of a kernel."""
 
     shape: str
     dtype: torch.dtype
+    """Of the inputs."""
     runs: bool
+    """Whether the kernel runs here; if not, ``call`` is what the project computes in its place."""
     call: Callable[[], Tensor]
     right: Tensor
+    """The result in fp64."""
     change: float
+    """The largest change that the kernel makes. Errors are given as shares of it."""
     tolerance: float
+    """The largest error that counts as rounding, as a share of ``change``."""
     timed: Callable[[], object] | None = None
+    """A call of a real size, to be timed."""
     plain: Callable[[], object] | None = None
+    """The same in plain PyTorch."""
     flops: float = 0.0
+    """FLOPs of ``timed``; 0 for a kernel that memory bounds."""
     bytes: float = 0.0
+    """Bytes that ``timed`` has to move; 0 for a kernel that arithmetic bounds."""
 
 
 def relevance(setting: Setting) -> Iterator[Check]:
-    """``extend_row`` for all queries of a block, and for the class token's alone, as in the last block."""
+    """``extend_row`` for all queries of a block, and for the class token alone, as in the last block."""
     shapes = [(64, 10)] if setting.dry else [(64, 50), (64, 197), (64, 257), (64, 577)]
     for size, length in shapes:
         for dtype in (torch.bfloat16, torch.float32):
@@ -74,7 +75,7 @@ def relevance(setting: Setting) -> Iterator[Check]:
                     partial(extend_row if runs else extend_row_with_maps, *inputs),
                     right,
                     change=(right - wide[0]).abs().max().item(),
-                    # In plain PyTorch, too, a bf16 input is exact: rows are fp32, and so is all that is computed.
+                    # Rows and all intermediate values are fp32, so bf16 inputs add no error.
                     tolerance=1e-4,
                     **timed,
                 )
@@ -93,7 +94,7 @@ def relevance_inputs(
 
 
 def elementwise(setting: Setting) -> Iterator[Check]:
-    """What lies between a block's matrix products: each kernel alone, beside plain PyTorch."""
+    """Kernels between a block's matrix products, each alone, beside plain PyTorch."""
     small = (2, 10, 64) if setting.dry else (4, 197, 768)
     for name, function in BETWEEN_PRODUCTS.items():
         for dtype in (torch.bfloat16, torch.float32):
@@ -104,7 +105,7 @@ def elementwise(setting: Setting) -> Iterator[Check]:
             if setting.device == "cuda" and dtype == torch.bfloat16:
                 big = elementwise_inputs(setting.device, 256, 197, 768, dtype)
                 timed = {"timed": partial(function, *big), "plain": partial(in_plain_pytorch, function, *big)}
-                # Forward and backward: each activation, and each cotangent, read or written once.
+                # Forward and backward: each activation and each cotangent is read or written once.
                 timed["bytes"] = BYTES[name] * big[0].numel()
                 del big
             yield Check(
@@ -144,7 +145,7 @@ def _quick_gelu(x: Tensor, branch: Tensor, cotangent: Tensor, weight: Tensor, bi
 
 BETWEEN_PRODUCTS: dict[str, Callable[..., Tensor]] = {"add + LayerNorm": _add_norm, "QuickGELU": _quick_gelu}
 BYTES = {"add + LayerNorm": 16 + 6, "QuickGELU": 10 + 6}
-"""An element of the stream, in bf16, with the concatenation of the results that is timed too."""
+"""Bytes for each element of the stream, in bf16, including the concatenation of the results, which is timed too."""
 
 
 def in_plain_pytorch(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -160,10 +161,10 @@ KERNELS: dict[str, Callable[[Setting], Iterator[Check]]] = {"relevance": relevan
 
 
 def kernels(setting: Setting, section: Section) -> dict[str, Any]:
-    """Every check of every kernel: is it right, does it give the same bits twice, what does it cost?
+    """Run every check of every kernel: error, same bits twice, time.
 
     Raises:
-        AssertionError: a kernel is wrong, or gives other bits the second time; after the table is in the report.
+        AssertionError: a kernel is wrong, or gives other bits the second time. The table is written first.
     """
     torch.set_float32_matmul_precision("highest")
     rows, result, wrong = [], {}, []
@@ -180,7 +181,7 @@ def kernels(setting: Setting, section: Section) -> dict[str, Any]:
         ["kernel", "ran", "error / largest change", "same bits", "first s", "ms", "in plain PyTorch ms", "rate"], rows
     )
     if setting.dry:
-        section.note("Kernels need a GPU: what ran is what the project computes without them.")
+        section.note("Kernels need a GPU: plain PyTorch ran in their place.")
     assert not wrong, f"wrong, or other bits the second time: {', '.join(wrong)}"
     return result
 

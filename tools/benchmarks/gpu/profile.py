@@ -1,4 +1,4 @@
-"""Where a step's time on the device goes: by kind of kernel, by operator, by kernel; and how long the device idles."""
+"""Time of a step on the device by kind of kernel, operator and kernel, and the share of time that the device idles."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = (
     ("copy, cast, cat", r"copy|Cat|memcpy|Memcpy|Memset|fill|Fill"),
     ("other elementwise", r"elementwise|index|gather|scatter"),
 )
-"""Kinds of kernels, by the first pattern that is found in the name."""
+"""Kinds of kernels. The first pattern that the name matches decides."""
 
 
 def profile(setting: Setting, section: Section) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def profile(setting: Setting, section: Section) -> dict[str, Any]:
         del step
         free_memory(setting.device)
     if setting.dry:
-        section.note("Without a GPU there are no kernels: these are operators on the CPU.")
+        section.note("Without a GPU there are no kernels. These are operators on the CPU.")
     return result
 
 
@@ -69,7 +69,7 @@ def record(step: Callable[[], object], trace: Path, setting: Setting) -> list[di
 
 
 def describe(name: str, events: list[dict[str, Any]], setting: Setting, section: Section) -> dict[str, Any]:
-    """Tables of a trace, and its figures for a step: ms, launches, share of idle time, ms by kind of kernel."""
+    """Write the tables of a trace. Returns its figures for a step: ms, launches, idle share, ms by kind of kernel."""
     operators = {e["args"].get("External id"): e["name"] for e in events if e.get("cat") == "cpu_op" and "args" in e}
     kinds = ("cpu_op",) if setting.dry else ("kernel", "gpu_memcpy", "gpu_memset")
     work = [e for e in events if e.get("cat") in kinds]
@@ -101,12 +101,12 @@ def describe(name: str, events: list[dict[str, Any]], setting: Setting, section:
 
 
 def kind_of(kernel: str) -> str:
-    """The kind of KINDS that a kernel is of, by its name."""
+    """The kind of a kernel, by its name."""
     return next((kind for kind, pattern in KINDS if re.search(pattern, kernel)), "other")
 
 
 def busy(work: list[dict[str, Any]]) -> float:
-    """µs in which at least one of the events was under way."""
+    """Microseconds in which at least one event was under way."""
     total, reached = 0.0, 0.0
     for e in sorted(work, key=lambda e: e["ts"]):
         end = e["ts"] + e["dur"]

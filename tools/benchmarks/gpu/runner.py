@@ -1,11 +1,11 @@
-"""Runs parts of a measurement, each in a process of its own with its own limit, and reports on them as they go.
+"""Runs parts of a measurement, each in a process of its own with its own limit, and reports on them while they run.
 
-    OUT/report.md       a section for each part; rewritten whenever a part has added to its section
+    OUT/report.md       a section for each part, rewritten while parts run
     OUT/results.json    {part: {"status", "seconds", "reason", "result"}}, rewritten whenever a part ends
-    OUT/log.txt         what parts, and the programs that they started, wrote to stdout and stderr
+    OUT/log.txt         stdout and stderr of the parts and of the programs that they start
 
-A part is forked from a process that has imported everything and has not touched CUDA, so it starts at once. A part
-that raises, crashes or exceeds its limit costs its own time only. Parts of one stage run side by side.
+A part is forked from a process that has imported everything but has not initialised CUDA, so it starts at once. A part
+that raises, crashes or exceeds its limit affects no other part. The parts of a stage run side by side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from cfmask.report import table
+from cfmask.report.tables import table
 from cfmask.runtime.files import write_atomically
 from tools.benchmarks.gpu.setting import Setting
 
@@ -37,21 +37,21 @@ LEFT_OUT = "left out"
 UNDER_WAY = "under way"
 
 GRACE = 30.0
-"""Seconds by which a part that began in time may exceed the budget."""
+"""Seconds by which a part may exceed the budget, if it began within it."""
 
 POLL = 1.0
-"""Seconds between two looks at what running parts have added to the report."""
+"""Seconds between two updates of the report while parts run."""
 
 MARK = "CFMASK_BENCH_PART"
-"""Environment variable that tells which part has started a program, whatever session it runs in."""
+"""Environment variable with the part that started a program. It marks programs in other sessions too."""
 
 
 class CannotRun(Exception):
-    """The part cannot run on this machine; the message says why."""
+    """The part cannot run on this machine. The message has the reason."""
 
 
 class Section:
-    """A part's text in the report. Each call appends to it, so that a part that is killed leaves what it had found."""
+    """A part's text in the report. Each call appends to it at once, so the results of a killed part are kept."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -66,27 +66,27 @@ class Section:
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement.
-
-    function: gets the setting and its section of the report; returns what results.json is to hold.
-    expected: seconds that it takes on an H100; the budget is spent by it.
-    limit: seconds after which it is killed; by default twice the expected time and 20 s, more with a larger budget.
-    """
+    """One measurement."""
 
     name: str
     function: Callable[[Setting, Section], dict[str, Any]]
+    """Writes its section of the report, and returns its entry of results.json."""
     expected: float
+    """Seconds on an H100. A part that would exceed the budget is left out."""
     limit: float | None = None
+    """Seconds until it is killed; by default twice the expected time and 20 s, more with a larger budget."""
 
 
 @dataclass
 class Outcome:
-    """How a part ended. reason: for any status but RAN; result: what its function returned."""
+    """How a part ended."""
 
     status: str
     seconds: float = 0.0
     reason: str = ""
+    """Empty for RAN."""
     result: dict[str, Any] | None = None
+    """What its function returned."""
 
 
 @dataclass
@@ -105,7 +105,7 @@ class _Running:
 
 @dataclass
 class Runner:
-    """Runs stages of parts within a budget of seconds that began at ``start`` (time.monotonic)."""
+    """Runs stages of parts within a budget of seconds from ``start`` (time.monotonic)."""
 
     setting: Setting
     budget: float
@@ -139,7 +139,7 @@ class Runner:
                         self._clean_up(one)
                         self._end(one.part, outcome)
                 self.write_report()
-        finally:  # this process is being stopped
+        finally:  # in case this process is stopped
             for one in running:
                 self._clean_up(one)
 
@@ -162,8 +162,8 @@ class Runner:
         return _Running(part, process, receiver, begun, limit, log)
 
     def _clean_up(self, one: _Running) -> None:
-        """Kill the part's process and all that it has started, and keep its output."""
-        for _ in range(3):  # programs that were just being started
+        """Kill the part's process and all programs that it started, and keep its output."""
+        for _ in range(3):  # again, for programs that were being started
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(one.process.pid, signal.SIGKILL)
             for pid in _started_by(one.part):
@@ -182,7 +182,7 @@ class Runner:
         print(f"[{time.monotonic() - self.start:6.1f}] {self._text(part.name, outcome)}", file=sys.stderr, flush=True)
 
     def write_report(self, *more: str) -> None:
-        """Write report.md anew: the heading, a section for each part that has begun or was left out, and ``more``."""
+        """Write report.md: the heading, a section for each part that has begun or was left out, and ``more``."""
         sections = [self._text(name, outcome) for name, outcome in self.outcomes.items()]
         write_atomically(self.setting.out / "report.md", "\n\n".join([self.heading, *sections, *more]) + "\n")
 
@@ -215,16 +215,16 @@ def _outcome(one: _Running) -> Outcome | None:
             status, reason, result = one.receiver.recv()
         except EOFError:
             one.process.join(5)
-            reason = f"exit code {one.process.exitcode}; it last wrote\n{_quoted(_read(one.log)[-1500:])}"
+            reason = f"exit code {one.process.exitcode}; its last output:\n{_quoted(_read(one.log)[-1500:])}"
             return Outcome(DIED, seconds, reason)
         return Outcome(status, seconds, reason, result)
     if time.monotonic() >= one.deadline:
-        return Outcome(TIMED_OUT, seconds, f"{one.limit:.0f} s; it last wrote\n{_quoted(_read(one.log)[-1500:])}")
+        return Outcome(TIMED_OUT, seconds, f"{one.limit:.0f} s; its last output:\n{_quoted(_read(one.log)[-1500:])}")
     return None
 
 
 def _answer(sender: Connection, part: Part, setting: Setting, section: Section, log: Path, mark: str) -> None:
-    """Run the part in this process, which was forked for it, and send how it ended."""
+    """Run the part in this forked process, and send its outcome."""
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
@@ -238,7 +238,7 @@ def _answer(sender: Connection, part: Part, setting: Setting, section: Section, 
     except CannotRun as error:
         answer = (CANNOT_RUN, str(error), None)
     except AssertionError as error:
-        answer = (FAILED, str(error) or "an assertion without a message; log.txt has where", None)
+        answer = (FAILED, str(error) or "an assertion without a message; see log.txt", None)
         traceback.print_exc()
     except BaseException:
         answer = (FAILED, f"it raised\n{_quoted(traceback.format_exc()[-2500:])}", None)
@@ -247,16 +247,16 @@ def _answer(sender: Connection, part: Part, setting: Setting, section: Section, 
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # not through teardown: what matters is sent, and NCCL and profilers may hang in theirs
+    os._exit(0)  # the outcome is sent, and finalization of NCCL and of profilers may hang
 
 
 def _mark(part: Part) -> str:
-    """The value of MARK in what a part of this process starts."""
+    """The value of MARK in programs of a part."""
     return f"{os.getpid()}:{part.name}"
 
 
 def _started_by(part: Part) -> Iterator[int]:
-    """Programs that a part has started, also those in sessions of their own."""
+    """Process ids of the programs that a part has started, in any session."""
     wanted = f"{MARK}={_mark(part)}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 
 from tools.benchmarks.gpu.runner import Section
-from tools.benchmarks.gpu.setting import B16, B32, L14, Setting, free_memory, out_of_memory, set_arithmetic
-from tools.benchmarks.metering import count_flops, measure_matmul, peak_memory, start_of_memory, time_calls
-from tools.benchmarks.training import HEADLINE, VANILLA, Contender, Materials, OurStep, copied, their_step
+from tools.benchmarks.gpu.setting import B16, B32, L14, Setting, free_memory, set_arithmetic
+from tools.benchmarks.metering import count_flops, measure_matmul, out_of_memory
+from tools.benchmarks.training import HEADLINE, VANILLA, Contender, Materials, Measured, copied, measure_step
 
 VANILLA_FT = Contender("vanilla FT", "bf16", VANILLA)
 OURS = Contender("cfmask", "bf16", HEADLINE)
@@ -36,22 +36,12 @@ NEEDS_GPU, FAILED = "needs a GPU", "failed"
 peak = cache(measure_matmul)
 
 
-@dataclass(frozen=True)
-class Found:
-    """A contender's step. seconds: on the device; host: until it is queued; flops and peak (bytes): of one step."""
-
-    seconds: float
-    host: float
-    flops: int
-    peak: int
-
-
 def step_table(model: str, batch: int, contenders: Sequence[Contender], setting: Setting, section: Section) -> dict:
-    """Measure contenders, all from one state, and add their table to the report as soon as they are measured."""
+    """Measure contenders from one state, and add their table to the report at once."""
     peaks = {p: peak(setting.device, p) for p in dict.fromkeys(c.precision for c in contenders)}
-    # On the host, so that it is in nobody's memory.
+    # On the host, so that it takes no memory of the device.
     m = copied(setting.materials(model, batch), "cpu")
-    found: dict[Contender, Found | str] = {}
+    found: dict[Contender, Measured | str] = {}
     for contender in contenders:
         found[contender] = measure(m, contender, setting)
         print(model, batch, contender, found[contender], flush=True)
@@ -66,31 +56,26 @@ def step_table(model: str, batch: int, contenders: Sequence[Contender], setting:
     )
     section.table(HEADER, rows)
     return {
-        f"{model} {batch} {c.name}, {c.precision}": vars(f) if isinstance(f, Found) else f for c, f in found.items()
+        f"{model} {batch} {c.name}, {c.precision}": vars(f) if isinstance(f, Measured) else f for c, f in found.items()
     }
 
 
-def measure(m: Materials, contender: Contender, setting: Setting) -> Found | str:
-    """What its step takes; or in words why it was not measured."""
+def measure(m: Materials, contender: Contender, setting: Setting) -> Measured | str:
+    """The contender's step, or the reason why it was not measured."""
     if contender.graphs and setting.device != "cuda":
         return NEEDS_GPU
     free_memory(setting.device)
     set_arithmetic(contender.precision, deterministic=contender.deterministic)
     try:
-        on_device = copied(m, setting.device)
-        step = their_step(on_device, contender) if contender.method is None else OurStep(on_device, contender)
-        before = start_of_memory(setting.device)
-        timed = time_calls(step, setting.device, times=setting.times(8), warm_up=setting.times(3))
-        memory = peak_memory(setting.device, before)
-        flops = count_flops(step.operators if isinstance(step, OurStep) else step)
-        return Found(timed.device, timed.host, flops, memory)
+        times, warm_up = setting.times(8), setting.times(3)
+        return measure_step(copied(m, setting.device), contender, times=times, warm_up=warm_up)
     except (RuntimeError, MemoryError) as error:
         print(f"{contender}: {error}", flush=True)
         return "does not fit" if out_of_memory(error) else f"{FAILED}: {str(error).splitlines()[0][:120]}"
 
 
 def row_of(
-    contender: Contender, found: dict[Contender, Found | str], batch: int, forward: int, peaks: dict[str, float]
+    contender: Contender, found: dict[Contender, Measured | str], batch: int, forward: int, peaks: dict[str, float]
 ) -> list[str]:
     of = found[contender]
     if isinstance(of, str):
@@ -99,10 +84,10 @@ def row_of(
 
     def beside(other: Contender, form: str, value: Any) -> str:
         them = found.get(other)
-        return form.format(value(them)) if isinstance(them, Found) else ""
+        return form.format(value(them)) if isinstance(them, Measured) else ""
 
-    # The fastest that is as deterministic as this one, if there is any.
-    vanillas = [(v, f) for v in VANILLAS if isinstance(f := found.get(v), Found)]
+    # The fastest vanilla step in the same mode, if there is one.
+    vanillas = [(v, f) for v in VANILLAS if isinstance(f := found.get(v), Measured)]
     alike = [(v, f) for v, f in vanillas if v.deterministic == contender.deterministic] or vanillas
     vanilla = min(alike, key=lambda of: of[1].seconds)[0] if alike else VANILLA_FT
 
@@ -126,7 +111,7 @@ def steps(setting: Setting, section: Section, *, tables: Sequence[tuple[str, int
     """A table for each model and batch.
 
     Raises:
-        AssertionError: a step failed, other than for lack of memory; after all tables are in the report.
+        AssertionError: a step failed for another reason than memory. All tables are written first.
     """
     result: dict[str, Any] = {}
     for model, batch, contenders in tables:

@@ -1,4 +1,4 @@
-"""The tests that are marked gpu, in parallel processes."""
+"""The tests marked gpu, in parallel processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from typing import Any
 from xml.etree import ElementTree
 
-from tools.benchmarks.contenders import REPO
+from tools.benchmarks import REPO
 from tools.benchmarks.gpu.runner import CannotRun, Section
 from tools.benchmarks.gpu.setting import Setting
 
@@ -19,9 +19,11 @@ KEPT = re.compile(r"FAILED|ERROR|E  |=====|\d+\.\d+s (call|setup)|SKIPPED")
 
 
 def gpu_tests(setting: Setting, section: Section) -> dict[str, Any]:
-    """Raises:
-    AssertionError: a test failed, or none ran; after their names are in the report.
-    CannotRun: a package that the tests need is not installed.
+    """Report the tests that failed.
+
+    Raises:
+        AssertionError: a test failed, or none ran.
+        CannotRun: a package that the tests need is not installed.
     """
     missing = [name for module, name in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -30,7 +32,7 @@ def gpu_tests(setting: Setting, section: Section) -> dict[str, Any]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs"]
     command += ["--numprocesses", "1" if setting.dry else "8", f"--junitxml={junit}", "--durations=8"]
     if setting.dry:
-        command.append("tests/test_gpu.py")  # the others are found in the same way
+        command.append("tests/test_gpu.py")  # one file is enough to show that tests are found
     environment = dict(os.environ, PYTHONDONTWRITEBYTECODE="1")
     if setting.data is not None:
         environment["CFMASK_TEST_DATA"] = str(setting.data)
@@ -42,7 +44,7 @@ def gpu_tests(setting: Setting, section: Section) -> dict[str, Any]:
     for suite in ElementTree.parse(junit).getroot().iter("testsuite"):
         counts = {name: count + int(suite.get(name, 0)) for name, count in counts.items()}
     if setting.dry:
-        section.note("Without a GPU every one of these tests skips itself.")
+        section.note("Without a GPU, all of these tests are skipped.")
     assert done.returncode == 0, f"pytest ended with exit code {done.returncode}"
     assert counts["tests"] > counts["skipped"] or setting.dry, "every test was skipped"
     return counts

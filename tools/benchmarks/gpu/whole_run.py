@@ -1,5 +1,5 @@
-"""`launch/submit.py --executor local` on one GPU, over NCCL: a run that is killed and resumed ends with the weights and
-moments of a run that is left alone."""
+"""`launch/submit.py --executor local` on one GPU, over NCCL: a run that is killed and resumed has to end with the
+weights and moments of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfmask.models.head import build_tower, save_model
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier
 from launch.drills.materials import CLASSES, convert, draw_images
-from tools.benchmarks.contenders import REPO
+from tools.benchmarks import REPO
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import B16, Setting
 
@@ -31,8 +31,10 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 def whole_run(setting: Setting, section: Section) -> dict[str, Any]:
-    """Raises:
-    AssertionError: a run failed, or their last checkpoints differ; after the table is in the report.
+    """Compare the last checkpoints of two runs, one of which is killed.
+
+    Raises:
+        AssertionError: a run failed, or the checkpoints differ. The table is written first.
     """
     flags = make_materials(setting)
     steps = 2 * (epoch_images(setting) // BATCH)
@@ -47,10 +49,10 @@ def whole_run(setting: Setting, section: Section) -> dict[str, Any]:
     codes = {kind: run.exit_code for kind, run in runs.items()}
     for run in runs.values():
         if run.exit_code != 0:
-            section.note(f"{run.folder.name} last wrote\n```\n{run.log.read_text()[-2000:]}\n```")
+            section.note(f"Last output of {run.folder.name}:\n```\n{run.log.read_text()[-2000:]}\n```")
     assert not any(codes.values()), f"exit codes {codes}"
     newest = {kind: max((run.folder / "checkpoints").glob("step-*")) for kind, run in runs.items()}
-    assert all(folder.name == f"step-{steps:08d}" for folder in newest.values()), f"they end at {newest}"
+    assert all(folder.name == f"step-{steps:08d}" for folder in newest.values()), f"last checkpoints: {newest}"
     differing, tensors = compare(newest["alone"], newest["killed"])
     rate = images_per_second(runs["alone"].folder)
     section.table(
@@ -66,13 +68,18 @@ def whole_run(setting: Setting, section: Section) -> dict[str, Any]:
         ],
     )
     if setting.dry:
-        section.note("Without a GPU ranks meet over gloo, not NCCL.")
-    assert not differing, f"they differ, such as in {', '.join(differing[:3])}"
+        section.note("Without a GPU, ranks communicate over gloo, not NCCL.")
+    assert not differing, f"the last checkpoints differ, for example in {', '.join(differing[:3])}"
     return {"killed at": killed_at, "steps": steps, "tensors": tensors, "images/s": rate}
 
 
 class Run:
-    """A run by submit.py. exit_code: of the last start, None while it is under way; seconds: since its first start."""
+    """A run by submit.py.
+
+    Attributes:
+        exit_code: of the last start; None while it is under way.
+        seconds: since the first start.
+    """
 
     def __init__(self, folder: Path, flags: list[str], steps: int, setting: Setting) -> None:
         self.folder, self.log = folder, setting.work / f"{folder.name}.log"
@@ -98,14 +105,14 @@ class Run:
         return self.exit_code is not None
 
     def kill(self) -> None:
-        """With all its ranks, by SIGKILL."""
+        """Kill it and all its ranks by SIGKILL."""
         assert self._process is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def step(self) -> int:
-        """The last one that its log has."""
+        """The last step in its log."""
         with contextlib.suppress(OSError, ValueError):
             lines = (self.folder / "log.jsonl").read_text().splitlines()
             return max((json.loads(line)["step"] for line in lines if '"loss"' in line), default=0)
@@ -113,7 +120,7 @@ class Run:
 
 
 def follow(runs: dict[str, Run], steps: int) -> int:
-    """Until both have ended; one is killed after its first checkpoint and started again. Returns the step it was at."""
+    """Wait for both runs. One is killed after its first checkpoint and started again; returns the step it was at."""
     killed_at = 0
     pending = set(runs)
     while pending:

@@ -1,1 +1,1 @@
-"""Other libraries on the jobs that cfmask's loader and converter do (``__main__.py``)."""
+"""Other libraries on the jobs of cfmask's loader and converter, a module each. ``__main__.py`` runs them."""

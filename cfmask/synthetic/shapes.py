@@ -1,20 +1,20 @@
-"""Draw the demo's data set: an ImageNet-shaped tree of shapes on textures, in which a spurious cue can be dosed.
+"""Draw the demo's data set: folders of images of shapes on textures, whose backgrounds are a spurious cue.
 
     OUT/classes.txt                                     folder<TAB>display name, one class a line
     OUT/pretrain/n90000001/n90000001_00000_dots.JPEG    every object on every background, in more styles
-    OUT/train/…                                         the background tells the class, 95 % of the time
-    OUT/val/…                                           as train, other images
-    OUT/shift-random/…                                  backgrounds say nothing
-    OUT/shift-swapped/…                                 backgrounds always say another class
+    OUT/train/…                                         95 % of the images show their class's own background
+    OUT/val/…                                           like train, other images
+    OUT/shift-random/…                                  the background is independent of the class
+    OUT/shift-swapped/…                                 the background is always that of another class
     OUT/shift-style/…                                   outline drawings on plain paper
-    OUT-masks/val/n90000001/n90000001_00000_stripes.png where the object is, exactly (255), for val
+    OUT-masks/val/n90000001/n90000001_00000_stripes.png exact object masks of val: 255 on the object
 
-Class k's own background is kind k. A file's name ends in the kind it shows: with the class, that is its caption.
-Sizes, places, angles, colours and the backgrounds' own parameters vary in every image, so neither a colour nor a
-place tells a class. The whole object lies within the centre square that the recipe crops.
+The own background of class k is kind k. A file name ends in the kind of background, so class and file name together
+are a caption. Size, place, angle and colours vary in every image, so neither colour nor place identifies a class. The
+object lies within the centre square that the recipe crops.
 
-An image is a pure function of (seed, split, class, number in the class): the tree is the same byte for byte
-wherever the same Pillow and numpy draw it, and on any number of processes.
+An image is a pure function of (seed, split, class, number in the class). With the same versions of Pillow and numpy,
+the files are identical byte for byte on any number of processes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from cfmask.runtime.pool import map_in_processes
+from cfmask.runtime.progress import progress_bar
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -44,19 +45,20 @@ _OVERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Split:
-    """How a split is drawn.
-
-    per_class: images of each class. own: share of images on the class's own background; the rest are on ``rest``,
-    "any" background or "other" ones. sketched: share of outline drawings; paper: share on plain paper.
-    turn: largest rotation, in degrees.
-    """
+    """How a split is drawn."""
 
     per_class: int
+    """Images of each class."""
     own: float
+    """Share of images on the class's own background."""
     rest: str
+    """Background of the remaining images: ANY, or OTHER than the class's own."""
     sketched: float = 0.0
+    """Share of outline drawings."""
     paper: float = 0.0
+    """Share of images on plain paper."""
     turn: float = 15.0
+    """Largest rotation, in degrees."""
 
 
 SPLITS = {
@@ -70,7 +72,7 @@ SPLITS = {
 
 
 def class_folder(label: int) -> str:
-    """A wnid-like folder name; n9… are no WordNet ids, so nothing here passes for ImageNet."""
+    """A folder name that looks like a WordNet id. No WordNet id starts with n9, so it is never taken for ImageNet's."""
     return f"n9{label + 1:07d}"
 
 
@@ -78,9 +80,9 @@ def draw_tree(out: Path, *, seed: int = 0, processes: int | None = None, progres
     """Draw all splits below ``out``, and the object masks of MASK_SPLITS below ``out`` + "-masks".
 
     Args:
-        out: a folder; images that are there are drawn again.
-        seed: of everything.
-        processes: how many draw; all cores by default. Changes speed only.
+        out: a folder; existing images are overwritten.
+        seed: decides every pixel.
+        processes: number of processes, by default one per core. It does not change the images.
     """
     out.mkdir(parents=True, exist_ok=True)
     lines = [f"{class_folder(label)}\t{name}\n" for label, name in enumerate(CLASSES)]
@@ -93,9 +95,7 @@ def draw_tree(out: Path, *, seed: int = 0, processes: int | None = None, progres
     total = sum(settings.per_class for settings in SPLITS.values()) * len(CLASSES)
     processes = processes or len(os.sched_getaffinity(0))
 
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="image", desc="draw", disable=not progress) as bar:
+    with progress_bar(total=total, unit=" images", desc="draw", disable=not progress) as bar:
         map_in_processes(_draw_class, jobs, workers=processes, progress=bar.update)
 
 
@@ -119,7 +119,7 @@ def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, A
     """One image of a split.
 
     Returns:
-        image uint8 (H, W, 3); mask uint8 (H, W), 255 where the object is and 0 elsewhere; the kind of background.
+        Image, uint8 (H, W, 3); mask, uint8 (H, W), 255 on the object and 0 elsewhere; kind of background.
     """
     settings = SPLITS[split]
     rng = np.random.default_rng([seed, list(SPLITS).index(split), label, number])
@@ -153,12 +153,12 @@ def draw_image(seed: int, split: str, label: int, number: int) -> tuple[Array, A
 
 
 def _grain(height: int, width: int, amount: float, rng: Rng) -> Array:
-    """Noise of this standard deviation, the same in all channels: (height, width, 1)."""
+    """Noise with standard deviation ``amount``, equal in all channels: (height, width, 1)."""
     return rng.standard_normal((height, width, 1), dtype=np.float32) * np.float32(amount)
 
 
 def _background_kind(settings: Split, label: int, rng: Rng) -> int:
-    """A class's own background is the one of its number."""
+    """The number of a background. Both draws are always made, so that later draws do not depend on the choice."""
     other = (label + 1 + int(rng.integers(len(BACKGROUNDS) - 1))) % len(BACKGROUNDS)
     anything = int(rng.integers(len(BACKGROUNDS)))
     if rng.random() < settings.own:
@@ -174,7 +174,7 @@ def _luminance(colour: Array) -> float:
 
 
 def _two_colours(rng: Rng) -> tuple[Array, Array]:
-    """The two tones of a texture: of any hue, dark to middling, 35 to 80 steps of brightness apart."""
+    """The two tones of a texture: any hue, dark to medium, 35 to 80 levels of brightness apart."""
     dark = rng.uniform(15, 95, 3)
     light = np.clip(dark + rng.uniform(35, 80) + rng.uniform(-25, 25, 3), 0, 255)
     dark, light = dark.astype(np.float32), light.astype(np.float32)
@@ -182,7 +182,7 @@ def _two_colours(rng: Rng) -> tuple[Array, Array]:
 
 
 def _object_colours(canvas: Array, body: Array, rng: Rng) -> tuple[Array, Array, Array]:
-    """Of the object, its markings and its outline: any hue, lighter than what is behind; a dark outline."""
+    """Colours of the object (any hue, lighter than the background), of its markings, and of its dark outline."""
     behind = _luminance(np.einsum("hwc,hw->c", np.broadcast_to(canvas, (*body.shape, 3)), body) / body.sum())
     colour = rng.uniform(60, 255, 3)
     colour = np.clip(colour + max(0.0, behind + 50 - _luminance(colour)), 0, 255)
@@ -194,7 +194,7 @@ def _object_colours(canvas: Array, body: Array, rng: Rng) -> tuple[Array, Array,
 
 
 def _plane(height: int, width: int, rng: Rng, turn: float = math.pi) -> tuple[Array, Array]:
-    """Pixel coordinates, turned by up to ±turn and shifted at random."""
+    """Pixel coordinates, rotated by up to ±turn and shifted at random."""
     angle = rng.uniform(-turn, turn)
     y, x = np.mgrid[:height, :width].astype(np.float32)
     shift = rng.uniform(0, 100, 2)
@@ -285,14 +285,15 @@ _TEXTURES: tuple[Callable[[int, int, Rng], Array], ...] = (
 )
 
 # --- objects --------------------------------------------------------------------------------------------------------
-# A form is a list of polygons in the square -1…1 (y down), painted in order: onto the body, out of it, or as a marking.
+# A form is a list of polygons in the square -1…1 (y down), in the order of painting. A polygon adds to the body, cuts a
+# hole into it, or is a marking.
 
 BODY, HOLE, MARK = "body", "hole", "mark"
 Points = list[tuple[float, float]]
 
 
 def _round(x: float, y: float, rx: float, ry: float | None = None, start: float = 0.0, end: float = 360.0) -> Points:
-    """An ellipse or a part of its edge, degrees clockwise from the right."""
+    """An ellipse or an arc of it, in degrees clockwise from the right."""
     angles = np.radians(np.linspace(start, end, 33))
     return [(x + rx * math.cos(a), y + (ry or rx) * math.sin(a)) for a in angles]
 
@@ -354,7 +355,7 @@ _FORMS: dict[str, list[tuple[str, Points]]] = {
 
 
 def _object(name: str, height: int, width: int, turn: float, rng: Rng) -> tuple[Array, Array]:
-    """Coverage of the body and of its markings, 0…1 (height, width), somewhere in the centre square."""
+    """Coverage of the body and of its markings, 0…1 (height, width), at a random place in the centre square."""
     short = min(height, width)
     radius = short * rng.uniform(0.26, 0.38)
     reach = short / 2 - radius * 1.05
@@ -383,7 +384,7 @@ def _coverage(image: Image.Image) -> Array:
 
 
 def _outline(coverage: Array) -> Array:
-    """Where coverage changes within a pixel's neighbourhood: a line about two pixels wide."""
+    """The range of coverage within a pixel's neighbourhood: a line about two pixels wide around the shape."""
     wide, narrow = coverage.copy(), coverage.copy()
     for axis in (0, 1):
         for a, b in ((np.s_[1:], np.s_[:-1]), (np.s_[:-1], np.s_[1:])):

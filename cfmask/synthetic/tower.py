@@ -1,11 +1,11 @@
-"""Pre-train the demo's small "CLIP": a ViT in open_clip's layout, on images and captions, and its zero-shot head.
+"""Pre-train the demo's small "CLIP": a ViT in open_clip's layout with a zero-shot head.
 
-A caption is a class on a kind of background, "star, bricks", as the file names of the drawn images end in it. As in
-CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature; with this
-few captions all of them are candidates for every image. A caption's embedding is the normalised sum of a learnt
-vector for its class and one for its background, where CLIP has a text tower.
+A caption is a class on a kind of background ("star, bricks"), read from folder and file name. As in CLIP, normalised
+image features are matched with normalised caption embeddings at a learnt temperature. There are few captions, so all of
+them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the normalised sum of a
+learnt vector of its class and one of its background.
 
-As CLIP does with its templates, the zero-shot head averages a class's captions over all backgrounds.
+The zero-shot head averages a class's captions over all backgrounds, as CLIP averages over templates.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
@@ -27,7 +26,8 @@ from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import warmup_then_cosine
 from cfmask.recipe import Optim
-from tools._demo_images import BACKGROUNDS, PAPER
+from cfmask.runtime.progress import progress_bar
+from cfmask.synthetic.shapes import BACKGROUNDS, PAPER
 
 CONFIG = {
     "embed_dim": 128,
@@ -42,14 +42,14 @@ CONFIG = {
     },
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
-# CLIP's features have a mean square of about 0.2 a dimension. The loss sees normalised features only, so this is a
-# free choice here, and β means what it means for CLIP only at CLIP's scale.
 FEATURE_MEAN_SQUARE = 0.2
+"""Mean square of a feature dimension, about that of CLIP. The pre-training loss sees normalised features and does not
+set the scale, but the β of fine-tuning suits CLIP's scale."""
 MAX_SCALE = 100.0
 KINDS = (*BACKGROUNDS, PAPER)
-# A batch is computed in this many parts, each by a thread of its own. Threads within an operation would wait for each
-# other thousands of times a step, which takes twenty times as long on cores that somebody else uses as well.
 PARTS = 2
+"""Parts of a batch, each computed by a thread of its own. Threads within an operator would wait for each other
+thousands of times a step, which is twenty times slower on busy cores."""
 
 
 def pretrain(
@@ -67,11 +67,11 @@ def pretrain(
 
     Args:
         shards: a folder of shards, made of images whose names end in ``_<kind of background>``.
-        out: the model file to write (.safetensors); its configuration is written beside it, as .json.
-        seed: decides the weights to the last bit, on one kind of machine.
+        out: the model file to write (.safetensors). The model's configuration is written beside it, as .json.
+        seed: on one kind of machine, the same seed gives bitwise identical weights.
 
     Returns:
-        The configuration's path: what --model takes, with ``out`` for --pretrained.
+        Path of the configuration, for ``--model``; ``out`` is for ``--pretrained``.
     """
     config_path = out.with_suffix(".json")
     config_path.write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
@@ -118,7 +118,7 @@ class _Captions(nn.Module):
         return F.normalize(classes[:, None] + kinds, dim=-1)
 
     def head(self) -> Tensor:
-        """(classes, D): each class's captions, averaged, normalised, times the scale."""
+        """(classes, D): the mean of each class's captions, normalised, times the scale."""
         return self.scale() * F.normalize(self.embeddings().mean(1), dim=-1)
 
 
@@ -147,7 +147,7 @@ def _train(
     right = torch.zeros(())
 
     def part(pixels: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """A part's loss, as its share of the batch's, its features, and its gradients."""
+        """The part's share of the batch's loss, its features, and its gradients."""
         features = F.normalize(model.visual(normalise(pixels)), dim=-1)
         logits = captions.scale() * features @ captions.embeddings().flatten(0, 1).T
         loss = F.cross_entropy(logits, wanted, reduction="sum") / settings.batch_size
@@ -155,7 +155,7 @@ def _train(
 
     with (
         ThreadPoolExecutor(PARTS, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        tqdm(total=steps * settings.batch_size, unit="image", desc="pre-train", disable=not progress) as bar,
+        progress_bar(total=steps * settings.batch_size, unit=" images", desc="pre-train", disable=not progress) as bar,
     ):
         for step in range(steps):
             for group in optimizer.param_groups:
@@ -179,7 +179,7 @@ def _train(
 
 
 def _augment(images: Tensor, reach: int = 5) -> Tensor:
-    """Flipped at random and shifted by up to ``reach`` pixels, edges mirrored. uint8 (N, 3, S, S) in and out."""
+    """Flip at random and shift by up to ``reach`` pixels, edges mirrored. uint8 (N, 3, S, S) in and out."""
     n, _, size, _ = images.shape
     images = torch.where(torch.rand(n, 1, 1, 1) < 0.5, images.flip(-1), images)
     place = torch.arange(size) + torch.randint(-reach, reach + 1, (2, n, 1))
@@ -188,18 +188,18 @@ def _augment(images: Tensor, reach: int = 5) -> Tensor:
 
 
 def _scale_features(model: Classifier, pixels: Tensor) -> None:
-    """Scale the projection so that features have FEATURE_MEAN_SQUARE; normalised features stay what they are."""
+    """Scale the projection so that features have FEATURE_MEAN_SQUARE. Normalised features do not change."""
     mean_square = model.visual(pixels).square().mean()
     model.visual.proj.mul_((FEATURE_MEAN_SQUARE / mean_square).sqrt())  # type: ignore[union-attr, operator]
 
 
 def _load(shards: Path, progress: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """All images of a split in memory: uint8 (N, 3, S, S), class labels and kinds of background, both int64 (N,)."""
+    """All images of a split, uint8 (N, 3, S, S); their class labels and kinds of background, int64 (N,)."""
     manifest = load_manifest(shards)
     size = CONFIG["vision_cfg"]["image_size"]  # type: ignore[index]
     images, labels, kinds = [], [], []
     batches = eval_batches(manifest, image_size=size, batch_size=256, rank=0, world_size=1, loader_workers=1)
-    with tqdm(total=manifest.num_samples, unit="image", desc="read", disable=not progress) as bar:
+    with progress_bar(total=manifest.num_samples, unit=" images", desc="read", disable=not progress) as bar:
         for batch in batches:
             images.append(batch.images)
             labels.append(batch.labels)
