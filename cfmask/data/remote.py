@@ -113,11 +113,11 @@ def _fetch(url: str, offset: int = 0) -> Generator[bytes, None, None]:
         opened = f"/proc/{os.getpid()}/fd"
         if is_http(url):
             quoted = url.replace("\\", "\\\\").replace('"', '\\"')
-            os.write(config, f'url = "{quoted}"\n'.encode())
+            Path(f"{opened}/{config}").write_text(f'url = "{quoted}"\n')
             command = _curl(f"{opened}/{config}", offset)
         else:
             command = url.removeprefix("pipe:")
-        os.write(script, f"{command}\n".encode())
+        Path(f"{opened}/{script}").write_text(f"{command}\n")
         # In a file, because other users could read the arguments of the shell.
         pipe = gopen(f"pipe:exec 2>{opened}/{complaints}; . {opened}/{script}", "rb")
         try:
