@@ -152,13 +152,17 @@ def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0)
     return [sys.executable, *program, *map(str, flags)]
 
 
+def environment_of(repository: Path) -> dict[str, str]:
+    """The environment for commands of a working copy, which refuse the library of another."""
+    path = os.environ["PYTHONPATH"] if repository == REPO else f"{repository}{os.pathsep}{os.environ['PYTHONPATH']}"
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
 def submit(
     *flags: object, check: bool = True, repository: Path = REPO, pace_s: float = 0.0, **popen
 ) -> subprocess.CompletedProcess:
     """Run ``submit_command`` with one thread per process, and wait for its end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **popen.pop("env", {})}
-    if repository != REPO:
-        environment["PYTHONPATH"] = os.pathsep.join([str(repository), environment["PYTHONPATH"]])
+    environment = {**environment_of(repository), **popen.pop("env", {})}
     command = submit_command(*flags, repository=repository, pace_s=pace_s)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, **popen)
     if check and done.returncode:

@@ -256,7 +256,7 @@ def test_machines_with_unknown_host_names_form_a_group(tmp_path, addresses):
                     *("ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c", 'hostname "$0"; exec "$@"', name),
                     *(sys.executable, "-c", f"import test_ddp; test_ddp.join_on_a_machine({rank}, {str(tmp_path)!r})"),
                 ],
-                env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{os.environ['PYTHONPATH']}"},
+                env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent}:{os.environ['PYTHONPATH']}"},
                 stderr=subprocess.PIPE,
                 text=True,
             )

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from cfmask.data.shards import load_manifest
+from made import environment_of
 from slurm_fixture import wait_until
 from test_make_shards import REPO, contents, convert, write_tar
 
@@ -48,6 +49,7 @@ def start(source: Path, out: Path, *more: object, checkout: Path = REPO) -> subp
         stderr=subprocess.STDOUT,
         text=True,
         cwd=source.parent,
+        env=environment_of(checkout),
     )
 
 

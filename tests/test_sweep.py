@@ -99,7 +99,12 @@ def test_requeued_job_runs_the_code_that_was_submitted(materials, clone, tmp_pat
     command = [sys.executable, "launch/submit.py", *flags(materials, "--run", run, "--executor", "local")]
     command += ["--tasks-per-node", 2, "--epochs", 40]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=clone, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        list(map(str, command)),
+        cwd=clone,
+        env=made.environment_of(clone),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     try:
         wait_until(lambda: any(line["step"] >= 3 for line in read_lines(run / "log.jsonl")), "step 3")
@@ -170,7 +175,7 @@ def test_failed_member_of_a_sweep_does_not_stop_the_others(materials, tmp_path):
         (("--seeds", 1, 1), "--seeds names one of them twice: 1 1"),
         (("--seeds", 0, 1, "--run", "x"), "--run names one folder, and this is a sweep of 2 runs"),
         (("--presets", "ft", "fd-clean", "--beta", 3), "--beta would do nothing with --method vanilla"),
-        (("--seeds", 0, 1, "--follow"), "--follow and --no-follow are for one run"),
+        (("--seeds", 0, 1, "--follow"), "--follow and --no-follow are for a single run"),
         (("--seeds", 0, 1, "--partition", "x"), "--partition would do nothing"),
         (
             ("--executor", "slurm", "--gpus-per-node", 0, "--array-parallelism", 2),
