@@ -232,7 +232,7 @@ def test_missing_best_checkpoint_is_refused(shown, trained, tmp_path, capsys):
     best = trained.best().model.parent
     best.rename(tmp_path / "moved")
     try:
-        assert f"The best checkpoint of {trained.root}, {best.name}, is gone" in says(trained.root)
+        assert f"The best checkpoint of {trained.root}, {best.name}, is missing" in says(trained.root)
     finally:
         (tmp_path / "moved").rename(best)
     assert not (tmp_path / "o").exists()

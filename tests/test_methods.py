@@ -241,4 +241,4 @@ def test_a_resumed_run_counts_skipped_steps_over_its_starts(materials, tmp_path,
 def test_steps_skipped_at_the_very_end_are_reported(materials, tmp_path, corrupt, capsys):
     corrupt({2 * STEPS - 1, 2 * STEPS})
     train(recipe_of(materials, "ft"), tmp_path / "run")
-    assert "warning: the last 2 steps were left out" in capsys.readouterr().err
+    assert "warning: the last 2 steps were skipped" in capsys.readouterr().err
