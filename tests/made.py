@@ -130,8 +130,8 @@ def plant(clone: Path, **ends: str) -> Path:
     for folder in ("cfmask", "launch"):
         shutil.copytree(REPO / folder, clone / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for module, end in ends.items():
-        with open(clone / f"{module.replace('__', '/')}.py", "a") as file:
-            file.write(end)
+        path = clone / f"{module.replace('__', '/')}.py"
+        path.write_text(path.read_text() + end)
     return clone
 
 

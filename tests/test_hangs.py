@@ -165,8 +165,8 @@ def inputs_of(batch):
     return _inputs_of(batch)
 """
 CHECKPOINT_WRITER = """
-_real = _write_hashed
-def _write_hashed(*given):
+_real = write_hashed
+def write_hashed(*given):
     _stop(2, 0)
     return _real(*given)
 """
@@ -181,7 +181,7 @@ def test_stopped_ranks_are_named_and_the_run_ends_with_the_same_weights(material
     clone = made.plant(
         tmp_path / "clone",
         cfmask__training__train=IN_TRAINING + TRAIN,
-        cfmask__checkpoint=IN_TRAINING + CHECKPOINT_WRITER,
+        cfmask__checkpoint__writer=IN_TRAINING + CHECKPOINT_WRITER,
         cfmask__runtime__heartbeat="_FACTOR = 10\n",  # half, for less to wait
     )
     done = made.submit(

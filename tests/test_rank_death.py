@@ -281,8 +281,8 @@ def top1(*given, **named):
     return _top1(*given, **named)
 """
 WHILE_IT_WRITES = """
-_real = _write_hashed
-def _write_hashed(*given):
+_real = write_hashed
+def write_hashed(*given):
     _time.sleep(600)
 """
 QUICK = {"launch__ranks__supervisor": "\n_LOOK_S, _GRACE_S = 0.5, 1.0\n"}
@@ -362,7 +362,7 @@ LOCAL = {
     "raises while it writes a checkpoint": (
         {
             "cfmask__training__train": IN_A_STEP.format(what="_die(0, \"raise ValueError('planted')\")"),
-            "cfmask__checkpoint": WHILE_IT_WRITES,
+            "cfmask__checkpoint__writer": WHILE_IT_WRITES,
             **QUICK,
         },
         ("ValueError: planted", "^ValueError: planted$"),
