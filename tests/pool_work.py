@@ -9,10 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cfmask.errors import UserError  # noqa: E402
-from cfmask.runtime import pool  # noqa: E402
+from cfmask.errors import UserError
+from cfmask.runtime import pool
 
 
 class Unpicklable(Exception):
@@ -103,7 +101,6 @@ def main(how: str, folder: Path) -> int:
 
 if __name__ == "__main__":
     # The functions' module is this one, and not __main__.
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     import pool_work
 
     sys.exit(pool_work.main(sys.argv[1], Path(sys.argv[2])))

@@ -614,8 +614,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 
-repo, run, rank, attempt, slow = sys.argv[1:]
-sys.path.insert(0, repo)
+run, rank, attempt, slow = sys.argv[1:]
 from cfmask.checkpoint import image as image_module
 from cfmask.checkpoint.image import FileImage
 from cfmask.runs import RunFolder
@@ -640,7 +639,7 @@ exit_without_finalization(0)  # as ranks of a job do
 
 def start_ranks(run: RunFolder, attempt: str, slow: float = 0.0) -> list[subprocess.Popen]:
     return [
-        subprocess.Popen([sys.executable, "-c", RANK, str(made.REPO), str(run.root), str(rank), attempt, str(slow)])
+        subprocess.Popen([sys.executable, "-c", RANK, str(run.root), str(rank), attempt, str(slow)])
         for rank in range(2)
     ]
 

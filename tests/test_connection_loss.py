@@ -55,7 +55,6 @@ def test_how_a_machine_is_set_up_is_no_loss(text):
 
 RANK = """
 import datetime, os, pathlib, signal, sys, time
-sys.path.insert(0, sys.argv[4])
 import torch, torch.distributed as dist
 from launch.state import failure_reports
 from launch.ranks import supervisor
@@ -87,10 +86,9 @@ os._exit(0)
     ids=["an interface that one rank lacks", "a rank is killed", "a rank is silent"],
 )
 def test_errors_of_a_real_group(tmp_path, how, losses):
-    repository = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, how, str(rank), str(tmp_path / "store"), repository],
+            [sys.executable, "-c", RANK, how, str(rank), str(tmp_path / "store")],
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},

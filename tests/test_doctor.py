@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from launch.checks import node as _node
 from launch.checks import ranks as _rank_checks
 from launch.checks.findings import NOT_CHECKED, OK, PROBLEM, WARNING, Finding
 from launch.checks.probe import BYTES, offset_bounds
+from launch.checks.probe_job import _last_lines
 from launch.checks.report import ProbeReport
 from launch.slurm.texts import (
     SlurmNode,
@@ -668,6 +670,16 @@ def test_folder_that_is_missing_on_nodes(slurm_cluster: Cluster, tmp_path):
     assert found["state"] == PROBLEM and "n1 could not create the job's log" in found["found"]
     assert "--shared DIR" in found["change"]
     assert not queue(slurm_cluster)
+
+
+@pytest.mark.parametrize("node", ["slurmstepd", "slurmstepd-n1"])
+def test_the_line_of_a_rank_that_slurm_killed_is_not_taken_for_the_cause(tmp_path, node):
+    (tmp_path / "jobs").mkdir()
+    killed, cause = f"{node}: error: *** STEP 2.0 ON n1 CANCELLED AT noon ***\n", "sh: exec: /no/python: not found\n"
+    for rank, text in enumerate((killed, cause + killed)):
+        (tmp_path / f"jobs/7_{rank}_log.out").write_text(text)
+    assert _last_lines(tmp_path, "7", SimpleNamespace(world_size=2)) == {1: cause.strip()}
+    assert _last_lines(tmp_path, "7", SimpleNamespace(world_size=1)) == {0: killed.strip()}
 
 
 @pytest.mark.slurm

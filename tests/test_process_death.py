@@ -208,7 +208,6 @@ def test_what_a_rank_has_started_ends_with_it(tmp_path):
     """A helper that ignores its parent's end, of a rank that is killed, and of one whose supervisor is."""
     code = """
 import os, subprocess, sys, time
-sys.path[:0] = [{repo!r}]
 from cfmask.runtime.process import adopt_orphans, die_with_parent, kill_children
 adopt_orphans()
 me = os.getpid()
@@ -220,7 +219,7 @@ if os.fork() == 0:
 os.wait()
 kill_children()
 """
-    done = subprocess.run([sys.executable, "-c", code.format(repo=str(REPO))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not process_runs(int(done.stdout))
 

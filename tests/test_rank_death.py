@@ -100,7 +100,6 @@ def test_who_died_first(left, first):
 SUPERVISE = """
 import os, signal, sys, time
 from pathlib import Path
-sys.path[:0] = [{repo!r}]
 from launch.ranks import supervisor
 supervisor._LOOK_S, supervisor._GRACE_S, supervisor._LISTEN_S = 0.2, 0.5, 0.2
 def rank():
@@ -120,7 +119,7 @@ def supervise(tmp_path) -> Callable[..., subprocess.Popen]:
     environment |= {"SUBMITIT_LOCAL_NTASKS": "2", "SUBMITIT_LOCAL_JOB_NUM_NODES": "1"}
 
     def start(body: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", SUPERVISE.format(repo=str(made.REPO), body=body), str(tmp_path)]
+        command = [sys.executable, "-c", SUPERVISE.format(body=body), str(tmp_path)]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )

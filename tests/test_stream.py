@@ -503,7 +503,6 @@ def test_a_stream_that_is_closed_early_leaves_no_thread_and_no_open_file(tmp_pat
 
 TRAINER = """
     import os, signal, sys, time
-    sys.path.insert(0, {repo!r})
 
     from cfmask.data.shards import load_manifest
     from cfmask.data.stream import train_batches
@@ -526,7 +525,7 @@ TRAINER = """
 
 def start_trainer(tmp_path, manifest, then):
     script = tmp_path / "trainer.py"
-    script.write_text(textwrap.dedent(TRAINER.format(repo=str(REPO), folder=str(manifest.root), then=then)))
+    script.write_text(textwrap.dedent(TRAINER.format(folder=str(manifest.root), then=then)))
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

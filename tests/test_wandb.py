@@ -36,7 +36,6 @@ pytest.importorskip("wandb")
 
 SENDER = """
 import os, signal, sys, time
-sys.path[:0] = [{repo!r}]
 from launch.notification import wandb_sender
 wandb_sender._INIT_S, wandb_sender._LOOK_S = {init_s}, 0.2
 {plant}
@@ -86,7 +85,7 @@ def send(
     run: RunFolder, environment: dict[str, str] | None = None, *, plant: str = "", init_s: float = 30, code: int = 0
 ) -> str:
     """The output of a sender whose standard input is closed: the start of the run has ended."""
-    command = [sys.executable, "-c", SENDER.format(repo=str(made.REPO), init_s=init_s, plant=plant)]
+    command = [sys.executable, "-c", SENDER.format(init_s=init_s, plant=plant)]
     command += [UNTIL_EOF, str(run.root), "lab/imagenet"]
     done = subprocess.run(
         command, env={**os.environ, **(environment or OFFLINE)}, input="", capture_output=True, text=True, timeout=120
@@ -171,7 +170,7 @@ def server() -> Iterator[tuple[dict[str, str], dict[str, Run]]]:
 @contextlib.contextmanager
 def sending(run: RunFolder, environment: dict[str, str]) -> Iterator[None]:
     """A sender beside a rank that goes on; it is killed in the end."""
-    command = [sys.executable, "-c", SENDER.format(repo=str(made.REPO), init_s=30, plant=""), UNTIL_EOF]
+    command = [sys.executable, "-c", SENDER.format(init_s=30, plant=""), UNTIL_EOF]
     process = subprocess.Popen(
         [*command, str(run.root), "lab/imagenet"], env={**os.environ, **environment}, stdin=subprocess.PIPE
     )
@@ -232,7 +231,6 @@ def test_a_start_that_cannot_reach_wandb_is_offline_and_its_folders_are_synced_f
 SUPERVISE = """
 import sys, time
 from pathlib import Path
-sys.path[:0] = [{repo!r}]
 from launch.ranks import supervisor
 from launch.notification import notify
 notify.WITHIN_S = {within_s}
@@ -249,7 +247,7 @@ def supervise(run: RunFolder, body: str, environment: dict[str, str], *, within_
     environment |= {f"SUBMITIT_LOCAL_{name}": "1" for name in ("NTASKS", "JOB_NUM_NODES")} | {
         "SUBMITIT_LOCAL_JOB_ID": "7"
     }
-    program = SUPERVISE.format(repo=str(made.REPO), body=body, within_s=within_s)
+    program = SUPERVISE.format(body=body, within_s=within_s)
     command = [sys.executable, "-u", "-c", program, str(run.root)]
     done = subprocess.run(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120

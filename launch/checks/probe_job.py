@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,8 +30,8 @@ PROBE_MIN = 6
 """The probe's time limit: longer than its ranks wait for each other and for each other's files."""
 
 _POLL_S = 0.5
-_NOTICES = ("srun: ", "slurmstepd: error: *** ", "submitit ")
-"""Beginnings of log lines that report the end of a rank without the reason."""
+_NOTICE = re.compile(r"srun: |slurmstepd(-\S+)?: error: \*\*\* |submitit ")
+"""The beginning of log lines that report the end of a rank without the reason."""
 
 
 def run_probe(
@@ -179,12 +180,14 @@ def _launch_failure(job: Mapping[str, str], folder: Path) -> Finding | None:
 
 
 def _last_lines(folder: Path, name: str, allocation: Allocation) -> dict[int, str]:
-    """The last informative line of each rank's log."""
-    found = {}
+    """The last line of each rank's log. Notices of Slurm count if no rank has written anything else: the rank that
+    Slurm killed because another one failed has only these."""
+    found: dict[int, str] = {}
+    notices: dict[int, str] = {}
     for rank in range(allocation.world_size):
         with contextlib.suppress(OSError):
             text = (folder / "jobs" / f"{name}_{rank}_log.out").read_text(errors="replace")
             lines = [line.strip()[-300:] for line in text.splitlines() if line.strip()]
-            own = [line for line in lines if not line.startswith(_NOTICES)]
-            found[rank] = own[-1] if own else lines[0] if lines else ""
-    return found
+            own = [line for line in lines if not _NOTICE.match(line)]
+            (found if own else notices)[rank] = own[-1] if own else lines[0] if lines else ""
+    return found or notices
