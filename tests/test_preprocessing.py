@@ -299,7 +299,8 @@ def test_every_tag_of_a_model_that_can_be_trained_has_its_preprocessing_or_is_re
             with pytest.raises(UserError, match="trained with another preprocessing"):
                 model_info(name, tag)
             refused.add(tag)
-    assert refused == {"dfn5b", "metaclip2_worldwide"}
+    listed = {tag for _, tag in open_clip.list_pretrained()}  # open_clip 3.0 has no metaclip2
+    assert refused == {"dfn5b", "metaclip2_worldwide"} & listed
 
 
 @pytest.mark.parametrize(
