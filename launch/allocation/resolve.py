@@ -196,7 +196,7 @@ def _refuse_slurm_flags(arguments: argparse.Namespace, flags: Mapping[str, Any],
 
 
 def _check_notify_and_wandb(executor: str, given: Sequence[str]) -> None:
-    """Refuse --notify and --wandb if no process could act on them (rank_0.py)."""
+    """Refuse --notify and --wandb if no process could act on them (beside_rank_0.py)."""
     if executor == "debug" and given:
         flags = " and ".join(map(flag_of, given))
         raise UserError(f"{flags} would do nothing with --executor debug: no process waits for its rank. Use local.")

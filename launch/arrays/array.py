@@ -3,8 +3,8 @@
     run_array(Work("verify", identity, check, checks, keys), array, progress=bar.update)
 
 Task i of N processes the items i, i + N, …, so tasks do not have to communicate. Each result is a file: a task that is
-preempted, out of time or on a lost node returns (restarts.py) and processes what is missing, and the command that
-follows the array may be interrupted and repeated. The folder of an array is like that of a run:
+preempted, out of time or on a lost node returns (launch/restarts/policy.py) and processes what is missing, and the
+command that follows the array may be interrupted and repeated. The folder of an array is like that of a run:
 
     LOGS/cfmask-verify-0123456789ab/    named after the work: the same command finds its array, also in the queue
       work/function.pkl 0.pkl 1.pkl …   the function; the items of each task
