@@ -69,6 +69,8 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        if (module := f"{self.__name__}.{name}") in STAND_INS:
+            return importlib.import_module(module)
         return getattr(_real(self.__name__), name)
 
 
@@ -118,8 +120,8 @@ class _Lean(MetaPathFinder, Loader):
     def exec_module(self, module):
         if isinstance(module, _StandIn):
             vars(module).update(STAND_INS[module.__name__])
-        else:
-            module.__spec__ = module.__spec__.loader_state[1]
+        elif state := module.__spec__.loader_state:  # torch's modules of settings keep their own
+            module.__spec__ = state[1]
 
 
 sys.meta_path.insert(0, _Lean())
