@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -199,10 +200,13 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 
 def assert_log_format(run: Path) -> None:
-    """Every line in the logs of a job on this machine has its time, level, rank and node."""
-    logs = [*(run / "jobs").glob("*_log.out"), run / "jobs/controller.log"]
+    """Every line in a job's logs has its time, level, rank and node, except Slurm's own."""
+    logs = [*(run / "jobs").glob("*_log.out"), *(run / "jobs").glob("controller.log")]
     lines = [line for log in logs for line in log.read_text().splitlines()]
-    assert lines and [line for line in lines if message_of(line) == line] == []
+    assert lines and [line for line in lines if message_of(line) == line and not SLURMS_OWN.match(line)] == []
+
+
+SLURMS_OWN = re.compile(r"(srun|slurmstepd(-\S+)?): ")
 
 
 def logs(run: Path) -> str:
