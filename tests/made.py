@@ -138,7 +138,6 @@ def plant(clone: Path, **ends: str) -> Path:
 
 SUBMIT_PACED = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
 from launch import submit
 from cfmask.runtime.command import exits_cleanly
 pace_s = float(sys.argv.pop(1))
@@ -148,8 +147,8 @@ sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_
 
 def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0) -> list[str]:
     """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step, so that a run does not finish before it is
-    disturbed, also on a busy machine."""
-    program = ["-c", SUBMIT_PACED, str(repository), str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
+    disturbed, also on a busy machine. The code is that of ``environment_of``."""
+    program = ["-c", SUBMIT_PACED, str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
     return [sys.executable, *program, *map(str, flags)]
 
 
