@@ -26,7 +26,7 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
     from launch.allocation.settings import add_allocation_arguments
@@ -43,9 +43,7 @@ except ModuleNotFoundError as missing:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument(
         "--arch",
         choices=ARCHITECTURES,

@@ -28,7 +28,7 @@ REPO = Path(__file__).resolve().parents[1]
 try:
     from cfmask.data.images import STORES
     from cfmask.presets import PRESETS
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    top = CommandParser(__doc__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="|".join(BENCHMARKS))
-    of = {name: verbs.add_parser(name, help=text, allow_abbrev=False) for name, text in BENCHMARKS.items()}
+    of = {name: verbs.add_parser(name, help=text) for name, text in BENCHMARKS.items()}
     for name in ("loader", "convert", "parts"):
         of[name].add_argument("--source", type=Path, metavar="TREE", help="folder of class/image.JPEG (default: drawn)")
     for name in ("loader", "convert", "resume"):
