@@ -26,6 +26,7 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
+    from cfmask.presets import canonical_name
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rows",
         nargs="+",
+        type=canonical_name,
         choices=list(LABELS),
         metavar="ROW",
         help=f"rows of the table (default: all): {', '.join(LABELS)}",

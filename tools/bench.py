@@ -27,7 +27,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 try:
     from cfmask.data.images import STORES
-    from cfmask.presets import PRESETS
+    from cfmask.presets import PRESETS, canonical_name
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:
@@ -109,7 +109,7 @@ def add_step_arguments(verb: argparse.ArgumentParser) -> None:
     add_device_argument(verb)
     add("--compiled", action="store_true", help="add a row with torch.compile, which takes a minute a round")
     help_of_presets = "presets to measure in place of variants of the headline method"
-    add("--presets", nargs="+", choices=presets, default=[], metavar="ROW", help=help_of_presets)
+    add("--presets", nargs="+", type=canonical_name, choices=presets, default=[], metavar="ROW", help=help_of_presets)
     add("--steps", type=int, metavar="N", help="timed steps of a round (default: 3, on a GPU 20)")
 
 

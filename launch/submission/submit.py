@@ -32,6 +32,7 @@ from launch.submission.planning import PlannedJob, drop
 from launch.submission.sbatch import (
     ENVIRONMENT,
     NO_LIMIT_MIN,
+    job_name,
     local_executor,
     send,
     set_environment,
@@ -71,9 +72,9 @@ class SubmissionBatch:
         """The executor for jobs that run the snapshot with this digest."""
         root = self.planned[0].run.root
         if self.sweep is None:
-            return slurm_executor(root / "jobs", f"cfmask-{root.name}", shlex.quote(str(root)), digest, allocation)
+            return slurm_executor(root / "jobs", job_name(root), shlex.quote(str(root)), digest, allocation)
         member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
-        name, logs = f"cfmask-sweep-{self.sweep.name}", f"{self.sweep}/%a/jobs/%A_%a"
+        name, logs = job_name(root, len(self.planned) - 1), f"{self.sweep}/%a/jobs/%A_%a"
         return slurm_executor(self.sweep, name, member, digest, allocation, logs=logs)
 
     def link_runs(self) -> None:

@@ -21,7 +21,7 @@ from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
 from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
-from cfmask.presets import PRESETS
+from cfmask.presets import PRESETS, nearest_preset
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
@@ -40,7 +40,7 @@ from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, ar
 from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
-from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
+from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, preset_name, recipe_from
 from launch.submission.submit import dry_run, last_submission, start
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:
     """All flags of launch/submit.py."""
-    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<method>-<model>-s<seed>-<hash>)")
+    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<preset>-<model>-s<seed>-<hash>)")
     p.add_argument(
         "--resume",
         type=Path,
@@ -63,7 +63,12 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="sweep: a run for each of these seeds")
     p.add_argument(
-        "--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="sweep: a run for each of these rows"
+        "--presets",
+        nargs="+",
+        type=preset_name,
+        choices=sorted(PRESETS),
+        metavar="ROW",
+        help="sweep: a run for each of these rows",
     )
     p.add_argument(
         "--chain",
@@ -302,9 +307,17 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+RUNS = Path("runs")
+"""Folder of the runs whose folder is not given."""
+
+
 def default_folder(recipe: Recipe) -> Path:
-    model = Path(recipe.model.name).stem
-    return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
+    """The folder in RUNS that this recipe's run has, under whatever name, else one that is named after the preset."""
+    digest = recipe.digest()
+    if found := [path for path in sorted(RUNS.glob(f"*-{digest}")) if RunFolder(path).has_work()]:
+        return found[0]
+    name = nearest_preset(recipe) or recipe.method.row
+    return RUNS / f"{name}-{Path(recipe.model.name).stem}-s{recipe.run.seed}-{digest}"
 
 
 def check(
