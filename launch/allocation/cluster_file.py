@@ -96,8 +96,8 @@ def find_cluster_file(given: Path | None) -> Path | None:
     return path
 
 
-def load_cluster_file(given: Path | None) -> ClusterFile:
-    """The content of the file that ``find_cluster_file`` finds; prints its path.
+def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile:
+    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``.
 
     Raises:
         UserError: The file cannot be used.
@@ -105,7 +105,8 @@ def load_cluster_file(given: Path | None) -> ClusterFile:
     path = find_cluster_file(given)
     if path is None:
         return ClusterFile()
-    print(f"cluster file: {path}", file=sys.stderr)
+    if not quiet:
+        print(f"cluster file: {path}", file=sys.stderr)
     return read_cluster_file(path)
 
 
