@@ -33,7 +33,6 @@ not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -42,7 +41,7 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.facts import find_runs, look_at
     from launch.state.status import status_of
     from launch.state.table import attempts_table, table
@@ -53,9 +52,7 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--attempts", action="store_true", help="show each start of each run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,19 @@ def submit(
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def jobs_of(done: subprocess.CompletedProcess, cwd: Path = Path()) -> dict[str, Path]:
+    """Job ids with their run folders, as submit.py printed them.
+
+    Args:
+        cwd: The directory in which it ran.
+    """
+    found = re.findall(r"^ {9}(\d+(?:_\d+)?)  (.*)$", done.stdout, re.MULTILINE)
+    if not found:
+        [run] = re.findall(r"^run      (.*): (?:new|resumes|starts)", done.stdout, re.MULTILINE)
+        found = [(re.findall(r"^job      (\S+) on ", done.stdout, re.MULTILINE)[0], run)]
+    return {job: cwd / run for job, run in found}
 
 
 PACE_S = 0.05

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.models.architecture import (
     HUB_CONFIG,
     check_activation,
@@ -119,7 +119,8 @@ def read_tag(name: str, pretrained: str) -> dict[str, Any]:
         return tag
     known = list_pretrained_tags_by_model(name)
     raise UserError(
-        f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing file. "
+        f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing "
+        f"file.{did_you_mean(pretrained, known)} "
         + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
     )
 
