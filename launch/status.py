@@ -52,7 +52,7 @@ try:
     from launch.state.facts import find_runs, look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
-    from launch.state.terminal import Terminal
+    from launch.state.terminal import Terminal, wrap
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -97,9 +97,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.attempts:
         for run_state, status in shown:
             print(f"\n{status.run}\n{attempts_table(run_state, status, slurm, terminal)}")
-    print(totals(statuses, len(every)))
+    ends = [totals(statuses, len(every))]
     if slurm.queue is None and any(f.jobs.slurm and not f.finished for f in found):
-        print("note: Slurm does not answer here: pending jobs are unknown.")
+        ends.append("note: Slurm does not answer here: pending jobs are unknown.")
+    print("\n".join(line for end in ends for line in wrap(end, terminal.width, indent=0)))
     return 0
 
 

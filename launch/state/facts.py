@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cfmask.checkpoint.best import EpochEnd, best_epoch_end, epoch_ends
+from cfmask.checkpoint.best import EpochEnd, best_epoch_end
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
@@ -32,7 +32,7 @@ from launch.slurm.states import is_pending
 from launch.slurm.submission import submitted
 from launch.state import ends
 from launch.state.processes import is_controller
-from launch.state.progress import progress_of
+from launch.state.progress import evaluations, progress_of
 
 T = TypeVar("T")
 
@@ -277,7 +277,7 @@ def _read_state(run: RunFolder) -> RunState:
         last=last,
         eta_s=eta_s,
         saved_step=tried(run.saved_step, 0),
-        ends=tried(lambda: epoch_ends(run.log), []),
+        ends=tried(lambda: evaluations(run, work, finished=bool(finished)), []),
         jobs=jobs,
         notes=tuple(dict.fromkeys(notes)),
     )
