@@ -7,8 +7,8 @@
     python launch/reproduce.py … --follow                                                stay and show the jobs
 
 Repeating the command submits only jobs that are missing, failed or cancelled, and writes the table of the results so
-far: OUT/table.md, table.tex, results.json, bars.png. The state of a job is in its run folder. Without Slurm, the jobs
-run one after the other on this machine.
+far: OUT/table.md, table.tex, results.json, and OUT/index.html, a page with everything. The state of a job is in its run
+folder. Without Slurm, the jobs run one after the other on this machine.
 
 A held-out set is required (make_shards.py --holdout 10240), which leaves 1,270,927 images of ImageNet to train on. Runs
 are evaluated on it at the end of each epoch, and rows are of the checkpoint that is best on it, like the authors'; with
@@ -33,10 +33,10 @@ try:
     from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate
     from launch.paper.execution import describe_arrays, run_here, submit_jobs
     from launch.paper.holdout import add_holdout_arguments
+    from launch.paper.page import write_report
     from launch.paper.plan import LABELS, arrays, to_submit
     from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
     from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
-    from launch.paper.table import write_table
     from launch.submission.recipe_arguments import add_recipe_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
     if arguments.follow and not code:
         code = follow(reproduction)
-    write_table(reproduction)
+    write_report(reproduction, arguments.tflops)
     return code
 
 

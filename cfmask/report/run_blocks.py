@@ -27,7 +27,7 @@ def recipes(by_name: Mapping[str, Recipe]) -> Html:
     blocks = []
     if differ:
         rows = [[name, *(text_of(values[setting]) for setting in differ)] for name, values in flat.items()]
-        header = ["run", *(setting.partition(".")[2].replace("_", " ") for setting in differ)]
+        header = ["run", *differ]
         blocks.append(page.table("Settings that differ between the recipes", header, rows))
     if same:
         first = next(iter(flat.values()))
@@ -77,7 +77,7 @@ def moment(text: object) -> str | None:
     return None if text is None else re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d.*$", r"\1 \2", str(text))
 
 
-def starts(by_run: Mapping[str, Sequence[Start]]) -> Html:
+def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each run, and why they ended") -> Html:
     """A table of all starts, and why each ended."""
     rows: list[list[object]] = []
     for name, of_run in by_run.items():
@@ -90,7 +90,7 @@ def starts(by_run: Mapping[str, Sequence[Start]]) -> Html:
     if not rows:
         return page.paragraph("None of these runs has started.")
     header = ["run", "start", "began", "job", "nodes", "ranks", "device", "from step", "to step", "why it ended"]
-    return page.table("Starts of each run", header, rows)
+    return page.table(caption, header, rows)
 
 
 def curves(out: Path, roots: Sequence[Path]) -> list[Html]:
