@@ -42,6 +42,10 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
+INCOMPLETE = 3
+"""Exit status of a dry run if sets or weights are missing."""
+
+
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -77,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the plan's folder (default: reproductions/<model>)")
     p.add_argument(
-        "--dry-run", action="store_true", help="check everything and show the plan and its cost, but queue nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything and show the plan, the cost of its rows, and what is missing (then the exit status is "
+        "3); nothing is queued, and neither shards nor weights are needed",
     )
     p.add_argument("--follow", action="store_true", help="on Slurm: stay and show the jobs until all have ended")
     p.add_argument(
@@ -98,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if all jobs are done or queued, 1 if a job failed, 130 if interrupted."""
+    """Returns 0 if all jobs are done or queued, 1 if a job failed, 130 if interrupted, and for a dry run 3 if sets or
+    weights are missing."""
     arguments = parser().parse_args(argv)
     settle_flags(arguments)
     file = load_cluster_file(arguments.cluster)
@@ -108,14 +116,19 @@ def main(argv: list[str] | None = None) -> int:
     reproduction = Reproduction.of(arguments, file, allocation)
     statuses = read_statuses(reproduction)
     states = states_of(statuses)
-    reproduction.check(states)
+    to_do = reproduction.to_do() if arguments.dry_run else []
+    reproduction.check(states, to_do)
     warn_of_paths_outside(allocation, reproduction.setup.folder, reproduction.base.data.shards)
-    print(overview(reproduction, statuses))
-    print(reproduction.selection)
-    print(estimate(reproduction, statuses, arguments.tflops))
+    print(overview(reproduction, statuses), reproduction.selection, sep="\n")
+    cost = estimate(reproduction, statuses, arguments.tflops)
+    print(f"\n{cost}\n{reproduction.materials}" if arguments.dry_run else cost.note)
     chosen = to_submit(reproduction.plan, states)
     if arguments.dry_run:
         how = describe_arrays(arrays(chosen, states)) if allocation.on_slurm else ""
+        if to_do:
+            print(f"\nTo do before {count_jobs(len(chosen))}{how} can be submitted (docs/reproduce.md):\n")
+            print("\n".join(f"    {line}" for line in to_do))
+            return INCOMPLETE
         print(f"Would submit {count_jobs(len(chosen))}{how}. Everything checked; nothing was queued.")
         return 0
     code = 0

@@ -22,7 +22,6 @@ from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
 
-
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )

@@ -50,7 +50,7 @@ def write_report(reproduction: Reproduction, tflops: float | None) -> None:
     }
     sections = [
         Section("Results", _results(folder, found, pictures)),
-        Section("Plan", [_plan(reproduction, statuses), page.paragraph(estimate(reproduction, statuses, tflops))]),
+        Section("Plan", [_plan(reproduction, statuses), *_cost(reproduction, statuses, tflops)]),
         Section("Jobs", _jobs(statuses, starts)),
         *_of_training(reproduction),
         Section("Settings", _settings(reproduction)),
@@ -100,6 +100,11 @@ def _plan(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> Htm
             ]
         )
     return page.table("Jobs by kind; × is the number of seeds", ["job", "what it does", "waits for", "state"], rows)
+
+
+def _cost(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], tflops: float | None) -> list[Html]:
+    found = estimate(reproduction, statuses, tflops)
+    return [page.table("Estimated cost by row", found.header, found.lines), page.paragraph(found.note, note=True)]
 
 
 def _jobs(statuses: Mapping[str, NodeStatus], starts: Mapping[str, list[Start]]) -> list[Html]:
@@ -152,7 +157,7 @@ def _of_training(reproduction: Reproduction) -> list[Section]:
 
 def _settings(reproduction: Reproduction) -> list[Html]:
     base, evaluation = reproduction.base, reproduction.setup.evaluation
-    sets = [[name, f"{manifest.num_samples:,}"] for name, manifest in reproduction.sets.items()]
+    sets = [[name, f"{manifest.num_samples:,}"] for name, manifest in reproduction.materials.there.items()]
     return [
         page.paragraph(reproduction.selection),
         page.facts(
