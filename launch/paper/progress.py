@@ -16,7 +16,7 @@ from launch.paper.reproduction import Reproduction
 from launch.slurm.queue import SlurmJob
 from launch.state.facts import RunState, SlurmAnswers, jobs_in_queue, look_at
 from launch.state.status import ENDED, Status, status_of
-from launch.state.table import duration
+from launch.state.times import duration
 
 _POLL_S = 10
 
