@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -21,6 +22,11 @@ from cfmask.runtime.process import exit_without_finalization
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel."""
 
 
 def make_materials(root: Path, *, per_class: int = 32) -> Path:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need
 
 HUB_WEIGHTS = "open_clip_model.safetensors"
 """open_clip's name of the weights in a Hugging Face repository."""
+_HUB_FILES = (HUB_WEIGHTS, "open_clip_pytorch_model.bin")
 CONFIG_ENTRY = "open_clip_config"
 """An entry by tools/export.py: the text of open_clip_config.json, in the metadata of a safetensors file, or beside the
 state dict in a file of torch.save."""
@@ -100,6 +101,24 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
             f"machine with network access get {source} (for a Hugging Face repository its file "
             f"{HUB_WEIGHTS}, and {HUB_CONFIG} beside it), copy it here, and give its path: --pretrained PATH."
         ) from error
+
+
+def in_cache(name: str, pretrained: str) -> bool:
+    """Whether ``find_weights`` needs no network: the weights are a file, or open_clip has downloaded them before.
+
+    Raises:
+        UserError: an unknown tag.
+    """
+    if os.path.isfile(pretrained) or is_path(pretrained):
+        return os.path.isfile(pretrained)
+    from huggingface_hub import try_to_load_from_cache
+
+    tag = read_tag(name, pretrained)
+    repository, file = os.path.split(tag.get("hf_hub") or "")
+    files = [file] if file else []
+    if repository and any(isinstance(try_to_load_from_cache(repository, f), str) for f in (*files, *_HUB_FILES)):
+        return True
+    return bool(tag.get("url")) and os.path.isfile(os.path.expanduser(f"~/.cache/clip/{os.path.basename(tag['url'])}"))
 
 
 def is_path(pretrained: str) -> bool:
