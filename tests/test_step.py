@@ -26,6 +26,8 @@ METHODS = [
     Method(name="vanilla"),
     *MASKED,
     Method(mask="none"),
+    Method(mask="none", beta_relative=6.0),
+    Method(mask="object", beta_relative=6.0),
     Method(mask="object", cam="grad-cam"),
     Method(mask="context", fill="no-fill", cam="grad-cam"),
     Method(mask="object", first_block=1),
@@ -53,7 +55,14 @@ def make_batch(geometry: Geometry, method: Method, n: int, seed: int = 0):
 
 
 def name_of(method: Method) -> str:
-    return "-".join([method.row, *([method.cam] if method.cam else []), *(["late"] if method.first_block else [])])
+    return "-".join(
+        [
+            method.row,
+            *([method.cam] if method.cam else []),
+            *(["late"] if method.first_block else []),
+            *(["relative"] if method.beta_relative else []),
+        ]
+    )
 
 
 def student_and_teachers(geometry: Geometry, method: Method, seed: int = 0):
