@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reference
+from cfmask.losses import relative_feature_distillation
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.fills import DrawSpec, concat, draw
 from cfmask.masking.masks import object_mask
@@ -281,3 +282,14 @@ def test_a_loss_that_overflows_with_finite_gradients_leaves_gradients_that_are_n
     metrics = training_step(student, teachers, normalise, images.float(), labels, draws, method)
     assert metrics.loss.isinf() and metrics.finite.all()
     assert not student.head.bias.grad.isfinite().any()
+
+
+def test_relative_distillation_does_not_depend_on_the_scale_of_features():
+    teacher, moved = torch.randn(2, 8, 24, dtype=torch.float64)
+    student = teacher + 0.1 * moved
+    loss = relative_feature_distillation(student, teacher)
+    torch.testing.assert_close(relative_feature_distillation(7 * student, 7 * teacher), loss)
+    # At equal norms it is the cosine distance.
+    student = student / student.norm(dim=1, keepdim=True) * teacher.norm(dim=1, keepdim=True)
+    cosine = torch.nn.functional.cosine_similarity(student, teacher)
+    torch.testing.assert_close(relative_feature_distillation(student, teacher), (2 - 2 * cosine).mean())

@@ -25,14 +25,12 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 try:
     from cfmask import recipe
-    from cfmask.convert.tables import read_classes
-    from cfmask.data import imagenet
+    from cfmask.convert.tables import class_list
     from cfmask.data.shards import load_manifest
     from cfmask.errors import UserError
     from cfmask.models.head import read_info, save_model
@@ -47,74 +45,18 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
-    parser.add_argument(
-        "--model",
-        default=settings["name"].default,
-        metavar="NAME",
-        help=f"{settings['name'].metadata['help']} (default: {settings['name'].default})",
-    )
-    parser.add_argument(
-        "--pretrained",
-        default=settings["pretrained"].default,
-        metavar="TAG_OR_PATH",
-        help=f"open_clip tag, or the path of a checkpoint (default: {settings['pretrained'].default})",
-    )
-    for setting in ("mean", "std"):
-        parser.add_argument(
-            f"--{setting}",
-            type=float,
-            nargs=3,
-            metavar=("R", "G", "B"),
-            help=f"{settings[setting].metadata['help']} (default: those of the checkpoint or tag)",
-        )
-    parser.add_argument(
-        "--classes",
-        metavar="LIST",
-        help="classes of the head: `imagenet`, a file with a line `folder<TAB>display name` for each class, class 0 "
-        "first, or a folder of shards (default: imagenet)",
-    )
-    parser.add_argument(
-        "--templates",
-        type=Path,
-        metavar="FILE",
-        help="file with a sentence on each line, {} for the class name (default: OpenAI's 80 templates for ImageNet)",
-    )
-    parser.add_argument(
-        "--keep-head",
-        action="store_true",
-        help="keep the checkpoint's head (classification_head.weight), whose rows are --classes, and build none",
-    )
-    parser.add_argument(
-        "--class-means",
-        metavar="DIR",
-        help="folder of shards, one set: row c of the head is the mean of the normalised features of its images of "
-        "class c; the classes are those of the set",
-    )
-    parser.add_argument(
-        "--resize-positions",
-        action="store_true",
-        help="interpolate the positional embedding (bicubic) of weights that were trained on images of another size "
-        "than the --model's",
-    )
-    add_device_argument(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="model file to write (.safetensors)")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     out, name, pretrained = arguments.out, arguments.model, arguments.pretrained
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: the name of a model file has to end in .safetensors.")
-    for flag, value in (("--classes", arguments.classes), ("--templates", arguments.templates)):
-        if value and (arguments.class_means or (arguments.keep_head and flag == "--templates")):
-            other = "--class-means" if arguments.class_means else "--keep-head"
-            raise UserError(f"{flag} would do nothing with {other}. Leave it out.")
-    if arguments.class_means and arguments.keep_head:
-        raise UserError("--class-means and --keep-head exclude each other. Leave one out.")
-    preprocessing = {name: getattr(arguments, name) for name in ("mean", "std", "resize_positions")}
+    if arguments.keep_head and arguments.templates:
+        raise UserError("--templates would do nothing with --keep-head: no head is built.")
+    start = {setting: getattr(arguments, setting) for setting in ("mean", "std", "resize_positions")}
     if arguments.class_means:
-        build_class_means(arguments, preprocessing)
+        for flag in ("classes", "templates", "keep_head"):
+            if getattr(arguments, flag):
+                raise UserError(f"--{flag.replace('_', '-')} would do nothing with --class-means. Leave it out.")
+        build_class_means(arguments, start)
         return
     if os.path.isfile(pretrained) and read_info(pretrained) is not None:
         raise UserError(
@@ -125,23 +67,13 @@ def main(argv: list[str] | None = None) -> None:
     classes = class_list(arguments.classes or "imagenet")
     templates = read_templates(arguments.templates) if arguments.templates else openai_templates()
     kept_rows = out.with_name(f".{out.name}.rows")
-    settings_given = {**preprocessing, "keep_head": arguments.keep_head}
     if not arguments.keep_head and out.exists():
-        start = check_initial_model(name, pretrained, None, classes, **settings_given)
-        if read_info(out) == zero_shot_info(start, templates):
+        if read_info(out) == zero_shot_info(check_initial_model(name, pretrained, None, classes, **start), templates):
             print(f"up to date: {out}")
             return
+    start |= {"keep_head": arguments.keep_head, "templates": templates, "kept_rows": kept_rows}
     with written_aside(out) as aside:
-        model, info = initial_model(
-            name,
-            pretrained,
-            None,
-            classes,
-            arguments.device,
-            templates=templates,
-            kept_rows=kept_rows,
-            **settings_given,
-        )
+        model, info = initial_model(name, pretrained, None, classes, arguments.device, **start)
         save_model(aside, model, info)
     for leftover in (kept_rows, kept_rows.with_name(f"{kept_rows.name}.part")):
         leftover.unlink(missing_ok=True)
@@ -163,12 +95,52 @@ def build_class_means(arguments: argparse.Namespace, preprocessing: dict[str, An
     print(f"mean square of the features: {scale.mean:.4g} (standard deviation over images {scale.std:.2g})")
 
 
-def class_list(where: str) -> Sequence[tuple[str, str]]:
-    """(folder, display name) by class id, from ``imagenet``, a class list or a folder of shards."""
-    if where == "imagenet":
-        return imagenet.classes()
-    path = Path(where).expanduser()
-    return load_manifest(path, check_files=False).classes if path.is_dir() else read_classes(path)
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = p.add_argument
+    settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
+    default = settings["name"].default
+    add("--model", default=default, metavar="NAME", help=f"{settings['name'].metadata['help']} (default: {default})")
+    default = settings["pretrained"].default
+    help_of_weights = f"open_clip tag, or the path of a checkpoint (default: {default})"
+    add("--pretrained", default=default, metavar="TAG_OR_PATH", help=help_of_weights)
+    for setting in ("mean", "std"):
+        text = f"{settings[setting].metadata['help']} (default: those of the checkpoint or tag)"
+        add(f"--{setting}", type=float, nargs=3, metavar=("R", "G", "B"), help=text)
+    add(
+        "--resize-positions",
+        action="store_true",
+        help="interpolate the positional embedding (bicubic) of weights that were trained on images of another size "
+        "than the --model's",
+    )
+    add(
+        "--classes",
+        metavar="LIST",
+        help="classes of the head: `imagenet`, a file with a line `folder<TAB>display name` for each class, class 0 "
+        "first, or a folder of shards (default: imagenet)",
+    )
+    add(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="file with a sentence on each line, {} for the class name (default: OpenAI's 80 templates for ImageNet)",
+    )
+    add(
+        "--keep-head",
+        action="store_true",
+        help="keep the checkpoint's head (classification_head.weight), whose rows are --classes, and build none",
+    )
+    add(
+        "--class-means",
+        metavar="DIR",
+        help="folder of shards, one set: row c of the head is the mean of the normalised features of its images of "
+        "class c; the classes are those of the set",
+    )
+    add_device_argument(p)
+    add("--out", type=Path, required=True, metavar="FILE", help="model file to write (.safetensors)")
+    return p
 
 
 if __name__ == "__main__":
