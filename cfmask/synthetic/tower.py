@@ -2,7 +2,9 @@
 
 A caption is the name of an object on a kind of background ("star, bricks"), read from folder and file name. As on the
 web, it is seldom precise: few captions name the class, the others only its group ("sign, bricks"). So the tower knows
-much, but little about the classes that fine-tuning is for, and fine-tuning has something to teach.
+much, but little about the classes that fine-tuning is for, and fine-tuning has something to teach. Each time that an
+image is seen, its caption is drawn anew: the images stand for many more, and which of so few has a precise caption would
+be learnt by heart.
 
 As in CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature. There are
 few captions, so all of them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the
@@ -99,10 +101,9 @@ def pretrain(
             images, labels, kinds = _load(shards, progress)
             model = Classifier(build_tower(info), nn.Linear(CONFIG["embed_dim"], len(wnids)))  # type: ignore[arg-type]
             captions = _Captions(len(wnids), len(GROUPS), len(KINDS), CONFIG["embed_dim"])  # type: ignore[arg-type]
-            targets = _names(labels, named) * len(KINDS) + kinds
             normalise = Normalise(info.mean, info.std)
             settings = Optim(lr=lr, warmup_steps=60, batch_size=batch_size)
-            _train(model, captions, normalise, images, labels, targets, steps, settings, weight_decay, progress)
+            _train(model, captions, normalise, images, labels, kinds, named, steps, settings, weight_decay, progress)
             with torch.no_grad():
                 model.head.weight.copy_(captions.head())
                 model.head.bias.zero_()
@@ -137,7 +138,7 @@ class _Captions(nn.Module):
 
 
 def _names(labels: Tensor, named: float) -> Tensor:
-    """The number of the name in each image's caption: its class, or with probability 1 - ``named`` its group. (N,)."""
+    """Names for captions of images: numbers of classes, or with probability 1 - ``named`` of groups. int64 (N,)."""
     group = torch.tensor([[name in members for members in GROUPS.values()].index(True) for name in CLASSES])
     return torch.where(torch.rand(len(labels)) < named, labels, len(CLASSES) + group[labels])
 
@@ -148,7 +149,8 @@ def _train(
     normalise: Normalise,
     images: Tensor,
     labels: Tensor,
-    targets: Tensor,
+    kinds: Tensor,
+    named: float,
     steps: int,
     settings: Optim,
     weight_decay: float,
@@ -182,7 +184,8 @@ def _train(
             if len(order) < settings.batch_size:
                 order = torch.randperm(len(images))
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            inputs = _augment(images[chosen]).chunk(PARTS), targets[chosen].chunk(PARTS)
+            wanted = _names(labels[chosen], named) * len(KINDS) + kinds[chosen]
+            inputs = _augment(images[chosen]).chunk(PARTS), wanted.chunk(PARTS)
             losses, features, gradients = zip(*pool.map(part, *inputs), strict=True)
             for parameter, *shares in zip(parameters, *gradients, strict=True):
                 parameter.grad = sum(shares[1:], shares[0])
