@@ -488,3 +488,16 @@ def test_a_finished_run_is_said_to_be_finished_first(runs, capsys):
     assert found.out.startswith(f"finished: {runs / 'ft-s0'}") and found.err == "", "no bar"
     assert cancel.main([str(runs / "ft-s0")]) == 0
     assert capsys.readouterr().out == f"{runs / 'ft-s0'} is finished: there is nothing to cancel.\n"
+
+
+def test_the_example_in_the_documents_is_what_the_table_prints():
+    limit = "waits in the queue: your limit on GPUs is reached until other jobs end"
+    examples = [
+        a_status("runs/ft-s0", "finished", step=24810, best_epoch=8, job=None, nodes=None),
+        a_status("runs/object-s0", best_top1=74.92, job="4713"),
+        a_status("runs/object-s1", "requeued", step=9920, best_top1=74.8, best_epoch=3, in_words=RUNS[4].in_words),
+        a_status("runs/context-s0", "queued", step=None, best_top1=None, best_epoch=None, in_words=limit),
+    ]
+    text = "\n".join([*lines_at(80, examples), totals(examples, 4)])
+    document = (Path(__file__).resolve().parents[1] / "docs/clusters.md").read_text()
+    assert "\n".join("    " + line for line in text.splitlines()) in document, text
