@@ -39,7 +39,6 @@ not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -48,7 +47,7 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.facts import find_runs, look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
@@ -60,9 +59,7 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
     p.add_argument("--match", metavar="PATTERN", help="show only runs whose names match, as in a shell")
     p.add_argument("--running", action="store_true", help="show only runs whose job runs")

@@ -19,7 +19,6 @@ If it is interrupted, the same command resumes after the classes that are done.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import sys
@@ -35,7 +34,7 @@ try:
     from cfmask.models.head import read_info, save_model
     from cfmask.models.initial import check_initial_model, initial_model, zero_shot_info
     from cfmask.models.zero_shot import openai_templates, read_templates
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import written_aside
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:
@@ -44,9 +43,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     settings = {setting.name: setting for setting in dataclasses.fields(recipe.Model)}
     parser.add_argument(
         "--model",

@@ -31,7 +31,7 @@ def add_sets(verbs: SubParsers) -> list[argparse.ArgumentParser]:
     """Add a parser for each kind of set that can be converted; returns them."""
     parsers = []
     for name, about in _SETS.items():
-        p = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        p = verbs.add_parser(name, help=about, description=about)
         if name == "imagenet":
             _add_imagenet(p)
         elif name == "objectnet":

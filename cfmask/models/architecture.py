@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +70,12 @@ def read_config(name: str) -> dict[str, Any]:
 
     if config := open_clip.get_model_config(name):
         return config
-    listed = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
-    near = [known for known in listed if not _why_not(open_clip.get_model_config(known))]
+    known = open_clip.list_models()
+    some = [other for other in known if other.startswith("ViT-B-") and not _why_not(open_clip.get_model_config(other))]
     raise UserError(
         f"Unknown model {name!r}: it is neither one of open_clip's models nor the path of a model configuration "
-        f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
+        f"(.json).{did_you_mean(name, known)} Some of open_clip's: {', '.join(some[:12])}; all: "
+        "open_clip.list_models()."
     )
 
 
