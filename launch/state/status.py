@@ -58,9 +58,9 @@ class Status:
     waiting: number of further jobs of the run in the queue (of a chain).
     in_words: the state as a phrase, with the reason: "preempted, starts again in 2 min".
     remedy: what to do if a pending job does not start by itself.
-    best_on: the set on which the best epoch is chosen.
-    best_top1: top-1 on that set at the best epoch so far, in percent.
-    best_epoch: that epoch, counted from 1.
+    best_on: the set on which the best epoch is chosen; of an evaluation, val or its first set.
+    best_top1: top-1 on that set at the best epoch so far, or of the evaluated model, in percent.
+    best_epoch: that epoch, counted from 1; None of an evaluation.
     epochs: number of epochs of the recipe.
     top1: percent by set, at the best epoch.
     nodes: nodes of the running job, as Slurm writes lists of nodes.
@@ -131,7 +131,7 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         remedy=explain(waits.reason, job=waits.id, run=_short(run_state.run.root)).remedy or None if waits else None,
         best_on=best_on,
         best_top1=best.top1[best_on] if best and best_on else None,
-        best_epoch=best.epoch if best else None,
+        best_epoch=best.epoch or None if best else None,
         epochs=run_state.work.optim.total_epochs if isinstance(run_state.work, Recipe) else None,
         top1=dict(best.top1) if best else {},
         nodes=job.nodes or None if job and not waits else run_state.owner.host if run_state.owner else None,
