@@ -25,7 +25,8 @@ torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore()
 torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
 late = {"torchvision.transforms", "open_clip.factory", "torch._decomp", "torch.export.exported_program"}
-print(*({*late, "timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"} & sys.modules.keys()))
+late |= {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
+print(*(late & sys.modules.keys()))
 
 graphs = []
 print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1)).item())
