@@ -19,8 +19,8 @@ from launch.paper.progress import NodeStatus, count_jobs, kinds_of_jobs, statuse
 from launch.paper.reproduction import Reproduction
 from launch.paper.table import PaperTable, read_table, write_table
 from launch.state.facts import look_at
-from launch.state.page import explained_starts, runs_table
-from launch.state.status import ENDED
+from launch.state.page import runs_table
+from launch.state.status import ENDED, explained_starts
 
 PAGE = "index.html"
 
