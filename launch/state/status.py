@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cfmask.log_lines import straggler_of
 from cfmask.recipe import Recipe
+from cfmask.runtime.attempts import Start, starts_of
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.reasons import explain
 from launch.slurm.states import base_and_flags, is_completing, is_pending
@@ -260,6 +261,15 @@ def explained(why: str, attempt: dict[str, Any], slurm: SlurmAnswers) -> str:
         if start.job == job and started and begin and begin <= started and (end is None or started <= end):
             return f"killed: {_end_of_start(start)}"
     return why
+
+
+def explained_starts(run_state: RunState, status: Status, slurm: SlurmAnswers) -> list[Start]:
+    """All recorded starts. Where one has not recorded why it ended, Slurm's reason is given. Steps after the last one
+    that a start has logged are in the range of the next start."""
+    starts = starts_of(run_state.attempts, run_state.ended)
+    found = [replace(each, why_ended=explained(str(each.why_ended), each.facts, slurm)) for each in starts]
+    last_end = None if status.state in ("running", "cancelling") else status.last_end
+    return found[:-1] + [replace(each, reached=run_state.step, why_ended=last_end) for each in starts[-1:]]
 
 
 def _end_of_start(start: SacctRecord) -> str:
