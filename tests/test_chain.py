@@ -313,9 +313,10 @@ def resume(run: RunFolder, *more: object) -> int:
 def live(fake, run, monkeypatch) -> RunFolder:  # noqa: F811
     """A run with job 12, which trains."""
     monkeypatch.setattr(training, "check", lambda *_: None)
+    monkeypatch.setattr(training, "_describe", lambda *_: [])  # would read the shards
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     fake.will("squeue", in_queue("12"))
-    fake.will("sbatch", *accepts(13, 14))
+    fake.will("sbatch", "echo to start >&2", *accepts(13, 14))
     fake.will("srun", "true")
     return submitted(run, "12")
 
