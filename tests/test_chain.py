@@ -279,7 +279,7 @@ def test_refusal_within_a_chain_keeps_the_accepted_jobs(fake: FakeSlurm, tmp_pat
     assert not (tmp_path / "runs/b").exists() and not (run.root / ".claims").exists()
     assert "#SBATCH --dependency=afterany:11" in (run.root / "jobs/12_submission.sh").read_text()
     said = capsys.readouterr().out
-    assert said.count("code ") == said.count("job 11 on ") == 1
+    assert said.count("code ") == said.count("job      11 on ") == 1
     with pytest.raises(UserError, match="violates.*policy$"):
         submit_to_slurm(planned[1:], ALLOCATION, chain=4, follow=False)
 
@@ -313,9 +313,10 @@ def resume(run: RunFolder, *more: object) -> int:
 def live(fake, run, monkeypatch) -> RunFolder:  # noqa: F811
     """A run with job 12, which trains."""
     monkeypatch.setattr(training, "check", lambda *_: None)
+    monkeypatch.setattr(training, "_describe", lambda *_: [])  # would read the shards
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     fake.will("squeue", in_queue("12"))
-    fake.will("sbatch", *accepts(13, 14))
+    fake.will("sbatch", "echo to start >&2", *accepts(13, 14))
     fake.will("srun", "true")
     return submitted(run, "12")
 

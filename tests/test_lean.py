@@ -24,8 +24,8 @@ optimizer.zero_grad()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-late = {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
-late |= {"torchvision.transforms", "open_clip.factory", "torch._decomp", "torch.export.exported_program"}
+late = {"torchvision.transforms", "open_clip.factory", "torch._decomp", "torch.export.exported_program"}
+late |= {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
 print(*(late & sys.modules.keys()))
 
 graphs = []
