@@ -176,7 +176,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
                 f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders."
             )
         runs += [RunFolder(each) for each in found]
-    return runs
+    return list(dict.fromkeys(runs))
 
 
 def matching(runs: Sequence[RunFolder], pattern: str) -> list[RunFolder]:
