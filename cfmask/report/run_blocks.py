@@ -61,7 +61,7 @@ def versions(runs: Sequence[RunFolder]) -> Html:
         return page.paragraph("No job of these runs was submitted: they have no copy of the code.")
     infos = [info for info, _ in found.values()]
     packages = list(dict.fromkeys(name for info in infos for name in info["packages"]))
-    rows = [
+    rows: list[list[object]] = [
         ["runs", *(len(names) for _, names in found.values())],
         ["commit", *(str(info.get("commit") or "–")[:12] for info in infos)],
         ["files changed since", *(len(info.get("uncommitted") or ()) for info in infos)],
