@@ -26,7 +26,8 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.presets import canonical_name
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
     from launch.allocation.settings import add_allocation_arguments
@@ -47,9 +48,7 @@ INCOMPLETE = 3
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument(
         "--arch",
         choices=ARCHITECTURES,
@@ -61,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rows",
         nargs="+",
+        type=canonical_name,
         choices=list(LABELS),
         metavar="ROW",
         help=f"rows of the table (default: all): {', '.join(LABELS)}",

@@ -40,7 +40,6 @@ not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -49,11 +48,11 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.facts import find_runs, look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
-    from launch.state.terminal import Terminal
+    from launch.state.terminal import Terminal, wrap
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -61,9 +60,7 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
     p.add_argument("--match", metavar="PATTERN", help="show only runs whose names match, as in a shell")
     p.add_argument("--running", action="store_true", help="show only runs whose job runs")
@@ -103,9 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.attempts:
         for run_state, status in shown:
             print(f"\n{status.run}\n{attempts_table(run_state, status, slurm, terminal)}")
-    print(totals(statuses, len(every)))
+    ends = [totals(statuses, len(every))]
     if slurm.queue is None and any(f.jobs.slurm and not f.finished for f in found):
-        print("note: Slurm does not answer here: pending jobs are unknown.")
+        ends.append("note: Slurm does not answer here: pending jobs are unknown.")
+    print("\n".join(line for end in ends for line in wrap(end, terminal.width, indent=0)))
     return 0
 
 

@@ -11,14 +11,13 @@ submit.py --pretrained. tools/build_head.py --keep-head converts the state dict 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 try:
     from cfmask.errors import UserError
     from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import GreedySoup, UniformSoup
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.jsonl import read_object
     from cfmask.tool_arguments import MODEL_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
@@ -28,9 +27,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--greedy",

@@ -104,8 +104,8 @@ class AttemptLog:
         if found is None or not {"why", "ended"} <= found.keys():
             return None
         # A start that was killed between the two writes of ``begin`` leaves the end of the one before.
-        attempts = len(self.lines())
-        return found if found.get("attempt", attempts) >= attempts else None
+        attempts, attempt = len(self.lines()), found.get("attempt")
+        return None if isinstance(attempt, int) and attempt < attempts else found
 
     def begun_by(self, job: str) -> bool:
         """Whether the latest recorded start is this one.

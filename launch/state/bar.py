@@ -11,7 +11,7 @@ from launch.state.times import duration
 
 _BAR = 24
 """The longest bar, in cells."""
-_SHORTEST_BAR = 6
+_SHORTEST_BAR = 8
 _NAME = 16
 """Cells that the name keeps at least."""
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -37,17 +37,18 @@ class Progress:
 
 
 def progress_line(progress: Progress, width: int | None) -> str:
-    """The line, of at most ``width`` cells: name, bar, state, step, ETA, loss and rate, as far as they fit. Without a
+    """The line, of at most ``width`` cells: name, state, bar, ETA, step, loss and rate, as far as they fit. Without a
     ``width``, everything but the bar."""
     p, facts = progress, list[str]()
     fraction = min(1.0, p.step / p.total) if p.step is not None and p.total else None
-    if fraction is not None:
-        facts.append(f"{int(100 * fraction)} %")
-        facts.append(f"{p.step}/{p.total}")
     if p.state:
-        facts.insert(0, clean(p.state))
-    if p.eta_s is not None:
+        facts.append(clean(p.state))
+    if fraction is not None:
+        facts.append(f"{int(100 * fraction):3} %")
+    if p.eta_s is not None and p.step != p.total:
         facts.append(f"ETA {duration(p.eta_s)}")
+    if fraction is not None:
+        facts.append(f"{p.step:{len(str(p.total))}}/{p.total}")  # of constant width, so that the line does not jump
     if p.loss is not None:
         facts.append(f"loss {p.loss:.3f}")
     if p.samples_per_s is not None:
@@ -55,10 +56,15 @@ def progress_line(progress: Progress, width: int | None) -> str:
     name = clean(p.name)
     if width is None:
         return "  ".join([name, *facts])
-    while len(facts) > 1 and cells(name[:_NAME]) + sum(cells(fact) + 2 for fact in facts) > width:
-        facts.pop()
-    text = "".join(f"  {fact}" for fact in facts)
-    name = shorten(name, max(0, min(cells(name), max(width - cells(text), min(8, width)))))
+    least = min(cells(name), _NAME)
+    bar_width = _SHORTEST_BAR + 2 if fraction is not None and not p.state else 0
+    while len(facts) > 1 and least + bar_width + sum(cells(fact) + 2 for fact in facts) > width:
+        if len(facts) == 2 and bar_width:
+            bar_width = 0  # rather than the ETA
+        else:
+            facts.pop()
+    text = shorten("".join(f"  {fact}" for fact in facts), max(0, width - least))
+    name = shorten(name, max(least, width - cells(text) - bar_width))
     left = width - cells(name) - cells(text) - 2
     bar = f"  {_bar(fraction, min(_BAR, left))}" if fraction is not None and left >= _SHORTEST_BAR else ""
     return shorten(name + bar + text, width)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cfmask.checkpoint.best import EpochEnd, best_epoch_end, epoch_ends
+from cfmask.checkpoint.best import EpochEnd, best_epoch_end
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
@@ -32,7 +32,7 @@ from launch.slurm.states import is_pending
 from launch.slurm.submission import submitted
 from launch.state import ends
 from launch.state.processes import is_controller
-from launch.state.progress import progress_of
+from launch.state.progress import evaluations, progress_of
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class RunState:
     last: the last line of log.jsonl with a rate.
     eta_s: seconds to the end at the mean rate of the steps of the latest start; None before its first ones.
     saved_step: of the newest checkpoint.
-    ends: evaluations at the ends of epochs.
+    ends: evaluations at the ends of epochs (``progress.evaluations``).
     notes: what could not be read.
     """
 
@@ -115,12 +115,16 @@ class RunState:
 
     @property
     def best(self) -> tuple[str, EpochEnd] | None:
-        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation."""
-        if not isinstance(self.work, Recipe):
+        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation. Of an
+        evaluation: its first set (or val), and its result."""
+        if isinstance(self.work, Recipe):
+            on, sets, probing = self.work.run.best_on, self.work.data.eval_sets, self.work.optim.probe_epochs or 0
+        elif self.work is not None:
+            on, sets, probing = None, self.work.sets, -1
+        else:
             return None
-        sets, run = self.work.data.eval_sets, self.work.run
-        on = run.best_on or ("val" if "val" in sets else next(iter(sets), ""))
-        end = best_epoch_end(self.ends, on, self.work.optim.probe_epochs or 0)
+        on = on or ("val" if "val" in sets else next(iter(sets), ""))
+        end = best_epoch_end(self.ends, on, probing)
         return (on, end) if end else None
 
     @property
@@ -277,7 +281,7 @@ def _read_state(run: RunFolder) -> RunState:
         last=last,
         eta_s=eta_s,
         saved_step=tried(run.saved_step, 0),
-        ends=tried(lambda: epoch_ends(run.log), []),
+        ends=tried(lambda: evaluations(run, work, finished=bool(finished)), []),
         jobs=jobs,
         notes=tuple(dict.fromkeys(notes)),
     )

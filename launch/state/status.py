@@ -58,9 +58,9 @@ class Status:
     waiting: number of further jobs of the run in the queue (of a chain).
     in_words: the state as a phrase, with the reason: "preempted, starts again in 2 min".
     remedy: what to do if a pending job does not start by itself.
-    best_on: the set on which the best epoch is chosen.
-    best_top1: top-1 on that set at the best epoch so far, in percent.
-    best_epoch: that epoch, counted from 1.
+    best_on: the set on which the best epoch is chosen; of an evaluation, val or its first set.
+    best_top1: top-1 on that set at the best epoch so far, or of the evaluated model, in percent.
+    best_epoch: that epoch, counted from 1; None of an evaluation.
     epochs: number of epochs of the recipe.
     top1: percent by set, at the best epoch.
     nodes: nodes of the running job, as Slurm writes lists of nodes.
@@ -131,7 +131,7 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         remedy=explain(waits.reason, job=waits.id, run=_short(run_state.run.root)).remedy or None if waits else None,
         best_on=best_on,
         best_top1=best.top1[best_on] if best and best_on else None,
-        best_epoch=best.epoch if best else None,
+        best_epoch=best.epoch or None if best else None,
         epochs=run_state.work.optim.total_epochs if isinstance(run_state.work, Recipe) else None,
         top1=dict(best.top1) if best else {},
         nodes=job.nodes or None if job and not waits else run_state.owner.host if run_state.owner else None,
@@ -267,9 +267,11 @@ def explained_starts(run_state: RunState, status: Status, slurm: SlurmAnswers) -
     """All recorded starts. Where one has not recorded why it ended, Slurm's reason is given. Steps after the last one
     that a start has logged are in the range of the next start."""
     starts = starts_of(run_state.attempts, run_state.ended)
-    found = [replace(each, why_ended=explained(str(each.why_ended), each.facts, slurm)) for each in starts]
-    last_end = None if status.state in ("running", "cancelling") else status.last_end
-    return found[:-1] + [replace(each, reached=run_state.step, why_ended=last_end) for each in starts[-1:]]
+    found = [replace(each, why_ended=explained(str(each.why_ended), each.facts, slurm)) for each in starts[:-1]]
+    runs = status.state in ("running", "cancelling")
+    return found + [
+        replace(each, reached=run_state.step, why_ended=None if runs else status.last_end) for each in starts[-1:]
+    ]
 
 
 def _end_of_start(start: SacctRecord) -> str:

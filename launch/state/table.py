@@ -23,7 +23,7 @@ _COLOURS = {
     **dict.fromkeys(("stopped", "cancelled", "never started", "unknown"), "grey"),
 }
 _WIDE = ("nodes", "loss", "starts", "samples/s", "job")
-_NARROW = ("step", "ETA", "at epoch", "best of", "best", "done")
+_NARROW = ("step", "ETA", "at epoch", "best", "done")
 
 
 def table(statuses: Sequence[Status], terminal: Terminal = PLAIN) -> str:
@@ -32,12 +32,11 @@ def table(statuses: Sequence[Status], terminal: Terminal = PLAIN) -> str:
     names = [s.run for s in statuses]
     if terminal.width is not None:
         names = short_names(names) if len(names) > 1 else [Path(name).name for name in names]
-    sets = {s.best_on for s in statuses if s.best_on}
+    sets = _sets(statuses)
     done = Column("done", [_percent(s.step, s.total_steps) for s in statuses], right=True)
-    best = Column("best", [_best(s, sets) for s in statuses], right=True)
     columns = [
         Column("step", [_steps(s.step, s.total_steps) for s in statuses], right=True, narrow=done),
-        Column(f"best {clean(*sets)}", best.cells, right=True, narrow=best) if len(sets) == 1 else best,
+        Column("best", [_best(s, sets) for s in statuses], right=True),
         Column("at epoch", [f"{s.best_epoch} of {s.epochs}" if s.best_epoch else None for s in statuses], right=True),
         Column("ETA", [duration(s.eta_s) for s in statuses], right=True),
         Column("samples/s", [_number(s.samples_per_s, ".0f") for s in statuses], right=True),
@@ -54,7 +53,7 @@ def table(statuses: Sequence[Status], terminal: Terminal = PLAIN) -> str:
         ),
         terminal,
         optional=_WIDE,
-        droppable=[columns[1].title if title == "best of" else title for title in _NARROW],
+        droppable=_NARROW,
         below=[_below(s) for s in statuses],
         most=3 if len(statuses) > 1 else None,
     )
@@ -73,7 +72,8 @@ def _below(status: Status) -> list[str]:
 
 
 def totals(statuses: Sequence[Status], of: int) -> str:
-    """The numbers of runs by state: "12 runs: 3 running, 1 queued, 8 finished".
+    """The numbers of runs by state, and what the column "best" shows: "12 runs: 3 running, 1 queued, 8 finished; best:
+    top-1 on holdout".
 
     Args:
         of: number of runs before filters.
@@ -83,16 +83,18 @@ def totals(statuses: Sequence[Status], of: int) -> str:
     states += ["finished"] if "finished" in counts else []
     number = str(of) if len(statuses) == of else f"{len(statuses)} of {of}"
     parts = ", ".join(f"{counts[state]} {state}" for state in states)
-    return f"{number} run{'s' if of != 1 else ''}" + (f": {parts}" if parts else "")
+    sets = _sets(statuses)
+    best = f"; best: top-1 on {clean(*sets)}" if len(sets) == 1 else ""
+    return f"{number} run{'s' if of != 1 else ''}" + (f": {parts}" if parts else "") + best
 
 
 def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers, terminal: Terminal = PLAIN) -> str:
-    """A line for each start. Steps after the last one that a start has logged are in the range of the next start."""
-    attempts = run_state.attempts
+    """A row for each start."""
     starts = explained_starts(run_state, status, slurm)
-    whys = [start.why_ended or "" for start in starts]
-    if not attempts:
+    attempts = [start.facts for start in starts]
+    if not starts:
         return "no start yet"
+    whys = [clean(start.why_ended or "–") for start in starts]
 
     def column(title: str, key: str, form: str = "") -> Column:
         values = [attempt.get(key) for attempt in attempts]
@@ -110,7 +112,7 @@ def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers, ter
             column("from step", "from_step", "d"),
             Column("to step", [_number(start.reached, "d") for start in starts], right=True),
         ],
-        LastColumn("ended", [clean(why) or "–" for why in whys], ["" if why else "–" for why in whys]),
+        LastColumn("ended", whys, ["" for _ in whys]),
         terminal,
         optional=("device", "nodes", "ranks", "job"),
         droppable=("started", "from step"),
@@ -121,6 +123,11 @@ def latest_checkpoint(run: RunFolder) -> str:
     """Names the newest checkpoint in a sentence."""
     step = run.saved_step()
     return f"the latest checkpoint is {run.checkpoints / f'step-{step:08d}'}" if step else "there is no checkpoint"
+
+
+def _sets(statuses: Sequence[Status]) -> set[str]:
+    """The sets on which the best epochs are best."""
+    return {s.best_on for s in statuses if s.best_on}
 
 
 def _best(status: Status, sets: set[str]) -> str | None:

@@ -7,13 +7,14 @@ import shutil
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TextIO
 
 from cfmask.runtime.output import printable
 
 _GAP = "  "
 _INDENT = 4
-_ROOMY = 24
+_ROOMY = 20
 """Cells for the last column that optional columns leave free."""
 _NAME = 14
 """Cells that the first column keeps before other columns are left out."""
@@ -122,11 +123,11 @@ class Column:
     right: bool = False
     narrow: Column | None = None
 
-    @property
+    @cached_property
     def texts(self) -> list[str]:
         return ["–" if cell is None else cell for cell in self.cells]
 
-    @property
+    @cached_property
     def width(self) -> int:
         return max(map(cells, (self.title, *self.texts)))
 
