@@ -38,3 +38,17 @@ def preset_of(recipe: Recipe) -> str | None:
             if resolve_method(method) == recipe.method:
                 return name
     return None
+
+
+def closest_preset(recipe: Recipe) -> str:
+    """``preset_of``, or else the preset with the loss, mask, fill and CAM of a resolved recipe, whatever its other
+    settings are; "kd-context-mask-multi-fill" or the like if no preset has these."""
+    if exact := preset_of(recipe):
+        return exact
+    method = recipe.method
+    for name, preset in PRESETS.items():
+        if preset.method.name == method.name:
+            found = resolve_method(dataclasses.replace(preset.method, ensemble=method.ensemble))
+            if (found.mask, found.fill, found.cam) == (method.mask, method.fill, method.cam):
+                return name
+    return method.row if method.cam != "grad-cam" else f"{method.row}, grad-cam"

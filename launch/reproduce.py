@@ -36,7 +36,7 @@ try:
     from launch.paper.plan import LABELS, arrays, to_submit
     from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
     from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
-    from launch.paper.table import write_table
+    from launch.paper.table import published_line, write_table
     from launch.submission.recipe_arguments import add_recipe_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -75,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
         help="a model soup to start from: a cfmask model file, or a state dict of tower and head, like those of the "
         "authors of model soups, with the classes of the shards in their order (default: the average of the FT models)",
     )
+    p.add_argument(
+        "--fit-on",
+        choices=("published",),
+        help="also draw effective robustness, above the line through the published zero-shot models (B/32, B/16, L/14)",
+    )
     p.add_argument("--out", type=Path, metavar="DIR", help="the plan's folder (default: reproductions/<model>)")
     p.add_argument(
         "--dry-run", action="store_true", help="check everything and show the plan and its cost, but queue nothing"
@@ -109,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     statuses = read_statuses(reproduction)
     states = states_of(statuses)
     reproduction.check(states)
+    line = published_line(reproduction) if arguments.fit_on else None
     warn_of_paths_outside(allocation, reproduction.setup.folder, reproduction.base.data.shards)
     print(overview(reproduction, statuses))
     print(reproduction.selection)
@@ -126,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
     if arguments.follow and not code:
         code = follow(reproduction)
-    write_table(reproduction)
+    write_table(reproduction, line)
     return code
 
 

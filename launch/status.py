@@ -41,9 +41,10 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
+    from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import exits_cleanly
-    from launch.state.facts import find_runs, look_at
+    from launch.state.facts import look_at
     from launch.state.status import status_of
     from launch.state.table import attempts_table, table
 except ModuleNotFoundError as missing:

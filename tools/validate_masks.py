@@ -40,7 +40,9 @@ try:
     from cfmask.evaluation.mask_validation import Validation, method_to_validate
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
     from cfmask.models.head import ModelInfo
+    from cfmask.report.labels import model_names
     from cfmask.report.masks import write_report
+    from cfmask.runs import find_model
     from cfmask.runtime.command import exits_cleanly
     from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method
 except ModuleNotFoundError as missing:
@@ -51,6 +53,7 @@ except ModuleNotFoundError as missing:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
+    names = arguments.names or model_names([find_model(path) for path in arguments.models])
     models, info = load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
     methods = [method_to_validate(recorded_method(path), **asked) for path in arguments.models]
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = validation.carry_out(arguments.out / "parts.jsonl", allow_missing=arguments.allow_missing_masks)
-        text, written = write_report(arguments.out, validation, parts, **shown)
+        text, written = write_report(arguments.out, validation, names, parts, **shown)
     except OSError as error:
         raise UserError(f"{arguments.out} cannot be written ({error.strerror}). Choose another --out.") from None
     print(text)
@@ -96,6 +99,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    add("--names", nargs="+", metavar="NAME", help="names of the models in table and pictures (default: their presets)")
     add("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
@@ -138,6 +142,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
     if arguments.images is not None and arguments.set is not None:
         raise UserError("--set would do nothing with --images: it names a folder of shards.")
+    if arguments.names and (
+        len(set(arguments.names)) < len(arguments.names) or len(arguments.names) != len(arguments.models)
+    ):
+        raise UserError(f"--names must give {len(arguments.models)} different names, one for each model.")
     check_thresholds(arguments.thresholds)
     for flag, least in (("batch_size", 1), ("loader_workers", 0), ("count", 0), ("seed", 0)):
         if getattr(arguments, flag) < least:

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
 from cfmask.runtime.files import write_atomically
 from cfmask.secrets import mask_secrets
 from launch.paper.plan import HEADLINE, LABELS
 from launch.paper.reproduction import Reproduction
 
+if TYPE_CHECKING:
+    from cfmask.report.results import Split
+    from cfmask.report.robustness import Line
 
-def write_table(reproduction: Reproduction) -> None:
+
+def published_line(reproduction: Reproduction) -> Line:
+    """The line of effective robustness through the published zero-shot models. Raises UserError if they have no
+    accuracy on the reproduction's sets."""
+    from cfmask.report.robustness import Line
+
+    return Line.of({}, split_of(reproduction), published=True)
+
+
+def split_of(reproduction: Reproduction) -> Split:
+    """The first set is in distribution, the others are shifted."""
+    from cfmask.report.results import Split
+
+    home, *shifted = reproduction.setup.evaluation.sets
+    return Split(home, tuple(shifted))
+
+
+def write_table(reproduction: Reproduction, line: Line | None = None) -> None:
     """Write the rows that have results, beside the published numbers, to table.md, table.tex, results.json and charts
-    in the plan's folder, and print the table."""
+    in the plan's folder, and print the table.
+
+    Args:
+        line: also draw effective robustness, above this line.
+    """
     # Imported here, because a command that only submits jobs needs neither scipy nor matplotlib.
-    from cfmask.report import charts, results, tables
+    from cfmask.report import charts, results, robustness, tables
 
     folder = reproduction.setup.folder
     rows, found, missing = [], {}, []
@@ -39,8 +61,7 @@ def write_table(reproduction: Reproduction) -> None:
     if not any(found.values()):
         print("No row of the table has results yet.")
         return
-    home, *shifted = reproduction.setup.evaluation.sets
-    split = results.Split(home, tuple(shifted))
+    split = split_of(reproduction)
     published = published_rows(tables.PUBLISHED.get(reproduction.arch or "", {}))
     note = checkpoint_note({LABELS[word]: of_row for word, of_row in origins.items()})
     if published:
@@ -78,12 +99,19 @@ def write_table(reproduction: Reproduction) -> None:
     there = [row for row in rows if row.sets]
     charts.bar_chart(there, folder / "bars.png", split)
     written = ["table.md", "table.tex", "results.json", "bars.png"]
-    line = [LABELS[word] for word in ("zero-shot", "ft") if found.get(word)]
-    if len(line) == 2 and shifted:
-        with contextlib.suppress(UserError):  # equal accuracy in distribution: no line through the two
-            charts.effective_robustness(there, line, folder / "effective_robustness.png", split)
-            written.append("effective_robustness.png")
-    print(f"\n{table}\n\n{folder}: {', '.join(written)}")
+    note = ""
+    if line is not None:
+        chart = folder / "effective-robustness.png"
+        values = charts.effective_robustness([*there, *line.published], line.backbones, chart, split)
+        note = robustness.robustness_table(values, line.backbones)
+        write_atomically(folder / "effective-robustness.md", note + "\n")
+        written += ["effective-robustness.md", chart.name]
+    elif split.shifted:
+        note = (
+            "Effective robustness is not drawn: a line needs zero-shot models of two backbones, and this plan has one. "
+            f"--fit-on {robustness.PUBLISHED_LINE} takes the three published ones."
+        )
+    print(f"\n{table}\n\n" + (f"{note}\n\n" if note else "") + f"{folder}: {', '.join(written)}")
 
 
 def published_rows(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,6 @@ T = TypeVar("T")
 
 _ANSWER_S = 20.0
 """How long one of Slurm's commands may take, because the user waits for it."""
-_MARKS = ("recipe.json", "evaluation.json", "attempts.jsonl", "log.jsonl", "checkpoints")
-"""A folder with one of these is a run folder."""
 
 
 @dataclass(frozen=True)
@@ -116,34 +114,6 @@ class RunState:
         example after a preemption."""
         submitted = self.jobs.slurm[-1] if self.jobs.slurm else self.last_job
         return bool(self.ended and not self.jobs.unconfirmed and self.last_job == submitted and not self.comes_back)
-
-
-def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The run folders among the paths, and those directly inside paths that are folders of runs.
-
-    Raises:
-        UserError: a path has none, or cannot be read.
-    """
-    runs: list[RunFolder] = []
-    for path in paths or [Path("runs")]:
-        try:
-            if _is_run(path):
-                found = [path]
-            else:
-                found = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
-        except OSError as error:
-            hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
-            raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
-        if not found:
-            raise UserError(
-                f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders."
-            )
-        runs += [RunFolder(each) for each in found]
-    return runs
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / mark).exists() for mark in _MARKS)
 
 
 def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[RunState], SlurmAnswers]:
