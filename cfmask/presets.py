@@ -27,6 +27,25 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+ALIASES = {
+    **dict.fromkeys(("vanilla", "fine-tuning", "finetune", "full-ft"), "ft"),
+    **dict.fromkeys(("lp", "linear-probing"), "linear-probe"),
+    "lpft": "lp-ft",
+    **dict.fromkeys(("kd", "clean-kd"), "kd-clean"),
+    "masked-kd": "kd-masked",
+    **dict.fromkeys(("fd", "clean-distillation"), "fd-clean"),
+    **{f"{mask}-mask": f"{mask}-mask-single-fill" for mask in ("random", "object", "context")},
+    "gradcam": "grad-cam",
+}
+"""Other names by which presets can be asked for. The fill of a mask without one is the paper's."""
+
+
+def canonical_name(name: str) -> str:
+    """The preset's own name for one that people use, with any case and _ for -; other names are returned unchanged."""
+    plain = name.lower().replace("_", "-")
+    return plain if plain in PRESETS else ALIASES.get(plain, name)
+
+
 def preset_of(recipe: Recipe) -> str | None:
     """The preset whose method, schedule, learning rate and precision a resolved recipe has; None if flags have changed
     one of these."""
@@ -40,15 +59,21 @@ def preset_of(recipe: Recipe) -> str | None:
     return None
 
 
-def closest_preset(recipe: Recipe) -> str:
-    """``preset_of``, or else the preset with the loss, mask, fill and CAM of a resolved recipe, whatever its other
-    settings are; "kd-context-mask-multi-fill" or the like if no preset has these."""
-    if exact := preset_of(recipe):
-        return exact
-    method = recipe.method
+def nearest_preset(recipe: Recipe) -> str | None:
+    """``preset_of`` a resolved recipe; else the preset with its schedule and the same method, mask, fill and CAM, from
+    which flags have changed numbers; None if there is none."""
+    if name := preset_of(recipe):
+        return name
+    ours = recipe.method
     for name, preset in PRESETS.items():
-        if preset.method.name == method.name:
-            found = resolve_method(dataclasses.replace(preset.method, ensemble=method.ensemble))
-            if (found.mask, found.fill, found.cam) == (method.mask, method.fill, method.cam):
+        if (preset.optim.schedule, preset.method.name) == (recipe.optim.schedule, ours.name):
+            method = resolve_method(dataclasses.replace(preset.method, ensemble=ours.ensemble))
+            if (method.mask, method.fill, method.cam) == (ours.mask, ours.fill, ours.cam):
                 return name
-    return method.row if method.cam != "grad-cam" else f"{method.row}, grad-cam"
+    return None
+
+
+def method_name(recipe: Recipe) -> str:
+    """``nearest_preset``, or else the parts of the method: "kd-context-mask-multi-fill"."""
+    method = recipe.method
+    return nearest_preset(recipe) or (method.row if method.cam != "grad-cam" else f"{method.row}, grad-cam")

@@ -28,7 +28,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             if _is_run(path):
                 found = [path]
             else:
-                found = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+                found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
         except OSError as error:
             hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
@@ -48,3 +48,11 @@ def is_evaluation(run: RunFolder) -> bool:
 
 def _is_run(path: Path) -> bool:
     return any((path / mark).exists() for mark in _MARKS)
+
+
+def _may_be_run(path: Path) -> bool:
+    """Like ``_is_run``; a folder that cannot be read may be one, and its status says that it cannot be read."""
+    try:
+        return _is_run(path)
+    except OSError:
+        return True

@@ -12,7 +12,6 @@ Exit codes: 0 the run has ended (or had before), 1 a job or process has not ende
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ try:
     from cfmask.errors import UserError
     from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.cancellation import cancel_run
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -29,9 +28,7 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="run folder")
     p.add_argument(
         "--grace", type=float, default=120, metavar="S", help="seconds until running jobs are killed (default: 120)"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,11 @@ from cfmask.runtime.process import exit_without_finalization
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel."""
 
 
 def make_materials(root: Path, *, per_class: int = 32) -> Path:
@@ -168,6 +175,19 @@ def submit(
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def jobs_of(done: subprocess.CompletedProcess, cwd: Path = Path()) -> dict[str, Path]:
+    """Job ids with their run folders, as submit.py printed them.
+
+    Args:
+        cwd: The directory in which it ran.
+    """
+    found = re.findall(r"^ {9}(\d+(?:_\d+)?)  (.*)$", done.stdout, re.MULTILINE)
+    if not found:
+        [run] = re.findall(r"^run      (.*): (?:new|resumes|starts)", done.stdout, re.MULTILINE)
+        found = [(re.findall(r"^job      (\S+) on ", done.stdout, re.MULTILINE)[0], run)]
+    return {job: cwd / run for job, run in found}
 
 
 PACE_S = 0.05

@@ -277,7 +277,7 @@ def test_refusal_within_a_chain_keeps_the_accepted_jobs(fake: FakeSlurm, tmp_pat
     assert not (tmp_path / "runs/b").exists() and not (run.root / ".claims").exists()
     assert "#SBATCH --dependency=afterany:11" in (run.root / "jobs/12_submission.sh").read_text()
     said = capsys.readouterr().out
-    assert said.count("code ") == said.count("job 11 on ") == 1
+    assert said.count("code ") == said.count("job      11 on ") == 1
     with pytest.raises(UserError, match="violates.*policy$"):
         submit_to_slurm(planned[1:], ALLOCATION, chain=4, follow=False)
 

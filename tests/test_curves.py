@@ -12,7 +12,7 @@ from PIL import Image
 import made
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation, WiseFT
-from cfmask.presets import PRESETS, closest_preset
+from cfmask.presets import PRESETS, method_name
 from cfmask.recipe import Recipe
 from cfmask.report.curves import curves_figure
 from cfmask.report.labels import model_names, run_groups
@@ -131,14 +131,14 @@ def test_equal_names_are_told_apart_by_what_differs(tmp_path):
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "wise-kd"])
 def test_runs_are_named_by_their_preset(preset):
     exact = PRESETS[preset].resolved()
-    assert closest_preset(exact) == preset
+    assert method_name(exact) == preset
     if preset != "released-code":
-        assert closest_preset(changed(PRESETS[preset], optim__lr=1e-4, run__precision="fp32").resolved()) == preset
+        assert method_name(changed(PRESETS[preset], optim__lr=1e-4, run__precision="fp32").resolved()) == preset
 
 
 def test_methods_of_no_preset_are_named_by_their_parts():
     other = changed(PRESETS["kd-clean"], method__mask="context", method__fill="multi-fill")
-    assert closest_preset(other.resolved()) == "kd-context-mask-multi-fill"
+    assert method_name(other.resolved()) == "kd-context-mask-multi-fill"
 
 
 def test_a_methods_look_does_not_depend_on_what_else_is_shown():

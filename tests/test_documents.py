@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cfmask.runtime.command import CommandParser
+
 REPO = Path(__file__).resolve().parents[1]
 
 PLACEHOLDERS = {"ROW": "ft", "N": "2"}
@@ -74,9 +76,12 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
         assert all((REPO / word).exists() for word in arguments if word.startswith("tests/"))
         return
 
-    def parse(self, args=None, namespace=None):
-        parse_args(self, args, namespace)
-        raise _Parsed
+    def parsing(parse_args):
+        def parse(self, args=None, namespace=None):
+            parse_args(self, args, namespace)
+            raise _Parsed
+
+        return parse
 
     def error(self, message):
         # A fragment in a sentence may leave out what the command requires.
@@ -84,9 +89,9 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
             raise _Parsed
         pytest.fail(f"{document}: {command}\n{message}")
 
-    parse_args = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(argparse.ArgumentParser, "error", error)
+    for kind in (argparse.ArgumentParser, CommandParser):  # slurm/ works without cfmask, and has the former
+        monkeypatch.setattr(kind, "parse_args", parsing(kind.parse_args))
+        monkeypatch.setattr(kind, "error", error)
     if program.startswith("slurm/"):  # these run outside the environment, and import the files beside them
         monkeypatch.setattr(sys, "path", [str(REPO / "slurm"), *sys.path])
     main = importlib.import_module(program.removesuffix(".py").replace("/", ".")).main

@@ -10,12 +10,12 @@
 On ImageNet-R and -A a model answers among their 200 classes; on ObjectNet among 125, of which several may be right for
 an image. An incomplete copy of a known set is refused. After an interruption, the same command resumes the evaluation.
 RUN stands for the run's last checkpoint or, with --checkpoint best, for the best one on its held-out set, as in the
-authors' evaluation. results.json and the tables state the step and what chose it.
+authors' evaluation. results.json and the tables state the step and what chose it. Models of one name in --names are
+seeds of one row: mean ± standard deviation.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 try:
@@ -23,8 +23,8 @@ try:
     from cfmask.evaluation_spec import Evaluation
     from cfmask.report.labels import model_names
     from cfmask.runs import find_model
-    from cfmask.runtime.command import exits_cleanly
-    from cfmask.tool_arguments import MODEL_HELP
+    from cfmask.runtime.command import CommandParser, exits_cleanly
+    from cfmask.tool_arguments import MODEL_HELP, NAMES_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -35,15 +35,13 @@ PUBLISHED = "published"
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--names",
         nargs="+",
         metavar="NAME",
-        help="names in tables (default: presets); models of one name are seeds of one row: mean ± sd",
+        help=NAMES_HELP,
     )
     parser.add_argument(
         "--fit-on",
@@ -55,13 +53,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    if arguments.names and len(arguments.names) != len(arguments.models):
-        raise UserError(f"--names gives {len(arguments.names)} names to {len(arguments.models)} models.")
     own = [_number(path, arguments.models) for path in arguments.fit_on if path != PUBLISHED]
 
     allocation = allocation_of(arguments)
     evaluation = evaluation_of(arguments, allocation, Evaluation, arguments.models)
-    names = arguments.names or model_names(evaluation.models)
+    names = model_names(evaluation.models, arguments.names)
     line = None
     if arguments.fit_on:  # scipy takes a second to import, and so does matplotlib below
         from cfmask.report.results import Split
@@ -72,11 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     code, run = carry_out("evaluate", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    from cfmask.report import summary
+    from cfmask.report import evaluation_page, summary
 
-    summary.show(run, "Evaluation", names)
+    pictures = summary.show(run, "Evaluation", names)
     if line is not None:
-        summary.show_robustness(run, names, line)
+        pictures.append(summary.show_robustness(run, names, line))
+    evaluation_page.write_page(run, "Evaluation", names, pictures)
     return 0
 
 

@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 try:
+    from cfmask import tool_arguments as shared
     from cfmask.data.coco import CocoMasks
     from cfmask.data.segmentation import class_groups, open_masks
     from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards
@@ -43,8 +44,7 @@ try:
     from cfmask.report.labels import model_names
     from cfmask.report.masks import write_report
     from cfmask.runs import find_model
-    from cfmask.runtime.command import exits_cleanly
-    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method
+    from cfmask.runtime.command import CommandParser, exits_cleanly
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -53,10 +53,10 @@ except ModuleNotFoundError as missing:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
-    names = arguments.names or model_names([find_model(path) for path in arguments.models])
-    models, info = load_models(arguments.models)
+    names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
+    models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
-    methods = [method_to_validate(recorded_method(path), **asked) for path in arguments.models]
+    methods = [method_to_validate(shared.recorded_method(path), **asked) for path in arguments.models]
     segmented, groups = open_images(arguments, info, models[0].image_size)
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
@@ -94,13 +94,11 @@ def open_images(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     add = p.add_argument
-    add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    add("--names", nargs="+", metavar="NAME", help="names of the models in table and pictures (default: their presets)")
-    add("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
+    add("models", nargs="+", metavar="MODEL", help=shared.MODEL_HELP)
+    add("--names", nargs="+", metavar="NAME", help=shared.NAMES_HELP)
+    add("--shards", metavar="DIR_OR_URL", help=shared.DATA_HELP)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
     add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images, see above")
@@ -130,9 +128,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the choice of these images (default: 0)")
-    add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
-    default, help_of_out = Path("mask-validation"), "folder for the numbers and pictures"
-    add("--out", type=Path, default=default, metavar="DIR", help=f"{help_of_out} (default: {default})")
+    shared.add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
+    out = Path("mask-validation")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the numbers and pictures (default: {out})")
     return p
 
 
@@ -142,10 +140,6 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
     if arguments.images is not None and arguments.set is not None:
         raise UserError("--set would do nothing with --images: it names a folder of shards.")
-    if arguments.names and (
-        len(set(arguments.names)) < len(arguments.names) or len(arguments.names) != len(arguments.models)
-    ):
-        raise UserError(f"--names must give {len(arguments.models)} different names, one for each model.")
     check_thresholds(arguments.thresholds)
     for flag, least in (("batch_size", 1), ("loader_workers", 0), ("count", 0), ("seed", 0)):
         if getattr(arguments, flag) < least:

@@ -15,7 +15,7 @@ from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation, ZeroShot
 from cfmask.models.head import read_info
-from cfmask.presets import closest_preset
+from cfmask.presets import method_name
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
@@ -92,7 +92,7 @@ def origin_of(model: str | Path) -> ModelOrigin:
         found = _of_checkpoint(path, run)
     else:
         found = ModelOrigin(str(path), str(run.root), None, "a file in the run folder")
-    return replace(found, method=closest_preset(work))
+    return replace(found, method=method_name(work))
 
 
 def _method_of_start(path: Path) -> str:
@@ -140,3 +140,14 @@ def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
         if seeds:
             parts.append(f"{name}: {' / '.join(seeds)}")
     return f"Checkpoints: {'; '.join(parts)}." if parts else ""
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """Short distinct names of models: their paths without the parts at either end that all have in common."""
+    if len(paths) < 2:
+        return [str(path) for path in paths]
+    parts = [Path(path).absolute().parts for path in paths]
+    most = min(map(len, parts)) - 1
+    start = min(most, len(os.path.commonprefix(parts)))
+    end = min(most - start, len(os.path.commonprefix([each[::-1] for each in parts])))
+    return ["/".join(each[start : len(each) - end]) for each in parts]

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.models.architecture import (
     HUB_CONFIG,
     check_activation,
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need
 
 HUB_WEIGHTS = "open_clip_model.safetensors"
 """open_clip's name of the weights in a Hugging Face repository."""
+_HUB_FILES = (HUB_WEIGHTS, "open_clip_pytorch_model.bin")
 CONFIG_ENTRY = "open_clip_config"
 """An entry by tools/export.py: the text of open_clip_config.json, in the metadata of a safetensors file, or beside the
 state dict in a file of torch.save."""
@@ -102,6 +103,24 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
         ) from error
 
 
+def in_cache(name: str, pretrained: str) -> bool:
+    """Whether ``find_weights`` needs no network: the weights are a file, or open_clip has downloaded them before.
+
+    Raises:
+        UserError: an unknown tag.
+    """
+    if os.path.isfile(pretrained) or is_path(pretrained):
+        return os.path.isfile(pretrained)
+    from huggingface_hub import try_to_load_from_cache
+
+    tag = read_tag(name, pretrained)
+    repository, file = os.path.split(tag.get("hf_hub") or "")
+    files = [file] if file else []
+    if repository and any(isinstance(try_to_load_from_cache(repository, f), str) for f in (*files, *_HUB_FILES)):
+        return True
+    return bool(tag.get("url")) and os.path.isfile(os.path.expanduser(f"~/.cache/clip/{os.path.basename(tag['url'])}"))
+
+
 def is_path(pretrained: str) -> bool:
     """Whether --pretrained is the path of a file, which need not exist, and not a tag of open_clip's."""
     if pretrained.startswith(("hf-hub:", "local-dir:")):
@@ -119,7 +138,8 @@ def read_tag(name: str, pretrained: str) -> dict[str, Any]:
         return tag
     known = list_pretrained_tags_by_model(name)
     raise UserError(
-        f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing file. "
+        f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing "
+        f"file.{did_you_mean(pretrained, known)} "
         + (f"Its tags: {', '.join(known)}." if known else "Give the path of a checkpoint.")
     )
 

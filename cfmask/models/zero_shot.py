@@ -44,7 +44,8 @@ def check_text_tower(info: ModelInfo, shapes: Mapping[str, Tensor]) -> None:
     if not _has_text_tower(shapes):
         raise UserError(
             "The checkpoint has an image tower only, so no zero-shot head can be built from it. Give a head with "
-            "--head, or a whole CLIP checkpoint with --pretrained."
+            "--head, or a whole CLIP checkpoint with --pretrained. Or make a model file with a head of class means: "
+            "python tools/build_head.py --class-means shards/train, with the same --model and --pretrained."
         )
     with torch.device("meta"):
         parts = _fresh_clip(info).state_dict()

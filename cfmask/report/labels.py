@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
-from cfmask.evaluation.model_origin import ZERO_SHOT, ModelOrigin, origin_of
+from cfmask.evaluation.model_origin import ZERO_SHOT, ModelOrigin, origin_of, short_names
 from cfmask.evaluation_spec import WiseFT
 from cfmask.models.head import ModelInfo, read_info
-from cfmask.presets import closest_preset
+from cfmask.presets import method_name
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 
@@ -34,7 +34,7 @@ class RunGroup:
 
 
 def run_groups(runs: Sequence[RunFolder]) -> list[RunGroup]:
-    """Group the seeds of each recipe, and name each group by its preset. Groups of one preset are told apart by the
+    """Group the seeds of each recipe, and name each group by its preset. Groups of one preset have in their name the
     settings in which they differ; repeated runs of one recipe and seed by their folders."""
     recipes = [_recipe(run) for run in runs]
     grouped: dict[str, list[int]] = {}
@@ -51,29 +51,43 @@ def run_groups(runs: Sequence[RunFolder]) -> list[RunGroup]:
     for first, *_ in groups:
         recipe = recipes[first]
         found.append(recipe)
-        names.append(closest_preset(recipe) if recipe else runs[first].root.name)
+        names.append(method_name(recipe) if recipe else runs[first].root.name)
         settings.append(_settings(recipe) if recipe else {})
-    labels = _distinct(names, settings, [lambda same: _short_paths([runs[groups[i][0]].root for i in same])])
+    labels = _distinct(names, settings, [lambda same: short_names([runs[groups[i][0]].root for i in same])])
     return [
         RunGroup(f"{label} ({len(of)} seeds)" if len(of) > 1 else label, tuple(runs[i] for i in of), recipe)
         for label, of, recipe in zip(labels, groups, found, strict=True)
     ]
 
 
-def model_names(files: Sequence[str | Path]) -> list[str]:
-    """Distinct names of models: their preset, "zero-shot", "WiSE-FT, α = 0.5", "soup", or the name of the file for one
-    of no run. Models of one name are told apart by architecture, seed and other settings, then by steps, then by paths.
+def model_names(
+    files: Sequence[str | Path], given: Sequence[str] | None = None, *, distinct: bool = False
+) -> list[str]:
+    """The names that the user gave, or else distinct ones: the preset, "zero-shot", "WiSE-FT, α = 0.5", "soup", or for
+    a file of no run its own name. Models of one name differ in what is added to it: architecture, seed and other
+    settings, then steps, then paths.
 
     Args:
         files: model files, from ``runs.find_model``.
+        given: from --names.
+        distinct: whether two models may not have one name.
+
+    Raises:
+        UserError: another number of names than of models, or two equal ones in spite of ``distinct``.
     """
+    if given:
+        if len(given) != len(files):
+            raise UserError(f"--names gives {len(given)} names to {len(files)} models.")
+        if distinct and len(set(given)) < len(given):
+            raise UserError(f"--names gives one name to several models: {', '.join(given)}. Give each its own.")
+        return list(given)
     origins = [origin_of(file) for file in files]
     recipes = [_recipe(RunFolder(Path(origin.run))) if origin.run else None for origin in origins]
     starts = {os.path.realpath(recipe.model.pretrained) for recipe in recipes if recipe is not None}
     names, settings = [], []
     for origin, recipe in zip(origins, recipes, strict=True):
         if recipe is not None and origin.step != 0:
-            names.append(closest_preset(recipe))
+            names.append(method_name(recipe))
             settings.append(_settings(recipe) | {"run.seed": recipe.run.seed})
         else:
             info = _info(origin.file)
@@ -81,7 +95,7 @@ def model_names(files: Sequence[str | Path]) -> list[str]:
             settings.append({} if info is None else {"model.name": info.name})
     steps = ["" if origin.step is None else f"step {origin.step:,}" for origin in origins]
     return _distinct(
-        names, settings, [lambda same: [steps[i] for i in same], lambda same: _short_paths([files[i] for i in same])]
+        names, settings, [lambda same: [steps[i] for i in same], lambda same: short_names([files[i] for i in same])]
     )
 
 
@@ -156,12 +170,3 @@ def _said(key: str, value: Any) -> str:
     if key.startswith(("model.", "data.")):
         return Path(str(value)).stem
     return f"{key.partition('.')[2]} {value}"
-
-
-def _short_paths(paths: Sequence[str | Path]) -> list[str]:
-    """Paths without the parts at either end that all have in common."""
-    parts = [Path(path).absolute().parts for path in paths]
-    most = min(map(len, parts)) - 1
-    start = min(most, len(os.path.commonprefix(parts)))
-    end = min(most - start, len(os.path.commonprefix([each[::-1] for each in parts])))
-    return ["/".join(each[start : len(each) - end]) for each in parts]

@@ -149,6 +149,27 @@ _END = (
 )
 
 
+def job_name(root: Path, others: int = 0) -> str:
+    """The name of a job in squeue, which begins with that of the run folder: squeue shows its first characters. Names
+    of arrays say how many ``others`` there are.
+
+    Only characters that Slurm and the shell leave alone are kept; accounting databases have room for 255 bytes.
+    """
+    name = re.sub(r"[^\w.+=@,-]+", "-", root.name, flags=re.ASCII)[:100].strip("-") or "cfmask"
+    return f"{name}+{others}" if others else name
+
+
+def name_member(link: str) -> str:
+    """A line of an array's batch script with which a member gets the name of its run when it starts. It neither waits
+    for Slurm nor fails with it.
+
+    Args:
+        link: Link to the run folder, quoted for the shell.
+    """
+    name, member = f'"$(basename "$(readlink {link})")"', "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    return f"timeout 60 scontrol update JobId={member} JobName={name} >/dev/null 2>&1 &"
+
+
 # --- environment and command of a rank --------------------------------------------------------------------------------
 
 
@@ -198,7 +219,7 @@ def slurm_executor(
         name: Name of the job.
         run: Folder with the job's code/ and jobs/, quoted for the shell.
         digest: The snapshot in code/ that the job runs.
-        logs: Beginning of the logs' paths, with sbatch's patterns (default: in ``folder``).
+        logs: For members of an array, whose ``run`` is a link: beginning of the logs' paths, with sbatch's patterns.
     """
     from launch.slurm.executor import SlurmExecutor
 
@@ -206,6 +227,7 @@ def slurm_executor(
     if logs:
         parameters["srun_args"].append(f"--output={logs}_%t_log.out")
         parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
+        parameters["setup"].insert(0, name_member(run))
     python = rank_command(allocation.python, f"{run}/code/{digest}")
     executor = SlurmExecutor(folder, max_num_timeout=1000, python=python)
     executor.update_parameters(**parameters)
