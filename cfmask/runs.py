@@ -44,7 +44,7 @@ from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError, did_you_mean
 from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
-from cfmask.runtime.attempts import AttemptLog, now
+from cfmask.runtime.attempts import AttemptLog, Start, now
 from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, cut_lines, read_lines, read_object
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S, PATIENCE_S, FolderLock, LockHeld, Owner
@@ -233,6 +233,10 @@ class RunFolder:
     def end_failed(self, why: str, *, job: str, **facts: Any) -> None:
         """See ``AttemptLog.end_failed``."""
         self._attempt_log().end_failed(why, job=job, reached=self.logged_step(), **facts)
+
+    def starts(self) -> list[Start]:
+        """See ``AttemptLog.starts``."""
+        return self._attempt_log().starts()
 
     def ended(self) -> dict[str, Any] | None:
         """See ``AttemptLog.ended``."""

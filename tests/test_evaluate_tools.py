@@ -341,3 +341,7 @@ def test_job_of_two_ranks_gives_the_same_results(shown, tmp_path, capfd):
             assert a.ece == pytest.approx(b.ece, abs=1e-4)  # a rank has one thread here, and adds in another order
     run = RunFolder(tmp_path / "job")
     assert read_lines(run.attempts)[0]["world_size"] == 2 and (run.root / "code").is_dir()
+    made.assert_log_format(run.root)
+    assert re.search(
+        r" INFO rank 0 \S+ \| train: (\d+)/\1, \d+\.\d samples/s, ETA 0 s$", made.logs(run.root), re.MULTILINE
+    )

@@ -155,6 +155,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(materials, u
         assert "was killed" in command.output.split("logs ")[1], command.output
     if victim in ("controller", "follower") and step:
         assert re.fullmatch(r"stopped at step \d+ \(quit\)", RunFolder(run).ended()["why"]), "a checkpoint was saved"
+    (run / f"jobs/{'0' * 32}.pkl").touch()  # as of a command that was killed while it submitted
     made.submit(*flags(materials, run, *([] if step else ["--rendezvous-timeout", 5])))
     assert_same_weights(run, undisturbed)
     assert_nothing_stays(run)

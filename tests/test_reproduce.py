@@ -518,7 +518,8 @@ def fake_jobs(materials, monkeypatch):
         return 0
 
     monkeypatch.setattr(execution, "run_one_here", run_one_here)
-    monkeypatch.setattr("cfmask.report.charts.bar_chart", lambda rows, path, split: path.write_text(""))
+    for chart in ("bar_chart", "reliability_chart"):
+        monkeypatch.setattr(f"cfmask.report.charts.{chart}", lambda rows, path, split: path.write_bytes(made.PIXEL))
     return jobs
 
 

@@ -58,14 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import charts, results, robustness, summary
+    from cfmask.report import charts, evaluation_page, results, robustness, summary
 
-    summary.show(run, "Evaluation", names)
+    pictures = summary.show(run, "Evaluation", names)
     if fit_on:
         found, chart = results.read_results(run.root), run.root / "effective-robustness.png"
         rows = results.rows_of(found.models, names)
         values = charts.effective_robustness(rows, [names[i] for i in fit_on], chart, found.split)
         print(f"\n{robustness.robustness_table(values)}\n\n{chart}")
+        pictures.append(chart)
+    evaluation_page.write_page(run, "Evaluation", names, pictures)
     return 0
 
 

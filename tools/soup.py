@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import summary, tables
+    from cfmask.report import evaluation_page, summary, tables
 
     results = read_object(run.results) or {}
     names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             for path, top1 in zip(evaluation.models, results["holdout"], strict=True)
         ]
         print(tables.table(["model", f"{evaluation.chooses_on}, alone", "in the soup"], rows) + "\n")
-    summary.show(run, "Soup")
+    evaluation_page.write_page(run, "Soup", pictures=summary.show(run, "Soup"))
     print(f"{len(results['ingredients'])} of {len(names)} models: {run.final}")
     return 0
 

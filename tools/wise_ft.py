@@ -47,14 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import charts, summary
+    from cfmask.report import charts, evaluation_page, summary
     from cfmask.report.results import read_results
 
-    summary.show(run, "WiSE-FT")
+    pictures = summary.show(run, "WiSE-FT")
     results = read_results(run.root)
     if results.sets and len(results.models) > 1:
         charts.sweep_chart(results, run.root / "sweep.png", results.split)
         print(run.root / "sweep.png")
+        pictures.append(run.root / "sweep.png")
+    evaluation_page.write_page(run, "WiSE-FT", pictures=pictures)
     if results.chosen is not None:
         on = f", the best on {results.chosen_on}" if results.chosen_on else ""
         print(f"{results.models[results.chosen].name}{on}: {run.final}")

@@ -193,10 +193,16 @@ def _side_of(config: Mapping[str, Any], setting: str) -> int:
     return side
 
 
-def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, any_size: bool = False) -> list[str]:
     """The settings in which the image towers of two configurations differ, as "vision_cfg.layers (12 and 24)". Missing
-    settings have open_clip's defaults."""
-    return _differences(_vision_of(ours), _vision_of(theirs))
+    settings have open_clip's defaults.
+
+    Args:
+        any_size: images may have different sizes.
+    """
+    left_out = {"vision_cfg.image_size"} if any_size else set()
+    one, other = ({k: v for k, v in _vision_of(each).items() if k not in left_out} for each in (ours, theirs))
+    return _differences(one, other)
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,9 @@ from cfmask.models.architecture import HUB_CONFIG
 from cfmask.runtime.downloads import why_unreachable
 
 HUB_WEIGHTS = "open_clip_model.safetensors"
-"""Weights in a Hugging Face repository of open_clip's."""
+"""open_clip's name of the weights in a Hugging Face repository."""
+_HUB_PICKLE = "open_clip_pytorch_model.bin"
+"""Their name in older repositories."""
 
 
 def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
@@ -29,14 +31,9 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
     """
     from open_clip.pretrained import download_pretrained
 
-    if tag.get("hf_hub"):
-        if (cached := _in_hub_cache(tag["hf_hub"])) is not None:
-            return cached
-        urls = _hub_urls(tag["hf_hub"])
-    else:
-        urls = [str(tag.get("url"))]
-        if (Path("~/.cache/clip").expanduser() / os.path.basename(urls[0])).is_file():
-            return Path(download_pretrained(dict(tag)))
+    if (cached := cached_weights(tag)) is not None:
+        return cached
+    urls = _hub_urls(tag["hf_hub"]) if tag.get("hf_hub") else [str(tag.get("url"))]
     why = _offline() if tag.get("hf_hub") else None
     why = why or why_unreachable(urls[0])
     try:
@@ -59,17 +56,18 @@ def _offline() -> str | None:
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
 
 
-def _in_hub_cache(place: str) -> Path | None:
-    """The file that open_clip would take from the hub's cache; it would ask the hub first whether it has changed."""
+def cached_weights(tag: Mapping[str, Any]) -> Path | None:
+    """The file of a tag in the caches of open_clip and of the hub's client, which would ask the hub whether it has
+    changed."""
     from huggingface_hub import try_to_load_from_cache
 
-    repository, name = os.path.split(place)
-    plain = name or "open_clip_pytorch_model.bin"
-    for file in (HUB_WEIGHTS if not name else f"{os.path.splitext(name)[0]}.safetensors", plain):
-        cached = try_to_load_from_cache(repository, file)
-        if isinstance(cached, str):
-            return Path(cached)
-    return None
+    repository, name = os.path.split(tag.get("hf_hub") or "")
+    if repository:
+        for file in (f"{os.path.splitext(name)[0]}.safetensors", name) if name else (HUB_WEIGHTS, _HUB_PICKLE):
+            if isinstance(cached := try_to_load_from_cache(repository, file), str):
+                return Path(cached)
+    path = Path("~/.cache/clip", os.path.basename(tag.get("url") or "")).expanduser()
+    return path if path.is_file() else None
 
 
 def _hub_urls(place: str) -> list[str]:

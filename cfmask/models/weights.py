@@ -33,7 +33,7 @@ from cfmask.models.architecture import (
     read_config,
     refuse_repository,
 )
-from cfmask.models.downloads import HUB_WEIGHTS, weights_of_tag
+from cfmask.models.downloads import HUB_WEIGHTS, cached_weights, weights_of_tag
 from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need it to find weights
@@ -88,6 +88,17 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
     tag = read_tag(name, pretrained)
     check_activation(name, config or read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
     return weights_of_tag(tag, f"The weights {pretrained!r} of {name}")
+
+
+def in_cache(name: str, pretrained: str) -> bool:
+    """Whether ``find_weights`` needs no network: the weights are a file, or open_clip has downloaded them before.
+
+    Raises:
+        UserError: an unknown tag.
+    """
+    if os.path.isfile(pretrained) or is_path(pretrained):
+        return os.path.isfile(pretrained)
+    return cached_weights(read_tag(name, pretrained)) is not None
 
 
 def is_path(pretrained: str) -> bool:

@@ -1,9 +1,14 @@
 """Pre-train the demo's small "CLIP": a ViT in open_clip's layout with a zero-shot head.
 
-A caption is a class on a kind of background ("star, bricks"), read from folder and file name. As in CLIP, normalised
-image features are matched with normalised caption embeddings at a learnt temperature. There are few captions, so all of
-them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the normalised sum of a
-learnt vector of its class and one of its background.
+A caption is the name of an object on a kind of background ("star, bricks"), read from folder and file name. As on the
+web, it is seldom precise: few captions name the class, the others only its group ("sign, bricks"). So the tower knows
+much, but little about the classes that fine-tuning is for, and fine-tuning has something to teach. An image's caption
+is drawn anew each time that the image is seen. With fixed captions, the tower would learn by heart which images have a
+precise one.
+
+As in CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature. There are
+few captions, so all of them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the
+normalised sum of a learnt vector of its name and one of its background.
 
 The zero-shot head averages a class's captions over all backgrounds, as CLIP averages over templates.
 """
@@ -27,7 +32,7 @@ from cfmask.models.tower import Classifier, Normalise
 from cfmask.optim import warmup_then_cosine
 from cfmask.recipe import Optim
 from cfmask.runtime.progress import progress_bar
-from cfmask.synthetic.shapes import BACKGROUNDS, PAPER
+from cfmask.synthetic.shapes import BACKGROUNDS, CLASSES, PAPER
 
 CONFIG = {
     "embed_dim": 128,
@@ -47,6 +52,13 @@ FEATURE_MEAN_SQUARE = 0.2
 set the scale, but the β of fine-tuning suits CLIP's scale."""
 MAX_SCALE = 100.0
 KINDS = (*BACKGROUNDS, PAPER)
+GROUPS = {
+    "sign": ("star", "arrow", "cross"),
+    "curve": ("ring", "crescent", "heart"),
+    "thing": ("house", "fish", "key", "mug"),
+}
+NAMED = 0.1
+"""Share of captions that name the class. The others name its group."""
 PARTS = 2
 """Parts of a batch, each computed by a thread of its own. Threads within an operator would wait for each other
 thousands of times a step, which is twenty times slower on busy cores."""
@@ -57,6 +69,7 @@ def pretrain(
     out: Path,
     *,
     seed: int = 0,
+    named: float = NAMED,
     steps: int = 1400,
     batch_size: int = 64,
     lr: float = 2e-3,
@@ -68,6 +81,7 @@ def pretrain(
     Args:
         shards: a folder of shards, made of images whose names end in ``_<kind of background>``.
         out: the model file to write (.safetensors). The model's configuration is written beside it, as .json.
+        named: share of captions that name the class instead of its group.
         seed: on one kind of machine, the same seed gives bitwise identical weights.
 
     Returns:
@@ -86,10 +100,10 @@ def pretrain(
             torch.manual_seed(seed)
             images, labels, kinds = _load(shards, progress)
             model = Classifier(build_tower(info), nn.Linear(CONFIG["embed_dim"], len(wnids)))  # type: ignore[arg-type]
-            captions = _Captions(len(wnids), len(KINDS), CONFIG["embed_dim"])  # type: ignore[arg-type]
+            captions = _Captions(len(wnids), len(GROUPS), len(KINDS), CONFIG["embed_dim"])  # type: ignore[arg-type]
             normalise = Normalise(info.mean, info.std)
             settings = Optim(lr=lr, warmup_steps=60, batch_size=batch_size)
-            _train(model, captions, normalise, images, labels, kinds, steps, settings, weight_decay, progress)
+            _train(model, captions, normalise, images, labels, kinds, named, steps, settings, weight_decay, progress)
             with torch.no_grad():
                 model.head.weight.copy_(captions.head())
                 model.head.bias.zero_()
@@ -101,11 +115,12 @@ def pretrain(
 
 
 class _Captions(nn.Module):
-    """Embeddings of all captions, and the temperature."""
+    """Embeddings of all captions, and the temperature. Names are those of the classes, then those of the groups."""
 
-    def __init__(self, classes: int, kinds: int, embed: int) -> None:
+    def __init__(self, classes: int, groups: int, kinds: int, embed: int) -> None:
         super().__init__()
-        self.classes = nn.Parameter(torch.randn(classes, embed))
+        self.classes = classes
+        self.names = nn.Parameter(torch.randn(classes + groups, embed))
         self.kinds = nn.Parameter(torch.randn(kinds, embed))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
@@ -113,13 +128,19 @@ class _Captions(nn.Module):
         return self.logit_scale.exp().clamp(max=MAX_SCALE)
 
     def embeddings(self) -> Tensor:
-        """(classes, kinds, D), normalised."""
-        classes, kinds = F.normalize(self.classes, dim=-1), F.normalize(self.kinds, dim=-1)
-        return F.normalize(classes[:, None] + kinds, dim=-1)
+        """(names, kinds, D), normalised."""
+        names, kinds = F.normalize(self.names, dim=-1), F.normalize(self.kinds, dim=-1)
+        return F.normalize(names[:, None] + kinds, dim=-1)
 
     def head(self) -> Tensor:
         """(classes, D): the mean of each class's captions, normalised, times the scale."""
-        return self.scale() * F.normalize(self.embeddings().mean(1), dim=-1)
+        return self.scale() * F.normalize(self.embeddings()[: self.classes].mean(1), dim=-1)
+
+
+def _names(labels: Tensor, named: float) -> Tensor:
+    """Names for captions of images: numbers of classes, or with probability 1 - ``named`` of groups. int64 (N,)."""
+    group = torch.tensor([[name in members for members in GROUPS.values()].index(True) for name in CLASSES])
+    return torch.where(torch.rand(len(labels)) < named, labels, len(CLASSES) + group[labels])
 
 
 def _train(
@@ -129,6 +150,7 @@ def _train(
     images: Tensor,
     labels: Tensor,
     kinds: Tensor,
+    named: float,
     steps: int,
     settings: Optim,
     weight_decay: float,
@@ -142,7 +164,6 @@ def _train(
     lr, warmup_steps = settings.lr, settings.warmup_steps
     assert lr is not None and warmup_steps is not None
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
-    targets = labels * len(KINDS) + kinds
     order = torch.empty(0, dtype=torch.int64)
     right = torch.zeros(())
 
@@ -163,7 +184,8 @@ def _train(
             if len(order) < settings.batch_size:
                 order = torch.randperm(len(images))
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
-            inputs = _augment(images[chosen]).chunk(PARTS), targets[chosen].chunk(PARTS)
+            wanted = _names(labels[chosen], named) * len(KINDS) + kinds[chosen]
+            inputs = _augment(images[chosen]).chunk(PARTS), wanted.chunk(PARTS)
             losses, features, gradients = zip(*pool.map(part, *inputs), strict=True)
             for parameter, *shares in zip(parameters, *gradients, strict=True):
                 parameter.grad = sum(shares[1:], shares[0])

@@ -364,17 +364,10 @@ def check(
     Raises:
         UserError: Shards, weights, head, lanes, ranks or sizes do not match.
     """
-    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
     shards = recipe.data.shards
     train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
-    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
-    optim = recipe.optim
-    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
-        raise UserError(
-            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
-            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
-        )
+    check_ranks(recipe, allocation)
     if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
         raise UserError(
             f"--segmentation {recipe.data.segmentation}: no such file or directory. Give what tools/validate_masks.py "
@@ -395,6 +388,18 @@ def check(
     if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
         path = find_model(ensemble)
         check_same_kind(read_info(path), replace(start, classes=classes), str(path))
+
+
+def check_ranks(recipe: Recipe, allocation: Allocation) -> None:
+    """Raises UserError if the ranks have not the arithmetic of a recipe, or cannot share its lanes or micro-batches."""
+    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
+    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
+    optim = recipe.optim
+    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
+        raise UserError(
+            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
+            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
+        )
 
 
 def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo]) -> ModelInfo:
