@@ -17,6 +17,8 @@ HUB_WEIGHTS = "open_clip_model.safetensors"
 """open_clip's name of the weights in a Hugging Face repository."""
 _HUB_PICKLE = "open_clip_pytorch_model.bin"
 """Their name in older repositories."""
+_CLIP_CACHE = Path("~/.cache/clip")
+"""open_clip's folder for files that are not in a repository."""
 
 
 def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
@@ -31,11 +33,15 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
     """
     from open_clip.pretrained import download_pretrained
 
-    if (cached := cached_weights(tag)) is not None:
+    cached = cached_weights(tag)
+    if cached is not None and not cached.is_relative_to(_CLIP_CACHE.expanduser()):
         return cached
+    if cached is not None:  # open_clip checks its digest, and downloads a damaged file again
+        tag = {**tag, "hf_hub": ""}
     urls = _hub_urls(tag["hf_hub"]) if tag.get("hf_hub") else [str(tag.get("url"))]
     why = _offline() if tag.get("hf_hub") else None
-    why = why or why_unreachable(urls[0])
+    if cached is None:
+        why = why or why_unreachable(urls[0])
     try:
         if why is None:
             return Path(download_pretrained(dict(tag)))
@@ -66,7 +72,7 @@ def cached_weights(tag: Mapping[str, Any]) -> Path | None:
         for file in (f"{os.path.splitext(name)[0]}.safetensors", name) if name else (HUB_WEIGHTS, _HUB_PICKLE):
             if isinstance(cached := try_to_load_from_cache(repository, file), str):
                 return Path(cached)
-    path = Path("~/.cache/clip", os.path.basename(tag.get("url") or "")).expanduser()
+    path = _CLIP_CACHE.expanduser() / os.path.basename(tag.get("url") or "")
     return path if path.is_file() else None
 
 
