@@ -14,11 +14,7 @@ from cfmask.models.architecture import HUB_CONFIG
 from cfmask.runtime.downloads import why_unreachable
 
 HUB_WEIGHTS = "open_clip_model.safetensors"
-"""open_clip's name of the weights in a Hugging Face repository."""
-_HUB_PICKLE = "open_clip_pytorch_model.bin"
-"""Their name in older repositories."""
-_CLIP_CACHE = Path("~/.cache/clip")
-"""open_clip's folder for files that are not in a repository."""
+"""Weights in a Hugging Face repository of open_clip's."""
 
 
 def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
@@ -34,14 +30,15 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
     from open_clip.pretrained import download_pretrained
 
     cached = cached_weights(tag)
-    if cached is not None and not cached.is_relative_to(_CLIP_CACHE.expanduser()):
-        return cached
-    if cached is not None:  # open_clip checks its digest, and downloads a damaged file again
-        tag = {**tag, "hf_hub": ""}
-    urls = _hub_urls(tag["hf_hub"]) if tag.get("hf_hub") else [str(tag.get("url"))]
-    why = _offline() if tag.get("hf_hub") else None
-    if cached is None:
-        why = why or why_unreachable(urls[0])
+    if tag.get("hf_hub"):
+        if cached is not None:
+            return cached
+        urls, why = _hub_urls(tag["hf_hub"]), _offline()
+    else:
+        if cached is not None:
+            return Path(download_pretrained(dict(tag)))  # it compares the file's digest with the tag's
+        urls, why = [str(tag.get("url"))], None
+    why = why or why_unreachable(urls[0])
     try:
         if why is None:
             return Path(download_pretrained(dict(tag)))
@@ -56,24 +53,31 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
     )
 
 
+def cached_weights(tag: Mapping[str, Any]) -> Path | None:
+    """The checkpoint of a tag that open_clip has downloaded before."""
+    if tag.get("hf_hub"):
+        return _in_hub_cache(tag["hf_hub"])
+    file = Path("~/.cache/clip").expanduser() / os.path.basename(str(tag.get("url")))
+    return file if file.is_file() else None
+
+
 def _offline() -> str | None:
     from huggingface_hub import constants
 
     return "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
 
 
-def cached_weights(tag: Mapping[str, Any]) -> Path | None:
-    """The file of a tag in the caches of open_clip and of the hub's client, which would ask the hub whether it has
-    changed."""
+def _in_hub_cache(place: str) -> Path | None:
+    """The file that open_clip would take from the hub's cache; it would ask the hub first whether it has changed."""
     from huggingface_hub import try_to_load_from_cache
 
-    repository, name = os.path.split(tag.get("hf_hub") or "")
-    if repository:
-        for file in (f"{os.path.splitext(name)[0]}.safetensors", name) if name else (HUB_WEIGHTS, _HUB_PICKLE):
-            if isinstance(cached := try_to_load_from_cache(repository, file), str):
-                return Path(cached)
-    path = _CLIP_CACHE.expanduser() / os.path.basename(tag.get("url") or "")
-    return path if path.is_file() else None
+    repository, name = os.path.split(place)
+    plain = name or "open_clip_pytorch_model.bin"
+    for file in (HUB_WEIGHTS if not name else f"{os.path.splitext(name)[0]}.safetensors", plain):
+        cached = try_to_load_from_cache(repository, file)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
 
 
 def _hub_urls(place: str) -> list[str]:

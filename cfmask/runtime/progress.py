@@ -23,6 +23,7 @@ class _LogRecords(tqdm):
     """A bar that is logged and not drawn: "imagenet-r: 12800/30000, 850.0 samples/s, ETA 20 s"."""
 
     monitor_interval = 0  # no thread that draws
+    disable: bool
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings | {"mininterval": _LOG_S, "miniters": 1, "delay": 1e-9, "file": io.StringIO()})

@@ -3,7 +3,7 @@
 A caption is the name of an object on a kind of background ("star, bricks"), read from folder and file name. As on the
 web, it is seldom precise: few captions name the class, the others only its group ("sign, bricks"). So the tower knows
 much, but little about the classes that fine-tuning is for, and fine-tuning has something to teach. An image's caption
-is drawn anew each time that the image is seen. With fixed captions, the tower would learn by heart which images have a
+is drawn again each time that the image is seen. With fixed captions, the tower would learn by heart which images have a
 precise one.
 
 As in CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature. There are
