@@ -1,6 +1,9 @@
-"""The error class for everything that the user can correct."""
+"""The error class for everything that the user can correct, and suggestions for misspelt names."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 from cfmask.secrets import mask_secrets
 
@@ -11,3 +14,12 @@ class UserError(ValueError):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*(mask_secrets(word) if isinstance(word, str) else word for word in arguments))
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """ " Did you mean X?", to follow a sentence about an unknown name; "" if no known name resembles it."""
+    names = list(dict.fromkeys(known))
+    by_key = {name.casefold().replace("_", "-"): name for name in names}
+    word = given.casefold().replace("_", "-")
+    near = difflib.get_close_matches(word, by_key, 1) or [key for key in by_key if word and word in key][:3]
+    return f" Did you mean {' or '.join(by_key[key] for key in near)}?" if near else ""

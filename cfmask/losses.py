@@ -18,6 +18,14 @@ def feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(wide, teacher.to(wide.dtype))
 
 
+def relative_feature_distillation(student: Tensor, teacher: Tensor) -> Tensor:
+    """|student - teacher|² / |teacher|² of unnormalised features (N, D), batch mean: the MSE of each image, divided by
+    the mean square of its teacher's feature. The features' scale cancels; at equal norms it is 2 - 2 cos."""
+    wide = _wide(student)
+    target = teacher.to(wide.dtype)
+    return ((wide - target).square().sum(1) / target.square().sum(1)).mean()
+
+
 def knowledge_distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) of logits (N, classes), batch mean (Hinton et al., 2015)."""
     wide = _wide(student)

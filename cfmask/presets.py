@@ -27,6 +27,25 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
+ALIASES = {
+    **dict.fromkeys(("vanilla", "fine-tuning", "finetune", "full-ft"), "ft"),
+    **dict.fromkeys(("lp", "linear-probing"), "linear-probe"),
+    "lpft": "lp-ft",
+    **dict.fromkeys(("kd", "clean-kd"), "kd-clean"),
+    "masked-kd": "kd-masked",
+    **dict.fromkeys(("fd", "clean-distillation"), "fd-clean"),
+    **{f"{mask}-mask": f"{mask}-mask-single-fill" for mask in ("random", "object", "context")},
+    "gradcam": "grad-cam",
+}
+"""Other names by which presets can be asked for. The fill of a mask without one is the paper's."""
+
+
+def canonical_name(name: str) -> str:
+    """The preset's own name for one that people use, with any case and _ for -; other names are returned unchanged."""
+    plain = name.lower().replace("_", "-")
+    return plain if plain in PRESETS else ALIASES.get(plain, name)
+
+
 def preset_of(recipe: Recipe) -> str | None:
     """The preset whose method, schedule, learning rate and precision a resolved recipe has; None if flags have changed
     one of these."""
@@ -36,5 +55,19 @@ def preset_of(recipe: Recipe) -> str | None:
         if all(ours in (None, "auto", theirs) for ours, theirs in zip(decided, found, strict=True)):
             method = dataclasses.replace(preset.method, ensemble=recipe.method.ensemble)
             if resolve_method(method) == recipe.method:
+                return name
+    return None
+
+
+def nearest_preset(recipe: Recipe) -> str | None:
+    """``preset_of`` a resolved recipe; else the preset with its schedule and the same method, mask, fill and CAM, from
+    which flags have changed numbers; None if there is none."""
+    if name := preset_of(recipe):
+        return name
+    ours = recipe.method
+    for name, preset in PRESETS.items():
+        if (preset.optim.schedule, preset.method.name) == (recipe.optim.schedule, ours.name):
+            method = resolve_method(dataclasses.replace(preset.method, ensemble=ours.ensemble))
+            if (method.mask, method.fill, method.cam) == (ours.mask, ours.fill, ours.cam):
                 return name
     return None

@@ -150,6 +150,7 @@ def resolve_method(method: Method) -> Method:
             "cam": by_cam,
             "first_block": by_cam and method.cam != "grad-cam",
             "beta": features,
+            "beta_relative": features,
             "gamma": logits,
             "temperature": logits,
             "ensemble": method.name == "wise-kd",
@@ -158,6 +159,8 @@ def resolve_method(method: Method) -> Method:
         + (f" --mask {method.mask}" if method.mask else "")
         + (f" --cam {method.cam}" if method.cam else ""),
     )
+    if None not in (method.beta, method.beta_relative):
+        raise UserError("--beta and --beta-relative are weights of the same loss. Leave one out.")
     if method.name == "wise-kd" and method.ensemble is None:
         raise UserError(
             "--method wise-kd learns from a WiSE-FT ensemble: give it with --ensemble FILE. python tools/wise_ft.py "
@@ -175,7 +178,7 @@ def resolve_method(method: Method) -> Method:
         rate=_default(method.rate, value) if mask == "random" else None,
         cam=cam,
         first_block=(method.first_block or 0) if cam == "relevance" else None,
-        beta=_default(method.beta, 30.0) if features else None,
+        beta=_default(method.beta, 30.0) if features and method.beta_relative is None else None,
         gamma=_default(method.gamma, GAMMA[method.name]) if logits else None,
         temperature=_default(method.temperature, 10.0) if logits else None,
     )

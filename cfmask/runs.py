@@ -41,10 +41,10 @@ from typing import Any
 
 from cfmask.checkpoint.best import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint.state import list_checkpoints, step_of
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
-from cfmask.runtime.attempts import AttemptLog, now
+from cfmask.runtime.attempts import AttemptLog, Start, now
 from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, cut_lines, read_lines, read_object
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S, PATIENCE_S, FolderLock, LockHeld, Owner
@@ -234,6 +234,10 @@ class RunFolder:
         """See ``AttemptLog.end_failed``."""
         self._attempt_log().end_failed(why, job=job, reached=self.logged_step(), **facts)
 
+    def starts(self) -> list[Start]:
+        """See ``AttemptLog.starts``."""
+        return self._attempt_log().starts()
+
     def ended(self) -> dict[str, Any] | None:
         """See ``AttemptLog.ended``."""
         return self._attempt_log().ended()
@@ -400,9 +404,11 @@ def find_model(path: str | Path) -> Path:
     for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
         if (each / "model.safetensors").is_file():
             return each / "model.safetensors"
+    others = () if path.exists() else (each.name for each in sorted(path.absolute().parent.glob("*")))
     raise UserError(
         f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
-        "RUN/model.safetensors, RUN/initial.safetensors or RUN/checkpoints/step-…/model.safetensors."
+        "RUN/model.safetensors, RUN/initial.safetensors or "
+        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean(path.name, others)}"
     )
 
 

@@ -124,6 +124,13 @@ class Method:
         range=_FROM_0,
     )
     beta: float | None = setting(None, "weight β of feature distillation (30, the paper's)", range=_NOT_NEGATIVE)
+    beta_relative: float | None = setting(
+        None,
+        "in place of --beta, for features of another scale than CLIP's: weight of the squared error relative to the "
+        "teacher's feature, |student - teacher|² / |teacher|². β corresponds to β times the mean square "
+        "of the features, which tools/build_head.py --class-means prints (none)",
+        range=_NOT_NEGATIVE,
+    )
     gamma: float | None = setting(
         None,
         "weight γ of logit distillation (kd: 30, as in the authors' code; wise-kd: 1, as in the paper's appendix A.3)",
@@ -133,6 +140,11 @@ class Method:
     ensemble: str | None = setting(
         None, "WiSE-FT ensemble that teaches wise-kd: a cfmask model file (tools/wise_ft.py makes one), or a run folder"
     )
+
+    @property
+    def mse_weight(self) -> float:
+        """Weight of feature distillation, of a resolved method; 0 without."""
+        return (self.beta if self.beta_relative is None else self.beta_relative) or 0.0
 
     @property
     def distils(self) -> bool:

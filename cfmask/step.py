@@ -19,7 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cfmask.losses import classification, feature_distillation, knowledge_distillation
+from cfmask.losses import (
+    classification,
+    feature_distillation,
+    knowledge_distillation,
+    relative_feature_distillation,
+)
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import NO_FILL, OBJECT, Draws, fill
 from cfmask.masking.masks import context_mask, object_mask
@@ -44,7 +49,8 @@ class Metrics(TensorFields):
     """Results of one micro-batch on this rank, on the device. Reading them waits for it.
 
     loss: ce + γ · kd + β · mse.
-    kd, mse: 0 if the method has no such term.
+    kd, mse: 0 if the method has no such term. With --beta-relative, mse is relative to the teacher's features, and β is
+        that weight.
     correct: number of clean images that are classified correctly.
     masked: share of patches that are masked; 0 if the method masks none.
     samples: number of images, N.
@@ -189,7 +195,7 @@ class _Loss:
         return _Loss(self.ce + other.ce, self.kd + other.kd, self.mse + other.mse)
 
     def total(self, method: Method) -> Tensor:
-        total = self.ce + (method.gamma or 0.0) * self.kd + (method.beta or 0.0) * self.mse
+        total = self.ce + (method.gamma or 0.0) * self.kd + method.mse_weight * self.mse
         assert isinstance(total, Tensor)
         return total
 
@@ -217,7 +223,8 @@ def _distillation(method: Method, output: ClassifierOutput, teacher_output: Clas
     """Loss of the student against the pre-trained model on the same images."""
     if method.name == "kd":
         return _Loss(kd=_kd(method, output.logits, teacher_output.logits))
-    return _Loss(mse=feature_distillation(output.features, teacher_output.features))
+    distance = feature_distillation if method.beta_relative is None else relative_feature_distillation
+    return _Loss(mse=distance(output.features, teacher_output.features))
 
 
 def _kd(method: Method, logits: Tensor, teacher_output: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ Exit codes: 0 the run has ended (or had before), 1 a job or process has not ende
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.cancellation import cancel_run
     from launch.state.facts import find_runs
 except ModuleNotFoundError as missing:
@@ -29,9 +28,7 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("run", type=Path, metavar="RUN", help="run folder")
     p.add_argument(
         "--grace", type=float, default=120, metavar="S", help="seconds until running jobs are killed (default: 120)"

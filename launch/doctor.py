@@ -25,7 +25,7 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation
     from launch.allocation.settings import add_allocation_arguments
@@ -42,9 +42,7 @@ _NO_USE = (
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("--shared", type=Path, metavar="DIR", help="folder for runs (default: ./runs if it exists, else .)")
     p.add_argument(
         "--wait", type=float, default=300, metavar="S", help="seconds that the job may wait in the queue (default: 300)"

@@ -15,7 +15,6 @@ Exit codes: 0 every drill passed, 1 a drill failed, 2 invalid flags, 130 interru
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import shlex
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation
     from launch.drills.cluster import DevCluster
@@ -39,10 +38,8 @@ except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parser() -> CommandParser:
+    p = CommandParser(__doc__)
     names = [drill.name for drill in DRILLS]
     p.add_argument("--drills", nargs="+", choices=names, metavar="NAME", help="drills to do (default: all possible)")
     p.add_argument("--list", action="store_true", help="list all drills and exit")
@@ -108,7 +105,7 @@ def _checked_nodes(flags: Sequence[str]) -> int:
     Raises:
         UserError: the flags are not for Slurm.
     """
-    submit_parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
+    submit_parser = CommandParser(prog="submit.py", see_also=parser().flags)
     add_submit_arguments(submit_parser)
     arguments = submit_parser.parse_args(list(flags))
     allocation = resolve_allocation(arguments, load_cluster_file(arguments.cluster))

@@ -7,8 +7,8 @@
     python launch/reproduce.py … --follow                                                stay and show the jobs
 
 Repeating the command submits only jobs that are missing, failed or cancelled, and writes the table of the results so
-far: OUT/table.md, table.tex, results.json, bars.png. The state of a job is in its run folder. Without Slurm, the jobs
-run one after the other on this machine.
+far: OUT/table.md, table.tex, results.json, and OUT/index.html, a page with everything. The state of a job is in its run
+folder. Without Slurm, the jobs run one after the other on this machine.
 
 A held-out set is required (make_shards.py --holdout 10240), which leaves 1,270,927 images of ImageNet to train on. Runs
 are evaluated on it at the end of each epoch, and rows are of the checkpoint that is best on it, like the authors'; with
@@ -26,26 +26,29 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.presets import canonical_name
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.cluster_file import load_cluster_file
     from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
     from launch.allocation.settings import add_allocation_arguments
     from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate
     from launch.paper.execution import describe_arrays, run_here, submit_jobs
     from launch.paper.holdout import add_holdout_arguments
+    from launch.paper.page import write_report
     from launch.paper.plan import LABELS, arrays, to_submit
     from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
     from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
-    from launch.paper.table import write_table
     from launch.submission.recipe_arguments import add_recipe_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
+INCOMPLETE = 3
+"""Exit status of a dry run if sets or weights are missing."""
+
+
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument(
         "--arch",
         choices=ARCHITECTURES,
@@ -57,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rows",
         nargs="+",
+        type=canonical_name,
         choices=list(LABELS),
         metavar="ROW",
         help=f"rows of the table (default: all): {', '.join(LABELS)}",
@@ -77,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", type=Path, metavar="DIR", help="the plan's folder (default: reproductions/<model>)")
     p.add_argument(
-        "--dry-run", action="store_true", help="check everything and show the plan and its cost, but queue nothing"
+        "--dry-run",
+        action="store_true",
+        help="check everything and show the plan, the cost of its rows, and what is missing (then the exit status is "
+        "3); nothing is queued, and neither shards nor weights are needed",
     )
     p.add_argument("--follow", action="store_true", help="on Slurm: stay and show the jobs until all have ended")
     p.add_argument(
@@ -98,7 +105,8 @@ def parser() -> argparse.ArgumentParser:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if all jobs are done or queued, 1 if a job failed, 130 if interrupted."""
+    """Returns 0 if all jobs are done or queued, 1 if a job failed, 130 if interrupted, and for a dry run 3 if sets or
+    weights are missing."""
     arguments = parser().parse_args(argv)
     settle_flags(arguments)
     file = load_cluster_file(arguments.cluster)
@@ -108,14 +116,19 @@ def main(argv: list[str] | None = None) -> int:
     reproduction = Reproduction.of(arguments, file, allocation)
     statuses = read_statuses(reproduction)
     states = states_of(statuses)
-    reproduction.check(states)
+    to_do = reproduction.to_do() if arguments.dry_run else []
+    reproduction.check(states, to_do)
     warn_of_paths_outside(allocation, reproduction.setup.folder, reproduction.base.data.shards)
-    print(overview(reproduction, statuses))
-    print(reproduction.selection)
-    print(estimate(reproduction, statuses, arguments.tflops))
+    print(overview(reproduction, statuses), reproduction.selection, sep="\n")
+    cost = estimate(reproduction, statuses, arguments.tflops)
+    print(f"\n{cost}\n{reproduction.materials}" if arguments.dry_run else cost.note)
     chosen = to_submit(reproduction.plan, states)
     if arguments.dry_run:
         how = describe_arrays(arrays(chosen, states)) if allocation.on_slurm else ""
+        if to_do:
+            print(f"\nTo do before {count_jobs(len(chosen))}{how} can be submitted (docs/reproduce.md):\n")
+            print("\n".join(f"    {line}" for line in to_do))
+            return INCOMPLETE
         print(f"Would submit {count_jobs(len(chosen))}{how}. Everything checked; nothing was queued.")
         return 0
     code = 0
@@ -126,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
     if arguments.follow and not code:
         code = follow(reproduction)
-    write_table(reproduction)
+    write_report(reproduction, arguments.tflops)
     return code
 
 

@@ -1,11 +1,16 @@
 #!/usr/bin/env python3
-"""Show runs: their progress, speed, why their starts ended, and when they start next.
+"""Show runs: their progress, accuracy, state, why their starts ended, and when they start next.
 
-    python launch/status.py                    all runs in runs/
+    python launch/status.py                    all runs in runs/, the last submitted first
     python launch/status.py RUN [RUN…]         these runs, or all in a folder of runs
+    python launch/status.py --match 'ft-*'     runs with such names; without * and ?, names that contain the text
+    python launch/status.py --running --failed runs in one of these states
     python launch/status.py RUN --attempts     each start: when, where, from which step to which, why it ended
     python launch/status.py RUN --follow       a progress bar, across requeues, until the run has ended
+    python launch/status.py --html runs.html   a page of the runs: states, curves, starts, recipes, in one file
     python launch/status.py --json             a JSON object for each run, for scripts
+
+"best" is the top-1 accuracy at the best epoch so far, on the set that chooses it (--best-on), or on val.
 
 The states of a run:
 
@@ -21,9 +26,11 @@ The states of a run:
     stopped         ended by a signal or scancel
     failed          ended with an error
     dead            no job, no heartbeat, and no recorded end
-    unknown         only Slurm knows, and it does not answer here
+    unknown         only Slurm knows, and it does not answer here; or the folder cannot be read
 
-(+2) after a job's number: two more jobs of the run wait for its end (submit.py --chain).
+On a terminal the table fits the window: a wide one shows more columns, a narrow one fewer, and a reason that does not
+fit is below its run. A pipe or file gets everything in full. NO_COLOR=1 switches colours off. (+2) after a job's
+number: two more jobs of the run wait for its end (submit.py --chain).
 
 `submit.py --resume RUN` resumes a run that has ended and is not finished.
 
@@ -33,7 +40,6 @@ not needed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
@@ -42,10 +48,11 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
-    from launch.state.facts import find_runs, look_at
-    from launch.state.status import status_of
-    from launch.state.table import attempts_table, table
+    from cfmask.runtime.command import CommandParser, exits_cleanly
+    from launch.state.facts import find_runs, look_at, matching
+    from launch.state.status import FAILED, newest_first, status_of
+    from launch.state.table import attempts_table, table, totals
+    from launch.state.terminal import Terminal, wrap
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -53,40 +60,59 @@ except ModuleNotFoundError as missing:
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders, or folders of them (default: runs)")
+    p.add_argument("--match", metavar="PATTERN", help="show only runs whose names match, as in a shell")
+    p.add_argument("--running", action="store_true", help="show only runs whose job runs")
+    p.add_argument("--failed", action="store_true", help="show only runs that failed or died")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--attempts", action="store_true", help="show each start of each run")
     what.add_argument("--follow", action="store_true", help="show a progress bar of one run until it has ended")
     what.add_argument("--json", action="store_true", help="print a JSON object for each run instead of a table")
+    what.add_argument("--html", type=Path, metavar="FILE", help="write a page of the runs, which needs no other file")
     arguments = p.parse_args(argv)
-    runs = find_runs(arguments.runs)
+    every = find_runs(arguments.runs)
+    runs = matching(every, arguments.match) if arguments.match else every
+    every_state = not (arguments.running or arguments.failed)
+    if arguments.follow and every_state:
+        return _follow(runs)
+    found, slurm = look_at(runs, history=arguments.attempts or bool(arguments.html))
+    shown = [(each, status_of(each, slurm)) for each in newest_first(found)]
+    shown = [
+        (each, status)
+        for each, status in shown
+        if every_state or (arguments.running and status.runs) or (arguments.failed and status.state in FAILED)
+    ]
+    statuses = [status for _, status in shown]
     if arguments.follow:
-        if len(runs) != 1:
-            raise UserError(f"--follow shows one run, but {len(runs)} are given. Name one of them.")
-        from launch.state.follow import follow_run
-
-        return follow_run(RunFolder(runs[0].root.resolve()))
-    found, slurm = look_at(runs, history=arguments.attempts)
-    statuses = [status_of(each, slurm) for each in found]
+        return _follow([run_state.run for run_state, _ in shown])
     if arguments.json:
         for status in statuses:
             print(json.dumps(asdict(status)))
         return 0
-    print(table(statuses))
+    if arguments.html:
+        from launch.state.page import write_runs_page  # matplotlib takes a second to import
+
+        write_runs_page(arguments.html, shown, slurm, len(every))
+    terminal = Terminal.of(sys.stdout)
+    if statuses:
+        print(table(statuses, terminal))
     if arguments.attempts:
-        for run_state, status in zip(found, statuses, strict=True):
-            print(f"\n{status.run}\n{attempts_table(run_state, status, slurm)}")
-    for status in statuses:
-        for note in status.notes:
-            print(f"note: {status.run}: {note}")
-        if status.straggler:
-            print(f"note: {status.run}: slowest: {status.straggler}")
+        for run_state, status in shown:
+            print(f"\n{status.run}\n{attempts_table(run_state, status, slurm, terminal)}")
+    ends = [totals(statuses, len(every))]
     if slurm.queue is None and any(f.jobs.slurm and not f.finished for f in found):
-        print("note: Slurm does not answer here: pending jobs are unknown.")
+        ends.append("note: Slurm does not answer here: pending jobs are unknown.")
+    print("\n".join(line for end in ends for line in wrap(end, terminal.width, indent=0)))
     return 0
+
+
+def _follow(runs: list[RunFolder]) -> int:
+    if len(runs) != 1:
+        raise UserError(f"--follow shows one run, but {len(runs)} are given. Name one of them.")
+    from launch.state.follow import follow_run
+
+    return follow_run(RunFolder(runs[0].root.resolve()))
 
 
 if __name__ == "__main__":

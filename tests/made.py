@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,11 @@ from cfmask.runtime.process import exit_without_finalization
 from launch.drills.materials import CLASSES, REPO, convert, draw_images
 from slurm_fixture import wait_until
 from towers import TINY, Geometry
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel."""
 
 
 def make_materials(root: Path, *, per_class: int = 32) -> Path:
@@ -137,7 +144,6 @@ def plant(clone: Path, **ends: str) -> Path:
 
 SUBMIT_PACED = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
 from launch import submit
 from cfmask.runtime.command import exits_cleanly
 pace_s = float(sys.argv.pop(1))
@@ -147,8 +153,8 @@ sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_
 
 def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0) -> list[str]:
     """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step, so that a run does not finish before it is
-    disturbed, also on a busy machine."""
-    program = ["-c", SUBMIT_PACED, str(repository), str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
+    disturbed, also on a busy machine. The code is that of ``environment_of``."""
+    program = ["-c", SUBMIT_PACED, str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
     return [sys.executable, *program, *map(str, flags)]
 
 
@@ -168,6 +174,19 @@ def submit(
     if check and done.returncode:
         raise AssertionError(f"exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+def jobs_of(done: subprocess.CompletedProcess, cwd: Path = Path()) -> dict[str, Path]:
+    """Job ids with their run folders, as submit.py printed them.
+
+    Args:
+        cwd: The directory in which it ran.
+    """
+    found = re.findall(r"^ {9}(\d+(?:_\d+)?)  (.*)$", done.stdout, re.MULTILINE)
+    if not found:
+        [run] = re.findall(r"^run      (.*): (?:new|resumes|starts)", done.stdout, re.MULTILINE)
+        found = [(re.findall(r"^job      (\S+) on ", done.stdout, re.MULTILINE)[0], run)]
+    return {job: cwd / run for job, run in found}
 
 
 PACE_S = 0.05
@@ -199,10 +218,13 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 
 def assert_log_format(run: Path) -> None:
-    """Every line in the logs of a job on this machine has its time, level, rank and node."""
-    logs = [*(run / "jobs").glob("*_log.out"), run / "jobs/controller.log"]
+    """Every line in a job's logs has its time, level, rank and node, except Slurm's own."""
+    logs = [*(run / "jobs").glob("*_log.out"), *(run / "jobs").glob("controller.log")]
     lines = [line for log in logs for line in log.read_text().splitlines()]
-    assert lines and [line for line in lines if message_of(line) == line] == []
+    assert lines and [line for line in lines if message_of(line) == line and not SLURMS_OWN.match(line)] == []
+
+
+SLURMS_OWN = re.compile(r"(srun|slurmstepd(-\S+)?): ")
 
 
 def logs(run: Path) -> str:

@@ -149,9 +149,9 @@ def step(p, teacher, images, labels, draws, method, *, mean, std, layers, heads,
         if method.name == "kd":
             result["kd"] = kd(logits(p, got), wanted_logits, method.temperature)
         else:
-            result["mse"] = ((got - wanted) ** 2).mean()
-    result["loss"] = (
-        result["ce"] + (method.gamma or 0) * result.get("kd", 0) + (method.beta or 0) * result.get("mse", 0)
-    )
+            scale = 1 if method.beta_relative is None else (wanted**2).mean(1, keepdim=True)
+            result["mse"] = ((got - wanted) ** 2 / scale).mean()
+    beta = method.beta_relative or method.beta or 0
+    result["loss"] = result["ce"] + (method.gamma or 0) * result.get("kd", 0) + beta * result.get("mse", 0)
     result["loss"].backward()
     return {name: value if value is None else value.detach() for name, value in result.items()}

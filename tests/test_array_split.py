@@ -141,13 +141,13 @@ def test_large_sweep_is_split_into_arrays(small_arrays: Cluster, materials, tmp_
     words = [*recipe, *ON_ONE_NODE, "--seeds", 0, 1, 2, 3, "--array-parallelism", 1, "--after", blocker]
     said = made.submit(*words, "--dry-run", cwd=tmp_path).stdout
     assert "4 jobs as 2 arrays; this is the first one." in said and "#SBATCH --array=0-1%1" in said
-    jobs = dict(re.findall(r"^job (\S+) on .*\nrun  (.*)$", made.submit(*words, cwd=tmp_path).stdout, re.MULTILINE))
+    jobs = made.jobs_of(made.submit(*words, cwd=tmp_path), tmp_path)
     first, second = sorted({job.partition("_")[0] for job in jobs}, key=int)
     assert list(jobs) == [f"{first}_0", f"{first}_1", f"{second}_0", f"{second}_1"]
     assert shown(small_arrays, first) == ("0-1%1", "1", [f"afterok:{blocker}"])
     assert shown(small_arrays, second) == ("0-1%1", "1", [f"afterok:{blocker}", f"afterany:{first}_*"])
     for job, run in jobs.items():
-        assert queued_job(RunFolder(Path(run))) == f"{job} (pending)"
+        assert queued_job(RunFolder(run)) == f"{job} (pending)"
     again = made.submit(*words, cwd=tmp_path)
     assert again.stdout.count(": skipped") == 4
 

@@ -246,7 +246,7 @@ def test_bad_flags_name_the_expected_value(capsys):
     for flag, value in (("--time", "soon"), ("--nodes", "0"), ("--after", "job7"), ("--gpus-per-node", "all")):
         with pytest.raises(SystemExit):
             parser().parse_args([flag, value])
-        assert f"argument {flag}: '{value}' is not" in capsys.readouterr().err
+        assert f"{flag}: '{value}' is not" in capsys.readouterr().err
 
 
 # --- the sbatch file --------------------------------------------------------------------------------------------------

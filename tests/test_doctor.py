@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch import doctor
+from launch.allocation.nodes import chosen_partitions
 from launch.allocation.resolve import Allocation
 from launch.checks import cluster as _slurm_checks
 from launch.checks import login_node
@@ -127,7 +128,7 @@ urgent|normal,scavenge|cluster|00:00:00
 def preemption(config: str, partitions: str, nodes: str = "", qos: str = "", own_qos: str | None = None, **own: str):
     """Findings by check, for a job in the default partition; own: fields of that partition."""
     records = parse_records(partitions, "PartitionName")
-    chosen = [dict(record) | own for record in _slurm_checks.chosen_partitions(records, None)]
+    chosen = [dict(record) | own for record in chosen_partitions(records, None)]
     findings = _slurm_checks.check_preemption(
         parse_config(config),
         chosen,

@@ -7,11 +7,12 @@ import ast
 import importlib
 import re
 import shlex
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+from cfmask.runtime.command import CommandParser
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -74,9 +75,12 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
         assert all((REPO / word).exists() for word in arguments if word.startswith("tests/"))
         return
 
-    def parse(self, args=None, namespace=None):
-        parse_args(self, args, namespace)
-        raise _Parsed
+    def parsing(parse_args):
+        def parse(self, args=None, namespace=None):
+            parse_args(self, args, namespace)
+            raise _Parsed
+
+        return parse
 
     def error(self, message):
         # A fragment in a sentence may leave out what the command requires.
@@ -84,11 +88,11 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
             raise _Parsed
         pytest.fail(f"{document}: {command}\n{message}")
 
-    parse_args = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    monkeypatch.setattr(argparse.ArgumentParser, "error", error)
+    for kind in (argparse.ArgumentParser, CommandParser):  # slurm/ works without cfmask, and has the former
+        monkeypatch.setattr(kind, "parse_args", parsing(kind.parse_args))
+        monkeypatch.setattr(kind, "error", error)
     if program.startswith("slurm/"):  # these run outside the environment, and import the files beside them
-        monkeypatch.setattr(sys, "path", [str(REPO / "slurm"), *sys.path])
+        monkeypatch.syspath_prepend(REPO / "slurm")
     main = importlib.import_module(program.removesuffix(".py").replace("/", ".")).main
     try:
         assert main(arguments) == 0  # drill.py --list

@@ -171,7 +171,7 @@ def test_contradictory_gpu_requests_are_refused(flags, file, said):
 def test_bad_flag_values_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(list(flags))
-    assert f"argument {flags[0]}: '{flags[1]}' is not" in capsys.readouterr().err
+    assert f"{flags[0]}: '{flags[1]}' is not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--gres=gpu:1", "--gpus-per-task=1", "--exclusive=1", "--time=UNLIMITED"])

@@ -21,8 +21,12 @@ optimizer = torch.optim.AdamW([parameter])
 parameter.sum().backward()
 optimizer.step()
 optimizer.zero_grad()
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-print(*({"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"} & sys.modules.keys()))
+late = {"torchvision.transforms", "open_clip.factory", "torch._decomp", "torch.export.exported_program"}
+late |= {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
+print(*(late & sys.modules.keys()))
 
 graphs = []
 print(torch.compile(lambda x: x + 1, backend=lambda graph, _: graphs.append(graph) or graph)(torch.ones(1)).item())
@@ -34,6 +38,12 @@ assert timm.models.vision_transformer is sys.modules["timm.models.vision_transfo
 import torch._inductor.utils
 assert torch._inductor.config.deterministic and torch._inductor.config is sys.modules["torch._inductor.config"]
 assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.config.recompile_limit
+import open_clip
+import torchvision
+
+assert open_clip.transformer is sys.modules["open_clip.transformer"] and open_clip.get_model_config("ViT-B-32")
+assert open_clip.utils.FrozenBatchNorm2d(3) and torchvision.transforms.Compose([])
+assert torch.ones(2, 3, device="meta").repeat_interleave(2, 0).shape == (4, 3)
 try:
     import transformers
 except ImportError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -61,6 +62,8 @@ def test_presets_have_the_authors_thresholds_and_rates(preset, value):
         (Method(name="vanilla", mask="object"), "--mask"),
         (Method(name="vanilla", fill="single-fill"), "--fill"),
         (Method(name="vanilla", beta=1.0), "--beta"),
+        (Method(name="vanilla", beta_relative=1.0), "--beta-relative"),
+        (Method(name="kd", beta_relative=1.0), "--beta-relative"),
         (Method(name="linear-probe", ensemble="x"), "--ensemble"),
         (Method(mask="none", fill="single-fill"), "--fill"),
         (Method(mask="object", rate=0.5), "--rate"),
@@ -98,6 +101,21 @@ def test_wise_kd_requires_an_ensemble():
     method = dataclasses.replace(PRESETS["wise-kd"].method, ensemble="file")
     resolved = Recipe(method=method).resolved().method
     assert (resolved.beta, resolved.gamma, resolved.temperature) == (30.0, 1.0, 10.0)
+
+
+def test_a_relative_beta_replaces_beta():
+    resolved = Recipe(method=Method(beta_relative=6.0)).resolved()
+    assert resolved.method.beta is None and resolved.method.mse_weight == 6.0
+    assert resolved.resolved() == resolved
+    assert resolved.of_weights()["method.beta_relative"] == 6.0
+    with pytest.raises(UserError, match="--beta and --beta-relative"):
+        Recipe(method=Method(beta=30.0, beta_relative=6.0)).resolved()
+
+
+def test_a_recipe_of_an_earlier_version_is_read():
+    values = Recipe().resolved().as_dict()
+    del values["method"]["beta_relative"]
+    assert Recipe.from_json(json.dumps(values)) == Recipe().resolved()
 
 
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"wise-kd"}))

@@ -114,7 +114,8 @@ def test_keys_with_dots_are_refused(tmp_path):
 
 def test_a_folder_without_manifest_is_an_error_that_names_the_command_to_make_one(made, tmp_path):
     with pytest.raises(
-        UserError, match=r"no folder of shards at .*nowhere\. Make one with `python tools/make_shards.py"
+        UserError,
+        match=r"no folder of shards at .*nowhere\. \S* has train\. Make one with `python tools/make_shards.py",
     ):
         load_manifest(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

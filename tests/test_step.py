@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import reference
+from cfmask.losses import relative_feature_distillation
 from cfmask.masking.cam import GradCam, Relevance
 from cfmask.masking.fills import DrawSpec, concat, draw
 from cfmask.masking.masks import object_mask
@@ -26,6 +27,8 @@ METHODS = [
     Method(name="vanilla"),
     *MASKED,
     Method(mask="none"),
+    Method(mask="none", beta_relative=6.0),
+    Method(mask="object", beta_relative=6.0),
     Method(mask="object", cam="grad-cam"),
     Method(mask="context", fill="no-fill", cam="grad-cam"),
     Method(mask="object", first_block=1),
@@ -53,7 +56,14 @@ def make_batch(geometry: Geometry, method: Method, n: int, seed: int = 0):
 
 
 def name_of(method: Method) -> str:
-    return "-".join([method.row, *([method.cam] if method.cam else []), *(["late"] if method.first_block else [])])
+    return "-".join(
+        [
+            method.row,
+            *([method.cam] if method.cam else []),
+            *(["late"] if method.first_block else []),
+            *(["relative"] if method.beta_relative else []),
+        ]
+    )
 
 
 def student_and_teachers(geometry: Geometry, method: Method, seed: int = 0):
@@ -272,3 +282,14 @@ def test_a_loss_that_overflows_with_finite_gradients_leaves_gradients_that_are_n
     metrics = training_step(student, teachers, normalise, images.float(), labels, draws, method)
     assert metrics.loss.isinf() and metrics.finite.all()
     assert not student.head.bias.grad.isfinite().any()
+
+
+def test_relative_distillation_does_not_depend_on_the_scale_of_features():
+    teacher, moved = torch.randn(2, 8, 24, dtype=torch.float64)
+    student = teacher + 0.1 * moved
+    loss = relative_feature_distillation(student, teacher)
+    torch.testing.assert_close(relative_feature_distillation(7 * student, 7 * teacher), loss)
+    # At equal norms it is the cosine distance.
+    student = student / student.norm(dim=1, keepdim=True) * teacher.norm(dim=1, keepdim=True)
+    cosine = torch.nn.functional.cosine_similarity(student, teacher)
+    torch.testing.assert_close(relative_feature_distillation(student, teacher), (2 - 2 * cosine).mean())

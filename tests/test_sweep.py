@@ -155,7 +155,7 @@ def test_local_sweep_runs_members_in_turn_and_skips_finished_ones(materials, tmp
     more = flags(materials, *here, "--presets", "ft", "fd-clean", "--seeds", 3, 0, "--dry-run")
     again = made.submit(*more, cwd=tmp_path).stdout
     assert again.count("is finished: skipped") == 2
-    assert re.search(r"into \S+/vanilla-tiny-s0-\w+, \S+/feature-distillation-clean-tiny-s0-\w+\. Everything", again)
+    assert re.search(r"runs/ft-tiny-s0-\w+\n +runs/fd-clean-tiny-s0-\w+\n", again)
     assert [(run / "results.json").stat().st_mtime_ns for run in runs] == before
 
 
@@ -198,7 +198,7 @@ def test_shards_may_come_from_the_cluster_file(materials, tmp_path):
     done = made.submit(*words[:cut], *words[cut + 2 :], cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"})
     recipe = json.loads(done.stdout[: done.stdout.rindex("}") + 1])
     assert recipe["data"]["shards"] == str(materials / "shards") and recipe["data"]["eval_sets"] == ["val"]
-    assert "cluster file: cluster.toml" in done.stderr
+    assert "; cluster file cluster.toml" in done.stdout
     other = made.submit(*words, "--eval-sets", cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"}).stdout
     assert json.loads(other[: other.rindex("}") + 1])["data"]["eval_sets"] == [], "flags win"
     without = made.submit(*words[:cut], *words[cut + 2 :], cwd=tmp_path, check=False)
@@ -213,7 +213,7 @@ def test_run_resumes_with_another_number_of_ranks(materials, tmp_path):
     assert "1 ranks, where there were 2" in made.submit("--resume", run, *here, "--tasks-per-node", 1).stderr
     (run / "results.json").unlink()
     as_it_was = made.submit("--resume", run, *here, "--dry-run")
-    assert "1 × 1 CPU ranks" in as_it_was.stdout and "ranks, where" not in as_it_was.stderr
+    assert "this machine: 1 CPU rank\n" in as_it_was.stdout and "ranks, where" not in as_it_was.stderr
     refused = made.submit("--resume", run, *here, "--tasks-per-node", 3, check=False)
     assert "3 workers cannot share 4 lanes" in refused.stderr
     assert [line["world_size"] for line in read_lines(run / "attempts.jsonl")] == [2, 1]
@@ -225,11 +225,6 @@ def test_run_resumes_with_another_number_of_ranks(materials, tmp_path):
 
 ON_TWO_NODES = ("--nodes", 2, "--gpus-per-node", 0, "--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
 ON_ONE_NODE = ("--nodes", 1, *ON_TWO_NODES[2:])
-
-
-def jobs_of(done: subprocess.CompletedProcess) -> dict[str, Path]:
-    """Job ids with their run folders, as they were printed."""
-    return {job: Path(run) for job, run in re.findall(r"^job (\S+) on .*\nrun  (.*)$", done.stdout, re.MULTILINE)}
 
 
 def wait_for_end(run: Path) -> None:
@@ -270,7 +265,7 @@ def test_members_of_a_sweep_are_requeued_and_resumed_separately(slurm_cluster, m
     """Two runs; one is requeued by an administrator, the other is cancelled and resumed."""
     words = flags(materials, *ON_ONE_NODE, "--seeds", 0, 1, "--epochs", 15, "--checkpoint-steps", 20)
     done = made.submit(*words, cwd=tmp_path, pace_s=made.PACE_S)
-    (first, requeued), (second, cancelled) = jobs_of(done).items()
+    (first, requeued), (second, cancelled) = made.jobs_of(done, tmp_path).items()
     array = first.partition("_")[0]
     assert (first, second) == (f"{array}_0", f"{array}_1")
     wait_for_step(requeued, 25)
@@ -285,7 +280,7 @@ def test_members_of_a_sweep_are_requeued_and_resumed_separately(slurm_cluster, m
     assert read_lines(requeued / "attempts.jsonl")[1]["from_step"] >= 20
     assert [line["job"] for line in read_lines(requeued / "attempts.jsonl")] == [f"{first}-0", f"{first}-1"]
     assert list((requeued / "jobs").glob(f"{first}_0_log.out")), "logs are in the run's own folder"
-    [(third, _)] = jobs_of(made.submit("--resume", cancelled)).items()
+    [(third, _)] = made.jobs_of(made.submit("--resume", cancelled)).items()
     wait_for_end(cancelled)
     attempts = read_lines(cancelled / "attempts.jsonl")
     assert [line["job"] for line in attempts] == [f"{second}-0", f"{third}-0"] and attempts[1]["from_step"] >= 20
@@ -295,7 +290,7 @@ def test_members_of_a_sweep_are_requeued_and_resumed_separately(slurm_cluster, m
 def test_signals_during_startup_do_not_end_a_job(slurm_cluster, materials, tmp_path):
     """Send USR2 ten times a second from the start of the step until it trains."""
     words = flags(materials, *ON_TWO_NODES, "--epochs", 2, "--run", tmp_path / "run")
-    [(job, run)] = jobs_of(made.submit(*words)).items()
+    [(job, run)] = made.jobs_of(made.submit(*words)).items()
     wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step")
     for _ in range(30):
         try:
@@ -323,7 +318,7 @@ def test_batch_script_requeues_a_job_whose_ranks_lack_scontrol(slurm_cluster, ma
     (tmp_path / "python").chmod(0o755)
     (clone / "cluster.toml").write_text(f"python = '{tmp_path}/python'\n")
     words = flags(materials, *ON_TWO_NODES, "--epochs", 15, "--cluster", "cluster.toml", "--run", tmp_path / "run")
-    [(job, run)] = jobs_of(submit(clone, *words, cwd=clone, pace_s=made.PACE_S)).items()
+    [(job, run)] = made.jobs_of(submit(clone, *words, cwd=clone, pace_s=made.PACE_S)).items()
     wait_for_step(run, 5)
     break_code(clone)
     slurm_cluster.call("scancel", "--signal=USR2", job)
@@ -337,7 +332,7 @@ def test_batch_script_requeues_a_job_whose_ranks_lack_scontrol(slurm_cluster, ma
 def test_job_waits_for_after_and_is_not_queued_twice(slurm_cluster, materials, tmp_path):
     first = slurm_cluster.sbatch("--wrap=until [ -e go ]; do sleep 0.2; done", cwd=tmp_path)
     short = flags(materials, *ON_ONE_NODE, "--epochs", 1)
-    [(second, run)] = jobs_of(made.submit(*short, "--after", first, cwd=tmp_path)).items()
+    [(second, run)] = made.jobs_of(made.submit(*short, "--after", first, cwd=tmp_path), tmp_path).items()
     assert slurm_cluster.job(second)["Dependency"].startswith(f"afterok:{first}(")
     twice = made.submit(*short, cwd=tmp_path, check=False)
     assert twice.returncode == 2 and f"Job {second} (pending)" in twice.stderr and "launch/cancel.py" in twice.stderr
@@ -359,7 +354,7 @@ def test_job_gets_environment_and_cores_of_the_cluster_file(slurm_cluster, mater
     with open(tmp_path / "cluster.toml", "r+") as file:
         file.write(f"python = '{tmp_path}/python'\n" + (tmp_path / "cluster.toml").read_text())
     done = made.submit(*flags(materials, "--epochs", 1), cwd=tmp_path, env={"CFMASK_CLUSTER": "cluster.toml"})
-    [(job, run)] = jobs_of(done).items()
+    [(job, run)] = made.jobs_of(done, tmp_path).items()
     wait_for_end(run)
     said = logs(run)
     assert "set up on n" in said and re.search(r"probe: n\d and more; 2 cores", said)

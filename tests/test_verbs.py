@@ -12,10 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from cfmask.runtime.command import CommandParser
+
 REPO = Path(__file__).resolve().parents[1]
 OTHERS = ("test", "environment")
 """Files of tools/ without a parser: test.py passes its arguments to pytest, and environment.py is not a command."""
 VERBS = sorted(path.stem for path in (REPO / "tools").glob("[!_]*.py") if path.stem not in OTHERS)
+COMMANDS = [
+    *(f"launch.{path.stem}" for path in sorted((REPO / "launch").glob("[!_]*.py"))),
+    *(f"tools.{verb}" for verb in VERBS),
+]
 HEAVY = ("audit", "export", "segment", "show_masks", "validate_masks")
 """Commands that import torch at once. --help of the others must not wait seconds for torch and open_clip."""
 
@@ -32,15 +38,16 @@ class _Caught(Exception):
     pass
 
 
-def parser_of(verb: str, monkeypatch) -> argparse.ArgumentParser:
-    """The parser of a command."""
+def parser_of(command: str, monkeypatch) -> CommandParser:
+    """The parser of a command, as in tools.evaluate."""
 
     def caught(self, *_, **__):
         raise _Caught(self)
 
-    main = importlib.import_module(f"tools.{verb}").main
+    main = importlib.import_module(command).main
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", caught)
+        patch.setattr(CommandParser, "parse_args", caught)
+        patch.setattr(CommandParser, "parse_known_args", caught)
         with pytest.raises(_Caught) as error:
             main([])
     return error.value.args[0]
@@ -60,13 +67,14 @@ def arguments_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if not isinstance(action, own)]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_explains_every_argument_and_has_an_example(verb, monkeypatch, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_argument_and_has_an_example(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"tools.{verb}").main(["--help"])
+        importlib.import_module(command).main(["--help"])
     assert ended.value.code == 0
-    assert re.search(rf"^    python3? tools/{verb}\.py", capsys.readouterr().out, re.MULTILINE), "no example"
-    for name, parser in walk(verb, parser_of(verb, monkeypatch)):
+    file = command.replace(".", "/")
+    assert re.search(rf"^    python3? {file}\.py", capsys.readouterr().out, re.MULTILINE), "no example"
+    for name, parser in walk(command, parser_of(command, monkeypatch)):
         assert not parser.allow_abbrev, f"{name} accepts abbreviated flags, which break when another flag is added"
         for action in arguments_of(parser):
             what = f"{name} {'/'.join(action.option_strings) or action.metavar}"
@@ -77,7 +85,7 @@ def test_help_explains_every_argument_and_has_an_example(verb, monkeypatch, caps
 def test_commands_describe_a_flag_in_the_same_words(monkeypatch):
     described: dict[str, dict[tuple[str | None, str], list[str]]] = {}
     for verb in VERBS:
-        for name, parser in walk(verb, parser_of(verb, monkeypatch)):
+        for name, parser in walk(verb, parser_of(f"tools.{verb}", monkeypatch)):
             for action in arguments_of(parser):
                 if action.container.title in SLURM:
                     continue
@@ -109,13 +117,49 @@ for verb in {light}:
     assert done.stdout.split("\n")[:-1] == [f"{verb} False" for verb in light]
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_ctrl_c_prints_one_word(verb, monkeypatch, capsys):
+def refusal(command: str, words: list[str], capsys) -> str:
+    """What a command prints about a command line that it refuses."""
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(command).main(words)
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and not printed.out, printed.out
+    return printed.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_misspelt_flags_and_choices_get_a_suggestion_and_no_usage_text(command, monkeypatch, capsys):
+    for name, parser in list(walk(command, parser_of(command, monkeypatch))):
+        subcommand = name.split()[1:]
+        long = [flag for flag in parser.flags if len(flag) > 5 and not flag.startswith("--no-")]
+        for flag in long[:3]:
+            typo = flag[:-2] + flag[-1] + flag[-2] + "x"
+            said = refusal(command, [*subcommand, typo, "1"], capsys)
+            assert re.fullmatch(rf"error: There is no flag {typo}\. Did you mean --[\w-]+\?\n", said), said
+        choosing = [action for action in arguments_of(parser) if action.choices and action.option_strings]
+        for action in choosing[:2]:
+            choice = max(map(str, action.choices), key=len)
+            said = refusal(command, [*subcommand, action.option_strings[0], f"{choice}x"], capsys)
+            assert "usage" not in said and said.count("\n") == 1
+            assert f"value of {action.option_strings[0]}: '{choice}x'. Did you mean {choice}?" in said
+
+
+def test_a_misspelt_required_flag_is_not_reported_as_missing(capsys):
+    assert refusal("tools.evaluate", ["m", "--shard", "x", "--sets", "v2"], capsys) == (
+        "error: There is no flag --shard. Did you mean --shards?\n"
+    )
+    assert refusal("tools.export", [], capsys).startswith("error: Missing: MODEL, --format, --out.")
+    assert "Did you mean loader?" in refusal("tools.bench", ["loadr"], capsys)
+    assert "Did you mean --drills?" in refusal("launch.drill", ["--drils", "requeued"], capsys)
+    assert "There is no flag -seed. Did you mean --seed?" in refusal("launch.submit", ["-seed", "3"], capsys)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_prints_one_word(command, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", interrupted)
-    assert importlib.import_module(f"tools.{verb}").main([]) == 130
+    monkeypatch.setattr(CommandParser, "parse_known_args", interrupted)
+    assert importlib.import_module(command).main([]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 

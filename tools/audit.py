@@ -11,7 +11,6 @@ Exit status: 0 proven; 1 not proven, and at which step; 2 unknown, because the r
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,16 +18,14 @@ try:
     from cfmask.audit import attempts, audit
     from cfmask.report.tables import table
     from cfmask.runs import RunFolder
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     run = RunFolder(parser.parse_args(argv).run)
     rows, problems = audit(run)

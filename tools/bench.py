@@ -27,8 +27,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 try:
     from cfmask.data.images import STORES
-    from cfmask.presets import PRESETS
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.presets import PRESETS, canonical_name
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import add_device_argument
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    top = CommandParser(__doc__)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="|".join(BENCHMARKS))
-    of = {name: verbs.add_parser(name, help=text, allow_abbrev=False) for name, text in BENCHMARKS.items()}
+    of = {name: verbs.add_parser(name, help=text) for name, text in BENCHMARKS.items()}
     for name in ("loader", "convert", "parts"):
         of[name].add_argument("--source", type=Path, metavar="TREE", help="folder of class/image.JPEG (default: drawn)")
     for name in ("loader", "convert", "resume"):
@@ -111,7 +109,7 @@ def add_step_arguments(verb: argparse.ArgumentParser) -> None:
     add_device_argument(verb)
     add("--compiled", action="store_true", help="add a row with torch.compile, which takes a minute a round")
     help_of_presets = "presets to measure in place of variants of the headline method"
-    add("--presets", nargs="+", choices=presets, default=[], metavar="ROW", help=help_of_presets)
+    add("--presets", nargs="+", type=canonical_name, choices=presets, default=[], metavar="ROW", help=help_of_presets)
     add("--steps", type=int, metavar="N", help="timed steps of a round (default: 3, on a GPU 20)")
 
 

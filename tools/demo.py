@@ -14,7 +14,6 @@ independent of the class. Finished stages are kept, so an interrupted demo resum
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ if __name__ == "__main__":
     environment.ensure()
 
 from cfmask.errors import UserError
-from cfmask.runtime.command import exits_cleanly
+from cfmask.runtime.command import CommandParser, exits_cleanly
 from cfmask.synthetic.demo import CONTROL, EVAL_SETS, RECIPE, ROWS, SEED, claim, run_folder
 
 REPO = Path(__file__).resolve().parents[1]
@@ -37,9 +36,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--out",
         type=Path,

@@ -9,12 +9,11 @@ The code is read, not run. tests/test_architecture.py fails when the diagram is 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 try:
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import write_atomically
     from tools.diagram.imports import read_graph
     from tools.diagram.matrix import draw
@@ -26,9 +25,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--out",
         type=Path,

@@ -14,7 +14,6 @@ authors' evaluation. results.json and the tables state the step and what chose i
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 try:
@@ -22,7 +21,7 @@ try:
     from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import Evaluation
     from cfmask.runs import find_model
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import MODEL_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
@@ -31,9 +30,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--names",
@@ -61,14 +58,16 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import charts, results, robustness, summary
+    from cfmask.report import charts, evaluation_page, results, robustness, summary
 
-    summary.show(run, "Evaluation", names)
+    pictures = summary.show(run, "Evaluation", names)
     if fit_on:
         found, chart = results.read_results(run.root), run.root / "effective-robustness.png"
         rows = results.rows_of(found.models, names)
         values = charts.effective_robustness(rows, [names[i] for i in fit_on], chart, found.split)
         print(f"\n{robustness.robustness_table(values)}\n\n{chart}")
+        pictures.append(chart)
+    evaluation_page.write_page(run, "Evaluation", names, pictures)
     return 0
 
 

@@ -19,13 +19,12 @@ differ by more than a ten-thousandth of the largest, the command fails and leave
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 try:
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import written_aside
     from cfmask.runtime.progress import progress_stages
     from cfmask.tool_arguments import MODEL_HELP, load_models
@@ -35,9 +34,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--format", required=True, choices=("open-clip", "hub", "onnx"), help="output format, see above"

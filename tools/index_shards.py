@@ -28,7 +28,7 @@ try:
     from cfmask.convert.tables import Classes, read_classes
     from cfmask.data import imagenet
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import sole_writer
     from cfmask.runtime.throughput import format_bytes, throughput_bar
     from cfmask.runtime.work import Work
@@ -38,9 +38,7 @@ except ModuleNotFoundError as missing:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("folder", type=Path, metavar="DIR", help="folder with the tars of one split")
     p.add_argument("--split", metavar="NAME", help="what the split is called (default: the folder's name)")
     p.add_argument(

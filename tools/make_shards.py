@@ -61,7 +61,7 @@ try:
     from cfmask.convert.collection import collect
     from cfmask.convert.conversion import check_space, convert_split, free_space, plan_all, to_unpack, unpack_first
     from cfmask.convert.sources.unpacking import remove_unpacked
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.throughput import format_bytes
     from launch.arrays.arguments import add_array_arguments, resolve_array
     from launch.arrays.run import runner
@@ -70,9 +70,7 @@ except ModuleNotFoundError as missing:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    top = CommandParser(__doc__)
     for verb in add_sets(top.add_subparsers(dest="verb", required=True, metavar="SET")):
         add_array_arguments(verb)
     return top

@@ -8,21 +8,18 @@ The same values are in RUN/tensorboard, and in RUN/log.jsonl with one line for e
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 try:
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", type=Path, default=Path("curves.png"), metavar="FILE", help="image file to write (default: curves.png)"

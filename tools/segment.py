@@ -25,7 +25,7 @@ try:
     from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import sole_writer
     from cfmask.runtime.progress import progress_bar
     from cfmask.runtime.work import Work
@@ -90,9 +90,7 @@ def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
     p.add_argument("--set", default="train", metavar="SET", help="folder under --shards (default: train)")
     p.add_argument(

@@ -20,7 +20,7 @@ try:
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
     from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
     from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method
 except ModuleNotFoundError as missing:
@@ -29,9 +29,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
     parser.add_argument("--shards", metavar="DIR_OR_URL", help=DATA_HELP)

@@ -11,14 +11,13 @@ submit.py --pretrained. tools/build_head.py --keep-head converts the state dict 
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 try:
     from cfmask.errors import UserError
     from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import GreedySoup, UniformSoup
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.jsonl import read_object
     from cfmask.tool_arguments import MODEL_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
@@ -28,9 +27,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--greedy",
@@ -55,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import summary, tables
+    from cfmask.report import evaluation_page, summary, tables
 
     results = read_object(run.results) or {}
     names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
@@ -66,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
             for path, top1 in zip(evaluation.models, results["holdout"], strict=True)
         ]
         print(tables.table(["model", f"{evaluation.chooses_on}, alone", "in the soup"], rows) + "\n")
-    summary.show(run, "Soup")
+    evaluation_page.write_page(run, "Soup", pictures=summary.show(run, "Soup"))
     print(f"{len(results['ingredients'])} of {len(names)} models: {run.final}")
     return 0
 

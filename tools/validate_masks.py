@@ -41,7 +41,7 @@ try:
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
     from cfmask.models.head import ModelInfo
     from cfmask.report.masks import write_report
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -91,9 +91,7 @@ def open_images(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     add = p.add_argument
     add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
     add("--shards", metavar="DIR_OR_URL", help=DATA_HELP)

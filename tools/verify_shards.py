@@ -24,7 +24,7 @@ try:
     from cfmask.convert import verification
     from cfmask.convert.set_verification import SetReport, as_json, checks_of, find_sets, report_on
     from cfmask.errors import UserError
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import remove_leftovers, write_atomically
     from cfmask.runtime.throughput import format_bytes, throughput_bar
     from cfmask.runtime.work import Work
@@ -52,9 +52,7 @@ def show(report: SetReport) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    p = CommandParser(__doc__)
     p.add_argument("sets", nargs="+", metavar="SET", help="folder of a set, or of several")
     p.add_argument(
         "--full", action="store_true", help="read and decode everything (default: sizes, indexes, labels, some headers)"

@@ -11,12 +11,11 @@ weights are mixed on the device. With several α, the best on --holdout is saved
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 try:
     from cfmask.evaluation_spec import WiseFT
-    from cfmask.runtime.command import exits_cleanly
+    from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import MODEL_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
@@ -25,9 +24,7 @@ except ModuleNotFoundError as missing:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("zero", metavar="ZERO", help=f"the zero-shot model: {MODEL_HELP}")
     parser.add_argument("fine", metavar="FINE", help="the fine-tuned model, likewise")
     parser.add_argument(
@@ -50,14 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     if code or not run.results.exists():
         return code
     # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import charts, summary
+    from cfmask.report import charts, evaluation_page, summary
     from cfmask.report.results import read_results
 
-    summary.show(run, "WiSE-FT")
+    pictures = summary.show(run, "WiSE-FT")
     results = read_results(run.root)
     if results.sets and len(results.models) > 1:
         charts.sweep_chart(results, run.root / "sweep.png", results.split)
         print(run.root / "sweep.png")
+        pictures.append(run.root / "sweep.png")
+    evaluation_page.write_page(run, "WiSE-FT", pictures=pictures)
     if results.chosen is not None:
         on = f", the best on {results.chosen_on}" if results.chosen_on else ""
         print(f"{results.models[results.chosen].name}{on}: {run.final}")

@@ -8,6 +8,7 @@ the second best does not silently take its place.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,41 @@ class BestCheckpoint:
     top1: float
 
 
+@dataclass(frozen=True)
+class EpochEnd:
+    """An evaluation at the end of an epoch, as log.jsonl has it.
+
+    step: optimizer step.
+    epoch: passes over the training set so far.
+    top1: percent by set.
+    """
+
+    step: int
+    epoch: int
+    top1: Mapping[str, float]
+
+
+def epoch_ends(log: Path) -> list[EpochEnd]:
+    """The evaluations at epoch ends in a run's log. Those between epoch ends (--eval-steps) have a fractional epoch and
+    no checkpoint, and are left out. Raises OSError."""
+    found = []
+    for line in read_lines(log, having='"eval"'):
+        top1, epoch, step = line.get("eval"), line.get("epoch"), line.get("step")
+        if isinstance(top1, dict) and isinstance(epoch, int) and isinstance(step, int):
+            found.append(EpochEnd(step, epoch, {on: float(of) for on, of in top1.items() if is_percent(of)}))
+    return found
+
+
+def best_epoch_end(ends: Iterable[EpochEnd], on: str, probe_epochs: int = 0) -> EpochEnd | None:
+    """The epoch end with the highest top-1 on a set, the first one among equals; None if none was evaluated on it.
+
+    Args:
+        probe_epochs: epochs at the beginning that train only the head, and are no candidates.
+    """
+    candidates = [end for end in ends if end.epoch > probe_epochs and on in end.top1]
+    return max(candidates, key=lambda end: (end.top1[on], -end.step), default=None)
+
+
 def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, float]:
     """Top-1 in percent on the set ``best_on`` at epoch ends, by step: from the log, and where it lacks a line, from
     checkpoints. The epochs of lp-ft that train only the head are excluded.
@@ -50,16 +86,9 @@ def epoch_end_scores(recipe: Recipe, log: Path, checkpoints: Path) -> dict[int, 
         StorageUnavailable: a file could not be read.
     """
     on, probing = recipe.run.best_on or "", recipe.optim.probe_epochs or 0
-    scores: dict[int, float] = {}
-    excluded = set()
-    for line in patiently(lambda: read_lines(log), str(log)):
-        of_line, epoch, step = line.get("eval"), line.get("epoch"), line.get("step")
-        # Evaluations between epoch ends (--eval-steps) have a fractional epoch, and no checkpoint.
-        if isinstance(of_line, dict) and on in of_line and isinstance(epoch, int) and isinstance(step, int):
-            if epoch <= probing:
-                excluded.add(step)
-            elif is_percent(of_line[on]):
-                scores[step] = float(of_line[on])
+    ends = [end for end in patiently(lambda: epoch_ends(log), str(log)) if on in end.top1]
+    excluded = {end.step for end in ends if end.epoch <= probing}
+    scores = {end.step: end.top1[on] for end in ends if end.epoch > probing}
     for path in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)):
         with contextlib.suppress(CheckpointDamaged):
             state = read_state(path)

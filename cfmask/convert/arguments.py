@@ -11,9 +11,10 @@ from cfmask.convert.request import Request
 from cfmask.convert.sources.imagenet_labels import DEVKIT, SOLUTION
 from cfmask.data import benchmarks, images
 from cfmask.errors import UserError
+from cfmask.runtime.command import CommandParser
 
 if TYPE_CHECKING:
-    SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+    SubParsers = argparse._SubParsersAction[CommandParser]
 
 _SETS = {
     "imagenet": "ImageNet (ILSVRC2012), classes in the order of the 1000 sorted wnids",
@@ -27,11 +28,11 @@ _SETS = {
 }
 
 
-def add_sets(verbs: SubParsers) -> list[argparse.ArgumentParser]:
+def add_sets(verbs: SubParsers) -> list[CommandParser]:
     """Add a parser for each kind of set that can be converted; returns them."""
     parsers = []
     for name, about in _SETS.items():
-        p = verbs.add_parser(name, help=about, description=about, allow_abbrev=False)
+        p = verbs.add_parser(name, help=about, description=about)
         if name == "imagenet":
             _add_imagenet(p)
         elif name == "objectnet":

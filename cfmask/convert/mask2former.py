@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cfmask.errors import UserError
+from cfmask.runtime.downloads import why_unreachable
 
 DEFAULT = "facebook/mask2former-swin-base-coco-panoptic"
 """The hub's closest model to the paper's: Mask2Former, COCO panoptic, Swin-B. The paper's (48558700_7 in Mask2Former's
@@ -84,7 +85,14 @@ def _transformers() -> Any:
 def _load(kind: Any, name: str) -> Any:
     folder = Path(name)
     try:
-        return kind.from_pretrained(folder if folder.is_dir() else name)
+        if folder.is_dir():
+            return kind.from_pretrained(folder)
+        try:
+            return kind.from_pretrained(name, local_files_only=True)
+        except OSError:  # not in the cache
+            if why := why_unreachable(f"https://huggingface.co/{name}/resolve/main/config.json"):
+                raise UserError(why) from None
+            return kind.from_pretrained(name)
     except Exception as error:  # transformers and the hub's client raise many kinds; the remedy is the same
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         repository = DEFAULT if folder.is_dir() or folder.is_absolute() else name

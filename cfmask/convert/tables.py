@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cfmask.data import imagenet
+from cfmask.data.shards import load_manifest
 from cfmask.errors import UserError
 
 Classes = tuple[tuple[str, str], ...]
@@ -129,6 +131,15 @@ _HEADER_WORDS = set(
     "class classes folder directory dir wnid synset id idx index key code number name names classname display label "
     "labels words text title description category human readable string target english".split()
 )
+
+
+def class_list(where: str) -> Classes:
+    """(folder, display name) by class id: ImageNet's for ``imagenet``, else those of a folder of shards or of a class
+    list. Raises UserError as their readers."""
+    if where == "imagenet":
+        return imagenet.classes()
+    path = Path(where).expanduser()
+    return load_manifest(path, check_files=False).classes if path.is_dir() else read_classes(path)
 
 
 def read_classes(path: Path) -> Classes:

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from cfmask import urls
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.runtime.files import write_atomically
 
 FORMAT = "cfmask-shards"
@@ -210,7 +210,12 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
     root = Path(where)
     path = root / MANIFEST
     if not root.is_dir():
-        raise UserError(f"There is no folder of shards at {root}. Make one with {_HOW_TO_MAKE}.")
+        others = sorted(path.parent.name for path in root.parent.glob(f"*/{MANIFEST}"))
+        there = f" {root.parent} has {', '.join(others)}." if others else ""
+        raise UserError(
+            f"There is no folder of shards at {root}.{did_you_mean(root.name, others)}{there} Make one with "
+            f"{_HOW_TO_MAKE}."
+        )
     if not path.is_file():
         splits = sorted(child.parent.name for child in root.glob(f"*/{MANIFEST}"))
         if splits:

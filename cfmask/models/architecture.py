@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,11 +70,12 @@ def read_config(name: str) -> dict[str, Any]:
 
     if config := open_clip.get_model_config(name):
         return config
-    listed = [known for known in open_clip.list_models() if known.startswith("ViT-B-")]
-    near = [known for known in listed if not _why_not(open_clip.get_model_config(known))]
+    known = open_clip.list_models()
+    some = [other for other in known if other.startswith("ViT-B-") and not _why_not(open_clip.get_model_config(other))]
     raise UserError(
         f"Unknown model {name!r}: it is neither one of open_clip's models nor the path of a model configuration "
-        f"(.json). Some of open_clip's: {', '.join(near[:12])}; all: open_clip.list_models()."
+        f"(.json).{did_you_mean(name, known)} Some of open_clip's: {', '.join(some[:12])}; all: "
+        "open_clip.list_models()."
     )
 
 
@@ -192,10 +193,16 @@ def _side_of(config: Mapping[str, Any], setting: str) -> int:
     return side
 
 
-def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+def vision_differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], *, any_size: bool = False) -> list[str]:
     """The settings in which the image towers of two configurations differ, as "vision_cfg.layers (12 and 24)". Missing
-    settings have open_clip's defaults."""
-    return _differences(_vision_of(ours), _vision_of(theirs))
+    settings have open_clip's defaults.
+
+    Args:
+        any_size: images may have different sizes.
+    """
+    left_out = {"vision_cfg.image_size"} if any_size else set()
+    one, other = ({k: v for k, v in _vision_of(each).items() if k not in left_out} for each in (ours, theirs))
+    return _differences(one, other)
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -18,12 +18,11 @@ from cfmask.models.architecture import (
     check_activation,
     check_trainable,
     image_size_of,
-    models_like,
     read_config,
     text_differences,
     vision_differences,
 )
-from cfmask.models.head import ModelInfo, build_tower, check_architecture, check_head, check_whole, read_info
+from cfmask.models.head import ModelInfo, check_architecture, check_head, check_whole, read_info
 from cfmask.models.preprocessing import (
     OPENAI,
     Preprocessing,
@@ -33,6 +32,7 @@ from cfmask.models.preprocessing import (
     of_tags,
     resolve,
 )
+from cfmask.models.tower_weights import check_finite, check_tower, load_tower, resized_positions
 from cfmask.models.weights import (
     Weights,
     config_above,
@@ -46,7 +46,7 @@ from cfmask.models.weights import (
 from cfmask.runtime.files import sha256_of
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the check of a model file does not need it
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from cfmask.models.tower import Classifier
 
@@ -64,6 +64,8 @@ class InitialWeights:
     """The tensors of the file on the meta device; None for a cfmask model file, whose header has everything."""
     configs: Mapping[str, Mapping[str, Any]]
     """Configurations of the weights by source: open_clip_config.json beside them, or an entry by tools/export.py."""
+    resize_positions: bool = False
+    """Whether the positional embedding is interpolated to the model's image size."""
 
 
 def model_info(
@@ -75,6 +77,7 @@ def model_info(
     mean: Rgb = None,
     std: Rgb = None,
     shapes: Weights | None = None,
+    any_size: bool = False,
 ) -> ModelInfo:
     """Describe a model.
 
@@ -84,6 +87,7 @@ def model_info(
             preprocessing is that of the configuration, or OpenAI's.
         mean, std: values of the flags.
         shapes: the tensors of the file ``pretrained``, if they are known already.
+        any_size: the weights may have been trained on images of another size than the model's.
 
     Raises:
         UserError: an unknown model, a file that is not a configuration, a model that cannot be trained here, or a
@@ -96,14 +100,18 @@ def model_info(
     by_config, by_flags = config_statement(f"--model {name}", own, size), flags_statement(mean, std)
     if pretrained:
         what = f"the weights {pretrained!r} of {name}"
-        by_weights = _of_weights(name, pretrained, size, shapes)
+        weights_size = None if any_size else size
+        by_weights = _of_weights(name, pretrained, weights_size, shapes)
         found = resolve([*by_weights, *by_config, *by_flags], what)
         if not any(said.resize for said in (*by_weights, *by_config)):
             quick_gelu = bool(config.get("quick_gelu"))
-            agreed = of_tags(name, what, quick_gelu=quick_gelu, given=found is not None, image_size=size)
+            agreed = of_tags(name, what, quick_gelu=quick_gelu, given=found is not None, image_size=weights_size)
             if found is None:
                 assert agreed is not None
-                resolve([Statement(f"open_clip's tags of {name}", agreed), *_said_above(pretrained, config)], what)
+                resolve(
+                    [Statement(f"open_clip's tags of {name}", agreed), *_said_above(pretrained, config, weights_size)],
+                    what,
+                )
                 found = agreed
         assert found is not None
         preprocessing = found
@@ -112,7 +120,7 @@ def model_info(
     return ModelInfo(name, config, preprocessing.mean, preprocessing.std, tuple(classes), provenance=provenance)
 
 
-def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -> list[Statement]:
+def _of_weights(name: str, pretrained: str, size: int | None, shapes: Weights | None) -> list[Statement]:
     """What is stated about weights without the user's help; nothing for a file that does not exist."""
     if not is_path(pretrained):
         source = f"open_clip's pretrained {pretrained!r} of {name}"
@@ -127,13 +135,13 @@ def _of_weights(name: str, pretrained: str, size: int, shapes: Weights | None) -
     return said
 
 
-def _said_above(pretrained: str, config: Mapping[str, Any]) -> list[Statement]:
+def _said_above(pretrained: str, config: Mapping[str, Any], size: int | None) -> list[Statement]:
     """The statement of the configuration in the parent folder, if it is that of this image tower: a repository may keep
     its weights in a subfolder."""
     above = config_above(Path(pretrained))
-    if above is None or vision_differences(above[1], config):
+    if above is None or vision_differences(above[1], config, any_size=size is None):
         return []
-    return config_statement(str(above[0]), above[1].get("preprocess_cfg"), image_size_of(config))
+    return config_statement(str(above[0]), above[1].get("preprocess_cfg"), size)
 
 
 def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
@@ -145,17 +153,26 @@ def configs_of(path: Path, shapes: Weights) -> dict[str, Mapping[str, Any]]:
     return configs
 
 
-def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> InitialWeights:
+def describe(
+    name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None, resize_positions: bool = False
+) -> InitialWeights:
     """Describe weights and their model, checked by configurations and the header of the file.
 
     Args:
         name, pretrained, mean, std: the fields of recipe.Model.
+        resize_positions: interpolate the positional embedding of weights that were trained on images of another size
+            than the model's.
 
     Raises:
         UserError: as ``model_info``; or weights that are not available, have other shapes than the model, or are of
             another model according to a configuration.
     """
     if own := read_info(pretrained) if os.path.isfile(pretrained) else None:
+        if resize_positions:
+            raise UserError(
+                f"--resize-positions would do nothing: {pretrained} is a cfmask model file. Give the weights that it "
+                "was made from."
+            )
         info = described(own, name, pretrained, mean=mean, std=std)
         check_whole(pretrained)
         return InitialWeights(info, Path(pretrained), None, {})
@@ -167,15 +184,18 @@ def describe(name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -
     configs = configs_of(path, shapes) if os.path.isfile(pretrained) else {}
     for source, other in configs.items():
         check_activation(name, config, pretrained, bool(other.get("quick_gelu")))
-        if different := vision_differences(other, config):
+        if different := vision_differences(other, config, any_size=resize_positions):
             raise UserError(
                 f"According to {source}, the weights {pretrained} are of another model than --model {name}: they "
                 f"differ in {', '.join(different)}. Give the model that they were made with"
                 + (f": --model {source}." if source.endswith(".json") else ".")
             )
-    _check_tower(ModelInfo(name, config, OPENAI.mean, OPENAI.std), shapes.state, pretrained)
-    info = model_info(name, pretrained, mean=mean, std=std, shapes=shapes)
-    return InitialWeights(info, path, shapes, configs)
+    architecture = ModelInfo(name, config, OPENAI.mean, OPENAI.std)
+    if resize_positions:
+        shapes = shapes._replace(state=resized_positions(shapes.state, architecture, pretrained))
+    check_tower(architecture, shapes.state, pretrained)
+    info = model_info(name, pretrained, mean=mean, std=std, shapes=shapes, any_size=resize_positions)
+    return InitialWeights(info, path, shapes, configs, resize_positions)
 
 
 def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, std: Rgb = None) -> ModelInfo:
@@ -193,40 +213,6 @@ def described(own: ModelInfo, name: str, pretrained: str, *, mean: Rgb = None, s
     return replace(own, name=name)
 
 
-def _check_tower(info: ModelInfo, state: Mapping[str, Tensor], pretrained: str) -> None:
-    """Raises UserError if a state dict is not that of this image tower."""
-    import torch
-
-    try:
-        with torch.device("meta"):
-            expected = build_tower(info).state_dict()
-    except Exception as error:  # of any type: open_clip's constructors do not check settings
-        raise UserError(
-            f"The image tower of {info.name} cannot be built ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0][:160]}). Correct its configuration."
-        ) from error
-    visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
-    if wrong := difference_in_shapes(expected, visual):
-        raise UserError(
-            f"The weights in {pretrained} are not those of the image tower of {info.name}: {wrong}. Choose the --model "
-            f"that they were made with{models_like(visual)}."
-        )
-
-
-def difference_in_shapes(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """The first difference between the tensors of a model and those that are given, in words; None if they fit."""
-    for key, tensor in expected.items():
-        if key not in given:
-            return f"{key} is missing ({sum(key not in given for key in expected)} of {len(expected)} tensors)"
-        if given[key].shape != tensor.shape:
-            return f"{key} has the shape {tuple(given[key].shape)}, the model's {tuple(tensor.shape)}"
-        if not given[key].is_floating_point():
-            return f"{key} is {str(given[key].dtype).removeprefix('torch.')}: quantised weights cannot be trained"
-    if unknown := sorted(set(given) - set(expected)):
-        return f"{unknown[0]} is unknown to the model ({len(unknown)} tensors)"
-    return None
-
-
 def check_initial_model(
     name: str,
     pretrained: str,
@@ -236,6 +222,7 @@ def check_initial_model(
     mean: Rgb = None,
     std: Rgb = None,
     keep_head: bool = False,
+    resize_positions: bool = False,
 ) -> InitialWeights:
     """Check that ``initial_model``, which has the same arguments, can make a model.
 
@@ -247,7 +234,7 @@ def check_initial_model(
     """
     from cfmask.models.zero_shot import check_text_tower
 
-    start = describe(name, pretrained, mean=mean, std=std)
+    start = describe(name, pretrained, mean=mean, std=std, resize_positions=resize_positions)
     info = replace(
         start.info,
         classes=tuple(wnid for wnid, _ in classes),
@@ -330,6 +317,7 @@ def initial_model(
     templates: Sequence[str] = (),
     keep_head: bool = False,
     kept_rows: Path | None = None,
+    resize_positions: bool = False,
 ) -> tuple[Classifier, ModelInfo]:
     """The initial model of a run: a pre-trained tower, and a head for these classes.
 
@@ -339,6 +327,7 @@ def initial_model(
         device: where a zero-shot head is computed. The model is returned on the CPU.
         templates, kept_rows: for a zero-shot head, as in ``zero_shot_weight``; by default the 80 templates of OpenAI.
         keep_head: use the head of a checkpoint that does not state its classes; they are ``classes``.
+        resize_positions: as in ``describe``.
 
     Raises:
         UserError: as ``check_initial_model``.
@@ -349,19 +338,12 @@ def initial_model(
     from cfmask.models.tower import Classifier
     from cfmask.models.zero_shot import openai_templates, zero_shot_weight
 
-    start = check_initial_model(name, pretrained, head, classes, mean=mean, std=std, keep_head=keep_head)
+    start = check_initial_model(
+        name, pretrained, head, classes, mean=mean, std=std, keep_head=keep_head, resize_positions=resize_positions
+    )
     info = start.info
     own = start.shapes is None
-    weights = Weights(read_safetensors(start.path)) if own else read_weights(start.path)
-    visual = {k.removeprefix("visual."): v for k, v in weights.state.items() if k.startswith("visual.")}
-    tower = build_tower(info)
-    try:
-        tower.load_state_dict({key: value.float() for key, value in visual.items()})
-    except RuntimeError as error:  # a model file that does not match its header
-        raise UserError(
-            f"The weights in {pretrained} are not those of the image tower of {name}: {str(error).splitlines()[-1]}."
-        ) from error
-
+    tower, weights = initial_tower(start)
     if head is not None or own:
         state = read_safetensors(head) if head is not None else weights.state
         weight, bias = state["head.weight"].float(), state["head.bias"].float()
@@ -370,23 +352,33 @@ def initial_model(
     elif keep_head:
         assert weights.head is not None
         weight, bias = (value.float() for value in weights.head)
-        info = replace(info, provenance=f"{_origin(start)}; its own head")
+        info = replace(info, provenance=f"{origin_of(start)}; its own head")
     else:
         templates = templates or openai_templates()
         info = replace(info, provenance=_zero_shot_provenance(start, templates))
         weight = zero_shot_weight(info, weights.state, templates, device, kept_rows=kept_rows)
         bias = torch.zeros(len(classes))
-    for part, tensor in {"head": weight, "head's bias": bias, **dict(tower.named_parameters())}.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"The {part} of the model that {pretrained} gives is not finite: the weights have diverged, or the "
-                "file is damaged. Take other weights, or copy the file again."
-            )
+    check_finite({"head": weight, "head's bias": bias}, pretrained)
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight)
         linear.bias.copy_(bias)
     return Classifier(tower, linear), info
+
+
+def initial_tower(start: InitialWeights) -> tuple[nn.Module, Weights]:
+    """The image tower of initial weights, in fp32 on the CPU, and all that their file holds.
+
+    Raises:
+        UserError: the weights are another tower's, or are not finite.
+    """
+    own = start.shapes is None
+    weights = Weights(read_safetensors(start.path)) if own else read_weights(start.path)
+    if start.resize_positions:
+        weights = weights._replace(state=resized_positions(weights.state, start.info, str(start.path)))
+    tower = load_tower(start.info, weights.state, str(start.path))
+    check_finite(dict(tower.named_parameters()), str(start.path))
+    return tower, weights
 
 
 def zero_shot_info(start: InitialWeights, templates: Sequence[str]) -> ModelInfo:
@@ -398,8 +390,10 @@ def zero_shot_info(start: InitialWeights, templates: Sequence[str]) -> ModelInfo
     return replace(start.info, provenance=_zero_shot_provenance(start, templates))
 
 
-def _origin(start: InitialWeights) -> str:
-    return f"{start.path.name} (sha256 {sha256_of(start.path)[:16]})"
+def origin_of(start: InitialWeights) -> str:
+    """The beginning of a provenance: which weights."""
+    resized = ", positional embedding interpolated" if start.resize_positions else ""
+    return f"{start.path.name} (sha256 {sha256_of(start.path)[:16]}{resized})"
 
 
 def _zero_shot_provenance(start: InitialWeights, templates: Sequence[str]) -> str:
@@ -407,6 +401,6 @@ def _zero_shot_provenance(start: InitialWeights, templates: Sequence[str]) -> st
 
     digest = hashlib.sha256("\n".join(templates).encode()).hexdigest()[:16]
     return (
-        f"{_origin(start)}; zero-shot head, {len(templates)} templates (sha256 {digest}), by open_clip "
+        f"{origin_of(start)}; zero-shot head, {len(templates)} templates (sha256 {digest}), by open_clip "
         f"{open_clip.__version__}"
     )

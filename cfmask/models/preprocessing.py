@@ -72,11 +72,11 @@ def flags_statement(mean: Sequence[float] | None, std: Sequence[float] | None) -
     return [Statement("--mean and --std", checked_values("--mean and --std", mean, std))]
 
 
-def config_statement(source: str, preprocess: Any, image_size: int) -> list[Statement]:
+def config_statement(source: str, preprocess: Any, image_size: int | None) -> list[Statement]:
     """The statement of a ``preprocess_cfg``, or of open_clip's configuration of a tag; empty if it has no mean.
 
     Args:
-        image_size: side of the model's images.
+        image_size: side of the model's images; None if the weights may have been trained on another.
 
     Raises:
         UserError: it states another resize than ``data.images.crop``, or is invalid.
@@ -87,7 +87,7 @@ def config_statement(source: str, preprocess: Any, image_size: int) -> list[Stat
         raise UserError(f"{source}: preprocess_cfg is {preprocess!r}, not an object with mean and std.")
     check_resize(source, preprocess)
     size = preprocess.get("size")
-    if size is not None and size not in (image_size, [image_size] * 2, (image_size, image_size)):
+    if None not in (size, image_size) and size not in (image_size, [image_size] * 2, (image_size, image_size)):
         raise UserError(
             f"{source}: preprocess_cfg has the size {size}, and the model takes images of {image_size} × {image_size} "
             "pixels (vision_cfg.image_size). Correct the one that is wrong."
@@ -163,7 +163,7 @@ def resolve(statements: Sequence[Statement], what: str) -> Preprocessing | None:
     return statements[0].preprocessing if statements else None
 
 
-def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: int) -> Preprocessing | None:
+def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: int | None) -> Preprocessing | None:
     """The preprocessing on which open_clip's pretrained tags of a model agree.
 
     Args:

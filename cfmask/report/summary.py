@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from cfmask.data.shards import find_set, manifest_if_there
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, short_names
@@ -15,27 +16,32 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.files import write_atomically
 
 
-def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> None:
+def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> list[Path]:
     """Print the table of an evaluation, and write it and charts beside its results. Without sets, do nothing.
 
     Args:
         names: of the models; models of one name are seeds of one row. By default, as in results.json.
+
+    Returns:
+        The charts.
     """
     results = read_results(run.root)
     if not results.sets:
-        return
-    rows, note = rows_of(results.models, names), _note(results, names)
+        return []
+    rows, note = rows_of(results.models, names), note_of(results, names)
     text = markdown_table(rows, results.split, note=note)
     print(text)
     write_atomically(run.root / "table.md", f"# {title}\n\n{text}\n")
     write_atomically(run.root / "table.tex", latex_table(rows, results.split, note=note) + "\n")
-    bar_chart(rows, run.root / "bars.png", results.split)
+    bars, reliability = run.root / "bars.png", run.root / "reliability.png"
+    bar_chart(rows, bars, results.split)
     called = [replace(model, name=name) for model, name in zip(results.models, names, strict=False)]
-    reliability_chart(called or results.models, run.root / "reliability.png", results.split)
+    reliability_chart(called or results.models, reliability, results.split)
     print(f"\n{run.root}: results.json, table.md, table.tex, bars.png, reliability.png")
+    return [bars, reliability]
 
 
-def _note(results: Results, names: Sequence[str]) -> str:
+def note_of(results: Results, names: Sequence[str]) -> str:
     """Sentences that say which sets have chosen the models."""
     files = [origin.file for origin in results.origins]
     called = names if len(names) == len(files) else short_names(files)

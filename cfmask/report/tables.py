@@ -1,4 +1,4 @@
-"""Tables of results in Markdown and LaTeX, alone and beside published numbers."""
+"""Tables of results in Markdown, LaTeX and HTML, alone and beside published numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from cfmask.data.benchmarks import SHIFTED
 from cfmask.errors import UserError
+from cfmask.report import page
 from cfmask.report.results import AVERAGE, LABELS, Estimate, ResultRow, Split
 
 _ROUNDING = 0.05
@@ -94,6 +95,7 @@ class _Notation:
 
 _MARKDOWN = _Notation(" ± ", "({}–{})", "**{}**", "–")
 _LATEX = _Notation(r" $\pm$ ", r"{{\scriptsize [{}, {}]}}", r"\textbf{{{}}}", "--")
+_HTML = _Notation(" ± ", '<span class="interval">({}–{})</span>', "<b>{}</b>", "–")
 
 
 def differences(
@@ -168,21 +170,51 @@ def comparison(
         UserError: no row, or none with a set.
     """
     split = checked_split(rows, split)
+    lines = [[markdown_text(name), *line] for name, line in _compared(rows, published, split, _MARKDOWN)]
+    header = table(["top-1 %", *map(markdown_text, split.columns)], lines)
+    return f"{header}\n\n" + _note(rows, split, note, _RULE)
+
+
+def html_table(
+    rows: Sequence[ResultRow],
+    split: Split | None = None,
+    *,
+    published: Mapping[str, Mapping[str, float | None]] | None = None,
+    note: str = "",
+) -> page.Html:
+    """The same as ``markdown_table`` or, with ``published``, as ``comparison``, as blocks of a page."""
+    split = checked_split(rows, split)
+    if published:
+        caption, rule = "Top-1 in percent, beside the published numbers", _RULE
+        lines = _compared(rows, published, split, _HTML)
+    else:
+        caption, rule = "Top-1 in percent; the best of each column is bold", ""
+        lines = [(row.name, line) for row, line in zip(rows, _cells(rows, split, _HTML), strict=True)]
+    cells = [[name, *map(page.Html, line)] for name, line in lines]
+    shown = page.table(caption, ["", *split.columns], cells, lines_per_row=3 if published else 1)
+    return page.joined([shown, page.paragraph(_note(rows, split, note, rule), note=True)])
+
+
+_RULE = (
+    "▲ ▼: above or below the published number by more than the noise. ≈: within the noise, which is half of our "
+    f"95 % interval + {_ROUNDING} for the rounding of published numbers. The interval is over draws of the test "
+    "set and, with several seeds, of seeds: sqrt(h² + (t·sd/√n)²), with h half of the test set's interval and "
+    "Student's t. The unknown noise of the published numbers is not included."
+)
+
+
+def _compared(
+    rows: Sequence[ResultRow], published: Mapping[str, Mapping[str, float | None]], split: Split, notation: _Notation
+) -> list[tuple[str, list[str]]]:
+    """Heading and cells of the lines of a comparison: three for each row."""
     labels, lines = list(split.columns), []
     for row in rows:
         ours, known = row.estimates(split), published.get(row.name, {})
         found = differences(row, known, split)
-        lines.append([markdown_text(row.name), *(_MARKDOWN.cell(ours.get(label)) for label in labels)])
-        lines.append(["published", *(f"{found[i].published:.1f}" if i in found else "–" for i in labels)])
-        lines.append(["difference", *(str(found.get(label, "–")) for label in labels)])
-    rule = (
-        "▲ ▼: above or below the published number by more than the noise. ≈: within the noise, which is half of our "
-        f"95 % interval + {_ROUNDING} for the rounding of published numbers. The interval is over draws of the test "
-        "set and, with several seeds, of seeds: sqrt(h² + (t·sd/√n)²), with h half of the test set's interval and "
-        "Student's t. The unknown noise of the published numbers is not included."
-    )
-    header = table(["top-1 %", *map(markdown_text, labels)], lines)
-    return f"{header}\n\n" + _note(rows, split, note, rule)
+        lines.append((row.name, [notation.cell(ours.get(label)) for label in labels]))
+        lines.append(("published", [f"{found[i].published:.1f}" if i in found else "–" for i in labels]))
+        lines.append(("difference", [str(found.get(label, "–")) for label in labels]))
+    return lines
 
 
 def latex_text(text: str) -> str:

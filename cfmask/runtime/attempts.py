@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ from cfmask.runtime.files import write_atomically
 from cfmask.runtime.jsonl import JsonLines, read_lines, read_object
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A recorded start, and its end."""
+
+    facts: dict[str, Any]
+    """Its line of attempts.jsonl."""
+    reached: int | None = None
+    """The last step that it logged; None: unknown."""
+    why_ended: str | None = None
+    """None: it has not ended, or has not recorded why."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ class AttemptLog:
 
     def lines(self) -> list[dict[str, Any]]:
         return read_lines(self.path)
+
+    def starts(self) -> list[Start]:
+        """All recorded starts, in order."""
+        return starts_of(self.lines(), self.ended())
 
     def begin(self, *, reached: int | None = None, **facts: Any) -> JsonLines:
         """Append a start, with the end of the previous one.
@@ -87,8 +104,8 @@ class AttemptLog:
         if found is None or not {"why", "ended"} <= found.keys():
             return None
         # A start that was killed between the two writes of ``begin`` leaves the end of the one before.
-        attempts = len(self.lines())
-        return found if found.get("attempt", attempts) >= attempts else None
+        attempts, attempt = len(self.lines()), found.get("attempt")
+        return None if isinstance(attempt, int) and attempt < attempts else found
 
     def begun_by(self, job: str) -> bool:
         """Whether the latest recorded start is this one.
@@ -140,3 +157,11 @@ def _job_of(line: dict[str, Any]) -> str:
 def now() -> str:
     """Local time, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def starts_of(lines: Sequence[dict[str, Any]], ended: Mapping[str, Any] | None) -> list[Start]:
+    """Starts from the lines of attempts.jsonl and the content of ended.json: each line also says how the start before
+    it has ended."""
+    ends = [(line.get("last_reached"), line.get("why_last_ended")) for line in lines[1:]]
+    ends.append((None, str(ended["why"]) if ended else None))
+    return [Start(line, *end) for line, end in zip(lines, ends, strict=False)]

@@ -1,16 +1,19 @@
-"""Exit status and error messages of commands."""
+"""Exit status, error messages and argument parser of commands."""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.runtime.logging import log_to_terminal
 from cfmask.runtime.output import escape_unencodable_output
+from cfmask.secrets import mask_secrets
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -46,3 +49,68 @@ def _check_checkout(command: Path) -> None:
             f"{command} is of another checkout than the installed cfmask, {installed}. Run `pip install -e {own}`, or "
             f"set PYTHONPATH={own}."
         )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, ``error: …``, with exit status 2, and suggest what a misspelt flag or choice
+    may have meant. Flags cannot be abbreviated: an abbreviation breaks when another flag is added. The description
+    keeps its line breaks.
+
+    Args:
+        see_also: Flags that the command takes in addition to those of this parser; they are suggested, too.
+    """
+
+    def __init__(self, description: str | None = None, *, see_also: Iterable[str] = (), **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **settings)
+        self._see_also = tuple(see_also)
+
+    @property
+    def flags(self) -> list[str]:
+        return [flag for flag in self._option_string_actions if flag.startswith("--")]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        words = sys.argv[1:] if args is None else list(args)
+        self._refuse_unknown_flags(words)  # first, because a misspelt flag that is required would count as missing
+        parsed, rest = self.parse_known_args(words, namespace)
+        if rest:
+            self.error(f"Unexpected on the command line: {' '.join(rest)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        if missing := re.fullmatch(r"the following arguments are required: (.*)", message, re.DOTALL):
+            message = f"Missing: {missing[1]}. `{self.prog} --help` lists all flags."
+        self.exit(2, f"error: {mask_secrets(message)}\n")
+
+    def _refuse_unknown_flags(self, words: Sequence[str]) -> None:
+        if {"-h", "--help"} & set(words):
+            return
+        parser, unknown = self, list[str]()
+        for word in words:
+            if word == "--":
+                break
+            flag = word.partition("=")[0]
+            if parser._looks_like_a_flag(word) and flag not in parser._option_string_actions:
+                unknown.append(f"There is no flag {flag}.{did_you_mean(flag, [*parser.flags, *parser._see_also])}")
+            parser = parser._commands().get(word, parser)
+        if unknown:
+            parser.error(" ".join(unknown))
+
+    def _looks_like_a_flag(self, word: str) -> bool:
+        """By argparse's own rules: numbers, and words with spaces, are values."""
+        return word.startswith("-") and word != "-" and " " not in word and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
+
+    def _commands(self) -> dict[str, CommandParser]:
+        actions = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return {name: parser for action in actions for name, parser in action.choices.items()}
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        flag = "/".join(action.option_strings) or str(action.metavar or action.dest)
+        what = "command" if isinstance(action, argparse._SubParsersAction) else f"value of {flag}"
+        near = did_you_mean(str(value), known)
+        all_of_them = f" Choose from {', '.join(known)}."
+        raise argparse.ArgumentError(None, f"Unknown {what}: {str(value)!r}.{near or all_of_them}")

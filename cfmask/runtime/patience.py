@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from cfmask.errors import UserError
@@ -18,6 +20,7 @@ PATIENCE_VARIABLE = "CFMASK_READ_PATIENCE"
 """Environment variable: seconds for which a failing read is retried."""
 _PATIENCE_S = 60.0
 _LONGEST_WAIT_S = 5.0
+_impatient: ContextVar[bool] = ContextVar("_impatient", default=False)
 
 
 class StorageUnavailable(UserError):
@@ -26,7 +29,19 @@ class StorageUnavailable(UserError):
 
 def read_patience_s() -> float:
     """Seconds for which a failing read is retried: $CFMASK_READ_PATIENCE, or 60."""
+    if _impatient.get():
+        return 0.0
     return float(os.environ.get(PATIENCE_VARIABLE) or _PATIENCE_S)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Do not retry reads, because a user waits for the answer, and a file that cannot be read is part of it."""
+    before = _impatient.set(True)
+    try:
+        yield
+    finally:
+        _impatient.reset(before)
 
 
 def patiently(read: Callable[[], T], what: str, *, patience_s: float | None = None) -> T:

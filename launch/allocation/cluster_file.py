@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import subprocess
@@ -27,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from launch.allocation.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS, FileType
 
 VARIABLE = "CFMASK_CLUSTER"
@@ -97,8 +96,8 @@ def find_cluster_file(given: Path | None) -> Path | None:
     return path
 
 
-def load_cluster_file(given: Path | None) -> ClusterFile:
-    """The content of the file that ``find_cluster_file`` finds; prints its path.
+def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile:
+    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``.
 
     Raises:
         UserError: The file cannot be used.
@@ -106,7 +105,8 @@ def load_cluster_file(given: Path | None) -> ClusterFile:
     path = find_cluster_file(given)
     if path is None:
         return ClusterFile()
-    print(f"cluster file: {path}", file=sys.stderr)
+    if not quiet:
+        print(f"cluster file: {path}", file=sys.stderr)
     return read_cluster_file(path)
 
 
@@ -185,9 +185,9 @@ def _check_keys(
 ) -> None:
     for key, value in content.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise refuse(f"there is no key {prefix}{key}.{hint} Choose from {', '.join(sorted(known))}.")
+            raise refuse(
+                f"there is no key {prefix}{key}.{did_you_mean(key, known)} Choose from {', '.join(sorted(known))}."
+            )
         if not _is_a(value, known[key]):
             raise refuse(f"{prefix}{key} has to be {known[key].name}; it is {value!r}.")
 

@@ -5,23 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from launch.allocation.nodes import chosen_partitions, fitting_nodes, nodes_of
 from launch.allocation.resolve import Allocation
 from launch.allocation.settings import PARTITION_TIME, UNLIMITED
 from launch.checks.findings import NOT_CHECKED, Finding, not_checked, ok, problem, warning
-from launch.slurm.texts import Qos, SlurmNode, gpus_of, seconds, version_of
+from launch.slurm.texts import Qos, SlurmNode, seconds, version_of
 
 ADMINISTRATOR = "slurm/administrator.md"
 _ENOUGH_REQUEUES = 100
 """More preemptions than a run of a few days has."""
 GRACE_S = 60
 """A sufficient grace time for a checkpoint on a busy shared file system; the advice is twice as long."""
-
-
-def chosen_partitions(partitions: Sequence[Mapping[str, str]], wanted: str | None) -> list[Mapping[str, str]]:
-    """The partitions that a job may go to: those named (Slurm takes a list), else the default."""
-    if wanted:
-        return [each for name in wanted.split(",") for each in partitions if each["PartitionName"] == name]
-    return [each for each in partitions if each.get("Default") == "YES"]
 
 
 def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None, time: int | str) -> list[Finding]:
@@ -68,31 +62,14 @@ def _check_time(partition: Mapping[str, str], time: int | str) -> Finding:
 
 def check_nodes(nodes: Sequence[SlurmNode], partitions: Iterable[str], allocation: Allocation) -> Finding:
     """Check that the partitions have enough working nodes of the requested size."""
-    a = allocation
-    cpus = a.tasks_per_node * a.cpus_per_task
-    gpus = f"{a.gpus_per_node} GPUs" + (f" ({a.gpu_type})" if a.gpu_type else "") if a.gpus_per_node else ""
-    wanted = " and ".join(filter(None, [gpus, f"{cpus} CPU{'s' if cpus > 1 else ''}"]))
-    own = list({node.name: node for node in nodes if node.partition in set(partitions)}.values())
+    own = nodes_of(nodes, partitions)
     if not own:
         return not_checked("nodes", "sinfo shows no node of the partition")
-    with_gpus = own
-    if a.gpus_from != "exclusive":  # of whole nodes, Slurm need not know the GPUs
-        with_gpus = [node for node in own if gpus_of(node.gres, a.gpu_type) >= a.gpus_per_node]
-    if len(with_gpus) < a.nodes:
-        kinds = "; ".join(sorted({node.gres for node in own}))
-        found = f"{len(with_gpus)} of {len(own)} nodes have {gpus}, and {a.nodes} are requested; they have {kinds}"
-        change = "another --partition, another type or number of GPUs (--gpus-per-node 0: train on CPUs), or --nodes"
-        return problem("nodes", found, change)
-    large = [node for node in with_gpus if node.cpus >= cpus]
-    found = f"{len(large)} of {len(own)} nodes have {wanted}; {a.nodes} requested"
-    if len(large) < a.nodes:
-        most = sorted((node.cpus for node in with_gpus), reverse=True)[a.nodes - 1]
-        each = most // a.tasks_per_node
-        fewer = f"--cpus-per-task {each}, or cpus_per_task = {each} in cluster.toml"
-        change = f"{fewer if each else f'--tasks-per-node {most}'}: {a.nodes} nodes have {most} CPUs or more"
+    large, found, change = fitting_nodes(own, allocation)
+    if change:
         return problem("nodes", found, change)
     working = [node for node in large if node.works]
-    if len(working) < a.nodes:
+    if len(working) < allocation.nodes:
         states = ", ".join(sorted({node.state for node in large if not node.works}))
         change = "wait for them or ask (sinfo -R shows why), or use another --partition"
         return problem("nodes", f"{found}, and only {len(working)} of them work ({states})", change)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from launch.allocation.nodes import chosen_partitions
 from launch.allocation.resolve import Allocation
 from launch.checks import cluster
 from launch.checks.findings import Finding, Findings, ok, problem
@@ -46,7 +47,7 @@ class Site:
     """The quality of service of a job, as far as it is known before submission."""
 
     def preemption(self, allocation: Allocation, qos: str | None) -> list[Finding]:
-        chosen = cluster.chosen_partitions(self.partitions, allocation.partition)
+        chosen = chosen_partitions(self.partitions, allocation.partition)
         return cluster.check_preemption(self.config, chosen, self.partitions, self.nodes, self.services, qos)
 
 
@@ -70,7 +71,7 @@ def ask_slurm(findings: Findings, allocation: Allocation) -> Site | None:
         services = site.read_qos(**_WAIT)
         qos = qos or site.read_default_qos(allocation.account, **_WAIT)
     answers = Site(config, partitions, nodes, services, qos)
-    chosen = [each["PartitionName"] for each in cluster.chosen_partitions(partitions, allocation.partition)]
+    chosen = [each["PartitionName"] for each in chosen_partitions(partitions, allocation.partition)]
     version = config.get("SLURM_VERSION", "of an unknown version")
     findings.add(ok("Slurm", f"{version}, cluster {config.get('ClusterName')}"))
     findings.add(*cluster.check_partition(partitions, allocation.partition, allocation.time))

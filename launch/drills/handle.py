@@ -6,7 +6,6 @@ drills proceed until step 20 is logged. So one process drives several runs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import shlex
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from cfmask.errors import UserError
 from cfmask.runs import RunFolder
+from cfmask.runtime.command import CommandParser
 from cfmask.runtime.jsonl import read_lines
 from launch.slurm.client import ask, show_job
 from launch.slurm.control import cancel, start_now
@@ -120,7 +120,7 @@ class RunHandle:
 
     def _submit(self, flags: Sequence[str]) -> None:
         before = len(submissions(self.folder))
-        parser = argparse.ArgumentParser("submit.py", allow_abbrev=False)
+        parser = CommandParser(prog="submit.py")
         training.add_submit_arguments(parser)
         errors = io.StringIO()
         command = f"`submit.py {shlex.join(flags)}`"

@@ -23,7 +23,6 @@ killed, only W&B knows which steps it has: then steps wait in log.jsonl until it
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import logging
@@ -43,7 +42,7 @@ from cfmask.log_lines import curves_of, top1_of
 from cfmask.presets import preset_of
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.runtime.command import exits_cleanly
+from cfmask.runtime.command import CommandParser, exits_cleanly
 from cfmask.runtime.files import sync, write_atomically
 from cfmask.runtime.jsonl import read_lines, read_object
 from cfmask.runtime.lock import PATIENCE_S, FolderLock, LockHeld
@@ -305,7 +304,7 @@ def _stdin_is_closed(seconds: float) -> bool:
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(UNTIL_EOF, action="store_true", help="send until standard input is closed, as in a job")
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("project", metavar="[ENTITY/]PROJECT")

@@ -88,3 +88,65 @@ def longest_chain(nodes: Mapping[str, PlanNode], cost: Mapping[str, float]) -> f
         before = max((ends[name] for name in node.after if name in ends), default=0.0)
         ends[node.name] = before + cost.get(node.name, 0.0)
     return max(ends.values(), default=0.0)
+
+
+# --- memory and disk --------------------------------------------------------------------------------------------------
+
+
+def parameters(config: Mapping[str, Any], classes: int) -> int:
+    """Number of parameters of an open_clip ViT's image tower and a linear head for this many classes."""
+    vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
+    width, layers, patch, dim = vision["width"], vision["layers"], patch_size_of(config), config["embed_dim"]
+    tokens = (image_size_of(config) // patch) ** 2 + 1
+    hidden = int(vision["mlp_ratio"] * width)
+    attention, mlp, norm = 4 * width * (width + 1), 2 * width * hidden + width + hidden, 2 * width
+    block = attention + mlp + 2 * norm
+    ends = 3 * patch**2 * width + (1 + tokens) * width + (1 if vision["no_ln_pre"] else 2) * norm + width * dim
+    return ends + layers * block + (dim + 1) * classes
+
+
+def gpu_memory(recipe: Recipe, config: Mapping[str, Any], classes: int, images: int) -> float:
+    """Bytes of a GPU that a training step needs.
+
+    Each parameter takes 16 bytes (weight, gradient, two moments), 2 more in bf16, and 4 for each frozen teacher. Each
+    image of a micro-batch takes 34 bytes (bf16) or 66 for each token, channel and block; with recomputed activations,
+    for two blocks, and the inputs of the others. This is within 10 % of what docs/benchmarks.md reports. DDP's buckets
+    (4 bytes for each parameter) and CUDA's own memory are not included.
+
+    Args:
+        images: of a micro-batch on this GPU.
+    """
+    vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
+    bf16 = recipe.run.precision == "bf16"
+    teachers = recipe.method.distils + (recipe.method.name == "wise-kd")
+    fixed = (16 + 2 * bf16 + 4 * teachers) * parameters(config, classes)
+    tokens = (image_size_of(config) // patch_size_of(config)) ** 2 + 1
+    layers = vision["layers"]
+    of_tokens = (34 if bf16 else 66) * layers
+    if recipe.run.activation_checkpointing:
+        of_tokens = (34 if bf16 else 66) * min(2, layers) + (2 if bf16 else 4) * layers
+    return fixed + images * of_tokens * tokens * vision["width"]
+
+
+def images_at_a_time(recipe: Recipe, world_size: int) -> tuple[int, int]:
+    """The smallest and the largest number of images of a micro-batch on one rank; they differ if --micro-batches auto
+    has yet to choose."""
+    optim = recipe.optim
+    share = optim.batch_size // world_size
+    if optim.is_open_for(world_size):
+        return optim.batch_size // optim.lanes, share
+    return share // optim.num_micro_batches, share // optim.num_micro_batches
+
+
+def disk(node: PlanNode, params: int) -> int:
+    """Bytes of a node's folder once it is finished, without logs: model files of 4 bytes for each parameter, and
+    checkpoints of 12 (with both moments)."""
+    work = node.work
+    if isinstance(work, Evaluation):
+        return 4 * params if work.make != Evaluation.make else 0
+    epochs = work.optim.total_epochs if work.run.keep_epochs else 0
+    best = 1 if work.run.best_on is not None and not work.run.keep_epochs else 0
+    # The last checkpoint is an epoch's end as well.
+    checkpoints = epochs + best + work.run.keep_checkpoints - (1 if epochs else 0)
+    models = 2 + (work.method.name == "wise-kd")
+    return (12 * checkpoints + 4 * models) * params

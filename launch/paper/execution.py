@@ -59,7 +59,7 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         if waits:  # those jobs have waited for --dependency already
             allocation = after_success(replace(allocation, dependency=None), [jobs[name] for name in waits])
         try:
-            for part in enqueue_all(planned, allocation, quiet=True):
+            for part in enqueue_all(planned, allocation):
                 for each, job in part:
                     name = each.run.root.name
                     jobs[name] = job.job_id

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_object
-from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, PlanNode, still_needed
+from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, PlanNode, ReproductionPlan, still_needed
 from launch.paper.reproduction import Reproduction
 from launch.slurm.queue import SlurmJob
-from launch.state.facts import jobs_in_queue, look_at
+from launch.state.facts import RunState, SlurmAnswers, jobs_in_queue, look_at
 from launch.state.status import ENDED, Status, status_of
-from launch.state.table import duration
+from launch.state.times import duration
 
 _POLL_S = 10
 
@@ -40,7 +40,15 @@ class NodeStatus:
 
 def read_statuses(reproduction: Reproduction) -> dict[str, NodeStatus]:
     """The status of each node by name, with one call of squeue."""
-    found, slurm = look_at([reproduction.folder(name) for name in reproduction.plan.nodes])
+    return statuses_of(reproduction, *look_at([reproduction.folder(name) for name in reproduction.plan.nodes]))
+
+
+def statuses_of(reproduction: Reproduction, found: Sequence[RunState], slurm: SlurmAnswers) -> dict[str, NodeStatus]:
+    """The status of each node by name.
+
+    Args:
+        found: of the nodes, in order.
+    """
     statuses: dict[str, NodeStatus] = {}
     for name, run_state in zip(reproduction.plan.nodes, found, strict=True):
         status, jobs = status_of(run_state, slurm), tuple(jobs_in_queue(run_state, slurm))
@@ -71,24 +79,42 @@ def node_state(status: Status, job: SlurmJob | None) -> str:
     return QUEUED
 
 
-def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
-    """The plan as a tree, with a line for each kind of job and the states of its jobs.
+@dataclass(frozen=True)
+class KindOfJob:
+    """The jobs of a plan that differ in their seeds only, and their place in the tree of jobs."""
+
+    branches: str
+    """The lines of the tree to the left of its name."""
+    nodes: tuple[PlanNode, ...]
+
+    @property
+    def title(self) -> str:
+        return self.nodes[0].kind + (f" × {len(self.nodes)}" if len(self.nodes) > 1 else "")
+
+    @property
+    def work(self) -> str:
+        """What one of the jobs does."""
+        return _describe_work(self.nodes[0])
+
+    def state(self, statuses: Mapping[str, NodeStatus]) -> str:
+        """The states of the jobs, in words."""
+        return _describe_states([statuses[node.name] for node in self.nodes])
+
+
+def kinds_of_jobs(plan: ReproductionPlan) -> list[KindOfJob]:
+    """The jobs of a plan as a tree, in the order of its lines.
 
     A kind is drawn below the last of the kinds that it waits for; the others are above that one.
     """
     kinds: dict[str, list[PlanNode]] = {}
-    for node in reproduction.plan.nodes.values():
+    for node in plan.nodes.values():
         kinds.setdefault(node.kind, []).append(node)
-    kind_of = {name: node.kind for name, node in reproduction.plan.nodes.items()}
+    kind_of = {name: node.kind for name, node in plan.nodes.items()}
     parent = {kind: kind_of[nodes[0].after[-1]] if nodes[0].after else None for kind, nodes in kinds.items()}
-    lines: list[tuple[str, str, str]] = []
+    lines: list[KindOfJob] = []
 
     def add(kind: str, first: str, rest: str) -> None:
-        nodes = kinds[kind]
-        title = kind + (f" × {len(nodes)}" if len(nodes) > 1 else "")
-        lines.append(
-            (first + title, _describe_work(nodes[0]), _describe_states([statuses[node.name] for node in nodes]))
-        )
+        lines.append(KindOfJob(first, tuple(kinds[kind])))
         children = [each for each in kinds if parent[each] == kind]
         for each in children:
             last = each == children[-1]
@@ -97,6 +123,12 @@ def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> 
     for kind in kinds:
         if parent[kind] is None:
             add(kind, "", "")
+    return lines
+
+
+def overview(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> str:
+    """The plan as a tree, with a line for each kind of job and the states of its jobs."""
+    lines = [(kind.branches + kind.title, kind.work, kind.state(statuses)) for kind in kinds_of_jobs(reproduction.plan)]
     widths = [max(len(line[i]) for line in lines) for i in (0, 1)]
     done = sum(each.state == DONE for each in statuses.values())
     table = "\n".join(f"{a.ljust(widths[0])}  {b.ljust(widths[1])}  {c}".rstrip() for a, b, c in lines)

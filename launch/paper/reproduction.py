@@ -6,15 +6,16 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cfmask.data.benchmarks import SHIFTED, VAL
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_set
 from cfmask.evaluation.model_origin import BEST, LAST
+from cfmask.evaluation.selection import HOLDOUT
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot
 from cfmask.models.head import ModelInfo, check_architecture, check_head, read_info
 from cfmask.models.initial import check_initial_model, initial_model, model_info
@@ -26,12 +27,10 @@ from cfmask.secrets import has_secrets
 from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import Allocation
 from launch.paper.holdout import check_holdout, settle_choice
+from launch.paper.materials import Materials, look_for, weights_to_do
 from launch.paper.plan import MISSING, ReproductionPlan, Setup, arrays, choose_rows, paper_plan, still_needed
 from launch.submission import training
 from launch.submission.claims import check_path
-
-if TYPE_CHECKING:
-    from cfmask.data.shards import Manifest
 
 ARCHITECTURES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 SETS = (VAL.name, *(benchmark.name for benchmark in SHIFTED))
@@ -52,6 +51,8 @@ class Reproduction:
     """The zero-shot model, whose architecture and classes all other models share."""
     allocation: Allocation
     """The resources of each job."""
+    materials: Materials
+    """The sets that jobs read; some may be missing for a dry run alone."""
     arch: str | None = None
     """The entry of ARCHITECTURES, if the model is one of OpenAI's."""
     foreign_soup: Path | None = None
@@ -61,12 +62,15 @@ class Reproduction:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, file: ClusterFile, allocation: Allocation) -> Reproduction:
-        """The plan that the flags of launch/reproduce.py describe.
+        """The plan that the flags of launch/reproduce.py describe. With --dry-run, sets of the paper and weights may be
+        missing.
 
         Raises:
             UserError: flags, sets or model contradict each other.
         """
         model_name = vars(arguments)["model.name"]
+        if arguments.dry_run and not training.recipe_of(arguments, file, None).data.shards:
+            setattr(arguments, "data.shards", "shards")
         folder = (arguments.out or Path("reproductions") / Path(model_name).stem).resolve()
         checkpoint = settle_choice(arguments, file, read_object(folder / "plan.json"))
         base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
@@ -95,8 +99,16 @@ class Reproduction:
             soup=folder / "soup.safetensors" if foreign else given,
             checkpoint=checkpoint,
         )
-        classes = training.load_set(base.data.shards, arguments.sets[0]).classes
-        model = base.model
+        words = choose_rows(arguments.rows, setup)
+        plan = paper_plan(words, setup)
+        of_training = (base.data.train_split, *base.data.eval_sets) if plan.trains else ()
+        materials = look_for(
+            base.data.shards,
+            (*arguments.sets, *of_training),
+            (base.run.best_on or HOLDOUT) if plan.trains and not arguments.without_holdout else None,
+            may_be_missing=arguments.dry_run,
+        )
+        classes, model = materials.classes, base.model
         own = read_info(model.pretrained) if Path(model.pretrained).is_file() else None
         start = replace(
             own or model_info(model.name, model.pretrained, mean=model.mean, std=model.std),
@@ -104,32 +116,33 @@ class Reproduction:
             classes=tuple(wnid for wnid, _ in classes),
             class_names=tuple(display for _, display in classes),
         )
-        plan = paper_plan(choose_rows(arguments.rows, setup), setup)
         together = arrays(plan.nodes.values(), dict.fromkeys(plan.nodes, MISSING))
         if arguments.array_parallelism and all(len(array) == 1 for array in together):
             raise UserError("--array-parallelism would do nothing: no two jobs of this plan wait for the same jobs.")
-        selection = check_holdout(
-            base,
-            arguments.sets,
-            trains=plan.trains,
-            without=arguments.without_holdout,
-            allow_count_mismatch=arguments.allow_count_mismatch,
-            select_on_test_set=arguments.select_on_test_set,
-        )
+        if plan.trains and materials.missing.keys() & {base.data.train_split, materials.held_out}:
+            selection = materials.selection(base.data.train_split)
+        else:
+            selection = check_holdout(
+                base,
+                arguments.sets,
+                trains=plan.trains,
+                without=arguments.without_holdout,
+                allow_count_mismatch=arguments.allow_count_mismatch,
+                select_on_test_set=arguments.select_on_test_set,
+            )
         if plan.trains:
             which = f"best on {base.run.best_on}" if checkpoint == BEST else "last"
             selection += f" Rows are of each run's checkpoint that is {which}."
-        return cls(plan, setup, base, start, allocation, arguments.arch, foreign, selection)
+        return cls(plan, setup, base, start, allocation, materials, arguments.arch, foreign, selection)
 
     def folder(self, name: str) -> RunFolder:
         return RunFolder(self.setup.folder / name)
 
-    @property
-    def sets(self) -> dict[str, Manifest]:
-        """The manifests of all sets that jobs read, by name."""
-        of_training = (self.base.data.train_split, *self.base.data.eval_sets) if self.plan.trains else ()
-        names = (*self.setup.evaluation.sets, *of_training)
-        return {name: training.load_set(self.base.data.shards, name) for name in names}
+    def to_do(self) -> list[str]:
+        """The commands that make the missing sets and get the missing weights."""
+        made = self.folder("zero-shot").final.exists()
+        weights = [] if made else weights_to_do(self.base.model, self.arch)
+        return weights + self.materials.to_do()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -142,17 +155,21 @@ class Reproduction:
             "checkpoint": self.setup.checkpoint,
         }
 
-    def check(self, states: Mapping[str, str]) -> None:
+    def check(self, states: Mapping[str, str], to_do: Sequence[str] = ()) -> None:
         """Check everything that can be checked before the first job is queued, also models that jobs have yet to write.
 
         Args:
             states: of the nodes by name.
+            to_do: what is missing, of a dry run. What depends on it is not checked.
 
         Raises:
             UserError: the folder holds another plan, or sets, models, recipes or ranks contradict each other.
         """
         self._check_folder()
-        sets = self.sets
+        if to_do:
+            self._check_without_materials(states)
+            return
+        sets = self.materials.there
         first = self.base.data.train_split if self.plan.trains else self.setup.evaluation.sets[0]
         coming = {
             str(self.setup.model(node.name)): self.start
@@ -181,6 +198,15 @@ class Reproduction:
             assert info is not None
             check_head(self.setup.soup, self.start.classes)
             check_architecture(info, self.start, str(self.setup.soup))
+
+    def _check_without_materials(self, states: Mapping[str, str]) -> None:
+        """What can be checked while sets or weights are missing."""
+        for manifest in self.materials.there.values():
+            check_set(manifest, allow_count_mismatch=self.setup.evaluation.allow_count_mismatch)
+        for node in still_needed(self.plan, states):
+            if isinstance(node.work, Recipe):
+                training.check_ranks(node.work, self.allocation)
+            node.work.checked()
 
     def _check_start(self) -> None:
         # Here and not only in the job: compute nodes often have no network.

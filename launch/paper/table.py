@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
@@ -14,53 +16,103 @@ from cfmask.secrets import mask_secrets
 from launch.paper.plan import HEADLINE, LABELS
 from launch.paper.reproduction import Reproduction
 
+if TYPE_CHECKING:  # scipy takes a second to import, and a command that only submits jobs does not need it
+    from cfmask.report.results import ResultRow, Split
 
-def write_table(reproduction: Reproduction) -> None:
-    """Write the rows that have results, beside the published numbers, to table.md, table.tex, results.json and charts
-    in the plan's folder, and print the table."""
-    # Imported here, because a command that only submits jobs needs neither scipy nor matplotlib.
-    from cfmask.report import charts, results, tables
 
-    folder = reproduction.setup.folder
-    rows, found, missing = [], {}, []
+@dataclass(frozen=True)
+class PaperTable:
+    """The rows of a plan, as far as they have results."""
+
+    rows: tuple[ResultRow, ...]
+    """In the plan's order; a row without results is a line of dashes."""
+    split: Split
+    seeds_done: Mapping[str, int]
+    """By the row's word."""
+    origins: Mapping[str, list[ModelOrigin]]
+    """Origins of the evaluated checkpoints by the row's word."""
+    published: Mapping[str, Any]
+    """By the row's label; empty for another model than the paper's."""
+    missing: tuple[str, ...]
+    """The rows that are not complete, in words."""
+
+    @property
+    def note(self) -> str:
+        """Sentences below the table."""
+        checkpoints = checkpoint_note({LABELS[word]: of_row for word, of_row in self.origins.items()})
+        missing = f"Missing: {'; '.join(self.missing)}." if self.missing else ""
+        return " ".join(filter(None, (checkpoints, missing)))
+
+
+def read_table(reproduction: Reproduction) -> PaperTable | None:
+    """The rows so far; None if none has a result."""
+    from cfmask.report import results, tables
+
+    rows, done, missing = [], {}, []
     origins: dict[str, list[ModelOrigin]] = {}
     for row in reproduction.plan.rows:
-        done = [name for name in row.found_in if reproduction.folder(name).results.exists()]
+        there = [name for name in row.found_in if reproduction.folder(name).results.exists()]
         models = []
-        for name in done:
-            evaluated = results.read_results(folder / name)
+        for name in there:
+            evaluated = results.read_results(reproduction.folder(name).root)
             origins.setdefault(row.word, []).extend(origin for origin in evaluated.origins if origin.run is not None)
             models.append(evaluated.models[evaluated.chosen or 0])
-        if len(done) < len(row.found_in):
-            missing.append(row.label + (f" ({len(done)} of {len(row.found_in)} seeds done)" if done else ""))
-        # A row without models is a line of dashes.
+        if len(there) < len(row.found_in):
+            missing.append(row.label + (f" ({len(there)} of {len(row.found_in)} seeds done)" if there else ""))
         rows.append(results.ResultRow(row.label, tuple(models) or (results.ModelResult(row.label, {}),)))
-        found[row.word] = len(done)
-    if not any(found.values()):
-        print("No row of the table has results yet.")
-        return
+        done[row.word] = len(there)
+    if not any(done.values()):
+        return None
     home, *shifted = reproduction.setup.evaluation.sets
-    split = results.Split(home, tuple(shifted))
     published = published_rows(tables.PUBLISHED.get(reproduction.arch or "", {}))
-    note = checkpoint_note({LABELS[word]: of_row for word, of_row in origins.items()})
-    if published:
-        table = tables.comparison(rows, published, split, note=note)
+    return PaperTable(tuple(rows), results.Split(home, tuple(shifted)), done, origins, published, tuple(missing))
+
+
+def write_table(reproduction: Reproduction, found: PaperTable) -> list[Path]:
+    """Write the rows, beside the published numbers, to table.md, table.tex, results.json and charts in the plan's
+    folder, and print the table.
+
+    Returns:
+        The charts.
+    """
+    from cfmask.report import charts, tables
+
+    folder, rows, split = reproduction.setup.folder, found.rows, found.split
+    if found.published:
+        table = tables.comparison(rows, found.published, split, note=found.note)
     else:
-        table = tables.markdown_table(rows, split, note=note)
-    if missing:
-        table += f"\n\nMissing: {'; '.join(missing)}."
+        table = tables.markdown_table(rows, split, note=found.note)
     write_atomically(folder / "table.md", table + "\n")
-    write_atomically(folder / "table.tex", tables.latex_table(rows, split, note=note) + "\n")
+    write_atomically(folder / "table.tex", tables.latex_table(rows, split, note=found.note) + "\n")
+    results = {"plan": reproduction.identity, "rows": _numbers(reproduction, found)}
+    write_atomically(folder / "results.json", mask_secrets(json.dumps(results, indent=2)))
+    there = [row for row in rows if row.sets]
+    written = [folder / "bars.png"]
+    charts.bar_chart(there, written[0], split)
+    line = [LABELS[word] for word in ("zero-shot", "ft") if found.seeds_done.get(word)]
+    if len(line) == 2 and split.shifted:
+        with contextlib.suppress(UserError):  # equal accuracy in distribution: no line through the two
+            charts.effective_robustness(there, line, folder / "effective_robustness.png", split)
+            written.append(folder / "effective_robustness.png")
+    names = ["table.md", "table.tex", "results.json", *(path.name for path in written)]
+    print(f"\n{table}\n\n{folder}: {', '.join(names)}")
+    return written
+
+
+def _numbers(reproduction: Reproduction, found: PaperTable) -> list[dict[str, Any]]:
+    """``rows`` of results.json."""
+    from cfmask.report.tables import differences
+
     numbers = []
-    for row, shown in zip(reproduction.plan.rows, rows, strict=True):
-        different = tables.differences(shown, published.get(row.label, {}), split)
+    for row, shown in zip(reproduction.plan.rows, found.rows, strict=True):
+        different = differences(shown, found.published.get(row.label, {}), found.split)
         numbers.append(
             {
                 "row": row.word,
                 "label": row.label,
-                "seeds": found[row.word],
+                "seeds": found.seeds_done[row.word],
                 "of": len(row.found_in),
-                "checkpoints": [origin.to_json() for origin in origins.get(row.word, [])],
+                "checkpoints": [origin.to_json() for origin in found.origins.get(row.word, [])],
                 "top1": {
                     label: {"value": e.value, "low": e.low, "high": e.high, "sd": e.sd, "noise": e.noise}
                     | (
@@ -68,22 +120,11 @@ def write_table(reproduction: Reproduction) -> None:
                         if (d := different.get(label))
                         else {}
                     )
-                    for label, e in shown.estimates(split).items()
+                    for label, e in shown.estimates(found.split).items()
                 },
             }
         )
-    write_atomically(
-        folder / "results.json", mask_secrets(json.dumps({"plan": reproduction.identity, "rows": numbers}, indent=2))
-    )
-    there = [row for row in rows if row.sets]
-    charts.bar_chart(there, folder / "bars.png", split)
-    written = ["table.md", "table.tex", "results.json", "bars.png"]
-    line = [LABELS[word] for word in ("zero-shot", "ft") if found.get(word)]
-    if len(line) == 2 and shifted:
-        with contextlib.suppress(UserError):  # equal accuracy in distribution: no line through the two
-            charts.effective_robustness(there, line, folder / "effective_robustness.png", split)
-            written.append("effective_robustness.png")
-    print(f"\n{table}\n\n{folder}: {', '.join(written)}")
+    return numbers
 
 
 def published_rows(known: Mapping[str, Any]) -> dict[str, Any]:

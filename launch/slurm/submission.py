@@ -172,6 +172,8 @@ def _job_id(text: str) -> str | None:
 
 def _refusal(text: str) -> str:
     """sbatch's message, and a remedy if a setting is the cause."""
-    message = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.strip().splitlines())
+    message = "; ".join(
+        re.sub(r"^(sbatch: )?(error: |allocation failure: )?", "", line) for line in text.strip().splitlines()
+    )
     remedy = next((remedy for part, remedy in _REMEDIES if re.search(part, message, re.IGNORECASE)), None)
     return f"Slurm does not take the job: {message}" + (f". {remedy}" if remedy else "")

@@ -8,18 +8,23 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cfmask.checkpoint.best import EpochEnd, best_epoch_end
 from cfmask.errors import UserError
+from cfmask.evaluation_spec import Evaluation
+from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.lock import Owner
+from cfmask.runtime.patience import impatient
 from launch.slurm import queue as slurm_queue
 from launch.slurm.client import SlurmError
 from launch.slurm.queue import SacctRecord, SlurmJob
@@ -27,6 +32,7 @@ from launch.slurm.states import is_pending
 from launch.slurm.submission import submitted
 from launch.state import ends
 from launch.state.processes import is_controller
+from launch.state.progress import evaluations, progress_of
 
 T = TypeVar("T")
 
@@ -56,36 +62,48 @@ class Jobs:
     unconfirmed: batch scripts that Slurm may or may not have accepted.
     controller: pid of the controller of a local job on this machine.
     any: whether any job was submitted.
+    last_submitted: seconds since the epoch of the latest submission.
     """
 
     slurm: tuple[str, ...] = ()
     unconfirmed: tuple[Path, ...] = ()
     controller: int | None = None
     any: bool = False
+    last_submitted: float | None = None
 
 
 @dataclass(frozen=True)
 class RunState:
     """What a run folder says.
 
+    work: its recipe or evaluation; None if that cannot be read.
+    created: seconds since the epoch at which the folder got its recipe; 0 if it has none.
+    readable: whether the folder can be read at all.
     finished: whether it has its results.
     cancelled: who cancelled it, and when.
     attempts: lines of attempts.jsonl, one for each start.
     ended: why and when the latest start ended, if it has recorded that.
     owner: the process that trains, if it is alive.
     last: the last line of log.jsonl with a rate.
+    eta_s: seconds to the end at the mean rate of the steps of the latest start; None before its first ones.
     saved_step: of the newest checkpoint.
+    ends: evaluations at the ends of epochs (``progress.evaluations``).
     notes: what could not be read.
     """
 
     run: RunFolder
+    work: Recipe | Evaluation | None
+    created: float
+    readable: bool
     finished: bool
     cancelled: dict[str, Any] | None
     attempts: list[dict[str, Any]]
     ended: dict[str, Any] | None
     owner: Owner | None
     last: dict[str, Any]
+    eta_s: float | None
     saved_step: int
+    ends: list[EpochEnd]
     jobs: Jobs
     notes: tuple[str, ...]
 
@@ -94,6 +112,25 @@ class RunState:
         step = max(self.last.get("step", 0), self.saved_step)
         began = any(isinstance(attempt.get("from_step"), int) for attempt in self.attempts)
         return step if step or began else None
+
+    @property
+    def best(self) -> tuple[str, EpochEnd] | None:
+        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation. Of an
+        evaluation: its first set (or val), and its result."""
+        if isinstance(self.work, Recipe):
+            on, sets, probing = self.work.run.best_on, self.work.data.eval_sets, self.work.optim.probe_epochs or 0
+        elif self.work is not None:
+            on, sets, probing = None, self.work.sets, -1
+        else:
+            return None
+        on = on or ("val" if "val" in sets else next(iter(sets), ""))
+        end = best_epoch_end(self.ends, on, probing)
+        return (on, end) if end else None
+
+    @property
+    def submitted(self) -> float:
+        """When the run was last submitted, or its folder created, in seconds since the epoch."""
+        return self.jobs.last_submitted or self.created
 
     @property
     def last_job(self) -> str | None:
@@ -130,7 +167,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             if _is_run(path):
                 found = [path]
             else:
-                found = sorted(child for child in path.iterdir() if child.is_dir() and _is_run(child))
+                found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
         except OSError as error:
             hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
@@ -142,8 +179,31 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     return runs
 
 
+def matching(runs: Sequence[RunFolder], pattern: str) -> list[RunFolder]:
+    """The runs whose names match a shell pattern; one without wildcards matches names that contain it.
+
+    Raises:
+        UserError: there is none.
+    """
+    whole = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    found = [run for run in runs if fnmatch.fnmatchcase(run.root.absolute().name, whole)]
+    if not found:
+        names = [run.root.absolute().name for run in runs]
+        few = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        raise UserError(f"--match {pattern}: no run has such a name. There are {few}.")
+    return found
+
+
 def _is_run(path: Path) -> bool:
     return any((path / mark).exists() for mark in _MARKS)
+
+
+def _may_be_run(path: Path) -> bool:
+    """Like ``_is_run``; a folder that cannot be read may be one, and its status says that it cannot be read."""
+    try:
+        return _is_run(path)
+    except OSError:
+        return True
 
 
 def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[RunState], SlurmAnswers]:
@@ -178,6 +238,11 @@ def _with_accepted(run_state: RunState) -> RunState:
 
 def read_state(run: RunFolder) -> RunState:
     """What a folder says. What cannot be read becomes a note."""
+    with impatient():
+        return _read_state(run)
+
+
+def _read_state(run: RunFolder) -> RunState:
     notes: list[str] = []
 
     def tried(read: Callable[[], T], otherwise: T) -> T:
@@ -187,37 +252,43 @@ def read_state(run: RunFolder) -> RunState:
             notes.append(" ".join(str(error).split()))
             return otherwise
 
-    def work() -> None:
-        run.work()
-
     def attempts() -> list[dict[str, Any]]:
         lines = read_lines(run.attempts)
         if run.attempts.exists() and len(lines) < _lines_in(run.attempts):
             notes.append(f"{run.attempts.name} has a torn line")
         return lines
 
-    def last() -> dict[str, Any]:
-        return ([line for line in read_lines(run.log, tail=1 << 16) if _whole(line)] or [{}])[-1]
-
     def owner() -> Owner | None:
         found = run.owner()
         return None if found is None or found.why_dead() else found
 
-    tried(work, None)
+    work = tried(run.work, None)
+    finished = tried(run.results.exists, None)
     starts: list[dict[str, Any]] = tried(attempts, [])
     jobs = tried(lambda: read_jobs(run, starts), Jobs())
+    nothing: tuple[dict[str, Any], float | None] = ({}, None)
+    last, eta_s = tried(lambda: progress_of(run, starts), nothing)
     return RunState(
         run=run,
-        finished=tried(run.results.exists, False),
+        work=work,
+        created=tried(lambda: max(_times(run.root / mark for mark in _MARKS[:2]), default=0.0), 0.0),
+        readable=finished is not None,
+        finished=bool(finished),
         cancelled=tried(run.cancelled, None),
         attempts=starts,
         ended=tried(run.ended, None),
         owner=tried(owner, None),
-        last=tried(last, {}),
+        last=last,
+        eta_s=eta_s,
         saved_step=tried(run.saved_step, 0),
+        ends=tried(lambda: evaluations(run, work, finished=bool(finished)), []),
         jobs=jobs,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _times(paths: Iterable[Path]) -> list[float]:
+    return [path.stat().st_mtime for path in paths if path.exists()]
 
 
 def _lines_in(path: Path) -> int:
@@ -258,6 +329,7 @@ def read_jobs(run: RunFolder, attempts: Sequence[dict[str, Any]] = ()) -> Jobs:
         unconfirmed=tuple(path for path in sent if not path.is_symlink()),  # accepted ones are links
         controller=next((pid for pid in local if is_controller(pid, folder)), None),
         any=bool(pickles or members),
+        last_submitted=max((*pickles.values(), *scripts.values(), *of_sweeps.values()), default=None),
     )
 
 
@@ -297,10 +369,6 @@ def accepted_jobs(run: RunFolder, jobs: Jobs, *, patience_s: float) -> list[str]
         for script in jobs.unconfirmed
         for job in submitted(script, patience_s=patience_s)
     ]
-
-
-def _whole(line: dict[str, Any]) -> bool:
-    return all(isinstance(line.get(name), int | float) for name in ("step", "total_steps", "samples_per_s", "eta_s"))
 
 
 def ask_queue(jobs: Sequence[str]) -> dict[str, SlurmJob] | None:

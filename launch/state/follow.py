@@ -8,17 +8,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.runtime.jsonl import read_lines
+from launch.state.bar import Progress, ProgressLine
 from launch.state.facts import look_at
 from launch.state.failure_reports import report_of, would_recur
 from launch.state.processes import kill, silence_output, wait_until_gone
+from launch.state.progress import progress_of
 from launch.state.status import ENDED, status_of
 from launch.state.table import latest_checkpoint
 
@@ -102,13 +102,15 @@ def _say(text: str) -> None:
 
 
 def follow_run(run: RunFolder) -> int:
-    """The same for any run, on Slurm or on this machine, across requeues until it has ended.
+    """The same for any run, on Slurm or on this machine, across requeues until it has ended. Of a run that has finished
+    before, the results alone are shown.
 
     Returns:
         0 if the run is finished, 1 if it failed or was cancelled, 130 after a Ctrl-C, which does not end the run.
     """
     try:
-        _watch(run, _states(run))
+        if not run.results.exists():
+            _watch(run, _states(run))
     except KeyboardInterrupt:
         print(f"The run continues. Its progress: {run.log}")
         return 130
@@ -128,42 +130,41 @@ def _states(run: RunFolder) -> Iterator[str]:
             return
         until = time.monotonic() + _LOOK_S
         while time.monotonic() < until:
-            yield "" if status.state == "running" else ", ".join(filter(None, [status.state, status.next_start]))
+            yield "" if status.state == "running" else status.in_words
 
 
 def _watch(run: RunFolder, states: Iterator[str]) -> None:
-    # In a file each update is a new line, so there are few.
-    pace = 0.5 if sys.stderr.isatty() else 15
-    unit = "step" if isinstance(run.work(), Recipe) else "image"
-    with tqdm(unit=unit, dynamic_ncols=True, desc="starting", mininterval=pace, miniters=0) as bar:
-        for state in states:
-            time.sleep(0.5)
-            _show(bar, run, state)
-        _show(bar, run, "")
+    """Show the progress until ``states`` ends."""
+    line, progress = ProgressLine(sys.stderr), Progress(run.root.name)
+    for state in states:
+        time.sleep(0.5)
+        with suppress(OSError):  # read again in a moment: an error would end this process, and the job with it
+            progress = _progress(run)
+        line.show(replace(progress, state=state or ("" if progress.step is not None else "starting")))
+    with suppress(OSError):
+        progress = _progress(run)
+    line.show(progress, final=True)
 
 
-def _show(bar: tqdm, run: RunFolder, state: str) -> None:
-    lines: list[dict[str, Any]] = []
-    with suppress(OSError):  # read again in a moment: an error would end this process, and the job with it
-        lines = [line for line in read_lines(run.log, tail=1 << 16) if "eta_s" in line]
-    if lines:
-        last = lines[-1]
-        bar.total = last["total_steps"]
-        bar.n = last["step"]
-        loss = f"loss {last['loss']:.3f}, " if "loss" in last else ""  # an evaluation or a skipped step has none
-        bar.set_postfix_str(f"{loss}{last['samples_per_s']:.0f} samples/s, ETA {last['eta_s']:.0f} s", refresh=False)
-    if lines or state:
-        bar.set_description(f"{run.root.name} ({state})" if state else run.root.name, refresh=False)
-    bar.update(0)  # updates the time
+def _progress(run: RunFolder) -> Progress:
+    last, eta_s = progress_of(run)
+    return Progress(
+        run.root.name,
+        step=last.get("step"),
+        total=last.get("total_steps"),
+        loss=last.get("loss"),  # an evaluation or a skipped step has none
+        samples_per_s=last.get("samples_per_s"),
+        eta_s=eta_s,
+    )
 
 
 def print_end(run: RunFolder, job: str, how_to_resume: str) -> int:
-    """Print the results of a run, or its error and how to resume it; the exit code."""
+    """Print that a run is finished and its results, or its error and how to resume it; the exit code."""
     if run.results.exists():
+        print(f"finished: {run.final if run.final.exists() else run.results}")
         if isinstance(run.work(), Recipe):
             for name, score in json.loads(run.results.read_text())["sets"].items():
                 print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
-        print(f"finished: {run.final if run.final.exists() else run.results}")
         return 0
     if cancelled := run.cancelled():
         print(f"The run was cancelled by {cancelled['by']}; {latest_checkpoint(run)}")

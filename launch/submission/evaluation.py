@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +22,14 @@ from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import mask_secrets
 from cfmask.tool_arguments import DATA_HELP
 from cfmask.urls import is_remote
-from launch.allocation.cluster_file import load_cluster_file
+from launch.allocation.cluster_file import find_cluster_file, load_cluster_file
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.allocation.settings import add_allocation_arguments, given_flags
 from launch.state.processes import ending_signals, silence_output
 from launch.submission.claims import check_path, take_folder
 from launch.submission.planning import PlannedJob, claim_run_folders, should_skip
-from launch.submission.submit import dry_run, start
+from launch.submission.submit import check_with_slurm, dry_run, start
+from launch.submission.summary import About, evaluation_lines
 
 _Kind = TypeVar("_Kind", bound=Evaluation)
 
@@ -90,7 +92,7 @@ def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
         return None
     if arguments.executor == "here":
         arguments.executor = "auto"
-    return resolve_allocation(arguments, load_cluster_file(arguments.cluster))
+    return resolve_allocation(arguments, load_cluster_file(arguments.cluster, quiet=True))
 
 
 def evaluation_of(
@@ -146,6 +148,7 @@ def carry_out(
     check_path(run.root)
     _drop_results_of_other_models(evaluation, run)
     planned = PlannedJob(run, evaluation)
+    about = About(lambda jobs: evaluation_lines(evaluation), find_cluster_file(arguments.cluster))
     if run.results.exists():
         run.claim(evaluation)
         run.tidy()
@@ -156,12 +159,13 @@ def carry_out(
         if allocation is None:
             print(f"Would run in this process, into {run.root}. Everything checked; nothing was run.")
             return 0, run
-        return dry_run([planned], allocation), run
+        return dry_run([planned], allocation, about), run
     if allocation is None:
         return _in_this_process(evaluation, run), run
     if should_skip(run, sweep=False):
         return 0, run
-    return start(claim_run_folders([planned]), allocation, follow=arguments.follow), run
+    about = replace(about, start=check_with_slurm([planned], allocation))
+    return start(claim_run_folders([planned]), allocation, about, follow=arguments.follow), run
 
 
 def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:

@@ -42,7 +42,11 @@ def should_skip(run: RunFolder, *, sweep: bool) -> bool:
     root = shlex.quote(str(run.root))
     if run.results.exists():
         run.tidy()
-        print(f"{run.root} is finished" + (": skipped" if sweep else f":\n{run.results.read_text()}"))
+        print(f"{run.root} is finished" + (": skipped" if sweep else ""))
+        if not sweep:
+            from launch.state.follow import print_end  # tqdm
+
+            print_end(run, "", "")
         return True
     if queued := queued_job(run):
         exists = f"Job {queued} already exists for {run.root}"

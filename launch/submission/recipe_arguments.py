@@ -9,7 +9,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cfmask.presets import PRESETS
+from cfmask.errors import did_you_mean
+from cfmask.presets import ALIASES, PRESETS, canonical_name
 from cfmask.recipe import Recipe
 
 
@@ -17,9 +18,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --preset and a flag for each setting. A setting without a flag keeps the preset's value."""
     parser.add_argument(
         "--preset",
+        type=preset_name,
         choices=sorted(PRESETS),
         metavar="ROW",
-        help="start from this row of the paper's tables; other flags change it. " + ", ".join(PRESETS),
+        help="start from this row of the paper's tables; other flags change it. "
+        + ", ".join(PRESETS)
+        + ". Other names "
+        "are accepted, such as object-mask for object-mask-single-fill, kd for kd-clean, fd for fd-clean",
     )
     for group in dataclasses.fields(Recipe):
         kind = type(group.default)
@@ -34,6 +39,28 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
                 help=setting.metadata["help"].replace("%", "%%") + shown,
                 **_parsing(hint, setting),
             )
+
+
+_NO_TRAINING = {
+    "zero-shot": "tools/evaluate.py evaluates the model that a run starts from (RUN/initial.safetensors)",
+    "wise-ft": "train with --preset ft, then mix its model with the zero-shot one: tools/wise_ft.py",
+    "soup": "train the ingredients, then average them: tools/soup.py",
+}
+"""Rows of the paper's tables that are not trained, with how to get them."""
+
+
+def preset_name(text: str) -> str:
+    """The name of a preset, for argparse."""
+    name = canonical_name(text)
+    for row, instead in _NO_TRAINING.items():
+        if name.lower().replace("_", "-") in (row, row.replace("-", "")):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not trained: {instead}. launch/reproduce.py --rows {row} does it all."
+            )
+    if name not in PRESETS:
+        near = did_you_mean(text, [*PRESETS, *ALIASES]) or f" Choose from {', '.join(PRESETS)}."
+        raise argparse.ArgumentTypeError(f"There is no preset {text!r}.{near}")
+    return name
 
 
 def recipe_from(arguments: argparse.Namespace) -> Recipe:

@@ -1,6 +1,7 @@
 """The sbatch file of a job, and the executors that submit it: to Slurm, or to this machine.
 
 #SBATCH …                 the allocation
+logged()                  a function for the script's own lines in the log
 (                         a subshell, so that nothing in the cluster file's setup (set -e, exit, a trap, exec) can skip
                           the last lines
   exit if done            in a job of a chain
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from cfmask.runtime.files import write_atomically
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
-from launch.restarts.batch_script_end import batch_script_end
+from launch.restarts.batch_script_end import LOGGED, batch_script_end
 from launch.restarts.chain import VARIABLE as CHAIN
 from launch.slurm.client import ignored_options
 
@@ -88,7 +89,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         ],
         "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
         # "" because the last line of a setup may end with a backslash
-        "setup": ["(", *_exit_if_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
+        "setup": [LOGGED, "(", *_exit_if_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
         "teardown": [*_AFTER_RANKS, ")", *_END, *batch_script_end(f"{jobs}/failures")],
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -119,7 +120,7 @@ def _exit_if_done(allocation: Allocation, jobs: str) -> list[str]:
     lines = []
     for mark, what in (("results.json", "finished"), ("cancelled.json", "cancelled")):
         lines.append(f"if [ -e {jobs}/../{mark} ]; then")
-        lines += [f'    echo "not started: the run is {what}"', f"    exit {_RANKS_ENDED_WELL}", "fi"]
+        lines += [f'    echo "not started: the run is {what}" | logged INFO', f"    exit {_RANKS_ENDED_WELL}", "fi"]
     return lines
 
 
@@ -141,12 +142,33 @@ _AFTER_RANKS = ("status=$?", f'if [ "$status" -eq 0 ]; then exit {_RANKS_ENDED_W
 _END = (
     "status=$?",
     'if [ "$status" -eq 0 ]; then',
-    '    echo "error: setup in the cluster file ended the batch script with exit 0 before its ranks were started."',
+    '    echo "setup in the cluster file ended the batch script with exit 0 before the ranks started" | logged ERROR',
     "    status=1",
     f'elif [ "$status" -eq {_RANKS_ENDED_WELL} ]; then',
     "    status=0",
     "fi",
 )
+
+
+def job_name(root: Path, others: int = 0) -> str:
+    """The name of a job in squeue, which begins with that of the run folder: squeue shows its first characters. Names
+    of arrays say how many ``others`` there are.
+
+    Only characters that Slurm and the shell leave alone are kept; accounting databases have room for 255 bytes.
+    """
+    name = re.sub(r"[^\w.+=@,-]+", "-", root.name, flags=re.ASCII)[:100].strip("-") or "cfmask"
+    return f"{name}+{others}" if others else name
+
+
+def name_member(link: str) -> str:
+    """A line of an array's batch script with which a member gets the name of its run when it starts. It neither waits
+    for Slurm nor fails with it.
+
+    Args:
+        link: Link to the run folder, quoted for the shell.
+    """
+    name, member = f'"$(basename "$(readlink {link})")"', "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    return f"timeout 60 scontrol update JobId={member} JobName={name} >/dev/null 2>&1 &"
 
 
 # --- environment and command of a rank --------------------------------------------------------------------------------
@@ -198,7 +220,7 @@ def slurm_executor(
         name: Name of the job.
         run: Folder with the job's code/ and jobs/, quoted for the shell.
         digest: The snapshot in code/ that the job runs.
-        logs: Beginning of the logs' paths, with sbatch's patterns (default: in ``folder``).
+        logs: For members of an array, whose ``run`` is a link: beginning of the logs' paths, with sbatch's patterns.
     """
     from launch.slurm.executor import SlurmExecutor
 
@@ -206,6 +228,7 @@ def slurm_executor(
     if logs:
         parameters["srun_args"].append(f"--output={logs}_%t_log.out")
         parameters["additional_parameters"]["output"] = f"{logs}_0_log.out"
+        parameters["setup"].insert(0, name_member(run))
     python = rank_command(allocation.python, f"{run}/code/{digest}")
     executor = SlurmExecutor(folder, max_num_timeout=1000, python=python)
     executor.update_parameters(**parameters)

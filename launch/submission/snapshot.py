@@ -53,7 +53,7 @@ def take(repository: Path, folder: Path) -> Snapshot:
     digest = digest_of(repository)
     final = folder / digest
     if (final / _INFO).exists() and digest_of(final) == digest:
-        return _read(final)
+        return read(final)
     mine = f"{digest}.{platform.node()}-{os.getpid()}"
     aside = folder / f".{mine}"
     shutil.rmtree(aside, ignore_errors=True)
@@ -70,7 +70,7 @@ def take(repository: Path, folder: Path) -> Snapshot:
         if not (final / _INFO).exists() or digest_of(final) != digest:
             raise
     sync(folder)
-    return _read(final)
+    return read(final)
 
 
 def _copy(repository: Path, aside: Path, digest: str) -> None:
@@ -88,7 +88,8 @@ def _copy(repository: Path, aside: Path, digest: str) -> None:
         sync(each)
 
 
-def _read(final: Path) -> Snapshot:
+def read(final: Path) -> Snapshot:
+    """A copy that has been taken before."""
     return Snapshot(final, json.loads((final / _INFO).read_text()))
 
 

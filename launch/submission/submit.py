@@ -24,20 +24,23 @@ from cfmask.secrets import mask_secrets
 from launch.allocation.resolve import Allocation
 from launch.notification.notify import keep_command
 from launch.slurm.site import max_array_members
-from launch.slurm.submission import SubmissionUnknown, test_only
+from launch.slurm.submission import SubmissionUnknown
 from launch.state.processes import ending_signals
 from launch.submission import snapshot
 from launch.submission.dependencies import ArrayPart, array_id, chained, split_array
+from launch.submission.feasibility import ask_slurm, expected_start
 from launch.submission.planning import PlannedJob, drop
 from launch.submission.sbatch import (
     ENVIRONMENT,
     NO_LIMIT_MIN,
+    job_name,
     local_executor,
     send,
     set_environment,
     slurm_executor,
     write_environment,
 )
+from launch.submission.summary import UNKNOWN, About, progress_of, summary
 
 if TYPE_CHECKING:
     import submitit
@@ -71,9 +74,9 @@ class SubmissionBatch:
         """The executor for jobs that run the snapshot with this digest."""
         root = self.planned[0].run.root
         if self.sweep is None:
-            return slurm_executor(root / "jobs", f"cfmask-{root.name}", shlex.quote(str(root)), digest, allocation)
+            return slurm_executor(root / "jobs", job_name(root), shlex.quote(str(root)), digest, allocation)
         member = f'{shlex.quote(str(self.sweep))}/"$SLURM_ARRAY_TASK_ID"'
-        name, logs = f"cfmask-sweep-{self.sweep.name}", f"{self.sweep}/%a/jobs/%A_%a"
+        name, logs = job_name(root, len(self.planned) - 1), f"{self.sweep}/%a/jobs/%A_%a"
         return slurm_executor(self.sweep, name, member, digest, allocation, logs=logs)
 
     def link_runs(self) -> None:
@@ -92,30 +95,50 @@ class SubmissionBatch:
                 (folder / f"{job.job_id}_{kind}").symlink_to(os.path.relpath(path, folder))
 
 
-def dry_run(planned: Sequence[PlannedJob], allocation: Allocation, *, chain: int = 0) -> int:
-    """Print what would be submitted, and Slurm's answer to it.
+def check_with_slurm(planned: Sequence[PlannedJob], allocation: Allocation, *, chain: int = 0) -> str:
+    """Ask Slurm about the first of these jobs, before anything is queued or written.
+
+    Returns:
+        When it expects to start it, as a clause; "" without Slurm, or if that is unknown.
+
+    Raises:
+        SlurmError: Slurm would refuse the job or could never start it, or does not answer.
+    """
+    if not allocation.on_slurm:
+        return ""
+    return expected_start(ask_slurm(_first_script(planned, allocation, chain)[0], allocation))
+
+
+def _first_script(planned: Sequence[PlannedJob], allocation: Allocation, chain: int) -> tuple[str, str]:
+    """The first batch script that ``start`` would submit, and a sentence about the others."""
+    more = ""
+    if chain:
+        allocation, first = chained(allocation, [], planned[0].behind), planned[:1]
+        more = f"A chain of {_jobs(chain)} for each run; this is the first one of {planned[0].run.root}.\n"
+    else:
+        part, *others = _parts(planned, allocation)
+        allocation, first = part.allocation(allocation, []), planned[: len(part.members)]
+        if others:
+            more = f"{_jobs(len(planned))} as {1 + len(others)} arrays; this is the first one.\n"
+    executor = SubmissionBatch.of(first).executor(allocation, snapshot.digest_of(snapshot.REPO))
+    return executor.batch_script(len(first)), more
+
+
+def dry_run(planned: Sequence[PlannedJob], allocation: Allocation, about: About, *, chain: int = 0) -> int:
+    """Print the batch script that would be submitted, Slurm's answer to it, and the summary.
 
     Args:
         chain: As for ``start``.
     """
-    where = ", ".join(str(each.run.root) for each in planned)
     if allocation.on_slurm:
-        more = ""
-        if chain:
-            allocation, first = chained(allocation, [], planned[0].behind), planned[:1]
-            more = f"A chain of {_jobs(chain)} for each run; this is the first one of {planned[0].run.root}.\n"
-        else:
-            part, *others = _parts(planned, allocation)
-            allocation, first = part.allocation(allocation, []), planned[: len(part.members)]
-            if others:
-                more = f"{_jobs(len(planned))} as {1 + len(others)} arrays; this is the first one.\n"
-        executor = SubmissionBatch.of(first).executor(allocation, snapshot.digest_of(snapshot.REPO))
-        text = executor.batch_script(len(first))
+        text, more = _first_script(planned, allocation, chain)
         print(mask_secrets(f"\n{more}{text}"))
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
-        print(test_only(text))
-    print(f"Would run on {allocation} into {where}. Everything checked; nothing was queued.")
+        print(ask_slurm(text, allocation) + "\n")
+    digest = snapshot.digest_of(snapshot.REPO)
+    print(summary(planned, [], allocation, about, digest, progress_of(planned[0].run)))
+    print("Everything checked; nothing was queued.")
     return 0
 
 
@@ -126,12 +149,13 @@ def _jobs(number: int) -> str:
 def start(
     planned: Sequence[PlannedJob],
     allocation: Allocation,
+    about: About,
     *,
     follow: bool | None = None,
     chain: int = 0,
     pace_s: float = 0.0,
 ) -> int:
-    """Submit jobs whose run folders have been claimed.
+    """Submit jobs whose run folders have been claimed, and print a summary (``summary.py``).
 
     Args:
         follow: Show progress until the job ends (default: on this machine only).
@@ -142,15 +166,21 @@ def start(
         The exit code of the command.
     """
     if allocation.on_slurm:
-        return submit_to_slurm(planned, allocation, chain=chain, follow=bool(follow), pace_s=pace_s)
-    return run_here(planned, allocation, follow=follow is not False, pace_s=pace_s)
+        return submit_to_slurm(planned, allocation, about, chain=chain, follow=bool(follow), pace_s=pace_s)
+    return run_here(planned, allocation, about, follow=follow is not False, pace_s=pace_s)
 
 
 # --- on Slurm ---------------------------------------------------------------------------------------------------------
 
 
 def submit_to_slurm(
-    planned: Sequence[PlannedJob], allocation: Allocation, *, chain: int = 0, follow: bool, pace_s: float = 0.0
+    planned: Sequence[PlannedJob],
+    allocation: Allocation,
+    about: About = UNKNOWN,
+    *,
+    chain: int = 0,
+    follow: bool,
+    pace_s: float = 0.0,
 ) -> int:
     """``start`` on Slurm.
 
@@ -159,41 +189,41 @@ def submit_to_slurm(
     """
     from launch.state.follow import follow_run
 
-    submitted = 0
+    progress = progress_of(planned[0].run)
+    accepted: list[str] = []
     try:
         if chain:
-            for each in planned:
-                submitted += 1
-                _submit_chain(each, allocation, chain, pace_s)
+            for number, each in enumerate(planned, 1):
+                try:
+                    _submit_chain(each, allocation, about, chain, pace_s)
+                except BaseException:
+                    drop(planned[number:])
+                    raise
         else:
             for part in enqueue_all(planned, allocation, pace_s=pace_s):
-                for each, job in part:
-                    _announce(each.run, job, allocation)
-                submitted += len(part)
-    except BaseException as error:
-        if chain:
-            drop(planned[submitted:])
-        elif submitted and isinstance(error, UserError):
-            raise UserError(
-                f"{error} {submitted} of {len(planned)} runs have been submitted; the same command submits the rest."
-            ) from None
-        raise
+                accepted += [job.job_id for _, job in part]
+    except UserError as error:
+        if not accepted:
+            raise
+        raise UserError(
+            f"{error} {len(accepted)} of {len(planned)} runs have been submitted; the same command submits the rest."
+        ) from None
+    finally:
+        if accepted:
+            _announce(planned[: len(accepted)], accepted, allocation, about, progress)
     return follow_run(planned[0].run) if follow else 0
 
 
-def _submit_chain(planned: PlannedJob, allocation: Allocation, length: int, pace_s: float) -> None:
+def _submit_chain(planned: PlannedJob, allocation: Allocation, about: About, length: int, pace_s: float) -> None:
     """
     Raises:
         UserError: Slurm refuses a job. Those that it has accepted stay in the queue.
     """
-    root = shlex.quote(str(planned.run.root))
+    root, progress = shlex.quote(str(planned.run.root)), progress_of(planned.run)
     before: list[str] = []
     try:
         for _ in range(length):
-            of_job = chained(allocation, before, planned.behind)
-            [job] = enqueue([planned], of_job, pace_s=pace_s, quiet=bool(before))
-            if not before:
-                _announce(planned.run, job, allocation)
+            [job] = enqueue([planned], chained(allocation, before, planned.behind), pace_s=pace_s)
             before.append(job.job_id)
     except UserError as error:
         if not before:
@@ -202,16 +232,19 @@ def _submit_chain(planned: PlannedJob, allocation: Allocation, length: int, pace
             f"{error} {len(before)} of {length} jobs of the chain were accepted, and stay: {', '.join(before)}. To add "
             f"the others: python launch/submit.py --resume {root} --chain {length - len(before)}"
         ) from None
-    if before[1:]:
-        print(
-            f"then {', '.join(before[1:])}: each resumes the run when the one before has ended, also after scancel. To "
-            f"end them all: python launch/cancel.py {root}",
-            flush=True,
-        )
+    finally:
+        if before:
+            _announce([planned], before[:1], allocation, about, progress)
+        if before[1:]:
+            print(
+                f"then {', '.join(before[1:])}: each resumes the run when the one before has ended, also after "
+                f"scancel. To end them all: python launch/cancel.py {root}",
+                flush=True,
+            )
 
 
 def enqueue_all(
-    planned: Sequence[PlannedJob], allocation: Allocation, *, pace_s: float = 0.0, quiet: bool = False
+    planned: Sequence[PlannedJob], allocation: Allocation, *, pace_s: float = 0.0
 ) -> Iterator[list[tuple[PlannedJob, submitit.Job[Any]]]]:
     """Submit the jobs with as few sbatch as the site's limit on arrays allows. Arguments are those of ``enqueue``.
 
@@ -225,7 +258,7 @@ def enqueue_all(
     try:
         for part in _parts(planned, allocation):
             of_part, left = left[: len(part.members)], left[len(part.members) :]
-            jobs = enqueue(of_part, part.allocation(allocation, accepted), pace_s=pace_s, quiet=quiet)
+            jobs = enqueue(of_part, part.allocation(allocation, accepted), pace_s=pace_s)
             accepted.append(array_id(jobs))
             yield list(zip(of_part, jobs, strict=True))
     except BaseException:
@@ -238,13 +271,8 @@ def _parts(planned: Sequence[PlannedJob], allocation: Allocation) -> list[ArrayP
     return split_array(len(planned), largest, allocation.array_parallelism)
 
 
-def enqueue(
-    planned: Sequence[PlannedJob], allocation: Allocation, *, pace_s: float = 0.0, quiet: bool = False
-) -> list[submitit.Job[Any]]:
+def enqueue(planned: Sequence[PlannedJob], allocation: Allocation, *, pace_s: float = 0.0) -> list[submitit.Job[Any]]:
     """Submit jobs whose folders have been claimed with one sbatch, and record them in the run folders.
-
-    Args:
-        quiet: Do not print which code they run.
 
     Raises:
         UserError: Slurm refuses. The folders that this command made and no other command uses are removed.
@@ -254,7 +282,7 @@ def enqueue(
     batch = SubmissionBatch.of(planned)
     work = [Job(each.run.root, allocation.gpus_per_node, allocation.time_min, pace_s) for each in planned]
     try:
-        snapshots = [_prepare(each.run, allocation, quiet=quiet) for each in planned]
+        snapshots = [_prepare(each.run, allocation) for each in planned]
         for each in planned:
             write_environment(allocation, each.run.root / "jobs")
         batch.link_runs()
@@ -279,11 +307,13 @@ def enqueue(
 # --- on this machine --------------------------------------------------------------------------------------------------
 
 
-def run_here(planned: Sequence[PlannedJob], allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
+def run_here(
+    planned: Sequence[PlannedJob], allocation: Allocation, about: About = UNKNOWN, *, follow: bool, pace_s: float = 0.0
+) -> int:
     """``start`` on this machine: one job after the other. After a failure, the next one starts."""
     failed = []
     for each in planned:
-        code = run_one_here(each, allocation, follow=follow, pace_s=pace_s)
+        code = run_one_here(each, allocation, about, follow=follow, pace_s=pace_s)
         if code > 128:  # a signal ends the whole command
             return code
         if code:
@@ -293,7 +323,9 @@ def run_here(planned: Sequence[PlannedJob], allocation: Allocation, *, follow: b
     return 1 if failed else 0
 
 
-def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, pace_s: float = 0.0) -> int:
+def run_one_here(
+    planned: PlannedJob, allocation: Allocation, about: About = UNKNOWN, *, follow: bool, pace_s: float = 0.0
+) -> int:
     """Run a job on this machine.
 
     Args:
@@ -310,13 +342,13 @@ def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, p
     from launch.state.follow import follow_local_job, print_end
 
     set_environment(allocation)
-    run = planned.run
+    run, progress = planned.run, progress_of(planned.run)
     code = _prepare(run, allocation)
     work = Job(run.root, allocation.gpus_per_node, NO_LIMIT_MIN, pace_s)
     if allocation.executor == "debug":
         debug_job = submitit.DebugExecutor(run.root / "jobs").submit(work)
         _record(planned, debug_job.job_id, allocation, code)
-        _announce(run, debug_job, allocation)
+        _announce([planned], [debug_job.job_id], allocation, about, progress)
         with contextlib.suppress(SystemExit):  # raised by a rank that stops
             debug_job.result()
         return print_end(run, debug_job.job_id, "The same command resumes from the last checkpoint.")
@@ -325,36 +357,38 @@ def run_one_here(planned: PlannedJob, allocation: Allocation, *, follow: bool, p
         executor = local_executor(run.root / "jobs", code.path, allocation, timeout_min=NO_LIMIT_MIN, followed=follow)
         job = executor.start(work)
         _record(planned, job.job_id, allocation, code)
-        _announce(run, job, allocation)
+        _announce([planned], [job.job_id], allocation, about, progress)
         return follow_local_job(job, run, received) if follow else 0
 
 
 # --- what a submission leaves in the run folder -----------------------------------------------------------------------
 
 
-def _prepare(run: RunFolder, allocation: Allocation, *, quiet: bool = False) -> snapshot.Snapshot:
-    """Write the code and the notify command into the run folder. Unless ``quiet``, print which code it is, and what
-    differs from the code of the run's last submission."""
+def _prepare(run: RunFolder, allocation: Allocation) -> snapshot.Snapshot:
+    """Write the code and the notify command into the run folder."""
     kept = snapshot.take(snapshot.REPO, run.root / "code")
     (run.root / "jobs").mkdir(exist_ok=True)
     keep_command(allocation.notify, run)
-    if quiet:
-        return kept
-    print(f"code {kept}")
-    last = last_submission(run)
-    before = run.root / "code" / last["code"] if last else None
-    if before is not None and before.exists() and before != kept.path:
-        changed = snapshot.differing_files(before, kept.path)
-        print(
-            f"The code differs from that of the run's last submission: {', '.join(changed[:5])}"
-            f"{' …' if len(changed) > 5 else ''}. To resume with the earlier code: "
-            f"python {shlex.quote(str(before / 'launch/submit.py'))} --resume {shlex.quote(str(run.root))}"
-        )
     return kept
 
 
-def _announce(run: RunFolder, job: submitit.Job[Any], allocation: Allocation) -> None:
-    print(f"job {job.job_id} on {allocation}\nrun  {run.root}\nlogs {run.root / 'jobs'}", flush=True)
+def _announce(
+    planned: Sequence[PlannedJob], jobs: Sequence[str], allocation: Allocation, about: About, progress: str
+) -> None:
+    """Print the summary of accepted jobs, and what differs from the code of a run's submission before."""
+    digests = [line["code"] for line in submissions(planned[0].run)]
+    code = planned[0].run.root / "code"
+    print(summary(planned, jobs, allocation, about, str(snapshot.read(code / digests[-1])), progress), flush=True)
+    for each in planned:
+        digests = [line["code"] for line in submissions(each.run)[-2:]]
+        before, now = (each.run.root / "code" / digest for digest in (digests[0], digests[-1]))
+        if before != now and before.exists():
+            changed = snapshot.differing_files(before, now)
+            print(
+                f"The code differs from that of the run's last submission: {', '.join(changed[:5])}"
+                f"{' …' if len(changed) > 5 else ''}. To resume with the earlier code: "
+                f"python {shlex.quote(str(before / 'launch/submit.py'))} --resume {shlex.quote(str(each.run.root))}"
+            )
 
 
 def last_submission(run: RunFolder) -> Mapping[str, Any] | None:

@@ -18,10 +18,11 @@ from cfmask.data.plan import lanes_of_rank, steps_per_epoch
 from cfmask.data.shards import Manifest, find_set, load_manifest
 from cfmask.errors import UserError
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
+from cfmask.evaluation_spec import Evaluation
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
 from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
-from cfmask.presets import PRESETS
+from cfmask.presets import PRESETS, nearest_preset
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_lines
@@ -40,15 +41,16 @@ from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, ar
 from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
-from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, recipe_from
-from launch.submission.submit import dry_run, last_submission, start
+from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, preset_name, recipe_from
+from launch.submission.submit import check_with_slurm, dry_run, last_submission, start
+from launch.submission.summary import About, evaluation_lines, recipe_lines
 
 logger = logging.getLogger(__name__)
 
 
 def add_submit_arguments(p: argparse.ArgumentParser) -> None:
     """All flags of launch/submit.py."""
-    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<method>-<model>-s<seed>-<hash>)")
+    p.add_argument("--run", type=Path, metavar="DIR", help="run folder (default: runs/<preset>-<model>-s<seed>-<hash>)")
     p.add_argument(
         "--resume",
         type=Path,
@@ -63,7 +65,12 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--seeds", nargs="+", type=int, metavar="N", help="sweep: a run for each of these seeds")
     p.add_argument(
-        "--presets", nargs="+", choices=sorted(PRESETS), metavar="ROW", help="sweep: a run for each of these rows"
+        "--presets",
+        nargs="+",
+        type=preset_name,
+        choices=sorted(PRESETS),
+        metavar="ROW",
+        help="sweep: a run for each of these rows",
     )
     p.add_argument(
         "--chain",
@@ -79,6 +86,7 @@ def add_submit_arguments(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the resolved recipe and the sbatch file, and check everything; nothing is queued",
     )
+    p.add_argument("--verbose", action="store_true", help="also print the resolved recipe, which the run folder has")
     p.add_argument(
         "--follow",
         action=argparse.BooleanOptionalAction,
@@ -102,42 +110,70 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     """
     if arguments.from_step_0 and not arguments.resume:
         raise UserError("--from-step-0 would do nothing: it is for a run that is resumed (--resume RUN).")
-    file = load_cluster_file(arguments.cluster)
+    if arguments.resume and (run := RunFolder(arguments.resume.resolve())).results.exists():
+        return 0 if should_skip(run, sweep=False) else 1
+    file = load_cluster_file(arguments.cluster, quiet=True)
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
     else:
         allocation = resolve_allocation(arguments, file)
         planned = plan_runs(arguments, file, allocation)
-    first, *others = (each.work for each in planned)
-    print(mask_secrets(first.to_json()))
-    for other, each in zip(others, planned[1:], strict=True):
-        assert isinstance(first, Recipe) and isinstance(other, Recipe)
-        print(mask_secrets(f"{each.run.root.name}: {', '.join(first.differences(other))}"))
-    _check_all(planned, arguments, allocation)
     sweep, chain = len(planned) > 1, arguments.chain or 0
+    unfinished = _unfinished(planned, sweep=sweep)
+    if not unfinished:
+        return 0
+    _check_all(planned, unfinished, arguments, allocation)
     if chain and arguments.resume:
-        planned = [behind_its_jobs(each) for each in planned]
-    wanted = [each for each in planned if each.behind or not should_skip(each.run, sweep=sweep)]
+        unfinished = [behind_its_jobs(each) for each in unfinished]
+    wanted = [each for each in unfinished if each.behind or not should_skip(each.run, sweep=sweep)]
     if not wanted:
         return 0
+    if arguments.resume:
+        _report_other_ranks(wanted[0], allocation)
+    about = About(lambda jobs: _describe(jobs, allocation), file.path)
+    if arguments.dry_run or arguments.verbose:
+        for each in wanted:
+            print(mask_secrets(each.work.to_json()))
     if arguments.dry_run:
-        return dry_run(wanted, allocation, chain=chain)
+        return dry_run(wanted, allocation, about, chain=chain)
     if arguments.from_step_0 and wanted[0].behind:
         raise UserError(
             f"--from-step-0 is for a run without a job, and job {wanted[0].behind[0]} exists: it would be allowed to "
             "begin again, too. End it first, with launch/cancel.py."
         )
+    about = replace(about, start=check_with_slurm(wanted, allocation, chain=chain))
     wanted = claim_run_folders(wanted)
     for each in wanted:
         if not each.behind:
             each.run.allow_step_0(arguments.from_step_0)  # also withdraws the permission of an earlier submission
-    return start(wanted, allocation, follow=arguments.follow, chain=chain, pace_s=pace_s)
+    return start(wanted, allocation, about, follow=arguments.follow, chain=chain, pace_s=pace_s)
 
 
-def _check_all(planned: Sequence[PlannedJob], arguments: argparse.Namespace, allocation: Allocation) -> None:
-    """Check planned runs, and flags that apply to some kinds of submission only."""
-    choices: dict[tuple[object, ...], bool] = {}
+def _unfinished(planned: Sequence[PlannedJob], *, sweep: bool) -> list[PlannedJob]:
+    """The runs without results. The others are reported before anything is checked: their shards may be gone."""
     for each in planned:
+        if each.run.has_work():
+            each.run.claim(each.work)  # refuses a folder of another run
+    return [each for each in planned if not each.run.results.exists() or not should_skip(each.run, sweep=sweep)]
+
+
+def _describe(planned: Sequence[PlannedJob], allocation: Allocation) -> list[str]:
+    recipes = [each.work for each in planned if isinstance(each.work, Recipe)]
+    if not recipes:
+        return [text for each in planned if isinstance(each.work, Evaluation) for text in evaluation_lines(each.work)]
+    data = recipes[0].data
+    return recipe_lines(recipes, load_set(data.shards, data.train_split).num_samples, allocation)
+
+
+def _check_all(
+    planned: Sequence[PlannedJob],
+    unfinished: Sequence[PlannedJob],
+    arguments: argparse.Namespace,
+    allocation: Allocation,
+) -> None:
+    """Check the unfinished ones of planned runs, and flags that apply to some kinds of submission only."""
+    choices: dict[tuple[object, ...], bool] = {}
+    for each in unfinished:
         check_path(each.run.root)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
@@ -147,7 +183,7 @@ def _check_all(planned: Sequence[PlannedJob], arguments: argparse.Namespace, all
             if choice not in choices:  # warn once for a sweep
                 choices[choice] = check_best_on(each.work, allowed=allowed)
     refuse_idle_flag(arguments.select_on_test_set, any(choices.values()))
-    run, work = planned[0].run, planned[0].work
+    run, work = unfinished[0].run, unfinished[0].work
     warn_of_paths_outside(allocation, run.root, work.data.shards if isinstance(work, Recipe) else work.shards)
     sweep = len(planned) > 1
     if sweep and arguments.follow is not None:
@@ -155,9 +191,6 @@ def _check_all(planned: Sequence[PlannedJob], arguments: argparse.Namespace, all
             "--follow and --no-follow are for a single run, and this is a sweep: on this machine its runs are "
             "processed one after the other; on Slurm, python launch/status.py shows them all."
         )
-    for each in planned:
-        if each.run.has_work():
-            each.run.claim(each.work)
     if not sweep and arguments.array_parallelism:
         raise UserError(
             "--array-parallelism would do nothing: this is a single run. --seeds and --presets make a sweep."
@@ -254,14 +287,19 @@ def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Alloc
     same = last is not None and last["executor"] == choose_executor(arguments)
     before = {**last["allocation"], **kept_setting(run)} if last is not None and same else None
     allocation = resolve_allocation(arguments, file, before)
-    had = next((line["world_size"] for line in reversed(read_lines(run.attempts)) if line.get("world_size")), None)
-    if isinstance(work, Recipe) and had not in (None, allocation.world_size):
+    return allocation, [PlannedJob(run, work)]
+
+
+def _report_other_ranks(planned: PlannedJob, allocation: Allocation) -> None:
+    """Say that a resumed run gets another number of ranks than before."""
+    attempts = read_lines(planned.run.attempts)
+    had = next((line["world_size"] for line in reversed(attempts) if line.get("world_size")), None)
+    if isinstance(planned.work, Recipe) and had not in (None, allocation.world_size):
         print(
             f"{allocation.world_size} ranks, where there were {had}: batches and masks stay the same; weights are "
             "equal up to rounding.",
             file=sys.stderr,
         )
-    return allocation, [PlannedJob(run, work)]
 
 
 # --- resolving and checking -------------------------------------------------------------------------------------
@@ -302,9 +340,17 @@ def _absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
+RUNS = Path("runs")
+"""Folder of the runs whose folder is not given."""
+
+
 def default_folder(recipe: Recipe) -> Path:
-    model = Path(recipe.model.name).stem
-    return Path("runs") / f"{recipe.method.row}-{model}-s{recipe.run.seed}-{recipe.digest()}"
+    """The folder in RUNS that this recipe's run has, under whatever name, else one that is named after the preset."""
+    digest = recipe.digest()
+    if found := [path for path in sorted(RUNS.glob(f"*-{digest}")) if RunFolder(path).has_work()]:
+        return found[0]
+    name = nearest_preset(recipe) or recipe.method.row
+    return RUNS / f"{name}-{Path(recipe.model.name).stem}-s{recipe.run.seed}-{digest}"
 
 
 def check(
@@ -318,17 +364,10 @@ def check(
     Raises:
         UserError: Shards, weights, head, lanes, ranks or sizes do not match.
     """
-    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
     shards = recipe.data.shards
     train = load_set(shards, recipe.data.train_split)
     steps_per_epoch(train.num_samples, recipe.optim.batch_size)
-    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
-    optim = recipe.optim
-    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
-        raise UserError(
-            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
-            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
-        )
+    check_ranks(recipe, allocation)
     if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
         raise UserError(
             f"--segmentation {recipe.data.segmentation}: no such file or directory. Give what tools/validate_masks.py "
@@ -349,6 +388,18 @@ def check(
     if ensemble is not None and (os.path.exists(ensemble) or ensemble not in coming):
         path = find_model(ensemble)
         check_same_kind(read_info(path), replace(start, classes=classes), str(path))
+
+
+def check_ranks(recipe: Recipe, allocation: Allocation) -> None:
+    """Raises UserError if the ranks have not the arithmetic of a recipe, or cannot share its lanes or micro-batches."""
+    check_arithmetic(recipe.run.precision, allocation, cuda_graphs=recipe.run.cuda_graphs)
+    own_lanes = len(lanes_of_rank(0, allocation.world_size, recipe.optim.lanes))
+    optim = recipe.optim
+    if not optim.is_open_for(allocation.world_size) and own_lanes % optim.num_micro_batches:
+        raise UserError(
+            f"--micro-batches {optim.num_micro_batches} does not divide the {own_lanes} lanes that each of "
+            f"{allocation.world_size} ranks has: a micro-batch is made of whole lanes."
+        )
 
 
 def _check_start(recipe: Recipe, train: Manifest, coming: Mapping[str, ModelInfo]) -> ModelInfo:

@@ -1,21 +1,29 @@
 """Shortens the start of the processes that tests start: Python runs sitecustomize.py first, because conftest.py puts
 this folder on PYTHONPATH. A test with a sitecustomize.py of its own imports this module there.
 
-Most of the suite's time goes to ranks, several hundred of them, that import torch and open_clip. Half of that is spent
-on packages that these, torchvision and torch.optim import, and that training does not call:
+Most of the suite's time goes to ranks, several hundred of them, that import torch and open_clip. Two thirds of that is
+spent on packages that these, torch.optim and DDP import, and that training does not call:
 
     transformers     cannot be imported: open_clip does without it, and only tools/segment.py uses it
                      (the fixture ``all_imports``)
+    cuda.bindings    cannot be imported where there is no GPU: torch does without it
+    open_clip        its modules are imported alone; open_clip/__init__.py, which imports all of them and reads a
+                     vocabulary, is imported when something of it is used
+    torchvision      is imported when something of it is used
     timm             is imported when something of it is called, and with it wandb, which it imports
     torch._dynamo    is imported when something of it is used, by torch.compile for example, other than what stands in
                      ``STAND_INS``: decorators of functions that torch.compile leaves alone, which change nothing where
                      nothing is compiled
     torch._inductor  the same; torch.use_deterministic_algorithms imports it for its configuration
+    torch.export     is imported when something of it is used
+    torch._meta_registrations   is imported with any of the three above: Python kernels for tensors without storage. A
+                     kernel that is needed elsewhere is an error that says so
 
 ``test_resume.py`` compares a run of ranks that import everything with one of ranks that do not.
 """
 
 import importlib
+import os
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -42,17 +50,27 @@ STAND_INS = {
         "is_compile_supported": _later("torch._dynamo.utils", "is_compile_supported"),
     },
     "torch._inductor": {},
+    "torch.export": {},
+    "torch._meta_registrations": {},
+    "torchvision": {},
+    "torchvision.ops": {},
+    "torchvision.ops.misc": {"FrozenBatchNorm2d": _later("torchvision.ops.misc", "FrozenBatchNorm2d")},
+    "open_clip": {},
 }
 """Modules, and what they give without being imported: what the import of open_clip, an optimizer and DDP ask for."""
-PACKAGES = ("timm", "torch._dynamo", "torch._inductor")
-LIGHT = ("torch._inductor.config", "torch._inductor.custom_graph_pass")
-"""Modules that are imported as ever, without what their package imports."""
+COMPILERS = ("torch._dynamo", "torch._inductor", "torch.export")
+PACKAGES = ("timm", *COMPILERS, "torch._meta_registrations", "torchvision", "open_clip")
+LIGHT = ("torch._inductor.config", "torch._inductor.custom_graph_pass", "open_clip.")
+"""Modules that are imported as ever, without what their package imports. "open_clip." means all in it."""
+HIDDEN = ("transformers",) if os.path.exists("/dev/nvidiactl") else ("transformers", "cuda")
 
 
 class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        if (module := f"{self.__name__}.{name}") in STAND_INS:
+            return importlib.import_module(module)
         return getattr(_real(self.__name__), name)
 
 
@@ -61,30 +79,36 @@ def _package_of(module: str) -> str | None:
     return next((name for name in PACKAGES if f"{module}.".startswith(f"{name}.")), None)
 
 
+def _is_light(module: str) -> bool:
+    return any(module == name or name.endswith(".") and module.startswith(name) for name in LIGHT)
+
+
 def _real(module: str) -> ModuleType:
     """Import a module, and its package, in the place of what stands in."""
     package = _package_of(module)
     for name in [name for name in STAND_INS if _package_of(name) == package]:
         del STAND_INS[name]
         sys.modules.pop(name, None)
+    if package in COMPILERS and "torch._meta_registrations" in STAND_INS:
+        _real("torch._meta_registrations")
     found = importlib.import_module(module)
-    for name in LIGHT:
-        if name.startswith(f"{package}.") and name in sys.modules:
-            setattr(sys.modules[package], name.rpartition(".")[2], sys.modules[name])
+    for name in [name for name in sys.modules if name.startswith(f"{package}.") and _is_light(name)]:
+        if (parent := name.rpartition("."))[0] == package:
+            setattr(sys.modules[package], parent[2], sys.modules[name])
     return found
 
 
 class _Lean(MetaPathFinder, Loader):
     def find_spec(self, name, path=None, target=None):
-        if name == "transformers":
-            raise ImportError("transformers is hidden from the processes of these tests (tests/lean)")
+        if name in HIDDEN:
+            raise ImportError(f"{name} is hidden from the processes of these tests (tests/lean)")
         if name in STAND_INS:
             if (real := PathFinder.find_spec(name, path)) is None:
                 return None
             spec = ModuleSpec(name, self, origin=real.origin)
             spec.submodule_search_locations = real.submodule_search_locations
             return spec
-        if name not in LIGHT and _package_of(name) in STAND_INS:  # another module of it
+        if not _is_light(name) and _package_of(name) in STAND_INS:  # another module of it
             module = _real(name)
             del sys.modules[name]  # Python would import it again by its own spec; create_module gives it back
             return ModuleSpec(name, self, loader_state=(module, module.__spec__))
@@ -96,8 +120,8 @@ class _Lean(MetaPathFinder, Loader):
     def exec_module(self, module):
         if isinstance(module, _StandIn):
             vars(module).update(STAND_INS[module.__name__])
-        else:
-            module.__spec__ = module.__spec__.loader_state[1]
+        elif state := module.__spec__.loader_state:  # torch's modules of settings keep their own
+            module.__spec__ = state[1]
 
 
 sys.meta_path.insert(0, _Lean())

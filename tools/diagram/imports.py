@@ -5,8 +5,7 @@
     graph.edges["cfmask/convert", "cfmask/data"]      how many imports there are
 
 A box is a folder with all folders below a depth of two. The modules directly in cfmask/ are two boxes: ``BASE`` has
-those that import no other folder than cfmask/runtime, directly or indirectly; ``CORE`` has the others, which are the
-training run.
+those that import no other folder, directly or indirectly; ``CORE`` has the others, which are the training run.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 
 ROOTS = ("cfmask", "launch", "slurm", "tools")
 """Folders whose modules are read."""
-CORE, BASE, RUNTIME = "cfmask", "cfmask (base)", "cfmask/runtime"
+CORE, BASE = "cfmask", "cfmask (base)"
 _DEPTH = 2
 """Folders of a path that name a box: cfmask/convert/sources belongs to cfmask/convert."""
 
@@ -111,8 +110,6 @@ def _resolved(name: str, module: str, modules: dict[str, Path]) -> str | None:
 def _boxes_of_modules(root: Path, modules: dict[str, Path], imports: dict[str, set[str]]) -> dict[str, str]:
     boxes = {module: "/".join(path.relative_to(root).parent.parts[:_DEPTH]) for module, path in modules.items()}
     base = {module for module, box in boxes.items() if box == CORE}
-    while beyond := {
-        module for module in base if any(other not in base and boxes[other] != RUNTIME for other in imports[module])
-    }:
+    while beyond := {module for module in base if imports[module] - base}:
         base -= beyond
     return {**boxes, **dict.fromkeys(base, BASE)}

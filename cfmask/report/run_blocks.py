@@ -1,0 +1,105 @@
+"""Blocks of a page about runs, from their folders alone: recipes, code and versions, starts, curves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cfmask.recipe import Recipe
+from cfmask.report import page
+from cfmask.report.page import Html
+from cfmask.runs import RunFolder
+from cfmask.runtime.attempts import Start
+from cfmask.runtime.jsonl import read_object
+
+_OF_ONE_RUN = ("run.seed", "model.pretrained", "method.ensemble", "model.head")
+"""Settings that differ between runs of one table by its construction."""
+
+
+def recipes(by_name: Mapping[str, Recipe]) -> Html:
+    """Two tables: the settings in which the recipes differ, and folded, those that all of them share."""
+    flat = {name: {k: v for k, v in _flat(recipe).items() if k not in _OF_ONE_RUN} for name, recipe in by_name.items()}
+    names = list(next(iter(flat.values()))) if flat else []
+    differ = [name for name in names if len({text_of(values[name]) for values in flat.values()}) > 1]
+    same = [name for name in names if name not in differ]
+    blocks = []
+    if differ:
+        rows = [[name, *(text_of(values[setting]) for setting in differ)] for name, values in flat.items()]
+        header = ["run", *differ]
+        blocks.append(page.table("Settings that differ between the recipes", header, rows))
+    if same:
+        first = next(iter(flat.values()))
+        what = "Settings that all recipes share" if len(flat) > 1 else "All settings of the recipe"
+        blocks.append(page.folded(what, page.facts((setting, text_of(first[setting])) for setting in same)))
+    return page.joined(blocks)
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    return {f"{group}.{name}": value for group, values in recipe.as_dict().items() for name, value in values.items()}
+
+
+def text_of(value: Any) -> str:
+    """A setting for readers."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(text_of, value)) or "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def versions(runs: Sequence[RunFolder]) -> Html:
+    """A table of the copies of the code with which jobs of the runs were submitted: commit, Python and packages."""
+    found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for run in runs:
+        for file in sorted((run.root / "code").glob("*/snapshot.json")):
+            info = read_object(file)
+            if info and isinstance(info.get("packages"), dict):
+                found.setdefault(str(info.get("digest")), (info, []))[1].append(run.root.name)
+    if not found:
+        return page.paragraph("No job of these runs was submitted: they have no copy of the code.")
+    infos = [info for info, _ in found.values()]
+    packages = list(dict.fromkeys(name for info in infos for name in info["packages"]))
+    rows: list[list[object]] = [
+        ["runs", *(len(names) for _, names in found.values())],
+        ["commit", *(str(info.get("commit") or "–")[:12] for info in infos)],
+        ["files changed since", *(len(info.get("uncommitted") or ()) for info in infos)],
+        ["copied", *(moment(info.get("taken")) for info in infos)],
+        ["Python", *(info.get("python") for info in infos)],
+        *([name, *(info["packages"].get(name) for info in infos)] for name in packages),
+    ]
+    return page.table("Code of the jobs; each run folder has a copy", ["code", *found], rows)
+
+
+def moment(text: object) -> str | None:
+    """A recorded time without its T and seconds, or the text if it is none."""
+    return None if text is None else re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d.*$", r"\1 \2", str(text))
+
+
+def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each run, and why they ended") -> Html:
+    """A table of all starts, and why each ended."""
+    rows: list[list[object]] = []
+    for name, of_run in by_run.items():
+        for start in of_run:
+            facts = start.facts
+            about = (facts.get(key) for key in ("job", "nodes", "world_size", "device", "from_step"))
+            rows.append(
+                [name, facts.get("attempt"), moment(facts.get("started")), *about, start.reached, start.why_ended]
+            )
+    if not rows:
+        return page.paragraph("None of these runs has started.")
+    header = ["run", "start", "began", "job", "nodes", "ranks", "device", "from step", "to step", "why it ended"]
+    return page.table(caption, header, rows)
+
+
+def curves(out: Path, roots: Sequence[Path]) -> list[Html]:
+    """A figure of loss and accuracy of those runs that have a log; none if no run has one."""
+    from cfmask.report.curves import draw_curves
+
+    there = [root for root in roots if RunFolder(root).logged_step()]
+    if not there:
+        return []
+    draw_curves(out, there)
+    what = f"Loss and accuracy over steps of {', '.join(root.name for root in there)}"
+    return [page.figure(out, what, f"Line charts. {what}.")]
