@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 try:
+    from cfmask import tool_arguments as shared
     from cfmask.data.coco import CocoMasks
     from cfmask.data.segmentation import class_groups, open_masks
     from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards
@@ -40,9 +41,10 @@ try:
     from cfmask.evaluation.mask_validation import Validation, method_to_validate
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
     from cfmask.models.head import ModelInfo
+    from cfmask.report.labels import model_names
     from cfmask.report.masks import write_report
+    from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, add_compute_arguments, load_models, recorded_method
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -51,9 +53,10 @@ except ModuleNotFoundError as missing:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
-    models, info = load_models(arguments.models)
+    names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
+    models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
-    methods = [method_to_validate(recorded_method(path), **asked) for path in arguments.models]
+    methods = [method_to_validate(shared.recorded_method(path), **asked) for path in arguments.models]
     segmented, groups = open_images(arguments, info, models[0].image_size)
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = validation.carry_out(arguments.out / "parts.jsonl", allow_missing=arguments.allow_missing_masks)
-        text, written = write_report(arguments.out, validation, parts, **shown)
+        text, written = write_report(arguments.out, validation, names, parts, **shown)
     except OSError as error:
         raise UserError(f"{arguments.out} cannot be written ({error.strerror}). Choose another --out.") from None
     print(text)
@@ -93,8 +96,9 @@ def open_images(
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
     add = p.add_argument
-    add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
-    add("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
+    add("models", nargs="+", metavar="MODEL", help=shared.MODEL_HELP)
+    add("--names", nargs="+", metavar="NAME", help=shared.NAMES_HELP)
+    add("--shards", metavar="DIR_OR_URL", help=shared.DATA_HELP)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
     add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images, see above")
@@ -124,9 +128,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the choice of these images (default: 0)")
-    add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
-    default, help_of_out = Path("mask-validation"), "folder for the numbers and pictures"
-    add("--out", type=Path, default=default, metavar="DIR", help=f"{help_of_out} (default: {default})")
+    shared.add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
+    out = Path("mask-validation")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the numbers and pictures (default: {out})")
     return p
 
 
