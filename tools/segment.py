@@ -18,11 +18,8 @@ import sys
 from pathlib import Path
 
 try:
-    import torch
-
     from cfmask.convert.mask2former import DEFAULT
     from cfmask.convert.planning import claim, work_on_missing
-    from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.runtime.command import CommandParser, exits_cleanly
@@ -41,6 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("batch_size", "workers"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
+    # Imported here: torch takes seconds to import, and --help does not need it.
+    import torch
+
+    from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
+
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
         raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task sets the number there.")
