@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
+from cfmask.data.coco import CocoMasks
+from cfmask.data.segmentation import Masks, class_groups
+from cfmask.data.segmented import Chunk, Segmented, SegmentedPhotos, SegmentedSet, SegmentedShards
+from cfmask.data.shards import Manifest
+from cfmask.data.stream import check_image_size
 from cfmask.errors import UserError
+from cfmask.evaluation.checks import check_classes
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import OBJECT
 from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
@@ -206,3 +211,58 @@ def _claim(record: Path, asked: dict[str, Any]) -> list[Part]:
             "not needed."
         )
     return [Part.from_line(line) for line in parts]
+
+
+# --- the images -------------------------------------------------------------------------------------------------------
+
+
+def segmented_shards(
+    manifest: Manifest, masks: Masks, info: ModelInfo, groups: Sequence[str] | None, *, image_size: int, threads: int
+) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
+    """The images of a set of shards.
+
+    Args:
+        info: Of the model.
+        groups: As for ``class_groups``.
+        image_size: Side of the images in pixels.
+        threads: Reader threads.
+
+    Returns:
+        The images with their masks, and class ids by group.
+
+    Raises:
+        UserError: Classes or sizes do not fit, or a group is unknown.
+    """
+    check_classes(manifest, info.classes)
+    check_image_size(manifest, image_size)
+    ids = class_groups(manifest.classes, groups)
+    wanted = frozenset[int]().union(*ids.values())
+    return SegmentedShards(manifest, masks, wanted=wanted, image_size=image_size, threads=threads), ids
+
+
+def segmented_photos(
+    images: Path,
+    masks: Masks,
+    info: ModelInfo,
+    groups: Sequence[str] | None,
+    *,
+    allow_missing: bool,
+    image_size: int,
+    threads: int,
+) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
+    """Photographs of COCO annotations, in a folder or zip.
+
+    Args:
+        allow_missing: Leave out annotated images that are not there. The others are those of ``segmented_shards``.
+
+    Raises:
+        UserError: The masks are not COCO's, images are missing, or a group is unknown.
+    """
+    if not isinstance(masks, CocoMasks):
+        raise UserError("--images needs COCO annotations (.json), and --segmentation is no such file.")
+    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
+    ids = class_groups(classes, groups)
+    photos = SegmentedPhotos(
+        masks, images, classes, ids, allow_missing=allow_missing, image_size=image_size, threads=threads
+    )
+    return photos, ids

@@ -27,6 +27,18 @@ def add_shards_argument(parser: argparse.ArgumentParser, *, cluster: bool) -> No
         parser.add_argument("--cluster", type=Path, metavar="FILE", help=CLUSTER_HELP)
 
 
+def shards_of_file(cluster: Path | None) -> str:
+    """The shards of the cluster file, for a command that has no flag for them.
+
+    Raises:
+        UserError: It has none, or cannot be used.
+    """
+    file = load_cluster_file(cluster, quiet=True)
+    if file.shards is None:
+        raise UserError("Name a folder of shards. A cluster file (slurm/cluster.toml) can set it for all commands.")
+    return file.shards
+
+
 def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None, *, sets: bool = False) -> None:
     """Set ``arguments.shards``, if it was not given, from the cluster file, and export the file's [environment].
 
