@@ -140,7 +140,7 @@ def test_misspelt_flags_and_choices_get_a_suggestion_and_no_usage_text(command, 
             choice = max(map(str, action.choices), key=len)
             said = refusal(command, [*subcommand, action.option_strings[0], f"{choice}x"], capsys)
             assert "usage" not in said and said.count("\n") == 1
-            assert f"value of {action.option_strings[0]}: '{choice}x'. Did you mean {choice}?" in said
+            assert action.option_strings[0] in said and f"'{choice}x'. Did you mean {choice}?" in said
 
 
 def test_a_misspelt_required_flag_is_not_reported_as_missing(capsys):

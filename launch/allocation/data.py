@@ -8,12 +8,9 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.tool_arguments import DATA_HELP
 from launch.allocation.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.settings import CLUSTER_HELP
 
 _FROM_FILE = "(default: shards of the cluster file)"
-CLUSTER_HELP = (
-    "cluster file ($CFMASK_CLUSTER, else ./cluster.toml, else ~/.config/cfmask/cluster.toml; template: "
-    "slurm/cluster.toml)"
-)
 
 
 def add_shards_argument(parser: argparse.ArgumentParser, *, cluster: bool) -> None:
