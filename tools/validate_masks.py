@@ -51,12 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     models, info = load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
     methods = [method_to_validate(recorded_method(path), **asked) for path in arguments.models]
-    masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
     how = {"image_size": models[0].image_size, "threads": arguments.loader_workers}
     if arguments.images is None:
         [manifest] = load_sets(arguments.shards, [arguments.set or "val"]).values()
+        masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
         segmented, groups = segmented_shards(manifest, masks, info, arguments.groups, **how)
     else:
+        masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
         how["allow_missing"] = arguments.allow_missing_masks
         segmented, groups = segmented_photos(arguments.images, masks, info, arguments.groups, **how)
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}

@@ -37,7 +37,7 @@ def shards_of_file(cluster: Path | None) -> str:
 
 
 def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None, *, sets: bool = False) -> None:
-    """Set ``arguments.shards``, if it was not given, from the cluster file, and export the file's [environment].
+    """Set ``arguments.shards``, if it was not given, from the cluster file.
 
     Args:
         file: The cluster file; by default the one that --cluster, or its absence, means.
@@ -47,7 +47,6 @@ def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None,
         UserError: Neither the flags nor the file have them, or the file cannot be used.
     """
     file = load_cluster_file(arguments.cluster, quiet=True) if file is None else file
-    file.export()
     where = f"The cluster file {file.path} can" if file.path else "A cluster file (slurm/cluster.toml) can"
     if not arguments.shards:
         arguments.shards = file.shards
