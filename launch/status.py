@@ -47,9 +47,10 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
+    from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from launch.state.facts import find_runs, look_at, matching
+    from launch.state.facts import look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
     from launch.state.terminal import Terminal, wrap

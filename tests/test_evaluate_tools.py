@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -28,17 +29,19 @@ from html_check import checked
 from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
+from towers import TINY
 
 TOOLS = made.REPO / "tools"
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """root/shards with train and val, zero.safetensors, and two perturbed models."""
+    """root/shards with train and val, zero.safetensors, two perturbed models, and one of another backbone."""
     root = tmp_path_factory.mktemp("shown")
     made.draw_images(root / "images", per_class=5)
     made.convert(root / "images", root / "shards")
     made.save_tiny_model(root / "zero.safetensors")
+    made.save_tiny_model(root / "deep.safetensors", dataclasses.replace(TINY, layers=4))
     torch.manual_seed(1)
     for name in ("fine", "other"):
         made.save_moved_model(root / "zero.safetensors", root / f"{name}.safetensors", 0.1)
@@ -59,10 +62,9 @@ def picture(path: Path) -> bool:
 
 def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path):
     out = tmp_path / "out"
-    command = [*models(shown, "zero", "fine", "other"), *sets(shown, "val", "train"), "--out", str(out)]
-    assert (
-        evaluate.main([*command, "--names", "start", "A_1 & B", "C", "--fit-on", *models(shown, "zero", "fine")]) == 0
-    )
+    command = [*models(shown, "zero", "deep", "other"), *sets(shown, "val", "train"), "--out", str(out)]
+    line = ["--fit-on", *models(shown, "zero", "deep")]
+    assert evaluate.main([*command, "--names", "start", "A_1 & B", "C", *line]) == 0
     printed = capsys.readouterr().out
     for model in read_results(out).models:
         assert f"{model.sets['val'].top1:.1f}" in printed and model.sets["val"].total == 15
@@ -70,10 +72,30 @@ def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path)
     assert all(picture(out / f"{name}.png") for name in ("bars", "reliability", "effective-robustness"))
     page = checked((out / "index.html").read_bytes())
     assert "A_1 & B" in page.text and len(page.all("img")) == 3
+    [row] = re.findall(r"(?m)^\| C +\| .*$", (out / "effective-robustness.md").read_text())
+    assert row in printed and re.search(r"\| [+−]?\d+\.\d +\|$", row)
     # Again: nothing is counted, everything is shown
     before = (out / "results.json").stat().st_mtime_ns
     assert evaluate.main([*command, "--names", "X", "Y", "Z"]) == 0
     assert "| X " in capsys.readouterr().out and (out / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_line_through_one_backbone_is_refused_before_anything_is_evaluated(shown, capsys, tmp_path):
+    command = [*models(shown, "zero", "fine"), *sets(shown, "val", "train"), "--out", str(tmp_path / "out")]
+    for fit_on, words in (
+        (models(shown, "zero", "fine"), "would give fine-tuning 0 by construction. --fit-on names 2 of 1 backbone"),
+        (["published"], "--fit-on published needs ImageNet's validation set (val) and one of its five shifted sets"),
+    ):
+        assert evaluate.main([*command, "--fit-on", *fit_on]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_models_are_named_without_paths(shown, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate.main([*models(shown, "zero", "fine"), *sets(shown), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| zero " in printed and "| fine " in printed
+    assert str(shown) not in printed and str(shown) not in (out / "table.tex").read_text()
 
 
 @pytest.mark.parametrize("tool", [evaluate, wise_ft, soup], ids=lambda module: module.__name__)

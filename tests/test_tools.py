@@ -1,4 +1,4 @@
-"""Pictures of runs (show_masks, plot_runs), and how a model is named."""
+"""Contact sheets of masks (show_masks), and how a model is named."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from PIL import Image
 
 import made
 from cfmask.errors import UserError
-from cfmask.runs import RunFolder, find_model
-from cfmask.runtime.jsonl import append_lines
-from tools import plot_runs, show_masks
+from cfmask.runs import find_model
+from tools import show_masks
 from towers import TINY
 
 
@@ -39,21 +38,6 @@ def test_the_class_of_an_image_file_is_that_of_its_folder(shown, tmp_path, capsy
     assert show_masks.main([*command, "--out", str(out)]) == 0 and out.stat().st_size > 0
     assert show_masks.main([str(shown / "zero.safetensors"), "--images", str(tmp_path / "none.jpg")]) == 2
     assert "none.jpg cannot be read" in capsys.readouterr().err
-
-
-def test_curves_of_two_runs_and_the_error_for_a_run_without_a_log(tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        run = RunFolder(tmp_path / name)
-        for step in range(1, 5):
-            line = {"step": step, "total_steps": 4, "loss": 1 / step, "ce": 1.0, "mse": 0.1, "accuracy": 5.0}
-            append_lines(run.log, [line])
-        append_lines(run.log, [{"step": 4, "epoch": 1, "eval": {"val": 50.0}}])
-    out = tmp_path / "curves.png"
-    assert plot_runs.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
-    assert Image.open(out).size[0] > 500
-    assert plot_runs.main([str(tmp_path)]) == 2
-    assert "has no log: it is not a run folder" in capsys.readouterr().err
 
 
 def test_a_model_can_be_named_by_file_checkpoint_or_run(tmp_path):

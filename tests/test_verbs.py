@@ -24,7 +24,7 @@ COMMANDS = [
     *(f"launch.{path.stem}" for path in sorted((REPO / "launch").glob("[!_]*.py"))),
     *(f"tools.{verb}" for verb in VERBS),
 ]
-HEAVY = ("audit", "export", "show_masks")
+HEAVY = ("audit", "show_masks")
 """Commands that import torch at once. --help of the others must not wait seconds for torch and open_clip."""
 
 OWN_WORDS = {

@@ -19,13 +19,12 @@ from pathlib import Path
 
 try:
     from cfmask.convert.mask2former import DEFAULT
-    from cfmask.convert.planning import claim, is_made
+    from cfmask.convert.planning import claim, work_on_missing
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import sole_writer
     from cfmask.runtime.progress import progress_bar
-    from cfmask.runtime.work import Work
     from cfmask.tool_arguments import add_device_argument, resolve_device
     from launch.allocation.data import add_shards_argument, fill_in_data
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
@@ -64,20 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     with sole_writer(folder):
         claim(folder, tasks[0].plan, facts)
-        missing = [task for task in tasks if not is_made(task.tar, task.plan)]
-        total, to_do = (sum(len(task.ids) for task in some) for some in (tasks, missing))
-        if len(missing) < len(tasks):
-            print(f"{arguments.set}: {len(tasks) - len(missing)} of {len(tasks)} shards exist already")
+        preload = ("transformers.models.mask2former.modeling_mask2former",)
+        work = work_on_missing("segment", tasks, segment_shard, preload)
+        total, to_do = (sum(len(task.ids) for task in some) for some in (tasks, work.items))
         gpus = torch.cuda.device_count() if tasks[0].device == "cuda" else 1
-        work = Work(
-            kind="segment",
-            identity=f"{folder}{tasks[0].plan}",
-            function=segment_shard,
-            items=missing,
-            keys=[task.tar.stem for task in missing],
-            preload=("transformers.models.mask2former.modeling_mask2former",),
-            describe=lambda task: str(task.tar),
-        )
         run = runner(array, workers=arguments.workers or max(1, gpus), paths=[folder, tasks[0].where])
         with progress_bar(total=total, initial=total - to_do, desc=arguments.set, unit=" images") as bar:
             run(work, bar.update)

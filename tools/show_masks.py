@@ -4,6 +4,7 @@
     python tools/show_masks.py RUN --shards DIR --set val --out masks.png
     python tools/show_masks.py MODEL --images photos/*.jpg --out masks.png
 
+A column is a sample. Donors are drawn as in training, but no image is shown as its own donor.
 The CAM is that of the true class where it is known: from the shards, or from a parent folder that is named after a
 class. Otherwise it is that of the predicted class.
 """
@@ -19,7 +20,7 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
-    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set
+    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
     from cfmask.tool_arguments import MODEL_HELP, load_models, recorded_method
@@ -66,14 +67,14 @@ def main(argv: list[str] | None = None) -> None:
         [model], info = load_models([arguments.model])
         method = method_of(arguments)
         begin("reading images")
-        size = model.image_size
+        size, read = model.image_size, images_to_read(arguments.count)
         if arguments.images:
-            images, labels = images_of_files(arguments.images, arguments.count, size, info.classes)
+            images, labels = images_of_files(arguments.images, read, size, info.classes)
         else:
             [manifest] = load_sets(arguments.shards, [arguments.set]).values()
-            images, labels = images_of_set(manifest, arguments.count, size, arguments.seed)
+            images, labels = images_of_set(manifest, read, size, arguments.seed)
         begin("drawing")
-        draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
+        draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.count, arguments.seed)
     print(f"written: {arguments.out}")
 
 

@@ -30,43 +30,47 @@ import sys
 from pathlib import Path
 
 try:
-    from cfmask.data.shards import load_sets
+    from cfmask import tool_arguments as shared
     from cfmask.errors import UserError
+    from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from cfmask.tool_arguments import MODEL_HELP, add_compute_arguments, load_models, recorded_method
     from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
+
+# Some modules are imported in functions: torch takes seconds to import, and --help does not need it.
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
-    # Imported here: torch takes seconds to import, and --help does not need it.
     from cfmask.data.segmentation import open_masks
-    from cfmask.evaluation.mask_validation import Validation, method_to_validate, segmented_photos, segmented_shards
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate, open_images
+    from cfmask.report.labels import model_names
     from cfmask.report.masks import write_report
 
-    models, info = load_models(arguments.models)
+    names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
+    models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
-    methods = [method_to_validate(recorded_method(path), **asked) for path in arguments.models]
-    how = {"image_size": models[0].image_size, "threads": arguments.loader_workers}
-    if arguments.images is None:
-        [manifest] = load_sets(arguments.shards, [arguments.set or "val"]).values()
-        masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
-        segmented, groups = segmented_shards(manifest, masks, info, arguments.groups, **how)
-    else:
-        masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
-        how["allow_missing"] = arguments.allow_missing_masks
-        segmented, groups = segmented_photos(arguments.images, masks, info, arguments.groups, **how)
+    methods = [method_to_validate(shared.recorded_method(path), **asked) for path in arguments.models]
+    segmented, groups = open_images(
+        info,
+        models[0].image_size,
+        open_masks(arguments.segmentation, arguments.panoptic_pngs),
+        arguments.groups,
+        shards=(arguments.shards, arguments.set or "val") if arguments.shards else None,
+        photos=arguments.images,
+        threads=arguments.loader_workers,
+        allow_missing=arguments.allow_missing_masks,
+    )
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
     shown = {"segmentation": arguments.segmentation, "count": arguments.count, "seed": arguments.seed}
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = validation.carry_out(arguments.out / "parts.jsonl", allow_missing=arguments.allow_missing_masks)
-        text, written = write_report(arguments.out, validation, parts, **shown)
+        text, written = write_report(arguments.out, validation, names, parts, **shown)
     except OSError as error:
         raise UserError(f"{arguments.out} cannot be written ({error.strerror}). Choose another --out.") from None
     print(text)
@@ -76,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
     add = p.add_argument
-    add("models", nargs="+", metavar="MODEL", help=MODEL_HELP)
+    add("models", nargs="+", metavar="MODEL", help=shared.MODEL_HELP)
+    add("--names", nargs="+", metavar="NAME", help=shared.NAMES_HELP)
     add_shards_argument(p, cluster=True)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
@@ -107,9 +112,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the choice of these images (default: 0)")
-    add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
-    default, help_of_out = Path("mask-validation"), "folder for the numbers and pictures"
-    add("--out", type=Path, default=default, metavar="DIR", help=f"{help_of_out} (default: {default})")
+    shared.add_compute_arguments(p, batch_size=64)  # a CAM needs a backward pass, and its memory
+    out = Path("mask-validation")
+    add("--out", type=Path, default=out, metavar="DIR", help=f"folder for the numbers and pictures (default: {out})")
     return p
 
 
@@ -118,7 +123,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.images is None:
         fill_in_data(arguments)
     elif idle := [f"--{name}" for name in ("shards", "set") if getattr(arguments, name) is not None]:
-        raise UserError(f"{' and '.join(idle)} would do nothing with --images: those are not in shards.")
+        raise UserError(f"{' and '.join(idle)} would do nothing with --images, which are not in shards.")
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
 
     arguments.thresholds = arguments.thresholds or THRESHOLDS

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from cfmask.data.coco import CocoMasks
 from cfmask.data.segmentation import Masks, class_groups
 from cfmask.data.segmented import Chunk, Segmented, SegmentedPhotos, SegmentedSet, SegmentedShards
-from cfmask.data.shards import Manifest
+from cfmask.data.shards import load_sets
 from cfmask.data.stream import check_image_size
 from cfmask.errors import UserError
 from cfmask.evaluation.checks import check_classes
@@ -177,6 +177,39 @@ class Validation:
         return [parts[chunk.name] for chunk in chunks]
 
 
+def open_images(
+    info: ModelInfo,
+    image_size: int,
+    masks: Masks,
+    groups: Sequence[str] | None,
+    *,
+    shards: tuple[str, str] | None,
+    photos: Path | None,
+    threads: int,
+    allow_missing: bool,
+) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
+    """The images with their masks, and class ids by group: of ``shards`` (a place and a set), else photographs of COCO
+    annotations.
+
+    Raises:
+        UserError: classes that are not the model's, another image size, or photographs without COCO annotations.
+    """
+    how: dict[str, Any] = {"image_size": image_size, "threads": threads}
+    if shards is not None:
+        where, name = shards
+        [manifest] = load_sets(where, [name]).values()
+        check_classes(manifest, info.classes)
+        check_image_size(manifest, image_size)
+        found = class_groups(manifest.classes, groups)
+        return SegmentedShards(manifest, masks, wanted=frozenset().union(*found.values()), **how), found
+    assert photos is not None
+    if not isinstance(masks, CocoMasks):
+        raise UserError("--images needs COCO annotations (.json), and --segmentation names no such file (.json).")
+    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
+    found = class_groups(classes, groups)
+    return SegmentedPhotos(masks, photos, classes, found, allow_missing=allow_missing, **how), found
+
+
 def method_to_validate(
     recorded: Method | None, *, mask: str | None, cam: str | None, first_block: int | None
 ) -> Method:
@@ -211,58 +244,3 @@ def _claim(record: Path, asked: dict[str, Any]) -> list[Part]:
             "not needed."
         )
     return [Part.from_line(line) for line in parts]
-
-
-# --- the images -------------------------------------------------------------------------------------------------------
-
-
-def segmented_shards(
-    manifest: Manifest, masks: Masks, info: ModelInfo, groups: Sequence[str] | None, *, image_size: int, threads: int
-) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
-    """The images of a set of shards.
-
-    Args:
-        info: Of the model.
-        groups: As for ``class_groups``.
-        image_size: Side of the images in pixels.
-        threads: Reader threads.
-
-    Returns:
-        The images with their masks, and class ids by group.
-
-    Raises:
-        UserError: Classes or sizes do not fit, or a group is unknown.
-    """
-    check_classes(manifest, info.classes)
-    check_image_size(manifest, image_size)
-    ids = class_groups(manifest.classes, groups)
-    wanted = frozenset[int]().union(*ids.values())
-    return SegmentedShards(manifest, masks, wanted=wanted, image_size=image_size, threads=threads), ids
-
-
-def segmented_photos(
-    images: Path,
-    masks: Masks,
-    info: ModelInfo,
-    groups: Sequence[str] | None,
-    *,
-    allow_missing: bool,
-    image_size: int,
-    threads: int,
-) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
-    """Photographs of COCO annotations, in a folder or zip.
-
-    Args:
-        allow_missing: Leave out annotated images that are not there. The others are those of ``segmented_shards``.
-
-    Raises:
-        UserError: The masks are not COCO's, images are missing, or a group is unknown.
-    """
-    if not isinstance(masks, CocoMasks):
-        raise UserError("--images needs COCO annotations (.json), and --segmentation is no such file.")
-    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
-    ids = class_groups(classes, groups)
-    photos = SegmentedPhotos(
-        masks, images, classes, ids, allow_missing=allow_missing, image_size=image_size, threads=threads
-    )
-    return photos, ids

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfmask.evaluation.model_origin import ModelOrigin, short_names
+from cfmask.evaluation.model_origin import ModelOrigin
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
+from cfmask.report.labels import model_names
 from cfmask.report.page import Html, Section
 from cfmask.report.results import Results, read_results, rows_of
 from cfmask.report.summary import note_of
@@ -79,7 +80,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _models(results: Results, names: Sequence[str]) -> Html:
     """Which files were evaluated, and what chose them."""
     files = results.evaluation.models
-    called = _distinct(names) if len(names) == len(files) else short_names(files)
+    called = _distinct(names) if len(names) == len(files) else model_names(files)
     origins = results.origins or [ModelOrigin(file, chosen="–") for file in files]
     rows = [
         [
@@ -99,7 +100,7 @@ def _models(results: Results, names: Sequence[str]) -> Html:
 def _training(folder: Path, runs: dict[str, RunFolder]) -> list[Html]:
     recipes = {name: run.recipe() for name, run in runs.items()}
     return [
-        *run_blocks.curves(folder / "curves.png", [run.root for run in runs.values()]),
+        *run_blocks.curves(folder / "curves.png", list(runs.values())),
         run_blocks.recipes(recipes),
         run_blocks.starts({name: run.starts() for name, run in runs.items()}),
         run_blocks.versions(list(runs.values())),

@@ -93,13 +93,14 @@ def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each
     return page.table(caption, header, rows)
 
 
-def curves(out: Path, roots: Sequence[Path]) -> list[Html]:
+def curves(out: Path, runs: Sequence[RunFolder]) -> list[Html]:
     """A figure of loss and accuracy of those runs that have a log; none if no run has one."""
     from cfmask.report.curves import draw_curves
+    from cfmask.report.labels import run_groups
 
-    there = [root for root in roots if RunFolder(root).logged_step()]
+    there = [run for run in runs if run.logged_step()]
     if not there:
         return []
     draw_curves(out, there)
-    what = f"Loss and accuracy over steps of {', '.join(root.name for root in there)}"
+    what = f"Loss and accuracy over steps of {', '.join(group.label for group in run_groups(there))}"
     return [page.figure(out, what, f"Line charts. {what}.")]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
@@ -22,23 +22,28 @@ from launch.state.facts import look_at
 from launch.state.page import interrupted, runs_table
 from launch.state.status import ENDED, explained_starts
 
+if TYPE_CHECKING:
+    from cfmask.report.robustness import Line
+
 PAGE = "index.html"
 
 _CAPTIONS = {
     "bars.png": "Top-1 by set",
-    "effective_robustness.png": "Accuracy on shifted sets over accuracy in distribution",
+    "effective-robustness.png": "Accuracy on shifted sets over accuracy in distribution, and the line through "
+    "the published zero-shot models",
 }
 
 
-def write_report(reproduction: Reproduction, tflops: float | None) -> None:
+def write_report(reproduction: Reproduction, tflops: float | None, line: Line | None = None) -> None:
     """Write and print the table, and write the page.
 
     Args:
         tflops: --tflops.
+        line: also draw effective robustness, above this line.
     """
     folder = reproduction.setup.folder
     found = read_table(reproduction)
-    pictures = write_table(reproduction, found) if found else []
+    pictures = write_table(reproduction, found, line) if found else []
     if found is None:
         print("No row of the table has results yet.")
     nodes = list(reproduction.plan.nodes.values())
@@ -80,9 +85,8 @@ def _results(folder: Path, found: PaperTable | None, pictures: Sequence[Path]) -
         page.figure(path, _CAPTIONS[path.name], f"Chart. {_CAPTIONS[path.name]}. The table has the numbers.")
         for path in pictures
     ]
-    models = [replace(row.per_seed[0], name=row.name) for row in found.rows if row.sets]
-    reliability_chart(models, folder / "reliability.png", found.split)
-    what = "Accuracy over confidence, of the first seed of each row: a calibrated model is on the diagonal"
+    reliability_chart([row for row in found.rows if row.sets], folder / "reliability.png", found.split)
+    what = "Accuracy over confidence, over all seeds of each row: a calibrated model is on the diagonal"
     blocks.append(page.figure(folder / "reliability.png", what, f"Line charts for each set. {what}."))
     return blocks
 
@@ -136,14 +140,13 @@ def _of_training(reproduction: Reproduction) -> list[Section]:
     first: dict[str, PlanNode] = {}
     for node in trained.values():
         first.setdefault(node.kind, node)
-    runs = [reproduction.folder(node.name) for node in first.values()]
     recipes = {kind: node.work for kind, node in first.items() if isinstance(node.work, Recipe)}
     there = [run for name in trained if (run := reproduction.folder(name)).has_work()]
     return [
         Section(
             "Training",
             [
-                *run_blocks.curves(reproduction.setup.folder / "curves.png", [run.root for run in runs]),
+                *run_blocks.curves(reproduction.setup.folder / "curves.png", there),
                 run_blocks.recipes(recipes),
                 run_blocks.versions(there),
             ],

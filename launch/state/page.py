@@ -109,7 +109,7 @@ def _remarks(names: Sequence[str], statuses: Sequence[Status]) -> list[Html]:
 
 
 def _curves(runs: Mapping[str, RunFolder]) -> list[Html]:
-    there = [run.root for run in runs.values() if run.logged_step()]
+    there = [run for run in runs.values() if run.logged_step()]
     with TemporaryDirectory() as folder:
         blocks = run_blocks.curves(Path(folder) / "curves.png", there[:MOST_CURVES])
     if len(there) > MOST_CURVES:
