@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start, starts_of
 from html_check import Page, checked
 from launch import status
+from launch.state import page as runs_page
 
 NASTY = "run <b>&amp;\"'</td>\x1b[31m\udc80\u202e\x00 é"
 SHOWN = "run <b>&amp;\"'</td>\\u001b[31m\\udc80\\u202e\\u0000 é"
@@ -201,6 +203,36 @@ def test_the_plain_table_needs_neither_torch_nor_matplotlib(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=made.REPO, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_many_recipes_are_not_all_drawn(tmp_path, monkeypatch):
+    for preset in ("ft", "fd-clean", "random-mask-no-fill"):
+        finished_run(tmp_path / "runs" / preset, preset)
+    drawn = []
+    monkeypatch.setattr(runs_page, "MOST_CURVES", 2)
+    monkeypatch.setattr(run_blocks, "curves", lambda out, runs: drawn.extend(runs) or [])
+    assert status.main([str(tmp_path / "runs"), "--html", str(tmp_path / "runs.html")]) == 0
+    text = checked((tmp_path / "runs.html").read_bytes()).text
+    assert len(drawn) == 2 and "The first 2 of 3 recipes are drawn." in text
+
+
+def test_masks_of_a_run_are_drawn_once_for_each_model(tmp_path):
+    materials = made.make_materials(tmp_path / "materials", per_class=4)
+    run = finished_run(tmp_path / "object-s0")
+    shutil.copyfile(materials / "tiny.safetensors", run.final)
+    out, shards = tmp_path / "masks.png", str(materials / "shards")
+    found = checked(page.page("t", [Section("s", run_blocks.masks(out, run, run.final, shards, "val"))]))
+    assert "Images of val, with the masks of object-s0" in found.text and len(found.all("img")) == 1
+    drawn = out.stat().st_mtime_ns
+    run_blocks.masks(out, run, run.final, shards, "val")
+    assert out.stat().st_mtime_ns == drawn
+    os.utime(out, ns=(0, 0))
+    run_blocks.masks(out, run, run.final, shards, "val")
+    assert out.stat().st_mtime_ns >= drawn, "the model is newer"
+    out.unlink()
+    [block] = run_blocks.masks(out, run, run.final, shards, "gone")
+    assert "No contact sheet of object-s0: There is no folder of shards" in Page(block).elements[0].text
+    assert run_blocks.masks(out, finished_run(tmp_path / "ft-s0", "ft"), run.final, shards, "val") == []
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------
