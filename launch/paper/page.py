@@ -96,15 +96,9 @@ def _plan(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> Htm
     rows = []
     for kind in kinds_of_jobs(reproduction.plan):
         waits = dict.fromkeys(reproduction.plan.nodes[name].kind for name in kind.nodes[0].after)
-        rows.append(
-            [
-                kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title,
-                kind.work,
-                ", ".join(waits) or None,
-                kind.state(statuses),
-            ]
-        )
-    return page.table("Jobs by kind; × is the number of seeds", ["job", "what it does", "waits for", "state"], rows)
+        name = kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title
+        rows.append([name, kind.state(statuses), kind.work, ", ".join(waits) or None])
+    return page.table("Jobs by kind; × is the number of seeds", ["job", "state", "what it does", "waits for"], rows)
 
 
 def _cost(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], tflops: float | None) -> list[Html]:
