@@ -25,6 +25,7 @@ from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
+from html_check import checked
 from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
@@ -69,6 +70,8 @@ def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path)
         assert f"{model.sets['val'].top1:.1f}" in printed and model.sets["val"].total == 15
     assert "A_1 & B" in (out / "table.md").read_text() and r"A\_1 \& B" in (out / "table.tex").read_text()
     assert all(picture(out / f"{name}.png") for name in ("bars", "reliability", "effective-robustness"))
+    page = checked((out / "index.html").read_bytes())
+    assert "A_1 & B" in page.text and len(page.all("img")) == 3
     [row] = re.findall(r"(?m)^\| C +\| .*$", (out / "effective-robustness.md").read_text())
     assert row in printed and re.search(r"\| [+−]?\d+\.\d +\|$", row)
     # Again: nothing is counted, everything is shown
@@ -149,7 +152,7 @@ def test_wise_ft_sweep_is_chosen_on_the_holdout_and_drawn(shown, capsys, tmp_pat
     assert wise_ft.main(command) == 0
     chosen = json.loads((out / "results.json").read_text())["chosen"]
     assert f"α = {(0, 0.5, 1)[chosen]:g}, the best on train: {out / 'model.safetensors'}" in capsys.readouterr().out
-    assert picture(out / "sweep.png")
+    assert picture(out / "sweep.png") and "Top-1 over α" in checked((out / "index.html").read_bytes()).text
     assert wise_ft.main([*models(shown, "zero", "fine"), *alphas, *sets(shown), "--out", str(tmp_path / "none")]) == 0
     assert "No model was saved" in capsys.readouterr().out and not (tmp_path / "none/model.safetensors").exists()
 
@@ -363,3 +366,7 @@ def test_job_of_two_ranks_gives_the_same_results(shown, tmp_path, capfd):
             assert a.ece == pytest.approx(b.ece, abs=1e-4)  # a rank has one thread here, and adds in another order
     run = RunFolder(tmp_path / "job")
     assert read_lines(run.attempts)[0]["world_size"] == 2 and (run.root / "code").is_dir()
+    made.assert_log_format(run.root)
+    assert re.search(
+        r" INFO rank 0 \S+ \| train: (\d+)/\1, \d+\.\d samples/s, ETA 0 s$", made.logs(run.root), re.MULTILINE
+    )

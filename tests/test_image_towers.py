@@ -17,7 +17,7 @@ from cfmask.data.shards import load_manifest
 from cfmask.data.stream import eval_batches
 from cfmask.models.head import load_model, read_info
 from cfmask.models.tower import Normalise
-from tools import build_head
+from tools import build_head, export
 from towers import MEAN, STD, TINY, tiny_clip
 
 DATA = made.REPO.parent / "shared/data"
@@ -142,6 +142,40 @@ def test_resized_positions_give_open_clips_features(tmp_path, capsys, image):
     pixels = torch.randn(2, 3, image, image)
     with torch.no_grad():
         torch.testing.assert_close(ours.encode(pixels), expected.encode_image(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_a_clip_at_another_image_size_is_exported_for_open_clip(tmp_path):
+    save_file(tiny_clip().state_dict(), weights := tmp_path / "clip.safetensors")
+    (model := tmp_path / "resized.json").write_text(
+        json.dumps({"model_cfg": config_of(24), "preprocess_cfg": {"mean": MEAN, "std": STD}})
+    )
+    (names := tmp_path / "names.tsv").write_text("n0\tcat\nn1\tdog\n")
+    start = tmp_path / "head.safetensors"
+    assert build(str(model), str(weights), start, "--classes", names, "--resize-positions") == 0
+    command = [str(start), "--format", "open-clip", "--pretrained", str(weights), "--out", str(tmp_path / "out.pt")]
+    assert not export.main(command)  # which compares open_clip's features with ours
+
+
+@pytest.mark.parametrize("form", ["open-clip", "hub"])
+@pytest.mark.parametrize("text", [{}, {"text_cfg": None}])
+def test_export_of_an_image_tower_names_the_format_that_it_can_have(tmp_path, shards, capsys, form, text):
+    _, weights = save_tower(tmp_path)
+    config = {key: value for key, value in config_of(TINY.image).items() if key != "text_cfg"} | text
+    model = tmp_path / "alone.json"
+    model.write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}))
+    out = tmp_path / "means.safetensors"
+    assert build(str(model), weights, out, "--class-means", shards / "train") == 0
+    command = [
+        str(out),
+        "--format",
+        form,
+        "--pretrained",
+        weights,
+        "--out",
+        str(tmp_path / ("out.pt" if form == "open-clip" else "out")),
+    ]
+    assert export.main(command) == 2
+    assert "is an image tower alone" in (said := capsys.readouterr().err) and "--format onnx" in said
 
 
 def test_weights_of_another_image_size_are_refused_with_the_remedy(tmp_path, shards, capsys):

@@ -28,6 +28,7 @@ from cfmask.presets import PRESETS
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
+from html_check import checked
 from launch import reproduce
 from launch.allocation.resolve import resolve_allocation
 from launch.paper import cost, execution, progress
@@ -475,7 +476,7 @@ def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     reproduction = Reproduction.of(args, file, resolve_allocation(args, file))
     flops = cost.forward_flops(reproduction.start.config)
     assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
-    said = estimate(reproduction, read_statuses(reproduction), None)
+    said = estimate(reproduction, read_statuses(reproduction), None).note
     assert "measured in ft-s0" in said
     spent, left = (float(x) for x in re.search(r"About (\S+) hours .* which (\S+) are left", said).groups())
     evaluations = 2 * 96 / 2.8  # in images of a step
@@ -531,7 +532,11 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     assert "ft-eval-s1 is skipped: it needs ft-s1" in said and "wise-ft-s1 is skipped: it needs ft-s1" in said
     assert "3 of 11 jobs are not done: ft-s1, ft-eval-s1, wise-ft-s1" in said
     assert len(fake_jobs.done) == 9
-    assert re.search(r"Missing: FT \(1 of 2 seeds done\); WiSE-FT, α = 0.5 \(1 of 2 seeds done\)\.", said)
+    missing = r"Missing: FT \(1 of 2 seeds done\); WiSE-FT, α = 0.5 \(1 of 2 seeds done\)\."
+    assert re.search(missing, said)
+    page = checked((tmp_path / "out/index.html").read_bytes()).text
+    assert re.search(missing, page) and "8 of 11 jobs done, 2 never started, 1 failed" in page
+    assert "failed: for the test" in page and "1 of 3 rows of the table are complete" in page
     fake_jobs.done, fake_jobs.fails = [], set()
     assert reproduce.main(words) == 0
     assert fake_jobs.done == ["ft-s1", "ft-eval-s1", "wise-ft-s1"]

@@ -22,7 +22,7 @@ COMMANDS = [
     *(f"launch.{path.stem}" for path in sorted((REPO / "launch").glob("[!_]*.py"))),
     *(f"tools.{verb}" for verb in VERBS),
 ]
-HEAVY = ("audit", "export", "segment", "show_masks", "validate_masks")
+HEAVY = ("audit", "export", "show_masks")
 """Commands that import torch at once. --help of the others must not wait seconds for torch and open_clip."""
 
 OWN_WORDS = {

@@ -28,31 +28,34 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
     from cfmask import tool_arguments as shared
     from cfmask.data.coco import CocoMasks
-    from cfmask.data.segmentation import class_groups, open_masks
-    from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards
     from cfmask.data.shards import load_sets
-    from cfmask.data.stream import check_image_size
     from cfmask.errors import UserError
     from cfmask.evaluation.checks import check_classes
-    from cfmask.evaluation.mask_validation import Validation, method_to_validate
-    from cfmask.masking.validation import THRESHOLDS, check_thresholds
     from cfmask.models.head import ModelInfo
-    from cfmask.report.labels import model_names
-    from cfmask.report.masks import write_report
     from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
+
+if TYPE_CHECKING:
+    from cfmask.data.segmented import SegmentedSet
+
+# Some modules are imported in functions: torch takes seconds to import, and --help does not need it.
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate
+    from cfmask.report.labels import model_names
+    from cfmask.report.masks import write_report
+
     names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
     models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
@@ -75,6 +78,10 @@ def open_images(
     arguments: argparse.Namespace, info: ModelInfo, image_size: int
 ) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
     """The images with their masks, and class ids by group."""
+    from cfmask.data.segmentation import class_groups, open_masks
+    from cfmask.data.segmented import SegmentedPhotos, SegmentedShards
+    from cfmask.data.stream import check_image_size
+
     how = {"image_size": image_size, "threads": arguments.loader_workers}
     masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
     if arguments.shards:
@@ -116,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
         "or display name (default: those of the first four that the set has; all is then these three together)",
     )
     help_of_thresholds = "CAM thresholds, in 0…1 (default: 0.1 0.2 … 0.9)"
-    add("--thresholds", nargs="+", type=float, default=THRESHOLDS, metavar="X", help=help_of_thresholds)
+    add("--thresholds", nargs="+", type=float, metavar="X", help=help_of_thresholds)
     add("--mask", choices=("object", "context"), help="what is masked (default: the run's, or object)")
     add("--cam", choices=("relevance", "grad-cam"), help="class activation map (default: the run's, or relevance)")
     add("--first-block", type=int, metavar="N", help="first block that relevance uses (default: the run's, or 0)")
@@ -140,6 +147,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
     if arguments.images is not None and arguments.set is not None:
         raise UserError("--set would do nothing with --images: it names a folder of shards.")
+    from cfmask.masking.validation import THRESHOLDS, check_thresholds
+
+    arguments.thresholds = arguments.thresholds or THRESHOLDS
     check_thresholds(arguments.thresholds)
     for flag, least in (("batch_size", 1), ("loader_workers", 0), ("count", 0), ("seed", 0)):
         if getattr(arguments, flag) < least:

@@ -153,7 +153,7 @@ class Validation:
         chunks = self.segmented.chunks
         there = sum(len(chunk.ids) for chunk in chunks if chunk.name in parts)
         total = sum(len(chunk.ids) for chunk in chunks)
-        with progress_bar(total=total, initial=there, unit="image", desc="masks") as bar:
+        with progress_bar(total=total, initial=there, unit=" images", desc="masks") as bar:
             for chunk in chunks:
                 if chunk.name in parts:
                     continue

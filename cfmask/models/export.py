@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from cfmask.data import images
 from cfmask.errors import UserError
 from cfmask.models.architecture import HUB_CONFIG, check_activation
+from cfmask.models.downloads import HUB_WEIGHTS
 from cfmask.models.head import ModelInfo, read_info
 from cfmask.models.initial import check_text_settings, configs_of
 from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD, RESIZE_MODE
 from cfmask.models.tower import Classifier, Normalise
-from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, find_weights, is_path, read_tag, read_weights
+from cfmask.models.tower_weights import fitting_positions
+from cfmask.models.weights import CONFIG_ENTRY, find_weights, is_path, read_tag, read_weights
 from cfmask.models.zero_shot import build_clip
 from cfmask.runtime.files import write_atomically
 from cfmask.runtime.tensor_files import save_tensors
@@ -45,8 +47,14 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
     """State dict of a CLIP: this model's image tower, fp32, and the text tower of a checkpoint.
 
     Raises:
-        UserError: a checkpoint that is not available, has no text tower, or is that of another model.
+        UserError: a checkpoint that is not available, has no text tower, or is that of another model; or a model whose
+            configuration has no text tower.
     """
+    if not info.config.get("text_cfg"):
+        raise UserError(
+            f"The model {info.name} is an image tower alone, and open_clip loads a CLIP, with a text tower. Choose "
+            "--format onnx."
+        )
     remedy = "Give the weights that this model was fine-tuned from."
     if not is_path(pretrained):
         quick_gelu = bool(read_tag(info.name, pretrained).get("quick_gelu"))
@@ -63,7 +71,7 @@ def whole_clip(model: Classifier, info: ModelInfo, pretrained: str) -> dict[str,
     check_text_settings(configs, info, pretrained, remedy)
     check_activation(info.name, info.config, pretrained, weights.quick_gelu, remedy=remedy)
     # A whole CLIP is built first, to refuse a checkpoint of another architecture although its image tower is not used.
-    state = build_clip(info, weights.state).state_dict()
+    state = build_clip(info, fitting_positions(weights.state, info, pretrained)).state_dict()
     return {**state, **{f"visual.{name}": value for name, value in model.visual.state_dict().items()}}
 
 
@@ -176,7 +184,7 @@ def export_hub(model: Classifier, info: ModelInfo, pretrained: str, out: Path, b
     """
     import open_clip
 
-    if tokenizer := info.config.get("text_cfg", {}).get("hf_tokenizer_name"):
+    if tokenizer := (info.config.get("text_cfg") or {}).get("hf_tokenizer_name"):
         raise UserError(
             f"{info.name} uses Hugging Face's tokenizer {tokenizer}, which open_clip expects in the folder. cfmask "
             "does not copy it. Use --format open-clip."

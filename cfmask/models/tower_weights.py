@@ -90,6 +90,11 @@ def resized_positions(state: Mapping[str, Tensor], info: ModelInfo, pretrained: 
     return resized
 
 
+def fitting_positions(state: Mapping[str, Tensor], info: ModelInfo, pretrained: str) -> Mapping[str, Tensor]:
+    """The state dict, with its positional embedding interpolated if it has another size than the model's."""
+    return state if _trained_grid(state) in (None, _grid(info)) else resized_positions(state, info, pretrained)
+
+
 def _grid(info: ModelInfo) -> int:
     return image_size_of(info.config) // patch_size_of(info.config)
 

@@ -119,7 +119,8 @@ def _kind_of(column: Sequence[str]) -> str:
     """The class of a column's cells, which decides their alignment and width."""
     if all(len(text) <= 24 and _NUMBER.fullmatch(text) for text in column):
         return "number"
-    return "text long" if max(map(len, column)) > 40 else "text"
+    longest = max(map(len, column))
+    return "text short" if longest <= 20 else "text long" if longest > 40 else "text"
 
 
 def figure(picture: Path | bytes, caption: object, alt: str) -> Html:
@@ -214,15 +215,17 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; ma
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding: 0 0 .4rem }
 caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem) }
-th, td { padding: .3rem .7rem .3rem 0; text-align: left; vertical-align: top }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: nowrap }
 tbody { border-bottom: 1px solid var(--line) }
-tbody th { font-weight: 600; min-width: 8rem; max-width: 18rem; position: sticky; left: 0; background: var(--back) }
+tbody th { font-weight: 600; min-width: 8rem; max-width: 18rem; position: sticky; left: 0; background: var(--back);
+  overflow-wrap: anywhere }
 tbody tr + tr th { font-weight: 400; color: var(--soft) }
 tbody tr + tr td { color: var(--soft) }
 .number { text-align: right; white-space: nowrap }
 td.text { min-width: 5rem; max-width: 30rem }
-td.text.long { min-width: 14rem }
+td.short { min-width: 0; white-space: nowrap }
+td.long { min-width: 14rem; overflow-wrap: anywhere }
 .interval { color: var(--soft); font-size: .85em }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .4rem 1.5rem;
   margin: .8rem 0 }
@@ -247,10 +250,11 @@ footer { margin-top: 2.5rem }
   .scroll, pre { overflow: visible }
   table { font-size: 8pt; width: 100% }
   thead { display: table-header-group }
-  tbody th, td.text, td.text.long { position: static; min-width: 0 }
-  td.text { overflow-wrap: break-word }
-  thead th { white-space: normal }
-  th, td { padding-right: .4rem }
+  tbody th { position: static; min-width: 5rem }
+  td.text { min-width: 0 }
+  td.long { min-width: 10rem }
+  thead th, td.number, td.short { white-space: normal }
+  th, td { padding-right: .5rem }
   pre { white-space: pre-wrap }
   img { min-width: 0; max-height: 200mm }
   details::details-content { content-visibility: visible; block-size: auto }

@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 from cfmask.errors import UserError, did_you_mean
+from cfmask.urls import is_remote
 from launch.allocation.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS, FileType
 
 VARIABLE = "CFMASK_CLUSTER"
@@ -76,6 +77,26 @@ class ClusterFile:
     image: str | None = None
     mounts: tuple[str, ...] = ()
     sbatch: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shards(self) -> str | None:
+        """Folder of the shards, or their URL. Paths in the file are relative to its folder."""
+        given = self.values.get("shards")
+        if not given or self.path is None or is_remote(given):
+            return given or None
+        return str((self.path.parent / Path(given).expanduser()).absolute())
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        return tuple(self.values.get("eval_sets", ()))
+
+    def export(self) -> None:
+        """Set the variables of [environment] in this process, as far as they are not set and have a value here:
+        weights, tokens and caches are then the same as in jobs. $NAME is expanded; what only a job knows is left out.
+        """
+        for name, value in self.environment.items():
+            if "$" not in (expanded := os.path.expandvars(value)):
+                os.environ.setdefault(name, expanded)
 
 
 def find_cluster_file(given: Path | None) -> Path | None:

@@ -19,8 +19,8 @@ from launch.paper.progress import NodeStatus, count_jobs, kinds_of_jobs, statuse
 from launch.paper.reproduction import Reproduction
 from launch.paper.table import PaperTable, read_table, write_table
 from launch.state.facts import look_at
-from launch.state.page import explained_starts, runs_table
-from launch.state.status import ENDED
+from launch.state.page import interrupted, runs_table
+from launch.state.status import ENDED, explained_starts
 
 if TYPE_CHECKING:
     from cfmask.report.robustness import Line
@@ -118,14 +118,10 @@ def _jobs(statuses: Mapping[str, NodeStatus], starts: Mapping[str, list[Start]])
         for name, each in statuses.items()
         if each.state != DONE and each.status.state in ENDED and each.status.state != "never started"
     ]
-    again = {name: of_run for name, of_run in starts.items() if len(of_run) > 1 or name in wrong}
     blocks = []
     if wrong:
         blocks.append(runs_table("Jobs that have ended without success", wrong, [statuses[n].status for n in wrong]))
-    if again:
-        blocks.append(run_blocks.starts(again, "Runs that were interrupted: why each start ended"))
-    else:
-        blocks.append(page.paragraph("No job was interrupted."))
+    blocks.append(interrupted(starts))
     blocks.append(
         page.folded(
             f"All {count_jobs(len(statuses))}, and their starts",

@@ -85,7 +85,7 @@ class RunState:
     last: the last line of log.jsonl with a rate.
     eta_s: seconds to the end at the mean rate of the steps of the latest start; None before its first ones.
     saved_step: of the newest checkpoint.
-    ends: evaluations at the ends of epochs.
+    ends: evaluations at the ends of epochs (``progress.evaluations``).
     notes: what could not be read.
     """
 
@@ -113,12 +113,16 @@ class RunState:
 
     @property
     def best(self) -> tuple[str, EpochEnd] | None:
-        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation."""
-        if not isinstance(self.work, Recipe):
+        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation. Of an
+        evaluation: its first set (or val), and its result."""
+        if isinstance(self.work, Recipe):
+            on, sets, probing = self.work.run.best_on, self.work.data.eval_sets, self.work.optim.probe_epochs or 0
+        elif self.work is not None:
+            on, sets, probing = None, self.work.sets, -1
+        else:
             return None
-        sets, run = self.work.data.eval_sets, self.work.run
-        on = run.best_on or ("val" if "val" in sets else next(iter(sets), ""))
-        end = best_epoch_end(self.ends, on, self.work.optim.probe_epochs or 0)
+        on = on or ("val" if "val" in sets else next(iter(sets), ""))
+        end = best_epoch_end(self.ends, on, probing)
         return (on, end) if end else None
 
     @property
