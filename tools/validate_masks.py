@@ -28,22 +28,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 try:
     from cfmask import tool_arguments as shared
-    from cfmask.data.coco import CocoMasks
-    from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
-    from cfmask.evaluation.checks import check_classes
-    from cfmask.models.head import ModelInfo
     from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
-
-if TYPE_CHECKING:
-    from cfmask.data.segmented import SegmentedSet
 
 # Some modules are imported in functions: torch takes seconds to import, and --help does not need it.
 
@@ -52,7 +44,8 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
-    from cfmask.evaluation.mask_validation import Validation, method_to_validate
+    from cfmask.data.segmentation import open_masks
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate, open_images
     from cfmask.report.labels import model_names
     from cfmask.report.masks import write_report
 
@@ -60,7 +53,16 @@ def main(argv: list[str] | None = None) -> None:
     models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
     methods = [method_to_validate(shared.recorded_method(path), **asked) for path in arguments.models]
-    segmented, groups = open_images(arguments, info, models[0].image_size)
+    segmented, groups = open_images(
+        info,
+        models[0].image_size,
+        open_masks(arguments.segmentation, arguments.panoptic_pngs),
+        arguments.groups,
+        shards=(arguments.shards, arguments.set or "val") if arguments.shards else None,
+        photos=arguments.images,
+        threads=arguments.loader_workers,
+        allow_missing=arguments.allow_missing_masks,
+    )
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
     shown = {"segmentation": arguments.segmentation, "count": arguments.count, "seed": arguments.seed}
@@ -72,32 +74,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{arguments.out} cannot be written ({error.strerror}). Choose another --out.") from None
     print(text)
     print("\nwritten:", *written)
-
-
-def open_images(
-    arguments: argparse.Namespace, info: ModelInfo, image_size: int
-) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
-    """The images with their masks, and class ids by group."""
-    from cfmask.data.segmentation import class_groups, open_masks
-    from cfmask.data.segmented import SegmentedPhotos, SegmentedShards
-    from cfmask.data.stream import check_image_size
-
-    how = {"image_size": image_size, "threads": arguments.loader_workers}
-    masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
-    if arguments.shards:
-        [manifest] = load_sets(arguments.shards, [arguments.set or "val"]).values()
-        check_classes(manifest, info.classes)
-        check_image_size(manifest, image_size)
-        groups = class_groups(manifest.classes, arguments.groups)
-        return SegmentedShards(manifest, masks, wanted=frozenset().union(*groups.values()), **how), groups
-    if not isinstance(masks, CocoMasks):
-        raise UserError(
-            f"--images needs COCO annotations (.json), and --segmentation {arguments.segmentation} is no such file."
-        )
-    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
-    groups = class_groups(classes, arguments.groups)
-    allow = arguments.allow_missing_masks
-    return SegmentedPhotos(masks, arguments.images, classes, groups, allow_missing=allow, **how), groups
 
 
 def parser() -> argparse.ArgumentParser:
