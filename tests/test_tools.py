@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,13 +58,21 @@ def test_a_sheet_of_one_image_says_that_there_is_no_donor(shown, tmp_path, monke
     assert [cell.picture for cell in cells[0] if isinstance(cell.picture, str)] == ["none: there is no other image"]
 
 
+NAMES = [f"German Shepherd {name}" for name in CLASSES]
+
+
 def test_donors_are_labelled_and_make_the_counterfactual(shown, tmp_path, monkeypatch):
-    shards = ["--shards", shown / "shards", "--mask", "context"]
+    manifest = tmp_path / "shards/val/manifest.json"
+    shutil.copytree(shown / "shards", tmp_path / "shards")
+    content = json.loads(manifest.read_text())
+    content["classes"] = list(map(list, zip(CLASSES, NAMES, strict=True)))  # the model file has none
+    manifest.write_text(json.dumps(content))
+    shards = ["--shards", tmp_path / "shards", "--mask", "context"]
     for count in (1, 4):
         cells = cells_of(monkeypatch, [shown / "zero.safetensors", *shards, "--count", count], tmp_path)
         assert len(cells) == count
         for image, _, mask, donor, counterfactual in cells:
-            assert donor.caption in CLASSES and not np.array_equal(donor.picture, image.picture)
+            assert donor.caption in NAMES and not np.array_equal(donor.picture, image.picture)
             masked = (mask.picture != image.picture).any(2)
             assert masked.any() and np.array_equal(counterfactual.picture[masked], donor.picture[masked])
             assert np.array_equal(counterfactual.picture[~masked], image.picture[~masked])

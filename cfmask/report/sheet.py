@@ -93,8 +93,10 @@ def wrapped(text: str, width: float, lines: int = 4) -> str:
                 found.append(line)
                 line = ""
             line = f"{line} {word}".strip()
-            while _inches(line) > width and len(line) > 2:
-                line = line.rstrip("…")[:-1] + "…"
+            for kept in range(len(word) - 3, 0, -1):  # class ids differ in their last digits
+                if _inches(line) <= width:
+                    break
+                line = f"{word[:kept]}…{word[-2:]}"
         found.append(line)
     if len(found) > lines:
         found = [*found[: lines - 1], found[lines - 1].rstrip("…") + "…"]
