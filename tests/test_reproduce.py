@@ -546,6 +546,27 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     assert "11 of 11 jobs done" in capsys.readouterr().out
 
 
+def test_effective_robustness_has_the_published_line_or_none(materials, tmp_path, capsys, fake_jobs):
+    words = flags(materials, tmp_path / "out", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 2
+    assert "--fit-on published needs ImageNet's validation set (val)" in capsys.readouterr().err and not fake_jobs.done
+    assert reproduce.main(words) == 0
+    said = capsys.readouterr().out
+    assert "Effective robustness is not drawn: a line needs zero-shot models of two backbones" in said
+    assert "effective robustness |" not in said and not list((tmp_path / "out").glob("effective*"))
+
+    shutil.copytree(materials / "shards", tmp_path / "shards")
+    (tmp_path / "shards/shifted").rename(tmp_path / "shards/imagenet-r")
+    of_imagenet = ["--shards", str(tmp_path / "shards"), "--sets", "val", "imagenet-r", "--allow-count-mismatch"]
+    words = flags(materials, tmp_path / "line", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0, *of_imagenet)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 0
+    said = capsys.readouterr().out
+    assert "zero-shot ViT-L-14 (published)" in said and "is not drawn" not in said
+    # 75 % on both sets, where the published models' line has 87 % on ImageNet-R.
+    assert re.search(r"(?m)^\| FT +\| −1[12]\.\d \|$", said)
+    assert (tmp_path / "line/effective-robustness.png").exists() and (tmp_path / "line/index.html").exists()
+
+
 def test_second_command_on_a_plan_is_refused(materials, tmp_path, capsys, fake_jobs, monkeypatch):
     monkeypatch.setattr(RunFolder, "locked", functools.partialmethod(RunFolder.locked, patience_s=0.1))
     out = tmp_path / "out"

@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             [manifest] = load_sets(arguments.shards, [arguments.set]).values()
             images, labels = images_of_set(manifest, read, size, arguments.seed)
+            if tuple(wnid for wnid, _ in manifest.classes) == info.classes:
+                info = replace(info, class_names=info.class_names or tuple(name for _, name in manifest.classes))
         begin("drawing")
         draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.count, arguments.seed)
     print(f"written: {arguments.out}")
