@@ -10,8 +10,14 @@
     summary.py      what a command prints of an evaluation, and writes beside its results
     page.py         building blocks of a page: one HTML file that needs no other
     run_blocks.py   blocks about runs: recipes, versions, starts, curves, contact sheet
-    evaluation_page.py  the page of an evaluation
-    figures.py      style, legends and files of charts
+    evaluation_page.py
+                    the page of an evaluation
+    contact_sheet.py
+                    image, CAM, mask, donor and counterfactual image of samples
+    sheet.py        the layout of contact sheets
+    figures.py      sizes, style, legends and files of charts
+    looks.py        colour, marker, line style and hatch of each method
+    labels.py       names of runs and models, and which runs are seeds of one line
 
 scipy and matplotlib take a second to import: commands import charts, curves and summary when they need them.
 """
