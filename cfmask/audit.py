@@ -68,32 +68,68 @@ class Planned:
         return (step - 1) // self.steps_per_epoch
 
 
-def load_plan(run: RunFolder) -> tuple[Planned, Manifest]:
+Sets = dict[tuple[str, str], tuple[Manifest, list[str]]]
+"""Training sets that have been read, and their keys, by shards and split: an audit of many runs reads each set once."""
+
+
+def load_plan(run: RunFolder, sets: Sets | None = None) -> tuple[Planned, Manifest]:
     """The plan of a run and its training set.
+
+    Args:
+        sets: read sets are taken from here, and added.
 
     Raises:
         UserError: no run, no set, or an unreadable index.
     """
     recipe = run.recipe()
-    [manifest] = load_sets(recipe.data.shards, [recipe.data.train_split], check_files=False).values()
-    keys: list[str] = []
-    for shard in progress_bar(iterable=manifest.shards, desc="keys", unit=" shards", leave=False):
-        keys += [key.decode() for key in manifest.open_index(shard).keys.tolist()]
+    where, sets = (recipe.data.shards, recipe.data.train_split), {} if sets is None else sets
+    if where not in sets:
+        [manifest] = load_sets(where[0], [where[1]], check_files=False).values()
+        keys: list[str] = []
+        for shard in progress_bar(iterable=manifest.shards, desc="keys", unit=" shards", leave=False):
+            keys += [key.decode() for key in manifest.open_index(shard).keys.tolist()]
+        sets[where] = manifest, keys
+    manifest, keys = sets[where]
     steps = plan.steps_per_epoch(manifest.num_samples, recipe.optim.batch_size)
     return Planned(keys, steps, recipe, manifest.sample_counts), manifest
 
 
-def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
-    """Compare receipts and checkpoints with the plan.
+PROVEN, NOT_PROVEN, UNKNOWN = "proven", "NOT PROVEN", "unknown"
 
-    Returns:
-        A row for each epoch (epoch, steps, samples, replaced, verdict), and a sentence for each problem.
 
-    Raises:
-        UserError: the run has no receipts, or the plan cannot be made.
-        StorageUnavailable: files cannot be read now.
+@dataclass(frozen=True)
+class Audit:
+    """What an audit of a run has found."""
+
+    verdict: str
+    """PROVEN, NOT_PROVEN or UNKNOWN."""
+    reached: str
+    """How far the run has come, in words."""
+    rows: list[list[str]] = field(default_factory=list)
+    """A row for each epoch: epoch, steps, samples, replaced, verdict."""
+    problems: list[str] = field(default_factory=list)
+    """A sentence for each problem, or for the reason why the verdict is unknown."""
+
+
+def audit(run: RunFolder, sets: Sets | None = None) -> Audit:
+    """Compare receipts and checkpoints of a run with its plan, as far as it has come.
+
+    Args:
+        sets: see ``load_plan``.
     """
-    planned, manifest = load_plan(run)
+    try:
+        if not patiently(run.has_started, str(run.attempts)) and not patiently(run.saved_step, str(run.checkpoints)):
+            run.recipe()
+            return Audit(
+                UNKNOWN, "never started", problems=[f"{run.root} has never started: there is nothing to prove."]
+            )
+        return _audit(run, sets)
+    except UserError as error:
+        return Audit(UNKNOWN, "", problems=[str(error)])
+
+
+def _audit(run: RunFolder, sets: Sets | None) -> Audit:
+    planned, manifest = load_plan(run, sets)
     receipts = _read(run.receipts)
     saved, problems = _states(run)
     if not receipts or not (saved or problems):
@@ -125,7 +161,12 @@ def audit(run: RunFolder) -> tuple[list[list[str]], list[str]]:
                 f"The checkpoint of step {state.step} was trained on other samples than the receipts of the steps up "
                 f"to it add up to ({state.consumed.samples} samples, they {of_steps.samples})."
             )
-    return rows, problems
+    last, total = len(receipts), planned.steps_per_epoch * planned.recipe.optim.total_epochs
+    finished = patiently(run.results.exists, str(run.results))
+    if finished and last < total:
+        problems.append(f"The run has finished, but its receipts end at step {last} of {total}.")
+    reached = f"finished, {total:,} steps" if finished else f"not finished, step {last:,} of {total:,}"
+    return Audit(NOT_PROVEN if problems else PROVEN, reached, rows, problems)
 
 
 def _compare_steps(

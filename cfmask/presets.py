@@ -71,3 +71,9 @@ def nearest_preset(recipe: Recipe) -> str | None:
             if (method.mask, method.fill, method.cam) == (ours.mask, ours.fill, ours.cam):
                 return name
     return None
+
+
+def method_name(recipe: Recipe) -> str:
+    """``nearest_preset``, or else the parts of the method: "kd-context-mask-multi-fill"."""
+    method = recipe.method
+    return nearest_preset(recipe) or (method.row if method.cam != "grad-cam" else f"{method.row}, grad-cam")

@@ -18,6 +18,7 @@ MODEL_HELP = (
     "model file, run folder (its trained model, or its latest checkpoint's), checkpoint folder, or "
     "RUN/checkpoints/best.json (the best checkpoint's)"
 )
+NAMES_HELP = "names of the models in tables and pictures (default: their presets)"
 DATA_HELP = "folder that holds a folder of shards for each set, or its URL"
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
+    from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.state.cancellation import cancel_run
-    from launch.state.facts import find_runs
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 

@@ -38,6 +38,7 @@ try:
     from launch.paper.plan import LABELS, arrays, to_submit
     from launch.paper.progress import count_jobs, follow, overview, read_statuses, states_of
     from launch.paper.reproduction import ARCHITECTURES, SETS, Reproduction, settle_flags
+    from launch.paper.table import published_line
     from launch.submission.recipe_arguments import add_recipe_arguments
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
         help="a model soup to start from: a cfmask model file, or a state dict of tower and head, like those of the "
         "authors of model soups, with the classes of the shards in their order (default: the average of the FT models)",
     )
+    p.add_argument("--fit-on", choices=("published",), help="also draw effective robustness, above the published line")
     p.add_argument("--out", type=Path, metavar="DIR", help="the plan's folder (default: reproductions/<model>)")
     p.add_argument(
         "--dry-run",
@@ -118,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     states = states_of(statuses)
     to_do = reproduction.to_do() if arguments.dry_run else []
     reproduction.check(states, to_do)
+    line = published_line(reproduction) if arguments.fit_on else None
     warn_of_paths_outside(allocation, reproduction.setup.folder, reproduction.base.data.shards)
     print(overview(reproduction, statuses), reproduction.selection, sep="\n")
     cost = estimate(reproduction, statuses, arguments.tflops)
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
     if arguments.follow and not code:
         code = follow(reproduction)
-    write_report(reproduction, arguments.tflops)
+    write_report(reproduction, arguments.tflops, line)
     return code
 
 

@@ -7,6 +7,7 @@
     python launch/status.py --running --failed runs in one of these states
     python launch/status.py RUN --attempts     each start: when, where, from which step to which, why it ended
     python launch/status.py RUN --follow       a progress bar, across requeues, until the run has ended
+    python launch/status.py --html runs.html   a page of the runs: states, curves, starts, recipes, in one file
     python launch/status.py --json             a JSON object for each run, for scripts
 
 "best" is the top-1 accuracy at the best epoch so far, on the set that chooses it (--best-on), or on val.
@@ -46,9 +47,10 @@ from pathlib import Path
 
 try:
     from cfmask.errors import UserError
+    from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from launch.state.facts import find_runs, look_at, matching
+    from launch.state.facts import look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
     from launch.state.terminal import Terminal, wrap
@@ -68,13 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--attempts", action="store_true", help="show each start of each run")
     what.add_argument("--follow", action="store_true", help="show a progress bar of one run until it has ended")
     what.add_argument("--json", action="store_true", help="print a JSON object for each run instead of a table")
+    what.add_argument("--html", type=Path, metavar="FILE", help="write a page of the runs, which needs no other file")
     arguments = p.parse_args(argv)
     every = find_runs(arguments.runs)
     runs = matching(every, arguments.match) if arguments.match else every
     every_state = not (arguments.running or arguments.failed)
     if arguments.follow and every_state:
         return _follow(runs)
-    found, slurm = look_at(runs, history=arguments.attempts)
+    found, slurm = look_at(runs, history=arguments.attempts or bool(arguments.html))
     shown = [(each, status_of(each, slurm)) for each in newest_first(found)]
     shown = [
         (each, status)
@@ -88,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         for status in statuses:
             print(json.dumps(asdict(status)))
         return 0
+    if arguments.html:
+        from launch.state.page import write_runs_page  # matplotlib takes a second to import
+
+        write_runs_page(arguments.html, shown, slurm, len(every))
     terminal = Terminal.of(sys.stdout)
     if statuses:
         print(table(statuses, terminal))

@@ -23,6 +23,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.fsync = lambda descriptor: None  # as in the processes that tests start (lean/lean.py)
+
 # How long an example takes is not what these tests are about, and a busy machine would fail them.
 settings.register_profile("cfmask", deadline=None)
 settings.load_profile("cfmask")

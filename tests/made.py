@@ -144,7 +144,6 @@ def plant(clone: Path, **ends: str) -> Path:
 
 SUBMIT_PACED = """
 import sys
-sys.path.insert(0, sys.argv.pop(1))
 from launch import submit
 from cfmask.runtime.command import exits_cleanly
 pace_s = float(sys.argv.pop(1))
@@ -154,8 +153,8 @@ sys.exit(exits_cleanly(lambda: submit.submit(submit.parser().parse_args(), pace_
 
 def submit_command(*flags: object, repository: Path = REPO, pace_s: float = 0.0) -> list[str]:
     """`python launch/submit.py …`. Its ranks wait ``pace_s`` at each step, so that a run does not finish before it is
-    disturbed, also on a busy machine."""
-    program = ["-c", SUBMIT_PACED, str(repository), str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
+    disturbed, also on a busy machine. The code is that of ``environment_of``."""
+    program = ["-c", SUBMIT_PACED, str(pace_s)] if pace_s else [str(repository / "launch/submit.py")]
     return [sys.executable, *program, *map(str, flags)]
 
 
@@ -219,10 +218,13 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 
 def assert_log_format(run: Path) -> None:
-    """Every line in the logs of a job on this machine has its time, level, rank and node."""
-    logs = [*(run / "jobs").glob("*_log.out"), run / "jobs/controller.log"]
+    """Every line in a job's logs has its time, level, rank and node, except Slurm's own."""
+    logs = [*(run / "jobs").glob("*_log.out"), *(run / "jobs").glob("controller.log")]
     lines = [line for log in logs for line in log.read_text().splitlines()]
-    assert lines and [line for line in lines if message_of(line) == line] == []
+    assert lines and [line for line in lines if message_of(line) == line and not SLURMS_OWN.match(line)] == []
+
+
+SLURMS_OWN = re.compile(r"(srun|slurmstepd(-\S+)?): ")
 
 
 def logs(run: Path) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ import cfmask.audit
 import made
 from cfmask.checkpoint.state import digest_of
 from cfmask.data import plan, receipts
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
+from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from tools import audit
 
@@ -141,12 +144,52 @@ def test_a_checkpoint_with_other_samples_than_the_receipts_is_found(materials, t
 
 def test_a_missing_run_or_set_is_named(materials, tmp_path, capsys):
     assert audit.main([str(tmp_path)]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "is neither a run folder nor a folder of runs" in capsys.readouterr().err
     run = train(materials, tmp_path / "run", stop_at=2)
     moved = dataclasses.replace(run.recipe(), data=dataclasses.replace(run.recipe().data, shards="/nowhere"))
     (run.root / "recipe.json").write_text(moved.to_json())
     assert audit.main([str(run.root)]) == 2
     assert "no folder of shards at /nowhere/train" in capsys.readouterr().err
+
+
+def test_a_folder_of_runs_has_a_line_for_each_and_one_exit_code(materials, tmp_path, capsys):
+    def said():
+        capsys.readouterr()
+        code = audit.main([str(tmp_path)])
+        out = capsys.readouterr().out
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+        return code, {line[0]: line[1:] for line in lines}, out
+
+    whole = train(materials, tmp_path / "whole")
+    part = train(materials, tmp_path / "part", stop_at=2)
+    RunFolder(tmp_path / "evaluated").claim(Evaluation(models=("/m",), shards="/s", sets=("val",)))
+    code, rows, out = said()
+    assert code == 0 and "Evaluations, which train on nothing: 1." in out and "2 proven" in out
+    assert rows["whole"] == ["proven", "finished, 12 steps"]
+    assert rows["part"] == ["proven", "not finished, step 3 of 12"]
+    RunFolder(tmp_path / "waits").claim(whole.recipe())
+    code, rows, out = said()
+    assert code == 2 and rows["waits"] == ["unknown", "never started"] and "waits has never started" in out
+    lines = part.receipts.read_text().splitlines(keepends=True)
+    part.receipts.write_text(lines[0] + lines[2])
+    code, rows, out = said()
+    assert code == 1 and rows["part"][0] == "NOT PROVEN" and "part: receipts.jsonl has step 3 where step 2" in out
+    assert "1 NOT PROVEN" in out and "1 proven" in out and "1 unknown" in out
+    assert audit.main([str(tmp_path / "waits")]) == 2
+    assert "has never started: there is nothing to prove" in capsys.readouterr().err
+    assert audit.main([str(tmp_path / "evaluated")]) == 2
+    assert "evaluations train on nothing" in capsys.readouterr().err
+
+
+def test_a_finished_run_needs_the_receipts_of_all_steps(materials, tmp_path, capsys):
+    run = train(materials, tmp_path / "run")
+    for path in (run.receipts, run.log):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    for state in list(run.checkpoints.glob("step-*"))[:]:
+        if int(state.name.partition("-")[2]) > 6:
+            shutil.rmtree(state)
+    code, out = run_audit(run, capsys)
+    assert code == 1 and "has finished, but its receipts end at step 6 of 12" in out
 
 
 # --- receipts -------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.logging import message_of
 from launch import status
 from launch.allocation.resolve import Allocation
 from launch.restarts import chain, retries
@@ -252,7 +253,8 @@ def test_batch_script_of_a_finished_or_cancelled_run_starts_no_rank(run, mark):
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, chain=("11", "12"), setup=("echo set up",))
     text = f"{script(allocation, run.root / 'jobs')}\necho $CFMASK_CHAIN\n)\necho $?"
     said = subprocess.run(["bash", "-c", text], capture_output=True, text=True).stdout.splitlines()
-    assert said == (
+    assert bool(mark) == (message_of(said[0]) != said[0])
+    assert [message_of(line) for line in said] == (
         [f"not started: the run is {'finished' if mark[0] == 'r' else mark[:-5]}", "99"]
         if mark
         else ["set up", "11,12", "0"]
@@ -311,9 +313,10 @@ def resume(run: RunFolder, *more: object) -> int:
 def live(fake, run, monkeypatch) -> RunFolder:  # noqa: F811
     """A run with job 12, which trains."""
     monkeypatch.setattr(training, "check", lambda *_: None)
+    monkeypatch.setattr(training, "_describe", lambda *_: [])  # would read the shards
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     fake.will("squeue", in_queue("12"))
-    fake.will("sbatch", *accepts(13, 14))
+    fake.will("sbatch", "echo to start >&2", *accepts(13, 14))
     fake.will("srun", "true")
     return submitted(run, "12")
 

@@ -166,6 +166,7 @@ def test_refused_submission_keeps_a_run_that_another_command_submitted(
     monkeypatch.setattr(submission.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(planning, "queued_job", lambda run: None)
     monkeypatch.setattr(submission, "max_array_members", lambda: None)
+    monkeypatch.setattr(submission, "ask_slurm", lambda text, allocation: "")
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()

@@ -118,9 +118,8 @@ def test_daemons_listen_on_loopback_only(slurm_cluster: Cluster) -> None:
 
 def test_cluster_of_a_killed_session_is_removed_with_its_job(slurm_cluster: Cluster, tmp_path: Path) -> None:
     session = f"""
-import os, signal, sys
+import os, signal
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
 from slurm_fixture import running_cluster, wait_until
 with running_cluster() as cluster:
     without_environment = "env -i sh -c 'echo > $0/started; sleep 300; true' {tmp_path}"
@@ -130,7 +129,8 @@ with running_cluster() as cluster:
     print(cluster.state, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
-    done = subprocess.run([sys.executable, "-c", session], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    done = subprocess.run([sys.executable, "-c", session], env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     state = Path(done.stdout.strip())
     wait_until(lambda: not processes_of(state) and not state.parent.exists(), "processes and folder are gone")

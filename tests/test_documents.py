@@ -7,7 +7,6 @@ import ast
 import importlib
 import re
 import shlex
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,7 +92,7 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
         monkeypatch.setattr(kind, "parse_args", parsing(kind.parse_args))
         monkeypatch.setattr(kind, "error", error)
     if program.startswith("slurm/"):  # these run outside the environment, and import the files beside them
-        monkeypatch.setattr(sys, "path", [str(REPO / "slurm"), *sys.path])
+        monkeypatch.syspath_prepend(REPO / "slurm")
     main = importlib.import_module(program.removesuffix(".py").replace("/", ".")).main
     try:
         assert main(arguments) == 0  # drill.py --list

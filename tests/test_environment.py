@@ -151,7 +151,10 @@ def test_the_second_run_starts_at_once_and_leaves_pip_alone(tmp_path: Path, whee
 def test_a_script_started_by_the_environments_own_python_only_reads_the_stamp(
     tmp_path: Path, wheels: Path, ready: Path
 ) -> None:
+    """It imports the code of its own checkout."""
     clone = Clone(tmp_path / "clone", wheels, venv=ready)
+    (clone.root / "tools/script.py").write_text(SCRIPT.format(module="tiny, beside"))
+    (clone.root / "beside.py").touch()
     code, out, err = clone.run(python=str(ready / "bin" / "python"))
     assert (code, err) == (7, "") and out.startswith(str(ready))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -24,20 +25,23 @@ from cfmask.report.results import read_results
 from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import read_lines
+from html_check import checked
 from launch.allocation import resolve as allocation
 from slurm_fixture import wait_until
 from tools import evaluate, soup, wise_ft
+from towers import TINY
 
 TOOLS = made.REPO / "tools"
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
-    """root/shards with train and val, zero.safetensors, and two perturbed models."""
+    """root/shards with train and val, zero.safetensors, two perturbed models, and one of another backbone."""
     root = tmp_path_factory.mktemp("shown")
     made.draw_images(root / "images", per_class=5)
     made.convert(root / "images", root / "shards")
     made.save_tiny_model(root / "zero.safetensors")
+    made.save_tiny_model(root / "deep.safetensors", dataclasses.replace(TINY, layers=4))
     torch.manual_seed(1)
     for name in ("fine", "other"):
         made.save_moved_model(root / "zero.safetensors", root / f"{name}.safetensors", 0.1)
@@ -58,19 +62,40 @@ def picture(path: Path) -> bool:
 
 def test_evaluate_prints_and_writes_tables_and_pictures(shown, capsys, tmp_path):
     out = tmp_path / "out"
-    command = [*models(shown, "zero", "fine", "other"), *sets(shown, "val", "train"), "--out", str(out)]
-    assert (
-        evaluate.main([*command, "--names", "start", "A_1 & B", "C", "--fit-on", *models(shown, "zero", "fine")]) == 0
-    )
+    command = [*models(shown, "zero", "deep", "other"), *sets(shown, "val", "train"), "--out", str(out)]
+    line = ["--fit-on", *models(shown, "zero", "deep")]
+    assert evaluate.main([*command, "--names", "start", "A_1 & B", "C", *line]) == 0
     printed = capsys.readouterr().out
     for model in read_results(out).models:
         assert f"{model.sets['val'].top1:.1f}" in printed and model.sets["val"].total == 15
     assert "A_1 & B" in (out / "table.md").read_text() and r"A\_1 \& B" in (out / "table.tex").read_text()
     assert all(picture(out / f"{name}.png") for name in ("bars", "reliability", "effective-robustness"))
+    page = checked((out / "index.html").read_bytes())
+    assert "A_1 & B" in page.text and len(page.all("img")) == 3
+    [row] = re.findall(r"(?m)^\| C +\| .*$", (out / "effective-robustness.md").read_text())
+    assert row in printed and re.search(r"\| [+−]?\d+\.\d +\|$", row)
     # Again: nothing is counted, everything is shown
     before = (out / "results.json").stat().st_mtime_ns
     assert evaluate.main([*command, "--names", "X", "Y", "Z"]) == 0
     assert "| X " in capsys.readouterr().out and (out / "results.json").stat().st_mtime_ns == before
+
+
+def test_a_line_through_one_backbone_is_refused_before_anything_is_evaluated(shown, capsys, tmp_path):
+    command = [*models(shown, "zero", "fine"), *sets(shown, "val", "train"), "--out", str(tmp_path / "out")]
+    for fit_on, words in (
+        (models(shown, "zero", "fine"), "would give fine-tuning 0 by construction. --fit-on names 2 of 1 backbone"),
+        (["published"], "--fit-on published needs ImageNet's validation set (val) and one of its five shifted sets"),
+    ):
+        assert evaluate.main([*command, "--fit-on", *fit_on]) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_models_are_named_without_paths(shown, capsys, tmp_path):
+    out = tmp_path / "out"
+    assert evaluate.main([*models(shown, "zero", "fine"), *sets(shown), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "| zero " in printed and "| fine " in printed
+    assert str(shown) not in printed and str(shown) not in (out / "table.tex").read_text()
 
 
 @pytest.mark.parametrize("tool", [evaluate, wise_ft, soup], ids=lambda module: module.__name__)
@@ -127,7 +152,7 @@ def test_wise_ft_sweep_is_chosen_on_the_holdout_and_drawn(shown, capsys, tmp_pat
     assert wise_ft.main(command) == 0
     chosen = json.loads((out / "results.json").read_text())["chosen"]
     assert f"α = {(0, 0.5, 1)[chosen]:g}, the best on train: {out / 'model.safetensors'}" in capsys.readouterr().out
-    assert picture(out / "sweep.png")
+    assert picture(out / "sweep.png") and "Top-1 over α" in checked((out / "index.html").read_bytes()).text
     assert wise_ft.main([*models(shown, "zero", "fine"), *alphas, *sets(shown), "--out", str(tmp_path / "none")]) == 0
     assert "No model was saved" in capsys.readouterr().out and not (tmp_path / "none/model.safetensors").exists()
 
@@ -341,3 +366,7 @@ def test_job_of_two_ranks_gives_the_same_results(shown, tmp_path, capfd):
             assert a.ece == pytest.approx(b.ece, abs=1e-4)  # a rank has one thread here, and adds in another order
     run = RunFolder(tmp_path / "job")
     assert read_lines(run.attempts)[0]["world_size"] == 2 and (run.root / "code").is_dir()
+    made.assert_log_format(run.root)
+    assert re.search(
+        r" INFO rank 0 \S+ \| train: (\d+)/\1, \d+\.\d samples/s, ETA 0 s$", made.logs(run.root), re.MULTILINE
+    )

@@ -21,7 +21,7 @@ def test_no_follow_does_not_keep_pipes_open(materials, tmp_path):
     flags = [*made.recipe_flags(materials, run), "--batch-size", 8, "--executor", "local", "--tasks-per-node", 1]
     done = made.submit(*flags, "--epochs", 1, "--no-follow")
     assert not (run / "results.json").exists(), "the pipe was read to its end while the run goes on"
-    assert f"run  {run}" in done.stdout
+    assert f"run      {run}: new" in done.stdout
     made.wait_for(run, (run / "results.json").exists, "its end")
     assert (run / "jobs/controller.log").exists()
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import socket
+import time
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -190,18 +193,46 @@ def test_openai_weights_on_a_gelu_model_are_an_error_not_a_warning():
         find_weights("ViT-B-32", "openai")
 
 
-def test_a_failed_download_names_the_file_to_copy(monkeypatch):
+OPENAI_REPOSITORY = "timm/vit_base_patch32_clip_224.openai"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of the hub's client."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_failed_download_names_the_command_to_fetch_the_files(hub_cache, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", "/nonexistent")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nonexistent")
-    with pytest.raises(UserError, match="timm/vit_base_patch32_clip_224.openai.*--pretrained PATH"):
+    command = rf"HF_HUB_OFFLINE is set.*`curl -L --remote-name-all \S+{OPENAI_REPOSITORY}/\S+ \S+open_clip_config.json`"
+    with pytest.raises(UserError, match=f"{command}.*--pretrained open_clip_model.safetensors"):
         find_weights("ViT-B-32-quickgelu", "openai")
+
+
+def test_a_network_that_never_answers_is_reported_within_three_seconds(hub_cache, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections, and says nothing
+        for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
+        started = time.monotonic()
+        with pytest.raises(UserError, match=r"huggingface.co cannot be reached \(no answer within 2.5 s\).*curl"):
+            find_weights("ViT-B-32-quickgelu", "openai")
+        assert time.monotonic() - started < 3.5
+
+
+def test_cached_weights_need_no_network(hub_cache, monkeypatch):
+    monkeypatch.setattr("cfmask.models.downloads.why_unreachable", lambda url: pytest.fail("asked the network"))
+    folder = hub_cache / f"models--{OPENAI_REPOSITORY.replace('/', '--')}"
+    for file, text in (("refs/main", "abc"), ("snapshots/abc/open_clip_model.safetensors", "weights")):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(text)
+    assert find_weights("ViT-B-32-quickgelu", "openai") == folder / "snapshots/abc/open_clip_model.safetensors"
 
 
 def test_missing_files_and_unknown_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         find_weights("ViT-B-32-quickgelu", str(tmp_path / "none.pt"))
-    with pytest.raises(UserError, match="Its tags: .*openai"):
+    with pytest.raises(UserError, match="Did you mean openai\\? Its tags: .*openai"):
         find_weights("ViT-B-32-quickgelu", "opneai")
     with pytest.raises(UserError, match="Unknown model 'ViT-Z'"):
         model_info("ViT-Z")

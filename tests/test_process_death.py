@@ -155,6 +155,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(materials, u
         assert "was killed" in command.output.split("logs ")[1], command.output
     if victim in ("controller", "follower") and step:
         assert re.fullmatch(r"stopped at step \d+ \(quit\)", RunFolder(run).ended()["why"]), "a checkpoint was saved"
+    (run / f"jobs/{'0' * 32}.pkl").touch()  # as of a command that was killed while it submitted
     made.submit(*flags(materials, run, *([] if step else ["--rendezvous-timeout", 5])))
     assert_same_weights(run, undisturbed)
     assert_nothing_stays(run)
@@ -196,7 +197,7 @@ def test_a_run_that_is_not_followed_goes_on_by_itself_and_is_refused_a_second_ti
     more = ("--epochs", 400, "--no-follow")
     done = made.submit(*flags(materials, run, *more), pace_s=made.PACE_S)
     controller = processes.controller_of(RunFolder(run))
-    assert f"job {controller} on " in done.stdout
+    assert f"job      {controller} on " in done.stdout
     again = made.submit(*flags(materials, run, *more), check=False)
     assert again.returncode == 2 and f"Job {controller} on this machine already exists for {run}" in again.stderr
     ended = subprocess.run([sys.executable, str(REPO / "launch/cancel.py"), str(run)], capture_output=True, text=True)

@@ -415,5 +415,6 @@ def test_on_slurm(slurm_cluster: Cluster, plant, materials, tmp_path, ends, expe
     assert processes_of(run) == []
     assert_the_story_is_told(run, *expected)
     assert read_lines(run / "attempts.jsonl")[-1]["job"] == f"{name}-0"
+    made.assert_log_format(run)
     [news] = read_lines(tmp_path / "news")
     assert (news["event"], news["job"], news["why"]) == ("failed", name, f"failed: {expected[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,16 +14,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
+import made
 from cfmask.data.benchmarks import BENCHMARKS, SHIFTED
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import KINDS
+from cfmask.presets import PRESETS
 from cfmask.report import charts
+from cfmask.report.looks import looks
 from cfmask.report.results import ModelResult, ResultRow, Results, SetResult, Split, read_results, rows_of
-from cfmask.report.robustness import clipped_logit, fit_logits, robustness_panels, robustness_table
+from cfmask.report.robustness import Line, clipped_logit, fit_logits, robustness_panels, robustness_table
 from cfmask.report.tables import PUBLISHED, comparison, differences, latex_table, markdown_table
+from cfmask.runs import RunFolder
+from towers import TINY
 
 PAPER = ("val", *(benchmark.name for benchmark in SHIFTED))
 COLUMNS = ("IN", "V2", "R", "Sketch", "ObjectNet", "A", "Avg.")
@@ -352,6 +360,9 @@ def exact(name: str, **top1: float) -> ResultRow:
     return ResultRow(name, (ModelResult(name, sets),))
 
 
+BACKBONES = {"0": "ViT-B-32", "1": "ViT-B-16"}
+
+
 @given(st.floats(0.2, 3), st.floats(-2, 2), st.lists(st.floats(1, 99), min_size=2, max_size=8, unique_by=round))
 def test_points_on_the_line_have_no_effective_robustness(slope, intercept, tops):
     def line(top1):
@@ -359,11 +370,11 @@ def test_points_on_the_line_have_no_effective_robustness(slope, intercept, tops)
         return 100 / (1 + math.exp(-odds))
 
     rows = [exact(f"{i}", a=top1, b=line(top1)) for i, top1 in enumerate(tops)]
-    panels = robustness_panels(rows, ["0", "1"])
+    panels = robustness_panels(rows, BACKBONES)
     assert panels["b"].fit.slope == pytest.approx(slope, rel=1e-4)
     assert list(panels["b"].effective.values()) == pytest.approx([0] * len(tops), abs=1e-4)
     above = exact("above", a=tops[0], b=min(line(tops[0]) + 0.5, 99.999))
-    found = robustness_panels([*rows, above], ["0", "1"])["b"].effective["above"]
+    found = robustness_panels([*rows, above], BACKBONES)["b"].effective["above"]
     assert found == pytest.approx(min(0.5, 99.999 - line(tops[0])), abs=1e-4)
 
 
@@ -372,7 +383,7 @@ def test_accuracies_of_0_and_100_percent_are_moved_by_half_a_sample(tmp_path):
     assert clipped_logit(100, 10) == pytest.approx(math.log(0.95 / 0.05))
     assert clipped_logit(30, 10) == pytest.approx(math.log(0.3 / 0.7))
     rows = rows_at({"a": (0, 100), "b": (100, 0), "c": (50, 50)}, tmp_path)
-    values = charts.effective_robustness(rows, ["a", "b"], tmp_path / "er.png")
+    values = charts.effective_robustness(rows, {"a": "B/32", "b": "B/16"}, tmp_path / "er.png")
     assert values["c"] == {"R": pytest.approx(0, abs=0.1)}  # the line goes through the middle, if not to infinity
     shows(tmp_path / "er.png")
 
@@ -380,20 +391,21 @@ def test_accuracies_of_0_and_100_percent_are_moved_by_half_a_sample(tmp_path):
 def test_points_without_a_line_are_refused(tmp_path):
     rows = rows_at({"a": (60, 70), "b": (70, 75), "c": (60, 50)}, tmp_path)
     for fit_on, words in (
-        ([], "two models or more, and the number of those to fit on that were evaluated on val and imagenet-r is 0"),
-        (["a"], "evaluated on val and imagenet-r is 1"),
-        (["a", "a"], "evaluated on val and imagenet-r is 1"),
-        (["a", "c"], "give two or more models of different accuracy"),
-        (["a", "nobody"], "nobody, to fit on, is not among the models: a, b, c"),
+        ({}, "there are of such models: none"),
+        ({"a": "B/32"}, "two backbones or more.* there are of such models: a"),
+        ({"a": "B/32", "b": "B/32"}, "would give fine-tuning 0 by construction. On val .* of such models: a, b"),
+        ({"a": "B/32", "c": "B/16"}, "give two or more models of different accuracy"),
+        ({"a": "B/32", "nobody": "B/16"}, "nobody, to fit on, is not among the models: a, b, c"),
     ):
         with pytest.raises(UserError, match=words):
             charts.effective_robustness(rows, fit_on, tmp_path / "er.png")
+    two = {"a": "B/32", "b": "B/16"}
     with pytest.raises(UserError, match="no shifted set"):
-        robustness_panels(rows, ["a", "b"], Split("val", ()))
+        robustness_panels(rows, two, Split("val", ()))
     with pytest.raises(UserError, match="no in-distribution set"):
-        robustness_panels(rows, ["a", "b"], Split(None, ("imagenet-r",)))
+        robustness_panels(rows, two, Split(None, ("imagenet-r",)))
     with pytest.raises(UserError, match="Two models are called a"):
-        robustness_panels([*rows, rows[0]], ["a", "b"])
+        robustness_panels([*rows, rows[0]], two)
     assert not (tmp_path / "er.png").exists()
 
 
@@ -401,7 +413,7 @@ def test_effective_robustness_of_the_published_rows(tmp_path):
     models = {f"{a} {r}": published(a, r) for a, rows in PUBLISHED.items() for r, v in rows.items() if v["IN"]}
     del models["ViT-B-32 FT"]["imagenet-a"]
     rows = rows_of(loaded(results_json(models), tmp_path).models)
-    zero = [name for name in models if name.endswith("zero-shot")]
+    zero = {name: name for name in models if name.endswith("zero-shot")}
     values = charts.effective_robustness(rows, zero, tmp_path / "deep" / "er.png")
     shows(tmp_path / "deep" / "er.png")
 
@@ -411,16 +423,50 @@ def test_effective_robustness_of_the_published_rows(tmp_path):
     for name, label in zip(PAPER[1:], COLUMNS[1:], strict=False):
         line = np.polyfit(odds([models[z]["val"] for z in zero]), odds([models[z][name] for z in zero]), 1)
         for model in models:
-            if name in models[model]:
+            if name in models[model] and model not in zero:
                 expected = models[model][name] - 100 / (1 + np.exp(-np.polyval(line, odds(models[model]["val"]))))
                 assert values[model][label] == pytest.approx(expected, abs=0.05)  # accuracies are of whole samples
+    assert not values.keys() & zero.keys()  # a distance from a line through themselves
     method = values["ViT-B-16 this method"]
     assert method["Avg."] == pytest.approx(statistics.fmean(method[label] for label in COLUMNS[1:-1]))
     assert set(values["ViT-B-32 FT"]) == {"V2", "R", "Sketch", "ObjectNet"}
-    found = cells(robustness_table(values))
+    text = robustness_table(values, zero)
+    found = cells(text)
     assert found["effective robustness"] == list(COLUMNS[1:])
     assert found["ViT-B-32 FT"][-2:] == ["–", "–"]
-    assert found["ViT-B-16 this method"][-1] == f"{method['Avg.']:.1f}".replace("-", "−")
+    assert found["ViT-B-16 this method"][-1] == f"{method['Avg.']:+.1f}".replace("-", "−")
+    assert "to ViT-B-32 zero-shot, ViT-B-16 zero-shot, ViT-L-14 zero-shot" in text
+    # The line through the stored rows is the same, without the models themselves.
+    line = Line.of({}, Split("val", PAPER[1:]), published=True)
+    tuned = [row for row in rows if row.name not in zero]
+    again = charts.effective_robustness([*tuned, *line.published], line.backbones, tmp_path / "stored.png")
+    assert again["ViT-B-16 FT"] == pytest.approx(values["ViT-B-16 FT"], abs=0.05)
+    assert again["ViT-B-16 FT"]["Avg."] < again["ViT-B-16 this method"]["Avg."] < 0
+
+
+def test_the_line_needs_zero_shot_models_of_two_backbones(tmp_path):
+    def model(name, geometry=TINY):
+        return str(made.save_tiny_model(tmp_path / f"{name}.safetensors", geometry))
+
+    split = Split("val", ("drawn",))
+    small, same, wide = model("small"), model("same"), model("wide", dataclasses.replace(TINY, width=2 * TINY.width))
+    assert Line.of({"s": small, "w": wide}, split, published=False).backbones == {"s": "s", "w": "w"}
+    assert Line.of({"s": small, "t": same, "w": wide}, split, published=False).backbones["t"] == "s"
+    for files, words in (({"s": small, "t": same}, "names 2 of 1 backbone"), ({}, "names 0 of 0")):
+        with pytest.raises(UserError, match=words):
+            Line.of(files, split, published=False)
+    run = RunFolder(tmp_path / "run")
+    run.claim(PRESETS["ft"].resolved())
+    shutil.copyfile(small, run.final)
+    shutil.copyfile(small, run.initial)
+    with pytest.raises(UserError, match="--fit-on tuned is not a zero-shot model: .* is of the method ft"):
+        Line.of({"tuned": str(run.final), "w": wide}, split, published=False)
+    assert Line.of({"start": str(run.initial), "w": wide}, split, published=False)
+    with pytest.raises(UserError, match="needs ImageNet's validation set"):
+        Line.of({}, split, published=True)
+    some = Line.of({"s": small}, Split("imagenet", ("imagenet-r", "objectnet"), ("mine",)), published=True)
+    assert [row.sets for row in some.published] == [("imagenet", "imagenet-r", "objectnet")] * 3
+    assert len(some.backbones) == 4
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -453,10 +499,10 @@ def test_bars(paper, tmp_path):
 
 
 def test_reliability(paper, tmp_path):
-    charts.reliability_chart(paper.models[:2], tmp_path / "two.png", Split("val", PAPER[1:4]))
+    charts.reliability_chart(rows_of(paper.models[:2]), tmp_path / "two.png", Split("val", PAPER[1:4]))
     shows(tmp_path / "two.png")
     only = loaded(results_json({"m": {"val": 100.0}}), tmp_path / "m")
-    charts.reliability_chart(only.models, tmp_path / "one.png")
+    charts.reliability_chart(rows_of(only.models), tmp_path / "one.png")
     shows(tmp_path / "one.png")
 
 
@@ -481,3 +527,75 @@ def test_sweep(tmp_path, alphas, sets, more):
 def test_a_sweep_needs_mixtures(paper, tmp_path):
     with pytest.raises(UserError, match="tools/wise_ft.py"):
         charts.sweep_chart(paper, tmp_path / "sweep.png")
+
+
+# --- what charts have on their axes -----------------------------------------------------------------------------------
+
+
+def fills(figure, label: str) -> set[tuple]:
+    """Face colours of the bars with this label."""
+    [bars] = [group for group in figure.axes[0].containers if group.get_label() == label and hasattr(group, "patches")]
+    return {patch.get_facecolor() for patch in bars.patches}
+
+
+def legend_of(figure) -> list[str]:
+    [legend] = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_method_has_one_colour_in_all_charts(paper):
+    rows, split = rows_of(paper.models), Split("val", PAPER[1:])
+    expected = {row.name: to_rgba(look.colour) for row, look in zip(rows, looks([r.name for r in rows]), strict=True)}
+    for shown in (rows, rows[::-1], rows[1:3]):
+        bars, reliability = charts.bars_figure(shown, split), charts.reliability_figure(shown, split)
+        assert legend_of(bars) == legend_of(reliability) == [row.name for row in shown]
+        for row in shown:
+            assert fills(bars, row.name) == {expected[row.name]}
+            lines = [line for line in reliability.axes[0].get_lines() if line.get_label() == row.name]
+            assert [to_rgba(line.get_color()) for line in lines] == [expected[row.name]]
+    line = Line.of({}, split, published=True)
+    figure, _ = charts.robustness_figure([*rows, *line.published], line.backbones, split)
+    for row in rows:
+        [point] = [line for line in figure.axes[0].get_lines() if line.get_label() == row.name]
+        assert to_rgba(point.get_color()) == expected[row.name]
+    for each in (bars, reliability, figure):
+        assert all(axis.get_xlabel() or axis.get_ylabel() for axis in each.axes)
+
+
+def test_names_of_the_user_do_not_change_a_methods_look(tmp_path):
+    content = results_json({"/runs/a/model.safetensors": {"val": 60.0, "drawn": 50.0}, "/x.st": {"val": 60.0}})
+    origins = [{"file": "/runs/a/model.safetensors", "run": "/runs/a", "method": "ft"}, {"file": "/x.st"}]
+    found = loaded({**content, "checkpoints": origins}, tmp_path)
+    assert [model.method for model in found.models] == ["ft", None]
+    figure = charts.bars_figure(rows_of(found.models[:1], ["mine"]))
+    assert fills(figure, "mine") == {to_rgba(looks(["ft"])[0].colour)}
+
+
+def test_bins_of_few_samples_are_grey_and_not_connected(tmp_path):
+    content = results_json({"ft": {"val": 60.0}})
+    bins = [[0, 0, 0.0]] * 12 + [[24, 12, 20.0], [25, 20, 21.25], [400, 390, 388.0]]
+    content["models"][0]["sets"]["val"]["calibration"] = bins
+    one = loaded(content, tmp_path)
+    axis = charts.reliability_figure(rows_of(one.models)).axes[0]
+    diagonal, line, few = axis.get_lines()
+    assert list(line.get_xdata()) == pytest.approx([85.0, 97.0]) and list(line.get_ydata()) == pytest.approx([80, 97.5])
+    assert list(few.get_xdata()) == pytest.approx([100 * 20 / 24]) and few.get_linestyle() == "None"
+    assert few.get_color() != line.get_color()
+    # Two seeds of a row are one line: their samples are added, and the bin has enough.
+    seeds = [ResultRow("ft", [one.models[0], one.models[0]])]
+    _, line, few = charts.reliability_figure(seeds).axes[0].get_lines()
+    assert len(line.get_xdata()) == 3 and len(few.get_xdata()) == 0
+
+
+def test_charts_are_legible_at_half_of_a_columns_width(paper):
+    """330 pixels are half of a README's column: letters of less than seven pixels are a blur there."""
+    rows, split = rows_of(paper.models), Split("val", PAPER[1:])
+    line = Line.of({}, split, published=True)
+    for figure in (
+        charts.bars_figure(rows, split),
+        charts.reliability_figure(rows, split),
+        charts.robustness_figure([*rows, *line.published], line.backbones, split)[0],
+    ):
+        for text in figure.findobj(Text):
+            if text.get_text().strip():
+                assert text.get_fontsize() / 72 / figure.get_figwidth() * 330 > 6.8, text

@@ -28,6 +28,7 @@ from cfmask.presets import PRESETS
 from cfmask.recipe import Model, Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
+from html_check import checked
 from launch import reproduce
 from launch.allocation.resolve import resolve_allocation
 from launch.paper import cost, execution, progress
@@ -475,7 +476,7 @@ def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     reproduction = Reproduction.of(args, file, resolve_allocation(args, file))
     flops = cost.forward_flops(reproduction.start.config)
     assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
-    said = estimate(reproduction, read_statuses(reproduction), None)
+    said = estimate(reproduction, read_statuses(reproduction), None).note
     assert "measured in ft-s0" in said
     spent, left = (float(x) for x in re.search(r"About (\S+) hours .* which (\S+) are left", said).groups())
     evaluations = 2 * 96 / 2.8  # in images of a step
@@ -531,7 +532,11 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     assert "ft-eval-s1 is skipped: it needs ft-s1" in said and "wise-ft-s1 is skipped: it needs ft-s1" in said
     assert "3 of 11 jobs are not done: ft-s1, ft-eval-s1, wise-ft-s1" in said
     assert len(fake_jobs.done) == 9
-    assert re.search(r"Missing: FT \(1 of 2 seeds done\); WiSE-FT, α = 0.5 \(1 of 2 seeds done\)\.", said)
+    missing = r"Missing: FT \(1 of 2 seeds done\); WiSE-FT, α = 0.5 \(1 of 2 seeds done\)\."
+    assert re.search(missing, said)
+    page = checked((tmp_path / "out/index.html").read_bytes()).text
+    assert re.search(missing, page) and "8 of 11 jobs done, 2 never started, 1 failed" in page
+    assert "failed: for the test" in page and "1 of 3 rows of the table are complete" in page
     fake_jobs.done, fake_jobs.fails = [], set()
     assert reproduce.main(words) == 0
     assert fake_jobs.done == ["ft-s1", "ft-eval-s1", "wise-ft-s1"]
@@ -539,6 +544,27 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     fake_jobs.done = []
     assert reproduce.main(words) == 0 and fake_jobs.done == []
     assert "11 of 11 jobs done" in capsys.readouterr().out
+
+
+def test_effective_robustness_has_the_published_line_or_none(materials, tmp_path, capsys, fake_jobs):
+    words = flags(materials, tmp_path / "out", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 2
+    assert "--fit-on published needs ImageNet's validation set (val)" in capsys.readouterr().err and not fake_jobs.done
+    assert reproduce.main(words) == 0
+    said = capsys.readouterr().out
+    assert "Effective robustness is not drawn: a line needs zero-shot models of two backbones" in said
+    assert "effective robustness |" not in said and not list((tmp_path / "out").glob("effective*"))
+
+    shutil.copytree(materials / "shards", tmp_path / "shards")
+    (tmp_path / "shards/shifted").rename(tmp_path / "shards/imagenet-r")
+    of_imagenet = ["--shards", str(tmp_path / "shards"), "--sets", "val", "imagenet-r", "--allow-count-mismatch"]
+    words = flags(materials, tmp_path / "line", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0, *of_imagenet)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 0
+    said = capsys.readouterr().out
+    assert "zero-shot ViT-L-14 (published)" in said and "is not drawn" not in said
+    # 75 % on both sets, where the published models' line has 87 % on ImageNet-R.
+    assert re.search(r"(?m)^\| FT +\| −1[12]\.\d \|$", said)
+    assert (tmp_path / "line/effective-robustness.png").exists() and (tmp_path / "line/index.html").exists()
 
 
 def test_second_command_on_a_plan_is_refused(materials, tmp_path, capsys, fake_jobs, monkeypatch):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from cfmask.runtime.attempts import AttemptLog
+from cfmask.runtime.logging import message_of
 from launch.restarts import policy as restart_policy
-from launch.restarts.batch_script_end import batch_script_end
+from launch.restarts.batch_script_end import LOGGED, batch_script_end
 from launch.restarts.policy import (
     REQUEUE_IF_PREEMPTED,
     REQUEUE_ME,
@@ -326,7 +327,7 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, mode, preemp
     (tmp_path / "12-1.txt").write_text("rank 1 failed first\n")
     if lost:
         (tmp_path / "12-1.restart").touch()
-    script = "\n".join([f"status={code}", *batch_script_end(str(tmp_path))])
+    script = "\n".join([LOGGED, f"status={code}", *batch_script_end(str(tmp_path))])
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")},
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
@@ -336,7 +337,7 @@ def test_the_batch_script_decides_as_python_does(tmp_path, version, mode, preemp
     }
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode == code
-    assert ("rank 1 failed first" in done.stdout) == (code != 0)
+    assert [message_of(line) for line in done.stdout.splitlines()] == ["rank 1 failed first"] * (code != 0)
     cause = {REQUEUE_ME: Cause.WARNED, REQUEUE_IF_PREEMPTED: Cause.TERMINATED}.get(code)
     if code and lost:
         cause = Cause.NODE_LOST
@@ -364,7 +365,7 @@ def test_the_batch_script_finds_the_preempt_mode(
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "shown").write_text(SHOWN.format(state="RUNNING", reason="None", preempted="2026-11-24T12:05:00"))
-    script = "\n".join([f"status={REQUEUE_IF_PREEMPTED}", *batch_script_end(str(tmp_path))])
+    script = "\n".join([LOGGED, f"status={REQUEUE_IF_PREEMPTED}", *batch_script_end(str(tmp_path))])
     environment = {
         **{"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "SLURM_VERSION_SHOWN": "24.05.1"},
         **{"SHOWN": str(tmp_path / "shown"), "ASKED": str(tmp_path / "asked")},

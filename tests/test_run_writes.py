@@ -69,6 +69,15 @@ def test_lines_are_kept_while_the_disk_is_full(tmp_path):
     assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3] and not lines.pending
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b'\n{"eval": {"val": 1', b'\n{"step": 9'])
+def test_lines_that_contain_a_text_are_those_of_all_lines(tmp_path, end):
+    log = tmp_path / "log.jsonl"
+    lines = [b'{"eval": {"val": 1.0}, "also": "eval"}', b'{"step": 1}', b"", b'{"x": 2}', b'{"step": 3, "eval": {}}']
+    log.write_bytes(b"\n".join(lines) + end)
+    assert read_lines(log, having='"eval"') == [line for line in read_lines(log) if "eval" in line]
+    assert len(read_lines(log, having='"eval"')) == 2 and read_lines(log, having="nowhere") == []
+
+
 def test_lost_output_does_not_end_a_process():
     code = """
 import sys

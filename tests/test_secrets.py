@@ -24,6 +24,7 @@ from launch.ranks import supervisor
 from launch.submission import submit as submission
 from launch.submission import training
 from launch.submission.planning import PlannedJob
+from launch.submission.summary import UNKNOWN
 
 SECRET = "s3cr3t"
 WITH_SECRETS = [
@@ -141,6 +142,7 @@ def test_a_recipe_with_a_secret_is_private(tmp_path, work):
 
 def test_submit_prints_no_secret(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training, "check", lambda *_: None)
+    monkeypatch.setattr(training, "_describe", lambda *_: [])  # would read the shards
     monkeypatch.setenv("CFMASK_CLUSTER", "")
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
@@ -165,9 +167,9 @@ def test_failure_reports_show_no_secret(tmp_path, monkeypatch):
 
 
 def test_a_dry_run_shows_no_secret_of_the_setup(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(submission, "test_only", lambda text: "would start" if SECRET in text else "")
+    monkeypatch.setattr(submission, "ask_slurm", lambda text, _: "would start" if SECRET in text else "")
     setup = (f"pip install --index-url {WITH_SECRETS[0]} x",)
     allocation = Allocation("slurm", 1, 0, "", 1, 1, 10, python="python3", setup=setup)
-    submission.dry_run([PlannedJob(RunFolder(tmp_path / "x"), Recipe())], allocation)
+    submission.dry_run([PlannedJob(RunFolder(tmp_path / "x"), Recipe())], allocation, UNKNOWN)
     said = capsys.readouterr().out
     assert SECRET not in said and "--index-url https://***@host/shards x" in said and "would start" in said

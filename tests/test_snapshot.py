@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cfmask.runtime.logging import message_of
 from launch.ranks.start import digest_of, verify
 from launch.submission import snapshot
 
@@ -50,6 +51,7 @@ def test_a_damaged_copy_does_not_run_and_is_replaced_at_the_next_submission(repo
     command = [sys.executable, str(taken.path / "launch/ranks/start.py"), "-u", "-m", "submitit.core._submit", "jobs"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert " ERROR rank 0 " in done.stderr and message_of(done.stderr) != done.stderr, "as in a job's log"
     assert f"{taken.path}, is damaged" in done.stderr and f"submit.py --resume {tmp_path / 'run'}`" in done.stderr
     again = snapshot.take(repository, tmp_path / "run/code")
     verify(again.path)

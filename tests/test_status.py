@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 import made
+from cfmask import run_search
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines, read_lines
 from launch import status
 from launch.slurm.queue import SacctRecord, SlurmJob
-from launch.state import facts, follow
+from launch.state import follow
 from launch.state.facts import SlurmAnswers, read_state
 from launch.state.status import Status, status_of
 from launch.state.table import attempts_table, table
@@ -247,10 +248,13 @@ def test_attempts_have_their_steps_and_their_ends(root):
         ("attempts.jsonl", None, ""),
         ("ended.json", '{"why', ""),
         ("ended.json", "[]", ""),
+        ("ended.json", '{"why": "failed: x", "ended": 1, "attempt": "x"}', ""),
         ("cancelled.json", '{"b', ""),
         ("log.jsonl", b'{"step": 10, "total_steps": 1000, "loss": 2.5, "samples', ""),
         ("log.jsonl", b"17\n\xff\xfe\n[]\n", ""),
+        ("log.jsonl", b"[" * 100_000, ""),
         ("log.jsonl", None, ""),
+        ("results.json", '{"sets": ', ""),
         (".owner/free", None, ""),
         ("checkpoints/step-torn", b"", ""),
     ],
@@ -293,7 +297,7 @@ def test_a_wrong_path_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):
     def deny(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(facts, "_is_run", deny)
+    monkeypatch.setattr(run_search, "_is_run", deny)
     assert "cannot be read: Permission denied" in refused(tmp_path / "runs")
 
 

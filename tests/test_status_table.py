@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Data, Optim, Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
 from launch import cancel, status
 from launch.slurm.queue import SlurmJob
-from launch.state import facts, follow
+from launch.state import follow
 from launch.state.bar import Progress, ProgressLine, progress_line
 from launch.state.facts import SlurmAnswers, read_state
 from launch.state.progress import progress_of
@@ -291,6 +292,7 @@ def test_filters(runs, capsys):
     with RunFolder(runs / "object-s0").locked():
         assert shown(capsys, runs, "--running") == (["object-s0"], "1 of 3 runs: 1 running")
         assert len(shown(capsys, runs, "--running", "--failed")[0]) == 2
+    assert len(shown(capsys, runs, runs / "ft-s0")[0]) == 3, "each run once"
     assert status.main([str(runs), "--match", "kd"]) == 2
     assert "no run has such a name. There are ft-s0, ft-s1, object-s0." in capsys.readouterr().err
 
@@ -370,6 +372,22 @@ def test_a_torn_or_lost_log_leaves_what_is_known(tmp_path):
     assert best_of(run) == (None, None)
 
 
+def test_an_evaluation_has_the_accuracy_of_its_model(tmp_path):
+    def evaluated(name: str, *top1: float, **choice: int) -> float | None:
+        run = RunFolder(tmp_path / name)
+        run.claim(Evaluation(models=("/m",), sets=("imagenet-r", "val")))
+        models = [{"name": "m", "sets": {"val": {"top1": each}, "imagenet-r": {"top1": 1.0}}} for each in top1]
+        run.results.write_text(json.dumps({"models": models, **choice}))
+        found = status_of(read_state(run), SlurmAnswers({}))
+        assert found.best_epoch is None and found.epochs is None
+        return found.best_top1
+
+    assert evaluated("one", 70.0) == 70.0
+    assert evaluated("wise-ft", 70.0, 75.0, chosen=1) == 75.0
+    assert evaluated("side-by-side", 70.0, 75.0) is None
+    assert evaluated("torn", 70.0, chosen=3) is None
+
+
 def test_a_folder_that_cannot_be_read_is_a_row(runs, capsys, monkeypatch):
     real = os.stat
 
@@ -378,7 +396,6 @@ def test_a_folder_that_cannot_be_read_is_a_row(runs, capsys, monkeypatch):
             raise PermissionError(13, "Permission denied", os.fspath(path))
         return real(path, *more, **named)
 
-    monkeypatch.setattr(facts.RunFolder, "work", lambda run: denied(run.root / "recipe.json"))
     monkeypatch.setattr(os, "stat", denied)
     assert status.main([str(runs)]) == 0
     out = capsys.readouterr().out
@@ -389,13 +406,15 @@ def test_a_folder_that_cannot_be_read_is_a_row(runs, capsys, monkeypatch):
 # --- states in words ----------------------------------------------------------------------------------------------
 
 
-def in_words(run: RunFolder, reason: str, *, restarts: int, eligible_in_s: int = -60, start: str = "N/A") -> Status:
+def in_words(
+    run: RunFolder, reason: str, *, restarts: int, eligible_in_s: int = -60, start: str = "N/A", state: str = "PENDING"
+) -> Status:
     (run.root / "jobs").mkdir(exist_ok=True)
     for name in ("12_submitted.pkl", "12_submission.sh"):
         (run.root / "jobs" / name).touch()
     eligible = (datetime.now() + timedelta(seconds=eligible_in_s)).isoformat(timespec="seconds")
     return status_of(
-        read_state(run), SlurmAnswers({"12": SlurmJob("12", "PENDING", start, eligible, restarts, reason, "")})
+        read_state(run), SlurmAnswers({"12": SlurmJob("12", state, start, eligible, restarts, reason, "")})
     )
 
 
@@ -426,6 +445,8 @@ def test_a_queued_run_says_what_it_waits_for_and_what_to_do(tmp_path):
     assert found.remedy is None and found.next_start.endswith("(Resources)")
     held = in_words(run, "JobHeldUser", restarts=0)
     assert held.in_words == "waits in the queue: its user holds it" and held.remedy == "scontrol release 12"
+    special = in_words(run, "None", restarts=0, state="SPECIAL_EXIT")
+    assert "has put it on hold" in special.in_words and special.remedy == "scontrol release 12"
 
 
 # --- --follow -----------------------------------------------------------------------------------------------------
@@ -446,7 +467,7 @@ def test_at_80_columns_the_line_has_a_bar_and_one_eta():
     assert "█" in line and "░" in line
     assert "ETA 3 h 12 min" in progress_line(PROGRESS, 40), "rather than the bar"
     assert "ETA" not in progress_line(Progress("a", "", 24810, 24810, 1.0, 900.0, 0.0), 80)
-    assert progress_line(PROGRESS, None).startswith(PROGRESS.name + "  50 %")
+    assert progress_line(PROGRESS, None).startswith(PROGRESS.name + "   50 %")
 
 
 def test_the_eta_is_of_the_steps_of_this_start(tmp_path):
@@ -477,7 +498,7 @@ def test_a_file_gets_few_lines_and_a_terminal_one(monkeypatch):
         line = ProgressLine(stream)
         for step in (12405, 12406, 24810):
             line.show(Progress("a", "", step, 24810), final=step == 24810)
-    assert file.getvalue().splitlines() == ["a  50 %  12405/24810", "a  100 %  24810/24810"]
+    assert file.getvalue().splitlines() == ["a   50 %  12405/24810", "a  100 %  24810/24810"]
     drawn = terminal.getvalue()
     assert drawn.count("\n") == 1 and drawn.count("\r") == 3 and "\x1b" not in drawn
 
@@ -488,3 +509,16 @@ def test_a_finished_run_is_said_to_be_finished_first(runs, capsys):
     assert found.out.startswith(f"finished: {runs / 'ft-s0'}") and found.err == "", "no bar"
     assert cancel.main([str(runs / "ft-s0")]) == 0
     assert capsys.readouterr().out == f"{runs / 'ft-s0'} is finished: there is nothing to cancel.\n"
+
+
+def test_the_example_in_the_documents_is_what_the_table_prints():
+    limit = "waits in the queue: your limit on GPUs is reached until other jobs end"
+    examples = [
+        a_status("runs/ft-s0", "finished", step=24810, best_epoch=8, job=None, nodes=None),
+        a_status("runs/object-s0", best_top1=74.92, job="4713"),
+        a_status("runs/object-s1", "requeued", step=9920, best_top1=74.8, best_epoch=3, in_words=RUNS[4].in_words),
+        a_status("runs/context-s0", "queued", step=None, best_top1=None, best_epoch=None, in_words=limit),
+    ]
+    text = "\n".join([*lines_at(80, examples), totals(examples, 4)])
+    document = (Path(__file__).resolve().parents[1] / "docs/clusters.md").read_text()
+    assert "\n".join("    " + line for line in text.splitlines()) in document, text

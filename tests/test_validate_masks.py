@@ -139,12 +139,14 @@ def test_table_and_pictures(scene, tmp_path, capsys):
     text = (out / "table.md").read_text()
     assert text in printed + "\n"
     dog = results(out)["models"][1]["groups"]["dog"]
-    row = next(line for line in text.split("b.safetensors")[1].splitlines() if line.startswith("| 0.3 "))
+    row = next(line for line in text.split("\nb: object mask")[1].splitlines() if line.startswith("| 0.3 "))
     header = next(line for line in text.splitlines() if line.startswith("| threshold"))
     cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
     assert cells["dog: IoU"] == f"{100 * dog['iou'][2]:.1f}"
     assert cells["dog: object"] == f"{100 * dog['object_masking_rate'][2]:.1f}"
     assert "dog 3 (1)" in text and "all 9 (1)" in text
+    assert str(scene) not in text  # models are named, not their paths
+    assert [model["name"] for model in results(out)["models"]] == ["a", "b"]
     for name in ("curves.png", "sheet.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10

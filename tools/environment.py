@@ -70,9 +70,10 @@ def ensure(requirements=("requirements.txt",), lowest: bool = False) -> None:
         requirements: pip requirement files, relative to the repository's root.
         lowest: an environment of its own, `.venv-lowest`, with the lowest versions that requirements.txt allows.
 
-    A process outside the environment is replaced (``os.execv``) by the same command in the environment's Python, which
-    calls this function again. This checkout is put first on PYTHONPATH: a shared environment may have another one
-    installed. Errors end the process with exit code 2, Ctrl-C with 130; the next run continues.
+    A process outside the environment, or without this checkout first on PYTHONPATH, is replaced (``os.execv``) by the
+    same command in the environment's Python, which calls this function again. PYTHONPATH matters because a shared
+    environment may have another checkout installed. Errors end the process with exit code 2, Ctrl-C with 130; the next
+    run continues.
     """
     chosen = str(ROOT / ".venv-lowest") if lowest else os.environ.get("CFMASK_VENV") or str(ROOT / ".venv")
     venv = Path(os.path.abspath(os.path.expanduser(chosen)))
@@ -83,9 +84,13 @@ def ensure(requirements=("requirements.txt",), lowest: bool = False) -> None:
     came_from = os.environ.pop("CFMASK_BOOTSTRAPPED", None)
     try:
         if not _is_ready(venv, wanted, inside):
+            if {"-h", "--help"} & set(sys.argv[1:]):  # nobody installs gigabytes to read a page
+                print(sys.modules["__main__"].__doc__)
+                sys.exit(0)
             _set_up(venv, wanted, lowest)
             inside = False  # the environment of this process may have been replaced
-        if inside:
+        paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+        if inside and paths[:1] == [str(ROOT)]:
             return
         if came_from is not None:
             raise SetupError(
@@ -102,7 +107,7 @@ def ensure(requirements=("requirements.txt",), lowest: bool = False) -> None:
         _say("interrupted while setting up; the same command continues from here.")
         sys.exit(130)
     os.environ["CFMASK_BOOTSTRAPPED"] = str(venv)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
     sys.stdout.flush()
     os.execv(str(_python(venv)), [str(_python(venv)), *sys.orig_argv[1:]])
 

@@ -5,11 +5,13 @@
     python tools/evaluate.py RUN … --shards DIR --sets imagenet v2 r sketch objectnet a      the paper's table
     python tools/evaluate.py RUN … --shards DIR --sets … --nodes 2                           as a job on Slurm
     python tools/evaluate.py B32 B16 RUN --shards DIR --sets … --fit-on B32 B16              effective robustness
+    python tools/evaluate.py RUN --shards DIR --sets imagenet … --fit-on published           the same, published line
 
 On ImageNet-R and -A a model answers among their 200 classes; on ObjectNet among 125, of which several may be right for
 an image. An incomplete copy of a known set is refused. After an interruption, the same command resumes the evaluation.
 RUN stands for the run's last checkpoint or, with --checkpoint best, for the best one on its held-out set, as in the
-authors' evaluation. results.json and the tables state the step and what chose it.
+authors' evaluation. results.json and the tables state the step and what chose it. Models of one name in --names are
+seeds of one row: mean ± standard deviation.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ import sys
 
 try:
     from cfmask.errors import UserError
-    from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import Evaluation
+    from cfmask.report.labels import model_names
     from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from cfmask.tool_arguments import MODEL_HELP
+    from cfmask.tool_arguments import MODEL_HELP, NAMES_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
+
+
+PUBLISHED = "published"
 
 
 @exits_cleanly
@@ -36,37 +41,38 @@ def main(argv: list[str] | None = None) -> int:
         "--names",
         nargs="+",
         metavar="NAME",
-        help="names of the models in tables (default: their paths); models of one name are seeds of one row: mean ± sd",
+        help=NAMES_HELP,
     )
     parser.add_argument(
         "--fit-on",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="also draw effective robustness, above the line through these of the models (zero-shot ones)",
+        help="also draw effective robustness, above the line through these of the models, zero-shot ones of two "
+        f"backbones or more; {PUBLISHED}: through the published accuracies of CLIP's ViT-B/32, B/16 and L/14",
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
-    names = arguments.names or short_names(arguments.models)
-    if len(names) != len(arguments.models):
-        raise UserError(f"--names gives {len(names)} names to {len(arguments.models)} models.")
-    fit_on = [_number(path, arguments.models) for path in arguments.fit_on]
+    own = [_number(path, arguments.models) for path in arguments.fit_on if path != PUBLISHED]
 
     allocation = allocation_of(arguments)
     evaluation = evaluation_of(arguments, allocation, Evaluation, arguments.models)
+    names = model_names(evaluation.models, arguments.names)
+    line = None
+    if arguments.fit_on:  # scipy takes a second to import, and so does matplotlib below
+        from cfmask.report.results import Split
+        from cfmask.report.robustness import Line
+
+        files = {names[i]: evaluation.models[i] for i in own}
+        line = Line.of(files, Split.of(evaluation.sets), published=PUBLISHED in arguments.fit_on)
     code, run = carry_out("evaluate", evaluation, allocation, arguments)
     if code or not run.results.exists():
         return code
-    # Imported here, because scipy and matplotlib take a second to import.
-    from cfmask.report import charts, evaluation_page, results, robustness, summary
+    from cfmask.report import evaluation_page, summary
 
     pictures = summary.show(run, "Evaluation", names)
-    if fit_on:
-        found, chart = results.read_results(run.root), run.root / "effective-robustness.png"
-        rows = results.rows_of(found.models, names)
-        values = charts.effective_robustness(rows, [names[i] for i in fit_on], chart, found.split)
-        print(f"\n{robustness.robustness_table(values)}\n\n{chart}")
-        pictures.append(chart)
+    if line is not None:
+        pictures.append(summary.show_robustness(run, names, line))
     evaluation_page.write_page(run, "Evaluation", names, pictures)
     return 0
 

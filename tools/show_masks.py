@@ -4,6 +4,7 @@
     python tools/show_masks.py RUN --shards DIR --set val --out masks.png
     python tools/show_masks.py MODEL --images photos/*.jpg --out masks.png
 
+A column is a sample. Donors are drawn as in training, but no image is shown as its own donor.
 The CAM is that of the true class where it is known: from the shards, or from a parent folder that is named after a
 class. Otherwise it is that of the predicted class.
 """
@@ -19,10 +20,11 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
-    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set
+    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
-    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method
+    from cfmask.tool_arguments import MODEL_HELP, load_models, recorded_method
+    from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -32,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
-    parser.add_argument("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
+    add_shards_argument(parser, cluster=True)
     parser.add_argument("--set", default="val", metavar="SET", help="folder under --shards (default: val)")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     parser.add_argument(
@@ -53,8 +55,10 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("masks.png"), metavar="FILE", help="picture to write (default: masks.png)"
     )
     arguments = parser.parse_args(argv)
-    if bool(arguments.images) == bool(arguments.shards):
+    if arguments.images and arguments.shards:
         raise UserError("Give either --images or --shards: the images to draw masks of.")
+    if not arguments.images:
+        fill_in_data(arguments)
     if arguments.count < 1:
         raise UserError("--count must be at least 1.")
 
@@ -63,14 +67,16 @@ def main(argv: list[str] | None = None) -> None:
         [model], info = load_models([arguments.model])
         method = method_of(arguments)
         begin("reading images")
-        size = model.image_size
+        size, read = model.image_size, images_to_read(arguments.count)
         if arguments.images:
-            images, labels = images_of_files(arguments.images, arguments.count, size, info.classes)
+            images, labels = images_of_files(arguments.images, read, size, info.classes)
         else:
             [manifest] = load_sets(arguments.shards, [arguments.set]).values()
-            images, labels = images_of_set(manifest, arguments.count, size, arguments.seed)
+            images, labels = images_of_set(manifest, read, size, arguments.seed)
+            if tuple(wnid for wnid, _ in manifest.classes) == info.classes:
+                info = replace(info, class_names=info.class_names or tuple(name for _, name in manifest.classes))
         begin("drawing")
-        draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.seed)
+        draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.count, arguments.seed)
     print(f"written: {arguments.out}")
 
 

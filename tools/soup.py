@@ -15,8 +15,8 @@ import sys
 
 try:
     from cfmask.errors import UserError
-    from cfmask.evaluation.model_origin import short_names
     from cfmask.evaluation_spec import GreedySoup, UniformSoup
+    from cfmask.report.labels import model_names
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.jsonl import read_object
     from cfmask.tool_arguments import MODEL_HELP
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     from cfmask.report import evaluation_page, summary, tables
 
     results = read_object(run.results) or {}
-    names = dict(zip(evaluation.models, short_names(evaluation.models), strict=True))
+    names = dict(zip(evaluation.models, model_names(evaluation.models), strict=True))
     if arguments.greedy:
         chosen = results["ingredients"]
         rows = [

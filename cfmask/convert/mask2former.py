@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cfmask.errors import UserError
+from cfmask.runtime.downloads import why_unreachable
 
 DEFAULT = "facebook/mask2former-swin-base-coco-panoptic"
 """The hub's closest model to the paper's: Mask2Former, COCO panoptic, Swin-B. The paper's (48558700_7 in Mask2Former's
@@ -30,7 +30,6 @@ class Segmenter:
         self._labels = category_labels(self._model.config)
         self._device = device
 
-    @torch.inference_mode()
     def masks(self, images: Sequence[NDArray[np.uint8]], categories: Sequence[str]) -> list[NDArray[np.bool_]]:
         """The pixels of each image that show its category.
 
@@ -41,10 +40,14 @@ class Segmenter:
         Returns:
             (H, W) each, the union of the category's segments in the panoptic segmentation.
         """
+        import torch  # takes seconds, and --help needs the name of the model only
+
         inputs = self._processor(images=[np.ascontiguousarray(i) for i in images], return_tensors="pt")
         inputs = {name: value.to(self._device) for name, value in inputs.items() if torch.is_tensor(value)}
+        with torch.inference_mode():
+            outputs = self._model(**inputs)
         segmented = self._processor.post_process_panoptic_segmentation(
-            self._model(**inputs), label_ids_to_fuse=set(), target_sizes=[i.shape[:2] for i in images]
+            outputs, label_ids_to_fuse=set(), target_sizes=[i.shape[:2] for i in images]
         )
         found = []
         for of_image, category in zip(segmented, categories, strict=True):
@@ -84,7 +87,14 @@ def _transformers() -> Any:
 def _load(kind: Any, name: str) -> Any:
     folder = Path(name)
     try:
-        return kind.from_pretrained(folder if folder.is_dir() else name)
+        if folder.is_dir():
+            return kind.from_pretrained(folder)
+        try:
+            return kind.from_pretrained(name, local_files_only=True)
+        except OSError:  # not in the cache
+            if why := why_unreachable(f"https://huggingface.co/{name}/resolve/main/config.json"):
+                raise UserError(why) from None
+            return kind.from_pretrained(name)
     except Exception as error:  # transformers and the hub's client raise many kinds; the remedy is the same
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         repository = DEFAULT if folder.is_dir() or folder.is_absolute() else name

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import struct
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from cfmask.counting import Counts
 from cfmask.data.label_space import label_space_of
@@ -38,6 +36,7 @@ from cfmask.runtime.files import read_bytes
 from cfmask.runtime.heartbeat import PREPARING, WAITING, beat, restart_steps
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently
+from cfmask.runtime.progress import progress_bar
 from cfmask.runtime.tensor_files import replace_tensors
 from cfmask.session import StopRequest, autocast
 
@@ -81,16 +80,11 @@ class SetCounter:
         self._kept_at = self._logged_at = time.monotonic()
         self._logged_images = self.images
         self._log = JsonLines(run.log)
-        self._bar: tqdm | None = None
-        if self.is_main_process:
-            pace = 0.2 if sys.stderr.isatty() else 30
-            self._bar = tqdm(unit="image", initial=self.images, dynamic_ncols=True, mininterval=pace)
+        self._bar = progress_bar(unit="samples", initial=self.images, disable=not self.is_main_process)
 
     def announce(self, names: Sequence[str]) -> None:
-        """State the sets that will be counted, for the progress bar; a set that is counted twice is named twice."""
-        self._total = sum(self.sets[name].num_samples for name in names)
-        if self._bar is not None:
-            self._bar.total = self._total
+        """State the sets that will be counted, for the progress; a set that is counted twice is named twice."""
+        self._total = self._bar.total = sum(self.sets[name].num_samples for name in names)
 
     def check_classes(self, classes: Sequence[str]) -> None:
         """Raises UserError if the class list of a set differs from the models'."""
@@ -98,8 +92,7 @@ class SetCounter:
             check_classes(manifest, classes)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def count(self, stage: str, name: str, models: Candidates, called: Sequence[str]) -> Counts:
         """Count models on a set, over all ranks.
@@ -138,8 +131,7 @@ class SetCounter:
         size, world, last = self._evaluation.batch_size, self._context.world_size, self._num_batches(manifest)
         fresh = Counts(len(total.not_finite), manifest.num_classes, device)
         reducer = AsyncMetricReducer(device)
-        if self._bar is not None:
-            self._bar.set_description(name)
+        self._bar.set_description(name, refresh=False)
         restart_steps()
         for number, batch in enumerate(self._rounds(manifest, next(iter(models))[0], done)):
             beat("evaluating", number)
@@ -216,11 +208,11 @@ class SetCounter:
             return model(pixels)[1]
 
     def _advance(self, images: int, name: str) -> None:
-        """Update the progress bar, and log a line of progress."""
+        """Log progress, and write a line of it."""
         self.images += images
-        if self._bar is None:
-            return
         self._bar.update(images)
+        if not self.is_main_process:
+            return
         now = time.monotonic()
         if now - self._logged_at < LOG_S and self.images < self._total:
             return

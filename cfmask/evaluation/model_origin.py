@@ -7,18 +7,21 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cfmask.checkpoint.state import list_checkpoints, step_of
 from cfmask.errors import UserError
-from cfmask.evaluation_spec import Evaluation
+from cfmask.evaluation_spec import Evaluation, ZeroShot
+from cfmask.models.head import read_info
+from cfmask.presets import method_name
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 
 LAST, BEST = "last", "best"
+ZERO_SHOT = ZeroShot.make
 CHOICES = (LAST, BEST)
 """The checkpoint that a run's folder stands for: that of the last step, or the best on the held-out set."""
 
@@ -39,6 +42,8 @@ class ModelOrigin:
     """The set on which it was chosen, if any."""
     top1: float | None = None
     """Its accuracy on that set, in percent."""
+    method: str | None = None
+    """What made it: the preset of its run, "zero-shot" where training starts, or the kind of its evaluation."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,17 +80,26 @@ def origin_of(model: str | Path) -> ModelOrigin:
     except UserError:
         work = None
     if isinstance(work, Evaluation):
-        return ModelOrigin(str(path), chosen=f"made by {work.make}")
+        return ModelOrigin(str(path), chosen=f"made by {work.make}", method=work.make)
     if work is None:
         return ModelOrigin(str(path))
+    if path == run.initial:
+        return ModelOrigin(str(path), str(run.root), 0, "where training starts", method=_method_of_start(path))
     if path == run.final:
         step = (read_object(run.results) or {}).get("step")
-        return ModelOrigin(str(path), str(run.root), step, LAST)
-    if path == run.initial:
-        return ModelOrigin(str(path), str(run.root), 0, "where training starts")
-    if not inside:
-        return ModelOrigin(str(path), str(run.root), None, "a file in the run folder")
-    return _of_checkpoint(path, run)
+        found = ModelOrigin(str(path), str(run.root), step, LAST)
+    elif inside:
+        found = _of_checkpoint(path, run)
+    else:
+        found = ModelOrigin(str(path), str(run.root), None, "a file in the run folder")
+    return replace(found, method=method_name(work))
+
+
+def _method_of_start(path: Path) -> str:
+    with contextlib.suppress(UserError):
+        if (info := read_info(path)) and "-soup of " in info.provenance:
+            return "soup"
+    return ZERO_SHOT
 
 
 def _of_checkpoint(path: Path, run: RunFolder) -> ModelOrigin:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from cfmask.data import images
 from cfmask.errors import UserError
 from cfmask.models.architecture import HUB_CONFIG, check_activation
+from cfmask.models.downloads import HUB_WEIGHTS
 from cfmask.models.head import ModelInfo, read_info
 from cfmask.models.initial import check_text_settings, configs_of
 from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD, RESIZE_MODE
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.models.tower_weights import fitting_positions
-from cfmask.models.weights import CONFIG_ENTRY, HUB_WEIGHTS, find_weights, is_path, read_tag, read_weights
+from cfmask.models.weights import CONFIG_ENTRY, find_weights, is_path, read_tag, read_weights
 from cfmask.models.zero_shot import build_clip
 from cfmask.runtime.files import write_atomically
 from cfmask.runtime.tensor_files import save_tensors

@@ -33,14 +33,12 @@ from cfmask.models.architecture import (
     read_config,
     refuse_repository,
 )
+from cfmask.models.downloads import HUB_WEIGHTS, cached_weights, weights_of_tag
 from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need it to find weights
     from torch import Tensor
 
-HUB_WEIGHTS = "open_clip_model.safetensors"
-"""open_clip's name of the weights in a Hugging Face repository."""
-_HUB_FILES = (HUB_WEIGHTS, "open_clip_pytorch_model.bin")
 CONFIG_ENTRY = "open_clip_config"
 """An entry by tools/export.py: the text of open_clip_config.json, in the metadata of a safetensors file, or beside the
 state dict in a file of torch.save."""
@@ -87,20 +85,9 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
         raise UserError(f"--pretrained {pretrained} is a folder. Give the file of the weights in it.")
     if is_path(pretrained):
         raise UserError(f"--pretrained {pretrained}: no such file. Check the path.")
-    from open_clip.pretrained import download_pretrained
-
     tag = read_tag(name, pretrained)
     check_activation(name, config or read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
-    try:
-        return Path(download_pretrained(tag))
-    except Exception as error:  # of any type that the hub's client raises
-        source = tag.get("hf_hub") or tag.get("url")
-        raise UserError(
-            f"The weights {pretrained!r} of {name} are not in the cache and could not be downloaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else 'no details'}). On a "
-            f"machine with network access get {source} (for a Hugging Face repository its file "
-            f"{HUB_WEIGHTS}, and {HUB_CONFIG} beside it), copy it here, and give its path: --pretrained PATH."
-        ) from error
+    return weights_of_tag(tag, f"The weights {pretrained!r} of {name}")
 
 
 def in_cache(name: str, pretrained: str) -> bool:
@@ -111,14 +98,7 @@ def in_cache(name: str, pretrained: str) -> bool:
     """
     if os.path.isfile(pretrained) or is_path(pretrained):
         return os.path.isfile(pretrained)
-    from huggingface_hub import try_to_load_from_cache
-
-    tag = read_tag(name, pretrained)
-    repository, file = os.path.split(tag.get("hf_hub") or "")
-    files = [file] if file else []
-    if repository and any(isinstance(try_to_load_from_cache(repository, f), str) for f in (*files, *_HUB_FILES)):
-        return True
-    return bool(tag.get("url")) and os.path.isfile(os.path.expanduser(f"~/.cache/clip/{os.path.basename(tag['url'])}"))
+    return cached_weights(read_tag(name, pretrained)) is not None
 
 
 def is_path(pretrained: str) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError
 from cfmask.models.head import ModelInfo, read_info
+from cfmask.runtime.progress import progress_bar
 from cfmask.runtime.tensor_files import replace_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import
@@ -192,7 +193,6 @@ def zero_shot_weight(
     """
     import open_clip
     import torch
-    from tqdm import tqdm
 
     clip: Any = build_clip(info, state).to(device)
     tokenizer = build_tokenizer(info)
@@ -200,9 +200,7 @@ def zero_shot_weight(
     sentences = [lambda name, template=template: template.replace("{}", name) for template in templates]
     rows = _read_rows(kept_rows, info)
     saved = time.monotonic()
-    with tqdm(
-        total=len(info.classes), initial=len(rows), desc="zero-shot head", unit="class", dynamic_ncols=True
-    ) as bar:
+    with progress_bar(total=len(info.classes), initial=len(rows), desc="zero-shot head", unit=" classes") as bar:
         try:
             while len(rows) < len(info.classes):
                 names = info.class_names[len(rows) : len(rows) + _CLASSES_AT_A_TIME]

@@ -8,7 +8,12 @@
     curves.py       loss and accuracy of runs over steps
     masks.py        tables, curves and a contact sheet of a validation of masks
     summary.py      what a command prints of an evaluation, and writes beside its results
-    figures.py      style, legends and files of charts
+    contact_sheet.py
+                    image, CAM, mask, donor and counterfactual image of samples
+    sheet.py        the layout of contact sheets
+    figures.py      sizes, style, legends and files of charts
+    looks.py        colour, marker, line style and hatch of each method
+    labels.py       names of runs and models, and which runs are seeds of one line
 
 scipy and matplotlib take a second to import: commands import charts, curves and summary when they need them.
 """

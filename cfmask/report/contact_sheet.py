@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from cfmask.data.shards import Manifest
 from cfmask.data.stream import eval_batches
 from cfmask.errors import UserError
 from cfmask.masking.cam import Relevance, build_cam
-from cfmask.masking.fills import DrawSpec, draw
+from cfmask.masking.fills import MULTI_FILL, NO_FILL, SINGLE_FILL, Draws, DrawSpec, draw
 from cfmask.masking.masks import normalised
-from cfmask.models.head import ModelInfo
+from cfmask.models.head import ModelInfo, load_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method
-from cfmask.report.figures import new_figure, save
+from cfmask.report.figures import save
+from cfmask.report.sheet import Cell, contact_sheet, heat_map, paled, pixels_of
 from cfmask.step import counterfactual
 
 
@@ -63,6 +65,11 @@ def images_of_set(manifest: Manifest, count: int, size: int, seed: int) -> tuple
     return batch.images[chosen], [int(label) for label in batch.labels[chosen]]
 
 
+def images_to_read(count: int) -> int:
+    """Images to read for a sheet of ``count`` samples: a single one needs another image as its donor."""
+    return max(count, 2)
+
+
 def draw_contact_sheet(
     out: Path,
     model: Classifier,
@@ -70,13 +77,16 @@ def draw_contact_sheet(
     images: Tensor,
     labels: Sequence[int | None],
     method: Method,
+    count: int,
     seed: int = 0,
 ) -> None:
-    """Write the contact sheet, a row for each image.
+    """Write the contact sheet, a column for each sample. Donors are drawn as in training, except that the draw is
+    repeated until none of the samples is its own donor.
 
     Args:
-        images: (N, 3, S, S) uint8.
+        images: (N, 3, S, S) uint8: the samples and possible donors. With one image, the sheet says that there is none.
         labels: class ids; for None, the CAM is that of the predicted class.
+        count: samples to show, the first of the images.
         seed: of the random draws of masks and donors.
     """
     cam_hook = build_cam(method) or Relevance()  # a random mask is shown beside relevance too
@@ -84,42 +94,81 @@ def draw_contact_sheet(
     predicted = logits.argmax(1)
     classes = torch.tensor([int(predicted[i]) if label is None else label for i, label in enumerate(labels)])
     cam = cam_hook.compute(logits.gather(1, classes[:, None]).squeeze(1))
-    draws = draw(DrawSpec.of(method, model.patches), len(images), np.random.default_rng(seed))
+    draws = draws_for_sheet(method, model.patches, len(images), count, seed)
     result = counterfactual(images, cam, draws, method, model.patch_size)
 
     size, patch = model.image_size, model.patch_size
     whole = size // patch * patch  # pixels of a side that patches cover
     heat = normalised(cam).view(len(images), 1, *model.visual.grid_size)
     heat = torch.nn.functional.interpolate(heat, size=(whole, whole), mode="bilinear", align_corners=False)
+    pictures = images.permute(0, 2, 3, 1).numpy()
+    changed = result.images.permute(0, 2, 3, 1).numpy()
     names = info.class_names or info.classes
-    figure = new_figure(2.15 * len(images), width=9.5)
-    axes = figure.subplots(len(images), 5, squeeze=False)
-    for axis, title in zip(axes[0], ("", "CAM", "", "donor", "counterfactual"), strict=True):
-        axis.set_title(title, fontsize=8)
-    for i, row in enumerate(axes):
-        picture = images[i].permute(1, 2, 0).numpy()
-        grid = result.mask[i].view(model.visual.grid_size).numpy().repeat(patch, 0).repeat(patch, 1)
-        row[0].imshow(picture)
-        true_class = "" if labels[i] is None else f"{names[classes[i]]}, "
-        row[0].set_title(f"{true_class}predicted: {names[predicted[i]]}", fontsize=8)
-        row[1].imshow(picture)
-        extent = (-0.5, whole - 0.5, whole - 0.5, -0.5)
-        row[1].imshow(heat[i, 0].numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1, extent=extent)
-        row[1].set(xlim=(-0.5, size - 0.5), ylim=(size - 0.5, -0.5))
-        pale = picture.copy()
-        pale[:whole, :whole][grid] = 255 - (255 - pale[:whole, :whole][grid]) // 5
-        row[2].imshow(pale)
-        row[2].set_title(f"{method.mask} mask: {100 * result.mask[i].float().mean():.0f} % of patches", fontsize=8)
-        if draws.donors is not None and draws.donors.dim() == 1:
-            row[3].imshow(images[draws.donors[i]].permute(1, 2, 0).numpy())
-        else:
-            note = "a donor\nper patch" if draws.donors is not None else "no fill"
-            row[3].text(0.5, 0.5, note, ha="center", va="center", transform=row[3].transAxes, fontsize=9)
-        changed = result.images[i].permute(1, 2, 0).numpy()
-        if method.fill == "no-fill":
-            changed = picture.copy()
-            changed[:whole, :whole][grid] = 0
-        row[4].imshow(changed)
-        for axis in row:
-            axis.set_axis_off()
-    save(figure, out, dpi=110)
+    shown = []
+    for i in range(min(count, len(images))):
+        name, guess = names[classes[i]], names[predicted[i]]
+        masked = pixels_of(result.mask[i].view(model.visual.grid_size).numpy(), patch, size)
+        share = f"{100 * result.mask[i].float().mean():.0f} %"
+        donor, counterfactual_image = _donor(i, draws, method, pictures, [names[c] for c in classes]), changed[i]
+        if method.fill == NO_FILL:
+            counterfactual_image = np.where(masked[..., None], 0, pictures[i]).astype(np.uint8)
+        shown.append(
+            [
+                Cell(
+                    pictures[i], name if labels[i] is not None and guess == name else _caption(labels[i], name, guess)
+                ),
+                Cell(heat_map(pictures[i], heat[i, 0].numpy())),
+                Cell(paled(pictures[i], masked), share),
+                donor,
+                Cell(counterfactual_image),
+            ]
+        )
+    whose = "true class" if all(label is not None for label in labels[:count]) else "class"
+    rows = ("image", f"CAM of its {whose}", f"{method.mask} mask, share of patches", "donor", "counter-\nfactual image")
+    note = "→: the predicted class, where it is another one or the true class is unknown."
+    save(contact_sheet(rows, shown, note=note if any("→" in cells[0].caption for cells in shown) else ""), out)
+
+
+def draw_sheet_of_run(out: Path, file: Path, method: Method, manifest: Manifest, *, count: int = 6) -> None:
+    """Write the contact sheet of images of a set, as a model sees them that was trained with masks.
+
+    Args:
+        file: model file.
+        method: resolved, with a mask.
+        count: samples to show.
+
+    Raises:
+        UserError: the model or the set cannot be read.
+        OSError: likewise.
+    """
+    model, info = load_model(file)
+    images, labels = images_of_set(manifest, images_to_read(count), model.image_size, seed=0)
+    draw_contact_sheet(out, model, info, images, labels, method, count)
+
+
+def draws_for_sheet(method: Method, patches: int, n: int, count: int, seed: int) -> Draws:
+    """Draws for n images, of which none of the first ``count`` is its own donor, unless there is only one image."""
+    spec, rng = DrawSpec.of(method, patches), np.random.default_rng(seed)
+    if spec is not None and spec.fill == MULTI_FILL and n == 1:
+        spec = replace(spec, fill=SINGLE_FILL)  # multi-fill cannot be drawn without other images
+    while True:
+        draws = draw(spec, n, rng)
+        if n == 1 or draws.donors is None or draws.donors.dim() > 1:
+            return draws
+        if bool((draws.donors != torch.arange(n))[:count].all()):  # on average every third draw, or more
+            return draws
+
+
+def _caption(label: int | None, name: str, guess: str) -> str:
+    return f"→ {guess}" if label is None else f"{name}\n→ {guess}"
+
+
+def _donor(i: int, draws: Draws, method: Method, pictures: np.ndarray, names: Sequence[str]) -> Cell:
+    if draws.donors is None:
+        return Cell("no fill: patches are removed")
+    if len(pictures) == 1:
+        return Cell("none: there is no other image")
+    if draws.donors.dim() > 1:
+        return Cell("a donor for each patch")
+    donor = int(draws.donors[i])
+    return Cell(pictures[donor], names[donor])

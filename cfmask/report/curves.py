@@ -3,84 +3,144 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from cfmask.errors import UserError
-from cfmask.report.figures import STYLE, legend_below, new_figure, save
+from cfmask.recipe import Recipe
+from cfmask.report.figures import STYLE, legend_below, panels, save
+from cfmask.report.labels import RunGroup, run_groups
+from cfmask.report.looks import looks
+from cfmask.run_search import is_evaluation
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 
-_COLUMNS = 3
-
 Line = dict[str, Any]
 """A line of log.jsonl."""
-Value = Callable[[Line, Path], "float | None"]
-"""The value that a panel shows, of a line of the log of the run in a folder; None: the line has none."""
+Value = Callable[[Line, "Recipe | None"], "float | None"]
+"""The value that a panel shows, of a line of a run's log and the run's recipe; None: the run has none."""
+Points = dict[int, float]
+"""Values by step."""
+
+_TRAINING: dict[tuple[str, str], Value] = {
+    ("training: cross-entropy", "nats"): lambda line, _: _of_step("ce", line),
+    ("training: feature distillation", "MSE"): lambda line, recipe: _of_teacher("mse", line, recipe),
+    ("training: logit distillation", "T²·KL, nats"): lambda line, recipe: _of_teacher("kd", line, recipe),
+    ("training: accuracy", "top-1, %"): lambda line, _: _of_step("accuracy", line),
+}
+_MASKS: dict[tuple[str, str], Value] = {
+    ("masked share of the image", "%"): lambda line, recipe: _of_masks("image_masking_rate", line, recipe),
+    ("masked share of the object", "%"): lambda line, recipe: _of_masks("object_masking_rate", line, recipe),
+    ("mask and object", "IoU, %"): lambda line, recipe: _of_masks("iou", line, recipe),
+}
 
 
 @rc_context(STYLE)
-def draw_curves(out: Path, roots: Sequence[Path]) -> None:
-    """Draw cross entropy, feature distillation, training accuracy, accuracy on each set, and, if measured, how far
-    masks fall on objects.
+def draw_curves(out: Path, runs: Sequence[RunFolder]) -> list[str]:
+    """Draw the losses that the runs have, training accuracy, accuracy on each set, and, if measured, how far masks fall
+    on objects: a line for each recipe. Seeds of a recipe are one line, their mean, with a band of one standard
+    deviation, over the steps that all of them have logged.
 
-    Args:
-        roots: run folders.
+    Returns:
+        A sentence for each run that is left out, because it has no log.
 
     Raises:
-        UserError: a run without a log, or the file cannot be written.
+        UserError: no run has a log, or the file cannot be written.
     """
-    logs = {root: read_lines(RunFolder(root).log) for root in roots}
-    for root, lines in logs.items():
-        if not lines:
-            raise UserError(f"{root} has no log: it is not a run folder, or its run has taken no step yet.")
-    everything = [line for lines in logs.values() for line in lines]
-    sets = sorted({name for line in everything for name in line.get("eval", {})})
-    training: dict[str, Value] = {
-        "cross entropy": partial(_of_step, "ce"),
-        "feature distillation (MSE)": partial(_of_step, "mse"),
-        "training accuracy, %": partial(_of_step, "accuracy"),
+    logs = {run.root: read_lines(run.log) for run in runs}
+    left_out = []
+    for run in (run for run in runs if not logs[run.root]):
+        why = "it is an evaluation" if is_evaluation(run) else "it has logged no step yet"
+        left_out.append(f"{run.root} is left out: {why}.")
+    if len(left_out) == len(logs):
+        raise UserError(f"There is nothing to draw. {' '.join(left_out)}")
+    save(curves_figure(run_groups([run for run in runs if logs[run.root]]), logs), out)
+    return left_out
+
+
+def curves_figure(groups: Sequence[RunGroup], logs: Mapping[Path, Sequence[Line]]) -> Figure:
+    """The figure of ``draw_curves``.
+
+    Args:
+        logs: lines of log.jsonl by run folder.
+    """
+    sets = dict.fromkeys(name for lines in logs.values() for line in lines for name in line.get("eval", {}))
+    of_sets: dict[tuple[str, str], Value] = {(name, "top-1, %"): partial(_of_set, name) for name in sets}
+    shown = {
+        panel: found
+        for panel, value in (_TRAINING | of_sets | _MASKS).items()
+        if any(found := [_seeds(group, logs, value) for group in groups])
     }
-    masks: dict[str, Value] = {
-        "image masking rate, %": partial(_of_masks, "image_masking_rate"),
-        "object masking rate, %": partial(_of_masks, "object_masking_rate"),
-        "IoU of mask and object, %": partial(_of_masks, "iou"),
-    }
-    panels: dict[str, Value] = {**training, **{f"{name}, top-1 %": partial(_of_set, name) for name in sets}}
-    if any("overlap" in line for line in everything):
-        panels |= masks
-    rows = -(-len(panels) // _COLUMNS)
-    figure = new_figure(3 * rows, width=4.2 * _COLUMNS)
-    axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-    for axis in axes[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, value) in zip(axes, panels.items(), strict=False):
-        style: dict[str, Any] = {"linewidth": 1.2} if title in training else {"marker": "o", "markersize": 3}
-        for root, lines in logs.items():
-            points = [(line["step"], y) for line in lines if (y := value(line, root)) is not None]
-            axis.plot(*zip(*points, strict=True) if points else ([], []), label=root.name, **style)
-        axis.set(title=title, xlabel="step; masks at the run's threshold" if title in masks else "step")
-    legend_below(figure, *axes[0].get_legend_handles_labels())
-    save(figure, out, dpi=110)
+    if not shown:
+        raise UserError("The logs have no finite value to draw: the runs have taken no step that was logged.")
+    figure, axes = panels(len(shown))
+    styles = looks([group.label for group in groups])
+    drawn: set[str] = set()
+    for axis, ((title, unit), found) in zip(axes, shown.items(), strict=True):
+        for group, look, seeds in zip(groups, styles, found, strict=True):
+            if not seeds:
+                continue
+            steps = sorted(set.intersection(*map(set, seeds)))
+            values = [[points[step] for points in seeds] for step in steps]
+            means = [statistics.fmean(of_step) for of_step in values]
+            few = len(steps) <= 12  # markers of more points would hide the line
+            axis.plot(steps, means, label=group.label, **look.line(markers=few))
+            drawn.add(group.label)
+            if len(seeds) > 1:
+                sds = [statistics.stdev(of_step) for of_step in values]
+                low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
+                axis.fill_between(steps, low, high, color=look.colour, alpha=0.2, linewidth=0)
+        masks = (title, unit) in _MASKS
+        axis.set(title=title, ylabel=unit, xlabel="optimizer step" + (" (at the run's threshold)" if masks else ""))
+    several = any(len(group.runs) > 1 for group in groups)
+    legend = {group.label: Line2D([], [], **look.line()) for group, look in zip(groups, styles, strict=True)}
+    legend_below(
+        figure,
+        [line for label, line in legend.items() if label in drawn],
+        [label for label in legend if label in drawn],
+        title="mean over seeds, band: ± 1 standard deviation" if several else None,
+    )
+    return figure
 
 
-def _of_step(key: str, line: Line, root: Path) -> float | None:
-    return line[key] if "loss" in line else None
+def _seeds(group: RunGroup, logs: Mapping[Path, Sequence[Line]], value: Value) -> list[Points]:
+    """The points of each seed of a group that has any."""
+    found = []
+    for run in group.runs:
+        values = [(line["step"], value(line, group.recipe)) for line in logs[run.root] if "step" in line]
+        found.append({step: y for step, y in values if y is not None and math.isfinite(y)})
+    return [points for points in found if points]
 
 
-def _of_set(name: str, line: Line, root: Path) -> float | None:
+def _of_step(key: str, line: Line) -> float | None:
+    return line.get(key) if "loss" in line else None
+
+
+def _of_teacher(key: str, line: Line, recipe: Recipe | None) -> float | None:
+    """A term of the loss, which the log has as 0 for methods without it."""
+    terms = {"mse": ("feature-distillation", "wise-kd"), "kd": ("kd", "wise-kd")}
+    if recipe is not None and recipe.method.name not in terms[key]:
+        return None
+    found = _of_step(key, line)
+    return found if found or recipe is not None else None
+
+
+def _of_set(name: str, line: Line, _: Recipe | None) -> float | None:
     return line.get("eval", {}).get(name)
 
 
-def _of_masks(rate: str, line: Line, root: Path) -> float | None:
+def _of_masks(rate: str, line: Line, recipe: Recipe | None) -> float | None:
     """A rate over all groups, in percent, at the measured threshold that is nearest to the run's."""
     if "overlap" not in line:
         return None
-    threshold = RunFolder(root).recipe().method.threshold or 0.0
+    threshold = (recipe.method.threshold if recipe else None) or 0.0
     values = zip(line["thresholds"], line["overlap"]["all"][rate], strict=True)
     found = min(values, key=lambda pair: abs(pair[0] - threshold))[1]
-    return math.nan if found is None else 100 * found
+    return None if found is None else 100 * found

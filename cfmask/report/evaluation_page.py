@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cfmask.evaluation.model_origin import ModelOrigin, short_names
+from cfmask.evaluation.model_origin import ModelOrigin
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
+from cfmask.report.labels import model_names
 from cfmask.report.page import Html, Section
 from cfmask.report.results import Results, read_results, rows_of
 from cfmask.report.summary import note_of
@@ -49,7 +50,7 @@ def write_page(run: RunFolder, title: str, names: Sequence[str] = (), pictures: 
     trained = {Path(origin.run).name: RunFolder(Path(origin.run)) for origin in results.origins if origin.run}
     trained = {name: each for name, each in trained.items() if each.has_work() and isinstance(each.work(), Recipe)}
     if trained:
-        sections.append(Section("Training runs", _training(run.root, trained)))
+        sections.append(Section("Training runs", [*_masks(run.root, results, trained), *_training(run.root, trained)]))
     sections.append(Section("Evaluation", _evaluation(run, results)))
     write_atomically(run.root / PAGE, page.page(f"{title}: {run.root.name}", sections))
     print(run.root / PAGE)
@@ -79,7 +80,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _models(results: Results, names: Sequence[str]) -> Html:
     """Which files were evaluated, and what chose them."""
     files = results.evaluation.models
-    called = _distinct(names) if len(names) == len(files) else short_names(files)
+    called = _distinct(names) if len(names) == len(files) else model_names(files)
     origins = results.origins or [ModelOrigin(file, chosen="–") for file in files]
     rows = [
         [
@@ -96,10 +97,20 @@ def _models(results: Results, names: Sequence[str]) -> Html:
     return page.table("Evaluated models, and which checkpoint they are", header, rows) if rows else page.paragraph("–")
 
 
+def _masks(folder: Path, results: Results, runs: Mapping[str, RunFolder]) -> list[Html]:
+    """A contact sheet of the first evaluated model that was trained with masks."""
+    evaluation = results.evaluation
+    for origin in results.origins:
+        run = runs.get(Path(origin.run).name) if origin.run else None
+        if run is not None and run.recipe().method.masked:
+            return run_blocks.masks(folder / "masks.png", run, Path(origin.file), evaluation.shards, results.sets[0])
+    return []
+
+
 def _training(folder: Path, runs: dict[str, RunFolder]) -> list[Html]:
     recipes = {name: run.recipe() for name, run in runs.items()}
     return [
-        *run_blocks.curves(folder / "curves.png", [run.root for run in runs.values()]),
+        *run_blocks.curves(folder / "curves.png", list(runs.values())),
         run_blocks.recipes(recipes),
         run_blocks.starts({name: run.starts() for name, run in runs.items()}),
         run_blocks.versions(list(runs.values())),

@@ -1,4 +1,8 @@
-"""What all charts share: style, colours, legends, and how a figure is written."""
+"""What all charts share: sizes, style, panels, legends, and how a figure is written.
+
+A figure is five inches wide, and its smallest text has 7.5 points: shrunk to half of a column of text (330 pixels of a
+README on a screen), letters are seven pixels high.
+"""
 
 from __future__ import annotations
 
@@ -7,52 +11,52 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cfmask.errors import UserError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#000000", "#8A8A8A")
-"""Okabe and Ito's colours, which are distinct for any colour vision, without the yellow, which is faint on white."""
-MARKERS = "osD^vPX<>phd*"
+WIDTH = 5.0
+"""Width of every figure in inches."""
+SMALL = 7.5
+"""Size of the smallest text, in points."""
 STYLE: dict[Any, Any] = {
     **{"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True},
-    **{"grid.alpha": 0.3, "axes.titlesize": 10, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7},
-    **{"legend.fontsize": 8, "legend.title_fontsize": 8, "legend.frameon": False, "legend.handlelength": 2.6},
+    **{"grid.alpha": 0.3, "hatch.linewidth": 0.6, "font.size": 8, "axes.titlesize": 8.5, "axes.labelsize": 8},
+    **{"xtick.labelsize": SMALL, "ytick.labelsize": SMALL, "legend.fontsize": 8, "legend.title_fontsize": 8},
+    **{"legend.frameon": False, "legend.handlelength": 3.2, "legend.borderpad": 0.2, "legend.columnspacing": 1.2},
 }
 """matplotlib's settings for charts: decorate a function that draws one with ``@rc_context(STYLE)``."""
-WIDTH = 8.0
-"""Width of a chart in inches."""
 
 
-def look(i: int, per_colour: Sequence[Any]) -> Any:
-    """The value of ``per_colour`` for the i-th model: it changes when the colours are used up."""
-    return per_colour[i // len(COLOURS) % len(per_colour)]
+def new_figure(height: float) -> Figure:
+    """A figure of this height in inches. Without pyplot, it needs no display and is freed like any object."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def colour(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
-
-
-def marker(i: int) -> str:
-    return MARKERS[i % len(MARKERS)]
-
-
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """A figure of this size in inches. Without pyplot, it needs no display and is freed like any object."""
-    return Figure(figsize=(width, height), layout="constrained")
+def panels(count: int, height: float = 1.75) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels of this height in inches, in two columns, or in one if there is one panel."""
+    columns = min(2, count)
+    rows = -(-count // columns)
+    figure = new_figure(height * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None) -> None:
     """Add a legend below all panels, in as many columns as fit, and make the figure higher by as much."""
-    wrapped = [textwrap.fill(label, 100) for label in labels]
+    wrapped = [textwrap.fill(label, 66) for label in labels]
     longest = max(len(line) for label in wrapped for line in label.split("\n"))
-    columns = max(1, min(len(labels), 4, 125 // (longest + 8)))  # 125 characters of small text are as wide as a chart
+    columns = max(1, min(len(labels), 4, 84 // (longest + 8)))  # 84 characters of this text are as wide as a chart
     lines = -(-sum(label.count("\n") + 1 for label in wrapped) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 + 0.19 * lines)
-    figure.legend(handles, wrapped, title=title, loc="outside lower center", ncols=columns)
+    titles = textwrap.wrap(title or "", 84)
+    figure.set_figheight(figure.get_figheight() + 0.12 + 0.17 * (lines + len(titles)))
+    figure.legend(handles, wrapped, title="\n".join(titles) or None, loc="outside lower center", ncols=columns)
 
 
-def save(figure: Figure, path: Path, dpi: int = 150) -> None:
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write a figure; the ending of the path chooses the format.
 
     Raises:

@@ -83,6 +83,8 @@ class ModelResult:
     """Result by name of a set."""
     alpha: float | None = None
     """Share of the fine-tuned model in a WiSE-FT mixture; None for other models."""
+    method: str | None = None
+    """What made it, for its look in charts: a preset, "zero-shot", "wise-ft" or a soup; None if that is unknown."""
 
 
 @dataclass(frozen=True)
@@ -152,22 +154,29 @@ def read_results(path: str | Path) -> Results:
 
 
 def _results(content: Mapping[str, Any]) -> Results:
+    evaluation = Evaluation.from_json(json.dumps(content["evaluation"]))
+    origins = tuple(ModelOrigin.from_json(each) for each in content.get("checkpoints") or ())
+    # Only an evaluation of models as they are has an origin for each of its results.
+    as_they_are = evaluation.make == Evaluation.make and len(origins) == len(content["models"])
     models = tuple(
         ModelResult(
-            model["name"], {name: SetResult.from_json(name, r) for name, r in model["sets"].items()}, model.get("alpha")
+            model["name"],
+            {name: SetResult.from_json(name, r) for name, r in model["sets"].items()},
+            model.get("alpha"),
+            origins[i].method if as_they_are else None,
         )
-        for model in content["models"]
+        for i, model in enumerate(content["models"])
     )
     chosen = content.get("chosen")
     if chosen is not None and not 0 <= chosen < len(models):
         raise UserError(f"“chosen” is {chosen}, and there are {len(models)} models. Evaluate again.")
     return Results(
-        Evaluation.from_json(json.dumps(content["evaluation"])),
+        evaluation,
         tuple(content["sets"].keys()),
         models,
         chosen,
         content.get("chosen_on"),
-        tuple(ModelOrigin.from_json(each) for each in content.get("checkpoints") or ()),
+        origins,
     )
 
 
@@ -297,6 +306,11 @@ class ResultRow:
     @property
     def sets(self) -> tuple[str, ...]:
         return tuple(self.per_seed[0].sets)
+
+    @property
+    def method(self) -> str:
+        """What decides its look in charts (``looks.looks``): the method of its first model, or its name."""
+        return self.per_seed[0].method or self.name
 
     def estimate(self, name: str) -> Estimate:
         """Top-1 on one of ``sets``."""

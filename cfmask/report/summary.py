@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from cfmask.data.shards import find_set, manifest_if_there
-from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, short_names
+from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
 from cfmask.evaluation.selection import known_test_set
-from cfmask.report.charts import bar_chart, reliability_chart
+from cfmask.report.charts import bar_chart, effective_robustness, reliability_chart
+from cfmask.report.labels import model_names
 from cfmask.report.results import Results, read_results, rows_of
+from cfmask.report.robustness import Line, robustness_table
 from cfmask.report.tables import latex_table, markdown_table
 from cfmask.runs import RunFolder
 from cfmask.runtime.files import write_atomically
@@ -35,16 +36,33 @@ def show(run: RunFolder, title: str, names: Sequence[str] = ()) -> list[Path]:
     write_atomically(run.root / "table.tex", latex_table(rows, results.split, note=note) + "\n")
     bars, reliability = run.root / "bars.png", run.root / "reliability.png"
     bar_chart(rows, bars, results.split)
-    called = [replace(model, name=name) for model, name in zip(results.models, names, strict=False)]
-    reliability_chart(called or results.models, reliability, results.split)
+    reliability_chart(rows, reliability, results.split)
     print(f"\n{run.root}: results.json, table.md, table.tex, bars.png, reliability.png")
     return [bars, reliability]
+
+
+def show_robustness(run: RunFolder, names: Sequence[str], line: Line) -> Path:
+    """Print the effective robustness of an evaluation's models, and write it and its chart beside the results.
+
+    Args:
+        names: see ``show``.
+
+    Returns:
+        The chart.
+    """
+    results, chart = read_results(run.root), run.root / "effective-robustness.png"
+    rows = [*rows_of(results.models, names), *line.published]
+    values = effective_robustness(rows, line.backbones, chart, results.split)
+    text = robustness_table(values, line.backbones)
+    write_atomically(run.root / "effective-robustness.md", text + "\n")
+    print(f"\n{text}\n\n{run.root}: effective-robustness.md, {chart.name}")
+    return chart
 
 
 def note_of(results: Results, names: Sequence[str]) -> str:
     """Sentences that say which sets have chosen the models."""
     files = [origin.file for origin in results.origins]
-    called = names if len(names) == len(files) else short_names(files)
+    called = names if len(names) == len(files) else model_names(files)
     by_name: dict[str, list[ModelOrigin]] = {}
     for name, origin in zip(called, results.origins, strict=True):
         by_name.setdefault(name, []).append(origin)

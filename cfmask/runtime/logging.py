@@ -25,8 +25,8 @@ from cfmask.errors import UserError
 LEVEL_VARIABLE = "CFMASK_LOG_LEVEL"
 _OWN = ("cfmask", "launch", "slurm", "tools")
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-_PREFIX = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d ({'|'.join(_LEVELS)}) (rank \d+|controller) \S+ \| ")
-"""What ``_JobFormatter`` puts before each line."""
+_PREFIX = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d ({'|'.join(_LEVELS)}) (rank \d+|controller|batch) \S+ \| ")
+"""What ``_JobFormatter`` puts before each line, and so do the batch script and launch/ranks/start.py."""
 
 
 class _Handler(logging.Handler):
@@ -88,6 +88,11 @@ def message_of(line: str) -> str:
     """A line of a job's log without time, level, rank and node."""
     found = _PREFIX.match(line)
     return line[found.end() :] if found else line
+
+
+def is_job() -> bool:
+    """Whether this process logs to a job's log."""
+    return any(isinstance(handler.formatter, _JobFormatter) for handler in logging.getLogger().handlers)
 
 
 def log_to_terminal() -> None:

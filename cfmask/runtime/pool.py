@@ -206,6 +206,7 @@ def _started(
                     one, other = socket.socketpair()
                     ours.append(Connection(one.detach()))
                     numbers.append(theirs.enter_context(other).fileno())
+                # As multiprocessing's spawn does: by PYTHONPATH, the working directory would come first.
                 code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _launch; _launch({numbers!r})"
                 # The launcher inherits the mask, so that a Ctrl-C cannot reach it before it ignores the signal.
                 before = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)

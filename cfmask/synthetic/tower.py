@@ -1,10 +1,9 @@
 """Pre-train the demo's small "CLIP": a ViT in open_clip's layout with a zero-shot head.
 
 A caption is the name of an object on a kind of background ("star, bricks"), read from folder and file name. As on the
-web, it is seldom precise: few captions name the class, the others only its group ("sign, bricks"). So the tower knows
-much, but little about the classes that fine-tuning is for, and fine-tuning has something to teach. An image's caption
-is drawn anew each time that the image is seen. With fixed captions, the tower would learn by heart which images have a
-precise one.
+web, not every caption is precise: some name only the object's group ("sign, bricks"), so that fine-tuning has something
+to teach. An image's caption is drawn again each time that the image is seen; with fixed captions, the tower would learn
+by heart which images have a precise one.
 
 As in CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature. There are
 few captions, so all of them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the
@@ -57,7 +56,7 @@ GROUPS = {
     "curve": ("ring", "crescent", "heart"),
     "thing": ("house", "fish", "key", "mug"),
 }
-NAMED = 0.1
+NAMED = 0.85
 """Share of captions that name the class. The others name its group."""
 PARTS = 2
 """Parts of a batch, each computed by a thread of its own. Threads within an operator would wait for each other

@@ -5,40 +5,46 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
 from cfmask.report.page import Html, Section
+from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start
 from cfmask.runtime.files import write_atomically
 from launch.paper.estimate import estimate
-from launch.paper.plan import DONE, PlanNode
+from launch.paper.plan import DONE, HEADLINE, PlanNode
 from launch.paper.progress import NodeStatus, count_jobs, kinds_of_jobs, statuses_of
 from launch.paper.reproduction import Reproduction
 from launch.paper.table import PaperTable, read_table, write_table
 from launch.state.facts import look_at
-from launch.state.page import explained_starts, runs_table
-from launch.state.status import ENDED
+from launch.state.page import interrupted, runs_table
+from launch.state.status import ENDED, explained_starts
+
+if TYPE_CHECKING:
+    from cfmask.report.robustness import Line
 
 PAGE = "index.html"
 
 _CAPTIONS = {
     "bars.png": "Top-1 by set",
-    "effective_robustness.png": "Accuracy on shifted sets over accuracy in distribution",
+    "effective-robustness.png": "Accuracy on shifted sets over accuracy in distribution, and the line through "
+    "the published zero-shot models",
 }
 
 
-def write_report(reproduction: Reproduction, tflops: float | None) -> None:
+def write_report(reproduction: Reproduction, tflops: float | None, line: Line | None = None) -> None:
     """Write and print the table, and write the page.
 
     Args:
         tflops: --tflops.
+        line: also draw effective robustness, above this line.
     """
     folder = reproduction.setup.folder
     found = read_table(reproduction)
-    pictures = write_table(reproduction, found) if found else []
+    pictures = write_table(reproduction, found, line) if found else []
     if found is None:
         print("No row of the table has results yet.")
     nodes = list(reproduction.plan.nodes.values())
@@ -80,9 +86,8 @@ def _results(folder: Path, found: PaperTable | None, pictures: Sequence[Path]) -
         page.figure(path, _CAPTIONS[path.name], f"Chart. {_CAPTIONS[path.name]}. The table has the numbers.")
         for path in pictures
     ]
-    models = [replace(row.per_seed[0], name=row.name) for row in found.rows if row.sets]
-    reliability_chart(models, folder / "reliability.png", found.split)
-    what = "Accuracy over confidence, of the first seed of each row: a calibrated model is on the diagonal"
+    reliability_chart([row for row in found.rows if row.sets], folder / "reliability.png", found.split)
+    what = "Accuracy over confidence, over all seeds of each row: a calibrated model is on the diagonal"
     blocks.append(page.figure(folder / "reliability.png", what, f"Line charts for each set. {what}."))
     return blocks
 
@@ -91,15 +96,9 @@ def _plan(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> Htm
     rows = []
     for kind in kinds_of_jobs(reproduction.plan):
         waits = dict.fromkeys(reproduction.plan.nodes[name].kind for name in kind.nodes[0].after)
-        rows.append(
-            [
-                kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title,
-                kind.work,
-                ", ".join(waits) or None,
-                kind.state(statuses),
-            ]
-        )
-    return page.table("Jobs by kind; × is the number of seeds", ["job", "what it does", "waits for", "state"], rows)
+        name = kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title
+        rows.append([name, kind.state(statuses), kind.work, ", ".join(waits) or None])
+    return page.table("Jobs by kind; × is the number of seeds", ["job", "state", "what it does", "waits for"], rows)
 
 
 def _cost(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], tflops: float | None) -> list[Html]:
@@ -114,14 +113,10 @@ def _jobs(statuses: Mapping[str, NodeStatus], starts: Mapping[str, list[Start]])
         for name, each in statuses.items()
         if each.state != DONE and each.status.state in ENDED and each.status.state != "never started"
     ]
-    again = {name: of_run for name, of_run in starts.items() if len(of_run) > 1 or name in wrong}
     blocks = []
     if wrong:
         blocks.append(runs_table("Jobs that have ended without success", wrong, [statuses[n].status for n in wrong]))
-    if again:
-        blocks.append(run_blocks.starts(again, "Runs that were interrupted: why each start ended"))
-    else:
-        blocks.append(page.paragraph("No job was interrupted."))
+    blocks.append(interrupted(starts))
     blocks.append(
         page.folded(
             f"All {count_jobs(len(statuses))}, and their starts",
@@ -140,19 +135,28 @@ def _of_training(reproduction: Reproduction) -> list[Section]:
     first: dict[str, PlanNode] = {}
     for node in trained.values():
         first.setdefault(node.kind, node)
-    runs = [reproduction.folder(node.name) for node in first.values()]
     recipes = {kind: node.work for kind, node in first.items() if isinstance(node.work, Recipe)}
     there = [run for name in trained if (run := reproduction.folder(name)).has_work()]
     return [
         Section(
             "Training",
             [
-                *run_blocks.curves(reproduction.setup.folder / "curves.png", [run.root for run in runs]),
+                *_masks(reproduction, there),
+                *run_blocks.curves(reproduction.setup.folder / "curves.png", there),
                 run_blocks.recipes(recipes),
                 run_blocks.versions(there),
             ],
         )
     ]
+
+
+def _masks(reproduction: Reproduction, runs: Sequence[RunFolder]) -> list[Html]:
+    """A contact sheet of the method's run, or else of the first finished one with masks."""
+    done = [run for run in runs if run.final.exists() and run.recipe().method.masked]
+    for run in sorted(done, key=lambda run: not run.root.name.startswith(f"{HEADLINE}-s")):
+        out, evaluation = reproduction.setup.folder / "masks.png", reproduction.setup.evaluation
+        return run_blocks.masks(out, run, run.final, evaluation.shards, evaluation.sets[0])
+    return []
 
 
 def _settings(reproduction: Reproduction) -> list[Html]:

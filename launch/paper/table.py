@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note
 from cfmask.runtime.files import write_atomically
 from cfmask.secrets import mask_secrets
@@ -18,6 +16,23 @@ from launch.paper.reproduction import Reproduction
 
 if TYPE_CHECKING:  # scipy takes a second to import, and a command that only submits jobs does not need it
     from cfmask.report.results import ResultRow, Split
+    from cfmask.report.robustness import Line
+
+
+def published_line(reproduction: Reproduction) -> Line:
+    """The line of effective robustness through the published zero-shot models. Raises UserError if they have no
+    accuracy on the reproduction's sets."""
+    from cfmask.report.robustness import Line
+
+    return Line.of({}, split_of(reproduction), published=True)
+
+
+def split_of(reproduction: Reproduction) -> Split:
+    """The first set is in distribution, the others are shifted."""
+    from cfmask.report.results import Split
+
+    home, *shifted = reproduction.setup.evaluation.sets
+    return Split(home, tuple(shifted))
 
 
 @dataclass(frozen=True)
@@ -63,19 +78,21 @@ def read_table(reproduction: Reproduction) -> PaperTable | None:
         done[row.word] = len(there)
     if not any(done.values()):
         return None
-    home, *shifted = reproduction.setup.evaluation.sets
     published = published_rows(tables.PUBLISHED.get(reproduction.arch or "", {}))
-    return PaperTable(tuple(rows), results.Split(home, tuple(shifted)), done, origins, published, tuple(missing))
+    return PaperTable(tuple(rows), split_of(reproduction), done, origins, published, tuple(missing))
 
 
-def write_table(reproduction: Reproduction, found: PaperTable) -> list[Path]:
+def write_table(reproduction: Reproduction, found: PaperTable, line: Line | None = None) -> list[Path]:
     """Write the rows, beside the published numbers, to table.md, table.tex, results.json and charts in the plan's
     folder, and print the table.
+
+    Args:
+        line: also draw effective robustness, above this line.
 
     Returns:
         The charts.
     """
-    from cfmask.report import charts, tables
+    from cfmask.report import charts, robustness, tables
 
     folder, rows, split = reproduction.setup.folder, found.rows, found.split
     if found.published:
@@ -89,13 +106,19 @@ def write_table(reproduction: Reproduction, found: PaperTable) -> list[Path]:
     there = [row for row in rows if row.sets]
     written = [folder / "bars.png"]
     charts.bar_chart(there, written[0], split)
-    line = [LABELS[word] for word in ("zero-shot", "ft") if found.seeds_done.get(word)]
-    if len(line) == 2 and split.shifted:
-        with contextlib.suppress(UserError):  # equal accuracy in distribution: no line through the two
-            charts.effective_robustness(there, line, folder / "effective_robustness.png", split)
-            written.append(folder / "effective_robustness.png")
-    names = ["table.md", "table.tex", "results.json", *(path.name for path in written)]
-    print(f"\n{table}\n\n{folder}: {', '.join(names)}")
+    names, note = ["table.md", "table.tex", "results.json", "bars.png"], ""
+    if line is not None:
+        written.append(folder / "effective-robustness.png")
+        values = charts.effective_robustness([*there, *line.published], line.backbones, written[-1], split)
+        note = robustness.robustness_table(values, line.backbones)
+        write_atomically(folder / "effective-robustness.md", note + "\n")
+        names += ["effective-robustness.md", "effective-robustness.png"]
+    elif split.shifted:
+        note = (
+            "Effective robustness is not drawn: a line needs zero-shot models of two backbones, and this plan has one. "
+            f"--fit-on {robustness.PUBLISHED_LINE} takes the three published ones."
+        )
+    print("\n" + "\n\n".join(filter(None, (table, note, f"{folder}: {', '.join(names)}"))))
     return written
 
 

@@ -111,6 +111,8 @@ class Job:
             logger.info(called_off)
             sys.exit(0)
         if outcome == FINISHED:
+            if is_main_process:
+                run.tidy()
             return outcome
         if not is_main_process:
             sys.exit(0)

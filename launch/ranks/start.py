@@ -16,9 +16,12 @@ from __future__ import annotations
 import hashlib
 import os
 import runpy
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 CODE = Path(__file__).resolve().parents[2]
 FOLDERS = ("cfmask", "launch")
@@ -54,16 +57,25 @@ def verify(code: Path) -> None:
     try:
         found = digest_of(code)
     except OSError as error:
-        sys.exit(f"error: The code of this job, {code}, cannot be read: {error}.")
+        _refuse(f"The code of this job, {code}, cannot be read: {error}.")
     if found != code.name:
-        sys.exit(
-            f"error: The code of this job, {code}, is damaged: its digest is {found}, and has to be its name. Files "
+        _refuse(
+            f"The code of this job, {code}, is damaged: its digest is {found}, and has to be its name. Files "
             f"were changed or lost since it was submitted. `python launch/submit.py --resume {code.parents[1]}` takes "
             "a new copy and resumes the run."
         )
 
 
+def _refuse(why: str) -> NoReturn:
+    """Log in the format of cfmask/runtime/logging.py, which is part of the code that was not verified."""
+    rank = os.environ.get("SLURM_PROCID") or os.environ.get("SUBMITIT_LOCAL_GLOBALID", "0")
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    sys.exit(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR rank {rank} {node} | {why}")
+
+
 def main() -> None:
+    if "-m" not in sys.argv:
+        sys.exit("error: This file starts a rank of a job, and is no command: use launch/submit.py.")
     verify(CODE)
     module = sys.argv.index("-m") + 1
     os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"  # its records are repetitions, in another format

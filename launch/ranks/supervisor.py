@@ -17,7 +17,7 @@ Python run, cannot end itself.
 
 An end that ranks have agreed on has no report: finished, stopped with a checkpoint, to be requeued, cancelled.
 
-Lines that torch's C++ code, faulthandler and the batch script write into the log have no time, level, rank and node.
+Lines that torch's C++ code, faulthandler and Slurm write into the log have no time, level, rank and node.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """The end of a batch script, in sh: prints the failure report of the rank that failed first, and requeues the job where
 Python has decided so but cannot do it: after the loss of a node, and for ranks in a container without scontrol.
 
-The variable $status has the exit code of srun. The script follows ``policy.verdict``; tests/test_restarts.py compares
-the two.
+The variable $status has the exit code of srun, and ``LOGGED`` stands at the beginning of the script. It follows
+``policy.verdict``; tests/test_restarts.py compares the two.
 """
 
 from __future__ import annotations
 
 from launch.restarts.policy import REQUEUE_IF_PREEMPTED, REQUEUE_ME
 from launch.restarts.slurm_record import REQUEUES_PREEMPTED
+
+LOGGED = """logged() { sed "s/^/$(date '+%Y-%m-%d %H:%M:%S') $1 batch ${SLURMD_NODENAME:-$(uname -n)} | /"; }"""
+"""Defines `echo text | logged ERROR` in sh, with time, level and node as in cfmask/runtime/logging.py."""
 
 
 def batch_script_end(failures: str) -> list[str]:
@@ -22,7 +25,7 @@ def batch_script_end(failures: str) -> list[str]:
         "attempt=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
         "-${SLURM_RESTART_COUNT:-0}",
         f'report={failures}/"$attempt"',
-        'if [ "$status" -ne 0 ]; then cat "$report.txt" 2>/dev/null; fi',
+        'if [ "$status" -ne 0 -a -e "$report.txt" ]; then logged ERROR <"$report.txt"; fi',
         "requeue=",
         f'if [ "$status" -eq {REQUEUE_ME} ] || [ "$status" -ne 0 -a -e "$report.restart" ]; then requeue=1; fi',
         f'if [ "$status" -eq {REQUEUE_IF_PREEMPTED} ] || [ -n "$requeue" ]; then',

@@ -44,11 +44,11 @@ def progress_line(progress: Progress, width: int | None) -> str:
     if p.state:
         facts.append(clean(p.state))
     if fraction is not None:
-        facts.append(f"{int(100 * fraction)} %")
+        facts.append(f"{int(100 * fraction):3} %")
     if p.eta_s is not None and p.step != p.total:
         facts.append(f"ETA {duration(p.eta_s)}")
     if fraction is not None:
-        facts.append(f"{p.step}/{p.total}")
+        facts.append(f"{p.step:{len(str(p.total))}}/{p.total}")  # of constant width, so that the line does not jump
     if p.loss is not None:
         facts.append(f"loss {p.loss:.3f}")
     if p.samples_per_s is not None:

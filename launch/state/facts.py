@@ -38,8 +38,6 @@ T = TypeVar("T")
 
 _ANSWER_S = 20.0
 """How long one of Slurm's commands may take, because the user waits for it."""
-_MARKS = ("recipe.json", "evaluation.json", "attempts.jsonl", "log.jsonl", "checkpoints")
-"""A folder with one of these is a run folder."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class RunState:
     last: the last line of log.jsonl with a rate.
     eta_s: seconds to the end at the mean rate of the steps of the latest start; None before its first ones.
     saved_step: of the newest checkpoint.
-    ends: evaluations at the ends of epochs.
+    ends: evaluations at the ends of epochs (``progress.evaluations``).
     notes: what could not be read.
     """
 
@@ -115,12 +113,16 @@ class RunState:
 
     @property
     def best(self) -> tuple[str, EpochEnd] | None:
-        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation."""
-        if not isinstance(self.work, Recipe):
+        """The set on which the best epoch is chosen, and the best epoch so far; None before the first evaluation. Of an
+        evaluation: its first set (or val), and its result."""
+        if isinstance(self.work, Recipe):
+            on, sets, probing = self.work.run.best_on, self.work.data.eval_sets, self.work.optim.probe_epochs or 0
+        elif self.work is not None:
+            on, sets, probing = None, self.work.sets, -1
+        else:
             return None
-        sets, run = self.work.data.eval_sets, self.work.run
-        on = run.best_on or ("val" if "val" in sets else next(iter(sets), ""))
-        end = best_epoch_end(self.ends, on, self.work.optim.probe_epochs or 0)
+        on = on or ("val" if "val" in sets else next(iter(sets), ""))
+        end = best_epoch_end(self.ends, on, probing)
         return (on, end) if end else None
 
     @property
@@ -151,30 +153,6 @@ class RunState:
         return bool(self.ended and not self.jobs.unconfirmed and self.last_job == submitted and not self.comes_back)
 
 
-def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
-    """The run folders among the paths, and those directly inside paths that are folders of runs.
-
-    Raises:
-        UserError: a path has none, or cannot be read.
-    """
-    runs: list[RunFolder] = []
-    for path in paths or [Path("runs")]:
-        try:
-            if _is_run(path):
-                found = [path]
-            else:
-                found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
-        except OSError as error:
-            hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
-            raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
-        if not found:
-            raise UserError(
-                f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders."
-            )
-        runs += [RunFolder(each) for each in found]
-    return runs
-
-
 def matching(runs: Sequence[RunFolder], pattern: str) -> list[RunFolder]:
     """The runs whose names match a shell pattern; one without wildcards matches names that contain it.
 
@@ -188,18 +166,6 @@ def matching(runs: Sequence[RunFolder], pattern: str) -> list[RunFolder]:
         few = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
         raise UserError(f"--match {pattern}: no run has such a name. There are {few}.")
     return found
-
-
-def _is_run(path: Path) -> bool:
-    return any((path / mark).exists() for mark in _MARKS)
-
-
-def _may_be_run(path: Path) -> bool:
-    """Like ``_is_run``; a folder that cannot be read may be one, and its status says that it cannot be read."""
-    try:
-        return _is_run(path)
-    except OSError:
-        return True
 
 
 def look_at(runs: Sequence[RunFolder], *, history: bool = False) -> tuple[list[RunState], SlurmAnswers]:
@@ -267,7 +233,9 @@ def _read_state(run: RunFolder) -> RunState:
     return RunState(
         run=run,
         work=work,
-        created=tried(lambda: max(_times(run.root / mark for mark in _MARKS[:2]), default=0.0), 0.0),
+        created=tried(
+            lambda: max(_times(run.root / mark for mark in ("recipe.json", "evaluation.json")), default=0.0), 0.0
+        ),
         readable=finished is not None,
         finished=bool(finished),
         cancelled=tried(run.cancelled, None),

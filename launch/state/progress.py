@@ -46,12 +46,18 @@ def _whole(line: dict[str, Any]) -> bool:
 
 
 def evaluations(run: RunFolder, work: Recipe | Evaluation | None, *, finished: bool) -> list[EpochEnd]:
-    """The evaluations at epoch ends in the log; of a finished run whose log is lost, the last one. Raises OSError."""
-    found = epoch_ends(run.log)
-    if found or not finished or not isinstance(work, Recipe):
+    """The evaluations at epoch ends in the log; of a finished run whose log is lost, the last one; of a finished
+    evaluation, the results of its model, or of the chosen one (as of epoch 0). Raises OSError."""
+    found = epoch_ends(run.log) if isinstance(work, Recipe) else []
+    if found or not finished or work is None:
         return found
-    with suppress(KeyError, TypeError, AttributeError):
+    with suppress(KeyError, IndexError, TypeError, ValueError, AttributeError):  # results that were changed by hand
         results = read_object(run.results) or {}
-        top1 = {name: float(value) for name, value in top1_of(results).items() if is_percent(value)}
-        found = [EpochEnd(results["step"], work.optim.total_epochs, top1)]
+        if isinstance(work, Recipe):
+            step, epoch, top1 = results["step"], work.optim.total_epochs, top1_of(results)
+        else:
+            models = results["models"]
+            [model] = [models[results["chosen"]]] if "chosen" in results else models
+            step, epoch, top1 = 0, 0, top1_of(model)
+        found = [EpochEnd(step, epoch, {name: float(value) for name, value in top1.items() if is_percent(value)})]
     return found

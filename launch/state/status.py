@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from cfmask.log_lines import straggler_of
 from cfmask.recipe import Recipe
+from cfmask.runtime.attempts import Start, starts_of
 from launch.slurm.queue import SacctRecord, SlurmJob
-from launch.slurm.reasons import explain
-from launch.slurm.states import base_and_flags, is_completing, is_pending
+from launch.slurm.reasons import PendingReason, explain
+from launch.slurm.states import base_and_flags, is_completing, is_held, is_pending
 from launch.state import ends
 from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
 from launch.state.times import duration, local_time, when
@@ -57,9 +59,9 @@ class Status:
     waiting: number of further jobs of the run in the queue (of a chain).
     in_words: the state as a phrase, with the reason: "preempted, starts again in 2 min".
     remedy: what to do if a pending job does not start by itself.
-    best_on: the set on which the best epoch is chosen.
-    best_top1: top-1 on that set at the best epoch so far, in percent.
-    best_epoch: that epoch, counted from 1.
+    best_on: the set on which the best epoch is chosen; of an evaluation, val or its first set.
+    best_top1: top-1 on that set at the best epoch so far, or of the evaluated model, in percent.
+    best_epoch: that epoch, counted from 1; None of an evaluation.
     epochs: number of epochs of the recipe.
     top1: percent by set, at the best epoch.
     nodes: nodes of the running job, as Slurm writes lists of nodes.
@@ -127,10 +129,10 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         last_end=last_end,
         notes=(*run_state.notes, *_unconfirmed(run_state)),
         in_words=_waits_in_words(waits, last_end) if waits else _in_words(run_state, state, last_end),
-        remedy=explain(waits.reason, job=waits.id, run=_short(run_state.run.root)).remedy or None if waits else None,
+        remedy=_reason(waits, _short(run_state.run.root)).remedy or None if waits else None,
         best_on=best_on,
         best_top1=best.top1[best_on] if best and best_on else None,
-        best_epoch=best.epoch if best else None,
+        best_epoch=best.epoch or None if best else None,
         epochs=run_state.work.optim.total_epochs if isinstance(run_state.work, Recipe) else None,
         top1=dict(best.top1) if best else {},
         nodes=job.nodes or None if job and not waits else run_state.owner.host if run_state.owner else None,
@@ -145,9 +147,15 @@ def _waits_in_words(job: SlurmJob, last_end: str | None) -> str:
         return (
             f"{cause}, starts again in {duration(left)} or later" if cause else f"starts in {duration(left)} or later"
         )
-    waits = f"waits in the queue: {explain(job.reason, job=job.id).why}"
+    waits = f"waits in the queue: {_reason(job).why}"
     start = f"; starts in about {duration(left)}" if (left := _seconds_until(job.start)) > 0 else ""
     return f"{cause}, {waits}{start}" if cause else f"{waits}{start}"
+
+
+def _reason(job: SlurmJob, run: str = "RUN") -> PendingReason:
+    """Why a pending job waits. A held job may have a state that says so in place of a reason."""
+    held = job.reason in ("", "None") and is_held(job.state)
+    return explain("job requeued in held state" if held else job.reason, job=job.id, run=shlex.quote(run))
 
 
 def _seconds_until(text: str) -> float:
@@ -260,6 +268,17 @@ def explained(why: str, attempt: dict[str, Any], slurm: SlurmAnswers) -> str:
         if start.job == job and started and begin and begin <= started and (end is None or started <= end):
             return f"killed: {_end_of_start(start)}"
     return why
+
+
+def explained_starts(run_state: RunState, status: Status, slurm: SlurmAnswers) -> list[Start]:
+    """All recorded starts. Where one has not recorded why it ended, Slurm's reason is given. Steps after the last one
+    that a start has logged are in the range of the next start."""
+    starts = starts_of(run_state.attempts, run_state.ended)
+    found = [replace(each, why_ended=explained(str(each.why_ended), each.facts, slurm)) for each in starts[:-1]]
+    runs = status.state in ("running", "cancelling")
+    return found + [
+        replace(each, reached=run_state.step, why_ended=None if runs else status.last_end) for each in starts[-1:]
+    ]
 
 
 def _end_of_start(start: SacctRecord) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from cfmask.evaluation.model_origin import short_names
 from cfmask.runs import RunFolder
 from launch.state.facts import RunState, SlurmAnswers
-from launch.state.status import FAILED, WAITING, Status, explained
+from launch.state.status import FAILED, WAITING, Status, explained_starts
 from launch.state.terminal import PLAIN, Column, LastColumn, Terminal, clean, draw_table
 from launch.state.times import duration, when
 
@@ -89,18 +89,12 @@ def totals(statuses: Sequence[Status], of: int) -> str:
 
 
 def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers, terminal: Terminal = PLAIN) -> str:
-    """A line for each start. Steps after the last one that a start has logged are in the range of the next start."""
-    attempts, untils, whys = run_state.attempts, list[Any](), list[str]()
-    for i, attempt in enumerate(attempts):
-        if i + 1 < len(attempts):
-            after = attempts[i + 1]
-            untils.append(after.get("last_reached"))
-            whys.append(explained(str(after.get("why_last_ended")), attempt, slurm))
-        else:
-            untils.append(run_state.step)
-            whys.append("" if status.state in ("running", "cancelling") else status.last_end or "")
-    if not attempts:
+    """A row for each start."""
+    starts = explained_starts(run_state, status, slurm)
+    attempts = [start.facts for start in starts]
+    if not starts:
         return "no start yet"
+    whys = [clean(start.why_ended or "–") for start in starts]
 
     def column(title: str, key: str, form: str = "") -> Column:
         values = [attempt.get(key) for attempt in attempts]
@@ -116,9 +110,9 @@ def attempts_table(run_state: RunState, status: Status, slurm: SlurmAnswers, ter
             column("ranks", "world_size", "d"),
             column("device", "device"),
             column("from step", "from_step", "d"),
-            Column("to step", [_number(until, "d") for until in untils], right=True),
+            Column("to step", [_number(start.reached, "d") for start in starts], right=True),
         ],
-        LastColumn("ended", [clean(why) or "–" for why in whys], ["" if why else "–" for why in whys]),
+        LastColumn("ended", whys, ["" for _ in whys]),
         terminal,
         optional=("device", "nodes", "ranks", "job"),
         droppable=("started", "from step"),

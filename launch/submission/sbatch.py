@@ -1,6 +1,7 @@
 """The sbatch file of a job, and the executors that submit it: to Slurm, or to this machine.
 
 #SBATCH …                 the allocation
+logged()                  a function for the script's own lines in the log
 (                         a subshell, so that nothing in the cluster file's setup (set -e, exit, a trap, exec) can skip
                           the last lines
   exit if done            in a job of a chain
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from cfmask.runtime.files import write_atomically
 from launch.allocation import gpus
 from launch.allocation.resolve import Allocation
-from launch.restarts.batch_script_end import batch_script_end
+from launch.restarts.batch_script_end import LOGGED, batch_script_end
 from launch.restarts.chain import VARIABLE as CHAIN
 from launch.slurm.client import ignored_options
 
@@ -88,7 +89,7 @@ def slurm_parameters(allocation: Allocation, name: str, jobs: str) -> dict[str, 
         ],
         "additional_parameters": {"requeue": True, "time": a.time, **sbatch, **_gpu_request(a, sbatch.get("gres"))},
         # "" because the last line of a setup may end with a backslash
-        "setup": ["(", *_exit_if_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
+        "setup": [LOGGED, "(", *_exit_if_done(a, jobs), *a.setup, "", *_before_ranks(a, jobs)],
         "teardown": [*_AFTER_RANKS, ")", *_END, *batch_script_end(f"{jobs}/failures")],
         **{name: value for name, value in optional.items() if value is not None},
     }
@@ -119,7 +120,7 @@ def _exit_if_done(allocation: Allocation, jobs: str) -> list[str]:
     lines = []
     for mark, what in (("results.json", "finished"), ("cancelled.json", "cancelled")):
         lines.append(f"if [ -e {jobs}/../{mark} ]; then")
-        lines += [f'    echo "not started: the run is {what}"', f"    exit {_RANKS_ENDED_WELL}", "fi"]
+        lines += [f'    echo "not started: the run is {what}" | logged INFO', f"    exit {_RANKS_ENDED_WELL}", "fi"]
     return lines
 
 
@@ -141,7 +142,7 @@ _AFTER_RANKS = ("status=$?", f'if [ "$status" -eq 0 ]; then exit {_RANKS_ENDED_W
 _END = (
     "status=$?",
     'if [ "$status" -eq 0 ]; then',
-    '    echo "error: setup in the cluster file ended the batch script with exit 0 before its ranks were started."',
+    '    echo "setup in the cluster file ended the batch script with exit 0 before the ranks started" | logged ERROR',
     "    status=1",
     f'elif [ "$status" -eq {_RANKS_ENDED_WELL} ]; then',
     "    status=0",

@@ -24,7 +24,7 @@ from cfmask.runs import RunFolder
 from cfmask.secrets import mask_secrets
 from launch.allocation.resolve import Allocation
 from launch.allocation.settings import PARTITION_TIME
-from launch.state.table import duration
+from launch.state.times import duration
 from launch.submission.planning import PlannedJob
 from launch.submission.recipe_arguments import flag_of
 
