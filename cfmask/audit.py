@@ -95,6 +95,7 @@ def load_plan(run: RunFolder, sets: Sets | None = None) -> tuple[Planned, Manife
 
 
 PROVEN, NOT_PROVEN, UNKNOWN = "proven", "NOT PROVEN", "unknown"
+NEVER_STARTED = "never started"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def audit(run: RunFolder, sets: Sets | None = None) -> Audit:
             )
         return _audit(run, sets)
     except UserError as error:
-        return Audit(UNKNOWN, "", problems=[str(error)])
+        return Audit(UNKNOWN, "see below", problems=[str(error)])
 
 
 def _audit(run: RunFolder, sets: Sets | None) -> Audit:

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 try:
-    from cfmask.audit import NOT_PROVEN, UNKNOWN, Audit, Sets, attempts, audit
+    from cfmask.audit import NEVER_STARTED, NOT_PROVEN, UNKNOWN, Audit, Sets, attempts, audit
     from cfmask.errors import UserError
     from cfmask.report.tables import table
     from cfmask.run_search import find_runs, is_evaluation
@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [[run.root.name, each.verdict, each.reached] for run, each in zip(runs, audits, strict=True)]
         print(table(["run", "verdict", "state"], rows))
         for run, each in zip(runs, audits, strict=True):
+            if each.reached == NEVER_STARTED:
+                continue  # the table says so
             print(*(f"\n{run.root.name}: {problem}" for problem in each.problems), sep="", end="")
         if len(runs) < len(found):
             print(f"\nEvaluations, which train on nothing: {len(found) - len(runs)}.")
