@@ -121,9 +121,7 @@ def audit(run: RunFolder, sets: Sets | None = None) -> Audit:
     try:
         if not patiently(run.has_started, str(run.attempts)) and not patiently(run.saved_step, str(run.checkpoints)):
             run.recipe()
-            return Audit(
-                UNKNOWN, "never started", problems=[f"{run.root} has never started: there is nothing to prove."]
-            )
+            return Audit(UNKNOWN, NEVER_STARTED, problems=[f"{run.root} has never started: there is nothing to prove."])
         return _audit(run, sets)
     except UserError as error:
         return Audit(UNKNOWN, "see below", problems=[str(error)])

@@ -25,7 +25,8 @@ try:
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import sole_writer
     from cfmask.runtime.progress import progress_bar
-    from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device
+    from cfmask.tool_arguments import add_device_argument, resolve_device
+    from launch.allocation.data import add_shards_argument, fill_in_data
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
     from launch.arrays.run import runner
 except ModuleNotFoundError as missing:
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
 
+    fill_in_data(arguments)
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
         raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task sets the number there.")
@@ -82,7 +84,7 @@ def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
-    p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
+    add_shards_argument(p, cluster=False)
     p.add_argument("--set", default="train", metavar="SET", help="folder under --shards (default: train)")
     p.add_argument(
         "--groups",

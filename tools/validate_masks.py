@@ -34,6 +34,7 @@ try:
     from cfmask.errors import UserError
     from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
+    from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("models", nargs="+", metavar="MODEL", help=shared.MODEL_HELP)
     add("--names", nargs="+", metavar="NAME", help=shared.NAMES_HELP)
-    add("--shards", metavar="DIR_OR_URL", help=shared.DATA_HELP)
+    add_shards_argument(p, cluster=True)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
     add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images, see above")
@@ -119,10 +120,10 @@ def parser() -> argparse.ArgumentParser:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse values out of range and flags that contradict each other."""
-    if (arguments.shards is None) == (arguments.images is None):
-        raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
-    if arguments.images is not None and arguments.set is not None:
-        raise UserError("--set would do nothing with --images: it names a folder of shards.")
+    if arguments.images is None:
+        fill_in_data(arguments)
+    elif idle := [f"--{name}" for name in ("shards", "set") if getattr(arguments, name) is not None]:
+        raise UserError(f"{' and '.join(idle)} would do nothing with --images, which are not in shards.")
     from cfmask.masking.validation import THRESHOLDS, check_thresholds
 
     arguments.thresholds = arguments.thresholds or THRESHOLDS

@@ -90,14 +90,6 @@ class ClusterFile:
     def eval_sets(self) -> tuple[str, ...]:
         return tuple(self.values.get("eval_sets", ()))
 
-    def export(self) -> None:
-        """Set the variables of [environment] in this process, as far as they are not set and have a value here:
-        weights, tokens and caches are then the same as in jobs. $NAME is expanded; what only a job knows is left out.
-        """
-        for name, value in self.environment.items():
-            if "$" not in (expanded := os.path.expandvars(value)):
-                os.environ.setdefault(name, expanded)
-
 
 def find_cluster_file(given: Path | None) -> Path | None:
     """The file to read: the given one, $CFMASK_CLUSTER (if empty, no file), or the first of PLACES that exists.
@@ -118,7 +110,8 @@ def find_cluster_file(given: Path | None) -> Path | None:
 
 
 def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile:
-    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``.
+    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``, and exports its
+    [environment] in this process, whose checks and downloads need HF_HOME and the like as jobs do.
 
     Raises:
         UserError: The file cannot be used.
@@ -128,7 +121,16 @@ def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile
         return ClusterFile()
     if not quiet:
         print(f"cluster file: {path}", file=sys.stderr)
-    return read_cluster_file(path)
+    file = read_cluster_file(path)
+    _export(file.environment)
+    return file
+
+
+def _export(environment: Mapping[str, str]) -> None:
+    """Set the variables that are not set and have a value here. $NAME is expanded; what only jobs know is left out."""
+    for name, value in environment.items():
+        if "$" not in (expanded := os.path.expandvars(value)):
+            os.environ.setdefault(name, expanded)
 
 
 def read_cluster_file(path: Path) -> ClusterFile:

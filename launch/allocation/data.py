@@ -8,12 +8,9 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.tool_arguments import DATA_HELP
 from launch.allocation.cluster_file import ClusterFile, load_cluster_file
+from launch.allocation.settings import CLUSTER_HELP
 
 _FROM_FILE = "(default: shards of the cluster file)"
-CLUSTER_HELP = (
-    "cluster file ($CFMASK_CLUSTER, else ./cluster.toml, else ~/.config/cfmask/cluster.toml; template: "
-    "slurm/cluster.toml)"
-)
 
 
 def add_shards_argument(parser: argparse.ArgumentParser, *, cluster: bool) -> None:
@@ -27,8 +24,20 @@ def add_shards_argument(parser: argparse.ArgumentParser, *, cluster: bool) -> No
         parser.add_argument("--cluster", type=Path, metavar="FILE", help=CLUSTER_HELP)
 
 
+def shards_of_file(cluster: Path | None) -> str:
+    """The shards of the cluster file, for a command that has no flag for them.
+
+    Raises:
+        UserError: It has none, or cannot be used.
+    """
+    file = load_cluster_file(cluster, quiet=True)
+    if file.shards is None:
+        raise UserError("Name a folder of shards. A cluster file (slurm/cluster.toml) can set it for all commands.")
+    return file.shards
+
+
 def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None, *, sets: bool = False) -> None:
-    """Set ``arguments.shards``, if it was not given, from the cluster file, and export the file's [environment].
+    """Set ``arguments.shards``, if it was not given, from the cluster file.
 
     Args:
         file: The cluster file; by default the one that --cluster, or its absence, means.
@@ -38,7 +47,6 @@ def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None,
         UserError: Neither the flags nor the file have them, or the file cannot be used.
     """
     file = load_cluster_file(arguments.cluster, quiet=True) if file is None else file
-    file.export()
     where = f"The cluster file {file.path} can" if file.path else "A cluster file (slurm/cluster.toml) can"
     if not arguments.shards:
         arguments.shards = file.shards

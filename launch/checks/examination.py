@@ -49,15 +49,8 @@ def examine(
     elif not accepted:
         findings.add(not_checked("ranks", "Slurm would reject the job"))
     else:
-        run_probe(
-            findings,
-            site,
-            folder,
-            allocation,
-            (file.shards,) if file.shards and not is_remote(file.shards) else (),
-            clock,
-            wait_s,
-        )
+        shards = (file.shards,) if file.shards and not is_remote(file.shards) else ()
+        run_probe(findings, site, folder, allocation, shards, clock, wait_s)
 
 
 def shared_folder(given: Path | None) -> Path:

@@ -91,7 +91,7 @@ def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
     """The allocation that the flags describe; None: work in this process. Sets, and shards if they are needed, are
     taken from the cluster file unless flags give them."""
     file = load_cluster_file(arguments.cluster, quiet=True)
-    if arguments.sets_required or arguments.sets or arguments.holdout:
+    if arguments.sets_required or arguments.sets or getattr(arguments, "holdout", None):
         fill_in_data(arguments, file, sets=arguments.sets_required)
     if arguments.executor == "here" and not given_flags(arguments):
         return None

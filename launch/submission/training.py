@@ -112,7 +112,6 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     if arguments.resume and (run := RunFolder(arguments.resume.resolve())).results.exists():
         return 0 if should_skip(run, sweep=False) else 1
     file = load_cluster_file(arguments.cluster, quiet=True)
-    file.export()  # HF_HOME and the like count for the checks, too
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
     else:
