@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [[run.root.name, each.verdict, each.reached] for run, each in zip(runs, audits, strict=True)]
         print(table(["run", "verdict", "state"], rows))
         for run, each in zip(runs, audits, strict=True):
+            if each.reached == NEVER_STARTED:
+                continue  # the table says so
             print(*(f"\n{run.root.name}: {problem}" for problem in each.problems), sep="", end="")
         if len(runs) < len(found):
             print(f"\nEvaluations, which train on nothing: {len(found) - len(runs)}.")
