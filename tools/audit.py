@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
     arguments = parser.parse_args(argv)
-    from cfmask.audit import NOT_PROVEN, UNKNOWN, Sets, audit
+    from cfmask.audit import NEVER_STARTED, NOT_PROVEN, UNKNOWN, Sets, audit
 
     found = find_runs(arguments.runs)
     runs = [run for run in found if not is_evaluation(run)]
