@@ -18,6 +18,7 @@ import pytest
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.command import CommandParser, exits_cleanly
+from cfmask.runtime.files import replacing
 
 REPO = Path(__file__).resolve().parents[1]
 OTHERS = ("test", "environment")
@@ -225,13 +226,19 @@ def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(unbuff
         assert done.returncode == 2 and done.stderr == "error: The output cannot be written: No space left on device.\n"
 
 
-def test_files_out_of_reach_are_errors_and_missing_ones_defects(capsys):
+def test_files_out_of_reach_are_errors_and_missing_ones_defects(tmp_path, capsys):
     @exits_cleanly
     def main(error):
         raise error
 
     assert main(PermissionError(errno.EACCES, "Permission denied", "runs/a")) == 2
     assert capsys.readouterr().err == "error: runs/a: Permission denied. Check the path.\n"
+    with pytest.raises(OSError) as full, replacing(tmp_path / "results.json") as aside:
+        aside.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert main(full.value) == 2
+    free = "Free space there, or choose another folder."
+    assert capsys.readouterr().err == f"error: {tmp_path}/results.json: No space left on device. {free}\n"
     for defect in (FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError(errno.EIO, "I/O error"), OSError("x")):
         with pytest.raises(OSError):
             main(defect)

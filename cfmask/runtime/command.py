@@ -46,7 +46,9 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
                 return 128 + signal.SIGPIPE if error.errno == errno.EPIPE else 2
             if error.filename is None or error.errno not in _OUT_OF_REACH:
                 raise
-            print(f"error: {printable(str(error.filename))}: {error.strerror}. Check the path.", file=sys.stderr)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "Free space there, or choose another folder." if full else "Check the path."
+            print(f"error: {printable(str(error.filename))}: {error.strerror}. {remedy}", file=sys.stderr)
             return 2
 
     return wrapped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import time
@@ -112,11 +113,12 @@ def follow_run(run: RunFolder) -> int:
         if not run.results.exists():
             _watch(run, _states(run))
     except KeyboardInterrupt:
-        print(f"The run continues. Its progress: {run.log}")
+        print(f"\nThe run continues. Its progress: {run.log}")
         return 130
     [run_state], _ = look_at([run])
     name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
-    return print_end(run, name, f"`python launch/submit.py --resume {run.root}` resumes from the last checkpoint.")
+    resume = f"python launch/submit.py --resume {shlex.quote(str(run.root))}"
+    return print_end(run, name, f"`{resume}` resumes from the last checkpoint.")
 
 
 def _states(run: RunFolder) -> Iterator[str]:
