@@ -197,7 +197,7 @@ def measured(reproduction: Reproduction, flops: float) -> dict[str, float]:
 
 
 def hours_text(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else "<0.01" if 0 < value < 0.01 else f"{value:.2g}"
 
 
 def size(value: float) -> str:
