@@ -61,9 +61,10 @@ def poisoned():
 
 LONGEST = (
     # Those that wait for Slurm beside those that compute.
-    *("drill", "resume", "reproduce", "sweep", "cancel", "wandb", "hangs", "doctor", "make_shards_slurm", "rank_death"),
-    *("fused", "ddp", "bench_gpu", "memory", "make_shards", "chain", "relevance_kernel", "process_death", "bootstrap"),
-    *("array", "async_checkpoint", "array_split", "status", "cluster_in_a_box", "methods", "metrics"),
+    *("drill", "resume", "sweep", "cancel", "reproduce", "hangs", "bench_gpu", "wandb", "doctor", "make_shards_slurm"),
+    *("rank_death", "environment", "fused", "ddp", "memory", "make_shards", "chain", "relevance_kernel"),
+    *("process_death", "segment", "array", "async_checkpoint", "array_split", "status", "cluster_in_a_box", "methods"),
+    "metrics",
 )
 
 

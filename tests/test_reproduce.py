@@ -30,6 +30,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from html_check import checked
 from launch import reproduce
+from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation
 from launch.paper import cost, execution, progress
 from launch.paper.estimate import estimate, measured
@@ -472,7 +473,7 @@ def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "recipe.json").write_text("{}")
     args = reproduce.parser().parse_args(words)
-    file = SimpleNamespace(values={}, path=None, environment={}, image=None)
+    file = ClusterFile()
     reproduction = Reproduction.of(args, file, resolve_allocation(args, file))
     flops = cost.forward_flops(reproduction.start.config)
     assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
@@ -693,7 +694,7 @@ def test_choosing_checkpoints_on_a_test_set_needs_a_flag(materials, tmp_path, ca
     assert submit_main([*words, "--select-on-test-set"]) == 0
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
     arguments = submit_parser().parse_args(words)
-    file = SimpleNamespace(values={}, path=None, environment={}, image=None)
+    file = ClusterFile()
     [planned] = training.plan_runs(arguments, file, resolve_allocation(arguments, file))
     planned.run.claim(planned.work)
     assert submit_main(words) == 0, "a run with the flag is resumed without it"

@@ -20,7 +20,6 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
-    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
     from cfmask.tool_arguments import MODEL_HELP, load_models, recorded_method
@@ -61,6 +60,8 @@ def main(argv: list[str] | None = None) -> None:
         fill_in_data(arguments)
     if arguments.count < 1:
         raise UserError("--count must be at least 1.")
+    # Imported here: torch and matplotlib take seconds to import, and --help does not need them.
+    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
 
     with progress_stages(3) as begin:
         begin("reading the model")
