@@ -95,6 +95,7 @@ def load_plan(run: RunFolder, sets: Sets | None = None) -> tuple[Planned, Manife
 
 
 PROVEN, NOT_PROVEN, UNKNOWN = "proven", "NOT PROVEN", "unknown"
+NEVER_STARTED = "never started"
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,10 @@ def audit(run: RunFolder, sets: Sets | None = None) -> Audit:
     try:
         if not patiently(run.has_started, str(run.attempts)) and not patiently(run.saved_step, str(run.checkpoints)):
             run.recipe()
-            return Audit(
-                UNKNOWN, "never started", problems=[f"{run.root} has never started: there is nothing to prove."]
-            )
+            return Audit(UNKNOWN, NEVER_STARTED, problems=[f"{run.root} has never started: there is nothing to prove."])
         return _audit(run, sets)
     except UserError as error:
-        return Audit(UNKNOWN, "", problems=[str(error)])
+        return Audit(UNKNOWN, "see below", problems=[str(error)])
 
 
 def _audit(run: RunFolder, sets: Sets | None) -> Audit:

@@ -21,5 +21,8 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     names = list(dict.fromkeys(known))
     by_key = {name.casefold().replace("_", "-"): name for name in names}
     word = given.casefold().replace("_", "-")
-    near = difflib.get_close_matches(word, by_key, 1) or [key for key in by_key if word and word in key][:3]
+    near = (
+        difflib.get_close_matches(word, by_key, 1)
+        or [key for key in by_key if key.startswith(word[:3]) and word in key and len(word) > 1][:3]
+    )
     return f" Did you mean {' or '.join(by_key[key] for key in near)}?" if near else ""

@@ -23,6 +23,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+os.fsync = lambda descriptor: None  # as in the processes that tests start (lean/lean.py)
+
 # How long an example takes is not what these tests are about, and a busy machine would fail them.
 settings.register_profile("cfmask", deadline=None)
 settings.load_profile("cfmask")
@@ -59,9 +61,10 @@ def poisoned():
 
 LONGEST = (
     # Those that wait for Slurm beside those that compute.
-    *("drill", "resume", "reproduce", "sweep", "cancel", "wandb", "hangs", "doctor", "make_shards_slurm", "rank_death"),
-    *("fused", "ddp", "bench_gpu", "memory", "make_shards", "chain", "relevance_kernel", "process_death", "bootstrap"),
-    *("array", "async_checkpoint", "array_split", "status", "cluster_in_a_box", "methods", "metrics"),
+    *("drill", "resume", "sweep", "cancel", "reproduce", "hangs", "bench_gpu", "wandb", "doctor", "make_shards_slurm"),
+    *("rank_death", "environment", "fused", "ddp", "memory", "make_shards", "chain", "relevance_kernel"),
+    *("process_death", "segment", "array", "async_checkpoint", "array_split", "status", "cluster_in_a_box", "methods"),
+    "metrics",
 )
 
 

@@ -169,7 +169,7 @@ def test_a_folder_of_runs_has_a_line_for_each_and_one_exit_code(materials, tmp_p
     assert rows["part"] == ["proven", "not finished, step 3 of 12"]
     RunFolder(tmp_path / "waits").claim(whole.recipe())
     code, rows, out = said()
-    assert code == 2 and rows["waits"] == ["unknown", "never started"] and "waits has never started" in out
+    assert code == 2 and rows["waits"] == ["unknown", "never started"] and "1 unknown" in out
     lines = part.receipts.read_text().splitlines(keepends=True)
     part.receipts.write_text(lines[0] + lines[2])
     code, rows, out = said()

@@ -259,8 +259,8 @@ def test_differing_checkpoints_are_found(tmp_path):
         (tmp_path / name).mkdir()
         save_file({"same": torch.ones(2), "w": torch.full((2,), value)}, tmp_path / name / "model.safetensors")
         save_file({"m": torch.ones(2)}, tmp_path / name / "optimizer.safetensors")
-    assert whole_run.compare(tmp_path / "a", tmp_path / "b") == (["model.safetensors: w"], 3)
-    assert whole_run.compare(tmp_path / "a", tmp_path / "a") == ([], 3)
+    assert whole_run.different_tensors(tmp_path / "a", tmp_path / "b") == (["w of model.safetensors"], 3)
+    assert whole_run.different_tensors(tmp_path / "a", tmp_path / "a") == ([], 3)
 
 
 @pytest.mark.parametrize(

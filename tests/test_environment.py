@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPO
+from conftest import LONGEST, REPO
 from tools import environment
 
 SCRIPT = """
@@ -394,10 +394,10 @@ def test_a_lint_error_fails_the_checks_and_the_tests_still_run(project: Path) ->
     assert code == 1 and "1 passed" in lines[-2] and lines[-1] == "FAILED: ruff check, ruff format"
 
 
-def test_files_of_the_quick_tests_are_there() -> None:
-    from tools.test import QUICK
+def test_files_that_are_chosen_or_come_first_are_there() -> None:
+    from tools.test import LOWEST
 
-    assert [name for name in QUICK if not (REPO / f"tests/test_{name}.py").exists()] == []
+    assert [name for name in (*LOWEST, *LONGEST) if not (REPO / f"tests/test_{name}.py").exists()] == []
 
 
 def test_no_tests_at_all_is_a_failure(project: Path) -> None:

@@ -24,7 +24,7 @@ optimizer.zero_grad()
 torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))(torch.ones(1, 2)).sum().backward()
 assert len(imagenet.wnids()) == 1000, "timm's data is found"
-late = {"torchvision.transforms", "open_clip.factory", "torch._decomp", "torch.export.exported_program"}
+late = {"torchvision.transforms", "open_clip.factory", "torch.export.exported_program"}
 late |= {"timm.models", "wandb", "torch._dynamo.config", "torch._inductor.utils", "transformers"}
 print(*(late & sys.modules.keys()))
 
@@ -43,7 +43,7 @@ import torchvision
 
 assert open_clip.transformer is sys.modules["open_clip.transformer"] and open_clip.get_model_config("ViT-B-32")
 assert open_clip.utils.FrozenBatchNorm2d(3) and torchvision.transforms.Compose([])
-assert torch.ones(2, 3, device="meta").repeat_interleave(2, 0).shape == (4, 3)
+assert torch.Generator().manual_seed(0)
 try:
     import transformers
 except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start, starts_of
 from html_check import Page, checked
 from launch import status
+from launch.state import page as runs_page
 
 NASTY = "run <b>&amp;\"'</td>\x1b[31m\udc80\u202e\x00 é"
 SHOWN = "run <b>&amp;\"'</td>\\u001b[31m\\udc80\\u202e\\u0000 é"
@@ -72,8 +74,8 @@ def test_a_table_has_headings_and_aligns_numbers():
     assert [each.attributes.get("class") for each in heads] == [None, "number", "number", "text long", "number"]
     assert [each.text for each in found.all("td")][3] == "–"
     assert [each.text for each in found.all("th") if each.attributes["scope"] == "row"] == ["a", "b"]
-    grouped = page.table("c", ["", "n"], [[str(i), i] for i in range(6)], lines_per_row=3)
-    assert grouped.count("<tbody>") == 2
+    grouped = page.table("c", ["", "n"], [[str(i), i] for i in range(6)], together=[3, 1, 2])
+    assert [body.count("<tr>") for body in grouped.split("<tbody>")[1:]] == [3, 1, 2]
 
 
 def test_pictures_are_embedded_as_the_smaller_of_two_formats():
@@ -121,7 +123,7 @@ def test_differences_to_published_numbers_have_signs():
     published = {"zero-shot": {"IN": 70.3}, "FT": {"IN": 81.3, "V2": 10.0}}
     table = tables.html_table(rows, published=published)
     found = checked(page.page("t", [Section("s", [table])]))
-    assert table.count("<tbody>") == 3
+    assert [body.count("<tr>") for body in table.split("<tbody>")[1:]] == [3, 3, 1], "x is not published"
     text = found.text
     assert "≈ −0.3" in text and "▼ −31.3" in text and "▲ +31.0" in text and "The unknown noise of the published" in text
 
@@ -201,6 +203,36 @@ def test_the_plain_table_needs_neither_torch_nor_matplotlib(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=made.REPO, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_many_recipes_are_not_all_drawn(tmp_path, monkeypatch):
+    for preset in ("ft", "fd-clean", "random-mask-no-fill"):
+        finished_run(tmp_path / "runs" / preset, preset)
+    drawn = []
+    monkeypatch.setattr(runs_page, "MOST_CURVES", 2)
+    monkeypatch.setattr(run_blocks, "curves", lambda out, runs: drawn.extend(runs) or [])
+    assert status.main([str(tmp_path / "runs"), "--html", str(tmp_path / "runs.html")]) == 0
+    text = checked((tmp_path / "runs.html").read_bytes()).text
+    assert len(drawn) == 2 and "The first 2 of 3 recipes are drawn." in text
+
+
+def test_masks_of_a_run_are_drawn_once_for_each_model(tmp_path):
+    materials = made.make_materials(tmp_path / "materials", per_class=4)
+    run = finished_run(tmp_path / "object-s0")
+    shutil.copyfile(materials / "tiny.safetensors", run.final)
+    out, shards = tmp_path / "masks.png", str(materials / "shards")
+    found = checked(page.page("t", [Section("s", run_blocks.masks(out, run, run.final, shards, "val"))]))
+    assert "Images of val, with the masks of object-s0" in found.text and len(found.all("img")) == 1
+    drawn = out.stat().st_mtime_ns
+    run_blocks.masks(out, run, run.final, shards, "val")
+    assert out.stat().st_mtime_ns == drawn
+    os.utime(out, ns=(0, 0))
+    run_blocks.masks(out, run, run.final, shards, "val")
+    assert out.stat().st_mtime_ns >= drawn, "the model is newer"
+    out.unlink()
+    [block] = run_blocks.masks(out, run, run.final, shards, "gone")
+    assert "No contact sheet of object-s0: There is no folder of shards" in Page(block).elements[0].text
+    assert run_blocks.masks(out, finished_run(tmp_path / "ft-s0", "ft"), run.final, shards, "val") == []
 
 
 # --- evaluations ------------------------------------------------------------------------------------------------------

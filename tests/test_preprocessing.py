@@ -316,6 +316,7 @@ def test_every_tag_of_a_model_that_can_be_trained_has_its_preprocessing_or_is_re
         ({"layers": 0}, "layers is 0"),
         ({"patch_size": 32}, "patches of 32 pixels"),
         ({"register_tokens": 4}, r"unknown settings \(register_tokens\)"),
+        ({"heads": 6}, r"unknown settings \(heads: a configuration has head_width"),
     ],
 )
 def test_a_custom_configuration_that_cannot_be_trained_is_refused(setting, reason):

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
@@ -23,6 +25,7 @@ from cfmask.errors import UserError
 from cfmask.evaluation_spec import KINDS
 from cfmask.presets import PRESETS
 from cfmask.report import charts
+from cfmask.report.looks import looks
 from cfmask.report.results import ModelResult, ResultRow, Results, SetResult, Split, read_results, rows_of
 from cfmask.report.robustness import Line, clipped_logit, fit_logits, robustness_panels, robustness_table
 from cfmask.report.tables import PUBLISHED, comparison, differences, latex_table, markdown_table
@@ -524,3 +527,75 @@ def test_sweep(tmp_path, alphas, sets, more):
 def test_a_sweep_needs_mixtures(paper, tmp_path):
     with pytest.raises(UserError, match="tools/wise_ft.py"):
         charts.sweep_chart(paper, tmp_path / "sweep.png")
+
+
+# --- what charts have on their axes -----------------------------------------------------------------------------------
+
+
+def fills(figure, label: str) -> set[tuple]:
+    """Face colours of the bars with this label."""
+    [bars] = [group for group in figure.axes[0].containers if group.get_label() == label and hasattr(group, "patches")]
+    return {patch.get_facecolor() for patch in bars.patches}
+
+
+def legend_of(figure) -> list[str]:
+    [legend] = figure.legends
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_method_has_one_colour_in_all_charts(paper):
+    rows, split = rows_of(paper.models), Split("val", PAPER[1:])
+    expected = {row.name: to_rgba(look.colour) for row, look in zip(rows, looks([r.name for r in rows]), strict=True)}
+    for shown in (rows, rows[::-1], rows[1:3]):
+        bars, reliability = charts.bars_figure(shown, split), charts.reliability_figure(shown, split)
+        assert legend_of(bars) == legend_of(reliability) == [row.name for row in shown]
+        for row in shown:
+            assert fills(bars, row.name) == {expected[row.name]}
+            lines = [line for line in reliability.axes[0].get_lines() if line.get_label() == row.name]
+            assert [to_rgba(line.get_color()) for line in lines] == [expected[row.name]]
+    line = Line.of({}, split, published=True)
+    figure, _ = charts.robustness_figure([*rows, *line.published], line.backbones, split)
+    for row in rows:
+        [point] = [line for line in figure.axes[0].get_lines() if line.get_label() == row.name]
+        assert to_rgba(point.get_color()) == expected[row.name]
+    for each in (bars, reliability, figure):
+        assert all(axis.get_xlabel() or axis.get_ylabel() for axis in each.axes)
+
+
+def test_names_of_the_user_do_not_change_a_methods_look(tmp_path):
+    content = results_json({"/runs/a/model.safetensors": {"val": 60.0, "drawn": 50.0}, "/x.st": {"val": 60.0}})
+    origins = [{"file": "/runs/a/model.safetensors", "run": "/runs/a", "method": "ft"}, {"file": "/x.st"}]
+    found = loaded({**content, "checkpoints": origins}, tmp_path)
+    assert [model.method for model in found.models] == ["ft", None]
+    figure = charts.bars_figure(rows_of(found.models[:1], ["mine"]))
+    assert fills(figure, "mine") == {to_rgba(looks(["ft"])[0].colour)}
+
+
+def test_bins_of_few_samples_are_grey_and_not_connected(tmp_path):
+    content = results_json({"ft": {"val": 60.0}})
+    bins = [[0, 0, 0.0]] * 12 + [[24, 12, 20.0], [25, 20, 21.25], [400, 390, 388.0]]
+    content["models"][0]["sets"]["val"]["calibration"] = bins
+    one = loaded(content, tmp_path)
+    axis = charts.reliability_figure(rows_of(one.models)).axes[0]
+    diagonal, line, few = axis.get_lines()
+    assert list(line.get_xdata()) == pytest.approx([85.0, 97.0]) and list(line.get_ydata()) == pytest.approx([80, 97.5])
+    assert list(few.get_xdata()) == pytest.approx([100 * 20 / 24]) and few.get_linestyle() == "None"
+    assert few.get_color() != line.get_color()
+    # Two seeds of a row are one line: their samples are added, and the bin has enough.
+    seeds = [ResultRow("ft", [one.models[0], one.models[0]])]
+    _, line, few = charts.reliability_figure(seeds).axes[0].get_lines()
+    assert len(line.get_xdata()) == 3 and len(few.get_xdata()) == 0
+
+
+def test_charts_are_legible_at_half_of_a_columns_width(paper):
+    """330 pixels are half of a README's column: letters of less than seven pixels are a blur there."""
+    rows, split = rows_of(paper.models), Split("val", PAPER[1:])
+    line = Line.of({}, split, published=True)
+    for figure in (
+        charts.bars_figure(rows, split),
+        charts.reliability_figure(rows, split),
+        charts.robustness_figure([*rows, *line.published], line.backbones, split)[0],
+    ):
+        for text in figure.findobj(Text):
+            if text.get_text().strip():
+                assert text.get_fontsize() / 72 / figure.get_figwidth() * 330 > 6.8, text

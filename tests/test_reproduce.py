@@ -30,6 +30,7 @@ from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from html_check import checked
 from launch import reproduce
+from launch.allocation.cluster_file import ClusterFile
 from launch.allocation.resolve import resolve_allocation
 from launch.paper import cost, execution, progress
 from launch.paper.estimate import estimate, measured
@@ -472,7 +473,7 @@ def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "recipe.json").write_text("{}")
     args = reproduce.parser().parse_args(words)
-    file = SimpleNamespace(values={}, path=None, environment={}, image=None)
+    file = ClusterFile()
     reproduction = Reproduction.of(args, file, resolve_allocation(args, file))
     flops = cost.forward_flops(reproduction.start.config)
     assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
@@ -544,6 +545,27 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     fake_jobs.done = []
     assert reproduce.main(words) == 0 and fake_jobs.done == []
     assert "11 of 11 jobs done" in capsys.readouterr().out
+
+
+def test_effective_robustness_has_the_published_line_or_none(materials, tmp_path, capsys, fake_jobs):
+    words = flags(materials, tmp_path / "out", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 2
+    assert "--fit-on published needs ImageNet's validation set (val)" in capsys.readouterr().err and not fake_jobs.done
+    assert reproduce.main(words) == 0
+    said = capsys.readouterr().out
+    assert "Effective robustness is not drawn: a line needs zero-shot models of two backbones" in said
+    assert "effective robustness |" not in said and not list((tmp_path / "out").glob("effective*"))
+
+    shutil.copytree(materials / "shards", tmp_path / "shards")
+    (tmp_path / "shards/shifted").rename(tmp_path / "shards/imagenet-r")
+    of_imagenet = ["--shards", str(tmp_path / "shards"), "--sets", "val", "imagenet-r", "--allow-count-mismatch"]
+    words = flags(materials, tmp_path / "line", *HERE, "--rows", "zero-shot", "ft", "--seeds", 0, *of_imagenet)
+    assert reproduce.main([*words, "--fit-on", "published"]) == 0
+    said = capsys.readouterr().out
+    assert "zero-shot ViT-L-14 (published)" in said and "is not drawn" not in said
+    # 75 % on both sets, where the published models' line has 87 % on ImageNet-R.
+    assert re.search(r"(?m)^\| FT +\| −1[12]\.\d \|$", said)
+    assert (tmp_path / "line/effective-robustness.png").exists() and (tmp_path / "line/index.html").exists()
 
 
 def test_second_command_on_a_plan_is_refused(materials, tmp_path, capsys, fake_jobs, monkeypatch):
@@ -672,7 +694,7 @@ def test_choosing_checkpoints_on_a_test_set_needs_a_flag(materials, tmp_path, ca
     assert submit_main([*words, "--select-on-test-set"]) == 0
     assert "warning: --best-on objectnet chooses" in capsys.readouterr().err
     arguments = submit_parser().parse_args(words)
-    file = SimpleNamespace(values={}, path=None, environment={}, image=None)
+    file = ClusterFile()
     [planned] = training.plan_runs(arguments, file, resolve_allocation(arguments, file))
     planned.run.claim(planned.work)
     assert submit_main(words) == 0, "a run with the flag is resumed without it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shlex
 
 import pytest
@@ -11,6 +12,7 @@ from cfmask.data.benchmarks import TRAIN, VAL
 from cfmask.errors import UserError
 from cfmask.presets import PRESETS
 from cfmask.recipe import Model, Recipe
+from cfmask.runtime.command import CommandParser
 from launch import reproduce
 from launch.paper import cost, materials
 from launch.paper.materials import look_for, weights_to_do
@@ -76,11 +78,8 @@ def test_every_line_to_do_is_a_command_that_is_accepted(capsys, monkeypatch):
         parsed.append(real(self, args, namespace))
         raise _Parsed
 
-    import argparse
-    import importlib
-
-    real = argparse.ArgumentParser.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    real = CommandParser.parse_args
+    monkeypatch.setattr(CommandParser, "parse_args", parse)
     for command in commands:
         program, arguments = words_of(command)
         main = importlib.import_module(program.removesuffix(".py").replace("/", ".")).main

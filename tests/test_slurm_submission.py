@@ -233,7 +233,7 @@ def test_options_in_the_environment_affect_neither_jobs_nor_queries(slurm_cluste
     known = slurm_cluster.job(job)
     assert [known[key] for key in ("Partition", "TimeLimit", "Requeue", "NumTasks")] == ["low", "00:30:00", "1", "1"]
     assert "SBATCH_PARTITION, SBATCH_TIMELIMIT in the environment: ignored" in first.stderr
-    assert f"job {job} on" in first.stdout and known["Dependency"].startswith(f"afterok:{blocker}")
+    assert f"job      {job} on" in first.stdout and known["Dependency"].startswith(f"afterok:{blocker}")
     assert again.returncode == 2 and f"Job {job} (pending) already exists" in again.stderr, again.stdout + again.stderr
     assert "waits in the queue: " in table and job in table
     assert "wckey" not in (run / f"jobs/{job}_submission.sh").read_text()

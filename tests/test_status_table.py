@@ -292,6 +292,7 @@ def test_filters(runs, capsys):
     with RunFolder(runs / "object-s0").locked():
         assert shown(capsys, runs, "--running") == (["object-s0"], "1 of 3 runs: 1 running")
         assert len(shown(capsys, runs, "--running", "--failed")[0]) == 2
+    assert len(shown(capsys, runs, runs / "ft-s0")[0]) == 3, "each run once"
     assert status.main([str(runs), "--match", "kd"]) == 2
     assert "no run has such a name. There are ft-s0, ft-s1, object-s0." in capsys.readouterr().err
 
@@ -405,13 +406,15 @@ def test_a_folder_that_cannot_be_read_is_a_row(runs, capsys, monkeypatch):
 # --- states in words ----------------------------------------------------------------------------------------------
 
 
-def in_words(run: RunFolder, reason: str, *, restarts: int, eligible_in_s: int = -60, start: str = "N/A") -> Status:
+def in_words(
+    run: RunFolder, reason: str, *, restarts: int, eligible_in_s: int = -60, start: str = "N/A", state: str = "PENDING"
+) -> Status:
     (run.root / "jobs").mkdir(exist_ok=True)
     for name in ("12_submitted.pkl", "12_submission.sh"):
         (run.root / "jobs" / name).touch()
     eligible = (datetime.now() + timedelta(seconds=eligible_in_s)).isoformat(timespec="seconds")
     return status_of(
-        read_state(run), SlurmAnswers({"12": SlurmJob("12", "PENDING", start, eligible, restarts, reason, "")})
+        read_state(run), SlurmAnswers({"12": SlurmJob("12", state, start, eligible, restarts, reason, "")})
     )
 
 
@@ -442,6 +445,8 @@ def test_a_queued_run_says_what_it_waits_for_and_what_to_do(tmp_path):
     assert found.remedy is None and found.next_start.endswith("(Resources)")
     held = in_words(run, "JobHeldUser", restarts=0)
     assert held.in_words == "waits in the queue: its user holds it" and held.remedy == "scontrol release 12"
+    special = in_words(run, "None", restarts=0, state="SPECIAL_EXIT")
+    assert "has put it on hold" in special.in_words and special.remedy == "scontrol release 12"
 
 
 # --- --follow -----------------------------------------------------------------------------------------------------

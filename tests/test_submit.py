@@ -98,7 +98,7 @@ def test_missing_weights_error_names_the_file_and_the_flag(materials, tmp_path):
     error = refused(
         *flags(materials, tmp_path / "run", "--model", "ViT-B-32-quickgelu", "--pretrained", "openai"), env=offline
     )
-    assert "timm/vit_base_patch32_clip_224.openai" in error and "--pretrained PATH" in error
+    assert "timm/vit_base_patch32_clip_224.openai" in error and "--pretrained open_clip_model.safetensors" in error
 
 
 def test_folder_of_another_recipe_or_with_foreign_files_is_refused(materials, tmp_path):

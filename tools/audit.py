@@ -17,9 +17,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 try:
-    from cfmask.audit import NOT_PROVEN, UNKNOWN, Audit, Sets, attempts, audit
     from cfmask.errors import UserError
     from cfmask.report.tables import table
     from cfmask.run_search import find_runs, is_evaluation
@@ -28,12 +28,19 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
+if TYPE_CHECKING:
+    from cfmask.audit import Audit
+
+# cfmask.audit is imported in functions: torch takes seconds to import, and --help does not need it.
+
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> int:
     parser = CommandParser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of them")
     arguments = parser.parse_args(argv)
+    from cfmask.audit import NEVER_STARTED, NOT_PROVEN, UNKNOWN, Sets, audit
+
     found = find_runs(arguments.runs)
     runs = [run for run in found if not is_evaluation(run)]
     if not runs:
@@ -46,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [[run.root.name, each.verdict, each.reached] for run, each in zip(runs, audits, strict=True)]
         print(table(["run", "verdict", "state"], rows))
         for run, each in zip(runs, audits, strict=True):
+            if each.reached == NEVER_STARTED:
+                continue  # the table says so
             print(*(f"\n{run.root.name}: {problem}" for problem in each.problems), sep="", end="")
         if len(runs) < len(found):
             print(f"\nEvaluations, which train on nothing: {len(found) - len(runs)}.")
@@ -57,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def show(run: RunFolder, found: Audit) -> None:
     """Print the starts and epochs of a run. Raises UserError if the verdict is unknown."""
+    from cfmask.audit import NOT_PROVEN, UNKNOWN, attempts
+
     if found.verdict == UNKNOWN:
         raise UserError(found.problems[0])
     print(*attempts(run), "", sep="\n")

@@ -84,6 +84,9 @@ def ensure(requirements=("requirements.txt",), lowest: bool = False) -> None:
     came_from = os.environ.pop("CFMASK_BOOTSTRAPPED", None)
     try:
         if not _is_ready(venv, wanted, inside):
+            if {"-h", "--help"} & set(sys.argv[1:]):  # nobody installs gigabytes to read a page
+                print(sys.modules["__main__"].__doc__)
+                sys.exit(0)
             _set_up(venv, wanted, lowest)
             inside = False  # the environment of this process may have been replaced
         paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

@@ -18,18 +18,15 @@ import sys
 from pathlib import Path
 
 try:
-    import torch
-
     from cfmask.convert.mask2former import DEFAULT
-    from cfmask.convert.planning import claim, is_made
-    from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
+    from cfmask.convert.planning import claim, work_on_missing
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.files import sole_writer
     from cfmask.runtime.progress import progress_bar
-    from cfmask.runtime.work import Work
-    from cfmask.tool_arguments import DATA_HELP, add_device_argument, resolve_device
+    from cfmask.tool_arguments import add_device_argument, resolve_device
+    from launch.allocation.data import add_shards_argument, fill_in_data
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
     from launch.arrays.run import runner
 except ModuleNotFoundError as missing:
@@ -42,6 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     for flag in ("batch_size", "workers"):
         if (value := getattr(arguments, flag)) is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1.")
+    # Imported here: torch takes seconds to import, and --help does not need it.
+    import torch
+
+    from cfmask.convert.segmentation import commit_masks, plan_masks, segment_shard
+
+    fill_in_data(arguments)
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
         raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task sets the number there.")
@@ -60,20 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     with sole_writer(folder):
         claim(folder, tasks[0].plan, facts)
-        missing = [task for task in tasks if not is_made(task.tar, task.plan)]
-        total, to_do = (sum(len(task.ids) for task in some) for some in (tasks, missing))
-        if len(missing) < len(tasks):
-            print(f"{arguments.set}: {len(tasks) - len(missing)} of {len(tasks)} shards exist already")
+        preload = ("transformers.models.mask2former.modeling_mask2former",)
+        work = work_on_missing("segment", tasks, segment_shard, preload)
+        total, to_do = (sum(len(task.ids) for task in some) for some in (tasks, work.items))
         gpus = torch.cuda.device_count() if tasks[0].device == "cuda" else 1
-        work = Work(
-            kind="segment",
-            identity=f"{folder}{tasks[0].plan}",
-            function=segment_shard,
-            items=missing,
-            keys=[task.tar.stem for task in missing],
-            preload=("transformers.models.mask2former.modeling_mask2former",),
-            describe=lambda task: str(task.tar),
-        )
         run = runner(array, workers=arguments.workers or max(1, gpus), paths=[folder, tasks[0].where])
         with progress_bar(total=total, initial=total - to_do, desc=arguments.set, unit=" images") as bar:
             run(work, bar.update)
@@ -91,7 +84,7 @@ def device_of(arguments: argparse.Namespace, array: Array | None) -> str:
 
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
-    p.add_argument("--shards", required=True, metavar="DIR_OR_URL", help=DATA_HELP)
+    add_shards_argument(p, cluster=False)
     p.add_argument("--set", default="train", metavar="SET", help="folder under --shards (default: train)")
     p.add_argument(
         "--groups",

@@ -20,10 +20,10 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
-    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
-    from cfmask.tool_arguments import DATA_HELP, MODEL_HELP, load_models, recorded_method
+    from cfmask.tool_arguments import MODEL_HELP, load_models, recorded_method
+    from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--images", nargs="+", type=Path, metavar="FILE", help="image files, or folders of them")
-    parser.add_argument("--shards", metavar="DIR_OR_URL", help=DATA_HELP)
+    add_shards_argument(parser, cluster=True)
     parser.add_argument("--set", default="val", metavar="SET", help="folder under --shards (default: val)")
     parser.add_argument("--count", type=int, default=8, metavar="N", help="images on the contact sheet (default: 8)")
     parser.add_argument(
@@ -54,10 +54,14 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("masks.png"), metavar="FILE", help="picture to write (default: masks.png)"
     )
     arguments = parser.parse_args(argv)
-    if bool(arguments.images) == bool(arguments.shards):
+    if arguments.images and arguments.shards:
         raise UserError("Give either --images or --shards: the images to draw masks of.")
+    if not arguments.images:
+        fill_in_data(arguments)
     if arguments.count < 1:
         raise UserError("--count must be at least 1.")
+    # Imported here: torch and matplotlib take seconds to import, and --help does not need them.
+    from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
 
     with progress_stages(3) as begin:
         begin("reading the model")
@@ -70,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             [manifest] = load_sets(arguments.shards, [arguments.set]).values()
             images, labels = images_of_set(manifest, read, size, arguments.seed)
+            if tuple(wnid for wnid, _ in manifest.classes) == info.classes:
+                info = replace(info, class_names=info.class_names or tuple(name for _, name in manifest.classes))
         begin("drawing")
         draw_contact_sheet(arguments.out, model, info, images, labels, method, arguments.count, arguments.seed)
     print(f"written: {arguments.out}")

@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKERS = str(min(4, 1 + len(os.sched_getaffinity(0))))
-"""One more than there are cores: much of what tests do is wait, for a Slurm or a run that they have started."""
+WORKERS = str(min(8, 2 * len(os.sched_getaffinity(0))))
+"""Two for each core: most of what tests do is wait, for a Slurm or a run that they have started."""
 QUICK = (
     *("architecture", "checkpoint", "checkpoint_state", "cluster_file", "demo_parts", "health", "images", "optim"),
     *("passes", "plan", "recipe", "restarts", "run_restarts", "runs", "secrets", "shards", "slurm_client", "step"),

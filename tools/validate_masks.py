@@ -31,33 +31,39 @@ from pathlib import Path
 
 try:
     from cfmask import tool_arguments as shared
-    from cfmask.data.coco import CocoMasks
-    from cfmask.data.segmentation import class_groups, open_masks
-    from cfmask.data.segmented import SegmentedPhotos, SegmentedSet, SegmentedShards
-    from cfmask.data.shards import load_sets
-    from cfmask.data.stream import check_image_size
     from cfmask.errors import UserError
-    from cfmask.evaluation.checks import check_classes
-    from cfmask.evaluation.mask_validation import Validation, method_to_validate
-    from cfmask.masking.validation import THRESHOLDS, check_thresholds
-    from cfmask.models.head import ModelInfo
-    from cfmask.report.labels import model_names
-    from cfmask.report.masks import write_report
     from cfmask.runs import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
+    from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
+
+# Some modules are imported in functions: torch takes seconds to import, and --help does not need it.
 
 
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     check_arguments(arguments)
+    from cfmask.data.segmentation import open_masks
+    from cfmask.evaluation.mask_validation import Validation, method_to_validate, open_images
+    from cfmask.report.labels import model_names
+    from cfmask.report.masks import write_report
+
     names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
     models, info = shared.load_models(arguments.models)
     asked = {"mask": arguments.mask, "cam": arguments.cam, "first_block": arguments.first_block}
     methods = [method_to_validate(shared.recorded_method(path), **asked) for path in arguments.models]
-    segmented, groups = open_images(arguments, info, models[0].image_size)
+    segmented, groups = open_images(
+        info,
+        models[0].image_size,
+        open_masks(arguments.segmentation, arguments.panoptic_pngs),
+        arguments.groups,
+        shards=(arguments.shards, arguments.set or "val") if arguments.shards else None,
+        photos=arguments.images,
+        threads=arguments.loader_workers,
+        allow_missing=arguments.allow_missing_masks,
+    )
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
     shown = {"segmentation": arguments.segmentation, "count": arguments.count, "seed": arguments.seed}
@@ -71,34 +77,12 @@ def main(argv: list[str] | None = None) -> None:
     print("\nwritten:", *written)
 
 
-def open_images(
-    arguments: argparse.Namespace, info: ModelInfo, image_size: int
-) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
-    """The images with their masks, and class ids by group."""
-    how = {"image_size": image_size, "threads": arguments.loader_workers}
-    masks = open_masks(arguments.segmentation, arguments.panoptic_pngs)
-    if arguments.shards:
-        [manifest] = load_sets(arguments.shards, [arguments.set or "val"]).values()
-        check_classes(manifest, info.classes)
-        check_image_size(manifest, image_size)
-        groups = class_groups(manifest.classes, arguments.groups)
-        return SegmentedShards(manifest, masks, wanted=frozenset().union(*groups.values()), **how), groups
-    if not isinstance(masks, CocoMasks):
-        raise UserError(
-            f"--images needs COCO annotations (.json), and --segmentation {arguments.segmentation} is no such file."
-        )
-    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
-    groups = class_groups(classes, arguments.groups)
-    allow = arguments.allow_missing_masks
-    return SegmentedPhotos(masks, arguments.images, classes, groups, allow_missing=allow, **how), groups
-
-
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
     add = p.add_argument
     add("models", nargs="+", metavar="MODEL", help=shared.MODEL_HELP)
     add("--names", nargs="+", metavar="NAME", help=shared.NAMES_HELP)
-    add("--shards", metavar="DIR_OR_URL", help=shared.DATA_HELP)
+    add_shards_argument(p, cluster=True)
     add("--set", metavar="SET", help="folder under --shards (default: val)")
     add("--images", type=Path, metavar="DIR_OR_ZIP", help="photographs of COCO annotations, instead of shards")
     add("--segmentation", required=True, metavar="PATH", help="segmentation masks of the images, see above")
@@ -116,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         "or display name (default: those of the first four that the set has; all is then these three together)",
     )
     help_of_thresholds = "CAM thresholds, in 0…1 (default: 0.1 0.2 … 0.9)"
-    add("--thresholds", nargs="+", type=float, default=THRESHOLDS, metavar="X", help=help_of_thresholds)
+    add("--thresholds", nargs="+", type=float, metavar="X", help=help_of_thresholds)
     add("--mask", choices=("object", "context"), help="what is masked (default: the run's, or object)")
     add("--cam", choices=("relevance", "grad-cam"), help="class activation map (default: the run's, or relevance)")
     add("--first-block", type=int, metavar="N", help="first block that relevance uses (default: the run's, or 0)")
@@ -136,10 +120,13 @@ def parser() -> argparse.ArgumentParser:
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse values out of range and flags that contradict each other."""
-    if (arguments.shards is None) == (arguments.images is None):
-        raise UserError("Give either --shards, a set of samples, or --images, the photographs of COCO annotations.")
-    if arguments.images is not None and arguments.set is not None:
-        raise UserError("--set would do nothing with --images: it names a folder of shards.")
+    if arguments.images is None:
+        fill_in_data(arguments)
+    elif idle := [f"--{name}" for name in ("shards", "set") if getattr(arguments, name) is not None]:
+        raise UserError(f"{' and '.join(idle)} would do nothing with --images, which are not in shards.")
+    from cfmask.masking.validation import THRESHOLDS, check_thresholds
+
+    arguments.thresholds = arguments.thresholds or THRESHOLDS
     check_thresholds(arguments.thresholds)
     for flag, least in (("batch_size", 1), ("loader_workers", 0), ("count", 0), ("seed", 0)):
         if getattr(arguments, flag) < least:

@@ -28,6 +28,7 @@ try:
     from cfmask.runtime.files import remove_leftovers, write_atomically
     from cfmask.runtime.throughput import format_bytes, throughput_bar
     from cfmask.runtime.work import Work
+    from launch.allocation.data import shards_of_file
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
     from launch.arrays.run import runner
 except ModuleNotFoundError as missing:
@@ -53,7 +54,8 @@ def show(report: SetReport) -> None:
 
 def parser() -> argparse.ArgumentParser:
     p = CommandParser(__doc__)
-    p.add_argument("sets", nargs="+", metavar="SET", help="folder of a set, or of several")
+    about = "folder of a set, or of several (default: shards of the cluster file)"
+    p.add_argument("sets", nargs="*", metavar="SET", help=about)
     p.add_argument(
         "--full", action="store_true", help="read and decode everything (default: sizes, indexes, labels, some headers)"
     )
@@ -67,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     array = resolve_array(args)
+    args.sets = args.sets or [shards_of_file(args.cluster)]
     if args.workers is not None and args.workers < 1:
         raise UserError("--workers must be at least 1.")
     if args.workers and array:

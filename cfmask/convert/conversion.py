@@ -12,7 +12,7 @@ from typing import Any
 
 from cfmask.convert import shard_writer
 from cfmask.convert.collection import collect
-from cfmask.convert.planning import ShardTask, Store, claim, is_made, plan_split
+from cfmask.convert.planning import ShardTask, Store, claim, is_made, plan_split, work_on_missing
 from cfmask.convert.request import Request
 from cfmask.convert.sources.files import SourceImages, why_absent
 from cfmask.convert.sources.objectnet import NO_OVERLAP
@@ -124,22 +124,10 @@ def convert_split(split: Split, run: Run, tool: str) -> None:
     # to a temporary file of its own, then renames it.
     with sole_writer(folder):
         claim(folder, tasks[0].plan, split.made)
-        missing = split.missing()
-        total = sum(len(task.samples) for task in tasks)
-        to_do = sum(len(task.samples) for task in missing)
-        if len(missing) < len(tasks):
-            logger.info(f"{name}: {len(tasks) - len(missing)} of {len(tasks)} shards exist already")
-        work = Work(
-            kind="shards",
-            identity=f"{folder}{tasks[0].plan}",
-            function=make_shard,
-            items=missing,
-            keys=[task.tar.stem for task in missing],
-            preload=preload(missing),
-            describe=lambda task: str(task.tar),
-        )
+        work = work_on_missing("shards", tasks, make_shard, preload(tasks))
+        total, to_do = (sum(len(task.samples) for task in some) for some in (tasks, work.items))
         with throughput_bar(
-            total=total, initial=total - to_do, desc=name, unit=" images", disable=not missing
+            total=total, initial=total - to_do, desc=name, unit=" images", disable=not work.items
         ) as advance:
             run(work, lambda made: advance(*made))
         manifest, kept = commit(split, tool)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cfmask.errors import UserError
@@ -31,7 +30,6 @@ class Segmenter:
         self._labels = category_labels(self._model.config)
         self._device = device
 
-    @torch.inference_mode()
     def masks(self, images: Sequence[NDArray[np.uint8]], categories: Sequence[str]) -> list[NDArray[np.bool_]]:
         """The pixels of each image that show its category.
 
@@ -42,10 +40,14 @@ class Segmenter:
         Returns:
             (H, W) each, the union of the category's segments in the panoptic segmentation.
         """
+        import torch  # takes seconds, and --help needs the name of the model only
+
         inputs = self._processor(images=[np.ascontiguousarray(i) for i in images], return_tensors="pt")
         inputs = {name: value.to(self._device) for name, value in inputs.items() if torch.is_tensor(value)}
+        with torch.inference_mode():
+            outputs = self._model(**inputs)
         segmented = self._processor.post_process_panoptic_segmentation(
-            self._model(**inputs), label_ids_to_fuse=set(), target_sizes=[i.shape[:2] for i in images]
+            outputs, label_ids_to_fuse=set(), target_sizes=[i.shape[:2] for i in images]
         )
         found = []
         for of_image, category in zip(segmented, categories, strict=True):

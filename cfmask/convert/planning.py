@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,9 @@ from cfmask.convert.sources.files import LabelledImage, SourceImages
 from cfmask.data import images, plan, shards
 from cfmask.errors import UserError
 from cfmask.runtime.files import write_atomically
+from cfmask.runtime.work import Work
+
+logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 """In the folder of a set: the identity of the plan that its shards are made by."""
@@ -129,6 +134,28 @@ def is_made(tar: Path, plan: str) -> bool:
     """Whether the shard exists, complete and made by this plan. Its index is its commit record."""
     about = shard_writer.committed_about(tar)
     return about is not None and about.get("plan") == plan and not shard_writer.has_clipped_images(about)
+
+
+def work_on_missing(kind: str, tasks: Sequence[Any], function: Callable[[Any], Any], preload: tuple[str, ...]) -> Work:
+    """The work of making the shards of one plan that are missing.
+
+    Args:
+        tasks: one for each shard of the plan, with its ``tar`` and ``plan``.
+        kind, function, preload: of ``Work``.
+    """
+    missing = [task for task in tasks if not is_made(task.tar, task.plan)]
+    folder = tasks[0].tar.parent
+    if len(missing) < len(tasks):
+        logger.info(f"{folder.name}: {len(tasks) - len(missing)} of {len(tasks)} shards exist already")
+    return Work(
+        kind=kind,
+        identity=f"{folder}{tasks[0].plan}",
+        function=function,
+        items=missing,
+        keys=[task.tar.stem for task in missing],
+        preload=preload,
+        describe=lambda task: str(task.tar),
+    )
 
 
 def claim(folder: Path, identity: str, facts: dict[str, Any]) -> None:

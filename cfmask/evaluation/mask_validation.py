@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cfmask.data.segmented import Chunk, Segmented, SegmentedSet
+from cfmask.data.coco import CocoMasks
+from cfmask.data.segmentation import Masks, class_groups
+from cfmask.data.segmented import Chunk, Segmented, SegmentedPhotos, SegmentedSet, SegmentedShards
+from cfmask.data.shards import load_sets
+from cfmask.data.stream import check_image_size
 from cfmask.errors import UserError
+from cfmask.evaluation.checks import check_classes
 from cfmask.masking.cam import build_cam
 from cfmask.masking.fills import OBJECT
 from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks_at, tally
@@ -170,6 +175,39 @@ class Validation:
         if not any(part.tallies for part in parts.values()):
             raise UserError(f"None of the {total} samples has a mask.")
         return [parts[chunk.name] for chunk in chunks]
+
+
+def open_images(
+    info: ModelInfo,
+    image_size: int,
+    masks: Masks,
+    groups: Sequence[str] | None,
+    *,
+    shards: tuple[str, str] | None,
+    photos: Path | None,
+    threads: int,
+    allow_missing: bool,
+) -> tuple[SegmentedSet, dict[str, frozenset[int]]]:
+    """The images with their masks, and class ids by group: of ``shards`` (a place and a set), else photographs of COCO
+    annotations.
+
+    Raises:
+        UserError: classes that are not the model's, another image size, or photographs without COCO annotations.
+    """
+    how: dict[str, Any] = {"image_size": image_size, "threads": threads}
+    if shards is not None:
+        where, name = shards
+        [manifest] = load_sets(where, [name]).values()
+        check_classes(manifest, info.classes)
+        check_image_size(manifest, image_size)
+        found = class_groups(manifest.classes, groups)
+        return SegmentedShards(manifest, masks, wanted=frozenset().union(*found.values()), **how), found
+    assert photos is not None
+    if not isinstance(masks, CocoMasks):
+        raise UserError("--images needs COCO annotations (.json), and --segmentation names no such file (.json).")
+    classes = list(zip(info.classes, info.class_names or info.classes, strict=True))
+    found = class_groups(classes, groups)
+    return SegmentedPhotos(masks, photos, classes, found, allow_missing=allow_missing, **how), found
 
 
 def method_to_validate(

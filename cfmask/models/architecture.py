@@ -46,6 +46,12 @@ IDLE_SETTINGS = (
 )
 """Settings that do not change the features of a ViT that pools by its class token. (Patch dropout acts in training.)"""
 
+_OF_CONSTRUCTOR = {
+    "heads": "a configuration has head_width, which is width / heads",
+    "output_dim": "a configuration has embed_dim, beside vision_cfg",
+}
+"""Arguments of open_clip's VisionTransformer that have another name in a configuration."""
+
 _OLD_TEXT_NAMES = {"proj": "hf_proj_type", "pooler_type": "hf_pooler_type"}
 """Earlier names of settings of text_cfg."""
 
@@ -148,7 +154,8 @@ def _why_not(config: Mapping[str, Any]) -> str | None:
     if full["pos_embed_type"] != "learnable":
         return f"its positional embedding is {full['pos_embed_type']!r}, which is not trained"
     if unknown := sorted(set(vision) - set(VISION_DEFAULTS) - set(IDLE_SETTINGS)):
-        return f"vision_cfg has unknown settings ({', '.join(unknown)})"
+        meant = [f"{name}: {_OF_CONSTRUCTOR[name]}" for name in unknown if name in _OF_CONSTRUCTOR]
+        return f"vision_cfg has unknown settings ({'; '.join(meant) or ', '.join(unknown)})"
     return _why_no_geometry(config["embed_dim"], full)
 
 

@@ -17,7 +17,7 @@ from cfmask.errors import UserError
 from cfmask.masking.cam import Relevance, build_cam
 from cfmask.masking.fills import MULTI_FILL, NO_FILL, SINGLE_FILL, Draws, DrawSpec, draw
 from cfmask.masking.masks import normalised
-from cfmask.models.head import ModelInfo
+from cfmask.models.head import ModelInfo, load_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method
 from cfmask.report.figures import save
@@ -127,6 +127,23 @@ def draw_contact_sheet(
     rows = ("image", f"CAM of its {whose}", f"{method.mask} mask, share of patches", "donor", "counter-\nfactual image")
     note = "→: the predicted class, where it is another one or the true class is unknown."
     save(contact_sheet(rows, shown, note=note if any("→" in cells[0].caption for cells in shown) else ""), out)
+
+
+def draw_sheet_of_run(out: Path, file: Path, method: Method, manifest: Manifest, *, count: int = 6) -> None:
+    """Write the contact sheet of images of a set, as a model sees them that was trained with masks.
+
+    Args:
+        file: model file.
+        method: resolved, with a mask.
+        count: samples to show.
+
+    Raises:
+        UserError: the model or the set cannot be read.
+        OSError: likewise.
+    """
+    model, info = load_model(file)
+    images, labels = images_of_set(manifest, images_to_read(count), model.image_size, seed=0)
+    draw_contact_sheet(out, model, info, images, labels, method, count)
 
 
 def draws_for_sheet(method: Method, patches: int, n: int, count: int, seed: int) -> Draws:

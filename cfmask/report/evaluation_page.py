@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cfmask.evaluation.model_origin import ModelOrigin
@@ -50,7 +50,7 @@ def write_page(run: RunFolder, title: str, names: Sequence[str] = (), pictures: 
     trained = {Path(origin.run).name: RunFolder(Path(origin.run)) for origin in results.origins if origin.run}
     trained = {name: each for name, each in trained.items() if each.has_work() and isinstance(each.work(), Recipe)}
     if trained:
-        sections.append(Section("Training runs", _training(run.root, trained)))
+        sections.append(Section("Training runs", [*_masks(run.root, results, trained), *_training(run.root, trained)]))
     sections.append(Section("Evaluation", _evaluation(run, results)))
     write_atomically(run.root / PAGE, page.page(f"{title}: {run.root.name}", sections))
     print(run.root / PAGE)
@@ -95,6 +95,16 @@ def _models(results: Results, names: Sequence[str]) -> Html:
     ]
     header = ["model", "step", "chosen", "on", "top-1 % there", "file"]
     return page.table("Evaluated models, and which checkpoint they are", header, rows) if rows else page.paragraph("–")
+
+
+def _masks(folder: Path, results: Results, runs: Mapping[str, RunFolder]) -> list[Html]:
+    """A contact sheet of the first evaluated model that was trained with masks."""
+    evaluation = results.evaluation
+    for origin in results.origins:
+        run = runs.get(Path(origin.run).name) if origin.run else None
+        if run is not None and run.recipe().method.masked:
+            return run_blocks.masks(folder / "masks.png", run, Path(origin.file), evaluation.shards, results.sets[0])
+    return []
 
 
 def _training(folder: Path, runs: dict[str, RunFolder]) -> list[Html]:

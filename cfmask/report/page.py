@@ -15,6 +15,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from cfmask import __version__
@@ -29,7 +30,7 @@ class Html(str):
 
 # Control characters are invalid in HTML, and bidirectional controls (in a name of a run) would reorder what follows.
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
-_NUMBER = re.compile(r"[–≈▲▼+−-]?\s?[\d.,]*\d(\s?[%±(–/)]|\s\w{1,3}\b|$|:).*|[–-]?")
+_NUMBER = re.compile(r"[–≈▲▼]?\s?[+−-]?[\d.,]*\d(e-\d+|\s?[%±(–/)]|\s\w{1,3}\b|$|:).*|[–-]?")
 _TAG = re.compile(r"<[^>]*>")
 
 
@@ -82,12 +83,15 @@ def facts(values: Iterable[tuple[str, object]]) -> Html:
     return Html(f'<dl class="facts">{"".join(lines)}</dl>')
 
 
-def table(caption: str, header: Sequence[object], rows: Sequence[Sequence[object]], *, lines_per_row: int = 1) -> Html:
+def table(
+    caption: str, header: Sequence[object], rows: Sequence[Sequence[object]], *, together: Sequence[int] = ()
+) -> Html:
     """A table that scrolls by itself. The first cell of each line is its heading. Columns of numbers are aligned right;
     None is shown as –.
 
     Args:
-        lines_per_row: number of consecutive lines that belong together and stay on one page of paper.
+        together: numbers of consecutive lines that belong together and stay on one page of paper; without, each line
+            stands alone.
     """
     cells = [[escape("–" if cell is None else cell) for cell in row] for row in rows]
     kinds = [_kind_of([_shown(row[i]) for row in cells]) for i in range(1, len(header))]
@@ -101,7 +105,8 @@ def table(caption: str, header: Sequence[object], rows: Sequence[Sequence[object
         + "</tr>"
         for row in cells
     ]
-    bodies = ["".join(lines[i : i + lines_per_row]) for i in range(0, len(lines), lines_per_row)]
+    ends = list(accumulate(together or [1] * len(lines)))
+    bodies = ["".join(lines[start:end]) for start, end in pairwise([0, *ends])]
     name, short = escape(caption), ' class="short"' if len(cells) <= 30 else ""
     return Html(
         f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table{short}><caption><span>{name}</span>'
@@ -218,8 +223,8 @@ caption span { display: inline-block; position: sticky; left: 0; max-width: calc
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: nowrap }
 tbody { border-bottom: 1px solid var(--line) }
-tbody th { font-weight: 600; min-width: 8rem; max-width: 18rem; position: sticky; left: 0; background: var(--back);
-  overflow-wrap: anywhere }
+tbody th { font-weight: 600; min-width: 8rem; max-width: min(24rem, 42vw); position: sticky; left: 0;
+  background: var(--back); overflow-wrap: anywhere }
 tbody tr + tr th { font-weight: 400; color: var(--soft) }
 tbody tr + tr td { color: var(--soft) }
 .number { text-align: right; white-space: nowrap }
@@ -233,7 +238,7 @@ dt { color: var(--soft); font-size: .8125rem }
 dd { margin: 0 }
 figure { margin: 1.2rem 0 }
 figure .scroll { margin: 0 0 .3rem }
-img { display: block; width: auto; max-width: 100%; min-width: min(40rem, 170%); height: auto; background: #fff }
+img { display: block; width: auto; max-width: min(100%, 52rem); height: auto; background: #fff }
 pre { overflow-x: auto; background: var(--pale); padding: .6rem .8rem; margin: .6rem 0; font-size: .8125rem }
 summary { cursor: pointer; padding: .3rem 0 }
 footer { margin-top: 2.5rem }
@@ -256,7 +261,7 @@ footer { margin-top: 2.5rem }
   thead th, td.number, td.short { white-space: normal }
   th, td { padding-right: .5rem }
   pre { white-space: pre-wrap }
-  img { min-width: 0; max-height: 200mm }
+  img { max-height: 200mm }
   details::details-content { content-visibility: visible; block-size: auto }
 }
 """

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.report import page
 from cfmask.report.page import Html
@@ -104,3 +105,26 @@ def curves(out: Path, runs: Sequence[RunFolder]) -> list[Html]:
     draw_curves(out, there)
     what = f"Loss and accuracy over steps of {', '.join(group.label for group in run_groups(there))}"
     return [page.figure(out, what, f"Line charts. {what}.")]
+
+
+def masks(out: Path, run: RunFolder, file: Path, shards: str, name: str) -> list[Html]:
+    """A contact sheet of what a run with masks is trained on, drawn on the CPU unless ``out`` is newer than the model;
+    nothing for a run without masks.
+
+    Args:
+        file: its model file.
+        shards, name: the set to take images from.
+    """
+    method = run.recipe().method
+    if not method.masked:
+        return []
+    try:
+        if not out.exists() or out.stat().st_mtime < file.stat().st_mtime:
+            from cfmask.data.shards import load_sets
+            from cfmask.report.contact_sheet import draw_sheet_of_run
+
+            draw_sheet_of_run(out, file, method, load_sets(shards, [name])[name])
+        what = f"Images of {name}, with the masks of {run.root.name}"
+        return [page.figure(out, what, f"Contact sheet: image, CAM, mask, donor, counterfactual image. {what}.")]
+    except (UserError, OSError) as error:
+        return [page.paragraph(f"No contact sheet of {run.root.name}: {error}", note=True)]

@@ -43,7 +43,7 @@ def contact_sheet(labels: Sequence[str], samples: Sequence[Sequence[Cell]], *, n
         note: a text below the samples.
     """
     if len(samples) <= _FEW:
-        margin, side = 0.0, WIDTH / len(labels)
+        margin, side = 0.0, WIDTH / max(len(labels), 5)
         rows = [
             (
                 "",
@@ -56,7 +56,7 @@ def contact_sheet(labels: Sequence[str], samples: Sequence[Sequence[Cell]], *, n
         ]
     else:
         margin = _LABELS
-        side = (WIDTH - margin) / max(min(len(samples), COLUMNS), len(labels) + 1)
+        side = (WIDTH - margin) / max(min(len(samples), COLUMNS), 6)
         blocks = [samples[i : i + COLUMNS] for i in range(0, len(samples), COLUMNS)]
         rows = [(label, [sample[i] for sample in block]) for block in blocks for i, label in enumerate(labels)]
     captions = [[wrapped(cell.caption, side * 0.92) for cell in cells] for _, cells in rows]
@@ -93,8 +93,10 @@ def wrapped(text: str, width: float, lines: int = 4) -> str:
                 found.append(line)
                 line = ""
             line = f"{line} {word}".strip()
-            while _inches(line) > width and len(line) > 2:
-                line = line.rstrip("…")[:-1] + "…"
+            for kept in range(len(word) - 3, 0, -1):  # class ids differ in their last digits
+                if _inches(line) <= width:
+                    break
+                line = f"{word[:kept]}…{word[-2:]}"
         found.append(line)
     if len(found) > lines:
         found = [*found[: lines - 1], found[lines - 1].rstrip("…") + "…"]

@@ -170,7 +170,8 @@ def comparison(
         UserError: no row, or none with a set.
     """
     split = checked_split(rows, split)
-    lines = [[markdown_text(name), *line] for name, line in _compared(rows, published, split, _MARKDOWN)]
+    groups = _compared(rows, published, split, _MARKDOWN)
+    lines = [[markdown_text(name), *line] for group in groups for name, line in group]
     header = table(["top-1 %", *map(markdown_text, split.columns)], lines)
     return f"{header}\n\n" + _note(rows, split, note, _RULE)
 
@@ -186,12 +187,13 @@ def html_table(
     split = checked_split(rows, split)
     if published:
         caption, rule = "Top-1 in percent, beside the published numbers", _RULE
-        lines = _compared(rows, published, split, _HTML)
+        groups = _compared(rows, published, split, _HTML)
+        groups = [group if published.get(row.name) else group[:1] for row, group in zip(rows, groups, strict=True)]
     else:
         caption, rule = "Top-1 in percent; the best of each column is bold", ""
-        lines = [(row.name, line) for row, line in zip(rows, _cells(rows, split, _HTML), strict=True)]
-    cells = [[name, *map(page.Html, line)] for name, line in lines]
-    shown = page.table(caption, ["", *split.columns], cells, lines_per_row=3 if published else 1)
+        groups = [[(row.name, line)] for row, line in zip(rows, _cells(rows, split, _HTML), strict=True)]
+    cells = [[name, *map(page.Html, line)] for group in groups for name, line in group]
+    shown = page.table(caption, ["", *split.columns], cells, together=list(map(len, groups)))
     return page.joined([shown, page.paragraph(_note(rows, split, note, rule), note=True)])
 
 
@@ -205,16 +207,21 @@ _RULE = (
 
 def _compared(
     rows: Sequence[ResultRow], published: Mapping[str, Mapping[str, float | None]], split: Split, notation: _Notation
-) -> list[tuple[str, list[str]]]:
-    """Heading and cells of the lines of a comparison: three for each row."""
-    labels, lines = list(split.columns), []
+) -> list[list[tuple[str, list[str]]]]:
+    """For each row, heading and cells of three lines: ours, published, difference."""
+    labels = list(split.columns)
+    groups = []
     for row in rows:
         ours, known = row.estimates(split), published.get(row.name, {})
         found = differences(row, known, split)
-        lines.append((row.name, [notation.cell(ours.get(label)) for label in labels]))
-        lines.append(("published", [f"{found[i].published:.1f}" if i in found else "–" for i in labels]))
-        lines.append(("difference", [str(found.get(label, "–")) for label in labels]))
-    return lines
+        groups.append(
+            [
+                (row.name, [notation.cell(ours.get(label)) for label in labels]),
+                ("published", [f"{found[i].published:.1f}" if i in found else "–" for i in labels]),
+                ("difference", [str(found.get(label, "–")) for label in labels]),
+            ]
+        )
+    return groups
 
 
 def latex_text(text: str) -> str:

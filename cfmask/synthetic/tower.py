@@ -2,8 +2,8 @@
 
 A caption is the name of an object on a kind of background ("star, bricks"), read from folder and file name. As on the
 web, not every caption is precise: some name only the object's group ("sign, bricks"), so that fine-tuning has something
-to teach. A caption is drawn each time that an image is seen; with fixed captions, the tower would learn by heart which
-images have a precise one.
+to teach. An image's caption is drawn again each time that the image is seen; with fixed captions, the tower would learn
+by heart which images have a precise one.
 
 As in CLIP, normalised image features are matched with normalised caption embeddings at a learnt temperature. There are
 few captions, so all of them are candidates for every image. In place of CLIP's text tower, a caption's embedding is the

@@ -27,6 +27,7 @@ else:
     import tomli as tomllib
 
 from cfmask.errors import UserError, did_you_mean
+from cfmask.urls import is_remote
 from launch.allocation.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS, FileType
 
 VARIABLE = "CFMASK_CLUSTER"
@@ -77,6 +78,18 @@ class ClusterFile:
     mounts: tuple[str, ...] = ()
     sbatch: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def shards(self) -> str | None:
+        """Folder of the shards, or their URL. Paths in the file are relative to its folder."""
+        given = self.values.get("shards")
+        if not given or self.path is None or is_remote(given):
+            return given or None
+        return str((self.path.parent / Path(given).expanduser()).absolute())
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        return tuple(self.values.get("eval_sets", ()))
+
 
 def find_cluster_file(given: Path | None) -> Path | None:
     """The file to read: the given one, $CFMASK_CLUSTER (if empty, no file), or the first of PLACES that exists.
@@ -97,7 +110,8 @@ def find_cluster_file(given: Path | None) -> Path | None:
 
 
 def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile:
-    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``.
+    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``, and exports its
+    [environment] in this process, whose checks and downloads need HF_HOME and the like as jobs do.
 
     Raises:
         UserError: The file cannot be used.
@@ -107,7 +121,16 @@ def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile
         return ClusterFile()
     if not quiet:
         print(f"cluster file: {path}", file=sys.stderr)
-    return read_cluster_file(path)
+    file = read_cluster_file(path)
+    _export(file.environment)
+    return file
+
+
+def _export(environment: Mapping[str, str]) -> None:
+    """Set the variables that are not set and have a value here. $NAME is expanded; what only jobs know is left out."""
+    for name, value in environment.items():
+        if "$" not in (expanded := os.path.expandvars(value)):
+            os.environ.setdefault(name, expanded)
 
 
 def read_cluster_file(path: Path) -> ClusterFile:

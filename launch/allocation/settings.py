@@ -281,6 +281,12 @@ FILE_KEYS = {
 """Keys of the cluster file that are also flags of submit.py, with the types of their values."""
 
 
+CLUSTER_HELP = (
+    "cluster file: settings of the cluster, and the place of its data; flags override it ($CFMASK_CLUSTER, else "
+    "./cluster.toml, else ~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)"
+)
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +321,7 @@ def add_setting_flags(
         "--cluster",
         type=Path,
         metavar="FILE",
-        help="cluster file, which has values for these flags and more ($CFMASK_CLUSTER, else ./cluster.toml, else "
-        "~/.config/cfmask/cluster.toml; template: slurm/cluster.toml)",
+        help=CLUSTER_HELP,
     )
     for setting in settings:
         explained = (help_texts or {}).get(setting.name, setting.help)

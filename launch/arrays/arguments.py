@@ -97,7 +97,7 @@ def resolve_array(arguments: argparse.Namespace) -> Array | None:
         UserError: This machine has no Slurm, the cluster file cannot be used, or a flag would do nothing.
     """
     if choose_executor(arguments) != "slurm":
-        names = ("array", "gpus_per_task", "after", "logs", "cluster", *_FLAGS)
+        names = ("array", "gpus_per_task", "after", "logs", *_FLAGS)
         if given := [flag_of(name) for name in names if getattr(arguments, name, None) is not None]:
             raise UserError(f"{', '.join(given)} without --executor slurm would do nothing: add it, or leave them out.")
         return None

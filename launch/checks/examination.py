@@ -49,7 +49,8 @@ def examine(
     elif not accepted:
         findings.add(not_checked("ranks", "Slurm would reject the job"))
     else:
-        run_probe(findings, site, folder, allocation, _shards(file), clock, wait_s)
+        shards = (file.shards,) if file.shards and not is_remote(file.shards) else ()
+        run_probe(findings, site, folder, allocation, shards, clock, wait_s)
 
 
 def shared_folder(given: Path | None) -> Path:
@@ -65,14 +66,6 @@ def shared_folder(given: Path | None) -> Path:
         folder = Path()
     check_path(folder.resolve())
     return folder.resolve()
-
-
-def _shards(file: ClusterFile) -> tuple[str, ...]:
-    """The shards folder of the cluster file, unless it is a URL."""
-    given = file.values.get("shards")
-    if file.path is None or not given or is_remote(given):
-        return ()
-    return (str((file.path.parent / Path(given).expanduser()).resolve()),)
 
 
 def _check_folder(findings: Findings, shared: Path, allocation: Allocation) -> list[float] | None:

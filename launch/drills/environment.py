@@ -14,6 +14,7 @@ STEPS = 120
 RECIPE = (
     *("--epochs", "4", "--batch-size", "16", "--lanes", "16", "--warmup-steps", "2", "--lr", "1e-3"),
     *("--checkpoint-steps", "20", "--keep-checkpoints", "999", "--log-steps", "1"),
+    "--eval-sets",  # none: those of the cluster file are not among the drills' data
 )
 """Flags of submit.py."""
 

@@ -7,9 +7,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from cfmask.models.head import ModelInfo
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ("n00000000", "n00000001", "n00000002")
@@ -33,8 +37,11 @@ def make_materials(folder: Path, *, per_class: int) -> list[str]:
         if not shards.exists():
             draw_images(folder / "images", per_class=per_class)
             convert(folder / "images", shards, "--samples-per-shard", str(max(1, per_class // 2)))
-        _save_model(model)
-    return ["--shards", str(shards), "--model", str(model.with_suffix(".json")), "--pretrained", str(model)]
+        from cfmask.models.head import ModelInfo  # imports torch
+
+        mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+        save_random_model(model, ModelInfo("small", _CONFIG, mean, std, CLASSES, provenance="random weights"))
+    return ["--shards", str(shards), *flags_of_model(model)]
 
 
 def draw_images(root: Path, *, per_class: int = 16, splits: Sequence[str] = ("train", "val"), size: int = 20) -> Path:
@@ -61,15 +68,19 @@ def convert(source: Path, out: Path, *flags: str) -> Path:
     return out
 
 
-def _save_model(path: Path) -> None:
+def save_random_model(path: Path, info: ModelInfo) -> None:
+    """Write a model file, and before it the configuration for --model, as ``flags_of_model`` names them."""
     import torch
 
-    from cfmask.models.head import ModelInfo, build_tower, save_model
+    from cfmask.models.head import build_tower, save_model
     from cfmask.models.tower import Classifier
 
-    info = ModelInfo("small", _CONFIG, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28), CLASSES, provenance="random weights")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Classifier(build_tower(info), torch.nn.Linear(8, len(CLASSES)))
-    path.with_suffix(".json").write_text(json.dumps(_CONFIG))
+        model = Classifier(build_tower(info), torch.nn.Linear(info.config["embed_dim"], len(info.classes)))
+    path.with_suffix(".json").write_text(json.dumps(info.config))
     save_model(path, model, info)
+
+
+def flags_of_model(path: Path) -> list[str]:
+    return ["--model", str(path.with_suffix(".json")), "--pretrained", str(path)]

@@ -108,23 +108,29 @@ def judge(result: DrillResult, undisturbed: DrillResult) -> list[str]:
         problems.append("other samples were trained on: its receipts differ from those of the undisturbed run")
     if result.drill.same_ranks:
         last = f"step-{STEPS:08d}"
-        problems += different_tensors(ours.checkpoints / last, theirs.checkpoints / last)
+        tensors, _ = different_tensors(ours.checkpoints / last, theirs.checkpoints / last)
+        problems += [f"{len(tensors)} tensors differ: {', '.join(tensors[:3])}"] if tensors else []
     elif differing := different_losses(ours, theirs, tolerance=1e-3):
         problems.append(differing)
     return problems
 
 
-def different_tensors(ours: Path, theirs: Path) -> list[str]:
-    """Name the tensors of weights and moments that are not bitwise identical in two checkpoints."""
+def different_tensors(ours: Path, theirs: Path) -> tuple[list[str], int]:
+    """Compare the weights and moments of two checkpoints.
+
+    Returns:
+        The tensors that are missing in one or not bitwise identical, as "NAME of FILE", and the number of all tensors.
+    """
     import torch
     from safetensors.torch import load_file
 
-    found = []
+    found, total = [], 0
     for file in ("model.safetensors", "optimizer.safetensors"):
         a, b = load_file(ours / file), load_file(theirs / file)
+        total += len(a.keys() | b.keys())
         found += [f"{name} of {file}" for name in a.keys() ^ b.keys()]
         found += [f"{name} of {file}" for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
-    return [f"{len(found)} tensors differ: {', '.join(sorted(found)[:3])}"] if found else []
+    return sorted(found), total
 
 
 def different_losses(ours: RunFolder, theirs: RunFolder, *, tolerance: float) -> str:

@@ -14,7 +14,7 @@ from launch.paper.reproduction import Reproduction
 from launch.slurm.control import cancel
 from launch.submission.dependencies import after_success
 from launch.submission.planning import PlannedJob, claim_run_folders
-from launch.submission.submit import enqueue_all, run_one_here
+from launch.submission.submit import check_with_slurm, enqueue_all, run_one_here
 
 
 def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> int:
@@ -37,6 +37,8 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         )
     jobs = {name: each.jobs[-1].id for name, each in statuses.items() if each.jobs and each.state in (QUEUED, WAITING)}
     chosen = to_submit(reproduction.plan, states)
+    first = PlannedJob(reproduction.folder(chosen[0].name), chosen[0].work)
+    check_with_slurm([first], replace(reproduction.allocation, dependency=None))
     submitted = 0
     for group in arrays(chosen, states):
         waits = awaited(group[0], states)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
 from cfmask.report.page import Html, Section
+from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start
 from cfmask.runtime.files import write_atomically
 from launch.paper.estimate import estimate
-from launch.paper.plan import DONE, PlanNode
+from launch.paper.plan import DONE, HEADLINE, PlanNode
 from launch.paper.progress import NodeStatus, count_jobs, kinds_of_jobs, statuses_of
 from launch.paper.reproduction import Reproduction
 from launch.paper.table import PaperTable, read_table, write_table
@@ -95,15 +96,9 @@ def _plan(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) -> Htm
     rows = []
     for kind in kinds_of_jobs(reproduction.plan):
         waits = dict.fromkeys(reproduction.plan.nodes[name].kind for name in kind.nodes[0].after)
-        rows.append(
-            [
-                kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title,
-                kind.work,
-                ", ".join(waits) or None,
-                kind.state(statuses),
-            ]
-        )
-    return page.table("Jobs by kind; × is the number of seeds", ["job", "what it does", "waits for", "state"], rows)
+        name = kind.branches.replace(" ", "\N{NO-BREAK SPACE}") + kind.title
+        rows.append([name, kind.state(statuses), kind.work, ", ".join(waits) or None])
+    return page.table("Jobs by kind; × is the number of seeds", ["job", "state", "what it does", "waits for"], rows)
 
 
 def _cost(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], tflops: float | None) -> list[Html]:
@@ -146,12 +141,22 @@ def _of_training(reproduction: Reproduction) -> list[Section]:
         Section(
             "Training",
             [
+                *_masks(reproduction, there),
                 *run_blocks.curves(reproduction.setup.folder / "curves.png", there),
                 run_blocks.recipes(recipes),
                 run_blocks.versions(there),
             ],
         )
     ]
+
+
+def _masks(reproduction: Reproduction, runs: Sequence[RunFolder]) -> list[Html]:
+    """A contact sheet of the method's run, or else of the first finished one with masks."""
+    done = [run for run in runs if run.final.exists() and run.recipe().method.masked]
+    for run in sorted(done, key=lambda run: not run.root.name.startswith(f"{HEADLINE}-s")):
+        out, evaluation = reproduction.setup.folder / "masks.png", reproduction.setup.evaluation
+        return run_blocks.masks(out, run, run.final, evaluation.shards, evaluation.sets[0])
+    return []
 
 
 def _settings(reproduction: Reproduction) -> list[Html]:

@@ -171,6 +171,8 @@ def main() -> int:
     parser.add_argument(FOLLOWER_FLAG, type=int, dest="follower", help="end the job when this process ends")
     parser.add_argument("jobs", type=Path, help="jobs folder of the run")
     arguments = parser.parse_args()
+    if "SUBMITIT_LOCAL_COMMAND" not in os.environ:
+        sys.exit("error: This file runs a job that launch/submit.py starts on this machine, and is no command.")
     log_to_job(None, node_name())
     return Controller(RunFolder(arguments.jobs.absolute().parent), arguments.follower).run()
 

@@ -74,6 +74,8 @@ def _refuse(why: str) -> NoReturn:
 
 
 def main() -> None:
+    if "-m" not in sys.argv:
+        sys.exit("error: This file starts a rank of a job, and is no command: use launch/submit.py.")
     verify(CODE)
     module = sys.argv.index("-m") + 1
     os.environ["SUBMITIT_LOG_LEVEL"] = "CRITICAL"  # its records are repetitions, in another format

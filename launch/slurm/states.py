@@ -64,6 +64,11 @@ def is_pending(state: str) -> bool:
     return bool(found & _WAITING.keys()) and not found & _LEAVING.keys()
 
 
+def is_held(state: str) -> bool:
+    """Whether the job waits for somebody to release it, according to its state; a held job may also be PENDING."""
+    return bool(base_and_flags(state) & {"REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"})
+
+
 def is_running(state: str) -> bool:
     """Whether the job has nodes. True while they boot or its processes are suspended, false once these are ended."""
     found = base_and_flags(state)

@@ -10,6 +10,7 @@ from cfmask.errors import UserError
 from cfmask.evaluation.model_origin import short_names
 from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
+from cfmask.report.labels import run_groups
 from cfmask.report.page import Html, Section
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start
@@ -20,7 +21,7 @@ from launch.state.table import totals
 from launch.state.times import duration
 
 MOST_CURVES = 8
-"""Number of runs in a picture, the first ones of the page."""
+"""Number of lines in a picture: the first recipes of the page, each with all of its seeds."""
 
 
 def write_runs_page(out: Path, shown: Sequence[tuple[RunState, Status]], slurm: SlurmAnswers, of: int) -> None:
@@ -53,7 +54,7 @@ def _runs_page(shown: Sequence[tuple[RunState, Status]], slurm: SlurmAnswers, of
         lead.append(page.paragraph("Slurm does not answer here: pending jobs are unknown."))
     sections = [
         Section("States", [runs_table("State of each run", names, statuses), *_remarks(names, statuses)]),
-        Section("Curves", _curves({name: runs[name] for name in recipes})),
+        Section("Curves", _curves([runs[name] for name in recipes])),
         Section("Starts", [interrupted(starts), page.folded("All starts", run_blocks.starts(starts))]),
         Section("Recipes", [run_blocks.recipes(recipes), run_blocks.versions(list(runs.values()))]),
     ]
@@ -108,14 +109,13 @@ def _remarks(names: Sequence[str], statuses: Sequence[Status]) -> list[Html]:
     return [page.table("Remarks", ["run", "remark"], rows)] if rows else []
 
 
-def _curves(runs: Mapping[str, RunFolder]) -> list[Html]:
-    there = [run.root for run in runs.values() if run.logged_step()]
+def _curves(runs: Sequence[RunFolder]) -> list[Html]:
+    groups = run_groups([run for run in runs if run.logged_step()])
     with TemporaryDirectory() as folder:
-        blocks = run_blocks.curves(Path(folder) / "curves.png", there[:MOST_CURVES])
-    if len(there) > MOST_CURVES:
-        blocks.append(
-            page.paragraph(f"The first {MOST_CURVES} of {len(there)} runs that have taken a step.", note=True)
-        )
+        shown = [run for group in groups[:MOST_CURVES] for run in group.runs]
+        blocks = run_blocks.curves(Path(folder) / "curves.png", shown)
+    if len(groups) > MOST_CURVES:
+        blocks.append(page.paragraph(f"The first {MOST_CURVES} of {len(groups)} recipes are drawn.", note=True))
     return blocks or [page.paragraph("No run has taken a step.")]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -13,8 +14,8 @@ from cfmask.log_lines import straggler_of
 from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import Start, starts_of
 from launch.slurm.queue import SacctRecord, SlurmJob
-from launch.slurm.reasons import explain
-from launch.slurm.states import base_and_flags, is_completing, is_pending
+from launch.slurm.reasons import PendingReason, explain
+from launch.slurm.states import base_and_flags, is_completing, is_held, is_pending
 from launch.state import ends
 from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
 from launch.state.times import duration, local_time, when
@@ -128,7 +129,7 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
         last_end=last_end,
         notes=(*run_state.notes, *_unconfirmed(run_state)),
         in_words=_waits_in_words(waits, last_end) if waits else _in_words(run_state, state, last_end),
-        remedy=explain(waits.reason, job=waits.id, run=_short(run_state.run.root)).remedy or None if waits else None,
+        remedy=_reason(waits, _short(run_state.run.root)).remedy or None if waits else None,
         best_on=best_on,
         best_top1=best.top1[best_on] if best and best_on else None,
         best_epoch=best.epoch or None if best else None,
@@ -146,9 +147,15 @@ def _waits_in_words(job: SlurmJob, last_end: str | None) -> str:
         return (
             f"{cause}, starts again in {duration(left)} or later" if cause else f"starts in {duration(left)} or later"
         )
-    waits = f"waits in the queue: {explain(job.reason, job=job.id).why}"
+    waits = f"waits in the queue: {_reason(job).why}"
     start = f"; starts in about {duration(left)}" if (left := _seconds_until(job.start)) > 0 else ""
     return f"{cause}, {waits}{start}" if cause else f"{waits}{start}"
+
+
+def _reason(job: SlurmJob, run: str = "RUN") -> PendingReason:
+    """Why a pending job waits. A held job may have a state that says so in place of a reason."""
+    held = job.reason in ("", "None") and is_held(job.state)
+    return explain("job requeued in held state" if held else job.reason, job=job.id, run=shlex.quote(run))
 
 
 def _seconds_until(text: str) -> float:

@@ -20,9 +20,9 @@ from cfmask.evaluation_spec import Evaluation, is_of_other_models
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_object
 from cfmask.secrets import mask_secrets
-from cfmask.tool_arguments import DATA_HELP
 from cfmask.urls import is_remote
 from launch.allocation.cluster_file import find_cluster_file, load_cluster_file
+from launch.allocation.data import add_shards_argument, fill_in_data
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.allocation.settings import add_allocation_arguments, given_flags
 from launch.state.processes import ending_signals, silence_output
@@ -36,15 +36,16 @@ _Kind = TypeVar("_Kind", bound=Evaluation)
 
 def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True) -> None:
     """Add the flags that evaluate, wise_ft and soup share."""
-    parser.add_argument("--shards", required=sets_required, metavar="DIR_OR_URL", help=DATA_HELP)
+    add_shards_argument(parser, cluster=False)
     parser.add_argument(
         "--sets",
         nargs="+",
-        required=sets_required,
         default=[],
         metavar="SET",
-        help=f"folders under --shards to evaluate on; {', '.join(ALIASES)} are the paper's six",
+        help=f"folders under --shards to evaluate on; {', '.join(ALIASES)} are the paper's six"
+        + (" (default: eval_sets of the cluster file)" if sets_required else ""),
     )
+    parser.set_defaults(sets_required=sets_required)
     parser.add_argument(
         "--out",
         type=Path,
@@ -87,12 +88,16 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
 
 
 def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
-    """The allocation that the flags describe; None: work in this process."""
+    """The allocation that the flags describe; None: work in this process. Sets, and shards if they are needed, are
+    taken from the cluster file unless flags give them."""
+    file = load_cluster_file(arguments.cluster, quiet=True)
+    if arguments.sets_required or arguments.sets or getattr(arguments, "holdout", None):
+        fill_in_data(arguments, file, sets=arguments.sets_required)
     if arguments.executor == "here" and not given_flags(arguments):
         return None
     if arguments.executor == "here":
         arguments.executor = "auto"
-    return resolve_allocation(arguments, load_cluster_file(arguments.cluster, quiet=True))
+    return resolve_allocation(arguments, file)
 
 
 def evaluation_of(

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch
 from cfmask.data.shards import Manifest, find_set, load_manifest
@@ -37,7 +36,7 @@ from launch.allocation.resolve import (
     resolve_precision,
     warn_of_paths_outside,
 )
-from launch.allocation.settings import RECIPE_KEYS, add_allocation_arguments, argument_type, count
+from launch.allocation.settings import add_allocation_arguments, argument_type, count
 from launch.notification.notify import kept_setting
 from launch.submission.claims import check_path
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
@@ -252,18 +251,10 @@ def recipe_of(arguments: argparse.Namespace, file: ClusterFile, preset: str | No
     member.preset = preset
     if seed is not None:
         setattr(member, "run.seed", seed)
-    for key, value in _recipe_values(file).items():
-        if not hasattr(member, f"data.{key}"):
+    for key, value in (("shards", file.shards), ("eval_sets", file.eval_sets)):
+        if value and not hasattr(member, f"data.{key}"):
             setattr(member, f"data.{key}", value)
     return recipe_from(member)
-
-
-def _recipe_values(file: ClusterFile) -> dict[str, Any]:
-    """The cluster file's settings of a recipe. Its paths are relative to the file's folder."""
-    values = {key: file.values[key] for key in RECIPE_KEYS if key in file.values}
-    if file.path is not None and "shards" in values and not is_remote(values["shards"]):
-        values["shards"] = str(file.path.parent / Path(values["shards"]).expanduser())
-    return values
 
 
 def plan_resume(arguments: argparse.Namespace, file: ClusterFile) -> tuple[Allocation, list[PlannedJob]]:

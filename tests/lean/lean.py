@@ -1,4 +1,4 @@
-"""Shortens the start of the processes that tests start: Python runs sitecustomize.py first, because conftest.py puts
+"""Makes the processes that tests start faster: Python runs sitecustomize.py first, because conftest.py puts
 this folder on PYTHONPATH. A test with a sitecustomize.py of its own imports this module there.
 
 Most of the suite's time goes to ranks, several hundred of them, that import torch and open_clip. Two thirds of that is
@@ -16,8 +16,9 @@ spent on packages that these, torch.optim and DDP import, and that training does
                      nothing is compiled
     torch._inductor  the same; torch.use_deterministic_algorithms imports it for its configuration
     torch.export     is imported when something of it is used
-    torch._meta_registrations   is imported with any of the three above: Python kernels for tensors without storage. A
-                     kernel that is needed elsewhere is an error that says so
+
+Files are not synced to the disk: a tenth of a second for each job's copy of the code becomes two on a busy disk, and no
+test interrupts the power.
 
 ``test_resume.py`` compares a run of ranks that import everything with one of ranks that do not.
 """
@@ -51,15 +52,13 @@ STAND_INS = {
     },
     "torch._inductor": {},
     "torch.export": {},
-    "torch._meta_registrations": {},
     "torchvision": {},
     "torchvision.ops": {},
     "torchvision.ops.misc": {"FrozenBatchNorm2d": _later("torchvision.ops.misc", "FrozenBatchNorm2d")},
     "open_clip": {},
 }
 """Modules, and what they give without being imported: what the import of open_clip, an optimizer and DDP ask for."""
-COMPILERS = ("torch._dynamo", "torch._inductor", "torch.export")
-PACKAGES = ("timm", *COMPILERS, "torch._meta_registrations", "torchvision", "open_clip")
+PACKAGES = ("timm", "torch._dynamo", "torch._inductor", "torch.export", "torchvision", "open_clip")
 LIGHT = ("torch._inductor.config", "torch._inductor.custom_graph_pass", "open_clip.")
 """Modules that are imported as ever, without what their package imports. "open_clip." means all in it."""
 HIDDEN = ("transformers",) if os.path.exists("/dev/nvidiactl") else ("transformers", "cuda")
@@ -89,8 +88,6 @@ def _real(module: str) -> ModuleType:
     for name in [name for name in STAND_INS if _package_of(name) == package]:
         del STAND_INS[name]
         sys.modules.pop(name, None)
-    if package in COMPILERS and "torch._meta_registrations" in STAND_INS:
-        _real("torch._meta_registrations")
     found = importlib.import_module(module)
     for name in [name for name in sys.modules if name.startswith(f"{package}.") and _is_light(name)]:
         if (parent := name.rpartition("."))[0] == package:
@@ -124,4 +121,5 @@ class _Lean(MetaPathFinder, Loader):
             module.__spec__ = state[1]
 
 
+os.fsync = lambda descriptor: None
 sys.meta_path.insert(0, _Lean())

@@ -15,19 +15,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-from cfmask.models.head import build_tower, save_model
 from cfmask.models.initial import model_info
-from cfmask.models.tower import Classifier
-from launch.drills.materials import CLASSES, convert, draw_images
+from launch.drills.materials import CLASSES, convert, draw_images, flags_of_model, save_random_model
+from launch.drills.runner import different_tensors
 from tools.benchmarks import REPO
 from tools.benchmarks.gpu.runner import Section
 from tools.benchmarks.gpu.setting import B16, Setting
 
 BATCH = 32
-FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 def whole_run(setting: Setting, section: Section) -> dict[str, Any]:
@@ -53,7 +48,7 @@ def whole_run(setting: Setting, section: Section) -> dict[str, Any]:
     assert not any(codes.values()), f"exit codes {codes}"
     newest = {kind: max((run.folder / "checkpoints").glob("step-*")) for kind, run in runs.items()}
     assert all(folder.name == f"step-{steps:08d}" for folder in newest.values()), f"last checkpoints: {newest}"
-    differing, tensors = compare(newest["alone"], newest["killed"])
+    differing, tensors = different_tensors(newest["alone"], newest["killed"])
     rate = images_per_second(runs["alone"].folder)
     section.table(
         ["killed at step", "of", "last checkpoints", "images/s beside the other run", "s alone", "s killed"],
@@ -150,29 +145,14 @@ def make_materials(setting: Setting) -> list[str]:
     shards = convert(
         root / "images", root / "shards", "--store", "crop-raw", "--image-size", str(size), "--samples-per-shard", "64"
     )
-    (root / "model.json").write_text(json.dumps(info.config))
-    torch.manual_seed(0)
-    model = Classifier(build_tower(info), torch.nn.Linear(info.config["embed_dim"], len(CLASSES)))
-    save_model(root / "model.safetensors", model, info)
+    save_random_model(root / "model.safetensors", info)
     flags = [
-        *("--shards", shards, "--model", root / "model.json", "--pretrained", root / "model.safetensors"),
+        *("--shards", shards, *flags_of_model(root / "model.safetensors")),
         *("--batch-size", BATCH, "--lanes", 4, "--epochs", 2, "--warmup-steps", 2, "--lr", "1e-4", "--log-steps", 1),
         *("--no-keep-epochs", "--loader-workers", 4, "--eval-sets", "val", "--executor", "local"),
         *("--gpus-per-node", 0 if setting.dry else 1),
     ]
     return [str(flag) for flag in flags]
-
-
-def compare(a: Path, b: Path) -> tuple[list[str], int]:
-    """Names of the tensors that differ between two checkpoints, and how many they have."""
-    differing: list[str] = []
-    tensors = 0
-    for file in FILES:
-        ours, theirs = load_file(a / file), load_file(b / file)
-        assert ours.keys() == theirs.keys(), f"{file} has other tensors"
-        tensors += len(ours)
-        differing += [f"{file}: {name}" for name, value in ours.items() if not torch.equal(value, theirs[name])]
-    return differing, tensors
 
 
 def images_per_second(run: Path) -> float:
