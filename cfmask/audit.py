@@ -123,7 +123,7 @@ def audit(run: RunFolder, sets: Sets | None = None) -> Audit:
             run.recipe()
             return Audit(UNKNOWN, NEVER_STARTED, problems=[f"{run.root} has never started: there is nothing to prove."])
         return _audit(run, sets)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return Audit(UNKNOWN, "see below", problems=[str(error)])
 
 

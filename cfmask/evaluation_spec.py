@@ -286,6 +286,8 @@ def _stamp(path: str) -> list[int] | None:
 def load_evaluation(path: Path) -> Evaluation:
     """Read an evaluation.json. Raises UserError if it cannot be read."""
     try:
-        return Evaluation.from_json(patiently(path.read_text, str(path)))
+        return Evaluation.from_json(patiently(lambda: path.read_text(errors="replace"), str(path)))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

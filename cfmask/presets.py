@@ -41,8 +41,9 @@ ALIASES = {
 
 
 def canonical_name(name: str) -> str:
-    """The preset's own name for one that people use, with any case and _ for -; other names are returned unchanged."""
-    plain = name.lower().replace("_", "-")
+    """The preset's own name for one that people use, with any case, blanks around it, and _ for -; other names are
+    returned unchanged."""
+    plain = name.strip().lower().replace("_", "-")
     return plain if plain in PRESETS else ALIASES.get(plain, name)
 
 

@@ -118,6 +118,8 @@ class Recipe(Record):
         """
         try:
             raw = json.loads(text)
+            if not isinstance(raw, dict):
+                raise TypeError("it holds no settings")
             groups: dict[str, Any] = {f.name: f.default for f in fields(cls)}
             _refuse_unknown(raw, groups)
             built = {}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
 
@@ -31,19 +33,30 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
                 found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
         except OSError as error:
             hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
-            raise UserError(f"{path} cannot be read: {error.strerror}. {hint}") from error
+            near = did_you_mean(path.name, _names_beside(path)) if paths else ""
+            raise UserError(f"{path} cannot be read: {error.strerror}. {hint}{near}") from error
         if not found:
             raise UserError(
-                f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders."
+                f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders. "
+                "Check the path."
             )
         for each in found:
             runs.setdefault(each.resolve(), RunFolder(each))
     return list(runs.values())
 
 
+def _names_beside(path: Path) -> list[str]:
+    with suppress(OSError):
+        return sorted({*os.listdir(path.absolute().parent)} - {path.name})
+    return []
+
+
 def is_evaluation(run: RunFolder) -> bool:
-    """Whether a run folder is of an evaluation; false if it has neither a recipe nor an evaluation."""
-    return run.has_work() and isinstance(run.work(), Evaluation)
+    """Whether a run folder is of an evaluation; false if it has neither a recipe nor an evaluation, or one that cannot
+    be read."""
+    with suppress(UserError):
+        return run.has_work() and isinstance(run.work(), Evaluation)
+    return False
 
 
 def _is_run(path: Path) -> bool:

@@ -133,20 +133,34 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to another one, contains other files, or cannot be written.
         """
-        kind, flag = ("recipe", "--run") if isinstance(work, Recipe) else ("evaluation", "--out")
-        existing = self.root / (_RECIPE if isinstance(work, Recipe) else _EVALUATION)
+        existing = self.root / _layout(work)[0]
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self.check_free_for(work)
             if not existing.exists():
-                foreign = [p.name for p in self.root.iterdir() if not p.name.startswith(".")]
-                if foreign:
-                    raise UserError(
-                        f"{self.root} is neither empty nor the folder of this {kind} (it contains "
-                        f"{', '.join(sorted(foreign)[:4])}). Choose another folder with {flag}."
-                    )
                 write_atomically(existing, work.to_json(), private=has_secrets(work.to_json()))
         except OSError as error:
-            raise UserError(f"The folder {self.root} cannot be written: {error.strerror}. Check {flag}.") from error
+            raise UserError(
+                f"The folder {self.root} cannot be written: {error.strerror}. Check {flag_of(work)}."
+            ) from error
+        self.check_free_for(work)  # another command may have been faster
+
+    def check_free_for(self, work: Recipe | Evaluation) -> None:
+        """Check that the folder, if it exists, is empty or belongs to a recipe or evaluation.
+
+        Raises:
+            UserError: it does not.
+            OSError: it cannot be listed.
+        """
+        name, kind, flag = _layout(work)
+        if not (self.root / name).exists():
+            foreign = [p.name for p in self.root.iterdir() if p.name[0] != "."] if self.root.exists() else []
+            if foreign:
+                raise UserError(
+                    f"{self.root} is neither empty nor the folder of this {kind} (it contains "
+                    f"{', '.join(sorted(foreign)[:4])}). Choose another folder with {flag}."
+                )
+            return
         found = self.work()
         if isinstance(work, Recipe) and isinstance(found, Recipe):
             work = work.with_choice_of(found)
@@ -155,7 +169,7 @@ class RunFolder:
         if differences:
             raise UserError(
                 f"{self.root} belongs to another {kind}: {'; '.join(differences)} (there → here). Choose another "
-                f"folder with {flag}, or repeat the settings of {existing}."
+                f"folder with {flag}, or repeat the settings of {self.root / name}."
             )
 
     def record_recipe(self, recipe: Recipe) -> None:
@@ -352,6 +366,16 @@ class RunFolder:
         return self.receipts, self.overlaps, self.bad_samples, self.skipped_steps, self.committed
 
 
+def _layout(work: Recipe | Evaluation) -> tuple[str, str, str]:
+    """The file of a recipe or evaluation in its folder, its kind in words, and the flag that names the folder."""
+    return (_RECIPE, "recipe", "--run") if isinstance(work, Recipe) else (_EVALUATION, "evaluation", "--out")
+
+
+def flag_of(work: Recipe | Evaluation) -> str:
+    """The flag that names the folder of a recipe or evaluation."""
+    return _layout(work)[2]
+
+
 def _last_step(path: Path) -> int | None:
     steps = [line["step"] for line in read_lines(path, tail=1 << 16) if isinstance(line.get("step"), int)]
     return steps[-1] if steps else None
@@ -361,7 +385,7 @@ def _exists(path: Path) -> bool:
     """``Path.exists`` that raises OSError if the answer is unknown."""
     try:
         os.stat(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
@@ -373,9 +397,11 @@ def load_recipe(path: str | Path) -> Recipe:
         UserError: the file cannot be read, or is not a recipe.
     """
     try:
-        return Recipe.from_json(patiently(Path(path).read_text, str(path)))
+        return Recipe.from_json(patiently(lambda: Path(path).read_text(errors="replace"), str(path)))
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def find_model(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -101,7 +102,7 @@ def check_progress(run: RunFolder, resumed: Checkpoint | None, epoch_steps: int,
     raise UserError(
         f"{run.root} has no intact checkpoint in {run.checkpoints}, but its history shows {shows}. If a file system is "
         "not mounted, mount it and start again; if the folder was moved or deleted, restore it. To restart at step 0 "
-        f"and discard what the logs show: python launch/submit.py --resume {run.root} --from-step-0"
+        f"and discard what the logs show: python launch/submit.py --resume {shlex.quote(str(run.root))} --from-step-0"
     )
 
 

@@ -50,6 +50,7 @@ try:
     from cfmask.run_search import find_runs
     from cfmask.runs import RunFolder
     from cfmask.runtime.command import CommandParser, exits_cleanly
+    from cfmask.runtime.jsonl import finite
     from launch.state.facts import look_at, matching
     from launch.state.status import FAILED, newest_first, status_of
     from launch.state.table import attempts_table, table, totals
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         return _follow([run_state.run for run_state, _ in shown])
     if arguments.json:
         for status in statuses:
-            print(json.dumps(asdict(status)))
+            print(json.dumps(finite(asdict(status))))
         return 0
     if arguments.html:
         from launch.state.page import write_runs_page  # matplotlib takes a second to import

@@ -170,6 +170,11 @@ def test_a_folder_of_runs_has_a_line_for_each_and_one_exit_code(materials, tmp_p
     RunFolder(tmp_path / "waits").claim(whole.recipe())
     code, rows, out = said()
     assert code == 2 and rows["waits"] == ["unknown", "never started"] and "1 unknown" in out
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/recipe.json").write_text("[1, 2")
+    code, rows, out = said()
+    assert code == 2 and rows["torn"][0] == "unknown" and f"torn: {tmp_path}/torn/recipe.json: This is not a rec" in out
+    shutil.rmtree(tmp_path / "torn")
     lines = part.receipts.read_text().splitlines(keepends=True)
     part.receipts.write_text(lines[0] + lines[2])
     code, rows, out = said()

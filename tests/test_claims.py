@@ -14,6 +14,7 @@ import pytest
 
 import made
 from cfmask.errors import UserError
+from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
@@ -21,7 +22,7 @@ from cfmask.runtime.machine import aside_of
 from launch.allocation.resolve import Allocation
 from launch.submission import claims, planning, training
 from launch.submission import submit as submission
-from launch.submission.claims import take_folder
+from launch.submission.claims import check_folder, take_folder
 from launch.submission.planning import PlannedJob, claim_run_folders
 from launch.submission.sbatch import write_environment
 from slurm_fixture import wait_until
@@ -152,6 +153,18 @@ def test_paths_that_slurm_or_a_file_system_would_change_are_refused(tmp_path, na
     with pytest.raises(UserError, match="Give (another folder|a shorter one)"):
         take_folder(RunFolder(tmp_path / name / "x"), Recipe())
     assert contents(tmp_path) == []
+
+
+@pytest.mark.parametrize("below", ["file", "file/run", "folder/run", "."])
+def test_a_folder_that_could_not_be_made_is_refused_before_anything_is_written(tmp_path, below, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "folder")  # root may write everywhere
+    for work, flag in ((Recipe(), "--run"), (Evaluation(models=("/m",), sets=("val",)), "--out")):
+        with pytest.raises(UserError, match=f"(it is no folder|not writable|neither empty).* {flag}"):
+            check_folder(RunFolder(tmp_path / below), work)
+    check_folder(RunFolder(tmp_path / "new/run"), Recipe())
+    assert contents(tmp_path) == ["file", "folder"]
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 from PIL import Image
@@ -189,6 +190,14 @@ def test_a_folder_of_runs_is_drawn_without_what_has_no_log(tmp_path, capsys):
     assert width == 1000 and height > 500
     assert plot_runs.main([str(tmp_path / "runs/waits"), "--out", str(out)]) == 2
     assert "nothing to draw" in capsys.readouterr().err
+    (tmp_path / "runs/unreadable/log.jsonl").mkdir(parents=True)
+    assert plot_runs.main([str(tmp_path / "runs"), "--out", str(out)]) == 0
+    assert "unreadable is left out: " in (said := capsys.readouterr().err) and "(Is a directory)" in said
+    shutil.rmtree(tmp_path / "runs/unreadable")
+    assert plot_runs.main([str(tmp_path / "runs"), "--out", str(tmp_path / "runs")]) == 2
+    assert "no ending of an image format" in capsys.readouterr().err
+    assert plot_runs.main([str(tmp_path / "run"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err.endswith("No such file or directory. Check the path. Did you mean runs?\n")
     assert plot_runs.main([str(tmp_path / "runs/notes"), "--out", str(out)]) == 2
     assert "neither a run folder nor a folder of runs" in capsys.readouterr().err
     twice = find_runs([tmp_path / "runs", tmp_path / "runs/ft"])

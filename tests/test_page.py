@@ -189,10 +189,15 @@ def test_status_writes_a_page(tmp_path, capsys):
     assert "failed: ValueError: <class 'x'> & \\u001b[1m" in text
     assert "preempted at step 2: <requeued>" in text and "62.50 (holdout)" in text and "cccccccccccc" in text
     assert len(found.all("img")) == 1 and len(list(out.parent.iterdir())) == 1
+    failed.log.unlink()
+    failed.log.mkdir()
+    assert status.main([str(tmp_path / "runs"), "--html", str(out)]) == 0
+    assert "Is a directory" in checked(out.read_bytes()).text
     out.unlink()
     out.mkdir()
-    assert status.main([str(tmp_path / "runs"), "--html", str(out)]) == 2
-    assert "Choose another path with --html" in capsys.readouterr().err
+    for path in (str(out), ""):
+        assert status.main([str(tmp_path / "runs"), "--html", path]) == 2
+        assert "(Is a directory). Choose another path with --html" in capsys.readouterr().err
 
 
 def test_the_plain_table_needs_neither_torch_nor_matplotlib(tmp_path):

@@ -157,6 +157,8 @@ def test_a_recipe_file_with_unknown_settings_is_refused():
         Recipe.from_json(text)
     with pytest.raises(UserError, match="not a recipe"):
         Recipe.from_json("[1, 2")
+    with pytest.raises(UserError, match="holds no settings"):
+        Recipe.from_json("[1, 2]")
 
 
 def test_every_field_is_a_documented_flag():

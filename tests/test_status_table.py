@@ -95,6 +95,11 @@ def test_at_80_columns_are_name_step_accuracy_epoch_eta_and_state():
     assert "object" in lines[2] and "s1" in lines[2] and "2 d 5 h" in lines[2]
 
 
+def test_a_long_name_leaves_room_for_the_columns():
+    lines = lines_at(160, [*RUNS, a_status("runs/" + "x" * 200 + "-s7")])
+    assert {"loss", "samples/s", "job"} <= set(lines[0].split()) and "xx-s7 " in "\n".join(lines)
+
+
 def test_wider_terminals_show_more_and_narrow_ones_the_essential():
     assert "job" in lines_at(120)[0] and "samples/s" in lines_at(120)[0]
     assert "object-mask-single-fill-ViT-B-32-s0 " in lines_at(120)[1]
@@ -304,6 +309,14 @@ def test_follow_takes_the_run_that_the_filters_leave(runs, capsys, monkeypatch):
     assert status.main([str(runs), "--failed", "--match", "ft", "--follow"]) == 0
     assert followed == ["object-s0", "ft-s1"]
     assert status.main([str(runs), "--failed", "--follow"]) == 2
+
+
+def test_json_has_null_where_the_log_has_nan(runs, capsys):
+    line = {"step": 4, "total_steps": 8, "loss": float("nan"), "samples_per_s": float("inf"), "eta_s": 1.0}
+    append_lines(runs / "ft-s1/log.jsonl", [line])
+    assert status.main([str(runs / "ft-s1"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (found["loss"], found["samples_per_s"], found["step"]) == (None, None, 4)
 
 
 def test_json_has_what_the_table_shows(runs, capsys):

@@ -108,7 +108,8 @@ def test_folder_of_another_recipe_or_with_foreign_files_is_refused(materials, tm
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
-    assert "thesis.tex" in refused(*flags(materials, foreign))
+    for more in ((), ("--dry-run",)):
+        assert "thesis.tex" in refused(*flags(materials, foreign, *more))
     assert os.listdir(foreign) == ["thesis.tex"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import re
@@ -14,7 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cfmask.runtime.command import CommandParser
+from cfmask.recipe import Recipe
+from cfmask.runs import RunFolder
+from cfmask.runtime.command import CommandParser, exits_cleanly
+from cfmask.runtime.files import replacing
 
 REPO = Path(__file__).resolve().parents[1]
 OTHERS = ("test", "environment")
@@ -202,6 +206,42 @@ def test_ctrl_c_prints_one_word(command, monkeypatch, capsys):
     monkeypatch.setattr(CommandParser, "parse_known_args", interrupted)
     assert importlib.import_module(command).main([]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_ends_a_command_without_a_traceback(unbuffered, tmp_path):
+    RunFolder(tmp_path / "run").claim(Recipe())
+    command = [sys.executable, REPO / "launch/status.py", tmp_path / "run"]
+    settings = {"env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}, "stderr": subprocess.PIPE, "text": True}
+    read, write = os.pipe()
+    os.close(read)
+    head = subprocess.run(command, stdout=write, **settings)
+    os.close(write)
+    assert (head.returncode, head.stderr) == (141, "")
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], **settings)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    if not unbuffered:
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, **settings)
+        assert done.returncode == 2 and done.stderr == "error: The output cannot be written: No space left on device.\n"
+
+
+def test_files_out_of_reach_are_errors_and_missing_ones_defects(tmp_path, capsys):
+    @exits_cleanly
+    def main(error):
+        raise error
+
+    assert main(PermissionError(errno.EACCES, "Permission denied", "runs/a")) == 2
+    assert capsys.readouterr().err == "error: runs/a: Permission denied. Check the path.\n"
+    with pytest.raises(OSError) as full, replacing(tmp_path / "results.json") as aside:
+        aside.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert main(full.value) == 2
+    free = "Free space there, or choose another folder."
+    assert capsys.readouterr().err == f"error: {tmp_path}/results.json: No space left on device. {free}\n"
+    for defect in (FileNotFoundError(errno.ENOENT, "No such file", "x"), OSError(errno.EIO, "I/O error"), OSError("x")):
+        with pytest.raises(OSError):
+            main(defect)
 
 
 @pytest.mark.parametrize("folder", ["launch", "tools"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,7 +226,7 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
             raise UserError(
                 f"{root} holds tars but no {MANIFEST}. If a conversion was interrupted, run the same {_HOW_TO_MAKE} "
                 f"again: it makes only what is missing. If another program wrote the shards, index them with "
-                f"`python tools/index_shards.py {root}`."
+                f"`python tools/index_shards.py {shlex.quote(str(root))}`."
             )
         raise UserError(f"{root} holds no {MANIFEST}, so it is not a set of shards. Make one with {_HOW_TO_MAKE}.")
     try:

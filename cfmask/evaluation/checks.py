@@ -14,7 +14,7 @@ from cfmask.evaluation.model_origin import BEST, is_training_run, origin_of
 from cfmask.evaluation.selection import check_selection, refuse_idle_flag
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, check_same_kind, read_info
-from cfmask.runs import RunFolder
+from cfmask.runs import RunFolder, find_model
 from cfmask.urls import is_remote
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
     """Models as the flags name them, with --checkpoint applied to the folders of training runs.
 
     Raises:
-        UserError: --checkpoint would do nothing.
+        UserError: --checkpoint would do nothing, or a run has no model yet.
     """
     runs = [Path(path) for path in paths if is_training_run(path)]
     if checkpoint == BEST:
@@ -37,7 +37,7 @@ def chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
             )
         return [RunFolder(path).checkpoints / POINTER if path in runs else path for path in map(Path, paths)]
     for path in runs:
-        if not RunFolder(path).final.exists():
+        if not RunFolder(path).final.exists() and find_model(path):
             logger.info(f"note: {path} has not finished; its latest checkpoint is used.")
     return [Path(path) for path in paths]
 

@@ -80,7 +80,7 @@ class SetCounter:
         self._kept_at = self._logged_at = time.monotonic()
         self._logged_images = self.images
         self._log = JsonLines(run.log)
-        self._bar = progress_bar(unit="samples", initial=self.images, disable=not self.is_main_process)
+        self._bar = progress_bar(unit="samples", initial=self.images, disable=not (self.is_main_process and sets))
 
     def announce(self, names: Sequence[str]) -> None:
         """State the sets that will be counted, for the progress; a set that is counted twice is named twice."""

@@ -49,19 +49,25 @@ def draw_curves(out: Path, runs: Sequence[RunFolder]) -> list[str]:
     deviation, over the steps that all of them have logged.
 
     Returns:
-        A sentence for each run that is left out, because it has no log.
+        A sentence for each run that is left out, because it has no log, or one that cannot be read.
 
     Raises:
         UserError: no run has a log, or the file cannot be written.
     """
-    logs = {run.root: read_lines(run.log) for run in runs}
+    logs: dict[Path, list[Line]] = {}
     left_out = []
-    for run in (run for run in runs if not logs[run.root]):
-        why = "it is an evaluation" if is_evaluation(run) else "it has logged no step yet"
+    for run in runs:
+        try:
+            if lines := read_lines(run.log):
+                logs[run.root] = lines
+                continue
+            why = "it is an evaluation" if is_evaluation(run) else "it has logged no step yet"
+        except OSError as error:
+            why = f"{run.log} cannot be read ({error.strerror})"
         left_out.append(f"{run.root} is left out: {why}.")
-    if len(left_out) == len(logs):
+    if not logs:
         raise UserError(f"There is nothing to draw. {' '.join(left_out)}")
-    save(curves_figure(run_groups([run for run in runs if logs[run.root]]), logs), out)
+    save(curves_figure(run_groups([run for run in runs if run.root in logs]), logs), out)
     return left_out
 
 

@@ -7,6 +7,7 @@ README on a screen), letters are seven pixels high.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,9 +63,13 @@ def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     Raises:
         UserError: the file cannot be written, or has an unknown ending.
     """
+    if not path.suffix:
+        raise UserError(f"{path} has no ending of an image format. Name it .png, .pdf or .svg.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name in a script without a font
+            figure.savefig(path, dpi=dpi)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}). Choose another path.") from error
     except ValueError as error:

@@ -19,6 +19,7 @@ from cfmask.models.head import ModelInfo, read_info
 from cfmask.presets import method_name
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.patience import impatient
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ def _info(file: str) -> ModelInfo | None:
 def _recipe(run: RunFolder) -> Recipe | None:
     """The recipe of a run; None without one, and for an evaluation."""
     try:
-        work = run.work() if run.has_work() else None
+        with impatient():  # a name is not worth a wait
+            work = run.work() if run.has_work() else None
     except UserError:
         return None
     return work if isinstance(work, Recipe) else None

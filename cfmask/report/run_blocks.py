@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,21 @@ def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each
     return page.table(caption, header, rows)
 
 
+def with_steps(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """Those whose log can be read and has a step."""
+    found = []
+    for run in runs:
+        with suppress(OSError):
+            found += [run] if run.logged_step() else []
+    return found
+
+
 def curves(out: Path, runs: Sequence[RunFolder]) -> list[Html]:
     """A figure of loss and accuracy of those runs that have a log; none if no run has one."""
     from cfmask.report.curves import draw_curves
     from cfmask.report.labels import run_groups
 
-    there = [run for run in runs if run.logged_step()]
+    there = with_steps(runs)
     if not there:
         return []
     draw_curves(out, there)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,13 +14,14 @@ from typing import Any, NoReturn
 
 from cfmask.errors import UserError, did_you_mean
 from cfmask.runtime.logging import log_to_terminal
-from cfmask.runtime.output import escape_unencodable_output
+from cfmask.runtime.output import escape_unencodable_output, output_is_lost, printable, silence_output
 from cfmask.secrets import mask_secrets
 
 
 def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a command's ``main``. A UserError is shown as ``error: <message>`` on stderr, with exit status 2; Ctrl-C
-    gives exit status 130; other exceptions are defects and keep their traceback."""
+    """Decorate a command's ``main``. A UserError is shown as ``error: <message>`` on stderr, with exit status 2, and so
+    is a file that permissions, a full disk or the like put out of reach. Ctrl-C gives exit status 130, and the end of
+    the output's reader (``| head``) 141. Other exceptions are defects and keep their traceback."""
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
@@ -26,15 +29,36 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
         try:
             _check_checkout(Path(main.__code__.co_filename))
             log_to_terminal()
-            return main(*args, **kwargs) or 0
+            code = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return code
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
+        except OSError as error:
+            if output_is_lost():
+                if error.errno != errno.EPIPE:
+                    print(f"error: The output cannot be written: {error.strerror}.", file=sys.stderr)
+                silence_output()
+                return 128 + signal.SIGPIPE if error.errno == errno.EPIPE else 2
+            if error.filename is None or error.errno not in _OUT_OF_REACH:
+                raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "Free space there, or choose another folder." if full else "Check the path."
+            print(f"error: {printable(str(error.filename))}: {error.strerror}. {remedy}", file=sys.stderr)
+            return 2
 
     return wrapped
+
+
+_OUT_OF_REACH = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+"""Errors of a file system or of a path, which are none of the code."""
 
 
 def _check_checkout(command: Path) -> None:

@@ -21,12 +21,16 @@ _BLOCK = 1 << 22
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a new path beside ``path``. The file that the block writes there is synced and renamed to ``path``; if the
-    block raises an error, it is removed."""
+    block raises an error, it is removed. An OSError without a file name, as of a full disk, gets that of ``path``."""
     aside = aside_of(path)
     try:
         yield aside
         sync(aside)
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
     sync(path.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -57,6 +58,11 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """The values for programs that read JSON strictly, which has no NaN and no infinity: None in their place."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

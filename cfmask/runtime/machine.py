@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import os
@@ -56,7 +57,10 @@ def _stat(pid: int) -> list[str]:
 
 
 def aside_of(path: Path) -> Path:
-    """A new hidden path beside ``path``, for a file that will be renamed to it."""
+    """A new hidden path beside ``path``, for a file that will be renamed to it. Raises OSError if ``path`` has no name,
+    as "." and "/" have none."""
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.with_name(f".{path.name}.{_tag()}.part")
 
 

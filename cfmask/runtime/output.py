@@ -1,14 +1,19 @@
-"""Standard output that does not raise errors: for characters that cannot be encoded and, in a job, for a full disk."""
+"""Standard output that does not raise errors: for characters that cannot be encoded, after its reader has
+ended, and, in a job, for a full disk."""
 
 from __future__ import annotations
 
+import os
+import select
 import sys
+from contextlib import suppress
 from typing import Any, TextIO
 
 
 def escape_unencodable_output() -> None:
     """Let ``print`` write backslash escapes for characters that standard output or error cannot encode. File names may
-    be any bytes, and PYTHONIOENCODING or the locale may require ASCII."""
+    be any bytes, and PYTHONIOENCODING or the locale may require ASCII. A closed one (``>&-``) is replaced."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caller may have replaced the stream
             stream.reconfigure(errors="backslashreplace")
@@ -17,6 +22,32 @@ def escape_unencodable_output() -> None:
 def printable(name: str) -> str:
     """A file name as text that can be encoded: bytes that are not UTF-8 become backslash escapes."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def output_is_lost() -> bool:
+    """Whether standard output or error cannot be written: its disk is full, or the reader of the pipe has ended."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            return True
+        with suppress(OSError):  # a stream without a file
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if any(event & select.POLLERR for _, event in poll.poll(0)):
+                return True
+    return False
+
+
+def silence_output() -> None:
+    """Discard all further output: the terminal or the reader of the pipe is gone, and writing would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+        with suppress(OSError):
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class _LenientStream:

@@ -53,7 +53,8 @@ def patiently(read: Callable[[], T], what: str, *, patience_s: float | None = No
         patience_s: seconds for which it is retried; None: ``read_patience_s()``.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: not retried, because they are answers of the file system.
+        FileNotFoundError, NotADirectoryError, IsADirectoryError: not retried, because they are answers of the file
+            system.
         StorageUnavailable: it still fails after this time.
     """
     patience_s = read_patience_s() if patience_s is None else patience_s
@@ -63,7 +64,7 @@ def patiently(read: Callable[[], T], what: str, *, patience_s: float | None = No
     while True:
         try:
             return read()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise
         except OSError as error:
             reason = error.strerror or str(error)

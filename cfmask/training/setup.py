@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,8 @@ def _exists(run: RunFolder, path: Path) -> bool:
         raise UserError(
             f"{path} is missing, and {run.root} has started with it before. If its file system is not mounted, mount "
             "it and start again. If the file was moved or deleted, restore it. If it is lost, and there are no "
-            f"checkpoints, the run can begin again at step 0: python launch/submit.py --resume {run.root} --from-step-0"
+            "checkpoints, the run can begin again at step 0: "
+            f"python launch/submit.py --resume {shlex.quote(where)} --from-step-0"
         )
     return False
 

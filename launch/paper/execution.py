@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -75,9 +76,10 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
                 f"{error} {submitted} of {count_jobs(len(chosen))} have been submitted; the same command submits the "
                 "rest."
             ) from None
+    folder = shlex.quote(str(reproduction.setup.folder))
     print(
         f"{count_jobs(len(chosen))} submitted on {reproduction.allocation}. The same command shows the table as it "
-        f"grows, and submits what has failed; python launch/status.py {reproduction.setup.folder} shows the jobs."
+        f"grows, and submits what has failed; python launch/status.py {folder} shows the jobs."
     )
     return 0
 

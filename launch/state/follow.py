@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import signal
 import sys
 import time
@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.output import silence_output
 from launch.state.bar import Progress, ProgressLine
 from launch.state.facts import look_at
 from launch.state.failure_reports import report_of, would_recur
-from launch.state.processes import kill, silence_output, wait_until_gone
+from launch.state.processes import kill, wait_until_gone
 from launch.state.progress import progress_of
 from launch.state.status import ENDED, status_of
 from launch.state.table import latest_checkpoint
@@ -112,11 +113,12 @@ def follow_run(run: RunFolder) -> int:
         if not run.results.exists():
             _watch(run, _states(run))
     except KeyboardInterrupt:
-        print(f"The run continues. Its progress: {run.log}")
+        print(f"\nThe run continues. Its progress: {run.log}")
         return 130
     [run_state], _ = look_at([run])
     name = run_state.last_job or (run_state.jobs.slurm or ("",))[-1]
-    return print_end(run, name, f"`python launch/submit.py --resume {run.root}` resumes from the last checkpoint.")
+    resume = f"python launch/submit.py --resume {shlex.quote(str(run.root))}"
+    return print_end(run, name, f"`{resume}` resumes from the last checkpoint.")
 
 
 def _states(run: RunFolder) -> Iterator[str]:
@@ -162,9 +164,8 @@ def print_end(run: RunFolder, job: str, how_to_resume: str) -> int:
     """Print that a run is finished and its results, or its error and how to resume it; the exit code."""
     if run.results.exists():
         print(f"finished: {run.final if run.final.exists() else run.results}")
-        if isinstance(run.work(), Recipe):
-            for name, score in json.loads(run.results.read_text())["sets"].items():
-                print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
+        for name, score in ((read_object(run.results) or {}).get("sets") or {}).items():  # none of an evaluation
+            print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
         return 0
     if cancelled := run.cancelled():
         print(f"The run was cancelled by {cancelled['by']}; {latest_checkpoint(run)}")

@@ -110,7 +110,7 @@ def _remarks(names: Sequence[str], statuses: Sequence[Status]) -> list[Html]:
 
 
 def _curves(runs: Sequence[RunFolder]) -> list[Html]:
-    groups = run_groups([run for run in runs if run.logged_step()])
+    groups = run_groups(run_blocks.with_steps(runs))
     with TemporaryDirectory() as folder:
         shown = [run for group in groups[:MOST_CURVES] for run in group.runs]
         blocks = run_blocks.curves(Path(folder) / "curves.png", shown)

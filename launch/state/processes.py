@@ -21,7 +21,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,16 +54,6 @@ def ending_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def silence_output() -> None:
-    """Discard all further output. After a HUP the terminal is gone, and writing to it would be an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):
-            stream.flush()
-        os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 def processes_of(run: RunFolder) -> list[int]:

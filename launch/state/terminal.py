@@ -203,7 +203,7 @@ def _fit(
         return width - first - sum(column.width + len(_GAP) for column in shown) - len(_GAP)
 
     for title in optional:
-        if left(name.width) < min(phrase, _ROOMY):
+        if left(min(name.width, width // 3)) < min(phrase, _ROOMY):
             shown = [column for column in shown if column.title != title]
     for title in drop:
         if left(min(name.width, _NAME)) < short:

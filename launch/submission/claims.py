@@ -25,7 +25,7 @@ from pathlib import Path
 from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder
+from cfmask.runs import RunFolder, flag_of
 from cfmask.runtime.machine import aside_of, is_abandoned, process_runs
 from launch.state.facts import read_jobs
 
@@ -94,6 +94,20 @@ def check_path(folder: Path) -> None:
         )
 
 
+def check_folder(run: RunFolder, work: Recipe | Evaluation) -> None:
+    """``check_path``, and that the folder could be made for this work, or is its own; nothing is written.
+
+    Raises:
+        UserError: it could not, belongs to other work, or contains other files.
+    """
+    check_path(run.root)
+    nearest = next(path for path in (run.root, *run.root.parents) if os.path.lexists(path))
+    if not (run.results.exists() or (nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK))):
+        why = "it is not writable" if nearest.is_dir() else "it is no folder"
+        raise UserError(f"The folder {run.root} cannot be made in {nearest}: {why}. Check {flag_of(work)}.")
+    run.check_free_for(work)
+
+
 def take_folder(run: RunFolder, work: Recipe | Evaluation) -> Claim:
     """Make the folder, or check that it is for this work, and claim it for this command.
 
@@ -105,8 +119,7 @@ def take_folder(run: RunFolder, work: Recipe | Evaluation) -> Claim:
     try:
         claim = _claim(run)
     except OSError as error:
-        flag = "--run" if isinstance(work, Recipe) else "--out"
-        raise UserError(f"The folder {run.root} cannot be written: {error.strerror}. Check {flag}.") from error
+        raise UserError(f"The folder {run.root} cannot be written: {error.strerror}. Check {flag_of(work)}.") from error
     try:
         run.claim(work)
     except BaseException:

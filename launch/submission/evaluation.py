@@ -19,14 +19,15 @@ from cfmask.evaluation.selection import FLAG, FLAG_HELP
 from cfmask.evaluation_spec import Evaluation, is_of_other_models
 from cfmask.runs import RunFolder, find_model
 from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.output import silence_output
 from cfmask.secrets import mask_secrets
 from cfmask.urls import is_remote
 from launch.allocation.cluster_file import find_cluster_file, load_cluster_file
 from launch.allocation.data import add_shards_argument, fill_in_data
 from launch.allocation.resolve import Allocation, check_arithmetic, resolve_allocation, resolve_precision
 from launch.allocation.settings import add_allocation_arguments, given_flags
-from launch.state.processes import ending_signals, silence_output
-from launch.submission.claims import check_path, take_folder
+from launch.state.processes import ending_signals
+from launch.submission.claims import check_folder, take_folder
 from launch.submission.planning import PlannedJob, claim_run_folders, should_skip
 from launch.submission.submit import check_with_slurm, dry_run, start
 from launch.submission.summary import About, evaluation_lines
@@ -150,12 +151,11 @@ def carry_out(
     """
     folder = arguments.out or Path("evaluations") / f"{tool}-{evaluation.digest()}"
     run = RunFolder(folder.absolute())
-    check_path(run.root)
-    _drop_results_of_other_models(evaluation, run)
+    check_folder(run, evaluation)
+    _drop_results_of_other_models(run)
     planned = PlannedJob(run, evaluation)
     about = About(lambda jobs: evaluation_lines(evaluation), find_cluster_file(arguments.cluster))
     if run.results.exists():
-        run.claim(evaluation)
         run.tidy()
         print(f"{run.root} already has the results", file=sys.stderr)
         return 0, run
@@ -173,10 +173,9 @@ def carry_out(
     return start(claim_run_folders([planned]), allocation, about, follow=arguments.follow), run
 
 
-def _drop_results_of_other_models(evaluation: Evaluation, run: RunFolder) -> None:
+def _drop_results_of_other_models(run: RunFolder) -> None:
     """Remove results that were computed from model files that have been replaced since."""
     if run.has_work() and is_of_other_models(read_object(run.results) or {}):
-        run.claim(evaluation)
         print(f"Models changed since {run.results} was written: they are evaluated again.", file=sys.stderr)
         run.drop_results()
 

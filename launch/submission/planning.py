@@ -61,7 +61,9 @@ def should_skip(run: RunFolder, *, sweep: bool) -> bool:
             f". To see its progress: python launch/status.py {root} --follow; to end it: python launch/cancel.py {root}"
         )
     elif sweep and (mark := run.cancelled()):
-        print(f"{run.root} was cancelled by {mark['by']}: skipped. To resume it: submit.py --resume {run.root}")
+        print(
+            f"{run.root} was cancelled by {mark['by']}: skipped. To resume it: python launch/submit.py --resume {root}"
+        )
         return True
     else:
         return False

@@ -38,7 +38,7 @@ from launch.allocation.resolve import (
 )
 from launch.allocation.settings import add_allocation_arguments, argument_type, count
 from launch.notification.notify import kept_setting
-from launch.submission.claims import check_path
+from launch.submission.claims import check_folder
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
 from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, preset_name, recipe_from
 from launch.submission.submit import check_with_slurm, dry_run, last_submission, start
@@ -152,7 +152,7 @@ def _unfinished(planned: Sequence[PlannedJob], *, sweep: bool) -> list[PlannedJo
     """The runs without results. The others are reported before anything is checked: their shards may be gone."""
     for each in planned:
         if each.run.has_work():
-            each.run.claim(each.work)  # refuses a folder of another run
+            each.run.check_free_for(each.work)  # refuses a folder of another run
     return [each for each in planned if not each.run.results.exists() or not should_skip(each.run, sweep=sweep)]
 
 
@@ -173,7 +173,7 @@ def _check_all(
     """Check the unfinished ones of planned runs, and flags that apply to some kinds of submission only."""
     choices: dict[tuple[object, ...], bool] = {}
     for each in unfinished:
-        check_path(each.run.root)
+        check_folder(each.run, each.work)
         if isinstance(each.work, Recipe):
             check(each.work, each.run, allocation)
             # A run that was started with this choice keeps it.
