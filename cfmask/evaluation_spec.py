@@ -286,8 +286,10 @@ def _stamp(path: str) -> list[int] | None:
 def load_evaluation(path: Path) -> Evaluation:
     """Read an evaluation.json. Raises UserError if it cannot be read."""
     try:
-        return Evaluation.from_json(patiently(lambda: path.read_text(errors="replace"), str(path)))
+        text = patiently(lambda: path.read_text(errors="replace"), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        return Evaluation.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -54,7 +54,7 @@ def _names_beside(path: Path) -> list[str]:
 def is_evaluation(run: RunFolder) -> bool:
     """Whether a run folder is of an evaluation; false if it has neither a recipe nor an evaluation, or one that cannot
     be read."""
-    with suppress(UserError):
+    with suppress(UserError, OSError):
         return run.has_work() and isinstance(run.work(), Evaluation)
     return False
 

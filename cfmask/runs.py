@@ -397,9 +397,11 @@ def load_recipe(path: str | Path) -> Recipe:
         UserError: the file cannot be read, or is not a recipe.
     """
     try:
-        return Recipe.from_json(patiently(lambda: Path(path).read_text(errors="replace"), str(path)))
+        text = patiently(lambda: Path(path).read_text(errors="replace"), str(path))
     except OSError as error:
         raise UserError(f"The recipe {path} cannot be read: {error.strerror}.") from error
+    try:
+        return Recipe.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -12,6 +12,8 @@ import pytest
 from cfmask.errors import UserError
 from cfmask.presets import PRESETS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe, Run
+from cfmask.runs import load_recipe
+from cfmask.runtime.patience import StorageUnavailable, impatient
 from launch.submit import parser
 from made import REPO
 
@@ -159,6 +161,20 @@ def test_a_recipe_file_with_unknown_settings_is_refused():
         Recipe.from_json("[1, 2")
     with pytest.raises(UserError, match="holds no settings"):
         Recipe.from_json("[1, 2]")
+
+
+def test_a_recipe_that_cannot_be_read_is_told_from_one_that_is_wrong(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.json"
+    path.write_bytes(b"\xff{")
+    with pytest.raises(UserError, match=f"^{path}: This is not a recipe"):
+        load_recipe(path)
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "read_text", denied)
+    with impatient(), pytest.raises(StorageUnavailable, match=f"^{path} cannot be read"):
+        load_recipe(path)
 
 
 def test_every_field_is_a_documented_flag():

@@ -412,8 +412,11 @@ def test_a_folder_that_cannot_be_read_is_a_row(runs, capsys, monkeypatch):
     monkeypatch.setattr(os, "stat", denied)
     assert status.main([str(runs)]) == 0
     out = capsys.readouterr().out
-    assert "unknown: the folder cannot be read" in out and "Permission denied" in out
+    assert "unknown: the folder cannot be read" in out and out.count("Permission denied") == 1
     assert "3 runs: 1 dead, 1 unknown, 1 finished" in out
+    page = runs.parent / "runs.html"
+    assert status.main([str(runs), "--html", str(page)]) == 0
+    assert "unknown: the folder cannot be read" in page.read_text()
 
 
 # --- states in words ----------------------------------------------------------------------------------------------

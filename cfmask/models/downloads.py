@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -43,7 +44,7 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
         if why is None:
             return Path(download_pretrained(dict(tag)))
     except Exception as error:  # of any type that the hub's client raises
-        why = f"{type(error).__name__}: {(str(error).splitlines() or ['no details'])[0][:120]}"
+        why = f"{type(error).__name__}: {shorten(str(error) or 'no details', 120, placeholder=' …')}"
     weights = os.path.basename(urls[0])
     raise UserError(
         f"{what} are not in the cache, and {urlsplit(urls[0]).netloc} cannot be reached ({why}). On a machine with "

@@ -128,7 +128,7 @@ def _recipe(run: RunFolder) -> Recipe | None:
     try:
         with impatient():  # a name is not worth a wait
             work = run.work() if run.has_work() else None
-    except UserError:
+    except (UserError, OSError):
         return None
     return work if isinstance(work, Recipe) else None
 

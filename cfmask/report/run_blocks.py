@@ -55,10 +55,11 @@ def versions(runs: Sequence[RunFolder]) -> Html:
     """A table of the copies of the code with which jobs of the runs were submitted: commit, Python and packages."""
     found: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for run in runs:
-        for file in sorted((run.root / "code").glob("*/snapshot.json")):
-            info = read_object(file)
-            if info and isinstance(info.get("packages"), dict):
-                found.setdefault(str(info.get("digest")), (info, []))[1].append(run.root.name)
+        with suppress(OSError):  # the table of states says what cannot be read
+            for file in sorted((run.root / "code").glob("*/snapshot.json")):
+                info = read_object(file)
+                if info and isinstance(info.get("packages"), dict):
+                    found.setdefault(str(info.get("digest")), (info, []))[1].append(run.root.name)
     if not found:
         return page.paragraph("No job of these runs was submitted: they have no copy of the code.")
     infos = [info for info, _ in found.values()]

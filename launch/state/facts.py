@@ -247,7 +247,7 @@ def _read_state(run: RunFolder) -> RunState:
         saved_step=tried(run.saved_step, 0),
         ends=tried(lambda: evaluations(run, work, finished=bool(finished)), []),
         jobs=jobs,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(notes))[: None if finished is not None else 1],  # one cause, and not for each file
     )
 
 

@@ -164,7 +164,9 @@ def print_end(run: RunFolder, job: str, how_to_resume: str) -> int:
     """Print that a run is finished and its results, or its error and how to resume it; the exit code."""
     if run.results.exists():
         print(f"finished: {run.final if run.final.exists() else run.results}")
-        for name, score in ((read_object(run.results) or {}).get("sets") or {}).items():  # none of an evaluation
+        results = read_object(run.results) or {}
+        of_training = {} if "models" in results else results.get("sets", {})  # an evaluation shows its own
+        for name, score in of_training.items():
             print(f"{name}: {score['top1']:.2f} % ({score['correct']} of {score['total']})")
         return 0
     if cancelled := run.cancelled():
