@@ -433,7 +433,7 @@ def test_objects_that_the_crop_cuts_off_count_as_images_without_one(distributed,
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--shards", "x"), "either --shards"),
+        (("--shards", "x"), "--shards would do nothing with --images"),
         (("--set", "val"), "--set would do nothing"),
         (("--segmentation", "."), "--images needs COCO annotations|holds no masks"),
         (("--segmentation", ".", "--panoptic-pngs", "x"), "--panoptic-pngs has no effect"),

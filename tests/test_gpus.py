@@ -169,9 +169,9 @@ def test_a_dry_run_counts_visible_gpus_and_takes_bf16(machine, tmp_path):
     materials = made.make_materials(tmp_path / "materials", per_class=16)
     flags = [*made.recipe_flags(materials, tmp_path / "run"), "--executor", "local", "--dry-run"]
     done = made.submit(*flags, env={"CUDA_VISIBLE_DEVICES": "2,0"})
-    assert "2 GPU ranks" in done.stdout and '"precision": "bf16"' in done.stdout
+    assert "this machine: 2 GPUs" in done.stdout and '"precision": "bf16"' in done.stdout
     done = made.submit(*flags, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert "1 CPU ranks" in done.stdout and '"precision": "fp32"' in done.stdout
+    assert "this machine: 1 CPU rank\n" in done.stdout and '"precision": "fp32"' in done.stdout
     done = made.submit(*flags, "--gpus-per-node", 3, env={"CUDA_VISIBLE_DEVICES": "2,0"}, check=False)
     assert done.returncode == 2 and 'CUDA_VISIBLE_DEVICES is "2,0"' in done.stderr
 

@@ -152,7 +152,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_resumes(materials, u
         assert command.process.returncode == -signal.SIGKILL
     else:
         assert command.process.returncode == 1
-        assert "was killed" in command.output.split("logs ")[1], command.output
+        assert "was killed" in command.output.split("watch ")[1], command.output
     if victim in ("controller", "follower") and step:
         assert re.fullmatch(r"stopped at step \d+ \(quit\)", RunFolder(run).ended()["why"]), "a checkpoint was saved"
     (run / f"jobs/{'0' * 32}.pkl").touch()  # as of a command that was killed while it submitted

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import made
-from cfmask.convert import mask2former
+from cfmask.convert import mask2former, segmentation
 from cfmask.data import imagenet
 from cfmask.data.segmentation import open_masks
 from cfmask.data.shard_reader import ShardReader
@@ -126,7 +126,7 @@ def test_masks_of_shards_are_validated_on(scene, segmenter, tmp_path):
 def test_after_an_interruption_only_missing_shards_are_made(scene, segmenter, tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert segment.main(command(scene, segmenter, whole)) == 0
-    one, done = segment.segment_shard, []
+    one, done = segmentation.segment_shard, []
 
     def one_and_no_more(task):
         if done:
@@ -134,7 +134,7 @@ def test_after_an_interruption_only_missing_shards_are_made(scene, segmenter, tm
         done.append(task.tar.name)
         return one(task)
 
-    monkeypatch.setattr(segment, "segment_shard", one_and_no_more)
+    monkeypatch.setattr(segmentation, "segment_shard", one_and_no_more)
     assert segment.main(command(scene, segmenter, stopped)) == 130
     assert not (stopped / "val/manifest.json").exists()
     monkeypatch.undo()

@@ -12,6 +12,7 @@ from launch.paper import cost
 from launch.paper.plan import PaperRow, PlanNode, still_needed, with_needed
 from launch.paper.progress import NodeStatus, states_of
 from launch.paper.reproduction import Reproduction
+from launch.state.times import duration
 
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.1
 """Assumed rate of a rank before one is measured: a third of an A100's peak, and two CPU cores."""
@@ -103,8 +104,8 @@ def estimate(reproduction: Reproduction, statuses: Mapping[str, NodeStatus], ass
     unit = "GPU-hours" if gpu else "hours of a rank"
     note = (
         f"About {hours_text(sum(spent.values()))} {unit}, of which {hours_text(sum(left.values()))} are left "
-        f"({hours_text(training)} of them training); at least {hours_text(chain)} hours from now, if no job has to "
-        f"wait for {'GPUs' if gpu else 'cores'}. This assumes {flops / 1e9:.4g} GFLOP for a forward pass of one "
+        f"({hours_text(training)} of them training); at least {duration(chain * 3600)} from now, if no job has to wait "
+        f"for {'GPUs' if gpu else 'cores'}. This assumes {flops / 1e9:.4g} GFLOP for a forward pass of one "
         f"image, the passes of each method's step as tools/bench.py counts them, and {basis}. It does not include "
         "starts, stalls of data loading, and work that is repeated after an interruption. A job that several rows need "
         "counts for the first one. "
@@ -197,7 +198,9 @@ def measured(reproduction: Reproduction, flops: float) -> dict[str, float]:
 
 
 def hours_text(value: float) -> str:
-    return f"{value:,.0f}" if value >= 10 else "<0.01" if 0 < value < 0.01 else f"{value:.2g}"
+    if value >= 10:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 0.1 or not value else "< 0.1"
 
 
 def size(value: float) -> str:

@@ -38,6 +38,9 @@ def submit_jobs(reproduction: Reproduction, statuses: Mapping[str, NodeStatus]) 
         )
     jobs = {name: each.jobs[-1].id for name, each in statuses.items() if each.jobs and each.state in (QUEUED, WAITING)}
     chosen = to_submit(reproduction.plan, states)
+    if not chosen:
+        print("Nothing to submit: another command has submitted the jobs since.")
+        return 0
     first = PlannedJob(reproduction.folder(chosen[0].name), chosen[0].work)
     check_with_slurm([first], replace(reproduction.allocation, dependency=None))
     submitted = 0
