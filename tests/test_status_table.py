@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -314,6 +316,13 @@ def test_follow_takes_the_run_that_the_filters_leave(runs, capsys, monkeypatch):
 def test_a_run_has_a_name_in_its_own_folder(runs, capsys, monkeypatch):
     monkeypatch.chdir(runs / "ft-s1")
     assert shown(capsys, ".")[0] == ["ft-s1"]
+
+
+def test_the_table_keeps_its_columns_in_ascii(runs):
+    command = [sys.executable, Path(status.__file__), runs, "--match", "s1"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, check=True)
+    head, row = done.stdout.decode("ascii").splitlines()[:2]
+    assert "\\u" not in row and row.index("failed") == head.index("state"), done.stdout
 
 
 def test_json_has_null_where_the_log_has_nan(runs, capsys):

@@ -3,6 +3,7 @@ ended, and, in a job, for a full disk."""
 
 from __future__ import annotations
 
+import codecs
 import os
 import select
 import sys
@@ -11,12 +12,32 @@ from typing import Any, TextIO
 
 
 def escape_unencodable_output() -> None:
-    """Let ``print`` write backslash escapes for characters that standard output or error cannot encode. File names may
-    be any bytes, and PYTHONIOENCODING or the locale may require ASCII. A closed one (``>&-``) is replaced."""
+    """Let ``print`` write what standard output or error cannot encode: dashes, arrows and bars as ASCII of mostly the same
+    width, other characters as backslash escapes. File names may be any bytes, and PYTHONIOENCODING or the locale may
+    require ASCII. A closed one (``>&-``) is replaced."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a caller may have replaced the stream
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_ERRORS)
+
+
+_ERRORS = "cfmask-ascii"
+_ASCII = {
+    **dict.fromkeys("–−", "-"),
+    **dict.fromkeys("░·…", "."),
+    **dict.fromkeys("█▉▊▋▌▍▎▏", "#"),
+    "×": "x",
+    "→": "->",
+}
+
+
+def _as_ascii(error: UnicodeError) -> tuple[str | bytes, int]:
+    if isinstance(error, UnicodeEncodeError) and (plain := _ASCII.get(error.object[error.start])):
+        return plain, error.start + 1
+    return codecs.backslashreplace_errors(error)
+
+
+codecs.register_error(_ERRORS, _as_ascii)
 
 
 def printable(name: str) -> str:
