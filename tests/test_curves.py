@@ -234,4 +234,7 @@ def test_models_are_named_by_preset_seed_and_step(tmp_path):
         "other, other.safetensors",
         "other, again/other.safetensors",
     ]
+    for given in (["a"], ["a", " "]):
+        with pytest.raises(UserError, match="^--names "):
+            model_names(files[:2], given)
     assert model_names([runs[0].final]) == ["ft"] and model_names([runs[0].initial]) == ["zero-shot"]

@@ -15,6 +15,7 @@ from cfmask.recipe import Model, Recipe
 from cfmask.runtime.command import CommandParser
 from launch import reproduce
 from launch.paper import cost, materials
+from launch.paper.estimate import hours_text
 from launch.paper.materials import look_for, weights_to_do
 from launch.paper.plan import LABELS, PlanNode
 from test_documents import words_of
@@ -105,6 +106,10 @@ def test_only_a_dry_run_accepts_missing_sets_and_only_known_ones(capsys):
     assert "my-own-set" in capsys.readouterr().err
     assert dry_run("--arch", "ViT-B-32", "--executor", "slurm", "--gpus-per-node", 3) == 2
     assert "3 workers cannot share 16 lanes" in capsys.readouterr().err
+
+
+def test_hours_are_numbers_that_people_read():
+    assert list(map(hours_text, (0, 4e-7, 0.25, 3.14, 2634.2))) == ["0", "<0.01", "0.25", "3.1", "2,634"]
 
 
 def test_without_gpus_the_hours_of_gpus_are_named_as_well(capsys):

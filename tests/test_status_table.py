@@ -311,6 +311,11 @@ def test_follow_takes_the_run_that_the_filters_leave(runs, capsys, monkeypatch):
     assert status.main([str(runs), "--failed", "--follow"]) == 2
 
 
+def test_a_run_has_a_name_in_its_own_folder(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs / "ft-s1")
+    assert shown(capsys, ".")[0] == ["ft-s1"]
+
+
 def test_json_has_null_where_the_log_has_nan(runs, capsys):
     line = {"step": 4, "total_steps": 8, "loss": float("nan"), "samples_per_s": float("inf"), "eta_s": 1.0}
     append_lines(runs / "ft-s1/log.jsonl", [line])

@@ -74,11 +74,13 @@ def model_names(
         distinct: whether two models may not have one name.
 
     Raises:
-        UserError: another number of names than of models, or two equal ones in spite of ``distinct``.
+        UserError: another number of names than of models, an empty one, or two equal ones in spite of ``distinct``.
     """
     if given:
         if len(given) != len(files):
             raise UserError(f"--names gives {len(given)} names to {len(files)} models.")
+        if not all(map(str.strip, given)):
+            raise UserError("--names has an empty name.")
         if distinct and len(set(given)) < len(given):
             raise UserError(f"--names gives one name to several models: {', '.join(given)}. Give each its own.")
         return list(given)

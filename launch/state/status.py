@@ -294,6 +294,6 @@ def _next_start(job: SlurmJob) -> str:
 
 
 def _short(root: Path) -> str:
-    """The path as the user would type it."""
+    """The path as the user would type it; of the working directory, in full, because "." is no name."""
     root, here = root.resolve(), Path.cwd()
-    return str(root.relative_to(here)) if root.is_relative_to(here) else str(root)
+    return str(root.relative_to(here)) if here in root.parents else str(root)
