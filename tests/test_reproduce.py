@@ -478,7 +478,7 @@ def test_estimate_states_its_assumptions(materials, tmp_path, capsys):
     flops = cost.forward_flops(reproduction.start.config)
     assert measured(reproduction, flops) == {"ft-s0": pytest.approx(42.5 * 2.8 * flops / 4 / 1e12)}
     found = estimate(reproduction, read_statuses(reproduction), None)
-    assert "measured in ft-s0" in found.note and "About < 0.1 hours of a rank" in found.note
+    assert "measured in ft-s0" in found.note and "of which <0.01 are left" in found.note
     spent, left = sum(row.hours for row in found.rows), sum(row.left for row in found.rows)
     evaluations = 2 * 96 / 2.8  # in images of a step
     assert left / spent == pytest.approx((240 + evaluations) / (480 + evaluations), rel=0.1), "half of the run is done"

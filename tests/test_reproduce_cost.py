@@ -109,7 +109,7 @@ def test_only_a_dry_run_accepts_missing_sets_and_only_known_ones(capsys):
 
 
 def test_hours_are_numbers_that_people_read():
-    assert list(map(hours_text, (0, 4e-7, 0.25, 3.14, 2634.2))) == ["0.0", "< 0.1", "0.2", "3.1", "2,634"]
+    assert list(map(hours_text, (0, 4e-7, 0.25, 3.14, 2634.2))) == ["0", "<0.01", "0.25", "3.1", "2,634"]
 
 
 def test_without_gpus_the_hours_of_gpus_are_named_as_well(capsys):

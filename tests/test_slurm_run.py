@@ -35,7 +35,7 @@ def test_two_slurm_nodes_train_bitwise_identically_to_one_machine(slurm_cluster,
 
     there, here = tmp_path / "there", tmp_path / "here"
     said = submit(there, "--nodes", 2, "--tasks-per-node", 1, "--cpus-per-task", 1, "--time", 30)
-    assert "slurm: 2 × 1 CPU ranks" in said
+    assert "on Slurm: 2 nodes × 1 CPU rank," in said
     submit(here, "--executor", "local", "--tasks-per-node", 2)
     wait_until(lambda: slurm_cluster.call("squeue", "--noheader") == "", "the job has gone")
     for file in ("model.safetensors", "optimizer.safetensors"):

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 
 def escape_unencodable_output() -> None:
-    """Let ``print`` write what standard output or error cannot encode: dashes, arrows and bars as ASCII of mostly the same
-    width, other characters as backslash escapes. File names may be any bytes, and PYTHONIOENCODING or the locale may
+    """Let ``print`` write what standard output or error cannot encode: dashes, arrows and bars as ASCII of about the
+    same width, others as backslash escapes. File names may be any bytes, and PYTHONIOENCODING or the locale may
     require ASCII. A closed one (``>&-``) is replaced."""
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):

@@ -198,9 +198,7 @@ def measured(reproduction: Reproduction, flops: float) -> dict[str, float]:
 
 
 def hours_text(value: float) -> str:
-    if value >= 10:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 0.1 or not value else "< 0.1"
+    return f"{value:,.0f}" if value >= 10 else "<0.01" if 0 < value < 0.01 else f"{value:.2g}"
 
 
 def size(value: float) -> str:
