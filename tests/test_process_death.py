@@ -69,6 +69,8 @@ class Command:
     def start(cls, run: Path, *command: object) -> Command:
         words = made.submit_command(*command, pace_s=made.PACE_S)
         output = open(run.parent / "output.txt", "w")  # noqa: SIM115
+        # Not ignored, as it would be below nohup.
+        words = ["env", "--default-signal=HUP", *words]
         return cls(subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True), run)
 
     @property
