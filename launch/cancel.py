@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
         "--grace", type=float, default=120, metavar="S", help="seconds until running jobs are killed (default: 120)"
     )
     arguments = p.parse_args(argv)
+    if not arguments.grace >= 0:
+        raise UserError("--grace must be at least 0.")
     [run, *others] = find_runs([arguments.run])
     if others or run.root != arguments.run:
         raise UserError(f"{arguments.run} is a folder of runs. Name one of them.")

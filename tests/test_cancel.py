@@ -156,6 +156,7 @@ def test_what_is_no_run_is_a_sentence(tmp_path, capsys, monkeypatch):
     assert "No such file" in refused(tmp_path / "nowhere")
     RunFolder(tmp_path / "run").claim(Recipe())
     assert "folder of runs" in refused(tmp_path)
+    assert "--grace must be at least 0" in refused(tmp_path / "run", "--grace", "nan")
 
     def deny(*_):
         raise PermissionError(13, "Permission denied")
