@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def announce(stage: str) -> None:
 def run(*command: object) -> None:
     """Run a command of this repository, as a user would type it."""
     line = [sys.executable, *map(str, command)]
-    print("$ python", *(part.replace(str(REPO) + os.sep, "") for part in line[1:]), flush=True)
+    print("$ python", shlex.join(part.replace(str(REPO) + os.sep, "") for part in line[1:]), flush=True)
     code = subprocess.run(line, cwd=REPO).returncode
     if code:
         raise UserError(f"{command[0]} ended with exit code {code}. Its output is above.")
