@@ -12,6 +12,7 @@ import pytest
 from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.logging import message_of
 from launch.restarts import policy as restart_policy
+from launch.restarts import slurm_record
 from launch.restarts.batch_script_end import LOGGED, batch_script_end
 from launch.restarts.policy import (
     REQUEUE_IF_PREEMPTED,
@@ -373,3 +374,26 @@ def test_the_batch_script_finds_the_preempt_mode(
     }
     subprocess.run(["bash", "-u", "-c", f"SLURM_JOB_QOS=q SLURM_JOB_PARTITION=low\n{script}"], env=environment)
     assert (tmp_path / "asked").exists() != comes_back_by_itself
+
+
+@pytest.mark.parametrize(
+    ("config", "answers", "mode"),
+    [
+        ({"PreemptType": "preempt/qos"}, {"sacctmgr": "cancel\n"}, "cancel"),
+        ({"PreemptType": "preempt/qos"}, {"sacctmgr": "cluster\n"}, "SUSPEND"),
+        ({"PreemptType": "preempt/qos"}, {}, "SUSPEND"),
+        ({"PreemptType": "preempt/partition_prio"}, {"scontrol": "PartitionName=low PreemptMode=REQUEUE"}, "REQUEUE"),
+        ({"PreemptType": "preempt/partition_prio"}, {"scontrol": "PartitionName=low State=UP"}, "SUSPEND"),
+        ({"PreemptType": "preempt/partition_prio"}, {"scontrol": ""}, "SUSPEND"),
+    ],
+)
+def test_the_preempt_mode_is_that_of_the_jobs_qos_or_partition_else_the_sites(monkeypatch, config, answers, mode):
+    def ask(command: str, *words: str, patience_s: float) -> str:
+        assert words[-1] == "low" or "low" in words
+        if command not in answers:
+            raise SlurmError("no database")
+        return answers[command]
+
+    monkeypatch.setattr(slurm_record, "read_config", lambda patience_s: {"PreemptMode": "SUSPEND", **config})
+    monkeypatch.setattr(slurm_record, "ask", ask)
+    assert slurm_record._preempt_mode({"QOS": "low", "Partition": "low"}, 0) == mode

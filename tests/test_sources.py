@@ -647,3 +647,19 @@ def test_names_in_tars_do_not_depend_on_the_locale(tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", {"train/ä/1.jpg": b""})
     monkeypatch.setattr(tarfile.TarFile, "encoding", "latin-1")
     assert list(listed(tar)[0]) == ["train/ä/1.jpg"]
+
+
+def test_names_of_zip_entries_may_be_utf_8_without_its_flag_and_have_the_separators_of_windows(tmp_path):
+    """As written by programs that do not set the flag; Python decodes such names as cp437."""
+    from cfmask.data import zips
+
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, system in (("xx.png", 3), ("val!1.png", 0), ("yy.png", 3)):
+            info = zipfile.ZipInfo(name)
+            info.create_system = system
+            archive.writestr(info, b"data")
+    bytes_of = path.read_bytes().replace(b"xx.png", "ü.png".encode()).replace(b"val!1.png", b"val\\1.png")
+    path.write_bytes(bytes_of.replace(b"yy.png", b"\x81\xff.png"))  # no UTF-8
+    names = [entry.name for entry in zips.entries(blobs.SourceFile.listed(path))]
+    assert names == ["ü.png", "val/1.png", b"\x81\xff.png".decode("cp437")]
