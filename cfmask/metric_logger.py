@@ -19,6 +19,7 @@ from cfmask.optim import Phase, lr_and_betas
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import JsonLines
+from cfmask.runtime.times import duration
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class MetricLogger:
             f"step {result.step}/{self._total} "
             + (f"{losses} accuracy {means['accuracy']:.1f} % " if means else "no step taken ")
             + (f"skipped {skips.total} " if skips.total else "")
-            + f"{samples_per_s:.0f} samples/s ETA {eta:.0f} s"
+            + f"{samples_per_s:.0f} samples/s ETA {duration(eta)}"
             + (f"; slowest: {straggler}" if straggler else "")
         )
         self._window.clear()

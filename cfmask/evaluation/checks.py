@@ -37,7 +37,8 @@ def chosen_models(paths: Sequence[str], checkpoint: str) -> list[Path]:
             )
         return [RunFolder(path).checkpoints / POINTER if path in runs else path for path in map(Path, paths)]
     for path in runs:
-        if not RunFolder(path).final.exists() and find_model(path):
+        if not RunFolder(path).final.exists():
+            find_model(path)  # a run without any model is refused before the note
             logger.info(f"note: {path} has not finished; its latest checkpoint is used.")
     return [Path(path) for path in paths]
 

@@ -110,7 +110,7 @@ def table(
     name, short = escape(caption), ' class="short"' if len(cells) <= 30 else ""
     return Html(
         f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table{short}><caption><span>{name}</span>'
-        f"</caption>"
+        "</caption>"
         f"<thead><tr>{''.join(head)}</tr></thead>{''.join(f'<tbody>{body}</tbody>' for body in bodies)}</table></div>"
     )
 

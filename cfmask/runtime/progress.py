@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cfmask.runtime.logging import is_job
+from cfmask.runtime.times import duration
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class _LogRecords(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         now = self.format_dict
         rate = now["rate"] or (now["n"] - now["initial"]) / max(now["elapsed"], 1e-3)
-        left = f", ETA {max(0, now['total'] - now['n']) / rate:.0f} s" if now["total"] and rate else ""
+        left = f", ETA {duration((now['total'] - now['n']) / rate)}" if now["total"] and rate else ""
         name = f"{now['prefix'].removesuffix(': ')}: " if now["prefix"] else ""
         of_total = f"/{now['total']}" if now["total"] else ""
         postfix = f", {now['postfix']}" if now["postfix"] else ""

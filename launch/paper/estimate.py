@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_lines
+from cfmask.runtime.times import duration
 from launch.paper import cost
 from launch.paper.plan import PaperRow, PlanNode, still_needed, with_needed
 from launch.paper.progress import NodeStatus, states_of
 from launch.paper.reproduction import Reproduction
-from launch.state.times import duration
 
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.1
 """Assumed rate of a rank before one is measured: a third of an A100's peak, and two CPU cores."""
@@ -36,7 +36,7 @@ class RowCost:
 
     @property
     def cells(self) -> list[str]:
-        """The line in ``COST_HEADER``'s table."""
+        """Its line in the table of ``PlanCost``."""
         low, high = self.memory or (None, None)
         memory = "–" if low is None or high is None else size(low) if low == high else f"{size(low)} to {size(high)}"
         return [self.row.label, str(self.jobs), hours_text(self.hours), hours_text(self.left), memory, size(self.disk)]

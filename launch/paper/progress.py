@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, is_of_other_models
 from cfmask.recipe import Recipe
 from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.times import duration
 from launch.paper.plan import DONE, MISSING, QUEUED, WAITING, PlanNode, ReproductionPlan, still_needed
 from launch.paper.reproduction import Reproduction
 from launch.slurm.queue import SlurmJob
 from launch.state.facts import RunState, SlurmAnswers, jobs_in_queue, look_at
 from launch.state.status import ENDED, Status, status_of
-from launch.state.times import duration
 
 _POLL_S = 10
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TextIO
 
+from cfmask.runtime.times import duration
 from launch.state.terminal import Terminal, cells, clean, pad, shorten
-from launch.state.times import duration
 
 _BAR = 24
 """The longest bar, in cells."""

@@ -15,10 +15,10 @@ from cfmask.report.page import Html, Section
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start
 from cfmask.runtime.files import write_atomically
+from cfmask.runtime.times import duration
 from launch.state.facts import RunState, SlurmAnswers
 from launch.state.status import Status, explained_starts
 from launch.state.table import totals
-from launch.state.times import duration
 
 MOST_CURVES = 8
 """Number of lines in a picture: the first recipes of the page, each with all of its seeds."""

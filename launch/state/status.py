@@ -13,12 +13,12 @@ from typing import Any
 from cfmask.log_lines import straggler_of
 from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import Start, starts_of
+from cfmask.runtime.times import duration, local_time, when
 from launch.slurm.queue import SacctRecord, SlurmJob
 from launch.slurm.reasons import PendingReason, explain
 from launch.slurm.states import base_and_flags, is_completing, is_held, is_pending
 from launch.state import ends
 from launch.state.facts import RunState, SlurmAnswers, in_queue, jobs_in_queue
-from launch.state.times import duration, local_time, when
 
 ENDED = ("never started", "finished", "cancelled", "stopped", "failed", "dead")
 """States that do not change by themselves."""

@@ -21,10 +21,10 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.presets import PRESETS, nearest_preset
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
+from cfmask.runtime.times import duration
 from cfmask.secrets import mask_secrets
 from launch.allocation.resolve import Allocation
 from launch.allocation.settings import PARTITION_TIME
-from launch.state.times import duration
 from launch.submission.planning import PlannedJob
 from launch.submission.recipe_arguments import flag_of
 
