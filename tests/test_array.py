@@ -17,6 +17,7 @@ from launch.arrays import array
 from launch.arrays import task as array_task
 from launch.arrays.arguments import Array, add_array_arguments, resolve_array
 from launch.restarts.policy import Cause
+from launch.slurm.queue import SlurmJob
 from made import REPO
 from slurm_fixture import Cluster, wait_until
 
@@ -134,8 +135,33 @@ def test_flags_without_effect_are_refused(resolve, capsys):
             resolve("--executor", "slurm", *flags)
 
 
+def job_in(state: str) -> SlurmJob:
+    return SlurmJob("12_0", state, "", "", 0, "", "n1")
+
+
+@pytest.mark.parametrize(("then", "follows"), [({}, False), ({"12_0": job_in("PENDING")}, True)])
+def test_jobs_that_are_ending_are_waited_for_before_it_is_decided(
+    resolve, tmp_path, monkeypatch, capsys, then, follows
+):
+    """Cancelled tasks stay COMPLETING for a while: following them would end without results."""
+    leaving = {"12_0": job_in("COMPLETING"), "12_1": job_in("CG")}
+    answers = iter([leaving, leaving, then])
+    done = []
+    monkeypatch.setattr(array, "queue_of_name", lambda name: next(answers))
+    monkeypatch.setattr(array, "_LOOK_S", 0.0)
+    monkeypatch.setattr(array, "_submit", lambda *_: done.append("submitted"))
+    monkeypatch.setattr(array, "_follow", lambda *_: done.append("followed") or ["/"])
+    monkeypatch.setattr(array, "_clean_up", lambda *_: None)
+    asked = resolve("--executor", "slurm", "--logs", tmp_path)
+    work = array.Work("test", "test", os.getenv, ["HOME"], ["home"])
+    (tmp_path / work.name / "results").mkdir(parents=True)
+    assert array.run_array(work, asked) == ["/"]
+    assert done == (["followed"] if follows else ["submitted", "followed"])
+    assert capsys.readouterr().out.count("are ending: waiting for them") == 1
+
+
 def test_jobs_with_results_elsewhere_are_neither_followed_nor_cancelled(resolve, tmp_path, monkeypatch):
-    monkeypatch.setattr(array, "queue_of_name", lambda name: {"12_0": None})
+    monkeypatch.setattr(array, "queue_of_name", lambda name: {"12_0": job_in("RUNNING")})
     monkeypatch.setattr(array, "cancel", lambda *jobs: pytest.fail(f"cancelled {jobs}"))
     asked = resolve("--executor", "slurm", "--logs", tmp_path / "other")
     with pytest.raises(UserError, match=f"results are not in {tmp_path / 'other'}.*same --logs"):
@@ -279,10 +305,10 @@ def test_array_is_followed_again_and_cancelled_by_interrupt(slurm_cluster: Clust
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=300)
     assert process.returncode == 130
-    slurm_cluster.wait_for_state(f"{array}_0", "CANCELLED")
-    # Cancelled by somebody else, it is an error in one paragraph.
+    # Given again at once, it submits the work again. Cancelled by somebody else, it is an error in one paragraph.
     process = start(tmp_path, "sleep", "[60, 60]")
-    array = array_of(process)
+    cancelled, array = array, array_of(process)
+    slurm_cluster.wait_for_state(f"{cancelled}_0", "CANCELLED")
     slurm_cluster.wait_for_state(f"{array}_0", "RUNNING")
     slurm_cluster.call("scancel", array)
     _, errors = process.communicate(timeout=300)

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import json
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ from torch import nn
 from cfmask.data.images import crop, decode
 from cfmask.errors import UserError
 from cfmask.models import preprocessing, tower
+from cfmask.models.architecture import read_config
+from cfmask.models.export import _registry
 from cfmask.models.head import (
     build_tower,
     check_head,
@@ -30,7 +34,7 @@ from cfmask.models.initial import initial_model, model_info
 from cfmask.models.tower import Classifier, Compiled, Normalise, encode, replace_attention
 from cfmask.models.weights import find_weights
 from cfmask.runtime.tensor_files import save_tensors
-from made import CLASSES, save_tiny_model
+from made import CLASSES, REPO, save_tiny_model
 from towers import B32, ODD, TINY, tiny_clip
 
 NAMED = [(wnid, f"thing {i}") for i, wnid in enumerate(CLASSES)]
@@ -215,9 +219,41 @@ def test_a_network_that_never_answers_is_reported_with_the_command_to_fetch_the_
         for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")
         started = time.monotonic()
-        with pytest.raises(UserError, match=r"huggingface.co cannot be reached \(no answer within 2.5 s\).*curl"):
+        with pytest.raises(UserError, match=r"huggingface.co cannot be reached \(no answer within 2.2 s\).*curl"):
             find_weights("ViT-B-32-quickgelu", "openai")
         assert time.monotonic() - started < 60, "the hub's client retries for minutes"
+
+
+def test_names_of_models_and_tags_are_looked_up_without_importing_open_clip():
+    code = (
+        "import json, sys; from cfmask.models import open_clip_tables as tables, weights\n"
+        "names = tables.model_names(); configs = [tables.model_config(name) for name in names]\n"
+        "tags = {name: tables.tags_of_model(name) for name in names}\n"
+        "assert tables.model_config('ViT-B-33') is None and tables.tag_config('ViT-B-32', 'openay') is None\n"
+        "assert 'torch' not in sys.modules and 'open_clip' not in sys.modules\n"
+        "import open_clip, safetensors.torch; from open_clip import pretrained\n"
+        "assert sorted(names) == sorted(open_clip.list_models())\n"
+        "assert configs == [open_clip.get_model_config(name) for name in names]\n"
+        "for name in names:\n"
+        "    assert list(tags[name]) == open_clip.list_pretrained_tags_by_model(name)\n"
+        "    assert all(config == pretrained.get_pretrained_cfg(name, tag) for tag, config in tags[name].items())\n"
+        "assert tables.tag_config('ViT-B-32', 'laion2b-s34b-b79k') == tags['ViT-B-32']['laion2b_s34b_b79k']\n"
+        "print(len(names), sum(map(len, tags.values())))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    models, tags = map(int, done.stdout.split())
+    assert models > 100 and tags > 100
+
+
+def test_models_registered_with_open_clip_are_found(tmp_path):
+    config = {"embed_dim": 4, "vision_cfg": {"width": 8}, "text_cfg": {}}
+    (tmp_path / "ViT-registered.json").write_text(json.dumps(config))
+    with _registry():
+        open_clip.add_model_config(tmp_path / "ViT-registered.json")
+        assert read_config("ViT-registered") == config
+    with pytest.raises(UserError, match="Unknown model 'ViT-registered'"):
+        read_config("ViT-registered")
 
 
 def test_cached_weights_need_no_network(hub_cache, monkeypatch):

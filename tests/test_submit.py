@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,18 @@ def test_missing_weights_error_names_the_file_and_the_flag(materials, tmp_path):
         *flags(materials, tmp_path / "run", "--model", "ViT-B-32-quickgelu", "--pretrained", "openai"), env=offline
     )
     assert "timm/vit_base_patch32_clip_224.openai" in error and "--pretrained open_clip_model.safetensors" in error
+
+
+def test_missing_weights_are_reported_before_seconds_of_imports(materials, tmp_path):
+    command = flags(materials, tmp_path / "run", "--model", "ViT-B-32-quickgelu", "--pretrained", "openai")
+    code = (
+        "import sys; from launch.submit import main; code = main(sys.argv[1:])\n"
+        "print(code, [name for name in ('torch', 'open_clip', 'transformers') if name in sys.modules])"
+    )
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "empty")}
+    words = [sys.executable, "-c", code, *map(str, command)]
+    done = subprocess.run(words, cwd=made.REPO, env=offline, capture_output=True, text=True)
+    assert done.stdout == "2 []\n" and "are not in the cache" in done.stderr
 
 
 def test_folder_of_another_recipe_or_with_foreign_files_is_refused(materials, tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfmask.errors import UserError, did_you_mean
+from cfmask.models.open_clip_tables import model_config, model_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,12 +73,10 @@ def read_config(name: str) -> dict[str, Any]:
             return parse_config(Path(name).read_bytes(), name)
         except OSError as error:
             raise UserError(f"No model configuration can be read from {name}: {error.strerror}.") from error
-    import open_clip  # takes seconds
-
-    if config := open_clip.get_model_config(name):
+    if config := model_config(name):
         return config
-    known = open_clip.list_models()
-    some = [other for other in known if other.startswith("ViT-B-") and not _why_not(open_clip.get_model_config(other))]
+    known = model_names()
+    some = [other for other in known if other.startswith("ViT-B-") and not _why_not(model_config(other) or {})]
     raise UserError(
         f"Unknown model {name!r}: it is neither one of open_clip's models nor the path of a model configuration "
         f"(.json).{did_you_mean(name, known)} Some of open_clip's: {', '.join(some[:12])}; all: "
@@ -263,10 +262,8 @@ def check_activation(
     theirs, ours = ("QuickGELU", "GELU") if quick_gelu else ("GELU", "QuickGELU")
     if remedy is not None:
         raise UserError(f"The weights {pretrained!r} were trained with {theirs} and {name} computes {ours}. {remedy}")
-    import open_clip
-
     right = f"{name}-quickgelu" if quick_gelu else name.removesuffix("-quickgelu")
-    if right not in open_clip.list_models():
+    if right not in model_names():
         right = f'a configuration (.json) with "quick_gelu": {json.dumps(quick_gelu)}'
     raise UserError(
         f"The weights {pretrained!r} were trained with {theirs} and --model {name} computes {ours}, so all results "
@@ -280,8 +277,6 @@ def models_like(visual: Mapping[str, Tensor]) -> str:
     Args:
         visual: the tensors of an image tower, by names without ``visual.``.
     """
-    import open_clip
-
     if any(name.startswith("layer1.") for name in visual):
         return ": they are a ResNet's, which cannot be trained"
     dimensions = {name: visual[name].dim() for name in ("conv1.weight", "positional_embedding") if name in visual}
@@ -291,9 +286,9 @@ def models_like(visual: Mapping[str, Tensor]) -> str:
     blocks = len({name.split(".")[2] for name in visual if name.startswith("transformer.resblocks.")})
     shape = (width, blocks, patch, len(visual["positional_embedding"]))
     near = []
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)
-        if not _why_not(config):
+    for name in model_names():
+        config = model_config(name)
+        if config and not _why_not(config):
             vision = {**VISION_DEFAULTS, **config["vision_cfg"]}
             tokens = (image_size_of(config) // vision["patch_size"]) ** 2 + 1
             if (vision["width"], vision["layers"], vision["patch_size"], tokens) == shape:

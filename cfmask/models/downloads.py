@@ -28,21 +28,20 @@ def weights_of_tag(tag: Mapping[str, Any], what: str) -> Path:
     Raises:
         UserError: They are not in the cache, and there is no network, or the download fails.
     """
-    from open_clip.pretrained import download_pretrained
-
     cached = cached_weights(tag)
     if tag.get("hf_hub"):
         if cached is not None:
             return cached
         urls, why = _hub_urls(tag["hf_hub"]), _offline()
     else:
-        if cached is not None:
-            return Path(download_pretrained(dict(tag)))  # it compares the file's digest with the tag's
         urls, why = [str(tag.get("url"))], None
-    why = why or why_unreachable(urls[0])
+    if cached is None:
+        why = why or why_unreachable(urls[0])
     try:
         if why is None:
-            return Path(download_pretrained(dict(tag)))
+            from open_clip.pretrained import download_pretrained  # takes seconds
+
+            return Path(download_pretrained(dict(tag)))  # of a cached file, it only compares the digest with the tag's
     except Exception as error:  # of any type that the hub's client raises
         why = f"{type(error).__name__}: {shorten(str(error) or 'no details', 120, placeholder=' …')}"
     weights = os.path.basename(urls[0])

@@ -25,6 +25,7 @@ from cfmask.models.architecture import HUB_CONFIG, check_activation
 from cfmask.models.downloads import HUB_WEIGHTS
 from cfmask.models.head import ModelInfo, read_info
 from cfmask.models.initial import check_text_settings, configs_of
+from cfmask.models.open_clip_tables import model_config
 from cfmask.models.preprocessing import INTERPOLATIONS, OPENAI_MEAN, OPENAI_STD, RESIZE_MODE
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.models.tower_weights import fitting_positions
@@ -125,10 +126,7 @@ def export_open_clip(
 
 def known_name(info: ModelInfo) -> str | None:
     """open_clip's name of a model of this configuration; None if it has none."""
-    import open_clip
-
-    known = [name for name in (info.name, Path(info.name).stem) if name in open_clip.list_models()]
-    return next((name for name in known if open_clip.get_model_config(name) == info.config), None)
+    return next((name for name in (info.name, Path(info.name).stem) if model_config(name) == info.config), None)
 
 
 def _config_of(out: Path) -> Path:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from cfmask.errors import UserError
+from cfmask.models.open_clip_tables import tags_of_model
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -175,10 +176,8 @@ def of_tags(name: str, what: str, *, quick_gelu: bool, given: bool, image_size: 
     Raises:
         UserError: the tags do not agree, or agree on another resize than ``data.images.crop``.
     """
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
     found: dict[tuple[Any, ...], list[str]] = {}
-    tags = {tag: get_pretrained_cfg(name, tag) for tag in list_pretrained_tags_by_model(name)}
+    tags = tags_of_model(name)
     alike = {tag: preprocess for tag, preprocess in tags.items() if bool(preprocess.get("quick_gelu")) == quick_gelu}
     for tag, preprocess in (alike or tags).items():
         resize = tuple(preprocess.get(key) for key in ("resize_mode", "interpolation"))

@@ -34,6 +34,7 @@ from cfmask.models.architecture import (
     refuse_repository,
 )
 from cfmask.models.downloads import HUB_WEIGHTS, cached_weights, weights_of_tag
+from cfmask.models.open_clip_tables import tag_config, tags_of_model
 from cfmask.models.torchscript import activation_of, check_inflation, read_torchscript
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a launcher does not need it to find weights
@@ -112,11 +113,9 @@ def is_path(pretrained: str) -> bool:
 def read_tag(name: str, pretrained: str) -> dict[str, Any]:
     """open_clip's configuration of a pretrained tag: the place of its weights, and their preprocessing. Raises
     UserError for an unknown tag."""
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
-
-    if tag := get_pretrained_cfg(name, pretrained):
+    if tag := tag_config(name, pretrained):
         return tag
-    known = list_pretrained_tags_by_model(name)
+    known = list(tags_of_model(name))
     raise UserError(
         f"Unknown weights {pretrained!r}: neither a tag of open_clip's for {name} nor an existing "
         f"file.{did_you_mean(pretrained, known)} "

@@ -43,6 +43,7 @@ from launch.slurm.client import SlurmError
 from launch.slurm.control import cancel
 from launch.slurm.queue import queue_of_name
 from launch.slurm.site import max_array_members
+from launch.slurm.states import is_completing
 from launch.state.failure_reports import report_of
 from launch.submission import snapshot
 from launch.submission.claims import check_path
@@ -86,7 +87,7 @@ def run_array(
         return []
     check_path(folder)
     with sole_writer(folder):
-        exists = bool(queue_of_name(work.name))
+        exists = _jobs_left(work.name)
         if exists and not (folder / "results").is_dir():
             raise UserError(
                 f"Jobs of an earlier command are in the queue (squeue --name {work.name}), but their results are not "
@@ -115,6 +116,18 @@ def run_array(
             raise
         _clean_up(work.name, folder)
     return results
+
+
+def _jobs_left(name: str) -> bool:
+    """Whether jobs of an earlier command run or wait. Jobs that are leaving their nodes are waited for: after Ctrl-C or
+    scancel they end without their results, so there is nothing to follow; after a requeue they return."""
+    said = False
+    while (jobs := queue_of_name(name)) and all(is_completing(job.state) for job in jobs.values()):
+        if not said:
+            print(f"jobs of an earlier command are ending: waiting for them (squeue --name {name})", flush=True)
+        said = True
+        time.sleep(_LOOK_S)
+    return bool(jobs)
 
 
 def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
