@@ -57,8 +57,8 @@ class Evaluation(Record):
     """Name of the kind in evaluation.json."""
 
     models: tuple[str, ...] = ()
-    """Paths for runs.find_model when the evaluation starts. RUN/checkpoints/best.json is the best checkpoint of a run,
-    which may still have to be trained."""
+    """Paths for run_search.find_model when the evaluation starts. RUN/checkpoints/best.json is the best checkpoint of a
+    run, which may still have to be trained."""
     shards: str = ""
     """Folder or URL of the sets."""
     sets: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Finds run folders: what a command is given may be runs, or folders of runs."""
+"""Finds what the arguments of a command mean: run folders among runs and folders of runs, the model of a path."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from cfmask.checkpoint.best import POINTER
+from cfmask.checkpoint.state import list_checkpoints
 from cfmask.errors import UserError, did_you_mean
 from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
+from cfmask.runtime.patience import patiently
 
 _MARKS = ("recipe.json", "evaluation.json", "attempts.jsonl", "log.jsonl", "checkpoints")
 """A folder with one of these is a run folder."""
@@ -69,3 +72,37 @@ def _may_be_run(path: Path) -> bool:
         return _is_run(path)
     except OSError:
         return True
+
+
+def find_model(path: str | Path) -> Path:
+    """The model file for a path: a model file, a checkpoint folder, a run folder (its trained model, or while it is not
+    finished, that of its latest checkpoint), or RUN/checkpoints/best.json (the best checkpoint's model).
+
+    Raises:
+        UserError: there is no such model file.
+    """
+    path = Path(path)
+    if path.name == POINTER:
+        # Absolute, because "best.json" alone has no parents; not resolved, because RUN/checkpoints may be a link.
+        folder = Path(os.path.abspath(path)).parent
+        run = RunFolder(folder.parent)
+        if folder != run.checkpoints:
+            raise UserError(
+                f"{path} is not in the folder checkpoints of a run. Give RUN/checkpoints/best.json, or the model file "
+                "itself."
+            )
+        return run.best().model
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").is_file():
+        return path / "model.safetensors"
+    checkpoints = path / "checkpoints"
+    for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
+        if (each / "model.safetensors").is_file():
+            return each / "model.safetensors"
+    others = () if path.exists() else (each.name for each in sorted(path.absolute().parent.glob("*")))
+    raise UserError(
+        f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
+        "RUN/model.safetensors, RUN/initial.safetensors or "
+        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean(path.name, others)}"
+    )

@@ -39,14 +39,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfmask.checkpoint.best import POINTER, BestCheckpoint, best_checkpoint
+from cfmask.checkpoint.best import BestCheckpoint, best_checkpoint
 from cfmask.checkpoint.state import list_checkpoints, step_of
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError
 from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
-from cfmask.runtime.attempts import AttemptLog, Start, now
+from cfmask.runtime.attempts import AttemptLog, now
 from cfmask.runtime.files import write_atomically
-from cfmask.runtime.jsonl import JsonLines, cut_lines, read_lines, read_object
+from cfmask.runtime.jsonl import cut_lines, read_lines, read_object
 from cfmask.runtime.lock import DEAD_AFTER_S, HEARTBEAT_S, PATIENCE_S, FolderLock, LockHeld, Owner
 from cfmask.runtime.lock import FOLDER as LOCK_FOLDER
 from cfmask.runtime.machine import is_abandoned
@@ -79,13 +79,11 @@ class _PathInRun:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class RunFolder(AttemptLog):
     """Paths of a run folder, and access to the files in it that are not weights.
 
     root: the folder.
     """
-
-    root: Path
 
     initial = _PathInRun("initial.safetensors")
     ensemble = _PathInRun("ensemble.safetensors")
@@ -100,7 +98,6 @@ class RunFolder:
     bad_samples = _PathInRun("bad_samples.jsonl")
     skipped_steps = _PathInRun("skipped_steps.jsonl")
     committed = _PathInRun("committed.jsonl")
-    attempts = _PathInRun("attempts.jsonl")
     rendezvous = _PathInRun("rendezvous")
     _step_0 = _PathInRun("from_step_0.json")
     _cancelled = _PathInRun("cancelled.json")
@@ -223,38 +220,6 @@ class RunFolder:
                 left = any(path.name.startswith(f".{file.name}.") for file in own)
                 if left or is_abandoned(path, now=(self.root / LOCK_FOLDER).stat().st_mtime):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _attempt_log(self) -> AttemptLog:
-        return AttemptLog(self.root)
-
-    def begin_attempt(self, **facts: Any) -> JsonLines:
-        """Record this start and the end of the previous one (``AttemptLog.begin``). Raises OSError if the records
-        cannot be read."""
-        return self._attempt_log().begin(reached=self.logged_step(), **facts)
-
-    def end_attempt(self, why: str, *, died: dict[str, Any] | None = None) -> None:
-        """Record why the latest start ends (``AttemptLog.end``)."""
-        self._attempt_log().end(why, died=died)
-
-    def deaths(self, job: str, *, before: str) -> list[dict[str, Any]]:
-        """See ``AttemptLog.deaths``."""
-        return self._attempt_log().deaths(job, before=before)
-
-    def begun_by(self, job: str) -> bool:
-        """See ``AttemptLog.begun_by``."""
-        return self._attempt_log().begun_by(job)
-
-    def end_failed(self, why: str, *, job: str, **facts: Any) -> None:
-        """See ``AttemptLog.end_failed``."""
-        self._attempt_log().end_failed(why, job=job, reached=self.logged_step(), **facts)
-
-    def starts(self) -> list[Start]:
-        """See ``AttemptLog.starts``."""
-        return self._attempt_log().starts()
-
-    def ended(self) -> dict[str, Any] | None:
-        """See ``AttemptLog.ended``."""
-        return self._attempt_log().ended()
 
     def saved_step(self) -> int:
         """Step of the newest checkpoint, intact or not; 0 if there is none. Raises OSError."""
@@ -404,40 +369,6 @@ def load_recipe(path: str | Path) -> Recipe:
         return Recipe.from_json(text)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def find_model(path: str | Path) -> Path:
-    """The model file for a path: a model file, a checkpoint folder, a run folder (its trained model, or while it is not
-    finished, that of its latest checkpoint), or RUN/checkpoints/best.json (the best checkpoint's model).
-
-    Raises:
-        UserError: there is no such model file.
-    """
-    path = Path(path)
-    if path.name == POINTER:
-        # Absolute, because "best.json" alone has no parents; not resolved, because RUN/checkpoints may be a link.
-        folder = Path(os.path.abspath(path)).parent
-        run = RunFolder(folder.parent)
-        if folder != run.checkpoints:
-            raise UserError(
-                f"{path} is not in the folder checkpoints of a run. Give RUN/checkpoints/best.json, or the model file "
-                "itself."
-            )
-        return run.best().model
-    if path.is_file():
-        return path
-    if (path / "model.safetensors").is_file():
-        return path / "model.safetensors"
-    checkpoints = path / "checkpoints"
-    for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
-        if (each / "model.safetensors").is_file():
-            return each / "model.safetensors"
-    others = () if path.exists() else (each.name for each in sorted(path.absolute().parent.glob("*")))
-    raise UserError(
-        f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
-        "RUN/model.safetensors, RUN/initial.safetensors or "
-        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean(path.name, others)}"
-    )
 
 
 def _user() -> str:

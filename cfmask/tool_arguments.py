@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from cfmask.models.head import ModelInfo, load_alike
 from cfmask.recipe import Method
-from cfmask.runs import find_model, load_recipe
+from cfmask.run_search import find_model
+from cfmask.runs import load_recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import, and --help does not need it
     from cfmask.models.tower import Classifier

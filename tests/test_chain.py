@@ -18,7 +18,6 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.logging import message_of
 from launch import status
@@ -67,15 +66,14 @@ def submitted(run: RunFolder, *jobs: str) -> RunFolder:
 def policy(run: RunFolder, place: int, restart: int = 0, *, limit: int = 3) -> Restarts:
     """The policy of the chain's job at this index."""
     job = JOBS[place]
-    log = AttemptLog(run.root)
-    return Restarts(log, job, restart, limit, resume="submit.py --resume RUN", chain=Chain(run, job, JOBS[:place]))
+    return Restarts(run, job, restart, limit, resume="submit.py --resume RUN", chain=Chain(run, job, JOBS[:place]))
 
 
 def begins(run: RunFolder, place: int, restart: int, progress: int, *, limit: int = 3) -> None:
     here = policy(run, place, restart, limit=limit)
     here.check_start(progress)
     here.begin(progress)
-    here.log.end("failed: no")
+    here.log.end_attempt("failed: no")
 
 
 # --- the budget -------------------------------------------------------------------------------------------------------
@@ -90,7 +88,7 @@ def test_the_jobs_of_a_chain_have_one_budget(run, limit):
     with pytest.raises(GivenUp):
         policy(run, limit, limit=limit).check_restart(50)
     policy(run, limit + 1, limit=limit).check_start(51)
-    Restarts(AttemptLog(run.root), "99", 0, limit, resume="").check_start(50)
+    Restarts(run, "99", 0, limit, resume="").check_start(50)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), st.integers(0, 4))
@@ -149,7 +147,7 @@ def ask(run, monkeypatch):
         monkeypatch.setattr(restart_policy.shutil, "which", lambda name: None if answer is None else f"/usr/bin/{name}")
         here = policy(run, 1)
         here.begin(0)
-        here.log.end("stopped at step 10 (requeue)")
+        here.log.end_attempt("stopped at step 10 (requeue)")
         return here.after_stop(cause, 10)
 
     monkeypatch.setattr(restart_policy, "requeue", lambda job, **given: pytest.fail("a job of a chain was requeued"))

@@ -73,7 +73,7 @@ def begins(folder: Path, restart: int | None, progress: int, why: str, **more) -
     here = policy(folder, restart, **more)
     here.check_start(progress)
     here.begin(progress)
-    here.log.end(why)
+    here.log.end_attempt(why)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3])

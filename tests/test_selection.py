@@ -21,7 +21,8 @@ from cfmask.evaluation.model_origin import ModelOrigin, checkpoint_note, origin_
 from cfmask.evaluation.selection import check_selection, known_test_set, refuse_idle_flag
 from cfmask.presets import PRESETS, preset_of
 from cfmask.recipe import Data, Method, Optim, Recipe
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from launch.paper import holdout
 from launch.submission.training import check_best_on
 

@@ -16,7 +16,7 @@ from cfmask.errors import UserError
 from cfmask.recipe import Method, Recipe
 from cfmask.report.contact_sheet import draws_for_sheet
 from cfmask.report.sheet import Cell, contact_sheet
-from cfmask.runs import find_model
+from cfmask.run_search import find_model
 from launch.drills.materials import CLASSES
 from tools import show_masks
 from towers import TINY

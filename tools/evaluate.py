@@ -22,7 +22,7 @@ try:
     from cfmask.errors import UserError
     from cfmask.evaluation_spec import Evaluation
     from cfmask.report.labels import model_names
-    from cfmask.runs import find_model
+    from cfmask.run_search import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.tool_arguments import MODEL_HELP, NAMES_HELP
     from launch.submission.evaluation import add_arguments, allocation_of, carry_out, evaluation_of

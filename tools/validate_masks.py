@@ -32,7 +32,7 @@ from pathlib import Path
 try:
     from cfmask import tool_arguments as shared
     from cfmask.errors import UserError
-    from cfmask.runs import find_model
+    from cfmask.run_search import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from launch.allocation.data import add_shards_argument, fill_in_data
 except ModuleNotFoundError as missing:

@@ -27,7 +27,7 @@ from cfmask.models.initial import initial_model
 from cfmask.models.tower import Classifier, ClassifierOutput, Normalise
 from cfmask.recipe import Method, Recipe
 from cfmask.report.results import SetResult
-from cfmask.runs import find_model
+from cfmask.run_search import find_model
 from cfmask.step import build_cam, counterfactual
 from cfmask.urls import is_remote
 

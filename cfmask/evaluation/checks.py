@@ -14,7 +14,8 @@ from cfmask.evaluation.model_origin import BEST, is_training_run, origin_of
 from cfmask.evaluation.selection import check_selection, refuse_idle_flag
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT
 from cfmask.models.head import ModelInfo, check_same_kind, read_info
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from cfmask.urls import is_remote
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from cfmask.masking.validation import Tally, add_up, coverage, mask_rates, masks
 from cfmask.models.head import ModelInfo
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method, Recipe
-from cfmask.runs import find_model
+from cfmask.run_search import find_model
 from cfmask.runtime.files import sha256_of
 from cfmask.runtime.jsonl import append_lines, read_lines
 from cfmask.runtime.progress import progress_bar

@@ -14,7 +14,8 @@ from cfmask.evaluation.checks import load_sets_of
 from cfmask.evaluation.counter import SetCounter, Stopped
 from cfmask.evaluation.model_origin import origin_of
 from cfmask.evaluation_spec import Evaluation, UniformSoup, WiseFT, ZeroShot, files_of
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from cfmask.runtime.agreement import check_agreement
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.files import write_atomically

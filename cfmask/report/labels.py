@@ -69,7 +69,7 @@ def model_names(
     settings, then steps, then paths.
 
     Args:
-        files: model files, from ``runs.find_model``.
+        files: model files, from ``run_search.find_model``.
         given: from --names.
         distinct: whether two models may not have one name.
 

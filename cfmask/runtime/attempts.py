@@ -34,30 +34,33 @@ class Start:
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """The starts that are recorded in a folder (``folder``)."""
+    """The starts that are recorded in a folder (``root``)."""
 
-    folder: Path
+    root: Path
 
     @property
-    def path(self) -> Path:
-        return self.folder / "attempts.jsonl"
+    def attempts(self) -> Path:
+        return self.root / "attempts.jsonl"
 
     @property
     def _end(self) -> Path:
-        return self.folder / "ended.json"
+        return self.root / "ended.json"
 
-    def lines(self) -> list[dict[str, Any]]:
-        return read_lines(self.path)
+    def logged_step(self) -> int | None:
+        """The last step that the latest start has logged; None: unknown. Raises OSError."""
+        return None
+
+    def attempt_lines(self) -> list[dict[str, Any]]:
+        return read_lines(self.attempts)
 
     def starts(self) -> list[Start]:
         """All recorded starts, in order."""
-        return starts_of(self.lines(), self.ended())
+        return starts_of(self.attempt_lines(), self.ended())
 
-    def begin(self, *, reached: int | None = None, **facts: Any) -> JsonLines:
+    def begin_attempt(self, **facts: Any) -> JsonLines:
         """Append a start, with the end of the previous one.
 
         Args:
-            reached: last step of the previous start.
             facts: further values of the line.
 
         Returns:
@@ -67,15 +70,15 @@ class AttemptLog:
         Raises:
             OSError: earlier starts cannot be read.
         """
-        earlier = self.lines()
+        earlier = self.attempt_lines()
         ended = self.ended()
         why = ended["why"] if ended else "killed without notice" if earlier else None
         line = {"attempt": len(earlier) + 1, "started": now(), **facts, "why_last_ended": why}
         if earlier:
-            line |= {"last_ended": ended["ended"] if ended else None, "last_reached": reached}
+            line |= {"last_ended": ended["ended"] if ended else None, "last_reached": self.logged_step()}
             line |= {"last_died": ended["died"]} if ended and ended.get("died") else {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        attempts = JsonLines(self.path)
+        self.root.mkdir(parents=True, exist_ok=True)
+        attempts = JsonLines(self.attempts)
         attempts.add(line)
         attempts.write()
         if not attempts.pending:
@@ -85,14 +88,14 @@ class AttemptLog:
                 logger.warning(f"{self._end} cannot be removed ({error.strerror})")
         return attempts
 
-    def end(self, why: str, *, died: dict[str, Any] | None = None) -> None:
+    def end_attempt(self, why: str, *, died: dict[str, Any] | None = None) -> None:
         """Record why the latest start ends. If that fails, a warning is logged.
 
         Args:
             died: which rank has died, and on which node (launch/restarts/retries.py).
         """
         try:
-            contents = {"why": why, "ended": now(), "attempt": len(self.lines())}
+            contents = {"why": why, "ended": now(), "attempt": len(self.attempt_lines())}
             contents |= {"died": died} if died else {}
             write_atomically(self._end, json.dumps(contents))
         except OSError as error:
@@ -104,7 +107,7 @@ class AttemptLog:
         if found is None or not {"why", "ended"} <= found.keys():
             return None
         # A start that was killed between the two writes of ``begin`` leaves the end of the one before.
-        attempts, attempt = len(self.lines()), found.get("attempt")
+        attempts, attempt = len(self.attempt_lines()), found.get("attempt")
         return None if isinstance(attempt, int) and attempt < attempts else found
 
     def begun_by(self, job: str) -> bool:
@@ -113,7 +116,7 @@ class AttemptLog:
         Args:
             job: name of the start, such as "12-0".
         """
-        starts = self.lines()
+        starts = self.attempt_lines()
         return bool(starts) and starts[-1].get("job") == job
 
     def deaths(self, job: str, *, before: str) -> list[dict[str, Any]]:
@@ -123,7 +126,7 @@ class AttemptLog:
             job: its number; the names of its starts begin with it, as in "12-0".
             before: name of the current start, which is excluded.
         """
-        lines = self.lines()
+        lines = self.attempt_lines()
         found = [
             line["last_died"]
             for line, earlier in zip(lines[1:], lines, strict=False)
@@ -139,15 +142,14 @@ class AttemptLog:
         why: str,
         *,
         job: str,
-        reached: int | None = None,
         died: dict[str, Any] | None = None,
         **facts: Any,
     ) -> None:
         """Record why this start of a job ends. If it failed before it was recorded, record it first, with ``facts``, so
         that the end of the previous one is kept."""
         if not self.begun_by(job):
-            self.begin(job=job, reached=reached, **facts, from_step=None)
-        self.end(why, died=died)
+            self.begin_attempt(job=job, **facts, from_step=None)
+        self.end_attempt(why, died=died)
 
 
 def _job_of(line: dict[str, Any]) -> str:

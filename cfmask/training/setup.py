@@ -30,7 +30,8 @@ from cfmask.models.initial import initial_model
 from cfmask.models.tower import Classifier, Normalise, store_products_in
 from cfmask.optim import Phase, adamw
 from cfmask.recipe import Data, Optim, Recipe
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from cfmask.runtime.distributed import DistributedContext
 from cfmask.runtime.jsonl import JsonLines
 from cfmask.runtime.patience import patiently

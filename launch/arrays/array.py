@@ -207,7 +207,7 @@ def _why(folder: Path) -> str:
     reasons: dict[str, list[str]] = {}
     for task in sorted((folder / "tasks").glob("*"), key=lambda path: int(path.name)):
         log = AttemptLog(task)
-        job = str(log.lines()[-1].get("job")).rpartition("-")[0] if log.lines() else task.name
+        job = str(log.attempt_lines()[-1].get("job")).rpartition("-")[0] if log.attempt_lines() else task.name
         ended = log.ended()
         report = report_of(RunFolder(folder), job)
         why = ended["why"] if ended else report.strip().splitlines()[-1] if report else None

@@ -57,13 +57,13 @@ class ArrayTask:
                 restarts.check_start(len(keyed) - len(missing))
                 restarts.begin(len(keyed) - len(missing), nodes=1, world_size=1)
                 self._do(missing)
-            log.end(FINISHED)
+            log.end_attempt(FINISHED)
         except _Stopped as stop:
-            log.end(f"stopped: {stop.cause.value}")
+            log.end_attempt(f"stopped: {stop.cause.value}")
             try:
                 sys.exit(restarts.after_stop(stop.cause, len(keyed) - len(self._missing(keyed))))
             except UserError as error:
-                log.end(str(error))
+                log.end_attempt(str(error))
                 raise
         except Exception as error:
             why = str(error) if isinstance(error, UserError) else mask_secrets(repr(error))

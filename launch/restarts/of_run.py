@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from cfmask.recipe import Recipe
 from cfmask.runs import RunFolder
-from cfmask.runtime.attempts import AttemptLog
 from cfmask.runtime.jsonl import read_lines
 from cfmask.runtime.patience import StorageUnavailable
 from launch.restarts.chain import Chain
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 def restarts_of(run: RunFolder, environment: submitit.JobEnvironment | None = None) -> Restarts:
     """The policy for the job that this process is part of."""
     restarts = Restarts.of_this_job(
-        AttemptLog(run.root),
+        run,
         resume=f"python launch/submit.py --resume {shlex.quote(str(run.root))}",
         unit="image" if (run.root / "evaluation.json").exists() else "step",
         environment=environment,

@@ -189,7 +189,7 @@ class Restarts:
 
     def begin(self, progress: int, **facts: Any) -> None:
         """Record this start. Raises OSError."""
-        self.log.begin(job=self.attempt, from_step=progress, **facts)
+        self.log.begin_attempt(job=self.attempt, from_step=progress, **facts)
 
     # --- the budget
 
@@ -227,14 +227,14 @@ class Restarts:
 
     def _earlier_jobs(self) -> dict[str, int]:
         """For this job and those before it in its chain, the number of starts of the jobs before each."""
-        return self.chain.first_starts(self.log.lines()) if self.chain else {self.job: 0}
+        return self.chain.first_starts(self.log.attempt_lines()) if self.chain else {self.job: 0}
 
     def _recorded(self) -> list[JobStart]:
         """The recorded starts of this job, and of those before it in its chain. A local job's number is a pid, which
         may be reused: only the starts at the end of the log are its own."""
         found: list[JobStart] = []
         first = self._earlier_jobs()
-        for line in self.log.lines():
+        for line in self.log.attempt_lines():
             job, _, count = str(line.get("job")).rpartition("-")
             if job not in first:
                 found = [] if self.restart is None else found
@@ -247,7 +247,7 @@ class Restarts:
         """Why the last starts ended, the latest first."""
         ended = self.log.ended()
         ends = [ended["why"]] if ended else []
-        ends += [line["why_last_ended"] for line in reversed(self.log.lines()) if line.get("why_last_ended")]
+        ends += [line["why_last_ended"] for line in reversed(self.log.attempt_lines()) if line.get("why_last_ended")]
         counted = Counter(str(why).removesuffix(".") for why in ends[:number])
         if not counted:
             return "No start has recorded why it ended; see the logs."
@@ -286,7 +286,7 @@ class Restarts:
             return 0 if _is_requeued(self.job) else REQUEUE_ME
         resumes = f"job {self.next_job()} resumes the run"
         if ended := self.log.ended():
-            self.log.end(f"{ended['why']}; {resumes}")
+            self.log.end_attempt(f"{ended['why']}; {resumes}")
         logger.info(resumes)
         return 0
 
@@ -299,7 +299,7 @@ class Restarts:
         later = self.chain.later_jobs() if self.chain else []
         if not later:
             raise GivenUp(
-                f"given up: job {self.job} is the last of its chain, and {self.log.folder} is not finished. To resume "
+                f"given up: job {self.job} is the last of its chain, and {self.log.root} is not finished. To resume "
                 f"from its last checkpoint: {self.resume}"
             )
         return later[0]

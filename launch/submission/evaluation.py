@@ -17,7 +17,8 @@ from cfmask.evaluation.checks import check_choices, check_models_and_sets, chose
 from cfmask.evaluation.model_origin import CHOICES, LAST, settled
 from cfmask.evaluation.selection import FLAG, FLAG_HELP
 from cfmask.evaluation_spec import Evaluation, is_of_other_models
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.output import silence_output
 from cfmask.secrets import mask_secrets

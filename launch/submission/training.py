@@ -23,7 +23,8 @@ from cfmask.models.initial import check_initial_model, described
 from cfmask.models.weights import is_path
 from cfmask.presets import PRESETS, nearest_preset
 from cfmask.recipe import Recipe
-from cfmask.runs import RunFolder, find_model
+from cfmask.run_search import find_model
+from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
 from cfmask.secrets import mask_secrets
 from cfmask.urls import is_remote
