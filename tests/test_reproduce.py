@@ -594,6 +594,12 @@ def test_rows_and_seeds_may_be_added_and_nothing_else(materials, tmp_path, capsy
     ):
         assert reproduce.main([*words, "--rows", "ft", *more]) == 2
         assert f"holds another plan: {said}" in capsys.readouterr().err
+    kept = (tmp_path / "out/plan.json").read_text()
+    for torn in ("", kept[:100], "[]"):  # a plan that cannot be compared is not taken for none
+        (tmp_path / "out/plan.json").write_text(torn)
+        for more in ((), ("--dry-run",)):
+            assert reproduce.main([*words, "--rows", "ft", *more]) == 2
+            assert "out/plan.json is damaged" in capsys.readouterr().err
 
 
 def test_run_of_a_finished_row_is_not_needed_and_a_new_one_is_evaluated_again(materials, tmp_path, fake_jobs):

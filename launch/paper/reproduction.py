@@ -72,7 +72,7 @@ class Reproduction:
         if arguments.dry_run and not training.recipe_of(arguments, file, None).data.shards:
             setattr(arguments, "data.shards", "shards")
         folder = (arguments.out or Path("reproductions") / Path(model_name).stem).resolve()
-        checkpoint = settle_choice(arguments, file, read_object(folder / "plan.json"))
+        checkpoint = settle_choice(arguments, file, _kept_plan(folder))
         base = training.resolve_recipe(training.recipe_of(arguments, file, None), allocation)
         evaluation = Evaluation(
             shards=base.data.shards,
@@ -214,7 +214,7 @@ class Reproduction:
         check_initial_model(model.name, model.pretrained, None, self._classes, mean=model.mean, std=model.std)
 
     def _check_folder(self) -> None:
-        kept = read_object(self.setup.folder / "plan.json")
+        kept = _kept_plan(self.setup.folder)
         if kept is None:
             return
         kept = {"checkpoint": LAST} | kept  # plans of earlier versions have no entry
@@ -306,3 +306,15 @@ def settle_flags(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{what} has a value twice: {' '.join(map(str, given))}.")
     if arguments.tflops is not None and not 0 < arguments.tflops < float("inf"):
         raise UserError(f"--tflops is {arguments.tflops}; it must be a number above 0.")
+
+
+def _kept_plan(folder: Path) -> dict[str, Any] | None:
+    """The content of plan.json; None if there is none. Raises UserError if it is damaged."""
+    path = folder / "plan.json"
+    kept = read_object(path)
+    if kept is None and path.exists():
+        raise UserError(
+            f"{path} is damaged: it is no JSON object. It states what the rows in this folder have in common. If you "
+            "know that the flags of this command are those of the plan, delete the file: the command writes it again."
+        )
+    return kept
