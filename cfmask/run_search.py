@@ -39,13 +39,24 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
             near = did_you_mean(path.name, _names_beside(path)) if paths else ""
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}{near}") from error
         if not found:
+            deeper = ", ".join(_folders_of_runs(path))
             raise UserError(
                 f"{path} is neither a run folder nor a folder of runs: it has no recipe.json, nor have its folders. "
-                "Check the path."
+                + (f"It has folders of runs: {deeper}." if deeper else "Check the path.")
             )
         for each in found:
             runs.setdefault(each.resolve(), RunFolder(each))
     return list(runs.values())
+
+
+def _folders_of_runs(folder: Path) -> list[str]:
+    """Those in a folder, such as reproductions/ViT-B-32-quickgelu; without those that cannot be read."""
+    found = set()
+    for run in folder.glob("*/*/"):
+        with suppress(OSError):
+            if _is_run(run):
+                found.add(str(run.parent))
+    return sorted(found)
 
 
 def _names_beside(path: Path) -> list[str]:

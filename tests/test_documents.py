@@ -100,3 +100,44 @@ def test_command_lines_are_accepted(document, command, monkeypatch):
         assert ended.code == 0  # --help
     except _Parsed:
         pass
+
+
+# --- messages that documents quote ------------------------------------------------------------------------------------
+
+
+_OF_OTHERS = (
+    "error: No module named 'cfmask'",
+    "Requested node configuration is not available",
+    "sbatch --test-only",
+)
+"""Quoted, and printed by Python or Slurm."""
+
+
+def _texts(folder: Path) -> list[str]:
+    """All strings of the modules in a folder but docstrings; a value in an f-string is "…"."""
+    found = []
+    for path in folder.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        others = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+        others |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in others:
+                found.append(node.value.replace("{}", "…"))
+    return found
+
+
+def test_symptoms_in_code_type_are_printed_by_the_code():
+    """Each part between "…" of a quoted symptom is in a string of the code, in order."""
+    texts = [text for folder in ("cfmask", "launch", "tools") for text in _texts(REPO / folder)]
+    document = (REPO / "docs/troubleshooting.md").read_text()
+    rows = [line.split(" | ")[0] for line in document.splitlines() if line.startswith("| ")]
+    quoted = [words for row in rows for words in re.findall(r"`([^`]+)`", row) if " " in words]
+    assert len(quoted) > 30
+    for words in quoted:
+        if words in _OF_OTHERS or re.match(_PROGRAM, words):
+            continue
+        parts = [re.escape(part.strip()) for part in words.split("…") if part.strip()]
+        pattern = re.compile(".*?".join(parts), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), f"no message has {words!r}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from launch import submit
 from launch.slurm.reasons import _REASONS, explain
 
 _LIMITS = """
@@ -58,6 +61,7 @@ def test_known_reasons_are_phrases_and_their_commands_are_complete(reason):
     for text in (found.why, found.remedy):
         assert "{" not in text.replace("%", "") and not text.endswith(".")
         assert "JOB" not in text and "RUN" not in text
+    assert set(re.findall(r"(?<![\w-])--[a-z-]+", found.remedy)) <= set(submit.parser()._option_string_actions)
 
 
 def test_a_held_job_has_a_remedy():

@@ -69,7 +69,7 @@ def test_every_line_to_do_is_a_command_that_is_accepted(capsys, monkeypatch):
     to_do = capsys.readouterr().out.partition("To do before 83 jobs")[2]
     commands = [line.strip() for line in to_do.splitlines() if line.startswith("    python ")]
     assert len(commands) == 7 and commands[0].startswith("python tools/build_head.py --model ViT-L-14-quickgelu ")
-    assert "# weights: a download of 890 MB" in to_do and "# val, train, holdout: a download of 145 GB" in to_do
+    assert "# weights: a download of 1.7 GB" in to_do and "# val, train, holdout: a download of 155 GB" in to_do
     parsed = []
 
     class _Parsed(Exception):
@@ -133,7 +133,7 @@ def test_counts_are_those_of_the_paper_with_and_without_a_held_out_set(tmp_path)
 def test_weights_are_to_do_unless_they_are_there(monkeypatch):
     tagged = Model("ViT-B-16-quickgelu", "openai")
     comment, command = weights_to_do(tagged, "ViT-B-16")
-    assert "340 MB" in comment and shlex.split(command)[:2] == ["python", "tools/build_head.py"]
+    assert "599 MB" in comment and shlex.split(command)[:2] == ["python", "tools/build_head.py"]
     [missing] = weights_to_do(Model("ViT-B-16-quickgelu", "/no/such/weights.pt"), None)
     assert "/no/such/weights.pt does not exist" in missing
     monkeypatch.setattr(materials, "in_cache", lambda name, pretrained: True)

@@ -316,6 +316,13 @@ def test_cancelling_an_ended_job_succeeds(fake):
         control.cancel("12")
 
 
+def test_command_that_fails_silently_is_reported_with_its_exit_status(fake):
+    fake.will("squeue", "echo")
+    fake.will("scancel", "exit 1")
+    with pytest.raises(SlurmError, match=r"^`scancel 7` failed: exit status 1$"):
+        control.cancel("7")
+
+
 def test_unavailable_slurm_is_not_an_empty_queue(fake, monkeypatch):
     fake.will("squeue", AWAY)
     with pytest.raises(SlurmUnavailable):

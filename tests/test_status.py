@@ -293,6 +293,8 @@ def test_a_wrong_path_is_an_error_of_one_line(tmp_path, capsys, monkeypatch):
     make_run(tmp_path / "runs/a")
     make_run(tmp_path / "runs/b")
     assert "2 are given" in refused("--follow")
+    make_run(tmp_path / "reproductions/ViT-B-32/ft-s0")
+    assert f"folders of runs: {tmp_path}/reproductions/ViT-B-32." in refused(tmp_path / "reproductions")
 
     def deny(path: Path) -> bool:
         raise PermissionError(13, "Permission denied", str(path))

@@ -26,24 +26,25 @@ class Source:
     kind: str
     """The word of tools/make_shards.py."""
     files: str
-    """What is downloaded."""
+    """What --source is given: the download, or the folder in it."""
     gigabytes: float | None
-    """Size of the download, rounded; None: it is much larger than the set."""
+    """Size of the download in GB of 1e9 bytes, rounded; None: it is much larger than the set."""
 
 
-_IMAGENET = Source("imagenet", "ILSVRC2012", 145)
+_IMAGENET = Source("imagenet", "ILSVRC2012", 155)
 SOURCES = {
     **dict.fromkeys((TRAIN.name, VAL.name, HOLDOUT), _IMAGENET),
-    "imagenet-v2": Source("imagenet-v2", "imagenetv2-matched-frequency.tar.gz", 1.3),
+    "imagenet-v2": Source("imagenet-v2", "imagenetv2-matched-frequency-format-val", 1.3),
     "imagenet-r": Source("imagenet-r", "imagenet-r.tar", 2.2),
-    "imagenet-sketch": Source("imagenet-sketch", "sketch.zip", 8),
+    "imagenet-sketch": Source("imagenet-sketch", "ImageNet-Sketch.zip", 8),
     "objectnet": Source("objectnet", "objectnet-1.0", None),
     "imagenet-a": Source("imagenet-a", "imagenet-a.tar", 0.7),
 }
 """By name of the set. Docs: docs/reproduce.md."""
 
-WEIGHTS_MB = {"ViT-B-32": 340, "ViT-B-16": 340, "ViT-L-14": 890}
-"""Size of OpenAI's weights by architecture."""
+WEIGHTS = {"ViT-B-32": "605 MB", "ViT-B-16": "599 MB", "ViT-L-14": "1.7 GB"}
+"""Size of OpenAI's weights by architecture, in fp32 with the text tower, as open_clip downloads them from the hub.
+(OpenAI's own files, in fp16, are half as large.)"""
 
 
 CROP_BYTES = 3 * 224 * 224
@@ -142,7 +143,7 @@ def weights_to_do(model: Model, arch: str | None) -> list[str]:
         return []
     if is_path(model.pretrained):
         return [f"# {model.pretrained} does not exist: copy the weights there, or give another path with --pretrained"]
-    size = f": a download of {WEIGHTS_MB[arch]} MB" if arch in WEIGHTS_MB else ""
+    size = f": a download of {WEIGHTS[arch]}" if arch in WEIGHTS else ""
     name = f"weights/{model.name}.safetensors"
     words = ["python", "tools/build_head.py", "--model", model.name, "--pretrained", model.pretrained, "--out", name]
     return [f"# weights{size}, which jobs find in open_clip's cache", shlex.join(words)]

@@ -222,7 +222,8 @@ def _checked(command: tuple[str, ...], done: CompletedProcess[str]) -> str:
 
 def _failure(command: tuple[str, ...], done: CompletedProcess[str]) -> str:
     """The error message for a failed command, on one line."""
-    return f"`{shlex.join(command[:4])}` failed: {' '.join((done.stderr.strip() or done.stdout).split())}"
+    said = " ".join((done.stderr.strip() or done.stdout).split())
+    return f"`{shlex.join(command[:4])}` failed: {said or f'exit status {done.returncode}'}"
 
 
 def show_job(job: str, **wait: float) -> dict[str, str]:

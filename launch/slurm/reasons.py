@@ -61,7 +61,9 @@ _REASONS = {
         _SUBMIT_AGAIN + "a smaller request (`sinfo -N -o '%N %c %m %G %f'` shows what the nodes have)",
     ),
     "Constraints": PendingReason("no node has what it asks for at the moment"),
-    "MaxMemPerLimit": PendingReason("it asks for more memory than a node may give", _SUBMIT_AGAIN + "a smaller --mem"),
+    "MaxMemPerLimit": PendingReason(
+        "it asks for more memory than a node may give", _SUBMIT_AGAIN + "a smaller --memory"
+    ),
     "InvalidAccount": PendingReason("Slurm does not know its account", _SUBMIT_AGAIN + "another --account"),
     "InvalidQOS": PendingReason("Slurm does not know its QOS", _SUBMIT_AGAIN + "another --qos"),
     "AccountNotAllowed": PendingReason(
