@@ -28,7 +28,8 @@ PRESETS: dict[str, Recipe] = {
 
 
 ALIASES = {
-    **dict.fromkeys(("vanilla", "fine-tuning", "finetune", "full-ft"), "ft"),
+    **dict.fromkeys(("vanilla", "fine-tune", "fine-tuned", "fine-tuning"), "ft"),
+    **dict.fromkeys(("finetune", "finetuned", "finetuning", "full-ft"), "ft"),
     **dict.fromkeys(("lp", "linear-probing"), "linear-probe"),
     "lpft": "lp-ft",
     **dict.fromkeys(("kd", "clean-kd"), "kd-clean"),

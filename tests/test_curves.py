@@ -168,6 +168,10 @@ def test_lines_of_a_chart_differ_without_colour():
     shown = ["zero-shot", "ft", "wise-ft", "object-mask-single-fill", "context-mask-single-fill"]
     shown.append("random-mask-single-fill")
     assert len({look.dash for look in looks(shown)}) == len(shown) == len({look.marker for look in looks(shown)})
+    gaps = {look.line()["zorder"]: sum(look.dash[1][1::2]) / sum(look.dash[1] or (1,)) for look in looks(shown)}
+    assert len(gaps) == 6 and sorted(gaps.values()) == [gaps[above] for above in sorted(gaps)], (
+        "gaps show what is below"
+    )
     twice = looks(["ft, lr 1", "ft, lr 2", "ft, lr 3", "a", "b", "a"])
     assert len(set(twice)) == 6
     assert len({look.colour for look in twice[:3]}) == 1 and len({look.dash for look in twice[:3]}) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import os
@@ -19,6 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import made
+from browser import assert_fits_and_prints, needs_chromium
+from cfmask.evaluation.model_origin import ModelOrigin
 from cfmask.evaluation_spec import Evaluation
 from cfmask.presets import PRESETS
 from cfmask.report import evaluation_page, page, run_blocks, summary, tables
@@ -74,6 +75,8 @@ def test_a_table_has_headings_and_aligns_numbers():
     assert [each.attributes.get("class") for each in heads] == [None, "number", "number", "text long", "number"]
     assert [each.text for each in found.all("td")][3] == "–"
     assert [each.text for each in found.all("th") if each.attributes["scope"] == "row"] == ["a", "b"]
+    long = Page(page.table("c", ["", "a_set_" * 9], [["a", 1]])).all("th")
+    assert long[1].attributes["class"] == "number wide", "its heading is broken"
     grouped = page.table("c", ["", "n"], [[str(i), i] for i in range(6)], together=[3, 1, 2])
     assert [body.count("<tr>") for body in grouped.split("<tbody>")[1:]] == [3, 1, 2]
 
@@ -240,6 +243,17 @@ def test_masks_of_a_run_are_drawn_once_for_each_model(tmp_path):
     assert run_blocks.masks(out, finished_run(tmp_path / "ft-s0", "ft"), run.final, shards, "val") == []
 
 
+def test_training_runs_of_one_name_are_all_shown(tmp_path):
+    runs = [finished_run(tmp_path / folder / "ft-s0", "ft") for folder in ("a", "b")]
+    origins = [ModelOrigin(str(run.final), str(run.root)) for run in (*runs, runs[0])]
+    origins += [ModelOrigin("file.safetensors"), ModelOrigin("gone", str(tmp_path / "gone"))]
+    assert {name: run.root for name, run in run_blocks.training_runs(origins).items()} == {
+        "a": runs[0].root,
+        "b": runs[1].root,
+    }
+    assert list(run_blocks.training_runs(origins[:1])) == ["ft-s0"]
+
+
 # --- evaluations ------------------------------------------------------------------------------------------------------
 
 
@@ -284,45 +298,12 @@ def test_an_evaluation_has_a_page(tmp_path, capsys):
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-MEASURE = """<!doctype html>
-<iframe style="border: 0; width: WIDTHpx; height: 900px" srcdoc="PAGE"></iframe>
-<script>
-const frame = document.querySelector("iframe");
-frame.onload = () => {
-  const page = frame.contentDocument, pictures = [...page.images];
-  document.body.dataset.found = JSON.stringify({
-    page: page.documentElement.scrollWidth, window: frame.contentWindow.innerWidth,
-    decoded: pictures.filter(p => p.complete && p.naturalWidth > 0).length, pictures: pictures.length,
-  });
-};
-</script>
-"""
-"""A page in a frame: a window of Chromium cannot be as narrow as a phone."""
 
-
-def chromium(folder: Path, *flags: object) -> str:
-    quiet = ["quic", "background-networking", "component-update", "sync", "extensions", "gpu"]
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--no-first-run", f"--user-data-dir={folder / 'profile'}"]
-    command += [*(f"--disable-{each}" for each in quiet), "--host-resolver-rules=MAP * ~NOTFOUND", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@needs_chromium
 def test_pages_fit_a_phone_and_print(tmp_path):
     names = ["a" * 120, "zero-shot"]
     run = finished_evaluation(tmp_path / "eval", finished_run(tmp_path / f"ft-{'s' * 90}"))
     evaluation_page.write_page(run, "Evaluation", names, summary.show(run, "Evaluation", names))
     status.main([str(tmp_path), "--html", str(tmp_path / "runs.html")])
     for file in (run.root / "index.html", tmp_path / "runs.html"):
-        text = file.read_text()
-        assert "default-src 'none'" in text, "the browser loads nothing else"
-        for width in (360, 1280):
-            measured = tmp_path / "measured.html"
-            measured.write_text(MEASURE.replace("WIDTH", str(width)).replace("PAGE", html.escape(text)))
-            dom = chromium(tmp_path, "--window-size=1400,900", "--dump-dom", measured.as_uri())
-            found = json.loads(Page(dom).all("body")[0].attributes["data-found"] or "")
-            assert found["window"] == width and found["page"] <= width, "no scrolling to the side"
-            assert found["decoded"] == found["pictures"] > 0
-        chromium(tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", file.as_uri())
-        assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+        assert_fits_and_prints(file, tmp_path)

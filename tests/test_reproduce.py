@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import made
+from browser import CHROMIUM, assert_fits_and_prints
 from cfmask.data.shard_index import index_name
 from cfmask.data.shards import load_manifest, write_manifest
 from cfmask.errors import UserError
@@ -538,6 +539,8 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     page = checked((tmp_path / "out/index.html").read_bytes()).text
     assert re.search(missing, page) and "8 of 11 jobs done, 2 never started, 1 failed" in page
     assert "failed: for the test" in page and "1 of 3 rows of the table are complete" in page
+    assert "1 done, 1 not started" in page
+    shutil.copyfile(tmp_path / "out/index.html", tmp_path / "failed.html")
     fake_jobs.done, fake_jobs.fails = [], set()
     assert reproduce.main(words) == 0
     assert fake_jobs.done == ["ft-s1", "ft-eval-s1", "wise-ft-s1"]
@@ -545,6 +548,9 @@ def test_failed_job_blocks_only_its_dependents_and_is_resumed(materials, tmp_pat
     fake_jobs.done = []
     assert reproduce.main(words) == 0 and fake_jobs.done == []
     assert "11 of 11 jobs done" in capsys.readouterr().out
+    if CHROMIUM is not None:
+        for file in (tmp_path / "failed.html", tmp_path / "out/index.html"):
+            assert_fits_and_prints(file, tmp_path)
 
 
 def test_effective_robustness_has_the_published_line_or_none(materials, tmp_path, capsys, fake_jobs):
@@ -631,7 +637,7 @@ def test_choice_of_checkpoints_is_recorded_and_plans_without_one_use_the_last(ma
     best = flags(materials, tmp_path / "best", *HERE, *rows)
     assert reproduce.main(best) == 0
     table = (tmp_path / "best/table.md").read_text()
-    assert "FT: step 7, best on holdout; WiSE-FT, α = 0.5: step 7, best on holdout." in table
+    assert "Checkpoints of all trained models: step 7, best on holdout." in table
     written = json.loads((tmp_path / "best/results.json").read_text())
     assert written["plan"]["checkpoint"] == "best" and written["rows"][0]["checkpoints"][0]["step"] == 7
     assert RunFolder(tmp_path / "best/ft-s0").recipe().data.eval_sets == ("holdout",)

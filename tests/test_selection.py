@@ -166,6 +166,9 @@ def test_results_state_the_step_of_a_model_and_what_chose_it(tmp_path):
     note = checkpoint_note({"FT": origins[::2], "foreign": origins[1:2], "zero-shot": []})
     assert note == "Checkpoints: FT: step 30, last / step 20, best on holdout (80.00 %)."
     assert checkpoint_note({"foreign": origins[1:2]}) == ""
+    assert checkpoint_note({"FT": [origins[0]] * 3}) == "Checkpoints: FT: step 30, last."
+    alike = {"FT": [origins[0]] * 3, "x": [origins[0]]}
+    assert checkpoint_note(alike) == "Checkpoints of all trained models: step 30, last."
 
 
 # --- which sets may choose --------------------------------------------------------------------------------------------

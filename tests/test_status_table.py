@@ -17,6 +17,7 @@ from cfmask.evaluation_spec import Evaluation
 from cfmask.recipe import Data, Optim, Recipe, Run
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import append_lines
+from cfmask.runtime.output import cells, clean
 from cfmask.runtime.times import duration
 from launch import cancel, status
 from launch.slurm.queue import SlurmJob
@@ -26,7 +27,7 @@ from launch.state.facts import SlurmAnswers, read_state
 from launch.state.progress import progress_of
 from launch.state.status import Status, newest_first, status_of
 from launch.state.table import attempts_table, table, totals
-from launch.state.terminal import Terminal, cells, clean, shorten, wrap
+from launch.state.terminal import Terminal, shorten, wrap
 
 ERROR = (
     "failed: UserError: The step needs 92.1 GB of GPU memory, and the GPU has 79.2 GB. Use --micro-batches auto, or a "

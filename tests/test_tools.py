@@ -15,7 +15,7 @@ import made
 from cfmask.errors import UserError
 from cfmask.recipe import Method, Recipe
 from cfmask.report.contact_sheet import draws_for_sheet
-from cfmask.report.sheet import Cell, contact_sheet
+from cfmask.report.sheet import Cell, contact_sheet, hatched
 from cfmask.run_search import find_model
 from launch.drills.materials import CLASSES
 from tools import show_masks
@@ -76,6 +76,20 @@ def test_donors_are_labelled_and_make_the_counterfactual(shown, tmp_path, monkey
             masked = (mask.picture != image.picture).any(2)
             assert masked.any() and np.array_equal(counterfactual.picture[masked], donor.picture[masked])
             assert np.array_equal(counterfactual.picture[~masked], image.picture[~masked])
+
+
+@pytest.mark.parametrize("ground", [0, 64, 128, 216, 255])
+def test_masked_patches_are_visible_on_any_ground_without_colour(ground):
+    picture = np.full((112, 112, 3), ground, np.uint8)
+    where = np.zeros((112, 112), bool)
+    where[28:84, 28:84] = True
+    shown = hatched(picture, where)
+    assert np.array_equal(shown[~where], picture[~where]) and (shown == shown[..., :1]).all()
+    for side in (shown[28:30, 28:84], shown[82:84, 28:84], shown[28:84, 28:30], shown[28:84, 82:84]):
+        assert {0, 255} <= set(side.flat), "an outline of black and white"
+    inside = shown[32:80, 32:80].astype(int)
+    assert np.ptp(inside) > 80, "stripes"
+    assert np.array_equal(hatched(picture, np.zeros_like(where)), picture)
 
 
 def cells_of(monkeypatch, flags, folder):

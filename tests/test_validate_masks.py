@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import made
+from browser import assert_fits_and_prints, needs_chromium
 from cfmask.data import imagenet
 from cfmask.data.images import crop, decode
 from cfmask.evaluation.mask_validation import Validation, method_to_validate
@@ -26,10 +29,13 @@ from cfmask.masking.masks import normalised
 from cfmask.models.head import build_tower, load_model, save_model
 from cfmask.models.initial import model_info
 from cfmask.models.tower import Classifier, Normalise
+from cfmask.presets import PRESETS
 from cfmask.recipe import Method, Recipe
+from cfmask.runs import RunFolder
 from cfmask.synthetic import shapes
 from cfmask.synthetic.shapes import CLASSES, draw_image
 from cfmask.tool_arguments import recorded_method
+from html_check import checked
 from tools import make_shards, validate_masks
 from towers import ODD
 
@@ -147,9 +153,33 @@ def test_table_and_pictures(scene, tmp_path, capsys):
     assert "dog 3 (1)" in text and "all 9 (1)" in text
     assert str(scene) not in text  # models are named, not their paths
     assert [model["name"] for model in results(out)["models"]] == ["a", "b"]
+    page = checked((out / "index.html").read_bytes())
+    assert len(page.all("img")) == 2 and "first block" in page.text and "dog 3 (1)" in page.text
+    rows = [part.split("</tr>")[0] for part in (out / "index.html").read_text().split('<tr><th scope="row">')[1:]]
+    [_, iou] = [re.findall(r">([^<]+)</td>", row) for row in rows if row.startswith("dog: IoU</th>")]
+    assert iou == [f"{100 * value:.1f}" for value in dog["iou"]]
     for name in ("curves.png", "sheet.png"):
         picture = np.asarray(Image.open(out / name).convert("RGB"))
         assert min(picture.shape[:2]) > 300 and picture.std() > 10
+
+
+@needs_chromium
+def test_the_page_fits_a_phone_and_prints(scene, tmp_path):
+    out, run = tmp_path / "out", RunFolder(tmp_path / "runs/<b>ft")
+    run.claim(PRESETS["object-mask-single-fill"].resolved())
+    shutil.copyfile(scene / "a.safetensors", run.final)
+    names = ["--names", "long_name_" * 12, "<script>alert(1)</script> 三毛猫"]
+    asked = command(scene, out, "--count", 1, *names, models=("a", "b"))
+    assert validate_masks.main([asked[0], str(run.root), *asked[2:]]) == 0
+    page = checked((out / "index.html").read_bytes())
+    assert "<script>alert(1)</script> 三毛猫" in page.text and "All settings of the recipe" in page.text
+    assert_fits_and_prints(out / "index.html", tmp_path)
+    # Without a sheet, there is none of an earlier command either.
+    assert validate_masks.main(command(scene, tmp_path / "out", "--count", 0, *names, models=("a", "b"))) == 2
+    (out / "parts.jsonl").unlink()
+    assert validate_masks.main(command(scene, out, "--count", 0)) == 0
+    page = checked((out / "index.html").read_bytes())
+    assert len(page.all("img")) == 1 and "None was drawn." in page.text and not (out / "sheet.png").exists()
 
 
 def test_an_interrupted_validation_resumes_with_the_same_results(scene, tmp_path, monkeypatch, capsys):

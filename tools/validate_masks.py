@@ -13,6 +13,7 @@ For each threshold and group of classes, averaged over images, in percent of pix
     OUT/table.md  results.json      the numbers; images without a pixel of the object count for the first rate alone
     OUT/curves.png                  the same over thresholds
     OUT/sheet.png                   contact sheet of the last model: image, object, mask, overlap
+    OUT/index.html                  a page with all of this, and the models
     OUT/parts.jsonl                 finished parts: if it is interrupted, the same command resumes after them
 
 MASKS is a folder of PNGs or run-length JSONs named by sample key; a folder of shards that tools/segment.py made with
@@ -48,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     from cfmask.data.segmentation import open_masks
     from cfmask.evaluation.mask_validation import Validation, method_to_validate, open_images
     from cfmask.report.labels import model_names
-    from cfmask.report.masks import write_report
+    from cfmask.report.mask_page import write_page
+    from cfmask.report.masks import MaskReport, write_report
 
     names = model_names([find_model(path) for path in arguments.models], arguments.names, distinct=True)
     models, info = shared.load_models(arguments.models)
@@ -66,11 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     compute = {"device": arguments.device, "batch_size": arguments.batch_size}
     validation = Validation(arguments.models, models, methods, info, segmented, groups, arguments.thresholds, **compute)
-    shown = {"segmentation": arguments.segmentation, "count": arguments.count, "seed": arguments.seed}
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
         parts = validation.carry_out(arguments.out / "parts.jsonl", allow_missing=arguments.allow_missing_masks)
-        text, written = write_report(arguments.out, validation, names, parts, **shown)
+        report = MaskReport.of(validation, names, parts, arguments.segmentation)
+        text, written = write_report(arguments.out, report, count=arguments.count, seed=arguments.seed)
+        written.append(write_page(arguments.out, report))
     except OSError as error:
         raise UserError(f"{arguments.out} cannot be written ({error.strerror}). Choose another --out.") from None
     print(text)

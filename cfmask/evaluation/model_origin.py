@@ -129,7 +129,7 @@ def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
     Args:
         rows: by name of a row, the origins of its models, one for each seed.
     """
-    parts = []
+    said: dict[str, str] = {}
     for name, origins in rows.items():
         seeds = []
         for origin in origins:
@@ -138,8 +138,10 @@ def checkpoint_note(rows: Mapping[str, Sequence[ModelOrigin]]) -> str:
             if origin.run is not None:
                 seeds.append(f"{step}, {origin.chosen}{accuracy}")
         if seeds:
-            parts.append(f"{name}: {' / '.join(seeds)}")
-    return f"Checkpoints: {'; '.join(parts)}." if parts else ""
+            said[name] = " / ".join(seeds[:1] if len(set(seeds)) == 1 else seeds)
+    if len(said) > 1 and len(set(said.values())) == 1:
+        return f"Checkpoints of all trained models: {said.popitem()[1]}."
+    return f"Checkpoints: {'; '.join(f'{name}: {words}' for name, words in said.items())}." if said else ""
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

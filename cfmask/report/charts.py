@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogitLocator, NullFormatter
 from scipy.special import expit
 
 from cfmask.errors import UserError
-from cfmask.report.figures import SMALL, STYLE, legend_below, new_figure, panels, save
+from cfmask.report.figures import SMALL, STYLED, broken, legend_below, new_figure, panels, save
 from cfmask.report.looks import COLOURS, MARKERS, VERMILION, looks
 from cfmask.report.results import AVERAGE, ResultRow, Results, Split, rows_of
 from cfmask.report.robustness import effective_values, robustness_panels
@@ -36,7 +34,7 @@ def bar_chart(rows: Sequence[ResultRow], path: Path, split: Split | None = None)
     save(bars_figure(rows, split), path)
 
 
-@rc_context(STYLE)
+@STYLED
 def bars_figure(rows: Sequence[ResultRow], split: Split | None = None) -> Figure:
     split = checked_split(rows, split)
     labels = list(split.columns)
@@ -44,6 +42,7 @@ def bars_figure(rows: Sequence[ResultRow], split: Split | None = None) -> Figure
     axis = figure.subplots()
     width = 0.86 / len(rows)
     many = len(rows) * len(labels)
+    handles = []
     for i, (row, look) in enumerate(zip(rows, looks([row.method for row in rows]), strict=True)):
         estimates = row.estimates(split)
         found = list(estimates.values())
@@ -56,6 +55,7 @@ def bars_figure(rows: Sequence[ResultRow], split: Split | None = None) -> Figure
             label=row.name,
             **look.bar(),
         )
+        handles.append(bars)
         if many <= 36:  # the numbers of more bars would overlap
             upright = 0 if many <= 10 else 90
             axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=SMALL, rotation=upright)
@@ -63,21 +63,15 @@ def bars_figure(rows: Sequence[ResultRow], split: Split | None = None) -> Figure
         axis.axvline(labels.index(AVERAGE) - 0.5, color="#999999", linewidth=0.8, linestyle=":")
     axis.set(xlim=(-0.5, len(labels) - 0.5), ylabel="top-1, %")
     axis.margins(y=0.16 if 10 < many <= 36 else 0.06)
-    axis.set_xticks(range(len(labels)), [_broken(label, max(7, 66 // len(labels))) for label in labels])
+    axis.set_xticks(range(len(labels)), [broken(label, max(7, 60 // len(labels))) for label in labels])
     axis.tick_params(axis="x", length=0, labelsize=8)
     axis.grid(False, axis="x")
     several = [len(row.per_seed) > 1 for row in rows]
     of_one, of_several = "95 % interval over draws of the test set", "standard deviation over seeds"
     either = f"{of_one} (one seed) or {of_several}" if any(several) else of_one
-    legend_below(
-        figure, *axis.get_legend_handles_labels(), title=f"error bars: {of_several if all(several) else either}"
-    )
+    title = f"error bars: {of_several if all(several) else either}"
+    legend_below(figure, handles, [row.name for row in rows], title=title)
     return figure
-
-
-def _broken(text: str, width: int) -> str:
-    """A name in lines of about so many characters, broken at hyphens and blanks."""
-    return "\n".join(textwrap.wrap(text, width, break_long_words=False))
 
 
 def reliability_chart(rows: Sequence[ResultRow], path: Path, split: Split | None = None) -> None:
@@ -91,7 +85,7 @@ def reliability_chart(rows: Sequence[ResultRow], path: Path, split: Split | None
     save(reliability_figure(rows, split), path)
 
 
-@rc_context(STYLE)
+@STYLED
 def reliability_figure(rows: Sequence[ResultRow], split: Split | None = None) -> Figure:
     split = checked_split(rows, split)
     sets = {label: name for label, name in split.columns.items() if name and any(name in row.sets for row in rows)}
@@ -124,7 +118,7 @@ def reliability_figure(rows: Sequence[ResultRow], split: Split | None = None) ->
             grey |= not enough.all()
             bar = errors.barh(i, ece, 0.75, **look.bar())
             errors.bar_label(bar, fmt="%.1f", padding=3, fontsize=SMALL)
-        axis.set(xlim=(0, 100), ylim=(0, 100), title=label, xlabel="confidence, %", ylabel="accuracy, %")
+        axis.set(xlim=(0, 100), ylim=(0, 100), title=broken(label, 30), xlabel="confidence, %", ylabel="accuracy, %")
         errors.set(xlim=(0, 1.25 * largest or 1), ylim=(len(rows) - 0.4, -0.6), yticks=[], xlabel="ECE, %")
     handles = [Line2D([], [], **look.line()) for look in styles]
     note = f"grey: bins of fewer than {FEW_SAMPLES} samples" if grey else None
@@ -147,7 +141,7 @@ def sweep_chart(results: Results, path: Path, split: Split | None = None) -> Non
     save(sweep_figure(results, split), path)
 
 
-@rc_context(STYLE)
+@STYLED
 def sweep_figure(results: Results, split: Split | None = None) -> Figure:
     split = split or results.split
     models = sorted((m for m in results.models if m.alpha is not None), key=lambda m: m.alpha or 0.0)
@@ -171,6 +165,7 @@ def sweep_figure(results: Results, split: Split | None = None) -> Figure:
     figure, axes = panels(1 + both, 2.4)
     over, mark = axes[-1], VERMILION
     colours = [each for each in COLOURS[:6] if each != mark]
+    handles = []
     for i, (label, values) in enumerate(series.items()):
         style: dict[str, Any] = {"marker": MARKERS[i % len(MARKERS)], "markersize": 4, "linewidth": 1.2}
         if label == home:
@@ -181,9 +176,9 @@ def sweep_figure(results: Results, split: Split | None = None) -> Figure:
             style |= {"color": "#8A8A8A", "linestyle": ":"}
         else:
             style["color"] = colours[i % len(colours)]
-        over.plot(alphas, values, label=label, **style)
+        handles += over.plot(alphas, values, **style)
     over.set(xlabel="α, share of fine-tuned model", xlim=(-0.05, 1.05), ylabel="top-1, %")
-    handles, labels = over.get_legend_handles_labels()
+    labels = list(series)
     if chosen is not None:
         over.axvline(alphas[chosen], color=mark, linewidth=1, linestyle=(0, (4, 2)), zorder=0)
         handles.append(Line2D([], [], color=mark, marker="*", markersize=11, linestyle=(0, (4, 2)), linewidth=1))
@@ -197,7 +192,7 @@ def sweep_figure(results: Results, split: Split | None = None) -> Figure:
         for i in sorted({0, len(x) - 1, *([] if chosen is None else [chosen])}):
             axes[0].annotate(f"α = {alphas[i]:g}", (x[i], y[i]), (6, 6), textcoords="offset points", fontsize=SMALL)
         of_shifted = "mean of shifted sets" if shifted == AVERAGE else shifted
-        axes[0].set(xlabel=f"{home}, top-1 %", ylabel=f"{of_shifted}, top-1 %")
+        axes[0].set(xlabel=broken(f"{home}, top-1 %", 30), ylabel=broken(f"{of_shifted}, top-1 %", 34))
         axes[0].margins(0.16)
     legend_below(figure, handles, labels)
     return figure
@@ -223,7 +218,7 @@ def effective_robustness(
     return values
 
 
-@rc_context(STYLE)
+@STYLED
 def robustness_figure(
     points: Sequence[ResultRow], fit_on: Mapping[str, str], split: Split | None = None
 ) -> tuple[Figure, dict[str, dict[str, float]]]:
@@ -253,7 +248,7 @@ def robustness_figure(
             scale.set_major_locator(LogitLocator(nbins=4))
             scale.set_major_formatter(lambda share, _: f"{100 * share:.4g}")
             scale.set_minor_formatter(NullFormatter())
-        axis.set(xlabel=f"{home}, top-1 %", ylabel=f"{label}, top-1 %")
+        axis.set(xlabel=broken(f"{home}, top-1 %", 30), ylabel=broken(f"{label}, top-1 %", 26))
     shown = [name for name in styles if any(name in panel.points for panel in found.values())]
     handles = [Line2D([], [], **styles[name]) for name in shown]
     handles += [

@@ -21,7 +21,7 @@ from cfmask.models.head import ModelInfo, load_model
 from cfmask.models.tower import Classifier, Normalise
 from cfmask.recipe import Method
 from cfmask.report.figures import save
-from cfmask.report.sheet import Cell, contact_sheet, heat_map, paled, pixels_of
+from cfmask.report.sheet import Cell, contact_sheet, hatched, heat_map, pixels_of
 from cfmask.step import counterfactual
 
 
@@ -118,7 +118,7 @@ def draw_contact_sheet(
                     pictures[i], name if labels[i] is not None and guess == name else _caption(labels[i], name, guess)
                 ),
                 Cell(heat_map(pictures[i], heat[i, 0].numpy())),
-                Cell(paled(pictures[i], masked), share),
+                Cell(hatched(pictures[i], masked), share),
                 donor,
                 Cell(counterfactual_image),
             ]

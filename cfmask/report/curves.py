@@ -9,13 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from cfmask.errors import UserError
 from cfmask.recipe import Recipe
-from cfmask.report.figures import STYLE, legend_below, panels, save
+from cfmask.report.figures import STYLED, broken, legend_below, panels, save
 from cfmask.report.labels import RunGroup, run_groups
 from cfmask.report.looks import looks
 from cfmask.run_search import is_evaluation
@@ -42,7 +41,7 @@ _MASKS: dict[tuple[str, str], Value] = {
 }
 
 
-@rc_context(STYLE)
+@STYLED
 def draw_curves(out: Path, runs: Sequence[RunFolder]) -> list[str]:
     """Draw the losses that the runs have, training accuracy, accuracy on each set, and, if measured, how far masks fall
     on objects: a line for each recipe. Seeds of a recipe are one line, their mean, with a band of one standard
@@ -104,7 +103,8 @@ def curves_figure(groups: Sequence[RunGroup], logs: Mapping[Path, Sequence[Line]
                 low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, color=look.colour, alpha=0.2, linewidth=0)
         masks = (title, unit) in _MASKS
-        axis.set(title=title, ylabel=unit, xlabel="optimizer step" + (" (at the run's threshold)" if masks else ""))
+        steps_of = "optimizer step" + (" (at the run's threshold)" if masks else "")
+        axis.set(title=broken(title, 30), ylabel=unit, xlabel=steps_of)
     several = any(len(group.runs) > 1 for group in groups)
     legend = {group.label: Line2D([], [], **look.line()) for group, look in zip(groups, styles, strict=True)}
     legend_below(

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cfmask.evaluation.model_origin import ModelOrigin
-from cfmask.recipe import Recipe
 from cfmask.report import page, run_blocks
 from cfmask.report.labels import model_names
 from cfmask.report.page import Html, Section
@@ -16,8 +15,6 @@ from cfmask.report.summary import note_of
 from cfmask.report.tables import html_table
 from cfmask.runs import RunFolder
 from cfmask.runtime.files import write_atomically
-
-PAGE = "index.html"
 
 _CAPTIONS = {
     "bars.png": "Top-1 by set",
@@ -47,13 +44,13 @@ def write_page(run: RunFolder, title: str, names: Sequence[str] = (), pictures: 
         Section("Calibration", [_calibration(results, called), *([calibration] if calibration else [])]),
         Section("Models", [_models(results, names)]),
     ]
-    trained = {Path(origin.run).name: RunFolder(Path(origin.run)) for origin in results.origins if origin.run}
-    trained = {name: each for name, each in trained.items() if each.has_work() and isinstance(each.work(), Recipe)}
-    if trained:
-        sections.append(Section("Training runs", [*_masks(run.root, results, trained), *_training(run.root, trained)]))
+    if trained := run_blocks.training_runs(results.origins):
+        curves = run_blocks.curves(run.root / "curves.png", list(trained.values()))
+        blocks = [*_masks(run.root, results, trained), *curves, *run_blocks.training(trained)]
+        sections.append(Section("Training runs", blocks))
     sections.append(Section("Evaluation", _evaluation(run, results)))
-    write_atomically(run.root / PAGE, page.page(f"{title}: {run.root.name}", sections))
-    print(run.root / PAGE)
+    write_atomically(run.root / page.FILE, page.page(f"{title}: {run.root.name}", sections))
+    print(run.root / page.FILE)
 
 
 def _figure(path: Path) -> Html:
@@ -82,39 +79,17 @@ def _models(results: Results, names: Sequence[str]) -> Html:
     files = results.evaluation.models
     called = _distinct(names) if len(names) == len(files) else model_names(files)
     origins = results.origins or [ModelOrigin(file, chosen="–") for file in files]
-    rows = [
-        [
-            name,
-            origin.step,
-            origin.chosen,
-            origin.chosen_on,
-            None if origin.top1 is None else f"{origin.top1:.2f}",
-            origin.file,
-        ]
-        for name, origin in zip(called, origins, strict=True)
-    ]
-    header = ["model", "step", "chosen", "on", "top-1 % there", "file"]
-    return page.table("Evaluated models, and which checkpoint they are", header, rows) if rows else page.paragraph("–")
+    return run_blocks.models(called, origins) if origins else page.paragraph("–")
 
 
 def _masks(folder: Path, results: Results, runs: Mapping[str, RunFolder]) -> list[Html]:
     """A contact sheet of the first evaluated model that was trained with masks."""
-    evaluation = results.evaluation
+    evaluation, found = results.evaluation, {str(run.root): run for run in runs.values()}
     for origin in results.origins:
-        run = runs.get(Path(origin.run).name) if origin.run else None
+        run = found.get(origin.run or "")
         if run is not None and run.recipe().method.masked:
             return run_blocks.masks(folder / "masks.png", run, Path(origin.file), evaluation.shards, results.sets[0])
     return []
-
-
-def _training(folder: Path, runs: dict[str, RunFolder]) -> list[Html]:
-    recipes = {name: run.recipe() for name, run in runs.items()}
-    return [
-        *run_blocks.curves(folder / "curves.png", list(runs.values())),
-        run_blocks.recipes(recipes),
-        run_blocks.starts({name: run.starts() for name, run in runs.items()}),
-        run_blocks.versions(list(runs.values())),
-    ]
 
 
 def _evaluation(run: RunFolder, results: Results) -> list[Html]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+from cfmask.presets import ALIASES
+
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 PINK, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#8A8A8A"
 COLOURS = (BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, BLACK, GREY)
@@ -26,6 +28,7 @@ SOLID, DASHED, DOTTED, DASH_DOT, LONG_DASH, DASH_DOT_DOT = DASHES = (
     (0, (5, 1.5, 1, 1.5, 1, 1.5)),
 )
 """Line styles of matplotlib: offset, and lengths of lines and gaps in line widths."""
+_BY_GAPS = (SOLID, LONG_DASH, DASHED, DASH_DOT, DASH_DOT_DOT, DOTTED)
 _HATCHES = dict(zip(DASHES, ("", "////", "....", "xxxx", "\\\\\\\\", "++++"), strict=True))
 
 
@@ -44,7 +47,8 @@ class Look:
 
     def line(self, *, markers: bool = True, width: float = 1.3) -> dict[str, Any]:
         """Arguments of matplotlib's ``plot``."""
-        style: dict[str, Any] = {"color": self.colour, "linestyle": self.dash, "linewidth": width}
+        above = 2 + 0.1 * _BY_GAPS.index(self.dash)  # of two lines that overlap, both are visible
+        style: dict[str, Any] = {"color": self.colour, "linestyle": self.dash, "linewidth": width, "zorder": above}
         return style | ({"marker": self.marker, "markersize": 4} if markers else {})
 
     def point(self, *, hollow: bool = False) -> dict[str, Any]:
@@ -81,32 +85,34 @@ _LOOKS = {
     "random-mask-no-fill": Look(SKY, ">", DOTTED),
 }
 """By preset, and for models that no preset trains."""
-_PATTERNS = (
-    (r"grad-?cam", "grad-cam"),
-    (r"wise-?kd", "wise-kd"),
-    (r"wise-?ft|alpha", "wise-ft"),
-    (r"kd-mask(ed)?", "kd-masked"),
-    (r"(random|object|context)-mask(ed|s)?(?:-(no|single|multi)-fill)?", ""),
-    (r"released-code", "released-code"),
-    (r"th(is|e)-method", "object-mask-single-fill"),
-    (r"soup", "soup"),
-    (r"zero-?shot|pre-?trained", "zero-shot"),
-    (r"fd(-clean)?|feature-distillation(-clean)?", "fd-clean"),
-    (r"kd(-clean)?", "kd-clean"),
-    (r"linear-probe", "linear-probe"),
-    (r"lp-ft", "lp-ft"),
-    (r"ft|(vanilla-)?fine-?tun(ed|ing)|vanilla", "ft"),
-)
+_NAMES = {
+    **{name: name for name in _LOOKS},
+    **ALIASES,
+    **dict.fromkeys(("zeroshot", "pretrained", "pre-trained"), "zero-shot"),
+    **dict.fromkeys(("wiseft", "alpha"), "wise-ft"),
+    **{"wisekd": "wise-kd", "feature-distillation": "fd-clean"},
+    **dict.fromkeys(("this-method", "the-method"), "object-mask-single-fill"),
+}
+"""Methods by the names that they have in tables and charts: those by which presets can be asked for, and those of
+models that no preset trains."""
+_FIRST = ("grad-cam", "wise-kd", "wise-ft", "kd-masked")
+_LAST = ("released-code", "soup", "zero-shot", "fd-clean", "kd-clean", "lp-ft", "linear-probe", "ft")
+"""Of several methods in a name, one of the first counts, or else a mask, or else one of the last, in this order."""
 
 
 def method_of(name: str) -> str | None:
     """The method that a name in a table or chart stands for: a preset, "zero-shot", "wise-ft" or "soup"; None if it
     names none. "FT", "ft-s0" and "fine-tuning" are the preset ft; a mask without its fill is that with single-fill."""
-    text = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("α", "alpha"))
-    for pattern, method in _PATTERNS:
-        if found := re.search(rf"(?:^|-)(?:{pattern})(?:-|$)", text):
-            return method or f"{found[1]}-mask-{found[3] or 'single'}-fill"
-    return None
+    text = f"-{_words(name)}-"
+    found = [(each, method) for each, method in _NAMES.items() if f"-{_words(each)}-" in text]
+    ranks = {method: i for i, method in enumerate((*_FIRST, None, *_LAST))}
+    return min(found, key=lambda pair: (ranks.get(pair[1], len(_FIRST)), -len(pair[0])), default=("", None))[1]
+
+
+def _words(name: str) -> str:
+    """The words of a name in lower case, joined by hyphens: "object masks" and "Object-Masked" are object-mask."""
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("α", "alpha")).strip("-")
+    return re.sub(r"\bmask(ed|s)\b", "mask", words)
 
 
 def looks(names: Sequence[str]) -> list[Look]:

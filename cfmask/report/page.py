@@ -21,6 +21,9 @@ from pathlib import Path
 from cfmask import __version__
 from cfmask.secrets import mask_secrets
 
+FILE = "index.html"
+"""Name of a page in the folder of its results."""
+
 
 class Html(str):
     """Markup. Every other string is text."""
@@ -96,9 +99,8 @@ def table(
     cells = [[escape("–" if cell is None else cell) for cell in row] for row in rows]
     kinds = [_kind_of([_shown(row[i]) for row in cells]) for i in range(1, len(header))]
     head = [f'<th scope="col">{escape(header[0])}</th>']
-    head += [
-        f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in zip(header[1:], kinds, strict=True)
-    ]
+    for name, kind in zip(map(escape, header[1:]), kinds, strict=True):
+        head.append(f'<th scope="col" class="{kind}{" wide" if len(_shown(name)) > 24 else ""}">{name}</th>')
     lines = [
         f'<tr><th scope="row">{row[0]}</th>'
         + "".join(f'<td class="{kind}">{cell}</td>' for cell, kind in zip(row[1:], kinds, strict=True))
@@ -215,13 +217,15 @@ p { margin: .5rem 0; max-width: 48rem }
 a { color: var(--link) }
 .note, figcaption, caption, footer { color: var(--soft); font-size: .875rem }
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; margin: .8rem 0; padding: 0 }
-.scroll { overflow-x: auto; margin: .8rem 0 }
+.scroll { overflow-x: auto; margin: .8rem 0; container-type: inline-size }
 .scroll:focus-visible, pre:focus-visible { outline: 2px solid var(--link) }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding: 0 0 .4rem }
-caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 2rem) }
+caption span { display: inline-block; position: sticky; left: 0; max-width: calc(100vw - 3rem);
+  max-width: 100cqw }
 th, td { padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; overflow-wrap: break-word }
 thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; white-space: nowrap }
+thead th.wide { white-space: normal; min-width: 10rem; overflow-wrap: anywhere }
 tbody { border-bottom: 1px solid var(--line) }
 tbody th { font-weight: 600; min-width: 8rem; max-width: min(24rem, 42vw); position: sticky; left: 0;
   background: var(--back); overflow-wrap: anywhere }
@@ -230,7 +234,7 @@ tbody tr + tr td { color: var(--soft) }
 .number { text-align: right; white-space: nowrap }
 td.text { min-width: 5rem; max-width: 30rem }
 td.short { min-width: 0; white-space: nowrap }
-td.long { min-width: 14rem; overflow-wrap: anywhere }
+td.long { min-width: min(22rem, 70vw); overflow-wrap: anywhere }
 .interval { color: var(--soft); font-size: .85em }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .4rem 1.5rem;
   margin: .8rem 0 }
@@ -246,12 +250,14 @@ footer { margin-top: 2.5rem }
   :root { --text: #000; --soft: #444; --back: #fff; --line: #bbb; --pale: #f4f4f2; --link: #000 }
   @page { margin: 15mm }
   body { padding: 0; max-width: none; font-size: 9.5pt }
+  .note, figcaption, caption, footer { font-size: 8.5pt }
   nav { display: none }
   h2, h3, caption { break-after: avoid }
   figure, table.short, tbody, tr, .facts div { break-inside: avoid }
   .facts { grid-template-columns: repeat(5, 1fr); gap: .1rem .8rem; font-size: 8pt }
   dt { font-size: 7pt }
   caption span { position: static; max-width: none }
+  .scroll { container-type: normal }
   .scroll, pre { overflow: visible }
   table { font-size: 8pt; width: 100% }
   thead { display: table-header-group }

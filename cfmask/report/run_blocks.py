@@ -1,23 +1,65 @@
-"""Blocks of a page about runs, from their folders alone: recipes, code and versions, starts, curves."""
+"""Blocks of a page about models and runs, from their folders alone: origins, recipes, code and versions, starts,
+curves."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from cfmask.errors import UserError
+from cfmask.evaluation.model_origin import ModelOrigin, short_names
 from cfmask.recipe import Recipe
 from cfmask.report import page
 from cfmask.report.page import Html
 from cfmask.runs import RunFolder
 from cfmask.runtime.attempts import Start
 from cfmask.runtime.jsonl import read_object
+from cfmask.runtime.times import date_and_time
 
 _OF_ONE_RUN = ("run.seed", "model.pretrained", "method.ensemble", "model.head")
 """Settings that differ between runs of one table by its construction."""
+
+
+def models(names: Sequence[str], origins: Sequence[ModelOrigin]) -> Html:
+    """A table of models: their files, and what chose them.
+
+    Args:
+        names: of the models, all different.
+    """
+    rows = [
+        [
+            name,
+            origin.step,
+            origin.chosen,
+            origin.chosen_on,
+            None if origin.top1 is None else f"{origin.top1:.2f}",
+            origin.file,
+        ]
+        for name, origin in zip(names, origins, strict=True)
+    ]
+    header = ["model", "step", "chosen", "on", "top-1 % there", "file"]
+    return page.table("Models, and which checkpoint they are", header, rows)
+
+
+def training_runs(origins: Sequence[ModelOrigin]) -> dict[str, RunFolder]:
+    """The training runs of models that are still there, by distinct names."""
+    runs = [RunFolder(Path(path)) for path in dict.fromkeys(origin.run for origin in origins if origin.run)]
+    runs = [run for run in runs if run.has_work() and isinstance(run.work(), Recipe)]
+    names = [run.root.name for run in runs]
+    if len(set(names)) < len(names):
+        names = short_names([run.root for run in runs])
+    return dict(zip(names, runs, strict=True))
+
+
+def training(runs: Mapping[str, RunFolder]) -> list[Html]:
+    """Recipes, starts and versions of training runs."""
+    return [
+        recipes({name: run.recipe() for name, run in runs.items()}),
+        starts({name: run.starts() for name, run in runs.items()}),
+        versions(list(runs.values())),
+    ]
 
 
 def recipes(by_name: Mapping[str, Recipe]) -> Html:
@@ -68,16 +110,11 @@ def versions(runs: Sequence[RunFolder]) -> Html:
         ["runs", *(len(names) for _, names in found.values())],
         ["commit", *(str(info.get("commit") or "–")[:12] for info in infos)],
         ["files changed since", *(len(info.get("uncommitted") or ()) for info in infos)],
-        ["copied", *(moment(info.get("taken")) for info in infos)],
+        ["copied", *(date_and_time(info.get("taken")) for info in infos)],
         ["Python", *(info.get("python") for info in infos)],
         *([name, *(info["packages"].get(name) for info in infos)] for name in packages),
     ]
     return page.table("Code of the jobs; each run folder has a copy", ["code", *found], rows)
-
-
-def moment(text: object) -> str | None:
-    """A recorded time without its T and seconds, or the text if it is none."""
-    return None if text is None else re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d):\d\d.*$", r"\1 \2", str(text))
 
 
 def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each run, and why they ended") -> Html:
@@ -88,7 +125,14 @@ def starts(by_run: Mapping[str, Sequence[Start]], caption: str = "Starts of each
             facts = start.facts
             about = (facts.get(key) for key in ("job", "nodes", "world_size", "device", "from_step"))
             rows.append(
-                [name, facts.get("attempt"), moment(facts.get("started")), *about, start.reached, start.why_ended]
+                [
+                    name,
+                    facts.get("attempt"),
+                    date_and_time(facts.get("started")),
+                    *about,
+                    start.reached,
+                    start.why_ended,
+                ]
             )
     if not rows:
         return page.paragraph("None of these runs has started.")

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from cfmask.report.figures import SMALL, STYLE, WIDTH, new_figure
+from cfmask.report.figures import SMALL, STYLED, WIDTH, new_figure
+from cfmask.report.fonts import drawable, families
 
 COLUMNS = 8
 """Samples side by side."""
@@ -33,7 +35,7 @@ class Cell:
     caption: str = ""
 
 
-@rc_context(STYLE)
+@STYLED
 def contact_sheet(labels: Sequence[str], samples: Sequence[Sequence[Cell]], *, note: str = "") -> Figure:
     """A figure of samples, a column each; of few samples, a row each.
 
@@ -86,7 +88,7 @@ def contact_sheet(labels: Sequence[str], samples: Sequence[Sequence[Cell]], *, n
 def wrapped(text: str, width: float, lines: int = 4) -> str:
     """Small text in lines of so many inches. Words that are wider, and what follows the last line, are cut."""
     found: list[str] = []
-    for part in text.split("\n"):
+    for part in drawable(text).split("\n"):
         line = ""
         for word in part.split():
             if line and _inches(f"{line} {word}") > width:
@@ -105,7 +107,8 @@ def wrapped(text: str, width: float, lines: int = 4) -> str:
 
 @functools.cache
 def _inches(text: str) -> float:
-    return float(TextPath((0, 0), text.replace("$", "S"), size=SMALL).get_extents().width) / 72 if text.strip() else 0.0
+    fonts = FontProperties(family=families(text))
+    return float(TextPath((0, 0), text, size=SMALL, prop=fonts).get_extents().width) / 72 if text.strip() else 0.0
 
 
 def heat_map(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
@@ -117,11 +120,32 @@ def heat_map(picture: np.ndarray, heat: np.ndarray) -> np.ndarray:
     return shown
 
 
-def paled(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """A picture (H, W, 3) uint8, pale where the mask (H, W) is set."""
+def hatched(picture: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) uint8 under grey stripes where the mask (H, W) is set, with a black and white outline, which
+    is visible on photographs and on drawings, on white and on black."""
     shown = picture.copy()
-    shown[where] = 255 - (255 - shown[where]) // 5
+    stripe = np.where(stripes(picture, share=0.5), 216, 64)[where]
+    shown[where] = (0.35 * shown[where] + 0.65 * stripe[:, None]).astype(np.uint8)
+    width = max(1, len(picture) // 100)
+    inner = _without_edge(where, width)
+    shown[where & ~inner] = 0
+    shown[inner & ~_without_edge(inner, width)] = 255
     return shown
+
+
+def stripes(picture: np.ndarray, *, share: float, falling: bool = False) -> np.ndarray:
+    """(H, W) bool: pixels on rising diagonal stripes that cover this share of a picture."""
+    period = max(4, len(picture) // 14)
+    y, x = np.indices(picture.shape[:2])
+    return ((x - y if falling else x + y) % period) < share * period
+
+
+def _without_edge(where: np.ndarray, width: int) -> np.ndarray:
+    """A mask without so many pixels along its edge. The edge of the picture is none of the mask."""
+    for _ in range(width):
+        whole = np.pad(where, 1, constant_values=True)
+        where = where & whole[2:, 1:-1] & whole[:-2, 1:-1] & whole[1:-1, 2:] & whole[1:-1, :-2]
+    return where
 
 
 def pixels_of(mask: np.ndarray, patch: int, size: int) -> np.ndarray:

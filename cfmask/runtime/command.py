@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import os
 import re
 import signal
 import sys
@@ -26,6 +27,8 @@ def exits_cleanly(main: Callable[..., int | None]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> int:
         escape_unencodable_output()
+        # Pictures are files. With an unknown backend in its environment, matplotlib could not even be imported.
+        os.environ["MPLBACKEND"] = "agg"
         try:
             _check_checkout(Path(main.__code__.co_filename))
             log_to_terminal()

@@ -7,6 +7,7 @@ import codecs
 import os
 import select
 import sys
+import unicodedata
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -43,6 +44,25 @@ codecs.register_error(_ERRORS, _as_ascii)
 def printable(name: str) -> str:
     """A file name as text that can be encoded: bytes that are not UTF-8 become backslash escapes."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def clean(text: str) -> str:
+    """A text on one line, without characters that would move the cursor, reorder the text, or cannot be encoded."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def cells(text: str) -> int:
+    """The width of a text in letters: two for wide characters, such as Chinese ones, none for combining ones."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0
+        if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
+        else 2
+        if unicodedata.east_asian_width(c) in "WF"
+        else 1
+        for c in text
+    )
 
 
 def output_is_lost() -> bool:

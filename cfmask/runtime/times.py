@@ -31,9 +31,15 @@ def local_time(text: Any) -> datetime | None:
     return None
 
 
-def when(text: Any) -> str:
-    """A time, with its date unless that is today."""
+def date_and_time(text: Any) -> str | None:
+    """A recorded time in this machine's time zone, to the minute; None if it is none."""
     moment = local_time(text)
-    if moment is None:
-        return "-"
-    return moment.strftime("%H:%M:%S" if moment.date() == datetime.now().date() else "%Y-%m-%d %H:%M")
+    return None if moment is None else moment.strftime("%Y-%m-%d %H:%M")
+
+
+def when(text: Any) -> str:
+    """A recorded time on a terminal: to the second without its date if that is today; "-" if it is none."""
+    moment = local_time(text)
+    if moment is not None and moment.date() == datetime.now().date():
+        return moment.strftime("%H:%M:%S")
+    return date_and_time(text) or "-"

@@ -45,14 +45,14 @@ def _span(seconds: Sequence[float | None]) -> str:
 
 def draw(results: Sequence[DrillResult], path: Path) -> None:
     """Plot steps, faults and checkpoints over time, with a panel for each drill."""
-    import matplotlib
+    from matplotlib.figure import Figure  # takes a second to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from cfmask.report.figures import save
 
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False, sharey=True)
+    figure = Figure(figsize=(4.2 * columns, 2.4 * rows), layout="tight")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis, result in zip(axes.flat, results, strict=False):
         snapshots = result.run.snapshots
         began = snapshots[0].time
@@ -68,6 +68,4 @@ def draw(results: Sequence[DrillResult], path: Path) -> None:
         axis.axis("off")
     figure.supxlabel("seconds", fontsize=8)
     axes[0][0].legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    save(figure, path, dpi=130)

@@ -26,8 +26,6 @@ from launch.state.status import ENDED, explained_starts
 if TYPE_CHECKING:
     from cfmask.report.robustness import Line
 
-PAGE = "index.html"
-
 _CAPTIONS = {
     "bars.png": "Top-1 by set",
     "effective-robustness.png": "Accuracy on shifted sets over accuracy in distribution, and the line through "
@@ -62,8 +60,8 @@ def write_report(reproduction: Reproduction, tflops: float | None, line: Line | 
         Section("Settings", _settings(reproduction)),
     ]
     text = page.page(f"Reproduction: {folder.name}", sections, lead=_lead(statuses, found))
-    write_atomically(folder / PAGE, text)
-    print(folder / PAGE)
+    write_atomically(folder / page.FILE, text)
+    print(folder / page.FILE)
 
 
 def _lead(statuses: Mapping[str, NodeStatus], found: PaperTable | None) -> list[Html]:

@@ -161,7 +161,8 @@ def _describe_states(statuses: Sequence[NodeStatus]) -> str:
         running = [e.status for e in statuses if e.status.state == "running" and e.status.eta_s is not None]
         eta = f", ETA {duration(max(s.eta_s or 0 for s in running))}" if running and len(statuses) > 1 else ""
         return only + eta
-    return ", ".join(f"{number} {word}" for word, number in Counter(words).items())
+    counts = Counter("not started" if word == "–" else word for word in words)
+    return ", ".join(f"{number} {word}" for word, number in counts.items())
 
 
 def count_jobs(number: int) -> str:

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from typing import TextIO
 
+from cfmask.runtime.output import cells, clean
 from cfmask.runtime.times import duration
-from launch.state.terminal import Terminal, cells, clean, pad, shorten
+from launch.state.terminal import Terminal, pad, shorten
 
 _BAR = 24
 """The longest bar, in cells."""

@@ -9,10 +9,11 @@ from typing import Any
 
 from cfmask.evaluation.model_origin import short_names
 from cfmask.runs import RunFolder
+from cfmask.runtime.output import clean
 from cfmask.runtime.times import duration, when
 from launch.state.facts import RunState, SlurmAnswers
 from launch.state.status import FAILED, WAITING, Status, explained_starts
-from launch.state.terminal import PLAIN, Column, LastColumn, Terminal, clean, draw_table
+from launch.state.terminal import PLAIN, Column, LastColumn, Terminal, draw_table
 
 _ORDER = ("running", "starting", "ending", "cancelling", "requeued", "queued", "failed", "dead", "stopped", "cancelled")
 """States in the line of totals; others come after them, and "finished" last."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TextIO
 
-from cfmask.runtime.output import printable
+from cfmask.runtime.output import cells
 
 _GAP = "  "
 _INDENT = 4
@@ -46,26 +45,6 @@ class Terminal:
 
 PLAIN = Terminal()
 """A file or a pipe."""
-
-
-def clean(text: str) -> str:
-    """A text on one line, without characters that would move the cursor or cannot be encoded."""
-    text = printable(" ".join(text.split()))
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def cells(text: str) -> int:
-    """The width of a text on a terminal: two cells for wide characters, none for combining ones."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0
-        if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf")
-        else 2
-        if unicodedata.east_asian_width(c) in "WF"
-        else 1
-        for c in text
-    )
 
 
 def _take(text: str, width: int) -> str:
