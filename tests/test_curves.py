@@ -103,8 +103,8 @@ def test_seeds_of_a_recipe_are_one_line_with_a_band(tmp_path):
 
     [line] = drawn(seed(0, 4), seed(1, 4), seed(2, 3))[CE].values()
     assert line.get_label() == "ft (3 seeds)"
-    assert list(line.get_xdata()) == [1, 2, 3]  # steps that all seeds have
-    assert list(line.get_ydata()) == pytest.approx([2.0] * 3)
+    assert list(line.get_xdata()) == [1, 2, 3, 4], "a seed that has just started does not hide the others"
+    assert list(line.get_ydata()) == pytest.approx([2.0, 2.0, 2.0, 1.5])
     [band] = line.axes.collections
     ys = band.get_paths()[0].vertices[:, 1]
     assert (min(ys), max(ys)) == pytest.approx((1.0, 3.0))  # the standard deviation of 1, 2, 3 is 1

@@ -44,8 +44,8 @@ _MASKS: dict[tuple[str, str], Value] = {
 @STYLED
 def draw_curves(out: Path, runs: Sequence[RunFolder]) -> list[str]:
     """Draw the losses that the runs have, training accuracy, accuracy on each set, and, if measured, how far masks fall
-    on objects: a line for each recipe. Seeds of a recipe are one line, their mean, with a band of one standard
-    deviation, over the steps that all of them have logged.
+    on objects: a line for each recipe. Seeds of a recipe are one line, the mean of those that have come so far, with a
+    band of one standard deviation, over steps that all of these have logged.
 
     Returns:
         A sentence for each run that is left out, because it has no log, or one that cannot be read.
@@ -92,14 +92,14 @@ def curves_figure(groups: Sequence[RunGroup], logs: Mapping[Path, Sequence[Line]
         for group, look, seeds in zip(groups, styles, found, strict=True):
             if not seeds:
                 continue
-            steps = sorted(set.intersection(*map(set, seeds)))
-            values = [[points[step] for points in seeds] for step in steps]
+            steps = [s for s in sorted(set.union(*map(set, seeds))) if all(s in each or s > max(each) for each in seeds)]
+            values = [[points[step] for points in seeds if step in points] for step in steps]
             means = [statistics.fmean(of_step) for of_step in values]
             few = len(steps) <= 12  # markers of more points would hide the line
             axis.plot(steps, means, label=group.label, **look.line(markers=few))
             drawn.add(group.label)
             if len(seeds) > 1:
-                sds = [statistics.stdev(of_step) for of_step in values]
+                sds = [statistics.stdev(of_step) if len(of_step) > 1 else 0.0 for of_step in values]
                 low, high = ([m + sign * s for m, s in zip(means, sds, strict=True)] for sign in (-1, 1))
                 axis.fill_between(steps, low, high, color=look.colour, alpha=0.2, linewidth=0)
         masks = (title, unit) in _MASKS
