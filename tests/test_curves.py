@@ -107,7 +107,8 @@ def test_seeds_of_a_recipe_are_one_line_with_a_band(tmp_path):
     assert list(line.get_ydata()) == pytest.approx([2.0, 2.0, 2.0, 1.5])
     [band] = line.axes.collections
     ys = band.get_paths()[0].vertices[:, 1]
-    assert (min(ys), max(ys)) == pytest.approx((1.0, 3.0))  # the standard deviation of 1, 2, 3 is 1
+    # The standard deviation of 1, 2, 3 is 1, and that of 1, 2 is the root of a half.
+    assert (min(ys), max(ys)) == pytest.approx((1.5 - math.sqrt(0.5), 3.0))
 
 
 def test_equal_names_are_told_apart_by_what_differs(tmp_path):

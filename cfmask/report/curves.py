@@ -92,7 +92,8 @@ def curves_figure(groups: Sequence[RunGroup], logs: Mapping[Path, Sequence[Line]
         for group, look, seeds in zip(groups, styles, found, strict=True):
             if not seeds:
                 continue
-            steps = [s for s in sorted(set.union(*map(set, seeds))) if all(s in each or s > max(each) for each in seeds)]
+            everything = sorted(set.union(*map(set, seeds)))
+            steps = [step for step in everything if all(step in points or step > max(points) for points in seeds)]
             values = [[points[step] for points in seeds if step in points] for step in steps]
             means = [statistics.fmean(of_step) for of_step in values]
             few = len(steps) <= 12  # markers of more points would hide the line
