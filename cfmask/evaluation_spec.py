@@ -21,7 +21,7 @@ An evaluation has a run folder like a training run (runs.py), with evaluation.js
          "interval": [low, high],                                       95 %, Wilson's
          "ece": …, "calibration": [[samples, correct, sum of confidences], …],   by 15 bins of the confidence
          "per_class": {"n01443537": [correct, total], …}}}}],
-     "checkpoints": [{"file": "RUN/checkpoints/step-00024810/model.safetensors", "run": "RUN", "step": 24810,
+     "checkpoints": [{"file": "RUN/checkpoints/step-00024820/model.safetensors", "run": "RUN", "step": 24820,
          "chosen": "best on holdout", "chosen_on": "holdout", "top1": 76.3}],    origin of each model
      "chosen": 1, "chosen_on": "holdout",      index in "models" of model.safetensors; the set on which it was chosen
      "ingredients": ["…"]}                     models in a soup, in the order in which they were added

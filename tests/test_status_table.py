@@ -39,7 +39,7 @@ ERROR = (
 def a_status(run: str, state: str = "running", **more) -> Status:
     values = {
         "step": 12405,
-        "total_steps": 24810,
+        "total_steps": 24820,
         "samples_per_s": 912.3,
         "loss": 2.5312,
         "eta_s": 11523.0 if state == "running" else None,
@@ -61,7 +61,7 @@ def a_status(run: str, state: str = "running", **more) -> Status:
 RUNS = [
     a_status("runs/object-mask-single-fill-ViT-B-32-s0"),
     a_status("runs/object-mask-single-fill-ViT-B-32-s1", eta_s=190_000.0),
-    a_status("runs/ft-ViT-B-32-s0", "finished", step=24810, best_epoch=10),
+    a_status("runs/ft-ViT-B-32-s0", "finished", step=24820, best_epoch=10),
     a_status("runs/fd-clean-ViT-B-32-s0", "failed", in_words=ERROR, last_end=ERROR, job=None),
     a_status("runs/wise-kd", "requeued", in_words="preempted, starts again in 2 min or later"),
     a_status(
@@ -92,7 +92,7 @@ def test_at_80_columns_are_name_step_accuracy_epoch_eta_and_state():
     assert lines[0].split() == "run step best at epoch ETA state".split()
     first = lines[1].split("  ")
     assert [each.strip() for each in first if each][1:] == [
-        "12405/24810", "76.31 %", "4 of 10", "3 h 12 min", "running"
+        "12405/24820", "76.31 %", "4 of 10", "3 h 12 min", "running"
     ]  # fmt: skip
     assert re.match(r"object-\S*…\S*-s0 ", lines[1]), "the ends of names tell runs apart"
     assert "object" in lines[2] and "s1" in lines[2] and "2 d 5 h" in lines[2]
@@ -482,7 +482,7 @@ def test_a_queued_run_says_what_it_waits_for_and_what_to_do(tmp_path):
 
 # --- --follow -----------------------------------------------------------------------------------------------------
 
-PROGRESS = Progress("object-mask-single-fill-ViT-B-32-s0", "", 12405, 24810, 2.5312, 912.3, 11523.0)
+PROGRESS = Progress("object-mask-single-fill-ViT-B-32-s0", "", 12405, 24820, 2.5312, 912.3, 11523.0)
 
 
 @pytest.mark.parametrize("width", [10, 24, 40, 60, 80, 120])
@@ -497,7 +497,7 @@ def test_at_80_columns_the_line_has_a_bar_and_one_eta():
     assert line.count("ETA") == 1 and "ETA 3 h 12 min" in line and "50 %" in line and "loss 2.531" in line
     assert "█" in line and "░" in line
     assert "ETA 3 h 12 min" in progress_line(PROGRESS, 40), "rather than the bar"
-    assert "ETA" not in progress_line(Progress("a", "", 24810, 24810, 1.0, 900.0, 0.0), 80)
+    assert "ETA" not in progress_line(Progress("a", "", 24820, 24820, 1.0, 900.0, 0.0), 80)
     assert progress_line(PROGRESS, None).startswith(PROGRESS.name + "   50 %")
 
 
@@ -527,9 +527,9 @@ def test_a_file_gets_few_lines_and_a_terminal_one(monkeypatch):
     file, terminal = io.StringIO(), Tty()
     for stream in (file, terminal):
         line = ProgressLine(stream)
-        for step in (12405, 12406, 24810):
-            line.show(Progress("a", "", step, 24810), final=step == 24810)
-    assert file.getvalue().splitlines() == ["a   50 %  12405/24810", "a  100 %  24810/24810"]
+        for step in (12405, 12406, 24820):
+            line.show(Progress("a", "", step, 24820), final=step == 24820)
+    assert file.getvalue().splitlines() == ["a   50 %  12405/24820", "a  100 %  24820/24820"]
     drawn = terminal.getvalue()
     assert drawn.count("\n") == 1 and drawn.count("\r") == 3 and "\x1b" not in drawn
 
@@ -545,7 +545,7 @@ def test_a_finished_run_is_said_to_be_finished_first(runs, capsys):
 def test_the_example_in_the_documents_is_what_the_table_prints():
     limit = "waits in the queue: your limit on GPUs is reached until other jobs end"
     examples = [
-        a_status("runs/ft-s0", "finished", step=24810, best_epoch=8, job=None, nodes=None),
+        a_status("runs/ft-s0", "finished", step=24820, best_epoch=8, job=None, nodes=None),
         a_status("runs/object-s0", best_top1=74.92, job="4713"),
         a_status("runs/object-s1", "requeued", step=9920, best_top1=74.8, best_epoch=3, in_words=RUNS[4].in_words),
         a_status("runs/context-s0", "queued", step=None, best_top1=None, best_epoch=None, in_words=limit),
