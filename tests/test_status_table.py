@@ -38,7 +38,7 @@ ERROR = (
 
 def a_status(run: str, state: str = "running", **more) -> Status:
     values = {
-        "step": 12405,
+        "step": 12410,
         "total_steps": 24820,
         "samples_per_s": 912.3,
         "loss": 2.5312,
@@ -92,7 +92,7 @@ def test_at_80_columns_are_name_step_accuracy_epoch_eta_and_state():
     assert lines[0].split() == "run step best at epoch ETA state".split()
     first = lines[1].split("  ")
     assert [each.strip() for each in first if each][1:] == [
-        "12405/24820", "76.31 %", "4 of 10", "3 h 12 min", "running"
+        "12410/24820", "76.31 %", "4 of 10", "3 h 12 min", "running"
     ]  # fmt: skip
     assert re.match(r"object-\S*…\S*-s0 ", lines[1]), "the ends of names tell runs apart"
     assert "object" in lines[2] and "s1" in lines[2] and "2 d 5 h" in lines[2]
@@ -482,7 +482,7 @@ def test_a_queued_run_says_what_it_waits_for_and_what_to_do(tmp_path):
 
 # --- --follow -----------------------------------------------------------------------------------------------------
 
-PROGRESS = Progress("object-mask-single-fill-ViT-B-32-s0", "", 12405, 24820, 2.5312, 912.3, 11523.0)
+PROGRESS = Progress("object-mask-single-fill-ViT-B-32-s0", "", 12410, 24820, 2.5312, 912.3, 11523.0)
 
 
 @pytest.mark.parametrize("width", [10, 24, 40, 60, 80, 120])
@@ -527,9 +527,9 @@ def test_a_file_gets_few_lines_and_a_terminal_one(monkeypatch):
     file, terminal = io.StringIO(), Tty()
     for stream in (file, terminal):
         line = ProgressLine(stream)
-        for step in (12405, 12406, 24820):
+        for step in (12410, 12411, 24820):
             line.show(Progress("a", "", step, 24820), final=step == 24820)
-    assert file.getvalue().splitlines() == ["a   50 %  12405/24820", "a  100 %  24820/24820"]
+    assert file.getvalue().splitlines() == ["a   50 %  12410/24820", "a  100 %  24820/24820"]
     drawn = terminal.getvalue()
     assert drawn.count("\n") == 1 and drawn.count("\r") == 3 and "\x1b" not in drawn
 
