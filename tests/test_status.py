@@ -347,13 +347,17 @@ def test_slurm_that_does_not_answer_is_a_note(tmp_path, fake_slurm, capsys):
     assert "note" not in capsys.readouterr().out, "no such job any more is an answer"
 
 
-def test_json_is_an_object_a_line(tmp_path, capsys):
+def test_json_is_a_list_with_an_object_a_line(tmp_path, capsys):
     for name in "ab":
         make_run(tmp_path / name, starts=1, step=70)
     assert status.main([str(tmp_path), "--json"]) == 0
-    first, second = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda each: each["run"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 2
+    first, second = sorted(json.loads(text), key=lambda each: each["run"])
     assert (first["run"], second["run"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
     assert (first["step"], first["loss"], first["state"]) == (70, 2.5, "dead")
+    assert status.main([str(tmp_path), "--json", "--running"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_it_answers_at_once_without_torch(tmp_path):
