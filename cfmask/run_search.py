@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
 
@@ -33,7 +32,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
                 found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
         except OSError as error:
             hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
-            near = did_you_mean(path.name, _names_beside(path)) if paths else ""
+            near = did_you_mean_path(path) if paths else ""
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}{near}") from error
         if not found:
             raise UserError(
@@ -43,12 +42,6 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
         for each in found:
             runs.setdefault(each.resolve(), RunFolder(each))
     return list(runs.values())
-
-
-def _names_beside(path: Path) -> list[str]:
-    with suppress(OSError):
-        return sorted({*os.listdir(path.absolute().parent)} - {path.name})
-    return []
 
 
 def is_evaluation(run: RunFolder) -> bool:

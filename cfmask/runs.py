@@ -41,7 +41,7 @@ from typing import Any
 
 from cfmask.checkpoint.best import POINTER, BestCheckpoint, best_checkpoint
 from cfmask.checkpoint.state import list_checkpoints, step_of
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import AttemptLog, Start, now
@@ -124,7 +124,8 @@ class RunFolder:
         if patiently(lambda: _exists(evaluation), str(evaluation)):
             return load_evaluation(evaluation)
         if not patiently(lambda: _exists(recipe), str(recipe)):
-            raise UserError(f"{self.root} is not a run folder: it has no {_RECIPE}. Check the path.")
+            near = did_you_mean_path(self.root) or " Check the path."
+            raise UserError(f"{self.root} is not a run folder: it has no {_RECIPE}.{near}")
         return load_recipe(self.root / _RECIPE)
 
     def claim(self, work: Recipe | Evaluation) -> None:
@@ -432,11 +433,10 @@ def find_model(path: str | Path) -> Path:
     for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
         if (each / "model.safetensors").is_file():
             return each / "model.safetensors"
-    others = () if path.exists() else (each.name for each in sorted(path.absolute().parent.glob("*")))
     raise UserError(
         f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
         "RUN/model.safetensors, RUN/initial.safetensors or "
-        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean(path.name, others)}"
+        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean_path(path)}"
     )
 
 

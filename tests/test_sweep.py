@@ -215,7 +215,7 @@ def test_run_resumes_with_another_number_of_ranks(materials, tmp_path):
     as_it_was = made.submit("--resume", run, *here, "--dry-run")
     assert "this machine: 1 CPU rank\n" in as_it_was.stdout and "ranks, where" not in as_it_was.stderr
     refused = made.submit("--resume", run, *here, "--tasks-per-node", 3, check=False)
-    assert "3 workers cannot share 4 lanes" in refused.stderr
+    assert "3 ranks cannot share 4 lanes" in refused.stderr
     assert [line["world_size"] for line in read_lines(run / "attempts.jsonl")] == [2, 1]
     refused = made.submit("--resume", run, *here, "--seeds", 1, 2, check=False)
     assert "these flags would do nothing: --seeds." in refused.stderr
