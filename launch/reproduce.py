@@ -141,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             statuses = read_statuses(reproduction)  # another command may have submitted jobs since
             reproduction.make_soup()
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
-    if arguments.follow and not code:
-        code = follow(reproduction)
+    code = follow(reproduction) if arguments.follow and not code else code
     write_report(reproduction, arguments.tflops, line)
     return code
 

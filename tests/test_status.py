@@ -402,6 +402,20 @@ def test_a_log_that_cannot_be_read_for_a_moment_does_not_end_the_follower(tmp_pa
     assert shown == [(None, None), (5, 9)]
 
 
+def test_a_run_that_waits_has_no_eta_and_no_rate(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", starts=1, step=4)
+    append_lines(run.log, [{"step": 5, "total_steps": 9, "loss": 1.0, "samples_per_s": 2.0, "eta_s": 3.0}])
+    shown = []
+    monkeypatch.setattr(follow.ProgressLine, "show", lambda line, progress, **more: shown.append(progress))
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
+    follow._watch(run, iter(["", "preempted, starts again in 2 min or later", ""]))
+    assert [(each.step, each.eta_s, each.samples_per_s) for each in shown[:3]] == [
+        (5, 3.0, 2.0),
+        (5, None, None),
+        (5, 3.0, 2.0),
+    ]
+
+
 def start_following(run: Path) -> subprocess.Popen:
     command = [sys.executable, REPO / "launch/status.py", run, "--follow"]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -53,7 +53,7 @@ def fitting_nodes(own: Sequence[SlurmNode], allocation: Allocation) -> tuple[lis
         return _with_memory(large, len(own), a, found)
     most = sorted((node.cpus for node in with_gpus), reverse=True)[a.nodes - 1]
     each = most // a.tasks_per_node
-    fewer = f"--cpus-per-task {each}, or cpus_per_task = {each} in cluster.toml"
+    fewer = f"--cpus-per-task {each}, or for training cpus_per_task = {each} in cluster.toml"
     have = f"{a.nodes} nodes have" if a.nodes > 1 else "a node has"
     return large, found, f"{fewer if each else f'--tasks-per-node {most}'}: {have} {most} CPUs or more"
 

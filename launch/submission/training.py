@@ -285,7 +285,7 @@ def _report_other_ranks(planned: PlannedJob, allocation: Allocation) -> None:
     had = next((line["world_size"] for line in reversed(attempts) if line.get("world_size")), None)
     if isinstance(planned.work, Recipe) and had not in (None, allocation.world_size):
         print(
-            f"{allocation.world_size} ranks, where there were {had}: batches and masks stay the same; weights are "
+            f"Ranks: {allocation.world_size}, where there were {had}. Batches and masks stay the same; weights are "
             "equal up to rounding.",
             file=sys.stderr,
         )
