@@ -202,7 +202,7 @@ def _why_no_folder(root: Path) -> str:
         return f"{missing} {root.parent} is a set itself: give the folder of the sets, {root.parent.parent}."
     others = sorted(path.parent.name for path in root.parent.glob(f"*/{MANIFEST}"))
     there = f" {root.parent} has {', '.join(others)}." if others else ""
-    near = did_you_mean(root.name, others) or did_you_mean_path(root.parent)
+    near = did_you_mean(root.name, others) or did_you_mean_path(root.parent) or did_you_mean_path(root)
     return f"{missing}{near}{there} Make one with {_HOW_TO_MAKE}."
 
 

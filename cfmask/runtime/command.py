@@ -128,6 +128,8 @@ class CommandParser(argparse.ArgumentParser):
                 if not near and (long := _SBATCH_OPTIONS.get(flag[:2])) in known:
                     near = f" Did you mean {long}?"
                 unknown.append(f"There is no flag {flag}.{near}")
+            elif (commands := parser._commands()) and word not in commands and not unknown:
+                return  # the flags of an unknown command are unknown; argparse refuses the command
             parser = parser._commands().get(word, parser)
         if unknown:
             parser.error(" ".join(unknown))
