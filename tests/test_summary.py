@@ -13,7 +13,7 @@ from cfmask.presets import PRESETS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe
 from cfmask.runs import RunFolder
 from launch.allocation.resolve import Allocation
-from launch.slurm.client import SlurmError
+from launch.slurm.client import SlurmError, SlurmUnavailable
 from launch.slurm.queue import SacctRecord
 from launch.slurm.texts import SlurmNode
 from launch.submission import feasibility
@@ -143,7 +143,7 @@ def test_a_job_that_no_node_could_run_is_refused_and_one_whose_nodes_are_down_wa
 
     monkeypatch.setattr(feasibility, "test_only", refuse)
     monkeypatch.setattr(feasibility.site, "read_nodes", lambda: nodes)
-    monkeypatch.setattr(feasibility.site, "read_partitions", lambda: [{"PartitionName": "gpu"}])
+    monkeypatch.setattr(feasibility.site, "read_partitions", lambda **wait: [{"PartitionName": "gpu"}])
     monkeypatch.setattr(feasibility, "host_names", lambda text: [text])
     if said is None:
         assert ask_slurm("", allocation) == ""
@@ -156,7 +156,7 @@ def test_a_job_that_no_node_could_run_is_refused_and_one_whose_nodes_are_down_wa
 def accepted(monkeypatch, *, partitions: list[dict[str, str]], qos_may_exceed: bool = False) -> None:
     """A Slurm that accepts every job, knows job 12 in the queue, and job 5 in its history."""
     monkeypatch.setattr(feasibility, "test_only", lambda text: "sbatch: Job 9 to start at …")
-    monkeypatch.setattr(feasibility.site, "read_partitions", lambda: partitions)
+    monkeypatch.setattr(feasibility.site, "read_partitions", lambda **wait: partitions)
     monkeypatch.setattr(feasibility.site, "qos_may_exceed_partitions", lambda: qos_may_exceed)
     monkeypatch.setattr(feasibility, "known_jobs", lambda jobs: {"12"} & set(jobs))
     ended = [SacctRecord("5_1", "COMPLETED", "", "")]
@@ -210,6 +210,15 @@ def test_without_accounting_jobs_of_the_past_are_not_taken_for_unknown(monkeypat
     accepted(monkeypatch, partitions=[LONG])
     monkeypatch.setattr(feasibility, "history", no_accounting)
     assert ask_slurm("", replace(GPUS, partition="long", dependency="afterok:99"))
+
+
+def test_an_accepted_job_does_not_need_an_answer_about_limits(monkeypatch):
+    def no_answer(**wait):
+        raise SlurmUnavailable("scontrol failed")
+
+    accepted(monkeypatch, partitions=[SHORT])
+    monkeypatch.setattr(feasibility.site, "read_partitions", no_answer)
+    assert ask_slurm("", replace(GPUS, nodes=1, time=90))
 
 
 def test_a_misspelt_partition_gets_a_suggestion(monkeypatch):

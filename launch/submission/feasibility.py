@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 
 from cfmask.errors import did_you_mean
@@ -34,13 +35,15 @@ def ask_slurm(text: str, allocation: Allocation) -> str:
         SlurmError: Slurm would refuse the job, or could never start it.
     """
     try:
-        answer = test_only(text)
+        answer, partitions = test_only(text), list[dict[str, str]]()
     except SlurmUnavailable:
         raise
     except SlurmError as error:
         explain_refusal(error, allocation)
         return ""
-    _check_partitions(chosen_partitions(site.read_partitions(), allocation.partition), allocation)
+    with suppress(SlurmError):  # sbatch has accepted the job, so an answer is not waited for
+        partitions = site.read_partitions(patience_s=0)
+    _check_partitions(chosen_partitions(partitions, allocation.partition), allocation)
     _check_dependency(allocation.dependency or "")
     return answer
 
@@ -74,10 +77,10 @@ def _check_dependency(dependency: str) -> None:
 
 
 def _unknown_jobs(jobs: Sequence[str]) -> list[str]:
-    """Those that neither the queue nor the history has. Without accounting, jobs that ended some time ago are unknown,
-    too, so that none counts."""
-    missing = sorted(set(jobs) - known_jobs(jobs))
+    """Those that neither the queue nor the history has; none if one of these cannot be asked. Without accounting, jobs
+    that ended some time ago are unknown, too."""
     try:
+        missing = sorted(set(jobs) - known_jobs(jobs))
         ended = {start.job.partition("_")[0] for start in history(missing)}
     except SlurmError:
         return []
