@@ -207,7 +207,8 @@ def attempts(run: RunFolder) -> Iterator[str]:
     """A line for each start of the run."""
     for line in _read(run.attempts):
         why = f"; the one before was {line['why_last_ended']}" if line["why_last_ended"] else ""
-        yield f"attempt {line['attempt']}: from step {line['from_step']}, {line['world_size']} ranks{why}"
+        ranks = "1 rank" if line["world_size"] == 1 else f"{line['world_size']} ranks"
+        yield f"attempt {line['attempt']}: from step {line['from_step']}, {ranks}{why}"
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
 
 from cfmask.secrets import mask_secrets
 
@@ -26,3 +29,13 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
         or [key for key in by_key if key.startswith(word[:3]) and word in key and len(word) > 1][:3]
     )
     return f" Did you mean {' or '.join(by_key[key] for key in near)}?" if near else ""
+
+
+def did_you_mean_path(given: str | Path) -> str:
+    """``did_you_mean`` among what is beside a path that does not exist; "" if it exists, or its folder cannot be
+    read."""
+    path, names = Path(given).absolute(), list[str]()
+    with suppress(OSError):
+        if not path.exists():
+            names = sorted(os.listdir(path.parent))
+    return did_you_mean(path.name, names)

@@ -42,9 +42,9 @@ ALIASES = {
 
 
 def canonical_name(name: str) -> str:
-    """The preset's own name for one that people use, with any case, blanks around it, and _ for -; other names are
+    """The preset's own name for one that people use, with any case, and blanks or _ for -; other names are
     returned unchanged."""
-    plain = name.strip().lower().replace("_", "-")
+    plain = "-".join(name.lower().replace("_", " ").split())
     return plain if plain in PRESETS else ALIASES.get(plain, name)
 
 

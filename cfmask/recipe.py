@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, fields
 from typing import Any
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean
 from cfmask.record import Record
 from cfmask.settings import AUTO, Data, Method, Model, Optim, Run
 from cfmask.urls import is_remote
@@ -86,7 +86,11 @@ class Recipe(Record):
         if r.eval_steps is not None and not d.eval_sets:
             raise UserError(f"--eval-steps {r.eval_steps} would do nothing without --eval-sets. Name sets to evaluate.")
         if r.best_on is not None and r.best_on not in d.eval_sets:
-            raise UserError(f"--best-on {r.best_on} would do nothing: it is not one of the --eval-sets.")
+            sets = f"({', '.join(d.eval_sets) or 'none are given'})"
+            similar = did_you_mean(r.best_on, d.eval_sets)
+            raise UserError(
+                f"--best-on {r.best_on} would do nothing: it is not one of the --eval-sets {sets}.{similar}"
+            )
         if len(set(d.eval_sets)) != len(d.eval_sets):
             raise UserError(f"--eval-sets names a set twice: {' '.join(d.eval_sets)}.")
         return self

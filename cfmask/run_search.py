@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cfmask.checkpoint.best import POINTER
 from cfmask.checkpoint.state import list_checkpoints
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.evaluation_spec import Evaluation
 from cfmask.runs import RunFolder
 from cfmask.runtime.patience import patiently
@@ -36,7 +36,7 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
                 found = sorted(child for child in path.iterdir() if child.is_dir() and _may_be_run(child))
         except OSError as error:
             hint = "Check the path." if paths else "Name run folders, or change to the directory of the submission."
-            near = did_you_mean(path.name, _names_beside(path)) if paths else ""
+            near = did_you_mean_path(path) if paths else ""
             raise UserError(f"{path} cannot be read: {error.strerror}. {hint}{near}") from error
         if not found:
             deeper = ", ".join(_folders_of_runs(path))
@@ -57,12 +57,6 @@ def _folders_of_runs(folder: Path) -> list[str]:
             if _is_run(run):
                 found.add(str(run.parent))
     return sorted(found)
-
-
-def _names_beside(path: Path) -> list[str]:
-    with suppress(OSError):
-        return sorted({*os.listdir(path.absolute().parent)} - {path.name})
-    return []
 
 
 def is_evaluation(run: RunFolder) -> bool:
@@ -111,9 +105,8 @@ def find_model(path: str | Path) -> Path:
     for each in patiently(lambda: list_checkpoints(checkpoints), str(checkpoints)) if checkpoints.is_dir() else ():
         if (each / "model.safetensors").is_file():
             return each / "model.safetensors"
-    others = () if path.exists() else (each.name for each in sorted(path.absolute().parent.glob("*")))
     raise UserError(
         f"{path} is neither a model file nor a run or checkpoint folder with a model in it. A model file is "
         "RUN/model.safetensors, RUN/initial.safetensors or "
-        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean(path.name, others)}"
+        f"RUN/checkpoints/step-…/model.safetensors.{did_you_mean_path(path)}"
     )

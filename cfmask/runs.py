@@ -41,7 +41,7 @@ from typing import Any
 
 from cfmask.checkpoint.best import BestCheckpoint, best_checkpoint
 from cfmask.checkpoint.state import list_checkpoints, step_of
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.evaluation_spec import Evaluation, load_evaluation
 from cfmask.recipe import Recipe
 from cfmask.runtime.attempts import AttemptLog, now
@@ -121,7 +121,8 @@ class RunFolder(AttemptLog):
         if patiently(lambda: _exists(evaluation), str(evaluation)):
             return load_evaluation(evaluation)
         if not patiently(lambda: _exists(recipe), str(recipe)):
-            raise UserError(f"{self.root} is not a run folder: it has no {_RECIPE}. Check the path.")
+            near = did_you_mean_path(self.root) or " Check the path."
+            raise UserError(f"{self.root} is not a run folder: it has no {_RECIPE}.{near}")
         return load_recipe(self.root / _RECIPE)
 
     def claim(self, work: Recipe | Evaluation) -> None:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from cfmask.errors import UserError
 
-_EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
+EXAMPLE = "pipe:aws s3 cp s3://bucket/shards/{} -"
 
 
 def is_remote(where: str | Path) -> bool:
@@ -39,7 +39,7 @@ def _place(where: str, name: str, rest: str) -> str:
         path, mark, query = where.partition("?")
         return f"{path.rstrip('/')}/{quote(name)}{mark}{query}"
     if "{}" not in where:
-        raise UserError(f"{where} has no {{}}, which stands for the name of a file, as in `{_EXAMPLE}`.")
+        raise UserError(f"{where} has no {{}}, which stands for the name of a file, as in `{EXAMPLE}`.")
     command = where.replace("{}", shlex.quote(name) + rest)
     if shlex.quote(name) != name:
         # A name comes from a manifest and may be malicious. Within quotes of the user, its own quotes would end them,

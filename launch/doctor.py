@@ -26,7 +26,7 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.cluster_file import announce, load_cluster_file
     from launch.allocation.resolve import resolve_allocation
     from launch.allocation.settings import add_allocation_arguments
     from launch.checks.examination import examine, shared_folder
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{', '.join(idle)} would do nothing here. Remove it.")
     file = load_cluster_file(arguments.cluster)
     allocation = resolve_allocation(arguments, file)
+    announce(file)
     findings = Findings(as_json=arguments.json)
     examine(
         findings,

@@ -25,7 +25,7 @@ from pathlib import Path
 try:
     from cfmask.errors import UserError
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.cluster_file import announce, load_cluster_file
     from launch.allocation.resolve import resolve_allocation
     from launch.drills.cluster import DevCluster
     from launch.drills.environment import RECIPE, STEPS, DrillEnvironment
@@ -108,12 +108,18 @@ def _checked_nodes(flags: Sequence[str]) -> int:
     submit_parser = CommandParser(prog="submit.py", see_also=parser().flags)
     add_submit_arguments(submit_parser)
     arguments = submit_parser.parse_args(list(flags))
-    allocation = resolve_allocation(arguments, load_cluster_file(arguments.cluster))
+    if arguments.dry_run or arguments.resume:
+        raise UserError(
+            "--dry-run and --resume would do nothing here: drills submit runs of their own. Leave them out."
+        )
+    file = load_cluster_file(arguments.cluster)
+    allocation = resolve_allocation(arguments, file)
     if not allocation.on_slurm:
         raise UserError(
             "Drills need Slurm. Run this on a login node, or start a Slurm on this machine: "
             "python3 slurm/cluster.py up (slurm/README.md)."
         )
+    announce(file)
     return allocation.nodes
 
 

@@ -28,7 +28,7 @@ try:
     from cfmask.errors import UserError
     from cfmask.presets import canonical_name
     from cfmask.runtime.command import CommandParser, exits_cleanly
-    from launch.allocation.cluster_file import load_cluster_file
+    from launch.allocation.cluster_file import announce, load_cluster_file
     from launch.allocation.resolve import resolve_allocation, warn_of_paths_outside
     from launch.allocation.settings import add_allocation_arguments
     from launch.paper.estimate import CPU_TFLOPS, GPU_TFLOPS, estimate
@@ -122,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     reproduction.check(states, to_do)
     line = published_line(reproduction) if arguments.fit_on else None
     warn_of_paths_outside(allocation, reproduction.setup.folder, reproduction.base.data.shards)
+    announce(file)
     print(overview(reproduction, statuses), reproduction.selection, sep="\n")
     cost = estimate(reproduction, statuses, arguments.tflops)
     print(f"\n{cost}\n{reproduction.materials}" if arguments.dry_run else cost.note)
@@ -140,8 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             statuses = read_statuses(reproduction)  # another command may have submitted jobs since
             reproduction.make_soup()
             code = (submit_jobs if allocation.on_slurm else run_here)(reproduction, statuses)
-    if arguments.follow and not code:
-        code = follow(reproduction)
+    code = follow(reproduction) if arguments.follow and not code else code
     write_report(reproduction, arguments.tflops, line)
     return code
 

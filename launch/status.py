@@ -8,7 +8,7 @@
     python launch/status.py RUN --attempts     each start: when, where, from which step to which, why it ended
     python launch/status.py RUN --follow       a progress bar, across requeues, until the run has ended
     python launch/status.py --html runs.html   a page of the runs: states, curves, starts, recipes, in one file
-    python launch/status.py --json             a JSON object for each run, for scripts
+    python launch/status.py --json             a JSON list with an object for each run, for scripts
 
 "best" is the top-1 accuracy at the best epoch so far, on the set that chooses it (--best-on), or on val.
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--attempts", action="store_true", help="show each start of each run")
     what.add_argument("--follow", action="store_true", help="show a progress bar of one run until it has ended")
-    what.add_argument("--json", action="store_true", help="print a JSON object for each run instead of a table")
+    what.add_argument("--json", action="store_true", help="print a JSON list of the runs instead of a table")
     what.add_argument("--html", type=Path, metavar="FILE", help="write a page of the runs, which needs no other file")
     arguments = p.parse_args(argv)
     every = find_runs(arguments.runs)
@@ -89,8 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.follow:
         return _follow([run_state.run for run_state, _ in shown])
     if arguments.json:
-        for status in statuses:
-            print(json.dumps(finite(asdict(status))))
+        print("[" + ",\n ".join(json.dumps(finite(asdict(status))) for status in statuses) + "]")
         return 0
     if arguments.html:
         from launch.state.page import write_runs_page  # matplotlib takes a second to import

@@ -43,8 +43,8 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 def state_of(run: Path) -> str:
-    [line] = run_tool("status", run, "--json").stdout.splitlines()
-    return json.loads(line)["state"]
+    [status] = json.loads(run_tool("status", run, "--json").stdout)
+    return status["state"]
 
 
 def assert_left_a_checkpoint_of_where_it_stopped(run: Path, told: str) -> int:
@@ -335,7 +335,7 @@ def test_one_run_of_a_sweep_is_cancelled_and_the_other_goes_on(slurm_cluster: Cl
     try:
         wait_for_step(first, 2)
         wait_for_step(second, 2)
-        jobs = [json.loads(line)["job"] for line in run_tool("status", tmp_path / "runs", "--json").stdout.splitlines()]
+        jobs = [status["job"] for status in json.loads(run_tool("status", tmp_path / "runs", "--json").stdout)]
         assert len(set(jobs)) == 2 and all("_" in job for job in jobs)
         assert run_tool("cancel", first).returncode == 0
         assert (state_of(first), state_of(second)) == ("cancelled", "running")

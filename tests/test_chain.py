@@ -370,7 +370,7 @@ def test_the_status_shows_the_live_job_and_how_many_wait(live, fake, capsys):  #
     submitted(live, "12", "13", "14")
     fake.will("squeue", in_queue("12", "13", "14"))
     assert status.main([str(live.root), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    [told] = json.loads(capsys.readouterr().out)
     assert (told["job"], told["waiting"], told["state"]) == ("12", 2, "starting")
     assert status.main([str(live.root)]) == 0
     assert "12 (+2)" in capsys.readouterr().out

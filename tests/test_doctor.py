@@ -112,11 +112,11 @@ PARTITIONS_24_05 = (
     "PreemptMode=GANG,SUSPEND State=UP TotalCPUs=12288 TotalNodes=128\n"
 )
 NODES = """\
-low|n1|idle|4|(null)
-low|n2|mixed|4|(null)
-high|n1|idle|4|(null)
-high|n2|mixed|4|(null)
-elsewhere|m1|drained|4|(null)
+low|n1|idle|4|(null)|65536
+low|n2|mixed|4|(null)|65536
+high|n1|idle|4|(null)|65536
+high|n2|mixed|4|(null)|65536
+elsewhere|m1|drained|4|(null)|65536
 """
 QOS = """\
 normal||cluster|00:00:00

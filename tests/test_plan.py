@@ -228,7 +228,7 @@ def test_evaluation_has_the_same_batches_for_any_number_of_ranks(n, size, world_
 
 
 def test_errors_name_the_sizes_that_work():
-    with pytest.raises(UserError, match="3 workers cannot share 16 lanes evenly: use 1, 2, 4, 8 or 16 workers"):
+    with pytest.raises(UserError, match="3 ranks cannot share 16 lanes evenly: use 1, 2, 4, 8 or 16 ranks"):
         plan.lanes_of_rank(0, 3, 16)
     with pytest.raises(
         UserError, match="a global batch of 20 cannot be made of 16 equal lanes: use 1, 2, 4, 5, 10 or 20"

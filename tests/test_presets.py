@@ -28,6 +28,7 @@ def parsed(*flags: str):
         ("context-mask", "context-mask-single-fill"),
         ("random-mask", "random-mask-single-fill"),
         ("kd", "kd-clean"),
+        ("Object Mask", "object-mask-single-fill"),
         ("FD", "fd-clean"),
         ("clean-distillation", "fd-clean"),
         ("vanilla", "ft"),

@@ -419,7 +419,7 @@ def start(words: list[str]) -> subprocess.Popen:
         (("--follow",), "--follow would do nothing"),
         (("--tflops", 0), "--tflops is 0.0"),
         (("--batch-size", 512, "--lanes", 16), "do not fill one global batch of 512"),
-        (("--tasks-per-node", 3), "3 workers cannot share 4 lanes"),
+        (("--tasks-per-node", 3), "3 ranks cannot share 4 lanes"),
         (("--array-parallelism", 2), "--array-parallelism would do nothing"),
     ],
     ids=lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else "",

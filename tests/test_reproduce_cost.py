@@ -105,7 +105,7 @@ def test_only_a_dry_run_accepts_missing_sets_and_only_known_ones(capsys):
     assert dry_run("--arch", "ViT-B-32", *GPUS, "--sets", "val", "my-own-set") == 2
     assert "my-own-set" in capsys.readouterr().err
     assert dry_run("--arch", "ViT-B-32", "--executor", "slurm", "--gpus-per-node", 3) == 2
-    assert "3 workers cannot share 16 lanes" in capsys.readouterr().err
+    assert "3 ranks cannot share 16 lanes" in capsys.readouterr().err
 
 
 def test_hours_are_numbers_that_people_read():

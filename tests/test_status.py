@@ -349,13 +349,17 @@ def test_slurm_that_does_not_answer_is_a_note(tmp_path, fake_slurm, capsys):
     assert "note" not in capsys.readouterr().out, "no such job any more is an answer"
 
 
-def test_json_is_an_object_a_line(tmp_path, capsys):
+def test_json_is_a_list_with_an_object_a_line(tmp_path, capsys):
     for name in "ab":
         make_run(tmp_path / name, starts=1, step=70)
     assert status.main([str(tmp_path), "--json"]) == 0
-    first, second = sorted(map(json.loads, capsys.readouterr().out.splitlines()), key=lambda each: each["run"])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 2
+    first, second = sorted(json.loads(text), key=lambda each: each["run"])
     assert (first["run"], second["run"]) == (str(tmp_path / "a"), str(tmp_path / "b"))
     assert (first["step"], first["loss"], first["state"]) == (70, 2.5, "dead")
+    assert status.main([str(tmp_path), "--json", "--running"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
 
 
 def test_it_answers_at_once_without_torch(tmp_path):
@@ -398,6 +402,20 @@ def test_a_log_that_cannot_be_read_for_a_moment_does_not_end_the_follower(tmp_pa
     monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
     follow._watch(run, iter([""]))
     assert shown == [(None, None), (5, 9)]
+
+
+def test_a_run_that_waits_has_no_eta_and_no_rate(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", starts=1, step=4)
+    append_lines(run.log, [{"step": 5, "total_steps": 9, "loss": 1.0, "samples_per_s": 2.0, "eta_s": 3.0}])
+    shown = []
+    monkeypatch.setattr(follow.ProgressLine, "show", lambda line, progress, **more: shown.append(progress))
+    monkeypatch.setattr(follow.time, "sleep", lambda seconds: None)
+    follow._watch(run, iter(["", "preempted, starts again in 2 min or later", ""]))
+    assert [(each.step, each.eta_s, each.samples_per_s) for each in shown[:3]] == [
+        (5, 3.0, 2.0),
+        (5, None, None),
+        (5, 3.0, 2.0),
+    ]
 
 
 def start_following(run: Path) -> subprocess.Popen:

@@ -330,13 +330,13 @@ def test_json_has_null_where_the_log_has_nan(runs, capsys):
     line = {"step": 4, "total_steps": 8, "loss": float("nan"), "samples_per_s": float("inf"), "eta_s": 1.0}
     append_lines(runs / "ft-s1/log.jsonl", [line])
     assert status.main([str(runs / "ft-s1"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    [found] = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert (found["loss"], found["samples_per_s"], found["step"]) == (None, None, 4)
 
 
 def test_json_has_what_the_table_shows(runs, capsys):
     assert status.main([str(runs), "--json", "--match", "ft"]) == 0
-    found = {Path(line["run"]).name: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    found = {Path(line["run"]).name: line for line in json.loads(capsys.readouterr().out)}
     assert found.keys() == {"ft-s0", "ft-s1"}
     finished = found["ft-s0"]
     assert (finished["best_on"], finished["best_top1"], finished["best_epoch"], finished["epochs"]) == (
@@ -476,6 +476,10 @@ def test_a_queued_run_says_what_it_waits_for_and_what_to_do(tmp_path):
     assert found.remedy is None and found.next_start.endswith("(Resources)")
     held = in_words(run, "JobHeldUser", restarts=0)
     assert held.in_words == "waits in the queue: its user holds it" and held.remedy == "scontrol release 12"
+    # After a requeue there is also a time from which it could start.
+    requeued = in_words(run, "job requeued in held state", restarts=1, eligible_in_s=119)
+    assert requeued.in_words.endswith("waits in the queue: Slurm or an administrator has put it on hold")
+    assert requeued.remedy == "scontrol release 12"
     special = in_words(run, "None", restarts=0, state="SPECIAL_EXIT")
     assert "has put it on hold" in special.in_words and special.remedy == "scontrol release 12"
 

@@ -63,7 +63,7 @@ def test_weights_of_another_architecture_are_refused(materials, tmp_path):
     ("more", "said"),
     [
         (("--lanes", 3), "not a multiple of --lanes 3"),
-        (("--tasks-per-node", 3), "3 workers cannot share 4 lanes"),
+        (("--tasks-per-node", 3), "3 ranks cannot share 4 lanes"),
         (("--micro-batches", 3), "--micro-batches 3 does not divide the 2 lanes"),
         (("--batch-size", 512, "--lanes", 16), "do not fill one global batch of 512"),
         (("--method", "vanilla", "--beta", 30), "--beta would do nothing"),
@@ -73,6 +73,8 @@ def test_weights_of_another_architecture_are_refused(materials, tmp_path):
         (("--pretrained", "/no/such.pt"), "no such file"),
         (("--model", "ViT-B-32", "--pretrained", "openai"), "ViT-B-32-quickgelu"),
         (("--eval-sets", "nope"), "nope"),
+        (("--eval-sets", "val", "--best-on", "vla"), "not one of the --eval-sets (val). Did you mean val?"),
+        (("--shards", "s3://bucket/shards"), "s3:// URLs are read by a command that prints a file"),
         (("--executor", "debug"), "one rank"),
         (("--cluster", "/no/such.toml"), "The cluster file /no/such.toml, named by --cluster, does not exist"),
         (("--qos", "high", "--time", 60), "--time, --qos would do nothing: it is for Slurm, and --executor is local"),
@@ -82,6 +84,31 @@ def test_weights_of_another_architecture_are_refused(materials, tmp_path):
 def test_impossible_settings_are_refused_before_anything_starts(materials, tmp_path, more, said):
     assert said in refused(*flags(materials, tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_misspelt_paths_get_a_suggestion(materials, tmp_path):
+    misspelt = {
+        "--shards": "shrads",
+        "--model": "tinny.json",
+        "--pretrained": "tiny.safetensor",
+        "--head": "tiny.sfetensors",
+    }
+    for flag, name in misspelt.items():
+        right = {"--shards": "shards", "--model": "tiny.json"}.get(flag, "tiny.safetensors")
+        error = refused(*flags(materials, tmp_path / "run", flag, materials / name))
+        assert f"Did you mean {right}?" in error, error
+    (tmp_path / "ft-s0").mkdir()
+    assert "Did you mean ft-s0?" in refused("--resume", tmp_path / "ft-so")
+
+
+def test_a_set_in_place_of_the_folder_of_sets_is_recognised(materials, tmp_path):
+    error = refused(*flags(materials, tmp_path / "run", "--shards", materials / "shards/train"))
+    assert f"is a set itself: give the folder of the sets, {materials / 'shards'}." in error
+
+
+def test_flags_that_resume_does_not_take_are_named_as_they_were_given(materials, tmp_path):
+    error = refused("--resume", tmp_path, "--lr", 1, "--adam-beta2", 0.9, "--preset", "ft")
+    assert "would do nothing: --lr, --adam-beta2, --preset." in error
 
 
 def test_an_unknown_flag_is_refused(materials, tmp_path):

@@ -13,7 +13,8 @@ from cfmask.presets import PRESETS
 from cfmask.recipe import Data, Method, Model, Optim, Recipe
 from cfmask.runs import RunFolder
 from launch.allocation.resolve import Allocation
-from launch.slurm.client import SlurmError
+from launch.slurm.client import SlurmError, SlurmUnavailable
+from launch.slurm.queue import SacctRecord
 from launch.slurm.texts import SlurmNode
 from launch.submission import feasibility
 from launch.submission.feasibility import ask_slurm, expected_start
@@ -117,8 +118,20 @@ NODES = [SlurmNode("gpu", f"n{number}", "idle", 16, "gpu:a100:8") for number in 
             NODES,
             r"0 of 2 nodes have 8 GPUs \(a100\) and 72 CPUs; 2 requested. To change: --cpus-per-task 2",
         ),
-        (replace(GPUS, nodes=3, cpus_per_task=1), NODES, "2 of 2 nodes have 8 GPUs .*, and 3 are requested"),
-        (replace(GPUS, cpus_per_task=1), NODES, "is not available$"),
+        (replace(GPUS, nodes=3, cpus_per_task=1), NODES, "2 of 2 nodes have 8 GPUs .*; 3 requested"),
+        (replace(GPUS, cpus_per_task=1), NODES, r"2 of 2 nodes have 8 GPUs \(a100\) and 8 CPUs; 2 requested\.$"),
+        (
+            replace(GPUS, cpus_per_task=1, constraint="fast"),
+            NODES,
+            "and it is also asked for --constraint=fast: leave this out",
+        ),
+        (
+            replace(GPUS, cpus_per_task=1, memory="200G"),
+            [replace(node, memory_mb=100_000 + number) for number, node in enumerate(NODES)],
+            "of which 0 have 200G of memory. To change: --memory 100000M",
+        ),
+        (replace(GPUS, cpus_per_task=1, exclude="n2"), NODES, "but --exclude n2 leaves 1 of them"),
+        (replace(GPUS, gpu_type=""), [replace(node, gres="(null)") for node in NODES], "they have no GPUs"),
         (replace(GPUS, cpus_per_task=1), [replace(node, state="drained") for node in NODES], None),
     ],
 )
@@ -130,7 +143,8 @@ def test_a_job_that_no_node_could_run_is_refused_and_one_whose_nodes_are_down_wa
 
     monkeypatch.setattr(feasibility, "test_only", refuse)
     monkeypatch.setattr(feasibility.site, "read_nodes", lambda: nodes)
-    monkeypatch.setattr(feasibility.site, "read_partitions", lambda: [{"PartitionName": "gpu"}])
+    monkeypatch.setattr(feasibility.site, "read_partitions", lambda **wait: [{"PartitionName": "gpu"}])
+    monkeypatch.setattr(feasibility, "host_names", lambda text: [text])
     if said is None:
         assert ask_slurm("", allocation) == ""
         assert "of which 0 work; the others are drained" in caplog.text
@@ -139,11 +153,90 @@ def test_a_job_that_no_node_could_run_is_refused_and_one_whose_nodes_are_down_wa
             ask_slurm("", allocation)
 
 
+def accepted(monkeypatch, *, partitions: list[dict[str, str]], qos_may_exceed: bool = False) -> None:
+    """A Slurm that accepts every job, knows job 12 in the queue, and job 5 in its history."""
+    monkeypatch.setattr(feasibility, "test_only", lambda text: "sbatch: Job 9 to start at …")
+    monkeypatch.setattr(feasibility.site, "read_partitions", lambda **wait: partitions)
+    monkeypatch.setattr(feasibility.site, "qos_may_exceed_partitions", lambda: qos_may_exceed)
+    monkeypatch.setattr(feasibility, "known_jobs", lambda jobs: {"12"} & set(jobs))
+    ended = [SacctRecord("5_1", "COMPLETED", "", "")]
+    monkeypatch.setattr(feasibility, "history", lambda jobs: [each for each in ended if "5" in jobs])
+
+
+SHORT = {"PartitionName": "gpu", "MaxTime": "01:00:00", "MaxNodes": "1"}
+LONG = {"PartitionName": "long", "MaxTime": "UNLIMITED", "MaxNodes": "UNLIMITED"}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"time": 90}, "gpu allows at most 01:00:00, and --time requests 90 min. To change: --time 60"),
+        ({"time": "UNLIMITED"}, "--time requests no limit"),
+        ({"time": 60, "nodes": 2}, "gpu allows at most 1 nodes, and --nodes requests 2"),
+        ({"time": 60}, None),
+        ({"time": "partition"}, None),
+        ({"time": 90, "partition": "gpu,long"}, None),
+    ],
+)
+def test_a_job_over_the_limits_of_all_its_partitions_is_refused(given, said, monkeypatch, caplog):
+    allocation = replace(GPUS, **{"nodes": 1, **given})
+    accepted(monkeypatch, partitions=[SHORT, LONG])
+    if said is None:
+        assert ask_slurm("", allocation)
+        return
+    with pytest.raises(SlurmError, match=f"could never start: .*{said}"):
+        ask_slurm("", allocation)
+    accepted(monkeypatch, partitions=[SHORT, LONG], qos_may_exceed=True)
+    assert ask_slurm("", allocation) and "unless its quality of service allows more" in caplog.text
+
+
+@pytest.mark.parametrize("known", ["afterok:12", "afterok:12:5_1", "singleton", "afterany:12+30,singleton", None])
+def test_a_job_can_wait_for_jobs_in_the_queue_and_in_the_history(known, monkeypatch):
+    accepted(monkeypatch, partitions=[LONG])
+    assert ask_slurm("", replace(GPUS, partition="long", dependency=known))
+
+
+@pytest.mark.parametrize("unknown", ["afterok:99", "afterok:12:99", "singleton,afterany:99_3"])
+def test_a_job_cannot_wait_for_one_that_slurm_does_not_know(unknown, monkeypatch):
+    accepted(monkeypatch, partitions=[LONG])
+    with pytest.raises(SlurmError, match="There is no job 99 to wait for"):
+        ask_slurm("", replace(GPUS, partition="long", dependency=unknown))
+
+
+def test_without_accounting_jobs_of_the_past_are_not_taken_for_unknown(monkeypatch):
+    def no_accounting(jobs):
+        raise SlurmError("Slurm accounting storage is disabled")
+
+    accepted(monkeypatch, partitions=[LONG])
+    monkeypatch.setattr(feasibility, "history", no_accounting)
+    assert ask_slurm("", replace(GPUS, partition="long", dependency="afterok:99"))
+
+
+def test_an_accepted_job_does_not_need_an_answer_about_limits(monkeypatch):
+    def no_answer(**wait):
+        raise SlurmUnavailable("scontrol failed")
+
+    accepted(monkeypatch, partitions=[SHORT])
+    monkeypatch.setattr(feasibility.site, "read_partitions", no_answer)
+    assert ask_slurm("", replace(GPUS, nodes=1, time=90))
+
+
+def test_a_misspelt_partition_gets_a_suggestion(monkeypatch):
+    def refuse(text: str) -> str:
+        raise SlurmError("invalid partition specified: lnog.")
+
+    accepted(monkeypatch, partitions=[SHORT, LONG])
+    monkeypatch.setattr(feasibility, "test_only", refuse)
+    with pytest.raises(SlurmError, match=r"Did you mean long\? There are gpu, long\."):
+        ask_slurm("", replace(GPUS, partition="lnog"))
+
+
 @pytest.mark.slurm
-def test_an_impossible_request_is_refused_before_a_run_folder_is_made(slurm_cluster, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--dry-run",), ("--verbose",)])
+def test_an_impossible_request_is_refused_before_anything_is_made_or_printed(slurm_cluster, tmp_path, more):
     materials = made.make_materials(tmp_path / "materials", per_class=16)
     flags = [*made.recipe_flags(materials, tmp_path / "unused")[:-2], "--gpus-per-node", 0, "--executor", "slurm"]
-    done = made.submit(*flags, "--cpus-per-task", 9, check=False, cwd=tmp_path)
+    done = made.submit(*flags, *more, "--cpus-per-task", 9, check=False, cwd=tmp_path)
     assert done.returncode == 2 and not done.stdout and not (tmp_path / "runs").exists()
     assert re.fullmatch(
         r"error: Slurm does not take the job: .* 0 of 2 nodes have 9 CPUs; .*--cpus-per-task 4.*\n", done.stderr

@@ -210,12 +210,12 @@ def test_run_resumes_with_another_number_of_ranks(materials, tmp_path):
     here = ("--executor", "local")
     made.submit(*flags(materials, "--run", run, *here, "--tasks-per-node", 2, "--epochs", 1))
     (run / "results.json").unlink()
-    assert "1 ranks, where there were 2" in made.submit("--resume", run, *here, "--tasks-per-node", 1).stderr
+    assert "Ranks: 1, where there were 2" in made.submit("--resume", run, *here, "--tasks-per-node", 1).stderr
     (run / "results.json").unlink()
     as_it_was = made.submit("--resume", run, *here, "--dry-run")
     assert "this machine: 1 CPU rank\n" in as_it_was.stdout and "ranks, where" not in as_it_was.stderr
     refused = made.submit("--resume", run, *here, "--tasks-per-node", 3, check=False)
-    assert "3 workers cannot share 4 lanes" in refused.stderr
+    assert "3 ranks cannot share 4 lanes" in refused.stderr
     assert [line["world_size"] for line in read_lines(run / "attempts.jsonl")] == [2, 1]
     refused = made.submit("--resume", run, *here, "--seeds", 1, 2, check=False)
     assert "these flags would do nothing: --seeds." in refused.stderr

@@ -154,6 +154,10 @@ def test_a_misspelt_required_flag_is_not_reported_as_missing(capsys):
     assert refusal("tools.export", [], capsys).startswith("error: Missing: MODEL, --format, --out.")
     assert "Did you mean loader?" in refusal("tools.bench", ["loadr"], capsys)
     assert "Did you mean --drills?" in refusal("launch.drill", ["--drils", "requeued"], capsys)
+    assert "There is no flag -p. Did you mean --partition?" in refusal("launch.submit", ["-p", "gpu"], capsys)
+    assert "There is no flag -p.\n" in refusal("launch.status", ["-p", "gpu"], capsys)
+    made_shards = refusal("tools.make_shards", ["foldr", "--source", "a", "--out", "b"], capsys)
+    assert made_shards == "error: Unknown command: 'foldr'. Did you mean folder?\n"
     assert "There is no flag -seed. Did you mean --seed?" in refusal("launch.submit", ["-seed", "3"], capsys)
 
 

@@ -64,7 +64,7 @@ try:
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.throughput import format_bytes
     from launch.arrays.arguments import add_array_arguments, resolve_array
-    from launch.arrays.run import runner
+    from launch.arrays.run import check_with_slurm, runner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     check_arguments(args)
     array = resolve_array(args)
+    check_with_slurm(None if args.dry_run else array)
     request = request_of(args)
     found = collect(request)
     for line in found.ignored.lines():

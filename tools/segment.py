@@ -28,7 +28,7 @@ try:
     from cfmask.tool_arguments import add_device_argument, resolve_device
     from launch.allocation.data import add_shards_argument, fill_in_data
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
-    from launch.arrays.run import runner
+    from launch.arrays.run import check_with_slurm, runner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     array = resolve_array(arguments)
     if array is not None and arguments.workers:
         raise UserError("--workers would do nothing with --executor slurm: --gpus-per-task sets the number there.")
+    check_with_slurm(array)
     [manifest] = load_sets(_absolute(arguments.shards), [arguments.set]).values()
     folder = arguments.out.absolute() / arguments.set
     tasks, facts = plan_masks(

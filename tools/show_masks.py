@@ -20,6 +20,7 @@ try:
     from cfmask.data.shards import load_sets
     from cfmask.errors import UserError
     from cfmask.recipe import Method, Recipe
+    from cfmask.run_search import find_model
     from cfmask.runtime.command import CommandParser, exits_cleanly
     from cfmask.runtime.progress import progress_stages
     from cfmask.tool_arguments import MODEL_HELP, load_models, recorded_method
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         fill_in_data(arguments)
     if arguments.count < 1:
         raise UserError("--count must be at least 1.")
+    find_model(arguments.model)  # an error in its path comes before seconds of imports
     # Imported here: torch and matplotlib take seconds to import, and --help does not need them.
     from cfmask.report.contact_sheet import draw_contact_sheet, images_of_files, images_of_set, images_to_read
 

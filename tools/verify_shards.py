@@ -30,7 +30,7 @@ try:
     from cfmask.runtime.work import Work
     from launch.allocation.data import shards_of_file
     from launch.arrays.arguments import Array, add_array_arguments, resolve_array
-    from launch.arrays.run import runner
+    from launch.arrays.run import check_with_slurm, runner
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}. Activate the environment first: source .venv/bin/activate (to create it: README.md).")
 
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--workers must be at least 1.")
     if args.workers and array:
         raise UserError("--workers would do nothing with --executor slurm: --cpus-per-task sets the number there.")
+    check_with_slurm(array)
     begun = time.monotonic()
     manifests = {str(m.root): m for given in args.sets for m in find_sets(given)}
     checks = [check for manifest in manifests.values() for check in checks_of(manifest, args.full)]

@@ -22,7 +22,7 @@ from cfmask.convert.sources.objectnet import BORDER
 from cfmask.convert.tables import Classes
 from cfmask.convert.tarscan import packing
 from cfmask.data import benchmarks, imagenet, images, shard_index, shards
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.runtime.files import remove_leftovers
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 def find_tars(folder: Path) -> list[Path]:
     """The shards of a folder, by name."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder.")
+        raise UserError(f"{folder} is not a folder of shards (.tar).{did_you_mean_path(folder)}")
     tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
     for path in sorted(folder.iterdir()):
         if re.search(r"(?i)\.(tgz|tar|tar\.\w+)$", path.name) and path.suffix != ".tar" and path.is_file():

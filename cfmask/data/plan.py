@@ -72,7 +72,7 @@ def lanes_of_rank(rank: int, world_size: int, lanes: int) -> range:
         raise ValueError(f"rank {rank} of world size {world_size}")
     if lanes % world_size:
         raise UserError(
-            f"{world_size} workers cannot share {lanes} lanes evenly: use {_listed(divisors(lanes))} workers, "
+            f"{world_size} ranks cannot share {lanes} lanes evenly: use {_listed(divisors(lanes))} ranks, "
             f"or a number of lanes that {world_size} divides."
         )
     owned = lanes // world_size

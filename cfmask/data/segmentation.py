@@ -29,7 +29,7 @@ from cfmask.data.filetree import FileTree
 from cfmask.data.mask_files import Mask, Names, decode_mask, read_json, read_object_mask
 from cfmask.data.shard_reader import ShardReader
 from cfmask.data.shards import MANIFEST, Manifest, load_manifest
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.masking.validation import Coverage, coverage
 
 MADE_BY = "segment"
@@ -95,7 +95,7 @@ def open_masks(where: str | Path, panoptic_pngs: Path | None = None) -> Masks:
         return _ShardMasks(load_manifest(path))
     if path.is_dir():
         return _FileMasks(path)
-    raise UserError(f"No such file or folder of masks: {path}. {_FORMS}")
+    raise UserError(f"No such file or folder of masks: {path}.{did_you_mean_path(path)} {_FORMS}")
 
 
 # --- classes ----------------------------------------------------------------------------------------------------------

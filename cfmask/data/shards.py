@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from cfmask import urls
 from cfmask.data import remote
 from cfmask.data.shard_index import COPY_AGAIN, INDEX_AGAIN, INDEXED_BY, Index, index_name, index_path, parse_index
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean, did_you_mean_path
 from cfmask.runtime.files import write_atomically
 
 FORMAT = "cfmask-shards"
@@ -193,6 +193,19 @@ def manifest_if_there(where: str | Path) -> Manifest | None:
         return None
 
 
+def _why_no_folder(root: Path) -> str:
+    """The error of a set whose folder does not exist."""
+    if store := next((part for part in root.parts if part in ("s3:", "gs:", "az:", "hdfs:")), None):
+        return f"{store}// URLs are read by a command that prints a file, as in `{urls.EXAMPLE}`."
+    missing = f"There is no folder of shards at {root}."
+    if (root.parent / MANIFEST).is_file():
+        return f"{missing} {root.parent} is a set itself: give the folder of the sets, {root.parent.parent}."
+    others = sorted(path.parent.name for path in root.parent.glob(f"*/{MANIFEST}"))
+    there = f" {root.parent} has {', '.join(others)}." if others else ""
+    near = did_you_mean(root.name, others) or did_you_mean_path(root.parent) or did_you_mean_path(root)
+    return f"{missing}{near}{there} Make one with {_HOW_TO_MAKE}."
+
+
 def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check_files: bool = True) -> Manifest:
     """Read SET/manifest.json, and check that every shard has its size and an index.
 
@@ -211,12 +224,7 @@ def load_manifest(where: str | Path, *, cache: remote.Cache | None = None, check
     root = Path(where)
     path = root / MANIFEST
     if not root.is_dir():
-        others = sorted(path.parent.name for path in root.parent.glob(f"*/{MANIFEST}"))
-        there = f" {root.parent} has {', '.join(others)}." if others else ""
-        raise UserError(
-            f"There is no folder of shards at {root}.{did_you_mean(root.name, others)}{there} Make one with "
-            f"{_HOW_TO_MAKE}."
-        )
+        raise UserError(_why_no_folder(root))
     if not path.is_file():
         splits = sorted(child.parent.name for child in root.glob(f"*/{MANIFEST}"))
         if splits:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean, did_you_mean_path
 from cfmask.models.open_clip_tables import model_config, model_names
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def read_config(name: str) -> dict[str, Any]:
         try:
             return parse_config(Path(name).read_bytes(), name)
         except OSError as error:
-            raise UserError(f"No model configuration can be read from {name}: {error.strerror}.") from error
+            raise UserError(
+                f"No model configuration can be read from {name}: {error.strerror}.{did_you_mean_path(name)}"
+            ) from error
     if config := model_config(name):
         return config
     known = model_names()

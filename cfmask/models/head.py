@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.models.architecture import vision_differences
 from cfmask.models.preprocessing import Preprocessing, checked_values
 from cfmask.models.weights import read_safetensors
@@ -63,7 +63,9 @@ def read_info(path: str | Path) -> ModelInfo | None:
             meta = json.loads(file.read(length)).get("__metadata__", {})
         values = json.loads(meta["cfmask"])
     except OSError as error:
-        raise UserError(f"No model can be read from {path}: {error.strerror}. Check the path.") from error
+        raise UserError(
+            f"No model can be read from {path}: {error.strerror}.{did_you_mean_path(path) or ' Check the path.'}"
+        ) from error
     except (struct.error, ValueError, KeyError, AttributeError):
         return None
     try:

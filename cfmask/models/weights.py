@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean, did_you_mean_path
 from cfmask.models.architecture import (
     HUB_CONFIG,
     check_activation,
@@ -85,7 +85,9 @@ def find_weights(name: str, pretrained: str, config: Mapping[str, Any] | None = 
     if os.path.isdir(pretrained):
         raise UserError(f"--pretrained {pretrained} is a folder. Give the file of the weights in it.")
     if is_path(pretrained):
-        raise UserError(f"--pretrained {pretrained}: no such file. Check the path.")
+        raise UserError(
+            f"--pretrained {pretrained}: no such file.{did_you_mean_path(pretrained) or ' Check the path.'}"
+        )
     tag = read_tag(name, pretrained)
     check_activation(name, config or read_config(name), pretrained, bool(tag.get("quick_gelu", False)))
     return weights_of_tag(tag, f"The weights {pretrained!r} of {name}")

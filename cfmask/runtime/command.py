@@ -78,6 +78,13 @@ def _check_checkout(command: Path) -> None:
         )
 
 
+_SBATCH_OPTIONS = {
+    **{"-A": "--account", "-C": "--constraint", "-N": "--nodes", "-c": "--cpus-per-task", "-d": "--dependency"},
+    **{"-n": "--tasks-per-node", "-p": "--partition", "-q": "--qos", "-t": "--time", "-x": "--exclude"},
+}
+"""sbatch's one-letter options, which people give out of habit, with the flags of the same meaning."""
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line, ``error: …``, with exit status 2, and suggest what a misspelt flag or choice
     may have meant. Flags cannot be abbreviated: an abbreviation breaks when another flag is added. The description
@@ -119,7 +126,13 @@ class CommandParser(argparse.ArgumentParser):
                 break
             flag = word.partition("=")[0]
             if parser._looks_like_a_flag(word) and flag not in parser._option_string_actions:
-                unknown.append(f"There is no flag {flag}.{did_you_mean(flag, [*parser.flags, *parser._see_also])}")
+                known = [*parser.flags, *parser._see_also]
+                near = did_you_mean(flag, known)
+                if not near and (long := _SBATCH_OPTIONS.get(flag[:2])) in known:
+                    near = f" Did you mean {long}?"
+                unknown.append(f"There is no flag {flag}.{near}")
+            elif (commands := parser._commands()) and word not in commands and not unknown:
+                return  # the flags of an unknown command are unknown; argparse refuses the command
             parser = parser._commands().get(word, parser)
         if unknown:
             parser.error(" ".join(unknown))

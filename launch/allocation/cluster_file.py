@@ -26,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from cfmask.errors import UserError, did_you_mean
+from cfmask.errors import UserError, did_you_mean, did_you_mean_path
 from cfmask.urls import is_remote
 from launch.allocation.settings import FILE_KEYS, TABLE, TEXT, TEXT_OR_COUNT, TEXTS, FileType
 
@@ -105,13 +105,14 @@ def find_cluster_file(given: Path | None) -> Path | None:
     path = given if given is not None else Path(str(named)).expanduser()
     if not path.is_file():
         by = "--cluster" if given is not None else f"${VARIABLE}"
-        raise UserError(f"The cluster file {path}, named by {by}, does not exist.")
+        what = "is not a file" if path.exists() else "does not exist"
+        raise UserError(f"The cluster file {path}, named by {by}, {what}.{did_you_mean_path(path)}")
     return path
 
 
-def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile:
-    """The content of the file that ``find_cluster_file`` finds; prints its path unless ``quiet``, and exports its
-    [environment] in this process, whose checks and downloads need HF_HOME and the like as jobs do.
+def load_cluster_file(given: Path | None) -> ClusterFile:
+    """The content of the file that ``find_cluster_file`` finds. Exports its [environment] in this process, whose checks
+    and downloads need HF_HOME and the like as jobs do.
 
     Raises:
         UserError: The file cannot be used.
@@ -119,11 +120,15 @@ def load_cluster_file(given: Path | None, *, quiet: bool = False) -> ClusterFile
     path = find_cluster_file(given)
     if path is None:
         return ClusterFile()
-    if not quiet:
-        print(f"cluster file: {path}", file=sys.stderr)
     file = read_cluster_file(path)
     _export(file.environment)
     return file
+
+
+def announce(file: ClusterFile) -> None:
+    """Print the path of a file whose settings are used; commands do so once they have checked their arguments."""
+    if file.path is not None:
+        print(f"cluster file: {file.path}", file=sys.stderr, flush=True)
 
 
 def _export(environment: Mapping[str, str]) -> None:

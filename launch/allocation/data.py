@@ -30,7 +30,7 @@ def shards_of_file(cluster: Path | None) -> str:
     Raises:
         UserError: It has none, or cannot be used.
     """
-    file = load_cluster_file(cluster, quiet=True)
+    file = load_cluster_file(cluster)
     if file.shards is None:
         raise UserError("Name a folder of shards. A cluster file (slurm/cluster.toml) can set it for all commands.")
     return file.shards
@@ -46,7 +46,7 @@ def fill_in_data(arguments: argparse.Namespace, file: ClusterFile | None = None,
     Raises:
         UserError: Neither the flags nor the file have them, or the file cannot be used.
     """
-    file = load_cluster_file(arguments.cluster, quiet=True) if file is None else file
+    file = load_cluster_file(arguments.cluster) if file is None else file
     where = f"The cluster file {file.path} can" if file.path else "A cluster file (slurm/cluster.toml) can"
     if not arguments.shards:
         arguments.shards = file.shards

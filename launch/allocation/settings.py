@@ -76,7 +76,9 @@ gpu_of_task = _reader(
 whole_nodes = _reader(r"\d+", "the number of GPUs of a node; 0: train on its CPUs", lambda match: ("", int(match[0])))
 on_or_off = _reader("on|off", "on or off", lambda match: match[0])
 text = _reader(r"[^\s\"'\\]+", "a word", lambda match: match[0])
-size = _reader(r"[^\s\"'\\]+", "a size", lambda match: match[0])
+size = _reader(
+    r"\d+([KMGTkmgt][Bb]?)?", "a size in MB, or with a unit as in 480G; 0: all of it", lambda match: match[0]
+)
 job_id = _reader(r"\d+(_\d+)?", "the number of a job", lambda match: match[0])
 wandb_project = _reader(
     r"([\w-]+/)?[\w.-]{1,128}", "PROJECT or ENTITY/PROJECT, of letters, digits, - and _", lambda match: match[0]

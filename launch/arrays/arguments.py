@@ -56,6 +56,7 @@ class Array:
     """Processes of a task: one for each GPU, or one for each core."""
     logs: Path
     """Gets a folder for the array; nodes must see it."""
+    cluster_file: Path | None = None
 
 
 def add_array_arguments(parser: argparse.ArgumentParser, *, with_gpus: bool = False) -> None:
@@ -116,6 +117,7 @@ def resolve_array(arguments: argparse.Namespace) -> Array | None:
         tasks=arguments.array or TASKS,
         workers=allocation.gpus_per_node or allocation.cpus_per_task,
         logs=(arguments.logs or LOGS).absolute(),
+        cluster_file=file.path,
     )
 
 

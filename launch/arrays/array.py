@@ -150,8 +150,9 @@ def _submit(work: Work[Any, Any], array: Array, folder: Path) -> None:
         executor = slurm_executor(folder / "jobs", work.name, shlex.quote(str(folder)), code.digest, allocation)
         tasks = [ArrayTask(folder, number, array.workers, allocation.time_min) for number in part.members]
         accepted.append(array_id(send(executor, tasks)))
+    by = f"; cluster file {array.cluster_file}" if array.cluster_file else ""
     print(
-        f"array job {', '.join(accepted)} of {count} tasks, code {code}; logs {folder / 'jobs'}",
+        f"array job {', '.join(accepted)} of {count} tasks, code {code}; logs {folder / 'jobs'}{by}",
         file=sys.stderr,
         flush=True,
     )

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from cfmask.runtime.pool import map_in_processes
 from cfmask.runtime.work import Run
 from launch.arrays.arguments import Array
+
+
+def check_with_slurm(array: Array | None) -> None:
+    """Ask Slurm about a task of the array before work begins.
+
+    Raises:
+        SlurmError: Slurm would refuse it or could never start it, or does not answer.
+    """
+    if array is None:
+        return
+    from launch.submission.feasibility import ask_slurm
+    from launch.submission.sbatch import slurm_executor  # submitit takes a while to import
+
+    executor = slurm_executor(array.logs, "cfmask", shlex.quote(str(array.logs)), "code", array.allocation)
+    ask_slurm(executor.batch_script(), array.allocation)
 
 
 def runner(

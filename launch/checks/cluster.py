@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from launch.allocation.nodes import chosen_partitions, fitting_nodes, nodes_of
+from launch.allocation.nodes import chosen_partitions, fitting_nodes, nodes_of, time_refusal
 from launch.allocation.resolve import Allocation
 from launch.allocation.settings import PARTITION_TIME, UNLIMITED
 from launch.checks.findings import NOT_CHECKED, Finding, not_checked, ok, problem, warning
@@ -45,18 +45,14 @@ def check_partition(partitions: Sequence[Mapping[str, str]], wanted: str | None,
 
 def _check_time(partition: Mapping[str, str], time: int | str) -> Finding:
     name, most = partition["PartitionName"], partition.get("MaxTime", "UNLIMITED")
-    limit = seconds(most)
-    allowed = "any time" if math.isinf(limit) else f"at most {most}"
+    allowed = "any time" if math.isinf(seconds(most)) else f"at most {most}"
     if time == PARTITION_TIME:
         default = partition.get("DefaultTime", "NONE")
         default = most if default == "NONE" else default  # as Slurm does
         return ok("time limit", f"the default of {name}, {default}; it allows {allowed}")
+    if refusal := time_refusal(partition, time):
+        return problem("time limit", *refusal)
     requested = "no limit" if time == UNLIMITED else f"{time} min"
-    if (math.inf if time == UNLIMITED else 60 * int(time)) > limit:
-        found = f"{name} allows at most {most}, and --time requests {requested}"
-        minutes = int(limit // 60)
-        change = f"--time {minutes}, or time = {minutes} in cluster.toml: a run continues over any number of starts"
-        return problem("time limit", found, change)
     return ok("time limit", f"{requested} requested; {name} allows {allowed}")
 
 

@@ -88,6 +88,15 @@ def history(jobs: Sequence[str], **wait: float) -> tuple[SacctRecord, ...]:
     return tuple(SacctRecord(*line.split("|")) for line in text.splitlines() if line.count("|") == 3)
 
 
+def known_jobs(jobs: Sequence[str], **wait: float) -> set[str]:
+    """Those of the jobs and arrays that Slurm's controller knows: it forgets them some minutes after their end. Raises
+    as ``queue``."""
+    if not jobs:
+        return set()
+    text = ask_about_jobs("squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%F", **wait)
+    return set(text.split()) & set(jobs)
+
+
 def host_names(node_list: str, *, patience_s: float = PATIENCE_S) -> list[str]:
     """The nodes of a Slurm node list: ["n1", "n2"] for "n[1-2]"."""
     return ask("scontrol", "show", "hostnames", node_list, patience_s=patience_s).split() if node_list else []

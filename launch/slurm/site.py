@@ -39,12 +39,22 @@ def read_partitions(**wait: float) -> list[dict[str, str]]:
 
 def read_nodes(**wait: float) -> list[texts.SlurmNode]:
     """The nodes; one in several partitions appears once for each."""
-    return texts.parse_nodes(ask("sinfo", "--all", "--noheader", "--Node", "--format=%R|%N|%T|%c|%G", **wait))
+    return texts.parse_nodes(ask("sinfo", "--all", "--noheader", "--Node", "--format=%R|%N|%T|%c|%G|%m", **wait))
 
 
 def read_qos(**wait: float) -> list[texts.Qos]:
     """The qualities of service."""
     return texts.parse_qos(ask("sacctmgr", "-nP", "show", "qos", "format=Name,Preempt,PreemptMode,GraceTime", **wait))
+
+
+def qos_may_exceed_partitions(**wait: float) -> bool:
+    """Whether some quality of service lifts limits of partitions (its flags PartitionTimeLimit, PartitionMaxNodes).
+    Without accounting there is none."""
+    try:
+        flags = ask("sacctmgr", "-nP", "show", "qos", "format=Flags", **wait)
+    except SlurmError:
+        return False
+    return "PartitionTimeLimit" in flags or "PartitionMaxNodes" in flags
 
 
 def read_default_qos(account: str | None, **wait: float) -> str:

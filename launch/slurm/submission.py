@@ -40,6 +40,10 @@ _REMEDIES = (
         "Give a partition with --partition NAME, or partition in the cluster file. `sinfo -s` lists them.",
     ),
     (
+        r"Invalid node name",
+        "Nodes are left out with --exclude, or exclude in the cluster file. `sinfo -N` lists them.",
+    ),
+    (
         r"Invalid feature",
         "Features are asked for with --constraint, or constraint in the cluster file. `sinfo -o '%N %f'` lists them.",
     ),

@@ -77,6 +77,8 @@ class SlurmNode:
     state: str
     cpus: int
     gres: str
+    memory_mb: int = 0
+    """0 if it is unknown."""
 
     @property
     def works(self) -> bool:
@@ -84,11 +86,21 @@ class SlurmNode:
 
 
 def parse_nodes(text: str) -> list[SlurmNode]:
-    """Output of `sinfo -a -h -N -o "%R|%N|%T|%c|%G"`."""
+    """Output of `sinfo -a -h -N -o "%R|%N|%T|%c|%G|%m"`."""
     return [
-        SlurmNode(partition, name, state, int(re.sub(r"\D.*", "", cpus) or 0), gres)
-        for partition, name, state, cpus, gres in _rows(text, 5)
+        SlurmNode(partition, name, state, _leading_number(cpus), gres, _leading_number(memory))
+        for partition, name, state, cpus, gres, memory in _rows(text, 6)
     ]
+
+
+def _leading_number(text: str) -> int:
+    return int(re.sub(r"\D.*", "", text) or 0)
+
+
+def megabytes(text: str) -> int | None:
+    """A size as sbatch's --mem takes it: 4096, 480G, 1TB; None for another text."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", text, re.IGNORECASE)
+    return int(match[1]) * 1024 ** "KMGT".index(match[2].upper() or "M") // 1024 if match else None
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,8 @@ def _watch(run: RunFolder, states: Iterator[str]) -> None:
         time.sleep(0.5)
         with suppress(OSError):  # read again in a moment: an error would end this process, and the job with it
             progress = _progress(run)
+        if state:  # nothing trains: the rate is of an earlier start, and the end depends on when the next one begins
+            progress = replace(progress, state=state, eta_s=None, samples_per_s=None)
         line.show(replace(progress, state=state or ("" if progress.step is not None else "starting")))
     with suppress(OSError):
         progress = _progress(run)

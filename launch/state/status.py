@@ -141,8 +141,12 @@ def status_of(run_state: RunState, slurm: SlurmAnswers) -> Status:
 
 
 def _waits_in_words(job: SlurmJob, last_end: str | None) -> str:
-    """The state of a pending job: why it waits, and until when if that is known."""
+    """The state of a pending job: why it waits, and until when if that is known. One that needs a user's or
+    administrator's action has no such time: Slurm shows the one from which it could start."""
     cause = ends.cause_of_requeue(last_end or "") if job.restarts else ""
+    if _reason(job).remedy:
+        waits = f"waits in the queue: {_reason(job).why}"
+        return f"{cause}, {waits}" if cause else waits
     if (left := _seconds_until(job.eligible)) > 0:
         return (
             f"{cause}, starts again in {duration(left)} or later" if cause else f"starts in {duration(left)} or later"

@@ -21,7 +21,6 @@ from cfmask.run_search import find_model
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_object
 from cfmask.runtime.output import silence_output
-from cfmask.secrets import mask_secrets
 from cfmask.urls import is_remote
 from launch.allocation.cluster_file import find_cluster_file, load_cluster_file
 from launch.allocation.data import add_shards_argument, fill_in_data
@@ -30,7 +29,7 @@ from launch.allocation.settings import add_allocation_arguments, given_flags
 from launch.state.processes import ending_signals
 from launch.submission.claims import check_folder, take_folder
 from launch.submission.planning import PlannedJob, claim_run_folders, should_skip
-from launch.submission.submit import check_with_slurm, dry_run, start
+from launch.submission.submit import check_with_slurm, dry_run, print_work, start
 from launch.submission.summary import About, evaluation_lines
 
 _Kind = TypeVar("_Kind", bound=Evaluation)
@@ -92,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, sets_required: bool = True
 def allocation_of(arguments: argparse.Namespace) -> Allocation | None:
     """The allocation that the flags describe; None: work in this process. Sets, and shards if they are needed, are
     taken from the cluster file unless flags give them."""
-    file = load_cluster_file(arguments.cluster, quiet=True)
+    file = load_cluster_file(arguments.cluster)
     if arguments.sets_required or arguments.sets or getattr(arguments, "holdout", None):
         fill_in_data(arguments, file, sets=arguments.sets_required)
     if arguments.executor == "here" and not given_flags(arguments):
@@ -161,8 +160,8 @@ def carry_out(
         print(f"{run.root} already has the results", file=sys.stderr)
         return 0, run
     if arguments.dry_run:
-        print(mask_secrets(evaluation.to_json()))
         if allocation is None:
+            print_work([planned])
             print(f"Would run in this process, into {run.root}. Everything checked; nothing was run.")
             return 0, run
         return dry_run([planned], allocation, about), run

@@ -77,9 +77,14 @@ def recipe_from(arguments: argparse.Namespace) -> Recipe:
 
 
 def given_recipe_flags(arguments: argparse.Namespace) -> list[str]:
-    """Names of the settings that are given on the command line."""
-    given = [name for name in vars(arguments) if "." in name]
-    return given + (["preset"] if arguments.preset else [])
+    """The flags of settings that are given on the command line."""
+    flags = [
+        flag_of(setting)
+        for group in dataclasses.fields(Recipe)
+        for setting, _ in _settings(type(group.default))
+        if hasattr(arguments, f"{group.name}.{setting.name}")
+    ]
+    return flags + (["--preset"] if arguments.preset else [])
 
 
 def flag_of(setting: dataclasses.Field) -> str:

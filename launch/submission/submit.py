@@ -125,21 +125,30 @@ def _first_script(planned: Sequence[PlannedJob], allocation: Allocation, chain: 
 
 
 def dry_run(planned: Sequence[PlannedJob], allocation: Allocation, about: About, *, chain: int = 0) -> int:
-    """Print the batch script that would be submitted, Slurm's answer to it, and the summary.
+    """Print the work, the batch script that would be submitted, Slurm's answer to it, and the summary. Errors come
+    before any of it.
 
     Args:
         chain: As for ``start``.
     """
+    text, more = _first_script(planned, allocation, chain) if allocation.on_slurm else ("", "")
+    answer = ask_slurm(text, allocation) if allocation.on_slurm else ""
+    print_work(planned)
     if allocation.on_slurm:
-        text, more = _first_script(planned, allocation, chain)
         print(mask_secrets(f"\n{more}{text}"))
         if allocation.environment:
             print(f"{ENVIRONMENT} (readable by its owner only) exports {', '.join(allocation.environment)}.\n")
-        print(ask_slurm(text, allocation) + "\n")
+        print(answer + "\n")
     digest = snapshot.digest_of(snapshot.REPO)
     print(summary(planned, [], allocation, about, digest, progress_of(planned[0].run)))
     print("Everything checked; nothing was queued.")
     return 0
+
+
+def print_work(planned: Sequence[PlannedJob]) -> None:
+    """Print the recipes or evaluations."""
+    for each in planned:
+        print(mask_secrets(each.work.to_json()))
 
 
 def _jobs(number: int) -> str:

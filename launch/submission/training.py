@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from cfmask.data.plan import lanes_of_rank, steps_per_epoch
 from cfmask.data.shards import Manifest, find_set, load_manifest
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 from cfmask.evaluation.selection import FLAG, FLAG_HELP, check_selection, refuse_idle_flag, trained_on
 from cfmask.evaluation_spec import Evaluation
 from cfmask.models.head import ModelInfo, check_head, check_same_kind, read_info
@@ -26,7 +26,6 @@ from cfmask.recipe import Recipe
 from cfmask.run_search import find_model
 from cfmask.runs import RunFolder
 from cfmask.runtime.jsonl import read_lines
-from cfmask.secrets import mask_secrets
 from cfmask.urls import is_remote
 from launch.allocation.cluster_file import ClusterFile, load_cluster_file
 from launch.allocation.resolve import (
@@ -42,7 +41,7 @@ from launch.notification.notify import kept_setting
 from launch.submission.claims import check_folder
 from launch.submission.planning import PlannedJob, behind_its_jobs, claim_run_folders, should_skip
 from launch.submission.recipe_arguments import add_recipe_arguments, given_recipe_flags, preset_name, recipe_from
-from launch.submission.submit import check_with_slurm, dry_run, last_submission, start
+from launch.submission.submit import check_with_slurm, dry_run, last_submission, print_work, start
 from launch.submission.summary import About, evaluation_lines, recipe_lines
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
         raise UserError("--from-step-0 would do nothing: it is for a run that is resumed (--resume RUN).")
     if arguments.resume and (run := RunFolder(arguments.resume.resolve())).results.exists():
         return 0 if should_skip(run, sweep=False) else 1
-    file = load_cluster_file(arguments.cluster, quiet=True)
+    file = load_cluster_file(arguments.cluster)
     if arguments.resume:
         allocation, planned = plan_resume(arguments, file)
     else:
@@ -131,9 +130,6 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
     if arguments.resume:
         _report_other_ranks(wanted[0], allocation)
     about = About(lambda jobs: _describe(jobs, allocation), file.path)
-    if arguments.dry_run or arguments.verbose:
-        for each in wanted:
-            print(mask_secrets(each.work.to_json()))
     if arguments.dry_run:
         return dry_run(wanted, allocation, about, chain=chain)
     if arguments.from_step_0 and wanted[0].behind:
@@ -142,6 +138,8 @@ def submit(arguments: argparse.Namespace, *, pace_s: float = 0.0) -> int:
             "begin again, too. End it first, with launch/cancel.py."
         )
     about = replace(about, start=check_with_slurm(wanted, allocation, chain=chain))
+    if arguments.verbose:
+        print_work(wanted)
     wanted = claim_run_folders(wanted)
     for each in wanted:
         if not each.behind:
@@ -288,7 +286,7 @@ def _report_other_ranks(planned: PlannedJob, allocation: Allocation) -> None:
     had = next((line["world_size"] for line in reversed(attempts) if line.get("world_size")), None)
     if isinstance(planned.work, Recipe) and had not in (None, allocation.world_size):
         print(
-            f"{allocation.world_size} ranks, where there were {had}: batches and masks stay the same; weights are "
+            f"Ranks: {allocation.world_size}, where there were {had}. Batches and masks stay the same; weights are "
             "equal up to rounding.",
             file=sys.stderr,
         )
@@ -362,8 +360,9 @@ def check(
     check_ranks(recipe, allocation)
     if recipe.data.segmentation is not None and not os.path.exists(recipe.data.segmentation):
         raise UserError(
-            f"--segmentation {recipe.data.segmentation}: no such file or directory. Give what tools/validate_masks.py "
-            "takes: a folder of PNGs, COCO annotations, or masks that tools/segment.py made."
+            f"--segmentation {recipe.data.segmentation}: no such file or directory."
+            f"{did_you_mean_path(recipe.data.segmentation)} Give what tools/validate_masks.py takes: a folder of PNGs, "
+            "COCO annotations, or masks that tools/segment.py made."
         )
     for name in recipe.data.eval_sets:
         check_same_classes(load_set(shards, name), train)

@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple, cast
 from cfmask.convert.tarscan import Kind, TarWalk
 from cfmask.data import zips
 from cfmask.data.blobs import Absent, Blob, SourceBytes, SourceFile
-from cfmask.errors import UserError
+from cfmask.errors import UserError, did_you_mean_path
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
@@ -111,7 +111,7 @@ class Listing:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
                 f"The source {self.source} cannot be read ({reason}): --source takes a folder of images, or a tar or "
-                f"zip archive."
+                f"zip archive.{did_you_mean_path(self.source)}"
             ) from None
         if stat.S_ISDIR(status.st_mode):
             yield from self._folder(str(self.source), (), ((status.st_dev, status.st_ino),))
