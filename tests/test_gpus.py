@@ -160,6 +160,17 @@ def test_more_gpus_than_are_visible_are_refused(machine, value, wanted, there):
         allocation(last={"gpus_per_node": ("", wanted), "tasks_per_node": wanted})
 
 
+def test_gpus_of_a_machine_without_a_driver_are_refused_before_a_rank_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda program, **_: None)
+    monkeypatch.setattr("launch.allocation.gpus.DEVICES", tmp_path)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert allocation().gpus_per_node == 0
+    with pytest.raises(UserError, match=r"neither nvidia-smi nor .*Request --gpus-per-node 0, to train on CPUs\.$"):
+        allocation("--gpus-per-node", 2)
+    (tmp_path / "nvidia0").touch()  # a container without nvidia-smi: the ranks will find out
+    assert allocation("--gpus-per-node", 2).visible_gpus == ("0", "1")
+
+
 def test_more_gpus_than_the_machine_has_are_refused(machine):
     with pytest.raises(UserError, match=r"nvidia-smi -L lists 3 GPUs \(CUDA_VISIBLE_DEVICES is not set\)"):
         allocation("--gpus-per-node", 4)

@@ -161,6 +161,14 @@ def test_of_a_rank_that_was_killed_the_other_process_tells(supervise, tmp_path):
     assert "rank 0 was killed by signal 9" in RunFolder(tmp_path).ended()["why"]
 
 
+def test_an_error_that_is_for_the_user_has_no_traceback(supervise, tmp_path):
+    process = supervise("from cfmask.errors import UserError; raise UserError('/data/x is missing. Copy it there.')")
+    told, _ = process.communicate(timeout=WITHIN_S)
+    assert process.returncode == 1 and "Traceback" not in told
+    assert told.splitlines()[-1] == "error: /data/x is missing. Copy it there."
+    assert RunFolder(tmp_path).ended()["why"] == "failed: rank 0: UserError: /data/x is missing. Copy it there."
+
+
 @pytest.mark.parametrize(
     ("said", "lost"),
     [

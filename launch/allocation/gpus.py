@@ -24,10 +24,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cfmask.errors import UserError
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+DEVICES = Path("/dev")
+_DEVICE_FILES = ("nvidia[0-9]*", "dxg", "kfd")
+"""Of drivers for GPUs: NVIDIA's, that of Windows' Linux, AMD's."""
 _RANKS = "CFMASK_LOCAL_GPUS"
 _LOCAL_RANK = "SUBMITIT_LOCAL_LOCALID"
 
@@ -43,9 +47,9 @@ class Gpu:
 
 
 def installed_gpus() -> tuple[Gpu, ...] | None:
-    """This machine's GPUs, in nvidia-smi's order; None without nvidia-smi."""
+    """This machine's GPUs, in nvidia-smi's order; None if there are device files and no nvidia-smi to ask."""
     if not shutil.which("nvidia-smi"):
-        return None
+        return None if any(any(DEVICES.glob(files)) for files in _DEVICE_FILES) else ()
     return parse_listing(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout)
 
 
@@ -94,15 +98,17 @@ def first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]
         return tuple(visible[:wanted])
     value = os.environ.get(VISIBLE)
     there = f"{len(visible)} GPU{'' if len(visible) == 1 else 's'}"
-    if value is None:
+    if not shutil.which("nvidia-smi"):
+        found = f"It has no GPU with a driver: there is neither nvidia-smi nor {DEVICES}/{_DEVICE_FILES[0]}"
+    elif value is None:
         found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
     else:
         found = f'{VISIBLE} is "{value}", which shows {there}: the list ends before an entry that matches no GPU'
         found += ", and NCCL takes one MIG device of a GPU" * value.startswith("MIG-")
     fewer = f"--gpus-per-node {len(visible)}" if visible else "--gpus-per-node 0, to train on CPUs"
     raise UserError(
-        f"--gpus-per-node {wanted} requests more GPUs than this machine shows. {found}. Request {fewer}, or change "
-        f"{VISIBLE}."
+        f"--gpus-per-node {wanted} requests more GPUs than this machine shows. {found}. Request {fewer}"
+        + (f", or change {VISIBLE}." if value is not None else ".")
     )
 
 

@@ -101,7 +101,9 @@ def write_failure(run: Path, error: BaseException) -> None:
 
 
 def _formatted(error: BaseException) -> str:
-    """The traceback, without the frames that call rank.py."""
+    """The traceback, without the frames that call rank.py. A UserError is for the user, and says what to do."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
     entry = error.__traceback__
     while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/ranks/rank.py"):
         entry = entry.tb_next
@@ -128,7 +130,8 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: 
             write_failure(run, error)
             raise
     except BaseException as error:
-        logger.error(mask_secrets("".join(traceback.format_exception(error)).rstrip()))
+        whole = traceback.format_exception(error)
+        logger.error(mask_secrets(_formatted(error) if isinstance(error, UserError) else "".join(whole).rstrip()))
     if not isinstance(code, int):  # sys.exit("message")
         logger.error(mask_secrets(str(code)))
         code = _RAISED
