@@ -176,6 +176,7 @@ LONG = {"PartitionName": "long", "MaxTime": "UNLIMITED", "MaxNodes": "UNLIMITED"
         ({"time": 60}, None),
         ({"time": "partition"}, None),
         ({"time": 90, "partition": "gpu,long"}, None),
+        ({"time": 90, "sbatch": {"time-min": "30"}}, None),
     ],
 )
 def test_a_job_over_the_limits_of_all_its_partitions_is_refused(given, said, monkeypatch, caplog):

@@ -76,7 +76,8 @@ def _with_memory(large: list[SlurmNode], of: int, a: Allocation, found: str) -> 
 def partition_refusal(partition: Mapping[str, str], allocation: Allocation) -> tuple[str, str] | None:
     """The limit of a partition that a job exceeds, and what to change; None if it exceeds none. sbatch queues such a
     job unless the site sets EnforcePartLimits, and it waits for ever."""
-    if refusal := time_refusal(partition, allocation.time):
+    can_be_shorter = "time-min" in allocation.sbatch  # Slurm shortens the job to fit
+    if not can_be_shorter and (refusal := time_refusal(partition, allocation.time)):
         return refusal
     name, most = partition["PartitionName"], partition.get("MaxNodes", UNLIMITED)
     if most.isdigit() and allocation.nodes > int(most):
