@@ -436,7 +436,7 @@ def test_crops_of_another_size_are_refused_at_once(manifest):
 
 
 def test_sizes_that_do_not_divide_are_refused_before_anything_starts(manifest):
-    with pytest.raises(UserError, match="3 ranks cannot share 8 lanes evenly: use 1, 2, 4 or 8 workers"):
+    with pytest.raises(UserError, match="3 ranks cannot share 8 lanes evenly: use 1, 2, 4 or 8 ranks"):
         train(manifest, world_size=3)
     with pytest.raises(UserError, match="4 lanes .* cannot be cut into 3 equal micro-batches: use one of 1, 2, 4"):
         train(manifest, world_size=2, micro_batches=3)
