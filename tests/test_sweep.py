@@ -294,7 +294,8 @@ def test_signals_during_startup_do_not_end_a_job(slurm_cluster, materials, tmp_p
     wait_until(lambda: f"{job}.0" in slurm_cluster.call("squeue", "--steps", "--noheader"), "its step")
     for _ in range(30):
         try:
-            slurm_cluster.call("scancel", "--signal=USR2", job)
+            # While a job leaves its nodes, scancel repeats a signal for a minute and a half.
+            slurm_cluster.call("timeout", "3", "scancel", "--signal=USR2", job)
         except AssertionError as error:  # it is on its way back into the queue, or there
             assert slurm_cluster.job(job)["JobState"] in ("PENDING", "COMPLETING"), error
             break
