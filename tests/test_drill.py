@@ -93,8 +93,9 @@ STOPPED, CAME_BACK, KILLED = (
 )
 AT_LIMIT = CAME_BACK + ", at the time limit"
 LOST = r"lost a rank without a report: rank {} was cut off"
-# The ends of starts in attempts.jsonl and in the accounting. A warned job may end before Slurm preempts it, and either
-# Slurm or the ranks may be the first to notice that a node is lost.
+# The ends of starts in attempts.jsonl and in the accounting. A warned job may end before Slurm preempts it. Without a
+# grace time, the warning and TERM arrive at once, and either may be noticed first. So may the loss of a node, by Slurm
+# or by the ranks.
 ENDS: dict[str, tuple[list[str], str]] = {
     "warned": ([CAME_BACK], "REQUEUED COMPLETED"),
     "requeued": ([STOPPED], "REQUEUED COMPLETED"),
@@ -106,7 +107,7 @@ ENDS: dict[str, tuple[list[str], str]] = {
     "resized": ([STOPPED, STOPPED], "CANCELLED CANCELLED COMPLETED"),
     "preempted": ([CAME_BACK], "(PREEMPTED|REQUEUED) COMPLETED"),
     "preempted-5-times": ([CAME_BACK] * 5, "((PREEMPTED|REQUEUED) ){5}COMPLETED"),
-    "preempted-at-once": ([STOPPED], "PREEMPTED COMPLETED"),
+    "preempted-at-once": ([f"{STOPPED}|{CAME_BACK}"], "(PREEMPTED|REQUEUED) COMPLETED"),
     "preempted-unwarned": ([STOPPED], "(PREEMPTED|REQUEUED) COMPLETED"),
     "preempted-while-writing": ([KILLED], "PREEMPTED COMPLETED"),
     "node-lost": ([LOST.format(0)], "(NODE_FAIL|REQUEUED) COMPLETED"),
