@@ -158,6 +158,7 @@ def accepted(monkeypatch, *, partitions: list[dict[str, str]], qos_may_exceed: b
     monkeypatch.setattr(feasibility, "test_only", lambda text: "sbatch: Job 9 to start at …")
     monkeypatch.setattr(feasibility.site, "read_partitions", lambda **wait: partitions)
     monkeypatch.setattr(feasibility.site, "qos_may_exceed_partitions", lambda: qos_may_exceed)
+    monkeypatch.setattr(feasibility.site, "hides_jobs", lambda: False)
     monkeypatch.setattr(feasibility, "known_jobs", lambda jobs: {"12"} & set(jobs))
     ended = [SacctRecord("5_1", "COMPLETED", "", "")]
     monkeypatch.setattr(feasibility, "history", lambda jobs: [each for each in ended if "5" in jobs])
@@ -202,6 +203,28 @@ def test_a_job_cannot_wait_for_one_that_slurm_does_not_know(unknown, monkeypatch
     accepted(monkeypatch, partitions=[LONG])
     with pytest.raises(SlurmError, match="There is no job 99 to wait for"):
         ask_slurm("", replace(GPUS, partition="long", dependency=unknown))
+
+
+def test_where_jobs_of_others_are_hidden_one_can_be_waited_for(monkeypatch):
+    accepted(monkeypatch, partitions=[LONG])
+    monkeypatch.setattr(feasibility.site, "hides_jobs", lambda: True)
+    assert ask_slurm("", replace(GPUS, partition="long", dependency="afterok:99"))
+
+
+def test_limits_are_those_of_the_partition_that_the_site_chooses(monkeypatch):
+    """Many sites choose a partition in job_submit.lua, by the time limit or the GPUs."""
+    accepted(monkeypatch, partitions=[SHORT | {"Default": "YES"}, LONG])
+    long_job = replace(GPUS, nodes=1, time=90, partition=None)
+    with pytest.raises(SlurmError, match="gpu allows at most 01:00:00"):
+        ask_slurm("", long_job)
+    where = "sbatch: Job 9 to start at 2026-11-27T12:00:00 using 8 processors on nodes n1 in partition "
+    for chosen, is_fine in (("long", True), ("gpu", False)):
+        monkeypatch.setattr(feasibility, "test_only", lambda text, chosen=chosen: where + chosen)
+        if is_fine:
+            assert ask_slurm("", long_job)
+            continue
+        with pytest.raises(SlurmError, match="gpu allows at most 01:00:00"):
+            ask_slurm("", long_job)
 
 
 def test_without_accounting_jobs_of_the_past_are_not_taken_for_unknown(monkeypatch):

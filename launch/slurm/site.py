@@ -47,6 +47,11 @@ def read_qos(**wait: float) -> list[texts.Qos]:
     return texts.parse_qos(ask("sacctmgr", "-nP", "show", "qos", "format=Name,Preempt,PreemptMode,GraceTime", **wait))
 
 
+def hides_jobs(**wait: float) -> bool:
+    """Whether users are not shown jobs of others."""
+    return "jobs" in read_config(**wait).get("PrivateData", "")
+
+
 def qos_may_exceed_partitions(**wait: float) -> bool:
     """Whether some quality of service lifts limits of partitions (its flags PartitionTimeLimit, PartitionMaxNodes).
     Without accounting there is none."""

@@ -43,7 +43,10 @@ def ask_slurm(text: str, allocation: Allocation) -> str:
         return ""
     with suppress(SlurmError):  # sbatch has accepted the job, so an answer is not waited for
         partitions = site.read_partitions(patience_s=0)
-    _check_partitions(chosen_partitions(partitions, allocation.partition), allocation)
+    # Without a partition, the site may choose another one than the default, by the size of the job.
+    chosen_by_site = re.search(r" in partition (\S+)", answer)
+    wanted = allocation.partition or (chosen_by_site[1] if chosen_by_site else None)
+    _check_partitions(chosen_partitions(partitions, wanted), allocation)
     _check_dependency(allocation.dependency or "")
     return answer
 
@@ -77,10 +80,12 @@ def _check_dependency(dependency: str) -> None:
 
 
 def _unknown_jobs(jobs: Sequence[str]) -> list[str]:
-    """Those that neither the queue nor the history has; none if one of these cannot be asked. Without accounting, jobs
-    that ended some time ago are unknown, too."""
+    """Those that neither the queue nor the history has; none if one of these cannot be asked, or does not show jobs of
+    other users. Without accounting, jobs that ended some time ago are unknown, too."""
     try:
         missing = sorted(set(jobs) - known_jobs(jobs))
+        if missing and site.hides_jobs():
+            return []
         ended = {start.job.partition("_")[0] for start in history(missing)}
     except SlurmError:
         return []
