@@ -33,6 +33,7 @@ from cfmask.models.head import (
 from cfmask.models.initial import initial_model, model_info
 from cfmask.models.tower import Classifier, Compiled, Normalise, encode, replace_attention
 from cfmask.models.weights import find_weights
+from cfmask.runtime.downloads import why_unreachable
 from cfmask.runtime.tensor_files import save_tensors
 from made import CLASSES, REPO, save_tiny_model
 from towers import B32, ODD, TINY, tiny_clip
@@ -215,6 +216,7 @@ def test_a_failed_download_names_the_command_to_fetch_the_files(hub_cache, monke
 
 
 def test_a_network_that_never_answers_is_reported_with_the_command_to_fetch_the_files(hub_cache, monkeypatch):
+    assert why_unreachable("http://127.0.0.1:1"), "an earlier question, without a proxy"
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts connections, and says nothing
         for name in ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{server.getsockname()[1]}")

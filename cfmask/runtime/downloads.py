@@ -19,7 +19,9 @@ def why_unreachable(url: str, answer_s: float = ANSWER_S) -> str | None:
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=answer_s).close()
+            # A new opener: urlopen keeps the proxies of its first call.
+            opener = urllib.request.build_opener()
+            opener.open(urllib.request.Request(url, method="HEAD"), timeout=answer_s).close()
             reasons.append(None)
         except urllib.error.HTTPError:
             reasons.append(None)  # the server answers; its client knows how to log in
