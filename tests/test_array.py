@@ -148,7 +148,7 @@ def test_jobs_that_are_ending_are_waited_for_before_it_is_decided(
     answers = iter([leaving, leaving, then])
     done = []
     monkeypatch.setattr(array, "queue_of_name", lambda name: next(answers))
-    monkeypatch.setattr(array, "_LOOK_S", 0.0)
+    monkeypatch.setattr(array, "_ASK_S", 0.0)
     monkeypatch.setattr(array, "_submit", lambda *_: done.append("submitted"))
     monkeypatch.setattr(array, "_follow", lambda *_: done.append("followed") or ["/"])
     monkeypatch.setattr(array, "_clean_up", lambda *_: None)

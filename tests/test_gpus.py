@@ -169,6 +169,9 @@ def test_gpus_of_a_machine_without_a_driver_are_refused_before_a_rank_starts(tmp
         allocation("--gpus-per-node", 2)
     (tmp_path / "nvidia0").touch()  # a container without nvidia-smi: the ranks will find out
     assert allocation("--gpus-per-node", 2).visible_gpus == ("0", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(UserError, match='CUDA_VISIBLE_DEVICES is "0", which shows 1 GPU:'):
+        allocation("--gpus-per-node", 2)
 
 
 def test_more_gpus_than_the_machine_has_are_refused(machine):

@@ -53,8 +53,8 @@ def _folder() -> Path:
 @cache
 def _configs() -> dict[str, dict[str, Any]]:
     found = {path.stem: json.loads(path.read_bytes()) for path in _folder().glob("model_configs/*.json")}
-    models = {"embed_dim", "vision_cfg", "text_cfg"}
-    return {name: found[name] for name in sorted(found) if models <= found[name].keys()}
+    required = {"embed_dim", "vision_cfg", "text_cfg"}
+    return {name: found[name] for name in sorted(found) if required <= found[name].keys()}
 
 
 def _pretrained() -> ModuleType:

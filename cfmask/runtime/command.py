@@ -82,7 +82,7 @@ _SBATCH_OPTIONS = {
     **{"-A": "--account", "-C": "--constraint", "-N": "--nodes", "-c": "--cpus-per-task", "-d": "--dependency"},
     **{"-n": "--tasks-per-node", "-p": "--partition", "-q": "--qos", "-t": "--time", "-x": "--exclude"},
 }
-"""sbatch's one-letter options, which people give out of habit, with the flags of the same meaning."""
+"""sbatch's one-letter options, which people give out of habit, with the nearest flags."""
 
 
 class CommandParser(argparse.ArgumentParser):

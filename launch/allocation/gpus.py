@@ -49,8 +49,12 @@ class Gpu:
 def installed_gpus() -> tuple[Gpu, ...] | None:
     """This machine's GPUs, in nvidia-smi's order; None if there are device files and no nvidia-smi to ask."""
     if not shutil.which("nvidia-smi"):
-        return None if any(any(DEVICES.glob(files)) for files in _DEVICE_FILES) else ()
+        return None if _has_device_files() else ()
     return parse_listing(subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout)
+
+
+def _has_device_files() -> bool:
+    return any(any(DEVICES.glob(files)) for files in _DEVICE_FILES)
 
 
 def parse_listing(text: str) -> tuple[Gpu, ...]:
@@ -98,8 +102,8 @@ def first_visible(wanted: int, visible: Sequence[str] | None) -> tuple[str, ...]
         return tuple(visible[:wanted])
     value = os.environ.get(VISIBLE)
     there = f"{len(visible)} GPU{'' if len(visible) == 1 else 's'}"
-    if not shutil.which("nvidia-smi"):
-        found = f"It has no GPU with a driver: there is neither nvidia-smi nor {DEVICES}/{_DEVICE_FILES[0]}"
+    if not (shutil.which("nvidia-smi") or _has_device_files()):
+        found = f"It has no GPU with a driver: there is neither nvidia-smi nor {DEVICES}/nvidia0"
     elif value is None:
         found = f"nvidia-smi -L lists {there} ({VISIBLE} is not set)"
     else:

@@ -50,7 +50,7 @@ def fitting_nodes(own: Sequence[SlurmNode], allocation: Allocation) -> tuple[lis
     large = [node for node in with_gpus if node.cpus >= cpus]
     found = f"{len(large)} of {len(own)} nodes have {wanted}; {a.nodes} requested"
     if len(large) >= a.nodes:
-        return _with_memory(large, len(own), a, found)
+        return _with_memory(large, a, found)
     most = sorted((node.cpus for node in with_gpus), reverse=True)[a.nodes - 1]
     each = most // a.tasks_per_node
     fewer = f"--cpus-per-task {each}, or for training cpus_per_task = {each} in cluster.toml"
@@ -58,7 +58,7 @@ def fitting_nodes(own: Sequence[SlurmNode], allocation: Allocation) -> tuple[lis
     return large, found, f"{fewer if each else f'--tasks-per-node {most}'}: {have} {most} CPUs or more"
 
 
-def _with_memory(large: list[SlurmNode], of: int, a: Allocation, found: str) -> tuple[list[SlurmNode], str, str]:
+def _with_memory(large: list[SlurmNode], a: Allocation, found: str) -> tuple[list[SlurmNode], str, str]:
     """``fitting_nodes`` out of those with enough GPUs and CPUs. A node whose memory is unknown has enough."""
     wanted = megabytes(a.memory or "0") or 0
     fitting = [node for node in large if not node.memory_mb or node.memory_mb >= wanted]

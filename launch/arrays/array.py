@@ -126,7 +126,7 @@ def _jobs_left(name: str) -> bool:
         if not said:
             print(f"jobs of an earlier command are ending: waiting for them (squeue --name {name})", flush=True)
         said = True
-        time.sleep(_LOOK_S)
+        time.sleep(_ASK_S)
     return bool(jobs)
 
 

@@ -100,11 +100,12 @@ def write_failure(run: Path, error: BaseException) -> None:
     )
 
 
-def _formatted(error: BaseException) -> str:
-    """The traceback, without the frames that call rank.py. A UserError is for the user, and says what to do."""
+def _formatted(error: BaseException, *, whole: bool = False) -> str:
+    """The traceback, without the frames that call rank.py unless ``whole``. A UserError, which says what to do, has
+    none."""
     if isinstance(error, UserError):
         return f"error: {error}"
-    entry = error.__traceback__
+    entry = None if whole else error.__traceback__
     while entry and not entry.tb_frame.f_code.co_filename.endswith("launch/ranks/rank.py"):
         entry = entry.tb_next
     return "".join(traceback.format_exception(type(error), error, entry or error.__traceback__))
@@ -130,8 +131,7 @@ def _be_the_rank(rank: Callable[[], object], run: Path, supervisor: int, watch: 
             write_failure(run, error)
             raise
     except BaseException as error:
-        whole = traceback.format_exception(error)
-        logger.error(mask_secrets(_formatted(error) if isinstance(error, UserError) else "".join(whole).rstrip()))
+        logger.error(mask_secrets(_formatted(error, whole=True).rstrip()))
     if not isinstance(code, int):  # sys.exit("message")
         logger.error(mask_secrets(str(code)))
         code = _RAISED
